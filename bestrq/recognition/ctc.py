@@ -1,0 +1,160 @@
+"""CTC on packed rows: an encoder, one linear head, and the loss of every segment by itself.
+
+R rows, F mel frames in a row, M mel bins, T encoder frames in a row, D model width, V vocabulary, S segment slots in
+a row, N segments of the whole batch, U label length. Label 0 is the blank.
+
+Graves et al. 2006, "Connectionist Temporal Classification".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bestrq.config import ConfigError
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+
+BLANK = 0
+
+
+@dataclass
+class CTCOutput:
+    """Sums over the segments of a batch: the step divides by the labels of all ranks and micro-batches."""
+
+    loss_sum: Tensor
+    """float32 scalar, nats (float64 for a float64 model); segments counted in num_impossible add nothing"""
+    num_labels: Tensor
+    """int64 scalar: labels of the segments that the loss covers, what the loss is divided by"""
+    num_impossible: Tensor
+    """int64 scalar: segments with more labels than their frames can carry; a script logs it"""
+    best_ids: Tensor
+    """int64 [N, T_max]: the most likely id of every frame, detached; for `decoding.greedy_ctc`"""
+    num_frames: Tensor
+    """int64 [N]: encoder frames of every segment"""
+
+
+def pad_labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Label lists as int64 `[N, U_max]`, padded with 0, and their lengths int64 `[N]`."""
+    lengths = torch.tensor([len(one) for one in labels], dtype=torch.int64)
+    padded = torch.zeros(len(labels), max((len(one) for one in labels), default=0), dtype=torch.int64)
+    for row, one in zip(padded, labels, strict=True):
+        row[: len(one)] = torch.tensor(one, dtype=torch.int64)
+    return padded, lengths
+
+
+def segment_frames(segment_start: Tensor, segment_length: Tensor, factor: int, num_frames: int) -> tuple[Tensor, Tensor]:
+    """Where the encoder frames of every used segment lie, in the order of rows, then slots.
+
+    Args:
+        segment_start, segment_length: int64 `[R, S]` mel frames; length 0 marks an unused slot.
+        factor: mel frames of an encoder frame.
+        num_frames: encoder frames T of a row.
+
+    Returns:
+        index: int64 `[N, T_max]`, row * T + t; a frame after the segment's end repeats its last one.
+        lengths: int64 `[N]` encoder frames.
+    """
+    rows, slots = segment_length.nonzero(as_tuple=True)
+    starts = rows * num_frames + segment_start[rows, slots] // factor
+    lengths = (segment_length[rows, slots] + factor - 1) // factor
+    steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device)
+    return starts[:, None] + torch.minimum(steps, lengths[:, None] - 1), lengths
+
+
+def frames_needed(labels: Tensor, label_lengths: Tensor) -> Tensor:
+    """Encoder frames that CTC needs for each label sequence, int64 `[N]`: one a label and a blank between equals."""
+    positions = torch.arange(1, max(labels.shape[1], 1), device=labels.device)
+    repeated = (labels[:, 1:] == labels[:, :-1]) & (positions < label_lengths[:, None])
+    return label_lengths + repeated.sum(dim=1)
+
+
+class CTCModel(nn.Module):
+    """`ConformerEncoder` and a linear head of V outputs."""
+
+    def __init__(self, encoder: EncoderSettings, vocab_size: int) -> None:
+        super().__init__()
+        self.encoder = ConformerEncoder(encoder)
+        self.head = nn.Linear(encoder.dim, vocab_size)
+
+    def log_probs(
+        self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, *, train_encoder: bool = True
+    ) -> Tensor:
+        """Log-probabilities of every frame of every row, float32 (or float64) `[R, T, V]`.
+
+        `train_encoder=False` runs the encoder without a graph: see `forward`.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
+            layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
+            hidden = self.encoder(log_mel, layout)
+        logits = self.head(hidden)
+        # At least float32 under any autocast: bfloat16 log-probabilities of a few nats are off by 1 %.
+        return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+    def forward(
+        self,
+        log_mel: Tensor,
+        segment_start: Tensor,
+        segment_length: Tensor,
+        labels: Tensor,
+        label_lengths: Tensor,
+        *,
+        train_encoder: bool = True,
+    ) -> CTCOutput:
+        """The CTC loss of N segments, each over its own frames only.
+
+        Freezing the encoder for the first updates is `train_encoder=False`, a pure function of the step, so nothing
+        has to be saved for a resume. The encoder then runs without a graph and its gradients stay None: no optimizer
+        moment, no weight decay, no part in the clipped norm. DDP must be told that parameters may be unused
+        (`find_unused_parameters=True`) when such steps are planned; FSDP2 needs nothing.
+
+        Args:
+            log_mel: normalised features, float32 `[R, F, M]`.
+            segment_start, segment_length: int64 `[R, S]` mel frames, on the CPU.
+            labels: int64 `[N, U]`, the used segments in the order of rows, then slots; values beyond a length are
+                ignored. Never 0, the blank.
+            label_lengths: int64 `[N]`; 0 is a segment without speech.
+        """
+        log_probs = self.log_probs(log_mel, segment_start, segment_length, train_encoder=train_encoder)
+        num_frames = log_probs.shape[1]
+        index, lengths = segment_frames(
+            segment_start, segment_length, self.encoder.settings.subsampling_factor, num_frames
+        )
+        device = log_probs.device
+        lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
+        segments = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
+        possible = lengths >= frames_needed(labels, label_lengths)
+        # Impossible segments have an infinite loss; zero_infinity takes them and their gradients out.
+        loss_sum = F.ctc_loss(
+            segments.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True
+        )
+        return CTCOutput(
+            loss_sum=loss_sum,
+            num_labels=(label_lengths * possible).sum(),
+            num_impossible=(~possible).sum(),
+            best_ids=segments.detach().argmax(dim=-1),
+            num_frames=lengths,
+        )
+
+
+def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: int) -> None:
+    """Give the last `num_blocks` blocks new random weights, by the encoder's own initialisation.
+
+    The top of a BEST-RQ encoder has turned into a predictor of its codes; on small budgets, fine-tuning from fresh
+    top blocks can beat fine-tuning from the pretrained ones. A pure function of the settings and `seed`; the global
+    random state is left as it was. Before wrapping in DDP or FSDP.
+
+    Raises:
+        ConfigError: `num_blocks` is negative or more than the encoder has.
+    """
+    if not 0 <= num_blocks <= len(encoder.blocks):
+        raise ConfigError(
+            f"reinitialise_top_blocks = {num_blocks}, but the encoder has {len(encoder.blocks)} blocks: "
+            f"choose 0 to {len(encoder.blocks)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = ConformerEncoder(encoder.settings)
+    for block, fresh_block in zip(encoder.blocks[::-1][:num_blocks], fresh.blocks[::-1][:num_blocks], strict=True):
+        block.load_state_dict(fresh_block.state_dict())
