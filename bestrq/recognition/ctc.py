@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from bestrq.config import ConfigError
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-
-BLANK = 0
+from bestrq.recognition.decoding import BLANK
 
 
 @dataclass

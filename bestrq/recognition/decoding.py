@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from bestrq.recognition.ctc import BLANK
+BLANK = 0
+"""The id of the CTC blank; tokenizers number their tokens from 1"""
 
 
 @dataclass(frozen=True)

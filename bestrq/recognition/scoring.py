@@ -4,7 +4,7 @@ Rates are errors of the whole corpus over reference units of the whole corpus, n
 alignments are jiwer's; characters include the spaces between words.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
@@ -172,6 +172,9 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap of sum(errors) / sum(lengths) over recordings (Bisani and Ney 2004).
 
+    With `errors` the errors of one system less those of another on the same recordings, the interval is that of the
+    difference between their rates: both are resampled together.
+
     Args:
         errors, lengths: integers `[n]`, errors and reference units of every recording.
 
@@ -180,27 +183,10 @@ def bootstrap_interval(
     """
     if len(errors) < 2 or not np.any(lengths):
         return None
-    sums = np.concatenate([draws @ np.stack([errors, lengths], 1) for draws in _resamples(len(errors), num_resamples, seed)])
-    rates = sums[sums[:, 1] > 0]  # a resample of empty references only has no rate
-    low, high = np.quantile(rates[:, 0] / rates[:, 1], [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
-
-
-def bootstrap_difference(
-    errors: np.ndarray,
-    other_errors: np.ndarray,
-    lengths: np.ndarray,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float] | None:
-    """Interval of the rate of one system less that of another on the same recordings, resampled together."""
-    if len(errors) < 2 or not np.any(lengths):
-        return None
-    columns = np.stack([errors - other_errors, lengths], 1)
+    columns = np.stack([errors, lengths], axis=1)
     sums = np.concatenate([draws @ columns for draws in _resamples(len(errors), num_resamples, seed)])
-    rates = sums[sums[:, 1] > 0]
-    low, high = np.quantile(rates[:, 0] / rates[:, 1], [0.5 - confidence / 2, 0.5 + confidence / 2])
+    sums = sums[sums[:, 1] > 0]  # a resample of empty references only has no rate
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 
 
@@ -226,8 +212,8 @@ def _as_arrays(counts: Iterable[ErrorCounts]) -> tuple[np.ndarray, np.ndarray]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _resamples(num_recordings: int, num_resamples: int, seed: int) -> Iterable[np.ndarray]:
-    """How often every recording is drawn: int64 `[resamples, n]` in blocks of a bounded size."""
+def _resamples(num_recordings: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often every recording is drawn: int64 `[resamples, n]`, in blocks of a bounded size."""
     generator = np.random.default_rng(seed)
     block = max(1, 2_000_000 // num_recordings)
     even = np.full(num_recordings, 1.0 / num_recordings)
