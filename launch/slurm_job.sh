@@ -1,0 +1,81 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts (*.sbatch), which SLURM runs on the first node of a job: what they have in common.
+#
+# How a job ends before its work is done:
+#   time limit     SLURM sends SIGUSR2 to the batch script some minutes earlier (#SBATCH --signal); the run saves,
+#                  leaves REQUEUE, and this file requeues the job, MAX_REQUEUES times at most.
+#   STOP file      the same, by hand: touch RUN/STOP.
+#   preemption, scontrol requeue
+#                  SLURM sends SIGTERM to every process, waits (GraceTime, KillWait), and requeues by itself.
+#   scancel        the same signal; the run saves if the cluster's KillWait leaves it the time. Nothing is requeued.
+#
+# Set in the job's environment if need be: PROCESSES_PER_NODE (the node's allocated GPUs, else 1), MAX_REQUEUES (100),
+# PYTHON (.venv/bin/python).
+
+if [ ! -f launch/stoppable.sh ]; then
+    echo "slurm_job.sh: error: $PWD is not the repository; submit from its root: sbatch launch/NAME.sbatch" >&2
+    exit 2
+fi
+# shellcheck source=launch/stoppable.sh
+source launch/stoppable.sh
+
+# Both replace the shell that calls them, so that no bash stands between it and srun and dies of a signal alone.
+# srun does not take the number of CPUs over from the batch script by itself; each task gets all the job has there.
+on_one_node() { exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" "$@"; }
+
+on_every_node() {
+    # A crash on one node ends the others within two minutes, but not at once: where all nodes were asked to stop,
+    # the first torchrun to leave reports the signal as a failure, and the others may still be saving.
+    exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+        --kill-on-bad-exit=0 --wait=120 "$@"
+}
+
+# What SLURM itself calls the first node by, which need not be its host name.
+first_node_address() {
+    local first address
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    address=$(scontrol show node "$first" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    printf '%s\n' "${address:-$first}"
+}
+
+requeue() {
+    local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_REQUEUES:-100}
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+        say "stopped with a checkpoint; SLURM is ending this job itself, so it is not requeued from here"
+        return 0
+    fi
+    if [ "$restarts" -ge "$limit" ]; then
+        say "stopped with a checkpoint; not requeued: this was restart $restarts and MAX_REQUEUES is $limit"
+        return 75
+    fi
+    say "stopped with a checkpoint; requeueing job $SLURM_JOB_ID (restart $((restarts + 1)) of at most $limit)"
+    scontrol requeue "$SLURM_JOB_ID" && return 0
+    say "error: scontrol could not requeue the job; submit the same command again to continue"
+    return 75
+}
+
+# train SCRIPT ARGUMENTS...: one torchrun a node, until the end or a stop; requeued after a stop.
+train() {
+    local folder processes status=0
+    folder=$(run_folder "$@") || return
+    processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+    MASTER_ADDR=$(first_node_address)
+    # Another port at every restart: the last run's may not be free yet. Below the range of outgoing connections.
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}
+    say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $processes processes," \
+        "rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder $folder"
+    # SLURM_NODEID is set in every task, so the task's shell must expand it, not this one.
+    # shellcheck disable=SC2016
+    stoppable "$folder" on_every_node bash -c 'exec "$0" -m torch.distributed.run --max-restarts 0 \
+        --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" \
+        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$@"' \
+        "$PYTHON" "$processes" "$@" || status=$?
+    if [ -e "$folder/REQUEUE" ]; then
+        rm -f "$folder/REQUEUE"
+        requeue
+        return
+    fi
+    return "$status"
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check: ruff, mypy, pytest. Arguments go to pytest:
+#
+#   bash launch/test.sh                      everything
+#   bash launch/test.sh -m "not slurm"       without the SLURM cluster
+#   bash launch/test.sh tests/test_order.py  one file
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case "${1:-}" in
+    -h | --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+        exit 0
+        ;;
+esac
+
+bash launch/setup.sh dev
+
+check() {
+    local start=$SECONDS
+    printf '== %s\n' "$*"
+    .venv/bin/python -m "$@"
+    printf '== %s: %d s\n' "$1" $((SECONDS - start))
+}
+
+check ruff check .
+check ruff format --check .
+check mypy
+# One thread a process: the tests run small models, many in two processes, and are repeatable with a fixed number.
+export OMP_NUM_THREADS=1
+printf '== pytest %s\n' "$*"
+exec .venv/bin/python -m pytest --durations=15 "$@" # last, so that its summary closes the output
