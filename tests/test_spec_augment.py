@@ -73,7 +73,8 @@ def test_longer_segments_get_more_time_masks() -> None:
 
     def spans(length: int) -> float:
         log_mel, *segments = rows([[(0, length, seed)] for seed in range(300)], length)
-        edges = (spec_augment(log_mel, *segments, settings)[:, :, 0] == 0).int().diff(dim=1, prepend=torch.zeros(300, 1))
+        hidden = spec_augment(log_mel, *segments, settings)[:, :, 0] == 0
+        edges = hidden.int().diff(dim=1, prepend=torch.zeros(300, 1))
         return float((edges == 1).sum()) / 300
 
     # 2 and 20 spans, of which 1 in 6 has width 0 and some touch.

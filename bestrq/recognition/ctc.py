@@ -43,7 +43,9 @@ def pad_labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
-def segment_frames(segment_start: Tensor, segment_length: Tensor, factor: int, num_frames: int) -> tuple[Tensor, Tensor]:
+def segment_frames(
+    segment_start: Tensor, segment_length: Tensor, factor: int, num_frames: int
+) -> tuple[Tensor, Tensor]:
     """Where the encoder frames of every used segment lie, in the order of rows, then slots.
 
     Args:

@@ -7,14 +7,12 @@ alignments are jiwer's; characters include the spaces between words.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import jiwer
 import numpy as np
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
-
-MarkKind = Literal["equal", "substitute", "insert", "delete"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,8 @@ class CorpusScore:
 class Mark:
     """A stretch of an alignment: words of the reference beside those of the hypothesis."""
 
-    kind: MarkKind
+    kind: str
+    """'equal', 'substitute', 'insert' or 'delete'"""
     reference: str
     hypothesis: str
 
