@@ -1,0 +1,186 @@
+"""What a dataset on disk is made of: the recording, the columns of the index, names, atomic writes, fingerprint.
+
+    DIR/dataset.json            format version, features and their hash, statistics, totals, fingerprint; written last
+    DIR/index.parquet           one row a recording, sorted by id
+    DIR/shard-NNNNN.safetensors one float16 tensor [frames, M] a recording, named by its id
+    DIR/preparing.json, DIR/shard-NNNNN.parquet    only while a dataset is being written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import DataError
+
+FORMAT_VERSION = 1
+DATASET_FILE = "dataset.json"
+INDEX_FILE = "index.parquet"
+PREPARING_FILE = "preparing.json"
+# Frames that one checksum stands for; 4096 frames of 80 bins are 655,360 bytes.
+CHECKSUM_FRAMES = 4096
+BYTES_PER_VALUE = 2  # float16
+# Rows in a row group of the index: words are read a group at a time.
+ROW_GROUP = 16384
+_SHARD_NAME = re.compile(r"shard-\d{5,}\.safetensors")
+
+WORDS = pa.list_(pa.struct([("word", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is known of a recording besides its sound. Empty strings and None stand for 'not known'."""
+
+    id: str
+    """Unique in the dataset; becomes the tensor's name."""
+    text: str | None = None
+    """Transcript; None where there is none."""
+    words: list[tuple[str, float, float]] | None = None
+    """(word, start, end) with times in seconds from the start of the recording; None where there are none."""
+    language: str = ""
+    """Language code, as the corpus gives it ('en', 'cs', ...)."""
+    speaker: str = ""
+    """Speaker id."""
+    split: str = "train"
+    """'train', 'dev' or 'test'."""
+
+    def __post_init__(self) -> None:
+        if not self.id or self.id != self.id.strip() or not self.id.isprintable() or self.id == "__metadata__":
+            raise DataError(f"recording id {self.id!r} must be printable text without spaces at its ends")
+
+
+def schema(num_mels: int) -> pa.Schema:
+    """Columns of index.parquet."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("shard", pa.string()),
+            ("offset", pa.int64()),  # of the first value, in bytes from the start of the shard's file
+            ("frames", pa.int64()),
+            ("crc32", pa.list_(pa.uint32())),  # zlib.crc32 of every CHECKSUM_FRAMES frames
+            ("mean", pa.list_(pa.float32(), num_mels)),
+            ("std", pa.list_(pa.float32(), num_mels)),
+            ("language", pa.string()),
+            ("speaker", pa.string()),
+            ("split", pa.string()),
+            ("text", pa.string()),
+            ("words", WORDS),
+        ]
+    )
+
+
+def check_shard_name(name: str) -> None:
+    """Raise DataError unless `name` is a plain shard name: an index must not reach outside its folder."""
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        raise DataError(f"shard name {name!r} in the index is not of the form shard-00000.safetensors; refused")
+
+
+def block_range(start: int, stop: int, frames: int) -> tuple[int, int]:
+    """The frames [start, stop) widened to whole checksum blocks of a recording of `frames` frames."""
+    first = start // CHECKSUM_FRAMES * CHECKSUM_FRAMES
+    last = -(-stop // CHECKSUM_FRAMES) * CHECKSUM_FRAMES
+    return first, min(last, frames)
+
+
+def fingerprint(table: pa.Table, feature_hash: str) -> str:
+    """SHA-256 (hex) over what the recordings are: ids, sound (by checksums), labels; not over where they are stored.
+
+    So it is the same for a dataset written in one go and one whose preparation was interrupted.
+    """
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {feature_hash}".encode())
+    columns = table.select(["id", "frames", "crc32", "language", "speaker", "split", "text", "words"])
+    for batch in columns.to_batches(max_chunksize=ROW_GROUP):
+        for row in batch.to_pylist():
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the frames of float16 [frames, M]: two float32 [M], summed in float64."""
+    exact = values.astype(np.float64)
+    mean = exact.mean(axis=0)
+    exact -= mean
+    return mean.astype(np.float32), np.sqrt(np.einsum("fm,fm->m", exact, exact) / len(exact)).astype(np.float32)
+
+
+def checksums(values: np.ndarray) -> list[int]:
+    """zlib.crc32 of every CHECKSUM_FRAMES frames of float16 [frames, M]."""
+    size = CHECKSUM_FRAMES
+    return [zlib.crc32(values[begin : begin + size].data) for begin in range(0, len(values), size)]
+
+
+def overall_statistics(frames: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over all frames, float64 [M], from those of the recordings ([N], [N, M], [N, M])."""
+    weight = frames / frames.sum()
+    mean, std = mean.astype(np.float64), std.astype(np.float64)
+    overall = weight @ mean
+    variance = weight @ (std**2 + (mean - overall) ** 2)
+    return overall, np.sqrt(variance)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name; it takes its real name, synced to disk, when the block ends well."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    with replace_file(path) as file:
+        file.write(json.dumps(fields, indent=1).encode() + b"\n")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    # Checksums and statistics are random bytes: dictionary pages for them would only cost time.
+    text = ["shard", "language", "speaker", "split"]
+    with replace_file(path) as file:
+        pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=text, compression="zstd")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises DataError where the file is not a JSON object."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    return fields
+
+
+def check_version(fields: dict[str, Any], path: Path) -> None:
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format_version is {fields.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
+            "prepare the dataset again"
+        )

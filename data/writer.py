@@ -1,0 +1,296 @@
+"""Writing a dataset: recordings are appended to shards; a finished shard is never lost and never written again.
+
+Whatever stops a preparation (Ctrl-C, a full disk, SIGKILL), a new DatasetWriter on the same folder continues after the
+last finished shard. Only `finish()` makes the folder a dataset, and its content and fingerprint do not depend on how
+often the preparation was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from data import index as ix
+from data.errors import DataError
+from data.features import FeatureSettings, difference
+from data.index import Recording
+
+MAX_SHARD_BYTES = 2_000_000_000
+
+
+class DatasetWriter:
+    """Write recordings to a dataset folder, or continue a preparation that was interrupted.
+
+        with DatasetWriter(folder, settings) as writer:   # leaving the block, even by an error, keeps what was added
+            writer.add(Recording("a"), log_mel)           # skip ids in writer.done_ids
+            writer.finish()                               # makes the folder a dataset
+
+    Memory stays bounded: values go to the disk at once, index rows when a shard is full.
+
+    Args:
+        path: the dataset's folder, made where it is missing.
+        feature_settings: what the log-mel were computed with.
+        max_shard_bytes: a shard is closed before it would grow beyond this (one longer recording fills one alone).
+    Raises:
+        DataError: the folder was begun with other features, another process is writing to it, or the disk is full.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], feature_settings: FeatureSettings, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        if max_shard_bytes <= 0:
+            raise DataError(f"max_shard_bytes is {max_shard_bytes}: must be positive")
+        self.path = Path(path)
+        self.features = feature_settings
+        self.max_shard_bytes = max_shard_bytes
+        # Room for the header in front of the values, so that a shard is written once, in one pass.
+        self.header_bytes = max(1 << 16, max_shard_bytes >> 10) // 8 * 8
+        self.rows: list[dict[str, Any]] = []
+        self.file: int | None = None
+        self.done_ids: set[str] = set()
+        with self._disk_errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._begin()
+
+    @property
+    def finished(self) -> bool:
+        """The folder is a complete dataset: nothing can be added to it."""
+        return (self.path / ix.DATASET_FILE).is_file()
+
+    def add(self, recording: Recording, log_mel: np.ndarray | Tensor) -> None:
+        """Append a recording. log_mel: float [frames, M]. Raises DataError for a repeated id or bad values."""
+        if self.finished:
+            raise DataError(f"{self.path} is a finished dataset: choose another folder, or delete this one")
+        if recording.id in self.done_ids:
+            raise DataError(f"recording id {recording.id!r} was added twice; ids must be unique in a dataset")
+        values = np.ascontiguousarray(np.asarray(log_mel), dtype=np.float16)
+        if values.ndim != 2 or values.shape[1] != self.features.num_mels or not len(values):
+            raise DataError(
+                f"recording {recording.id!r}: log-mel of shape {list(values.shape)}, "
+                f"expected [frames, {self.features.num_mels}] with at least one frame"
+            )
+        mean, std = ix.statistics(values)
+        if not np.isfinite(std).all():
+            raise DataError(f"recording {recording.id!r}: log-mel with NaN or infinite values")
+        entry = len(json.dumps({recording.id: _tensor_entry(values.shape, 1 << 40)}))
+        with self._disk_errors():
+            if self.rows and (
+                self.data_bytes + values.nbytes > self.max_shard_bytes
+                or self.header_used + entry > self.header_bytes - 256
+            ):
+                self.close()
+            if self.file is None:
+                self._open_shard()
+            offset = self.header_bytes + self.data_bytes
+            _write_all(self.file, values.reshape(-1).view(np.uint8), offset)
+        self.data_bytes += values.nbytes
+        self.header_used += entry
+        self.done_ids.add(recording.id)
+        words = recording.words
+        row = dataclasses.asdict(recording) | {
+            "shard": self._shard_name(),
+            "offset": offset,
+            "frames": len(values),
+            "crc32": ix.checksums(values),
+            "mean": mean,
+            "std": std,
+            "words": None if words is None else [{"word": w, "start": s, "end": e} for w, s, e in words],
+        }
+        self.rows.append(row)
+
+    def close(self) -> None:
+        """Finish the shard that is open, so that its recordings survive whatever comes. Safe to call at any time."""
+        with self._disk_errors():
+            self._finish_shard()
+
+    def finish(self) -> None:
+        """Close the last shard, write the index sorted by id, then dataset.json: from then on it is a dataset."""
+        if self.finished:
+            return
+        self.close()
+        parts = sorted(self.path.glob("shard-*.parquet"))
+        if not parts:
+            raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
+        with self._disk_errors():
+            table = pa.concat_tables([pq.read_table(part) for part in parts]).sort_by("id")
+            frames = table["frames"].to_numpy()
+            shape = (len(frames), self.features.num_mels)
+            mean, std = (pc.list_flatten(table[c]).to_numpy().reshape(shape) for c in ("mean", "std"))
+            mean, std = ix.overall_statistics(frames, mean, std)
+            ix.write_table(self.path / ix.INDEX_FILE, table)
+            fields = {
+                **self._head(),
+                "mean": mean.tolist(),
+                "std": std.tolist(),
+                "recordings": len(frames),
+                "frames": int(frames.sum()),
+                "hours": float(frames.sum() / self.features.frames_per_second / 3600),
+                "shards": len(parts),
+                "fingerprint": ix.fingerprint(table, self.features.hash()),
+            }
+            ix.write_json(self.path / ix.DATASET_FILE, fields)
+        self._remove_leftovers()
+        self._unlock()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        finally:
+            self._unlock()
+
+    def _begin(self) -> None:
+        """Take the folder for this process, and see what is there already."""
+        lock = os.open(self.path, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{self.path}: another process is writing this dataset; wait for it or stop it") from error
+        except OSError:
+            pass  # a file system without locks: the folder is then unguarded, but nothing else is lost
+        self.shard = 0
+        for name in (ix.DATASET_FILE, ix.PREPARING_FILE):
+            if (self.path / name).is_file():
+                fields = ix.read_json(self.path / name)
+                ix.check_version(fields, self.path / name)
+                found = FeatureSettings.from_dict(fields.get("features", {}))
+                if found != self.features:
+                    raise DataError(
+                        f"{self.path} was begun with other features: {'; '.join(difference(found, self.features))} "
+                        "(there != now). Use the same features or another folder"
+                    )
+        if self.finished:
+            self.done_ids = set(pq.read_table(self.path / ix.INDEX_FILE, columns=["id"])["id"].to_pylist())
+            self._remove_leftovers()
+            return
+        if not (self.path / ix.PREPARING_FILE).is_file() and any(self.path.glob("shard-*")):
+            raise DataError(f"{self.path} holds shards but no dataset was begun in it; choose a new folder")
+        ix.write_json(self.path / ix.PREPARING_FILE, self._head())
+        for temporary in self.path.glob("*.tmp"):
+            temporary.unlink()
+        for part in sorted(self.path.glob("shard-*.parquet")):
+            self.done_ids.update(pq.read_table(part, columns=["id"])["id"].to_pylist())
+            self.shard = int(part.stem.removeprefix("shard-")) + 1
+        for shard in self.path.glob("shard-*.safetensors"):
+            if not shard.with_suffix(".parquet").exists():  # killed between a shard and its part of the index
+                shard.unlink()
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "format_version": ix.FORMAT_VERSION,
+            "features": self.features.to_dict(),
+            "feature_hash": self.features.hash(),
+        }
+
+    def _shard_name(self) -> str:
+        return f"shard-{self.shard:05d}.safetensors"
+
+    def _open_shard(self) -> None:
+        path = self.path / f"{self._shard_name()}.tmp"
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.data_bytes = self.header_used = 0
+        # Real bytes, not a hole: a disk that fills up later must not take the header's place.
+        _write_all(self.file, np.full(self.header_bytes, ord(" "), np.uint8), 0)
+
+    def _finish_shard(self) -> None:
+        if self.file is None:
+            return
+        if self.rows:
+            header = _header(self.rows, self.header_bytes, self.features)
+            os.ftruncate(self.file, self.header_bytes + self.data_bytes)
+            _write_all(self.file, np.frombuffer(header, np.uint8), 0)
+            os.fsync(self.file)
+            name = self._shard_name()
+            os.replace(self.path / f"{name}.tmp", self.path / name)
+            # The shard counts from here on: its part of the index is written after it, and atomically.
+            ix.write_table(self.path / f"shard-{self.shard:05d}.parquet", _part(self.rows, self.features.num_mels))
+            self.rows = []
+            self.shard += 1
+        self._drop_shard()
+
+    def _drop_shard(self) -> None:
+        """Forget the open shard and the recordings in it."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+        self.done_ids.difference_update(row["id"] for row in self.rows)
+        self.rows = []
+        for temporary in self.path.glob("*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in [*self.path.glob("shard-*.parquet"), *self.path.glob("*.tmp"), self.path / ix.PREPARING_FILE]:
+            leftover.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn an error of the disk into a DataError, keeping the recordings that are on the disk already."""
+        try:
+            yield
+        except OSError as error:
+            # Dropping the half-written recording gives back the little room that closing the shard takes.
+            with contextlib.suppress(OSError):
+                self._finish_shard()
+            self._drop_shard()
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            free = shutil.disk_usage(self.path).free >> 20 if self.path.is_dir() else 0
+            raise DataError(
+                f"{self.path}: {'the disk is full' if full else 'writing failed'} ({error}); "
+                f"{len(self.done_ids)} recordings are written and kept. "
+                f"{f'Free some space ({free} MiB are left)' if full else 'Repair this'} and run the same command again"
+            ) from error
+
+
+def _tensor_entry(shape: tuple[int, ...], begin: int) -> dict[str, Any]:
+    end = begin + ix.BYTES_PER_VALUE * shape[0] * shape[1]
+    return {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def _header(rows: list[dict[str, Any]], size: int, features: FeatureSettings) -> bytes:
+    """The head of a safetensors file, padded with spaces (which the format allows) to `size` bytes."""
+    tensors = {r["id"]: _tensor_entry((r["frames"], features.num_mels), r["offset"] - size) for r in rows}
+    text = json.dumps({"__metadata__": {"feature_hash": features.hash()}, **tensors}, separators=(",", ":")).encode()
+    assert len(text) <= size - 8, "the header's room was reckoned wrongly"
+    return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+
+
+def _part(rows: list[dict[str, Any]], num_mels: int) -> pa.Table:
+    """The index of one shard."""
+    schema = ix.schema(num_mels)
+    arrays = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        if field.name in ("mean", "std"):
+            arrays.append(pa.FixedSizeListArray.from_arrays(np.concatenate(values), num_mels))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _write_all(file: int | None, values: np.ndarray, offset: int) -> None:
+    assert file is not None
+    view = memoryview(values)  # type: ignore[arg-type]
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
