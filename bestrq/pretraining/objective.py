@@ -88,7 +88,7 @@ class BestRQ(nn.Module):
         """
         layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
         hidden = self.encoder(log_mel, layout).flatten(0, 1)[target_frames]
-        logits = self.heads(hidden).view(targets.numel(), -1)
+        logits = self.heads(hidden).unflatten(1, (self.num_codebooks, -1)).flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = targets.flatten()
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
