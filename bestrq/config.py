@@ -1,5 +1,193 @@
-"""One parser for all scripts: typed dataclasses, YAML recipes, `--section.field value` overrides."""
+"""One parser for all scripts: typed dataclasses, YAML recipes, `--section.field value` overrides.
+
+A script has one settings dataclass whose fields are sections (dataclasses that live beside the code they set) or plain
+values. `parse` makes of it `--config FILE.yaml`, `--section.field value`, `--print_config` and a `--help` in which the
+string under a field is its help text. Later arguments win over earlier ones, and a file stands where it is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import traceback
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from bestrq.files import write_file
+
+Settings = TypeVar("Settings")
 
 
 class ConfigError(ValueError):
     """A user's mistake in a setting. The message names the field, the value, and what to do."""
+
+
+def parse(
+    settings_class: type[Settings], argv: Sequence[str] | None = None, description: str | None = None
+) -> Settings:
+    """Settings from the command line (`sys.argv` when `argv` is None) and the YAML files it names.
+
+    `--help` and `--print_config` print and exit with 0. Raises ConfigError for an unknown field (with the nearest
+    name), a value of the wrong type or a file that cannot be read; what a section's own `__post_init__` raises passes
+    through.
+    """
+    parser = _parser(settings_class, description)
+    return _build(settings_class, parser, lambda: parser.parse_args(None if argv is None else list(argv)))
+
+
+def from_dict(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
+    """Settings from nested plain values, such as `to_dict` makes; missing fields take their defaults."""
+    parser = _parser(settings_class, None)
+    return _build(settings_class, parser, lambda: parser.parse_object(values))
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as nested dicts of JSON-able values: tuples become lists, paths strings."""
+    return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+def save_yaml(settings: Any, path: str | Path) -> None:
+    """Write settings (a dataclass, or a dict from `to_dict`) where `--config` can read them. Atomic."""
+    values = settings if isinstance(settings, dict) else to_dict(settings)
+    write_file(Path(path), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a file of `save_yaml`. Runs no code: only plain YAML types are accepted.
+
+    Raises ConfigError when the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the configuration {path} must be a mapping of fields, but is {type(values).__name__}")
+    return values
+
+
+def field_names(settings_class: Any) -> Iterator[str]:
+    """Dotted names of all sections and fields of a settings dataclass."""
+    for name, kind in _fields(settings_class):
+        yield name
+        if dataclasses.is_dataclass(kind):
+            yield from (f"{name}.{inner}" for inner in field_names(kind))
+
+
+def run_main(main: Callable[[], int | None], user_errors: Sequence[type[Exception]] = ()) -> NoReturn:
+    """Run a script's `main` and leave the process with the right status.
+
+    A ConfigError, or one of `user_errors`, is printed as `error: ...` without a traceback: status 2. Anything else
+    shows its traceback: status 1; Ctrl-C gives 130. In a process group nothing waits for the other ranks on the way
+    out: a rank that failed alone would wait for ever in a collective that the others never enter.
+    """
+    status = 0
+    mistakes: tuple[type[Exception], ...] = (ConfigError, *user_errors)
+    try:
+        status = main() or 0
+    except mistakes as error:
+        print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
+        _leave(2)
+    except KeyboardInterrupt:
+        print(f"{_rank_prefix()}interrupted", file=sys.stderr)
+        _leave(130)
+    except Exception:  # the outermost frame: reported in full, never swallowed
+        print(f"{_rank_prefix()}{traceback.format_exc()}", file=sys.stderr, end="")
+        _leave(1)
+    sys.exit(status)
+
+
+def _process_group() -> Any:
+    """torch.distributed while a group is alive, else None; torch is not imported for the sake of an error message."""
+    distributed = sys.modules.get("torch.distributed")
+    alive = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if alive else None
+
+
+def _rank_prefix() -> str:
+    group = _process_group()
+    return f"[rank {group.get_rank()}] " if group is not None and group.get_world_size() > 1 else ""
+
+
+def _leave(status: int) -> NoReturn:
+    if _process_group() is None:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _fields(settings_class: Any) -> Iterator[tuple[str, Any]]:
+    """(name, type) of every field; of `Section | None` the section."""
+    hints = get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        kind = hints[field.name]
+        sections = [option for option in get_args(kind) if dataclasses.is_dataclass(option)]
+        yield field.name, sections[0] if sections else kind
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _parser(settings_class: Any, description: str | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
+    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    parser.add_class_arguments(settings_class, nested_key=None)
+    return parser
+
+
+def _build(settings_class: Any, parser: ArgumentParser, read: Callable[[], Namespace]) -> Any:
+    try:
+        values = read()
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), settings_class)) from None
+    for name, kind in _fields(settings_class):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(values[name], Namespace):
+            if values[name] is None and type(None) in get_args(get_type_hints(settings_class)[name]):
+                continue
+            raise ConfigError(f"{name} is a section and must be a mapping of fields. Got value: {values[name]!r}")
+    try:
+        sections = parser.instantiate_classes(values)
+    except TypeError as error:
+        raise ConfigError(f"a section of the configuration is not a mapping of fields: {error}") from error
+    return settings_class(**{name: sections[name] for name, _ in _fields(settings_class)})
+
+
+def _explain(message: str, settings_class: type) -> str:
+    """The parser's message in the project's words, with the nearest name for an unknown field."""
+    unknown = re.findall(r"--([\w.\-]+)", message) if message.startswith("unrecognized arguments") else []
+    if found := re.search(r"Group '([\w.]*)' does not accept option '([^']*)'", message):
+        unknown = [f"{found[1]}.{found[2]}"]
+    elif found := re.search(r"Option '([^']*)' is not accepted", message):
+        parent = re.search(r"Parser key \"([\w.]+)\"", message)
+        unknown = [f"{parent[1]}.{found[1]}" if parent else found[1]]
+    if unknown:
+        return "; ".join(f"unknown field {name!r}{_nearest(name, settings_class)}" for name in unknown)
+    message = re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
+    return re.sub(r"<class '([\w.]+)'>", r"\1", message)
+
+
+def _nearest(name: str, settings_class: type) -> str:
+    known = list(field_names(settings_class))
+    leaf = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = near or [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    by_leaf = {other.rsplit(".", 1)[-1]: other for other in known}
+    near = near or [by_leaf[other] for other in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    return f": did you mean {' or '.join(map(repr, near))}?" if near else "; --help lists the fields"

@@ -1,0 +1,40 @@
+"""Writing files so that a crash leaves the old state or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file: temporary name in the same folder, fsync, rename over `path`, fsync of the folder."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file's bytes: finds a torn write or a flipped bit, not a forgery."""
+    value = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value

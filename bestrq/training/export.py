@@ -1,0 +1,109 @@
+"""The export: the folder that others use. `model.safetensors`, `config.json`, `README.md` (model card), extra files
+such as the tokenizer. Read by tools that know nothing of this project; reading runs no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bestrq.config import ConfigError
+from bestrq.files import sync
+
+OWN_FILES = ("model.safetensors", "config.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export as read."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+    def file(self, name: str) -> bytes:
+        """Content of an extra file. Raises ConfigError when it is not there."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"the export {self.path} lacks {name}: {error}") from error
+
+
+def write_export(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    model_card: str,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write an export, replacing an older one. Call it on rank 0 only, with whole tensors (`gather_model`).
+
+    Written beside the folder and renamed into place. Two renames replace an older export; a crash right between them
+    leaves it under `.old-NAME`, from where the next write or read brings it back. Raises ConfigError for an extra
+    file whose name is not a plain one.
+    """
+    folder = Path(folder)
+    for name in extra_files or {}:
+        if name in OWN_FILES or name in ("", ".", "..") or Path(name).name != name:
+            raise ConfigError(f"an extra file of an export needs a plain name of its own, but has {name!r}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _recover(folder)
+    temporary, old = folder.with_name(f".tmp-{os.getpid()}-{folder.name}"), _old(folder)
+    try:
+        temporary.mkdir()
+        # Copies: a safetensors file may not hold two names for the same memory.
+        whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        (temporary / "README.md").write_text(model_card)
+        for name, content in (extra_files or {}).items():
+            (temporary / name).write_bytes(content)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _recover(folder)
+        raise ConfigError(f"cannot write the export {folder}: {error}") from error
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_export(folder: str | Path) -> Export:
+    """Read an export; tensors on the CPU. Raises ConfigError naming the file that is missing or damaged."""
+    folder = Path(folder)
+    _recover(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no export at {folder}: give the folder that holds model.safetensors")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {folder / 'config.json'}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / 'config.json'} must be a JSON object, but is {type(config).__name__}")
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
+    return Export(folder, tensors, config)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
+
+
+def _recover(folder: Path) -> None:
+    """Undo a replacement that was cut short between its two renames."""
+    if not folder.exists() and _old(folder).exists():
+        os.rename(_old(folder), folder)
+    shutil.rmtree(_old(folder), ignore_errors=True)

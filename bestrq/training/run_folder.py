@@ -1,0 +1,133 @@
+"""The folder of a run: what was asked for, where it ran, and what came of it.
+
+`config.yaml` (resolved), `run.json` (one entry a start), `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from bestrq.config import ConfigError, load_yaml, save_yaml, to_dict
+from bestrq.files import write_file
+from bestrq.training.process import World
+
+PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
+SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+
+
+class RunFolder:
+    """Paths of a run, and the record of its starts."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.record = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+
+    def start(self, settings: Any, world: World, free: Collection[str] = (), fingerprints: dict[str, str] | None = None
+              ) -> None:  # fmt: skip
+        """Make the folder, or continue in it; called by all ranks, done by rank 0.
+
+        `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
+        from those that the run began with. `fingerprints` are the datasets' by role; they may not change either.
+        Raises ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
+        """
+        problem = None
+        if world.is_main:
+            try:
+                self._start(to_dict(settings), world, free, fingerprints or {})
+            except (ConfigError, OSError) as error:
+                problem = str(error) if isinstance(error, ConfigError) else f"cannot use the run folder: {error}"
+        problem = world.broadcast(problem)
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def _start(self, values: dict[str, Any], world: World, free: Collection[str], fingerprints: dict[str, str]) -> None:
+        starts: list[dict[str, Any]] = []
+        if self.config.exists():
+            differences = list(_differences(load_yaml(self.config), values, free))
+            if differences:
+                raise ConfigError(
+                    f"the run in {self.path} began with another configuration: {'; '.join(differences)}. "
+                    "Take the old value, or another run folder"
+                )
+            starts = self._read_record()
+            for role, fingerprint in fingerprints.items():
+                old = starts[-1].get("fingerprints", {}).get(role, fingerprint) if starts else fingerprint
+                if old != fingerprint:
+                    raise ConfigError(
+                        f"the run in {self.path} began with another {role} dataset (fingerprint {old}, now "
+                        f"{fingerprint}): give the old dataset, or another run folder"
+                    )
+        elif self.checkpoints.exists():
+            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_yaml(values, self.config)
+        write_file(self.record, json.dumps({"starts": [*starts, _describe(world, fingerprints)]}, indent=1))
+
+    def _read_record(self) -> list[dict[str, Any]]:
+        try:
+            return list(json.loads(self.record.read_text())["starts"])
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"cannot read {self.record}: {error!r}. Move it away to go on without it") from error
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str], at: str = "") -> Iterator[str]:
+    """`field: was A, is B` for every field that differs and is not free."""
+    for name in [*old, *(name for name in new if name not in old)]:
+        field = f"{at}{name}"
+        before, after = old.get(name), new.get(name)
+        if field in free or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, free, f"{field}.")
+        else:
+            yield f"{field} was {before!r}, is {after!r}"
+
+
+def _describe(world: World, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """One start. Of the environment only the SLURM ids: a dump of it would hold secrets."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "git": _git(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "host": platform.node(),
+        "device": str(world.device),
+        "world_size": world.size,
+        "slurm": {name: os.environ[name] for name in SLURM if name in os.environ},
+        "fingerprints": fingerprints,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and dirty flag of the source tree, or None where it is not a git checkout."""
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,94 @@
+"""Run a function in several processes joined by gloo, from a test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+
+from bestrq.training.process import DistributedSettings, World, start_world
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0
+) -> list[Any]:
+    """Call `function(world, *arguments)` in `world_size` processes and return what each returned, by rank.
+
+    `function` must be a module's top-level function. Tensors travel as numpy arrays, so no shared memory outlives a
+    process. Raises AssertionError with the tracebacks, each headed by its rank, when a process fails or is silent for
+    `timeout` seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bestrq.training.checkpoint", "bestrq.training.update"])  # torch is imported once
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, pipes = [], []
+    for rank in range(world_size):
+        mine, theirs = context.Pipe(duplex=False)
+        details = (function, rank, world_size, port, theirs, arguments)
+        process = context.Process(target=_child, args=details, daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(mine)
+    results, errors = _collect(pipes, timeout)
+    for process in processes:
+        process.join(5)
+        process.kill()
+    assert not errors, "\n".join(errors)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _collect(pipes: list[Connection], timeout: float) -> tuple[dict[int, Any], list[str]]:
+    results: dict[int, Any] = {}
+    errors: list[str] = []
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout
+    while open_pipes:
+        ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return results, [*errors, f"ranks {sorted(open_pipes.values())} gave no answer within {timeout} s"]
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = open_pipes.pop(pipe)
+            try:
+                error, result = pipe.recv()
+            except EOFError:
+                error, result = "died without a word", None
+            if error is not None:
+                errors.append(f"[rank {rank}] {error}")
+                deadline = min(deadline, time.monotonic() + 5)  # the others may be waiting for it
+            results[rank] = tree_map(lambda leaf: torch.from_numpy(leaf) if _is_array(leaf) else leaf, result)
+    return results, errors
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray)
+
+
+def _child(
+    function: Callable[..., Any], rank: int, size: int, port: int, pipe: Connection, arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        world: World = start_world(DistributedSettings(device="cpu", threads=1, timeout_minutes=1.0))
+        result = function(world, *arguments)
+        result = tree_map(lambda leaf: leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
+        pipe.send((None, result))
+    except BaseException:  # a child's failure must reach the test, whatever it is
+        pipe.send((traceback.format_exc(), None))
+        os._exit(1)
+    pipe.close()
+    world.close()
