@@ -1,0 +1,175 @@
+"""Text to token ids and back. Id 0 is the blank of CTC and RNN-T: `encode` never gives it, `decode` skips it.
+
+A tokenizer is a folder with `tokenizer.json`, and for BPE the SentencePiece model beside it: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from data.errors import DataError
+from data.index import read_json, replace_file, write_json
+
+BLANK = 0
+TOKENIZER_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+UNKNOWN_MARK = "\u2047"  # what a replaced character is written as: a double question mark
+
+
+class Tokenizer(Protocol):
+    """What the recogniser asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the blank (0) included."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids in 1 .. vocab_size - 1. Raises DataError for characters that the tokenizer does not know."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; blanks are skipped."""
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into a folder."""
+
+
+class CharTokenizer:
+    """One id a character. `decode(encode(text)) == text`.
+
+    Args:
+        characters: the known characters; id i + 1 stands for characters[i].
+        replace_unknown: write an unknown character as id vocab_size - 1 instead of raising.
+    """
+
+    def __init__(self, characters: Sequence[str], replace_unknown: bool = False) -> None:
+        if not characters or any(len(c) != 1 for c in characters) or len(set(characters)) != len(characters):
+            raise DataError(f"tokenizer characters {list(characters)[:8]}: must be distinct single characters")
+        self.characters = list(characters)
+        self.replace_unknown = replace_unknown
+        self._ids = {c: i + 1 for i, c in enumerate(self.characters)}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], replace_unknown: bool = False) -> CharTokenizer:
+        """Know the characters that occur in `texts` (and the space)."""
+        characters = {" "}.union(*texts)
+        if characters == {" "}:
+            raise DataError("the texts to train a tokenizer on hold no characters")
+        return cls(sorted(characters), replace_unknown)
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + len(self.characters) + self.replace_unknown
+
+    def encode(self, text: str) -> list[int]:
+        unknown = self.vocab_size - 1 if self.replace_unknown else BLANK
+        ids = [self._ids.get(c, unknown) for c in text]
+        if BLANK in ids:
+            _raise_unknown(text, self._ids)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        table = ["", *self.characters, UNKNOWN_MARK]
+        return "".join(table[i] for i in ids)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        _save(Path(folder), {"kind": "char", "characters": self.characters, "replace_unknown": self.replace_unknown})
+
+
+class BPETokenizer:
+    """SentencePiece byte-pair encoding; its ids are shifted by one so that 0 stays the blank.
+
+    `decode(encode(text)) == text` for text with single spaces (what `data.transcripts.label_text` gives).
+
+    Args:
+        model: a serialised SentencePiece model, as `train` makes it.
+        replace_unknown: write unknown characters as SentencePiece's unknown id instead of raising.
+    """
+
+    def __init__(self, model: bytes, replace_unknown: bool = False) -> None:
+        self.model = model
+        self.replace_unknown = replace_unknown
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"the SentencePiece model cannot be read ({error}); train the tokenizer again") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, replace_unknown: bool = False) -> BPETokenizer:
+        """Train on `texts`. vocab_size: number of ids, the blank included. Raises DataError where it does not fit."""
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size - 1,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                num_threads=1,  # the same texts give the same model
+                max_sentence_length=1 << 20,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"vocab_size {vocab_size}: no BPE tokenizer of these texts can have it: {error}") from error
+        return cls(model.getvalue(), replace_unknown)
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self._processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._processor.encode(text)
+        unknown = self._processor.unk_id()
+        if unknown in ids and not self.replace_unknown:
+            pieces = (self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size()) if i != unknown)
+            _raise_unknown(text, {" "}.union(*pieces))
+        return [i + 1 for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) - 1 for i in ids if i != BLANK])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        _save(Path(folder), {"kind": "bpe", "replace_unknown": self.replace_unknown}, self.model)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokenizer:
+    """The tokenizer that `save` wrote into a folder. Raises DataError where there is none, or it is damaged."""
+    path = Path(folder) / TOKENIZER_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {TOKENIZER_FILE}: no tokenizer was saved there")
+    fields = read_json(path)
+    kind, replace_unknown = fields.get("kind"), bool(fields.get("replace_unknown", False))
+    if kind == "char" and isinstance(fields.get("characters"), list):
+        return CharTokenizer(fields["characters"], replace_unknown)
+    if kind == "bpe":
+        try:
+            return BPETokenizer((path.parent / MODEL_FILE).read_bytes(), replace_unknown)
+        except OSError as error:
+            raise DataError(f"{path.parent / MODEL_FILE}: {error}; save the tokenizer again") from error
+    raise DataError(f"{path}: kind is {kind!r}, known are 'char' and 'bpe'")
+
+
+def _save(folder: Path, fields: dict[str, object], model: bytes | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if model is not None:
+        with replace_file(folder / MODEL_FILE) as file:
+            file.write(model)
+    write_json(folder / TOKENIZER_FILE, fields)
+
+
+def _raise_unknown(text: str, known: Iterable[str]) -> None:
+    unknown = sorted(set(text) - set(known))
+    named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:12])
+    raise DataError(
+        f"characters that the tokenizer does not know: {named} in {text[:80]!r}. Normalise the text "
+        "(data.transcripts.label_text), train the tokenizer on texts that hold them, or set replace_unknown"
+    )
