@@ -10,12 +10,8 @@
 #   scancel        the same signal; the run saves if the cluster's KillWait leaves it the time. Nothing is requeued.
 #
 # Set in the job's environment if need be: PROCESSES_PER_NODE (the node's allocated GPUs, else 1), MAX_REQUEUES (100),
-# PYTHON (.venv/bin/python).
+# MASTER_ADDR (what SLURM calls the first node), PYTHON (.venv/bin/python).
 
-if [ ! -f launch/stoppable.sh ]; then
-    echo "slurm_job.sh: error: $PWD is not the repository; submit from its root: sbatch launch/NAME.sbatch" >&2
-    exit 2
-fi
 # shellcheck source=launch/stoppable.sh
 source launch/stoppable.sh
 
@@ -30,17 +26,19 @@ on_every_node() {
         --kill-on-bad-exit=0 --wait=120 "$@"
 }
 
-# What SLURM itself calls the first node by, which need not be its host name.
+# What SLURM itself reaches the first node by, which need not be its host name.
 first_node_address() {
-    local first address
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    address=$(scontrol show node "$first" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    printf '%s\n' "${address:-$first}"
+    local nodes node
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || return
+    nodes=${nodes%%$'\n'*}
+    node=$(scontrol show node "$nodes") || return
+    [[ $node =~ NodeAddr=([^[:space:]]+) ]] || return
+    printf '%s\n' "${BASH_REMATCH[1]}"
 }
 
 requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_REQUEUES:-100}
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+    if [[ $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then
         say "stopped with a checkpoint; SLURM is ending this job itself, so it is not requeued from here"
         return 0
     fi
@@ -60,7 +58,7 @@ train() {
     folder=$(run_folder "$@") || return
     processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
-    MASTER_ADDR=$(first_node_address)
+    MASTER_ADDR=${MASTER_ADDR:-$(first_node_address)} || return
     # Another port at every restart: the last run's may not be free yet. Below the range of outgoing connections.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}

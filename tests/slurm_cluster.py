@@ -1,4 +1,4 @@
-"""A real SLURM on this machine, for tests: munged, slurmctld and two slurmd, in a folder of their own, on free ports."""
+"""A real SLURM on this machine, for tests: munged, slurmctld and two slurmd, in their own folder, on free ports."""
 
 import contextlib
 import os

@@ -1,0 +1,59 @@
+"""What holds for every source file: no code from data files, rooms that do not know each other, readable sizes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(REPOSITORY.glob("*.py"))
+MODULES = sorted(path for room in ("bestrq", "data", "benchmarks") for path in (REPOSITORY / room).rglob("*.py"))
+
+
+def files_with(pattern: str, files: list[Path]) -> list[str]:
+    found = re.compile(pattern, re.MULTILINE)
+    return [str(path.relative_to(REPOSITORY)) for path in files if found.search(path.read_text())]
+
+
+# A pickle, and an archive with crafted paths, run or overwrite what their author likes. The linter bans some of these.
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^\s*(import|from) (pickle|dill|cloudpickle|joblib|shelve|marshal|tarfile)\b",
+        r"weights_only\s*=\s*False",
+        r"allow_pickle\s*=\s*True",
+        r"\btorch\.(load|save)\(",
+        r"\b(extractall|unpack_archive)\(",
+        r"\byaml\.(load|unsafe_load|full_load)\(",
+        r"(?<![\w.])(eval|exec)\(",
+    ],
+)
+def test_no_source_runs_code_out_of_a_data_file(pattern: str) -> None:
+    assert files_with(pattern, [*SCRIPTS, *MODULES]) == []
+
+
+@pytest.mark.parametrize(("room", "stranger"), [("bestrq", "data"), ("data", "bestrq")])
+def test_the_two_libraries_do_not_know_each_other(room: str, stranger: str) -> None:
+    assert files_with(rf"^\s*(from|import) {stranger}\b", sorted((REPOSITORY / room).rglob("*.py"))) == []
+
+
+def test_libraries_do_not_import_scripts() -> None:
+    scripts = "|".join(path.stem for path in SCRIPTS)
+    assert files_with(rf"^\s*(from|import) ({scripts})\b", MODULES) == []
+
+
+def test_the_model_knows_nothing_of_training() -> None:
+    model = sorted((REPOSITORY / "bestrq/model").rglob("*.py"))
+    assert files_with(r"^\s*(from|import) bestrq\.(training|pretraining|recognition)\b", model) == []
+
+
+@pytest.mark.parametrize(("files", "budget"), [(SCRIPTS, 400), (MODULES, 300)], ids=["scripts", "modules"])
+def test_files_stay_short_enough_to_read(files: list[Path], budget: int) -> None:
+    lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in lengths.items() if lines > budget} == {}
+
+
+def test_code_is_ascii() -> None:
+    """Word lists and transcripts aside: what looks alike must be alike."""
+    sources = [path for path in [*SCRIPTS, *MODULES] if "corpora" not in path.parts]
+    assert [str(path.relative_to(REPOSITORY)) for path in sources if not path.read_text().isascii()] == []
