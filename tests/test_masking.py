@@ -10,7 +10,7 @@ from bestrq.pretraining.masking import (
     draw_span_mask,
     expected_mask_share,
     fill_with_noise,
-    mean_run_length,
+    num_runs,
 )
 
 
@@ -69,9 +69,9 @@ def test_noise_has_the_given_deviation_and_unmasked_frames_stay():
     assert filled[:, :2000].mean().item() == pytest.approx(0.0, abs=2e-3)
 
 
-def test_mean_run_length():
+def test_num_runs():
     mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]], dtype=torch.bool)
-    assert mean_run_length(mask) == pytest.approx(3.0)
+    assert num_runs(mask) == 3
 
 
 def test_bad_settings_name_the_field():

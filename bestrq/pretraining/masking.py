@@ -59,10 +59,10 @@ def expected_mask_share(frames: int, span_frames: int, start_probability: float)
     return float((1 - (1 - start_probability) ** covering).mean()) if frames else 0.0
 
 
-def mean_run_length(mask: Tensor) -> float:
-    """Mean length in mel frames of the masked runs of bool `[R, F]`; overlapping spans make it longer than a span."""
-    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 0)).diff(dim=1)
-    return float(mask.sum()) / max(1, int((edges == 1).sum()))
+def num_runs(mask: Tensor) -> int:
+    """Masked runs of bool `[R, F]`; overlapping spans are one run."""
+    begins = mask[:, 1:] & ~mask[:, :-1]
+    return int(begins.sum() + mask[:, 0].sum())
 
 
 def fill_with_noise(

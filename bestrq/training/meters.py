@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bestrq.files import write_file
@@ -64,6 +65,16 @@ class MetricsLog:
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    @property
+    def active(self) -> bool:
+        """Whether this rank writes; on the others a picture need not be drawn."""
+        return self._writer is not None
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Show uint8 `[height, width, 3]` in TensorBoard; the record has numbers only."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Push TensorBoard's events to disk; the record is there already."""

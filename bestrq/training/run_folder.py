@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,27 @@ from bestrq.training.process import World
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+
+
+@dataclass
+class RunSettings:
+    """Where a run lies, how long it is, and how often it speaks."""
+
+    folder: str = "runs/run"
+    """run folder: checkpoints, metrics, export. The same command continues what lies there."""
+    steps: int = 1000
+    """updates of the whole run"""
+    seed: int = 0
+    """initial weights, dropout, and the order, crops and masks of the data"""
+    log_every: int = 10
+    """updates between two lines of the console and of metrics.jsonl"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name} must be 1 or more, but is {getattr(self, name)}")
+        if not self.folder:
+            raise ConfigError("run.folder is empty: give a folder, such as runs/first")
 
 
 class RunFolder:

@@ -1,0 +1,61 @@
+"""What a person looks at to see that pretraining is sane: a spectrogram with its mask, and how codes are used."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from safetensors.torch import save
+from torch import Tensor
+
+from bestrq.files import write_file
+
+matplotlib.use("Agg")  # no display on a cluster node
+from matplotlib.figure import Figure  # noqa: E402
+
+MASK_EXAMPLE = "mask_example.safetensors"
+CODEBOOK_USAGE = "codebook_usage.safetensors"
+
+
+def save_mask_example(folder: Path, log_mel: Tensor, mask: Tensor) -> None:
+    """Keep one row, `[F, M]` and bool `[F]`, for the report; float16 and uint8 in the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"log_mel": log_mel.detach().cpu().half().contiguous(), "mask": mask.detach().cpu().byte().contiguous()}
+    write_file(folder / MASK_EXAMPLE, save(tensors))
+
+
+def save_codebook_usage(folder: Path, counts: Tensor) -> None:
+    """Keep how often each code was a target so far, int64 `[C, V]`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / CODEBOOK_USAGE, save({"counts": counts.detach().cpu().contiguous()}))
+
+
+def draw_mask(log_mel: Tensor, mask: Tensor, hop_ms: int) -> np.ndarray:
+    """A row's spectrogram with the masked frames shaded, uint8 `[height, width, 3]`."""
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes = figure.subplots()
+    seconds = log_mel.shape[0] * hop_ms / 1000
+    axes.imshow(log_mel.float().cpu().T, origin="lower", aspect="auto", extent=(0, seconds, 0, log_mel.shape[1]))
+    time = np.arange(len(mask)) * hop_ms / 1000
+    axes.fill_between(time, 0, log_mel.shape[1], where=mask.cpu().numpy(), step="post", color="white", alpha=0.65)
+    axes.set(xlabel="seconds", ylabel="mel bin", title="a row as the encoder sees it: white frames are masked")
+    return render(figure)
+
+
+def draw_codebook_usage(counts: Tensor) -> np.ndarray:
+    """Share of every code, most used first, one line a codebook, uint8 `[height, width, 3]`."""
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes = figure.subplots()
+    share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    for codebook in share.sort(dim=1, descending=True).values:
+        axes.plot(np.arange(1, len(codebook) + 1), codebook.numpy())
+    axes.set(xlabel="code, most used first", ylabel="share of targets", xscale="log", yscale="log")
+    return render(figure)
+
+
+def render(figure: Figure) -> np.ndarray:
+    """A figure's pixels, uint8 `[height, width, 3]`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=100)
+    width, height = (int(v) for v in figure.get_size_inches() * 100)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8).reshape(height, width, 4)[..., :3]
