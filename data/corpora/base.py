@@ -1,0 +1,87 @@
+"""The one shape of a corpus: settings, a list of sources, and what a source gives when it is loaded.
+
+A corpus module has a settings dataclass (a docstring under every field becomes `--help`) and a function
+`sources(settings)` that lists what there is without reading any sound. A source is small, can be sent to another process,
+and is loaded there; loading the same source twice gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from data.errors import DataError
+from data.features import FeatureSettings, read_audio
+from data.index import Recording
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A loaded recording: what is known of it, and its sound."""
+
+    recording: Recording
+    waveform: Tensor
+    """float32 [samples] at the feature settings' sample rate."""
+
+
+class Source(Protocol):
+    """One recording that a corpus can give."""
+
+    @property
+    def id(self) -> str: ...
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        """Read or make the sound. Raises DataError where this one recording is unusable: it is skipped and counted."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A recording that is a whole audio file, with what is known of it."""
+
+    recording: Recording
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.recording.id
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        return Utterance(self.recording, read_audio(self.path, features))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus as `data.prepare` sees it."""
+
+    summary: str
+    """One line for the list of corpora."""
+    settings: type
+    """The settings dataclass."""
+    sources: Callable[[Any], Iterable[Source]]
+    """Settings -> everything the corpus has, in a fixed order, ids unique. Raises DataError for a user's mistake."""
+
+
+def hash_share(key: str) -> float:
+    """A number in [0, 1) that depends on the text alone: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """' Did you mean X?' for the nearest of the known names, or nothing when none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(field: str, value: str, known: Sequence[str]) -> None:
+    """Raise DataError unless the value is one of the known ones."""
+    if value not in known:
+        raise DataError(f"{field} is {value!r}, known are {', '.join(known)}.{did_you_mean(value, known)}")

@@ -1,0 +1,176 @@
+"""espeak-ng through ctypes: speech from words, with the exact time of every word.
+
+The library and its data come from the PyPI package `espeakng-loader`. Two facts shape this module:
+
+- Word events of plain text are not one to one with words (phrases such as "out of the" are spoken as one unit). So every
+  word is turned into phonemes by itself, the utterance is spoken as `[[phonemes]] [[phonemes]] ...`, and an event is
+  attached to its word by its position in that text.
+- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers), and no call resets it. So
+  a `Synthesizer` loads the library afresh and unloads it at the end (about 3 ms): what it speaks is a pure function of what
+  it was asked since it was opened.
+
+The library is not thread-safe and there is one of it in a process: use processes, and one `Synthesizer` at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Values of speak_lib.h of espeak-ng 1.52.
+_SYNCHRONOUS = 2
+_BUFFER_MS = 30_000
+_CHARS_UTF8_WITH_PHONEMES = 0x001 | 0x100
+_EVENT_END_OF_LIST, _EVENT_WORD, _EVENT_CLAUSE_END = 0, 1, 5
+_RATE, _PITCH, _RANGE = 1, 3, 4
+_POSITION_IN_CHARACTERS = 1
+
+# A word's end is where its sound has fallen below this share of its own peak: before a pause the library reports only
+# where the pause ends.
+_SILENCE = 0.01
+
+
+class _EventId(ctypes.Union):
+    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
+    ]
+
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+
+class UnspeakableWord(RuntimeError):
+    """The voice takes this word for more than one word, for another language's, or for none."""
+
+
+class Synthesizer:
+    """One voice of espeak-ng, from a known state; use it in a `with` block.
+
+    Args:
+        voice: espeak's voice name with a variant, such as `de+f2`.
+        words_per_minute: 80 to 450.
+        pitch: 0 to 99; 50 is the voice's own.
+        pitch_range: 0 to 99; 50 is the voice's own.
+        seed: of the library's noise (breath); below 2**31.
+
+    Raises:
+        RuntimeError: the library does not know the voice.
+        UnspeakableWord: from `phonemes` and `speak`.
+    """
+
+    def __init__(self, voice: str, *, words_per_minute: int = 170, pitch: int = 50, pitch_range: int = 50, seed: int = 0):
+        self.voice = voice
+        self._settings = {_RATE: words_per_minute, _PITCH: pitch, _RANGE: pitch_range}
+        self._seed = seed
+        self._audio: list[bytes] = []
+        self._events: list[tuple[int, int, int]] = []  # (type, character position from 1, sample)
+        self._callback = _Callback(self._receive)
+
+    def __enter__(self) -> Synthesizer:
+        import espeakng_loader
+
+        self._library = library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.sample_rate: int = library.espeak_Initialize(
+            _SYNCHRONOUS, _BUFFER_MS, espeakng_loader.get_data_path().encode(), 0
+        )
+        if self.sample_rate <= 0:
+            raise RuntimeError("espeak-ng did not start: reinstall the package espeakng-loader")
+        library.espeak_SetSynthCallback(self._callback)
+        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
+        library.espeak_Synth.argtypes = [
+            ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint,
+            ctypes.c_void_p, ctypes.c_void_p,
+        ]  # fmt: skip
+        if library.espeak_SetVoiceByName(self.voice.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {self.voice!r}")
+        for parameter, value in self._settings.items():
+            library.espeak_SetParameter(parameter, value, 0)
+        library.espeak_ng_SetRandSeed(ctypes.c_long(self._seed))
+        _libc().srand(ctypes.c_uint(self._seed))  # the breath noise comes from libc
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._library.espeak_Terminate()
+        _libc().dlclose(ctypes.c_void_p(self._library._handle))
+        del self._library
+
+    def _receive(self, samples: ctypes._Pointer[ctypes.c_short], count: int, events: ctypes._Pointer[_Event]) -> int:
+        if samples and count > 0:
+            self._audio.append(ctypes.string_at(samples, 2 * count))
+        index = 0
+        while (event := events[index]).type != _EVENT_END_OF_LIST:
+            self._events.append((event.type, event.text_position, event.sample))
+            index += 1
+        return 0
+
+    def phonemes(self, word: str) -> str:
+        """The word's phonemes in espeak's own notation, as the word is spoken alone."""
+        rest = ctypes.c_char_p(word.encode())
+        parts = []
+        while rest.value is not None:
+            found = self._library.espeak_TextToPhonemes(ctypes.byref(rest), 1, 0)
+            if found:
+                parts.append(found.decode())
+        spoken = "".join(parts)
+        # "(en)" is how the library says that it would change to another language's voice in mid-word.
+        if not spoken or "(" in spoken or "[" in spoken or " " in spoken:
+            raise UnspeakableWord(f"espeak-ng voice {self.voice!r} cannot speak {word!r} as one word: {spoken!r}")
+        return spoken
+
+    def speak(self, words: Sequence[str]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
+        """One phrase: (float32 [samples] in -1..1 at `sample_rate`, one (start, end) in seconds for every word)."""
+        text, ends = "", []
+        for word in words:
+            text += f"[[{self.phonemes(word)}]] "
+            ends.append(len(text))
+        self._audio.clear()
+        self._events.clear()
+        data = text.encode()
+        self._library.espeak_Synth(
+            data, len(data) + 1, 0, _POSITION_IN_CHARACTERS, 0, _CHARS_UTF8_WITH_PHONEMES, None, None
+        )
+        samples = np.frombuffer(b"".join(self._audio), dtype=np.int16).astype(np.float32) / 32768
+        return samples, self._word_times(samples, words, ends)
+
+    def _word_times(
+        self, samples: NDArray[np.float32], words: Sequence[str], ends: Sequence[int]
+    ) -> list[tuple[float, float]]:
+        starts: dict[int, int] = {}
+        boundaries = [len(samples)]
+        for kind, position, sample in self._events:
+            if kind == _EVENT_WORD:
+                index = int(np.searchsorted(ends, position))  # position counts from 1
+                starts.setdefault(index, sample)
+            if kind in (_EVENT_WORD, _EVENT_CLAUSE_END):
+                boundaries.append(sample)
+        times = []
+        for index, word in enumerate(words):
+            if index not in starts:
+                raise RuntimeError(f"espeak-ng voice {self.voice!r} reported no time for the word {word!r}")
+            start = starts[index]
+            loudness = np.abs(samples[start : min(b for b in boundaries if b > start)])
+            end = start + int(np.flatnonzero(loudness >= _SILENCE * loudness.max())[-1]) + 1
+            times.append((start / self.sample_rate, end / self.sample_rate))
+        return times
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -1,0 +1,186 @@
+"""Speech without any recording: sentences from small grammars, spoken by espeak-ng, with exact word times.
+
+Every recording is a pure function of (seed, id, languages), so workers and interrupted preparations agree. The splits share
+neither voices (a voice is a language with a variant of espeak's) nor sentences (a hash of the sentence decides its
+split). Invented words make sure that spelling has to be heard and cannot be looked up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.corpora.base import Utterance, check_choice, hash_share
+from data.corpora.espeak import Synthesizer, UnspeakableWord
+from data.corpora.grammar import LANGUAGES, Grammar, Topic, load_grammar, pick
+from data.errors import DataError
+from data.features import FeatureSettings, resample
+from data.index import Recording
+
+# espeak's name of the base voice, where it is not the language's code.
+_BASE_VOICE = {"en": "en-us"}
+# Variants of espeak's base voices, chosen by ear and level (no whispers, no robots).
+VARIANTS = {
+    "train": (
+        "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "f5", "Alicia", "Andy", "Annie", "Lee", "Michael", "Reed",
+        "adam", "aunty", "belinda", "david", "klatt3", "max", "michel", "quincy", "robert", "steph",
+    ),
+    "dev": ("caleb", "linda", "m8"),
+    "test": ("Mario", "f3", "m5", "rob", "shelby"),
+}  # fmt: skip
+# Sentences by their hash: this share belongs to test, the next to dev, the rest to train.
+_TEST_SHARE, _DEV_SHARE = 0.06, 0.06
+# An utterance goes on to the sentence that reaches a length drawn between these, so it lasts 2 to 15 s.
+_SHORTEST_S, _LONGEST_S = 2.0, 9.8
+_MEAN_UTTERANCE_S = 7.3  # measured, over all languages: turns hours into a number of utterances
+_SECONDS_ON_A_TOPIC = 60.0
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """The synthetic corpus."""
+
+    languages: list[str] = field(default_factory=lambda: ["en", "de", "es", "cs"])
+    """Languages, in equal shares of the utterances; name one twice to give it twice the share. Known: en, de, fr, es,
+    it, nl, cs."""
+    train_hours: float = 4.0
+    """Hours of training speech, within a few per cent."""
+    train_long_share: float = 0.2
+    """Share of the training hours that comes in long recordings."""
+    dev_utterances: int = 60
+    """Short utterances in the dev split."""
+    test_utterances: int = 60
+    """Short utterances in the test split."""
+    test_long_recordings: int = 3
+    """Long recordings in the test split, each by one voice and with topics that come back."""
+    long_minutes: float = 10.5
+    """Length that every long recording reaches, in minutes."""
+    seed: int = 0
+    """Another seed gives other speech."""
+
+    def __post_init__(self) -> None:
+        if not self.languages:
+            raise DataError("languages is empty: name at least one of " + ", ".join(LANGUAGES))
+        for language in self.languages:
+            check_choice("languages", language, LANGUAGES)
+        for name in ("train_hours", "dev_utterances", "test_utterances", "test_long_recordings"):
+            if getattr(self, name) < 0:
+                raise DataError(f"{name} is {getattr(self, name)}: must not be negative")
+        if not 0 <= self.train_long_share <= 1:
+            raise DataError(f"train_long_share is {self.train_long_share}: must be from 0 to 1")
+        if self.long_minutes <= 0:
+            raise DataError(f"long_minutes is {self.long_minutes}: must be positive")
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """One synthetic recording: speaks sentences until `seconds` are reached (0: a length drawn for short utterances)."""
+
+    id: str
+    split: str
+    language: str
+    seconds: float
+    seed: int
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        """Speak the recording: its text, words, speaker and sound are a pure function of this source."""
+        digest = hashlib.sha256(f"{self.seed} {self.id} {self.language} {self.seconds}".encode()).digest()
+        rng = random.Random(digest[:16])
+        variant = pick(rng, VARIANTS[self.split])
+        seconds = self.seconds or _SHORTEST_S + (_LONGEST_S - _SHORTEST_S) * rng.random()
+        grammar = load_grammar(self.language)
+        topics = [grammar.topic(rng) for _ in range(3)] if self.seconds else None
+        voice = Synthesizer(
+            f"{_BASE_VOICE.get(self.language, self.language)}+{variant}",
+            words_per_minute=140 + int(50 * rng.random()),
+            pitch=35 + int(30 * rng.random()),
+            pitch_range=35 + int(30 * rng.random()),
+            seed=int.from_bytes(digest[16:20], "big") >> 1,
+        )
+        waveform, words = _speak(voice, grammar, rng, self.split, seconds, topics)
+        waveform = _room(waveform, np.random.default_rng(list(digest)))
+        recording = Recording(
+            id=self.id,
+            text=" ".join(word for word, _, _ in words),
+            words=words,
+            language=self.language,
+            speaker=f"{self.language}-{variant}",
+            split=self.split,
+        )
+        return Utterance(recording, resample([waveform], voice.sample_rate, features.sample_rate))
+
+
+def sources(settings: SyntheticSettings) -> list[SyntheticSource]:
+    """Long recordings first (they take longest), then short utterances, the languages in turn."""
+    long_seconds = settings.long_minutes * 60
+    train_seconds = settings.train_hours * 3600
+    counts = [
+        ("train", long_seconds, round(train_seconds * settings.train_long_share / long_seconds)),
+        ("test", long_seconds, settings.test_long_recordings),
+        ("train", 0.0, math.ceil(train_seconds * (1 - settings.train_long_share) / _MEAN_UTTERANCE_S)),
+        ("dev", 0.0, settings.dev_utterances),
+        ("test", 0.0, settings.test_utterances),
+    ]
+    listed = []
+    for split, seconds, count in counts:
+        for number in range(count):
+            language = settings.languages[number % len(settings.languages)]
+            name = f"{split}-{'long-' if seconds else ''}{number:06d}-{language}"
+            listed.append(SyntheticSource(name, split, language, seconds, settings.seed))
+    return listed
+
+
+def split_of(sentence: str) -> str:
+    """The split that a sentence belongs to, whoever speaks it."""
+    share = hash_share(sentence)
+    return "test" if share < _TEST_SHARE else "dev" if share < _TEST_SHARE + _DEV_SHARE else "train"
+
+
+def _speak(
+    synthesizer: Synthesizer, grammar: Grammar, rng: random.Random, split: str, seconds: float, topics: list[Topic] | None
+) -> tuple[NDArray[np.float32], list[tuple[str, float, float]]]:
+    """Sentences with pauses between them: (float32 [samples] at the voice's rate, words with times in seconds)."""
+    pieces: list[NDArray[np.float32]] = []
+    words: list[tuple[str, float, float]] = []
+    with synthesizer as voice:
+        samples = 0
+
+        def append(piece: NDArray[np.float32]) -> None:
+            nonlocal samples
+            pieces.append(piece)
+            samples += len(piece)
+
+        append(_silence(0.1 + 0.3 * rng.random(), voice.sample_rate))
+        while samples < seconds * voice.sample_rate:
+            now = samples / voice.sample_rate
+            # The topics take turns, so that each comes back after a few minutes.
+            topic = topics[int(now / _SECONDS_ON_A_TOPIC) % len(topics)] if topics else None
+            sentence = grammar.sentence(rng, topic)
+            if split_of(" ".join(sentence)) != split:
+                continue
+            try:
+                sound, times = voice.speak(sentence)
+            except UnspeakableWord:  # rare: an invented word that the voice takes for a foreign one
+                continue
+            words += [(word, now + start, now + end) for word, (start, end) in zip(sentence, times, strict=True)]
+            append(sound)
+            append(_silence(0.15 + 0.4 * rng.random(), voice.sample_rate))
+    return np.concatenate(pieces), words
+
+
+def _silence(seconds: float, rate: int) -> NDArray[np.float32]:
+    return np.zeros(int(seconds * rate), dtype=np.float32)
+
+
+def _room(waveform: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """A microphone's level and a little noise: a peak of 0.1 to 0.9 of full scale, white noise 25 to 50 dB below speech."""
+    gain = 10 ** (rng.uniform(-20, -1) / 20) / max(float(np.abs(waveform).max()), 1e-3)
+    level = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
+    noise = rng.standard_normal(len(waveform), dtype=np.float32)
+    noise *= np.float32(level * 10 ** (-rng.uniform(25, 50) / 20))
+    return ((waveform + noise) * np.float32(gain)).astype(np.float32)
