@@ -145,7 +145,8 @@ def _plain(value: Any) -> Any:
 
 
 def _parser(settings_class: Any, description: str | None) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # A recipe may come from anywhere: no value in it may make the parser import a module (`class_path: ...`).
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(settings_class, nested_key=None)
@@ -163,7 +164,7 @@ def _build(settings_class: Any, parser: ArgumentParser, read: Callable[[], Names
                 continue
             raise ConfigError(f"{name} is a section and must be a mapping of fields. Got value: {values[name]!r}")
     try:
-        sections = parser.instantiate_classes(values)
+        sections = parser.instantiate(values)
     except TypeError as error:
         raise ConfigError(f"a section of the configuration is not a mapping of fields: {error}") from error
     return settings_class(**{name: sections[name] for name, _ in _fields(settings_class)})

@@ -78,7 +78,10 @@ class RunFolder:
 
     def _start(self, values: dict[str, Any], world: World, free: Collection[str], fingerprints: dict[str, str]) -> None:
         starts: list[dict[str, Any]] = []
-        if self.config.exists():
+        trained = self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
+        if trained and not self.config.exists():
+            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
+        if trained:  # before the first checkpoint there is nothing that another configuration could spoil
             differences = list(_differences(load_yaml(self.config), values, free))
             if differences:
                 raise ConfigError(
@@ -93,8 +96,6 @@ class RunFolder:
                         f"the run in {self.path} began with another {role} dataset (fingerprint {old}, now "
                         f"{fingerprint}): give the old dataset, or another run folder"
                     )
-        elif self.checkpoints.exists():
-            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
         self.path.mkdir(parents=True, exist_ok=True)
         save_yaml(values, self.config)
         write_file(self.record, json.dumps({"starts": [*starts, _describe(world, fingerprints)]}, indent=1))
