@@ -12,33 +12,37 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
-# The value of --run.folder among a script's arguments; the last one counts, as it does for the script.
+# run_folder SCRIPT ARGUMENTS...: the run folder that the script will use. --run.folder among the arguments, the last
+# one, as for the script; else the script is asked, which takes seconds: the folder may stand in a file of --config.
 run_folder() {
-    local folder="" previous="" argument
+    local folder="" previous="" argument settings
     for argument in "$@"; do
         case "$argument" in --run.folder=*) folder=${argument#*=} ;; esac
-        [ "$previous" = --run.folder ] && folder=$argument
+        [ "$previous" != --run.folder ] || folder=$argument
         previous=$argument
     done
     if [ -z "$folder" ]; then
-        say "error: --run.folder is missing: name the run folder, for example --run.folder runs/first"
-        return 2
+        settings=$("$PYTHON" "$@" --print_config) || return
+        folder=$(sed -n '/^run:/,/^[^ ]/s/^  folder: *//p' <<<"$settings")
+        if [ -z "$folder" ]; then
+            say "error: $1 has no setting run.folder"
+            return 2
+        fi
     fi
     printf '%s\n' "$folder"
 }
 
 # stoppable FOLDER COMMAND...: run the command to its end; a signal meanwhile asks it to stop. Its exit status.
 stoppable() {
-    local folder=$1 child status name
+    local status name
+    stop_folder=$1
     shift
-    mkdir -p "$folder"
-    rm -f "$folder/STOP" "$folder/REQUEUE" # left by a run that was killed before it could answer
+    mkdir -p "$stop_folder"
+    rm -f "$stop_folder/STOP" "$stop_folder/REQUEUE" # left by a run that was killed before it could answer
     "$@" &
     child=$!
-    for name in HUP INT TERM USR1 USR2; do
-        # shellcheck disable=SC2064  # expanded now: the folder, the process and the name are those of this call
-        trap "signalled=$name; ask_to_stop $name '$folder' $child" "$name"
-    done
+    # shellcheck disable=SC2064  # expanded now: the name is that of this round
+    for name in HUP INT TERM USR1 USR2; do trap "ask_to_stop $name" "$name"; done
     # A trapped signal ends wait early. Then wait again: only a wait that none interrupted gives the command's status.
     while :; do
         signalled=""
@@ -51,11 +55,12 @@ stoppable() {
 }
 
 ask_to_stop() {
-    if [ "$1" = INT ] && [ -e "$2/STOP" ]; then
+    signalled=$1
+    if [ "$1" = INT ] && [ -e "$stop_folder/STOP" ]; then
         say "interrupted again: ending without a checkpoint"
-        kill -INT "$3" 2>/dev/null || true
+        pkill -KILL -P "$child" || kill -KILL "$child" # the processes that torchrun started; it then ends by itself
     else
         say "got SIG$1: asking the run to save a checkpoint and end"
-        touch "$2/STOP"
+        touch "$stop_folder/STOP"
     fi
 }

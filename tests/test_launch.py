@@ -14,14 +14,23 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*REPOSITORY.glob("launch/*.sh"), *REPOSITORY.glob("launch/*.sbatch"), REPOSITORY / ".ci/run"])
 # In place of .venv/bin/python: says what it was asked to run, then runs until there is a STOP file, and answers it.
-# "-n", "crash" and "finish" in the folder's name make it end otherwise.
+# "crash", "finish" and "hang" in the folder's name make it do otherwise.
 STAND_IN = """#!/usr/bin/env bash
-[ "$1" = -c ] && { echo 3; exit; }  # the number of GPUs
+case "$1 $*" in
+    "-c "*) echo 3; exit ;;  # the number of GPUs
+    *" --print_config")
+        printf '%s\\n' data: '  folder: no' run: '  steps: 3' '  folder: runs/finish' x: '  folder: no'
+        exit ;;
+esac
 trap 'echo trainer got TERM' TERM
 for folder; do :; done
 echo "arguments: $*"
 echo "threads: $OMP_NUM_THREADS rendezvous: ${MASTER_ADDR:-}:${MASTER_PORT:-}"
-case $folder in *crash) exit 7 ;; *finish) exit 0 ;; esac
+case $folder in
+    *crash) exit 7 ;;
+    *finish) exit 0 ;;
+    *hang) sleep 1000; exit 9 ;;
+esac
 until [ -e "$folder/STOP" ]; do sleep 0.02; done
 rm "$folder/STOP"
 touch "$folder/REQUEUE"
@@ -85,8 +94,10 @@ class Running:
             time.sleep(0.01)
 
     def finish(self) -> tuple[int, str]:
-        status = self.process.wait(60)
-        return status, self.log.read_text()
+        try:
+            return self.process.wait(60), self.log.read_text()
+        finally:
+            self.process.kill()
 
 
 def torchrun(repository: Path, *arguments: str) -> Running:
@@ -141,9 +152,25 @@ def test_torchrun_ends_with_the_status_of_the_training_script(repository: Path, 
     assert not stale.exists(), "a STOP that nobody answered must not end the next run"
 
 
-def test_launchers_refuse_a_run_without_a_folder_and_an_unknown_script(repository: Path) -> None:
-    status, output = torchrun(repository, "pretrain.py", "--run.steps", "3").finish()
-    assert status == 2 and "--run.folder is missing" in output
+def test_a_second_interrupt_ends_a_run_that_does_not_answer(repository: Path) -> None:
+    running = torchrun(repository, "pretrain.py", "--run.folder", "runs/hang")
+    running.wait_for("arguments")
+    running.process.send_signal(signal.SIGINT)
+    running.wait_for("asking the run to save")
+    running.process.send_signal(signal.SIGINT)
+    status, output = running.finish()
+    assert status == 9 and "without a checkpoint" in output
+
+
+def test_torchrun_asks_the_script_for_a_run_folder_that_stands_in_a_file(repository: Path) -> None:
+    stale = repository / "runs/finish/STOP"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    status, output = torchrun(repository, "pretrain.py", "--config", "runs/finish").finish()
+    assert status == 0 and not stale.exists(), output
+
+
+def test_torchrun_refuses_an_unknown_script(repository: Path) -> None:
     status, output = torchrun(repository, "pretrian.py", "--run.folder", "x").finish()
     assert status == 2 and "'pretrian.py' is not a script" in output
 
