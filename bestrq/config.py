@@ -99,7 +99,7 @@ def run_main(main: Callable[[], int | None], user_errors: Sequence[type[Exceptio
     except KeyboardInterrupt:
         print(f"{_rank_prefix()}interrupted", file=sys.stderr)
         _leave(130)
-    except Exception:  # the outermost frame: reported in full, never swallowed
+    except Exception:  # noqa: BLE001 - the outermost frame: reported in full, never swallowed
         print(f"{_rank_prefix()}{traceback.format_exc()}", file=sys.stderr, end="")
         _leave(1)
     sys.exit(status)
@@ -158,6 +158,8 @@ def _build(settings_class: Any, parser: ArgumentParser, read: Callable[[], Names
         values = read()
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), settings_class)) from None
+    except ImportError as error:  # the denial of _parser
+        raise ConfigError(f"a setting names code to import, which no setting may do: {error}") from None
     for name, kind in _fields(settings_class):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(values[name], Namespace):
             if values[name] is None and type(None) in get_args(get_type_hints(settings_class)[name]):

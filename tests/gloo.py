@@ -87,7 +87,7 @@ def _child(
         result = function(world, *arguments)
         result = tree_map(lambda leaf: leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
         pipe.send((None, result))
-    except BaseException:  # a child's failure must reach the test, whatever it is
+    except BaseException:  # noqa: BLE001 - a child's failure must reach the test, whatever it is
         pipe.send((traceback.format_exc(), None))
         os._exit(1)
     pipe.close()

@@ -11,7 +11,7 @@ from torch import nn
 from bestrq.config import ConfigError
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, learning_rate_factor, set_learning_rates
 from bestrq.training.process import World
-from bestrq.training.update import GuardSettings, UpdateGuard, seed_step
+from bestrq.training.update import GuardSettings, UpdateGuard, UpdateResult, seed_step
 
 
 def test_the_warm_up_is_a_straight_line_to_the_peak_for_every_schedule() -> None:
@@ -90,11 +90,11 @@ def guarded(settings: GuardSettings | None = None) -> tuple[nn.Module, torch.opt
     return model, optimizer, UpdateGuard(settings or GuardSettings())
 
 
-def update(parts: tuple[nn.Module, torch.optim.Optimizer, UpdateGuard], scale: float, clip: float = 0.0):  # noqa: ANN201
+def update(parts: tuple[nn.Module, torch.optim.Optimizer, UpdateGuard], scale: float) -> UpdateResult:
     model, optimizer, guard = parts
     loss = scale * model(torch.ones(1, 3)).sum()
     loss.backward()
-    return guard.apply_update(model, optimizer, loss.detach(), clip, World())
+    return guard.apply_update(model, optimizer, loss.detach(), 0.0, World())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -34,7 +34,7 @@ class RunSettings:
     steps: int = 1000
     """updates of the whole run"""
     seed: int = 0
-    """initial weights, dropout, and the order, crops and masks of the data"""
+    """initial weights and dropout; the data have a seed of their own"""
     log_every: int = 10
     """updates between two lines of the console and of metrics.jsonl"""
 
@@ -77,7 +77,7 @@ class RunFolder:
             raise ConfigError(problem)
 
     def _start(self, values: dict[str, Any], world: World, free: Collection[str], fingerprints: dict[str, str]) -> None:
-        starts: list[dict[str, Any]] = []
+        starts = self._read_record()
         trained = self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
         if trained and not self.config.exists():
             raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
@@ -88,7 +88,6 @@ class RunFolder:
                     f"the run in {self.path} began with another configuration: {'; '.join(differences)}. "
                     "Take the old value, or another run folder"
                 )
-            starts = self._read_record()
             for role, fingerprint in fingerprints.items():
                 old = starts[-1].get("fingerprints", {}).get(role, fingerprint) if starts else fingerprint
                 if old != fingerprint:
