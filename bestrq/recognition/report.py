@@ -14,7 +14,7 @@ from bestrq.recognition.scoring import align_words
 
 LANGUAGES = {
     "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "nl": "Dutch",
-    "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "all": "All recordings",
+    "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "all": "All recordings", "": "not given",
 }  # fmt: skip
 
 STYLE = """
@@ -181,7 +181,8 @@ def headline_table(systems: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> st
             )
     return f"""<div class="scroll"><table>
 <thead><tr><th class="left">Language</th><th class="left">System</th>
-<th class="size">Recordings</th><th class="size">Minutes</th><th>CER, %</th><th>95 % interval</th><th class="bar"></th><th>WER, %</th><th>95 % interval</th></tr></thead>
+<th class="size">Recordings</th><th class="size">Minutes</th><th>CER, %</th><th>95 % interval</th>
+<th class="bar"></th><th>WER, %</th><th>95 % interval</th></tr></thead>
 <tbody>{"".join(rows)}</tbody>
 </table></div>"""
 
@@ -277,21 +278,21 @@ def _shorten(text: str, max_words: int) -> str:
 
 def _marked(reference: str, hypothesis: str, max_words: int) -> str:
     pieces: list[str] = []
-    shown = 0
+    room = max_words
     for mark in align_words(reference, hypothesis):
-        said, heard = mark.reference.split(), mark.hypothesis.split()
-        room = max_words - shown
-        if room <= 0:
-            pieces.append("...")
-            break
-        shown += max(len(said), len(heard))
-        said, heard = [html.escape(one) for one in said[:room]], [html.escape(one) for one in heard[:room]]
+        said, heard = ([html.escape(word) for word in text.split()] for text in (mark.reference, mark.hypothesis))
         if mark.kind == "equal":
-            pieces.append(" ".join(heard))
+            pieces.append(" ".join(heard[:room]))
         elif mark.kind == "insert":
-            pieces.append(f"<ins>{' '.join(heard)}</ins>")
+            pieces.append(f"<ins>{' '.join(heard[:room])}</ins>")
         elif mark.kind == "delete":
-            pieces.append(f"<del>{' '.join(said)}</del>")
+            pieces.append(f"<del>{' '.join(said[:room])}</del>")
         else:
-            pieces += [f'<span class="sub">{b} <s>{a}</s></span>' for a, b in zip(said, heard, strict=True)]
+            pairs = list(zip(said, heard, strict=True))
+            pieces += [f'<span class="sub">{new} <s>{old}</s></span>' for old, new in pairs[:room]]
+        room -= max(len(said), len(heard))
+        if room <= 0:
+            break
+    if room < 0:
+        pieces.append("...")
     return " ".join(pieces) or '<span class="note">(nothing)</span>'

@@ -1,0 +1,187 @@
+"""evaluate.py: the same numbers from one process, two, and an interrupted one; mistakes are named before any work."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+
+import evaluate as script
+from bestrq.config import ConfigError, to_dict
+from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.ctc import CTCModel
+from bestrq.recognition.inference import InferenceSettings
+from bestrq.training.export import write_export
+from bestrq.training.process import World
+from data.errors import DataError
+from data.features import FeatureSettings
+from data.index import Recording
+from data.tokenizer import CharTokenizer
+from data.writer import DatasetWriter
+from tests.gloo import run_distributed
+from tests.test_report import check_page
+from tests.tiny import make_dataset
+
+
+def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> Path:
+    """An untrained recogniser whose head is loud enough to write something."""
+    torch.manual_seed(1)
+    encoder = EncoderSettings(
+        dim=16, num_layers=2, num_heads=2, feedforward_dim=24, kernel_size=5, subsampling_channels=4
+    )
+    tokenizer = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
+    model = CTCModel(encoder, tokenizer.vocab_size)
+    with torch.no_grad():
+        model.head.weight *= 20
+    tokenizer.save(folder.parent / "tokenizer")
+    config = {
+        "kind": kind, "encoder": to_dict(encoder), "vocab_size": tokenizer.vocab_size,
+        "features": features.to_dict(), "feature_hash": features.hash(), "normalisation": "recording",
+    }  # fmt: skip
+    files = {path.name: path.read_bytes() for path in (folder.parent / "tokenizer").iterdir()}
+    write_export(folder, model.state_dict(), config, "a card", files)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> script.Config:
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_dataset(folder / "data")
+    (folder / "run").mkdir()
+    make_export(folder / "run" / "export", FeatureSettings())
+    return script.Config(
+        export=str(folder / "run" / "export"),
+        data=script.DataSettings(path=str(folder / "data"), split="train"),
+        inference=InferenceSettings(context_seconds=2.0, batch_seconds=8.0),
+        resamples=200,
+        device="cpu",
+    )
+
+
+def evaluate(config: script.Config, out: Path) -> dict[str, Any]:
+    script.evaluate(replace(config, out=str(out)), World())
+    return json.loads((out / "results.json").read_text())
+
+
+def comparable(results: dict[str, Any]) -> dict[str, Any]:
+    return {key: results[key] for key in ("key", "scores", "recordings", "dataset", "export_hash")}
+
+
+def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_path: Path, capsys) -> None:
+    results = evaluate(setup, tmp_path)
+    rows = results["recordings"]
+    assert len(rows) == 32 and [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    references, hypotheses = ([row[key] for row in rows] for key in ("reference", "hypothesis"))
+    assert any(hypotheses)
+    total = results["scores"]["all"]
+    assert total["wer"] == pytest.approx(jiwer.wer(references, hypotheses), abs=1e-12)
+    assert total["cer"] == pytest.approx(jiwer.cer(references, hypotheses), abs=1e-12)
+    assert total["cer_interval"][0] <= total["cer"] <= total["cer_interval"][1]
+    with open(tmp_path / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["id"] for row in table] == [row["id"] for row in rows]
+    assert [int(row["word_deletions"]) for row in table] == [row["word_deletions"] for row in rows]
+    assert "Evaluation of run" in check_page(tmp_path / "report.html").text
+    printed = capsys.readouterr().out
+    assert f"{100 * total['wer']:.1f} %" in printed and "report.html" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.csv", "results.json"]
+
+
+def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    first = evaluate(setup, tmp_path)
+    monkeypatch.setattr(script, "transcribe", None)
+    assert evaluate(setup, tmp_path) == first
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    whole = evaluate(setup, tmp_path / "whole")
+    decoded: list[int] = []
+
+    def interrupted(model: Any, sources: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for count, output in enumerate(original(model, sources, *arguments, **options)):
+            if count == 5 and len(decoded) < 2:
+                raise KeyboardInterrupt
+            yield output
+        decoded.append(len(sources))
+
+    original = script.transcribe
+    monkeypatch.setattr(script, "transcribe", interrupted)
+    out = tmp_path / "broken"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(setup, out)
+        # A process that was killed has left half a line, and another evaluation a line of its own.
+        with open(out / "partial-00003.jsonl", "w") as file:
+            file.write('{"key": "another", "id": "rec-000", "hypothesis": "wrong"}\n{"key": "x", "id": "re')
+    decoded += [0, 0]
+    assert comparable(evaluate(setup, out)) == comparable(whole)
+    assert decoded[2] == 32 - 10  # five recordings of each of the two starts were kept
+
+
+def test_other_settings_do_not_reuse_what_was_decoded(setup: script.Config, tmp_path: Path) -> None:
+    first = evaluate(setup, tmp_path)
+    other = evaluate(replace(setup, inference=replace(setup.inference, context_seconds=0.0)), tmp_path)
+    assert other["key"] != first["key"]
+    larger_batch = evaluate(replace(setup, inference=replace(setup.inference, batch_seconds=60.0)), tmp_path / "b")
+    assert larger_batch["key"] == first["key"]
+
+
+def evaluate_on(world: World, config: script.Config) -> None:
+    script.evaluate(config, world)
+
+
+def test_two_processes_give_the_results_of_one(setup: script.Config, tmp_path: Path) -> None:
+    one = evaluate(setup, tmp_path / "one")
+    run_distributed(evaluate_on, 2, replace(setup, out=str(tmp_path / "two")))
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["world_size"] == 2
+    assert comparable(two) == comparable(one)
+
+
+def test_shares_are_even_and_cover_everything_once() -> None:
+    frames = np.random.default_rng(0).integers(10, 1000, size=101)
+    shares = [script.share_out(range(101), frames, World(rank=rank, size=4)) for rank in range(4)]
+    assert sorted(i for share in shares for i in share) == list(range(101))
+    loads = [int(frames[share].sum()) for share in shares]
+    assert max(loads) - min(loads) < 50
+
+
+def test_other_features_are_an_error_that_names_the_field(setup: script.Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    export = make_export(tmp_path / "run" / "export", FeatureSettings(low_hz=60.0))
+    with pytest.raises(ConfigError, match=r"low_hz: 60.0 != 20.0"):
+        evaluate(replace(setup, export=str(export)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    pretrained = make_export(tmp_path / "run" / "export", FeatureSettings(), kind="pretrained")
+    with pytest.raises(ConfigError, match="not a CTC recogniser: give the export of finetune_ctc.py"):
+        evaluate(replace(setup, export=str(pretrained)), tmp_path)
+    with pytest.raises(DataError, match="no recording with split 'tset'"):
+        evaluate(replace(setup, data=replace(setup.data, split="tset")), tmp_path)
+    with pytest.raises(ConfigError, match="there is no export at"):
+        evaluate(replace(setup, export=str(tmp_path / "nothing")), tmp_path)
+    with pytest.raises(ConfigError, match="data.path is missing"):
+        script.Config(export="x")
+    features = FeatureSettings()
+    with DatasetWriter(tmp_path / "untold", features) as writer:
+        writer.add(Recording("silent", None, split="test"), np.zeros((50, features.num_mels), np.float32))
+        writer.finish()
+    with pytest.raises(DataError, match="1 of 1 recordings have no transcript, such as 'silent'"):
+        evaluate(replace(setup, data=script.DataSettings(path=str(tmp_path / "untold"))), tmp_path)
+
+
+def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, script.__file__, "--export", "x", "--data.pth", "y"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2 and "data.path" in run.stderr and "Traceback" not in run.stderr
