@@ -10,6 +10,7 @@ unpickled, and names in an index cannot reach outside the dataset's folder. See 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import zlib
@@ -22,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from data import index as ix
 from data.errors import DataError
@@ -56,8 +59,7 @@ class Dataset:
             raise DataError(f"{path / ix.DATASET_FILE}: feature_hash does not belong to the features beside it")
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
-        self._mean = np.asarray(fields["mean"], np.float32)
-        self._std = np.asarray(fields["std"], np.float32)
+        self._mean, self._std = torch.tensor(fields["mean"]), torch.tensor(fields["std"])
         columns = ["id", "shard", "offset", "frames", "language", "speaker", "split", "text"]
         table = _read_index(path, columns)
         self.frames: np.ndarray = table["frames"].to_numpy()
@@ -134,14 +136,14 @@ class Dataset:
         frames = int(self.frames[recording])
         stop = frames if stop is None else stop
         if not 0 <= start <= stop <= frames:
-            raise DataError(f"{self._where(recording)}: frames {start} to {stop} of {frames} were asked for")
+            raise DataError(f"{self.where(recording)}: frames {start} to {stop} of {frames} were asked for")
         first, last = ix.block_range(start, stop, frames) if verify else (start, stop)
         values = np.empty((last - first, self.features.num_mels), np.float16)
         self.read_into(recording, first, values)
         if verify:
-            bad = self._bad_blocks(recording, first, values)
+            bad = self.bad_blocks(recording, first, values)
             if bad:
-                raise DataError(f"{self._where(recording)}: the checksum of block {bad[0]} is wrong: {_DAMAGED}")
+                raise DataError(f"{self.where(recording)}: the checksum of block {bad[0]} is wrong: {_DAMAGED}")
         return values[start - first : stop - first]
 
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
@@ -154,17 +156,17 @@ class Dataset:
             while view:
                 got = os.preadv(file, [view], position)
                 if got == 0:
-                    raise DataError(f"{self._where(recording)}: the shard is cut short; {_DAMAGED}")
+                    raise DataError(f"{self.where(recording)}: the shard is cut short; {_DAMAGED}")
                 view, position = view[got:], position + got
         except OSError as error:
-            raise DataError(f"{self._where(recording)}: {error}; {_DAMAGED}") from error
+            raise DataError(f"{self.where(recording)}: {error}; {_DAMAGED}") from error
 
-    def statistics(self, recording: int, normalisation: Normalisation) -> tuple[np.ndarray, np.ndarray]:
+    def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
         """(mean, 1 / std), float32 [M] each: a frame is normalised as `(x - mean) * inverse_std`."""
         mean, std = (self._mean, self._std)
         if normalisation == "recording":
             mean, std = (column[recording] for column in self._statistics)
-        return mean, 1 / np.maximum(std, np.float32(SMALLEST_STD))
+        return mean, 1 / std.clamp(min=SMALLEST_STD)
 
     def read_normalised(
         self,
@@ -178,33 +180,29 @@ class Dataset:
 
         A crop gets the numbers that the whole recording has there. Raises as `read`, and for non-finite values.
         """
+        values = self.read(recording, start, stop, verify)
+        out = torch.empty(values.shape)
+        self.normalise_into(out, values, recording, normalisation)
+        return out.numpy()
+
+    def normalise_into(
+        self, out: Tensor, values: np.ndarray, recording: int, normalisation: Normalisation = "recording"
+    ) -> None:
+        """Normalise float16 [n, M] of a recording into contiguous float32 [n, M]; DataError for non-finite values."""
         mean, inverse_std = self.statistics(recording, normalisation)
-        values = self.read(recording, start, stop, verify).astype(np.float32)
-        values -= mean
-        values *= inverse_std
-        self.check_finite(recording, values)
-        return values
+        # torch converts float16 nine times as fast as numpy.
+        out.copy_(torch.from_numpy(values)).sub_(mean).mul_(inverse_std)
+        flat = out.view(-1)
+        # The quickest pass that any NaN or infinity survives; normalised float16 cannot overflow it otherwise.
+        if not math.isfinite(torch.dot(flat, flat)):
+            raise DataError(f"{self.where(recording)}: NaN or infinite values; {_DAMAGED}")
 
-    def check_finite(self, recording: int, values: np.ndarray) -> None:
-        """Raise DataError naming the recording unless all values (float32) are finite."""
-        if not np.isfinite(values.sum()):
-            raise DataError(f"{self._where(recording)}: NaN or infinite values; {_DAMAGED}")
-
-    def damage(self, recording: int) -> str | None:
-        """Read a whole recording against its checksums; what is wrong with it, or None."""
-        frames = int(self.frames[recording])
-        step = 16 * ix.CHECKSUM_FRAMES
-        bad: list[int] = []
-        for start in range(0, frames, step):
-            values = np.empty((min(step, frames - start), self.features.num_mels), np.float16)
-            try:
-                self.read_into(recording, start, values)
-            except DataError as error:
-                return str(error)
-            bad += self._bad_blocks(recording, start, values)
-            if not np.isfinite(values).all():
-                return f"{self._where(recording)}: NaN or infinite values"
-        return f"{self._where(recording)}: the checksums of blocks {bad} are wrong" if bad else None
+    def bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
+        """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""
+        size = ix.CHECKSUM_FRAMES
+        expected = self._checksums[recording].as_py()
+        found = {(first + b) // size: zlib.crc32(values[b : b + size].data) for b in range(0, len(values), size)}
+        return [block for block, crc32 in found.items() if crc32 != expected[block]]
 
     def check_files(self) -> None:
         """Raise DataError that names every missing shard, or the shards cut short and the recordings beyond the cut."""
@@ -228,7 +226,8 @@ class Dataset:
                 f"({named}{', ...' if len(beyond) > 8 else ''}); {_DAMAGED}"
             )
 
-    def _where(self, recording: int) -> str:
+    def where(self, recording: int) -> str:
+        """The recording's name and shard, for error messages."""
         return f"recording {self.id(recording)!r} in {self.path / self.shard_names[self._shard_of[recording]]}"
 
     def _file(self, shard: int) -> int:
@@ -245,23 +244,16 @@ class Dataset:
         for file in getattr(self, "_files", {}).values():
             os.close(file)
 
-    def _bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
-        """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""
-        size = ix.CHECKSUM_FRAMES
-        expected = self._checksums[recording].as_py()
-        found = {(first + b) // size: zlib.crc32(values[b : b + size].data) for b in range(0, len(values), size)}
-        return [block for block, crc32 in found.items() if crc32 != expected[block]]
-
     @functools.cached_property
     def _checksums(self) -> pa.Array:
         return _read_index(self.path, ["crc32"])["crc32"].combine_chunks()
 
     @functools.cached_property
-    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+    def _statistics(self) -> tuple[Tensor, Tensor]:
         """Means and standard deviations of all recordings, float32 [N, M] each; read once, shared with forks."""
         table = _read_index(self.path, ["mean", "std"])
         shape = (len(self), self.features.num_mels)
-        mean, std = (pc.list_flatten(table[name]).to_numpy().reshape(shape) for name in ("mean", "std"))
+        mean, std = (torch.tensor(pc.list_flatten(table[name]).to_numpy()).view(shape) for name in ("mean", "std"))
         return mean, std
 
 

@@ -1,0 +1,229 @@
+"""Rows to batches. The main process plans (integers only), workers read, normalise and place frames.
+
+A plan says everything about a batch, so which worker makes it, or whether there are workers at all, cannot matter.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from data.batch import Batch, DrawMask, Plan, RowReader
+from data.errors import DataError
+from data.order import CropOrder, CropTable
+from data.rows import DataState, RowStream
+from data.shards import Dataset, Normalisation
+
+__all__ = ["Batch", "DataState", "DrawMask", "LoaderSettings", "RowLoader"]
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Which recordings are read, and how they become batches."""
+
+    dataset: str = ""
+    """Folder of the dataset, as `python -m data.prepare` makes it."""
+    split: str = "train"
+    """Split of the dataset that is read."""
+    row_frames: int = 2000
+    """Frames in a row (100 are a second); a multiple of the encoder's subsampling factor."""
+    rows: int = 16
+    """Rows in an update, over all processes and accumulation steps together."""
+    max_segments: int = 16
+    """Most utterances that share a row."""
+    block_crops: int = 1024
+    """Crops that are packed together: more fill rows better, fewer cost less memory."""
+    min_seconds: float = 1.0
+    """Shorter recordings and pieces are left out."""
+    max_seconds: float = 20.0
+    """Longer recordings are cut into pieces of at most this length."""
+    num_workers: int = 2
+    """Processes that read; 0 reads in the training process."""
+    prefetch: int = 2
+    """Batches that every worker has ready."""
+    normalisation: Normalisation = "recording"
+    """Zero mean and unit variance of every mel bin over the 'recording' or over the 'dataset'."""
+    seed: int = 0
+    """Decides the order, the cuts, the masks and the noise."""
+    verify_checksums: bool = False
+    """Check every block against its checksum when it is read."""
+    start_method: Literal["fork", "forkserver", "spawn"] = "fork"
+    """How workers start. 'fork' is quickest; the others where something in the process does not survive a fork."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("row_frames", 1), ("rows", 1), ("max_segments", 1), ("block_crops", 1), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise DataError(f"loader.{name} is {getattr(self, name)}: must be at least {least}")
+        if self.num_workers < 0:
+            raise DataError(f"loader.num_workers is {self.num_workers}: must be 0 (no processes) or more")
+        if not 0 < self.min_seconds <= self.max_seconds:
+            raise DataError(
+                f"loader.min_seconds is {self.min_seconds} and max_seconds {self.max_seconds}: need 0 < min <= max"
+            )
+        for name, known in (
+            ("normalisation", ("recording", "dataset")),
+            ("start_method", ("fork", "forkserver", "spawn")),
+        ):
+            if getattr(self, name) not in known:
+                raise DataError(f"loader.{name} is {getattr(self, name)!r}: must be one of {known}")
+
+    def crop_frames(self, dataset: Dataset) -> tuple[int, int]:
+        """(max_frames, min_frames) of a crop: the settings in seconds, in frames of this dataset."""
+        rate = dataset.features.frames_per_second
+        return min(self.row_frames, int(self.max_seconds * rate)), max(1, round(self.min_seconds * rate))
+
+    def crop_order(self, dataset: Dataset) -> CropOrder:
+        """The order of self-supervised training over the split."""
+        recordings = dataset.select(split=self.split)
+        return CropOrder(dataset.frames[recordings], *self.crop_frames(dataset), self.seed, recordings)
+
+
+class RowLoader:
+    """Iterates over updates for ever; each is a list of `accumulation` Batches, this rank's share of the update's rows.
+
+    The rows of update s are the same for any world size, accumulation and number of workers: rank r has the r-th
+    contiguous share, its accumulation steps in order.
+
+    Args:
+        dataset: the opened dataset.
+        crops: the order (`settings.crop_order(dataset)`, or `supervised_crops(...)`).
+        multiple: the encoder's subsampling factor.
+        row_gap: frames between two segments of a row, the encoder's `row_gap`.
+        draw_mask: draws a segment's mask; must be picklable unless start_method is 'fork'.
+        state: where to begin; None is the beginning.
+    Raises:
+        DataError: rows that the processes cannot share evenly, crops longer than a row, a state of other data; later,
+            naming the recording, whatever is wrong with a file.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        crops: CropTable,
+        settings: LoaderSettings,
+        *,
+        multiple: int,
+        row_gap: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        draw_mask: DrawMask | None = None,
+        state: DataState | None = None,
+    ) -> None:
+        shares = world_size * accumulation
+        if settings.rows % shares:
+            below = settings.rows // shares * shares
+            works = " or ".join(str(rows) for rows in (below, below + shares) if rows)
+            raise DataError(
+                f"loader.rows is {settings.rows}: it must be a multiple of world size {world_size} x accumulation "
+                f"{accumulation} = {shares}; nearest: {works}"
+            )
+        self.dataset, self.crops, self.settings = dataset, crops, settings
+        self.rank, self.accumulation = rank, accumulation
+        self.batch_rows = settings.rows // shares
+        self.stream = RowStream(
+            crops,
+            row_frames=settings.row_frames,
+            row_gap=row_gap,
+            multiple=multiple,
+            max_segments=settings.max_segments,
+            block_crops=settings.block_crops,
+            fingerprint=dataset.fingerprint,
+        )
+        self.state = self.stream.start(state)
+        self.reader = RowReader(
+            dataset,
+            draw_mask,
+            settings.row_frames,
+            settings.max_segments,
+            settings.normalisation,
+            settings.verify_checksums,
+        )
+        dataset.statistics(0, settings.normalisation)  # loaded before workers fork: they share it
+        if settings.num_workers:
+            self._check_shared_memory()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Updates from `self.state` on, which moves along: a second loop goes on where the first one stopped."""
+        batches = self._batches()
+        try:
+            while True:
+                update = [next(batches) for _ in range(self.accumulation)]
+                self.state = update[-1].state
+                yield update
+        finally:
+            batches.close()
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        s = self.settings
+        if s.num_workers == 0:
+            results: Iterator[Batch | DataError] = map(self.reader.__getitem__, self._plans())
+        else:
+            results = iter(
+                DataLoader(
+                    self.reader,  # type: ignore[arg-type]
+                    sampler=self._plans(),
+                    batch_size=None,
+                    num_workers=s.num_workers,
+                    prefetch_factor=s.prefetch,
+                    collate_fn=_as_is,  # type: ignore[arg-type]
+                    worker_init_fn=_begin_worker,
+                    multiprocessing_context=multiprocessing.get_context(s.start_method),
+                    generator=torch.Generator(),  # or it would draw from, and so move, the global one
+                )
+            )
+        for result in results:
+            if isinstance(result, DataError):
+                raise result
+            yield result
+
+    def _plans(self) -> Iterator[Plan]:
+        share = self.accumulation * self.batch_rows
+        for rows, state in self.stream.updates(self.state, self.settings.rows):
+            mine = rows[self.rank * share : (self.rank + 1) * share]
+            for first in range(0, share, self.batch_rows):
+                part = mine[first : first + self.batch_rows]
+                yield Plan(part, [[self.crops.text(i) for i in row.crops.item.tolist()] for row in part], state)
+
+    def _check_shared_memory(self) -> None:
+        folder, s = Path("/dev/shm"), self.settings
+        if not folder.is_dir():
+            return
+        batch = self.batch_rows * s.row_frames * (4 * self.dataset.features.num_mels + 1)
+        need, free = (s.num_workers * s.prefetch + 1) * batch, shutil.disk_usage(folder).free
+        if need > free:
+            raise DataError(
+                f"loader.num_workers {s.num_workers} x prefetch {s.prefetch} batches need {need >> 20} MiB of shared "
+                f"memory, /dev/shm has {free >> 20}: lower them, or enlarge it (docker run --shm-size)"
+            )
+
+
+def _begin_worker(_: int) -> None:
+    """Signals are for the training process: it decides when to stop, and then ends its workers itself.
+
+    A cluster sends SIGTERM to every process of a job; a worker that obeyed it would break the training process's last
+    updates. Only a SIGTERM that comes from the training process counts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    parent = multiprocessing.parent_process()
+
+    def obey_parent() -> None:
+        while parent is None or signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def _as_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch
