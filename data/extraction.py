@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
 
 def extract_all(
     sources: Iterable[Source], features: FeatureSettings, workers: int
-) -> Iterator[Extracted | Skipped]:
+) -> Generator[Extracted | Skipped, None, None]:
     """`extract` of every source, in order; with more than one worker in that many processes.
 
     Raises DataError when a worker process dies.

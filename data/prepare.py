@@ -219,7 +219,7 @@ def usage() -> str:
 
 def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, FeatureSettings, PrepareSettings]:
     """Settings from the command line: of the corpus and of the preparation as --field, of the features as
-    --features.field. Dashes in names count as underscores. Raises DataError, with the nearest name for an unknown one."""
+    --features.field. Dashes in names count as underscores. Raises DataError, with the nearest name for a wrong one."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"python -m data.prepare {name}", description=corpus.summary, exit_on_error=False, allow_abbrev=False

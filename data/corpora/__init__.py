@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.corpora import synthetic
+from data.corpora import debian_voices, folder, synthetic
 from data.corpora.base import Corpus, did_you_mean
 from data.errors import DataError
 
@@ -12,11 +12,27 @@ CORPORA: dict[str, Corpus] = {
         synthetic.SyntheticSettings,
         synthetic.sources,
     ),
+    "fillets": Corpus(
+        "real speech: the actors of the game Fish Fillets, Czech and Dutch, 3.3 h; fetched from Debian's packages",
+        debian_voices.FilletsSettings,
+        debian_voices.sources,
+    ),
+    "debian_voices": Corpus(
+        "real speech: Fish Fillets and Tux Paint's descriptions in 11 languages, 6.3 h; from Debian's packages",
+        debian_voices.DebianVoicesSettings,
+        debian_voices.sources,
+    ),
+    "folder": Corpus(
+        "audio of your own: files with .txt transcripts beside them, or a JSON-lines manifest as NeMo's",
+        folder.FolderSettings,
+        folder.sources,
+    ),
 }
 
 
 def find_corpus(name: str) -> Corpus:
     """The corpus of that name. Raises DataError with the nearest name for an unknown one."""
     if name not in CORPORA:
-        raise DataError(f"there is no corpus {name!r}: known are {', '.join(CORPORA)}.{did_you_mean(name, list(CORPORA))}")
+        known = list(CORPORA)
+        raise DataError(f"there is no corpus {name!r}: known are {', '.join(known)}.{did_you_mean(name, known)}")
     return CORPORA[name]

@@ -1,8 +1,8 @@
 """The one shape of a corpus: settings, a list of sources, and what a source gives when it is loaded.
 
 A corpus module has a settings dataclass (a docstring under every field becomes `--help`) and a function
-`sources(settings)` that lists what there is without reading any sound. A source is small, can be sent to another process,
-and is loaded there; loading the same source twice gives the same numbers.
+`sources(settings)` that lists what there is without reading any sound. A source is small, can be sent to another
+process, and is loaded there; loading the same source twice gives the same numbers.
 """
 
 from __future__ import annotations

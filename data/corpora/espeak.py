@@ -2,12 +2,12 @@
 
 The library and its data come from the PyPI package `espeakng-loader`. Two facts shape this module:
 
-- Word events of plain text are not one to one with words (phrases such as "out of the" are spoken as one unit). So every
-  word is turned into phonemes by itself, the utterance is spoken as `[[phonemes]] [[phonemes]] ...`, and an event is
-  attached to its word by its position in that text.
-- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers), and no call resets it. So
-  a `Synthesizer` loads the library afresh and unloads it at the end (about 3 ms): what it speaks is a pure function of what
-  it was asked since it was opened.
+- Word events of plain text are not one to one with words (phrases such as "out of the" are spoken as one unit). So
+  every word is turned into phonemes by itself, the utterance is spoken as `[[phonemes]] [[phonemes]] ...`, and an event
+  is attached to its word by its position in that text.
+- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers), and no call resets it.
+  So a `Synthesizer` loads the library afresh and unloads it at the end (about 3 ms): what it speaks is a pure function
+  of what it was asked since it was opened.
 
 The library is not thread-safe and there is one of it in a process: use processes, and one `Synthesizer` at a time.
 """
@@ -74,7 +74,9 @@ class Synthesizer:
         UnspeakableWord: from `phonemes` and `speak`.
     """
 
-    def __init__(self, voice: str, *, words_per_minute: int = 170, pitch: int = 50, pitch_range: int = 50, seed: int = 0):
+    def __init__(
+        self, voice: str, *, words_per_minute: int = 170, pitch: int = 50, pitch_range: int = 50, seed: int = 0
+    ) -> None:
         self.voice = voice
         self._settings = {_RATE: words_per_minute, _PITCH: pitch, _RANGE: pitch_range}
         self._seed = seed
@@ -106,7 +108,9 @@ class Synthesizer:
         _libc().srand(ctypes.c_uint(self._seed))  # the breath noise comes from libc
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._library.espeak_Terminate()
         _libc().dlclose(ctypes.c_void_p(self._library._handle))
         del self._library
@@ -146,7 +150,8 @@ class Synthesizer:
         self._library.espeak_Synth(
             data, len(data) + 1, 0, _POSITION_IN_CHARACTERS, 0, _CHARS_UTF8_WITH_PHONEMES, None, None
         )
-        samples = np.frombuffer(b"".join(self._audio), dtype=np.int16).astype(np.float32) / 32768
+        samples = np.frombuffer(b"".join(self._audio), dtype=np.int16).astype(np.float32)
+        samples /= 32768
         return samples, self._word_times(samples, words, ends)
 
     def _word_times(

@@ -50,7 +50,8 @@ class Grammar:
 
     def topic(self, rng: random.Random) -> Topic:
         """A few entries of every list, and a few invented words."""
-        entries = {name: [pick(rng, self.lists[name]) for _ in range(_TOPIC_SIZE)] for name in _LISTS if name in self.lists}
+        names = [name for name in _LISTS if name in self.lists]
+        entries = {name: [pick(rng, self.lists[name]) for _ in range(_TOPIC_SIZE)] for name in names}
         entries["pseudo"] = [self.pseudo_word(rng) for _ in range(_TOPIC_SIZE)]
         return Topic(entries)
 
@@ -65,7 +66,8 @@ class Grammar:
             most = 100 if rng.random() < 0.6 else 1000
             return spell_number(5 + int(rng.random() * (most - 5)), self.language)
         if name == "digits":
-            return " ".join(spell_number(int(rng.random() * 10), self.language) for _ in range(4 + int(rng.random() * 4)))
+            count = 4 + int(rng.random() * 4)
+            return " ".join(spell_number(int(rng.random() * 10), self.language) for _ in range(count))
         if topic is not None and rng.random() < _TOPIC_SHARE:
             return pick(rng, topic.entries[name])
         return self.pseudo_word(rng) if name == "pseudo" else pick(rng, self.lists[name])

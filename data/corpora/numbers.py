@@ -10,14 +10,16 @@ _EN = (
 ).split()
 _EN_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
-_DE = "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf".split() + (
-    "dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn neunzehn"
-).split()
+_DE = (
+    "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf".split()
+    + ("dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn neunzehn").split()
+)
 _DE_TENS = "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
 
-_NL = "nul een twee drie vier vijf zes zeven acht negen tien elf twaalf".split() + (
-    "dertien veertien vijftien zestien zeventien achttien negentien"
-).split()
+_NL = (
+    "nul een twee drie vier vijf zes zeven acht negen tien elf twaalf".split()
+    + ("dertien veertien vijftien zestien zeventien achttien negentien").split()
+)
 _NL_TENS = "twintig dertig veertig vijftig zestig zeventig tachtig negentig".split()
 
 _FR = "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize".split() + [

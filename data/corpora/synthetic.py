@@ -1,8 +1,8 @@
 """Speech without any recording: sentences from small grammars, spoken by espeak-ng, with exact word times.
 
-Every recording is a pure function of (seed, id, languages), so workers and interrupted preparations agree. The splits share
-neither voices (a voice is a language with a variant of espeak's) nor sentences (a hash of the sentence decides its
-split). Invented words make sure that spelling has to be heard and cannot be looked up.
+Every recording is a pure function of its source (seed, id, language, length), so workers and interrupted preparations
+agree. The splits share neither voices (a voice is a language with a variant of espeak's) nor sentences (a hash of the
+sentence decides its split). Invented words make sure that spelling has to be heard and cannot be looked up.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """One synthetic recording: speaks sentences until `seconds` are reached (0: a length drawn for short utterances)."""
+    """One synthetic recording: sentences until `seconds` are reached (0: a length drawn as for short utterances)."""
 
     id: str
     split: str
@@ -142,7 +142,12 @@ def split_of(sentence: str) -> str:
 
 
 def _speak(
-    synthesizer: Synthesizer, grammar: Grammar, rng: random.Random, split: str, seconds: float, topics: list[Topic] | None
+    synthesizer: Synthesizer,
+    grammar: Grammar,
+    rng: random.Random,
+    split: str,
+    seconds: float,
+    topics: list[Topic] | None,
 ) -> tuple[NDArray[np.float32], list[tuple[str, float, float]]]:
     """Sentences with pauses between them: (float32 [samples] at the voice's rate, words with times in seconds)."""
     pieces: list[NDArray[np.float32]] = []
@@ -178,7 +183,7 @@ def _silence(seconds: float, rate: int) -> NDArray[np.float32]:
 
 
 def _room(waveform: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A microphone's level and a little noise: a peak of 0.1 to 0.9 of full scale, white noise 25 to 50 dB below speech."""
+    """A microphone's level and a little noise: peak 0.1 to 0.9 of full scale, white noise 25 to 50 dB below speech."""
     gain = 10 ** (rng.uniform(-20, -1) / 20) / max(float(np.abs(waveform).max()), 1e-3)
     level = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
     noise = rng.standard_normal(len(waveform), dtype=np.float32)
