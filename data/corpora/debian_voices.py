@@ -88,9 +88,9 @@ def sources(settings: DebianVoicesSettings) -> list[FileSource]:
 
 
 def parse_dialogs(script: str) -> dict[str, tuple[str, str]]:
-    """The dialogs of a Lua script: id -> (font, text). A dialog without a text in its language is left out.
+    """The dialogs of a Lua script: id -> (font, text). One without a text, not yet translated, is left out.
 
-    """The dialogs of a Lua script: id -> (font, text). A dialog without a text is left out (not translated).
+    Reads only the two calls `dialogId` and `dialogStr` with string literals, and passes over anything else.
     """
     tokens = re.findall(
         r"""--\[\[.*?\]\]|--[^\n]*|("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|([A-Za-z_]\w*)|([()])""", script, re.DOTALL
