@@ -49,10 +49,10 @@ class ConformerBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: RowLayout) -> Tensor:
         """`[R, T, D] -> [R, T, D]`; what stands in gaps afterwards means nothing."""
-        x = x + 0.5 * self.dropout(self.feedforward_in(self.feedforward_in_norm(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), layout))
-        x = x + self.dropout(self.convolution(self.convolution_norm(x), layout))
-        x = x + 0.5 * self.dropout(self.feedforward_out(self.feedforward_out_norm(x)))
+        x = self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5)
+        x = self.dropout.add(x, self.attention(self.attention_norm(x), layout))
+        x = self.dropout.add(x, self.convolution(self.convolution_norm(x), layout))
+        x = self.dropout.add(x, self.feedforward_out(self.feedforward_out_norm(x)), 0.5)
         return self.norm(x)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bestrq.model.positions import RotaryTable
+from bestrq.model.positions import rotary_phase
 
 
 @dataclass
@@ -36,8 +36,8 @@ class RowLayout:
     """(start, stop) of every segment, in frames of the flattened [R * T]: plain numbers, for loops on the CPU"""
     attention_mask: Tensor | None
     """bool [R, 1, T, T] or [R, 1, 1, T], True where a frame may attend; None on the CPU, which loops over segments"""
-    rotary: RotaryTable | None
-    """angles of every frame, counted from the start of its segment; None without positions"""
+    rotary_phase: Tensor | None
+    """complex [R, T, head width / 2]: `positions.rotary_phase` counted from the start of the segment, or None"""
 
 
 def _mark(start: Tensor, length: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,7 @@ def make_layout(
     position = torch.zeros_like(segment)
     position[row, time] = time - start[row, here]
     slot = row * num_spread + time + order[row, here] * reach
+    phase = None if rotary_dim is None else rotary_phase(position, rotary_dim, rotary_theta, dtype).to(device)
     segments = [
         (int(r * rows + start[r, s]), int(r * rows + start[r, s] + length[r, s]))
         for r in range(num_rows)
@@ -109,7 +110,7 @@ def make_layout(
         num_spread=num_spread,
         segments=segments,
         attention_mask=None if device.type == "cpu" else attention_mask(valid, segment).to(device),
-        rotary=None if rotary_dim is None else RotaryTable.make(position, rotary_dim, rotary_theta, device, dtype),
+        rotary_phase=phase,
     )
 
 

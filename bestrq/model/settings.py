@@ -52,7 +52,7 @@ class EncoderSettings:
             self.dim % (2 * self.num_heads) == 0, "num_heads", self.num_heads,
             f"choose one such that dim / num_heads is an even whole number (dim is {self.dim})",
         )
-        _require(self.kernel_size >= 1 and self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "give an odd one")
+        _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, "kernel_size", self.kernel_size, "give an odd one")
         _require(self.subsampling_factor == 4, "subsampling_factor", self.subsampling_factor, "only 4 is built, give 4")
         for field in ("dropout", "attention_dropout"):
             _require(0.0 <= getattr(self, field) < 1.0, field, getattr(self, field), "give a share from 0 to below 1")
