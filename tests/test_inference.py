@@ -85,6 +85,7 @@ def test_a_window_as_long_as_the_recording_is_the_whole_recording_bit_for_bit(nu
     whole = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(0), FACTOR, 1.0)
     window = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(103), FACTOR, 1.0)
     assert torch.equal(whole, window)
+    assert plan_windows(num_frames, 103, 0.25, FACTOR) == plan_windows(num_frames, 0, 0.25, FACTOR)
 
 
 def test_outputs_do_not_depend_on_the_batch_and_batches_keep_to_the_budget() -> None:
