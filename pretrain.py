@@ -39,7 +39,8 @@ from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, seed_step
 from data.errors import DataError
-from data.loader import Batch, DataState, LoaderSettings, RowLoader, unsupervised_crops
+from data.features import FeatureSettings, difference
+from data.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.shards import Dataset, open_dataset
 
 
@@ -93,7 +94,7 @@ def train(config: Config) -> None:
     model = BestRQ(config.encoder, config.quantizer).to(world.device)
     quantizer = RandomProjectionQuantizer(config.quantizer, subsampling_factor * config.encoder.num_mels)
     quantizer.to(world.device)
-    flops_per_row = model_flops(model, config, world)
+    flops_per_row = model_flops(model, config, config.data.crop_frames(dataset)[0], world)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
     optimizer = build_optimizer([(parallel_model.named_parameters(), config.optimizer)])
     code_counts = torch.zeros(config.quantizer.num_codebooks, config.quantizer.codebook_size, dtype=torch.int64)
@@ -111,7 +112,7 @@ def train(config: Config) -> None:
 
     loader = RowLoader(
         dataset,
-        unsupervised_crops(dataset, config.data, config.run.seed),
+        config.data.crop_order(dataset),
         config.data,
         multiple=subsampling_factor,
         row_gap=model.encoder.row_gap,
@@ -120,7 +121,7 @@ def train(config: Config) -> None:
         accumulation=config.accumulation,
         draw_mask=partial(
             draw_span_mask,
-            span_frames=config.masking.span_ms // dataset.features.hop_ms,
+            span_frames=round(config.masking.span_ms / dataset.features.hop_ms),
             start_probability=config.masking.start_probability,
         ),
         state=data_state,
@@ -293,16 +294,18 @@ def check_targets(checkpoint: Checkpoint, dataset: Dataset, quantizer: RandomPro
     Raises ConfigError naming what differs.
     """
     if checkpoint.state["feature_hash"] != dataset.features.hash():
-        differing = dataset.features.differences(checkpoint.state["features"])
+        differing = difference(FeatureSettings.from_dict(checkpoint.state["features"]), dataset.features)
         raise ConfigError(f"{checkpoint.path} was trained on other features: {'; '.join(differing)}")
     for name, tensor in quantizer.state_dict().items():
         if not torch.equal(checkpoint.extra_tensors[f"quantizer.{name}"], tensor.cpu()):
-            raise ConfigError(f"{checkpoint.path} has another quantizer: its {name} differs from that of quantizer.seed")
+            raise ConfigError(
+                f"{checkpoint.path} has another quantizer: its {name} differs from that of quantizer.seed"
+            )
 
 
 def save(run, step, model, optimizer, quantizer, data_state, code_counts, dataset, config, world) -> None:
     """A checkpoint, and the export of the encoder as it is now."""
-    features = to_dict(dataset.features)
+    features = dataset.features.to_dict()
     state = {"data": data_state.to_dict(), "features": features, "feature_hash": dataset.features.hash()}
     tensors = {f"quantizer.{name}": tensor for name, tensor in quantizer.state_dict().items()}
     tensors["code_counts"] = world.sum(code_counts.clone())
@@ -336,9 +339,10 @@ normalised per {config.data.normalisation}). Fine-tune it: `python finetune_ctc.
 """
 
 
-def model_flops(model: BestRQ, config: Config, world: World) -> int:
-    """FLOPs of a forward and backward pass of one row, full of segments of the largest length."""
-    frames, longest = config.data.row_frames, min(config.data.row_frames, config.data.max_frames)
+def model_flops(model: BestRQ, config: Config, longest: int, world: World) -> int:
+    """FLOPs of a forward and backward pass of one row, full of segments of the `longest` length, in mel frames."""
+    frames = config.data.row_frames
+    longest -= longest % config.encoder.subsampling_factor
     starts = torch.arange(0, frames - longest + 1, longest).unsqueeze(0)
     lengths = torch.full_like(starts, longest)
     targets = torch.zeros(frames // config.encoder.subsampling_factor // 3, config.quantizer.num_codebooks)
@@ -356,10 +360,11 @@ def describe(config: Config, model: BestRQ, dataset: Dataset, world: World, step
     """The first line of the console."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     seconds = config.data.rows * config.data.row_frames * dataset.features.hop_ms / 1000
+    hours = dataset.total_frames / dataset.features.frames_per_second / 3600
     start = f"continuing after step {step}" if step else "starting"
     return (
         f"{start}: {millions:.1f} M parameters, {world.size} process(es) on {world.device.type}, "
-        f"{seconds:.0f} s of rows an update, {dataset.hours:.1f} h in {config.data.dataset}, run {config.run.folder}"
+        f"{seconds:.0f} s of rows an update, {hours:.1f} h in {config.data.dataset}, run {config.run.folder}"
     )
 
 

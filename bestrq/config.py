@@ -188,9 +188,9 @@ def _explain(message: str, settings_class: type) -> str:
 
 def _nearest(name: str, settings_class: type) -> str:
     known = list(field_names(settings_class))
-    leaf = name.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    near = near or [other for other in known if other.rsplit(".", 1)[-1] == leaf]
-    by_leaf = {other.rsplit(".", 1)[-1]: other for other in known}
-    near = near or [by_leaf[other] for other in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    if not near:  # perhaps the right field without its section, or in another one
+        leaves = {other: other.rsplit(".", 1)[-1] for other in known}
+        nearest = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves.values(), n=1)
+        near = [other for other, leaf in leaves.items() if leaf in nearest]
     return f": did you mean {' or '.join(map(repr, near))}?" if near else "; --help lists the fields"

@@ -22,6 +22,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, layout: RowLayout) -> Tensor:
         x = F.glu(self.pointwise_in(x), dim=-1)
+        assert self.depthwise.bias is not None
         x = convolve_in_segments(x, self.depthwise.weight, self.depthwise.bias, layout)
         return self.pointwise_out(F.silu(self.norm(x)))
 

@@ -109,15 +109,22 @@ def make_layout(
         slot=slot.to(device),
         num_spread=num_spread,
         segments=segments,
-        attention_mask=None if device.type == "cpu" else attention_mask(valid, segment).to(device),
+        attention_mask=None if device.type == "cpu" else attention_mask(valid, segment, num_segments).to(device),
         rotary_phase=phase,
     )
 
 
-def attention_mask(valid: Tensor, segment: Tensor) -> Tensor:
-    """Which frames may attend to which, from bool `[R, T]` and int64 `[R, T]`.
+def attention_mask(valid: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Which frames may attend to which: bool `[R, 1, T, T]`, or `[R, 1, 1, T]` for rows of one segment at most.
 
-    Frames of a gap attend to each other, for a softmax over nothing would be NaN; nobody reads what they make of it.
+    A softmax over nothing would be NaN, so frames of a gap attend to something: among several segments to each other,
+    in an empty row to all of it. Nobody reads what they make of it.
+
+    Args:
+        valid: bool `[R, T]`.
+        segment: int64 `[R, T]`, the slot of every valid frame.
     """
+    if num_segments == 1:
+        return (valid | ~valid.any(dim=1, keepdim=True))[:, None, None, :]
     owner = torch.where(valid, segment, -1)
-    return (owner[:, None, :, None] == owner[:, None, None, :])
+    return owner[:, None, :, None] == owner[:, None, None, :]

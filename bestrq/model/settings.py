@@ -10,7 +10,7 @@ def _require(ok: bool, field: str, value: object, fix: str) -> None:
         raise ConfigError(f"encoder.{field}: {value!r} is not possible: {fix}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncoderSettings:
     """Shape of a Conformer encoder. `bestrq.model.presets` holds named ones."""
 

@@ -30,7 +30,7 @@ def save_codebook_usage(folder: Path, counts: Tensor) -> None:
     write_file(folder / CODEBOOK_USAGE, save({"counts": counts.detach().cpu().contiguous()}))
 
 
-def draw_mask(log_mel: Tensor, mask: Tensor, hop_ms: int) -> np.ndarray:
+def draw_mask(log_mel: Tensor, mask: Tensor, hop_ms: float) -> np.ndarray:
     """A row's spectrogram with the masked frames shaded, uint8 `[height, width, 3]`."""
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()

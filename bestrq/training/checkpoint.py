@@ -288,12 +288,14 @@ def latest_checkpoint(folder: Path, world: World) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None, world: World) -> None:
-    """Rank 0 deletes complete checkpoints but the newest `keep_last` and the best. The marker goes first, so one
-    that is half deleted is never chosen. Other ranks return at once: nobody reads what is deleted."""
+    """Rank 0 deletes checkpoints but the newest `keep_last` and the best, and older ones cut short. The marker goes
+    first, so one that is half deleted is never chosen. Other ranks return at once: nobody reads what is deleted."""
     if not world.is_main:
         return
-    complete = [(step, path) for step, path in list_checkpoints(folder) if _marker(path) is not None]
-    for step, path in complete[: -max(1, keep_last)]:
-        if step != best_step:
-            (path / COMPLETE).unlink()
+    found = list_checkpoints(folder)
+    complete = [step for step, path in found if _marker(path) is not None]
+    kept = {*complete[-max(1, keep_last) :], best_step}
+    for step, path in found:
+        if complete and step < complete[-1] and step not in kept:
+            (path / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(path)
