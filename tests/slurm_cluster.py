@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def log_tails(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path) -> Iterator[Cluster]:
+def running_cluster(folder: Path, **job_environment: str) -> Iterator[Cluster]:
     """Start the daemons in `folder`, yield the cluster, cancel its jobs and stop the daemons."""
     host = socket.gethostname().split(".")[0]
     ports = free_ports(1 + len(NODES))
@@ -118,6 +118,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     folder.chmod(0o755)  # munged wants every user to reach its socket
 
     env = {**os.environ, "SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    env |= job_environment
     cluster = Cluster(folder, env)
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock"]
     munge += [f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed"]
@@ -154,7 +155,7 @@ def idle(cluster: Cluster) -> bool:
         return False
 
 
-def wait_until(condition, what: str, folder: Path, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, folder: Path, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
