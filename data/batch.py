@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,59 +50,108 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A batch before it is read."""
+class Job:
+    """What a worker is asked for: the crops of every row, and the shared buffer to place them in (None: a new one)."""
 
     rows: list[Row]
-    text: list[list[str]]
-    state: DataState
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A worker's answer: a Batch's arrays; log_mel is None where it lies in the job's buffer."""
+
+    log_mel: Tensor | None
+    segments: np.ndarray
+    """int64 [3, R, S]: start, length and seed."""
+    mask: np.ndarray | None
+    ids: list[list[str]]
+
+
+class SharedRows:
+    """Buffers for log_mel in shared memory, float32 [R, F, M], used again and again.
+
+    The pages of new shared memory cost more than everything else that a worker does. A buffer is free again when
+    nothing refers to the tensor that was made of it, so a batch that is kept stays as it is.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, int, int]) -> None:
+        self.buffers = [_new_shared(shape) for _ in range(slots)]
+        self._free = deque(range(slots))
+
+    def take(self) -> int | None:
+        """A free buffer's number, None where all are in use."""
+        return self._free.popleft() if self._free else None
+
+    def tensor(self, slot: int) -> Tensor:
+        """The buffer as a tensor; its slot is given back when the tensor and all its views are gone."""
+        view = self.buffers[slot].numpy().view()
+        weakref.finalize(view, self._free.append, slot).atexit = False
+        return torch.from_numpy(view)
+
+
 class RowReader:
-    """`reader[plan]` is the Batch of a plan, or the error that reading it met. Runs in workers."""
+    """`reader[job]` reads, normalises and places the rows of a job. Runs in workers.
 
-    dataset: Dataset
-    draw_mask: DrawMask | None
-    row_frames: int
-    max_segments: int
-    normalisation: Normalisation
-    verify_checksums: bool
+    Args:
+        shape: (R, F, M) of a batch.
+        max_segments: S.
+        draw_mask: draws a segment's mask.
+        buffers: tensors [R, F, M] in shared memory that jobs may name.
+    """
 
-    def __getitem__(self, plan: Plan) -> Batch | DataError:
+    def __init__(
+        self,
+        dataset: Dataset,
+        shape: tuple[int, int, int],
+        max_segments: int,
+        draw_mask: DrawMask | None,
+        normalisation: Normalisation = "recording",
+        verify_checksums: bool = False,
+        buffers: Sequence[Tensor] = (),
+    ) -> None:
+        self.dataset, self.shape, self.max_segments, self.draw_mask = dataset, shape, max_segments, draw_mask
+        self.normalisation, self.verify_checksums, self.buffers = normalisation, verify_checksums, buffers
+        self._scratch = np.empty(shape[1:], np.float16)
+
+    def __getitem__(self, job: Job) -> Reading | DataError:
         try:
-            return self.read(plan)
+            if job.slot is not None:
+                return self._fill(self.buffers[job.slot], job, keep=False)
+            log_mel = torch.empty(self.shape) if get_worker_info() is None else _new_shared(self.shape)
+            return self._fill(log_mel, job, keep=True)
         except DataError as error:
             return error  # raised in the main process, without a worker's traceback around it
 
-    def read(self, plan: Plan) -> Batch:
-        log_mel = _zeros(len(plan.rows), self.row_frames, self.dataset.features.num_mels)
-        mask = None if self.draw_mask is None else torch.zeros(log_mel.shape[:2], dtype=torch.bool)
-        start, length, seed = torch.zeros(3, len(plan.rows), self.max_segments, dtype=torch.int64)
+    def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
+        mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
+        segments = np.zeros((3, len(job.rows), self.max_segments), np.int64)
         ids = []
-        for number, row in enumerate(plan.rows):
-            crops, used = row.crops, len(row.begin)
-            start[number, :used] = torch.from_numpy(row.begin)
-            length[number, :used] = torch.from_numpy(crops.stop - crops.start)
-            seed[number, :used] = torch.from_numpy(crops.seed)
+        for number, row in enumerate(job.rows):
+            crops, end, names = row.crops, 0, []
+            segments[:, number, : len(row.begin)] = row.begin, crops.stop - crops.start, crops.seed
             columns = (row.begin, crops.recording, crops.start, crops.stop, crops.seed)
-            segments = list(zip(*(column.tolist() for column in columns), strict=True))
-            for begin, recording, first, last, segment_seed in segments:
-                frames = last - first
-                values = self.dataset.read(recording, first, last, self.verify_checksums)
-                out = log_mel[number, begin : begin + frames]
-                self.dataset.normalise_into(out, values, recording, self.normalisation)
+            for begin, recording, start, stop, seed in zip(*(column.tolist() for column in columns), strict=True):
+                log_mel[number, end:begin] = 0
+                end = begin + stop - start
+                self._place(log_mel[number, begin:end], recording, start, stop)
                 if mask is not None and self.draw_mask is not None:
-                    generator = np.random.Generator(np.random.PCG64(segment_seed))
-                    drawn = self.draw_mask(generator, frames)
-                    mask[number, begin : begin + frames] = torch.from_numpy(drawn)
-            ids.append([f"{self.dataset.id(r)}:{first}-{last}" for _, r, first, last, _ in segments])
-        return Batch(log_mel, start, length, seed, mask, plan.text, ids, plan.state)
+                    mask[number, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), stop - start)
+                names.append(f"{self.dataset.id(recording)}:{start}-{stop}")
+            log_mel[number, end:] = 0
+            ids.append(names)
+        return Reading(log_mel if keep else None, segments, mask, ids)
+
+    def _place(self, out: Tensor, recording: int, start: int, stop: int) -> None:
+        if self.verify_checksums:
+            values = self.dataset.read(recording, start, stop, verify=True)
+        else:
+            values = self._scratch[: stop - start]
+            self.dataset.read_into(recording, start, values)
+        self.dataset.normalise_into(out, values, recording, self.normalisation)
 
 
-def _zeros(*shape: int) -> Tensor:
-    """float32 zeros; in a worker in shared memory from the start, which saves a copy on the way to the main process."""
-    if get_worker_info() is None:
-        return torch.zeros(shape)
+def _new_shared(shape: tuple[int, int, int]) -> Tensor:
+    """float32 in shared memory; torch has no public way to make such a tensor without copying one."""
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
     return torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]

@@ -10,18 +10,19 @@ import os
 import shutil
 import signal
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from data.batch import Batch, DrawMask, Plan, RowReader
+from data.batch import Batch, DrawMask, Job, Reading, RowReader, SharedRows
 from data.errors import DataError
 from data.order import CropOrder, CropTable
-from data.rows import DataState, RowStream
+from data.rows import DataState, Row, RowStream
 from data.shards import Dataset, Normalisation
 
 __all__ = ["Batch", "DataState", "DrawMask", "LoaderSettings", "RowLoader"]
@@ -87,6 +88,14 @@ class LoaderSettings:
         return CropOrder(dataset.frames[recordings], *self.crop_frames(dataset), self.seed, recordings)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A batch before it is read: its rows, and the state after its update."""
+
+    rows: list[Row]
+    state: DataState
+
+
 class RowLoader:
     """Iterates over updates for ever; each is a list of `accumulation` Batches, this rank's share of the update's rows.
 
@@ -140,14 +149,7 @@ class RowLoader:
             fingerprint=dataset.fingerprint,
         )
         self.state = self.stream.start(state)
-        self.reader = RowReader(
-            dataset,
-            draw_mask,
-            settings.row_frames,
-            settings.max_segments,
-            settings.normalisation,
-            settings.verify_checksums,
-        )
+        self.draw_mask = draw_mask
         dataset.statistics(0, settings.normalisation)  # loaded before workers fork: they share it
         if settings.num_workers:
             self._check_shared_memory()
@@ -163,46 +165,72 @@ class RowLoader:
         finally:
             batches.close()
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        s = self.settings
-        if s.num_workers == 0:
-            results: Iterator[Batch | DataError] = map(self.reader.__getitem__, self._plans())
-        else:
-            results = iter(
-                DataLoader(
-                    self.reader,  # type: ignore[arg-type]
-                    sampler=self._plans(),
-                    batch_size=None,
-                    num_workers=s.num_workers,
-                    prefetch_factor=s.prefetch,
-                    collate_fn=_as_is,  # type: ignore[arg-type]
-                    worker_init_fn=_begin_worker,
-                    multiprocessing_context=multiprocessing.get_context(s.start_method),
-                    generator=torch.Generator(),  # or it would draw from, and so move, the global one
-                )
-            )
-        for result in results:
-            if isinstance(result, DataError):
-                raise result
-            yield result
-
-    def _plans(self) -> Iterator[Plan]:
+    def plans(self) -> Iterator[Plan]:
+        """This rank's batches from `self.state` on, before anything is read."""
         share = self.accumulation * self.batch_rows
         for rows, state in self.stream.updates(self.state, self.settings.rows):
             mine = rows[self.rank * share : (self.rank + 1) * share]
             for first in range(0, share, self.batch_rows):
-                part = mine[first : first + self.batch_rows]
-                yield Plan(part, [[self.crops.text(i) for i in row.crops.item.tolist()] for row in part], state)
+                yield Plan(mine[first : first + self.batch_rows], state)
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        s = self.settings
+        shape = (self.batch_rows, s.row_frames, self.dataset.features.num_mels)
+        shared = SharedRows(self._slots(), shape)
+        reader = RowReader(
+            self.dataset, shape, s.max_segments, self.draw_mask, s.normalisation, s.verify_checksums, shared.buffers
+        )
+        pending: deque[tuple[Plan, int | None]] = deque()
+
+        def jobs() -> Iterator[Job]:
+            for plan in self.plans():
+                slot = shared.take()
+                pending.append((plan, slot))
+                yield Job(plan.rows, slot)
+
+        for reading in self._readings(reader, jobs()):
+            if isinstance(reading, DataError):
+                raise reading
+            plan, slot = pending.popleft()
+            log_mel = reading.log_mel if slot is None else shared.tensor(slot)
+            assert log_mel is not None
+            start, length, seed = torch.from_numpy(reading.segments)
+            mask = None if reading.mask is None else torch.from_numpy(reading.mask)
+            text = [[self.crops.text(i) for i in row.crops.item.tolist()] for row in plan.rows]
+            yield Batch(log_mel, start, length, seed, mask, text, reading.ids, plan.state)
+
+    def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading | DataError]:
+        """Answers in the order of the jobs."""
+        s = self.settings
+        if s.num_workers == 0:
+            return map(reader.__getitem__, jobs)
+        workers: DataLoader[Any] = DataLoader(
+            reader,  # type: ignore[arg-type]
+            sampler=jobs,
+            batch_size=None,
+            num_workers=s.num_workers,
+            prefetch_factor=s.prefetch,
+            collate_fn=_as_is,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=multiprocessing.get_context(s.start_method),
+            generator=torch.Generator(),  # or it would draw from, and so move, the global one
+        )
+        return iter(workers)
+
+    def _slots(self) -> int:
+        """Shared buffers: one for every batch under way, and for those of two updates in the hands of the script."""
+        s = self.settings
+        return s.num_workers * s.prefetch + 2 * self.accumulation if s.num_workers else 0
 
     def _check_shared_memory(self) -> None:
         folder, s = Path("/dev/shm"), self.settings
         if not folder.is_dir():
             return
-        batch = self.batch_rows * s.row_frames * (4 * self.dataset.features.num_mels + 1)
-        need, free = (s.num_workers * s.prefetch + 1) * batch, shutil.disk_usage(folder).free
+        batch = 4 * self.batch_rows * s.row_frames * self.dataset.features.num_mels
+        need, free = self._slots() * batch, shutil.disk_usage(folder).free
         if need > free:
             raise DataError(
-                f"loader.num_workers {s.num_workers} x prefetch {s.prefetch} batches need {need >> 20} MiB of shared "
+                f"loader.num_workers {s.num_workers} x prefetch {s.prefetch} needs {need >> 20} MiB of shared "
                 f"memory, /dev/shm has {free >> 20}: lower them, or enlarge it (docker run --shm-size)"
             )
 
@@ -225,5 +253,5 @@ def _begin_worker(_: int) -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def _as_is(batch: Batch | DataError) -> Batch | DataError:
-    return batch
+def _as_is(reading: Any) -> Any:
+    return reading

@@ -1,0 +1,123 @@
+"""How fast rows with masks become ready: `python -m benchmarks.loader_speed`.
+
+A synthetic dataset (random float16; utterances of 2 to 17 s and some recordings of 10 minutes) is written to a
+temporary folder, so the page cache is warm; the real loader then runs with one worker and the masks of pretraining.
+Counts seconds of audio, not padding, that arrive in the main process. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import functools
+import json
+import pstats
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from bestrq.pretraining.masking import draw_span_mask
+from data.features import FeatureSettings
+from data.loader import LoaderSettings, Plan, RowLoader
+from data.shards import Dataset, DatasetWriter, Recording, open_dataset
+
+
+def write_synthetic(folder: str, hours: float, seed: int = 0) -> Dataset:
+    """Random log-mel: 90 % of the time in utterances of 2 to 17 s, 10 % in recordings of 10 minutes."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(-5, 3, size=(60_000, 80)).astype(np.float16)
+    with DatasetWriter(folder, FeatureSettings()) as writer:
+        total, number = 0, 0
+        while total < hours * 360_000:
+            frames = 60_000 if number % 600 == 0 else int(rng.integers(200, 1700))
+            first = int(rng.integers(0, 60_001 - frames))
+            writer.add(Recording(f"r{number:06d}"), noise[first : first + frames])
+            total, number = total + frames, number + 1
+        writer.finish()
+    return open_dataset(folder)
+
+
+def loader(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> RowLoader:
+    settings = LoaderSettings(
+        row_frames=options.row_frames, rows=options.rows, num_workers=num_workers, max_seconds=20.0
+    )
+    # 40 frames are 400 ms; a start probability of 0.01 a frame masks a third.
+    draw_mask = functools.partial(draw_span_mask, span_frames=40, start_probability=0.01)
+    return RowLoader(dataset, settings.crop_order(dataset), settings, multiple=4, row_gap=4, draw_mask=draw_mask)
+
+
+def measure(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> float:
+    """Audio-seconds per second and worker, worker start and first batches left out."""
+    seconds, begin = 0.0, 0.0
+    for number, (batch,) in enumerate(loader(dataset, options, num_workers)):
+        if number == options.warm_up:
+            begin = time.perf_counter()
+        elif number > options.warm_up:
+            seconds += int(batch.segment_length.sum()) / 100
+            if number == options.warm_up + options.updates:
+                break
+    return seconds / (time.perf_counter() - begin) / max(1, num_workers)
+
+
+def copy_speed(options: argparse.Namespace) -> float:
+    """Audio-seconds per second of the least that must happen: a row's float16 read and float32 written, in torch."""
+    import torch
+
+    torch.set_num_threads(1)
+    source = torch.zeros(options.rows, options.row_frames, 80, dtype=torch.float16)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        source.to(torch.float32)
+        times.append(time.perf_counter() - begin)
+    return options.rows * options.row_frames / 100 / statistics.median(times)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader_speed", description=__doc__)
+    parser.add_argument("--hours", type=float, default=10.0, help="audio in the synthetic dataset")
+    parser.add_argument("--row-frames", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--updates", type=int, default=150, help="updates in a measurement")
+    parser.add_argument("--warm-up", type=int, default=8, help="updates before it")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="where the time goes, in one process")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write_synthetic(folder, options.hours)
+        if options.profile:
+            profiler = cProfile.Profile()
+            profiler.runcall(measure, dataset, options, 0)
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
+        plans = loader(dataset, options, 0)
+        begin = time.perf_counter()
+        planned = 0.0
+        for _, plan in zip(range(options.updates), plans.plans(), strict=False):
+            planned += _seconds(plan)
+        planning = planned / (time.perf_counter() - begin)
+        rates = []
+        for _ in range(options.repeats):
+            rates.append(measure(dataset, options, 1))
+            print(f"{rates[-1]:,.0f} audio-s/s with one worker", flush=True)
+        fill = planned * 100 / (options.updates * options.rows * options.row_frames)
+        figures = {
+            "audio_seconds_per_second_per_worker": round(statistics.median(rates)),
+            "lowest": round(min(rates)),
+            "highest": round(max(rates)),
+            "in_process": round(statistics.median(measure(dataset, options, 0) for _ in range(3))),
+            "planning_alone": round(planning),
+            "bare_conversion": round(copy_speed(options)),
+            "row_fill": round(fill, 4),
+        }
+    print(json.dumps(figures))
+
+
+def _seconds(plan: Plan) -> float:
+    return sum(int((row.crops.stop - row.crops.start).sum()) for row in plan.rows) / 100
+
+
+if __name__ == "__main__":
+    main()
