@@ -366,7 +366,7 @@ def write_results(out: Path, results: dict[str, Any], config: Config) -> None:
         "WER": report.percent(total["wer"]),
         "CER": report.percent(total["cer"]),
         "Audio": f"{total['seconds'] / 60:,.1f} min",
-        "Speed": f"{speed:,.0f} x real time",
+        "Audio a second": f"{speed:,.0f} s",
     }
     systems = {results["name"]: results}
     sections = [results_section(systems), transcripts_section(systems), facts_section(systems)]

@@ -17,68 +17,7 @@ LANGUAGES = {
     "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "all": "All recordings", "": "not given",
 }  # fmt: skip
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1b1f24;
-       font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 72px; }
-h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 6px; }
-h2 { font-size: 1.3rem; line-height: 1.3; letter-spacing: -0.01em; margin: 56px 0 6px; }
-h3 { font-size: 1rem; margin: 0 0 6px; }
-table + h3, .charts + h3, figure + h3 { margin-top: 30px; }
-p { margin: 6px 0 14px; max-width: 72ch; }
-.lead, .note, figcaption, dt { color: #59636e; }
-.note, figcaption { font-size: 0.9rem; }
-.cards { display: flex; flex-wrap: wrap; gap: 14px; margin: 26px 0 0; padding: 0; list-style: none; }
-.cards li { flex: 1 1 150px; border: 1px solid #dfe3e8; border-radius: 10px; padding: 14px 18px; }
-.cards b { display: block; font-size: 1.7rem; line-height: 1.25; font-variant-numeric: tabular-nums;
-           letter-spacing: -0.02em; }
-.cards span { color: #59636e; font-size: 0.88rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: 10px 0 12px; }
-th, td { text-align: right; padding: 7px 9px; border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
-td { font-size: 0.95rem; }
-th { font-size: 0.85rem; font-weight: 600; color: #59636e; border-bottom-color: #9aa4af; vertical-align: bottom; }
-th.left, td.left { text-align: left; }
-th:first-child, td:first-child { padding-left: 0; }
-tr.group td { border-top: 1px solid #9aa4af; }
-td.rate { font-weight: 650; }
-td.range { color: #59636e; padding-left: 0; }
-td.bar { padding: 0 14px 0 0; min-width: 120px; }
-td.bar svg { display: block; width: 100%; height: 18px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 28px; }
-.charts figure:only-child { max-width: 500px; }
-figure { margin: 18px 0 0; }
-figure h3 { font-weight: 600; }
-img { display: block; max-width: 100%; width: 100%; height: auto; }
-.transcript { border: 1px solid #dfe3e8; border-radius: 10px; padding: 16px 20px; margin: 14px 0; }
-.transcript h3 { font-weight: 600; overflow-wrap: anywhere; }
-.transcript h3 span { font-weight: 400; color: #59636e; }
-.transcript dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: 8px 18px; }
-.transcript dt { font-size: 0.88rem; padding-top: 2px; }
-.transcript dt b { color: #1b1f24; display: block; font-weight: 600; }
-.transcript dd { margin: 0; overflow-wrap: anywhere; }
-ins, del, .sub { border-radius: 3px; padding: 1px 3px; }
-ins { background: #dcebfb; color: #084a8c; text-decoration: underline; text-underline-offset: 3px; }
-del { background: #fbe1dd; color: #9a1f12; text-decoration: line-through; }
-.sub { background: #fdf0d0; color: #6b4300; font-weight: 600; }
-.sub s { font-weight: 400; font-size: 0.85em; opacity: 0.85; }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 22px; margin: 10px 0; }
-.facts dd { margin: 0; overflow-wrap: anywhere; }
-pre, code { font: 0.86rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre { background: #f5f7f9; border-radius: 8px; padding: 12px 16px; overflow-x: auto; margin: 8px 0 16px; }
-@media (max-width: 640px) {
-  main { padding: 26px 16px 48px; }
-  h1 { font-size: 1.6rem; }
-  .transcript dl, .facts { grid-template-columns: 1fr; gap: 2px; }
-  .transcript dd, .facts dd { margin-bottom: 10px; }
-  .transcript dt b { display: inline; }
-  .bar, .size { display: none; }
-  th, td { padding: 7px 8px; }
-}
-@media print { h2 { break-after: avoid; } .transcript, figure { break-inside: avoid; } }
-"""
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="ascii")
 
 
 @dataclass(frozen=True)
@@ -210,7 +149,7 @@ def error_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
 def figure(title: str, image: str, caption: str = "") -> str:
     """An image of `charts` with a heading and a caption."""
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><h3>{html.escape(title)}</h3>{image}{below}</figure>"
+    return f'<figure><h3>{html.escape(title)}</h3><div class="scroll">{image}</div>{below}</figure>'
 
 
 def chart_grid(figures: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ def results_section(systems: Results) -> report.Section:
     kinds = charts.kinds_chart({name: error_shares(total["characters"]) for name, total in totals.items()})
     figures = [
         report.figure("CER of the recordings", picture, "Each recording by itself; further to the left is better."),
-        report.figure("Kinds of errors", kinds, "Mostly deletions would be a model that has learnt little."),
+        report.figure("Kinds of errors", kinds, "A model that has learnt little mostly deletes."),
     ]
     return report.Section("Results", body + report.chart_grid(figures) + report.error_table(totals))
 
