@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +117,8 @@ def collate(rows: list[list[tuple[int, Tensor]]], row_frames: int, seed: int) ->
 
 
 def make_ours(batches: list[PackedRows]) -> System:
-    settings, masking = PRESETS["bestrq-94m"], MaskingSettings()
-    settings.dropout = settings.attention_dropout = DROPOUT
+    settings = replace(PRESETS["bestrq-94m"], dropout=DROPOUT, attention_dropout=DROPOUT)
+    masking = MaskingSettings()
     quantizer_settings = QuantizerSettings()
     quantizer = RandomProjectionQuantizer(quantizer_settings, settings.subsampling_factor * NUM_MELS)
     model = BestRQ(settings, quantizer_settings).train()

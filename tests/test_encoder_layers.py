@@ -1,0 +1,202 @@
+"""Dropout, depthwise convolution, layout and norms: each against its plain definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bestrq.model import dropout as dropout_module
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.convolution import convolve_in_segments
+from bestrq.model.dropout import Dropout, drop_threshold, keep_scale
+from bestrq.model.layout import RowLayout, make_layout
+from bestrq.model.norms import LayerNorm, make_norm
+
+
+def make(starts: list[list[int]], lengths: list[list[int]], frames: int, reach: int = 3) -> RowLayout:
+    return make_layout(
+        torch.tensor(starts), torch.tensor(lengths), frames,
+        subsampling_factor=4, reach=reach, rotary_dim=4, rotary_theta=1e4,
+        device=torch.device("cpu"), dtype=torch.float64,
+    )  # fmt: skip
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_zeroes_its_share_and_scales_the_rest_exactly(share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    threshold = drop_threshold(share)
+    x = torch.ones(1001, 301, dtype=dtype)
+    y = Dropout(share)(x)
+    kept = y != 0
+    assert y.dtype == dtype
+    assert (y[kept] == torch.tensor(256 / (256 - threshold), dtype=dtype)).all()
+    expected, count = 1 - threshold / 256, x.numel()
+    assert abs(float(kept.double().mean()) - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_dropped_share_is_the_nearest_256th_and_never_all_or_none() -> None:
+    assert [drop_threshold(p) for p in (0.0, 1e-4, 0.1, 0.5, 0.999)] == [0, 1, 26, 128, 255]
+    assert keep_scale(0) == 1.0
+
+
+def test_dropout_masks_are_uncorrelated_from_element_to_element() -> None:
+    torch.manual_seed(0)
+    kept = (Dropout(0.5)(torch.ones(1 << 18)) != 0).double() - 0.5
+    for lag in (1, 2, 4, 7, 8, 16, 64):
+        correlation = float((kept[lag:] * kept[:-lag]).mean() / 0.25)
+        assert abs(correlation) < 4 / len(kept) ** 0.5
+
+
+def test_dropout_repeats_with_the_global_seed_and_differs_between_calls() -> None:
+    drop, x = Dropout(0.3), torch.ones(999)
+    torch.manual_seed(5)
+    first, second = drop(x), drop(x)
+    torch.manual_seed(5)
+    assert torch.equal(drop(x), first) and torch.equal(drop(x), second) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    third = drop(x)
+    torch.set_rng_state(state)
+    assert torch.equal(drop(x), third)
+
+
+def test_dropout_gradients_pass_through_the_same_mask() -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(6, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    drop = Dropout(0.4)
+
+    def seeded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return drop.add(drop(x), y, 0.5)
+
+    assert torch.autograd.gradcheck(seeded, (x, y))
+    torch.manual_seed(1)
+    expected = drop(x) + 0.5 * drop(y)
+    torch.testing.assert_close(seeded(x, y), expected)
+
+
+def test_dropout_does_nothing_in_evaluation_or_at_share_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_module, "draw_kept", lambda *_: pytest.fail("a mask was drawn"))
+    x, y = torch.randn(2, 5)
+    for drop in (Dropout(0.5).eval(), Dropout(0.0)):
+        assert torch.equal(drop(x), x) and torch.equal(drop.add(x, y, 0.5), x + 0.5 * y)
+
+
+# ---- convolution
+
+
+@pytest.mark.parametrize("kernel_size", [1, 5, 31])
+def test_convolution_in_segments_is_a_plain_convolution_of_each(kernel_size: int) -> None:
+    torch.manual_seed(0)
+    layout = make([[0, 44, 0], [80, 0, 52]], [[40, 37, 0], [8, 50, 24]], 120, reach=kernel_size // 2)
+    x = torch.randn(2, 30, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 1, kernel_size, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    ours = convolve_in_segments(x, weight, bias, layout)
+    plain = torch.zeros_like(ours)
+    for start, stop in layout.segments:
+        row, start, stop = start // 30, start % 30, (stop - 1) % 30 + 1
+        part = F.conv1d(x[row, start:stop].T, weight, bias, padding=kernel_size // 2, groups=6).T
+        plain = plain.index_put((torch.full((stop - start,), row), torch.arange(start, stop)), part)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight, bias), grad), torch.autograd.grad(plain, (x, weight, bias), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# ---- layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 60), max_size=4), min_size=1, max_size=3),
+    reach=st.integers(0, 15),
+    data=st.data(),
+)
+def test_spread_segments_keep_their_reach_apart_whatever_the_order_of_the_slots(rows, reach, data) -> None:  # type: ignore
+    frames, starts, lengths = 400, [], []
+    for row in rows:
+        row_starts, end = [], 0
+        for length in row:
+            row_starts.append(end)
+            end = -(-(end + length + ConformerEncoder.row_gap) // 4) * 4
+        pairs = data.draw(st.permutations([*zip(row_starts, row, strict=True), *[(0, 0)] * (4 - len(row))]))
+        starts.append([start for start, _ in pairs])
+        lengths.append([length for _, length in pairs])
+    layout = make(starts, lengths, frames, reach)
+    assert int(layout.valid.sum()) == sum(-(-n // 4) for row in rows for n in row) == len(layout.frame)
+    assert int(layout.valid_mel.sum()) == sum(n for row in rows for n in row)
+    assert int(layout.valid_half.sum()) == sum(-(-n // 2) for row in rows for n in row)
+    assert torch.equal(layout.valid.flatten().nonzero().squeeze(1), layout.frame)
+    segment_of = torch.full((layout.valid.numel(),), -1)
+    for number, (start, stop) in enumerate(layout.segments):
+        segment_of[start:stop] = number
+    row_of_slot, place = layout.slot // layout.num_spread, layout.slot % layout.num_spread
+    assert torch.equal(row_of_slot, layout.frame // 100)
+    previous, here = segment_of[layout.frame[:-1]], segment_of[layout.frame[1:]]
+    distance, same_row = place.diff(), row_of_slot.diff() == 0
+    assert (distance[previous == here] == 1).all()
+    assert (distance[(previous != here) & same_row] > reach).all()
+
+
+@pytest.mark.parametrize(
+    "start, length, frames, word", [(0, 8, 42, "multiple"), (6, 8, 40, "multiples"), (36, 8, 40, "ends behind")]
+)
+def test_impossible_rows_are_refused(start: int, length: int, frames: int, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        make([[start]], [[length]], frames)
+
+
+# ---- norms and the whole
+
+
+def test_norm_has_the_parameter_names_of_every_other_layer_norm() -> None:
+    norm = make_norm("layer_norm", 8)
+    assert isinstance(norm, LayerNorm) and set(norm.state_dict()) == {"weight", "bias"}
+    norm.load_state_dict(torch.nn.LayerNorm(8).state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(norm(x), F.layer_norm(x, (8,)))
+    with pytest.raises(ValueError, match="batch_norm"):
+        make_norm("batch_norm", 8)
+
+
+def test_encoder_error_stays_within_its_precision() -> None:
+    """float32 within 1e-5 and bfloat16 autocast within 2 % of float64, over the whole encoder."""
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(
+        EncoderSettings(dim=64, num_layers=3, num_heads=2, feedforward_dim=128, subsampling_channels=16)
+    ).eval()
+    log_mel = torch.randn(2, 200, 80)
+    rows = torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [200, 0]]), 200
+    with torch.no_grad():
+        single = encoder(log_mel, encoder.layout(*rows))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder(log_mel, encoder.layout(*rows))
+        encoder.double()
+        exact = encoder(log_mel.double(), encoder.layout(*rows))
+    assert (single - exact).norm() < 1e-5 * exact.norm()
+    assert (half - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
+    torch.manual_seed(0)
+    cpu = ConformerEncoder(EncoderSettings(dim=64, num_layers=2, num_heads=2, feedforward_dim=128)).double().eval()
+    log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
+    rows = torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200
+    expected = cpu(log_mel, cpu.layout(*rows))
+    grads = torch.autograd.grad(expected.pow(2).sum(), list(cpu.parameters()))
+    gpu = cpu.cuda()
+    got = gpu(log_mel.cuda(), gpu.layout(*rows))
+    got_grads = torch.autograd.grad(got.pow(2).sum(), list(gpu.parameters()))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
+    for a, b in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
