@@ -120,10 +120,10 @@ def main() -> None:
     totals = {name: results["scores"]["all"] for name, results in systems.items()}
     cards = {f"CER, {name}": report.percent(total["cer"]) for name, total in totals.items()}
     cards |= {f"WER, {name}": report.percent(total["wer"]) for name, total in totals.items()}
-    total = next(iter(totals.values()))
+    total, split = next(iter(totals.values())), next(iter(systems.values()))["dataset"]["split"]
     lead = (
         f"{len(systems)} {'systems' if len(systems) > 1 else 'system'} on {total['num_recordings']:,} recordings, "
-        f"{total['seconds'] / 60:.1f} minutes, unseen in training; greedy CTC decoding, no language model."
+        f"{total['seconds'] / 60:.1f} minutes, of the {split} split; greedy CTC decoding, no language model."
     )
     sections = [results_section(systems)]
     if arguments.pretrain is not None:
