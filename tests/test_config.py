@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,8 @@ class Cart:
     """What it is called."""
     steps: int = 10
     """Length of the ride."""
+    spare: Wheel = field(default_factory=Wheel)
+    """The spare wheel's section."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -61,8 +64,8 @@ def test_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path: 
     [
         ("--wheel.radios=3", "wheel.radios", "wheel.radius"),
         ("--stepps=3", "stepps", "steps"),
-        ("--radius=3", "radius", "wheel.radius"),
-        ("--radis=3", "radis", "wheel.radius"),
+        ("--radius=3", "radius", "wheel.radius' or 'spare.radius"),
+        ("--radis=3", "radis", "wheel.radius' or 'spare.radius"),
         ("wheel: {radios: 3}", "wheel.radios", "wheel.radius"),
         ("stepps: 3", "stepps", "steps"),
         ("weel: {radius: 3}", "weel.radius", "wheel.radius"),
@@ -117,6 +120,7 @@ def test_print_config_and_save_yaml_read_back_as_the_same_settings(
     cart = Cart(Wheel(1e-5, "disc", (1.0, 2.0)), "N\u00e4me: #1", 7)
     path = tmp_path / "cart.yaml"
     save_yaml(cart, path)
+    assert json.loads(json.dumps(to_dict(cart))) == to_dict(cart)  # JSON-able as it is: no tuples
     assert parse(Cart, ["--config", str(path)]) == cart
     assert from_dict(Cart, load_yaml(path)) == cart == from_dict(Cart, to_dict(cart))
     with pytest.raises(SystemExit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from bestrq.training.process import (
     DistributedSettings,
     Launch,
     World,
+    autocast,
     first_host,
     gradient_sync,
     parallelise,
@@ -48,9 +50,12 @@ class Blocks(nn.Module):
         return self.head(x) * self.scale
 
 
-def make(world: World, strategy: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def chosen(strategy: str, precision: str = "float32") -> DistributedSettings:
+    return DistributedSettings(strategy=strategy, device="cpu", precision=precision)
+
+
+def make(world: World, settings: DistributedSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(world.rank)  # only rank 0's initial weights may count
-    settings = DistributedSettings(strategy=strategy, device="cpu", precision="float32")
     model = Blocks()
     model = parallelise(model, model.blocks, world, settings)
     options = OptimizerSettings(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1)
@@ -66,9 +71,12 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, targets, counted
 
 
-def train(world: World, strategy: str, accumulation: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+Curves = tuple[list[float], list[float], dict[str, Tensor]]
+
+
+def train(world: World, settings: DistributedSettings, accumulation: int) -> Curves:
     """Losses and gradient norms of some steps, and the whole gradients of the first."""
-    model, optimizer = make(world, strategy)
+    model, optimizer = make(world, settings)
     guard = UpdateGuard(GuardSettings())
     losses, norms, first = [], [], {}
     for step in range(1, STEPS + 1):
@@ -78,7 +86,9 @@ def train(world: World, strategy: str, accumulation: int) -> tuple[list[float], 
         parts = list(zip(*(part.chunk(accumulation) for part in (x, targets, counted)), strict=True))
         for i, (inputs, labels, counts) in enumerate(parts):
             with gradient_sync(model, i == accumulation - 1):
-                frames = nn.functional.cross_entropy(model(inputs).transpose(1, 2), labels, reduction="none")
+                with autocast(world, settings):
+                    logits = model(inputs).float()
+                frames = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
                 part_loss = (frames * counts).sum() / total
                 part_loss.backward()
             loss += part_loss.detach()
@@ -95,17 +105,17 @@ def whole(tensor: Tensor | None) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def train_all(world: World) -> dict[str, tuple[list[float], list[float], dict[str, Tensor]]]:
-    return {f"{strategy}/{accumulation}": train(world, strategy, accumulation)
+def train_all(world: World, precision: str) -> dict[str, Curves]:
+    return {f"{strategy}/{accumulation}": train(world, chosen(strategy, precision), accumulation)
             for strategy in ("ddp", "fsdp") for accumulation in (1, 2)}  # fmt: skip
 
 
 def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_and_loss_curves() -> None:
     """Float32 tolerance: 1e-5 relative, for sums of a few dozen terms taken in another order."""
-    losses, norms, gradients = train(World(), "ddp", 1)
+    losses, norms, gradients = train(World(), chosen("ddp"), 1)
     assert losses[-1] < losses[0] and all(norm > 0.1 for norm in norms)  # it learns, and clipping is at work
-    others = {"one process, 4 micro-batches": train(World(), "ddp", 4)}
-    for rank, results in enumerate(run_distributed(train_all, 2)):
+    others = {"one process, 4 micro-batches": train(World(), chosen("ddp"), 4)}
+    for rank, results in enumerate(run_distributed(train_all, 2, "float32")):
         others |= {f"{name} on rank {rank}": result for name, result in results.items()}
     for name, (other_losses, other_norms, other_gradients) in others.items():
         assert other_losses == pytest.approx(losses, rel=1e-5), name
@@ -115,8 +125,21 @@ def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_and_loss_cur
             torch.testing.assert_close(other_gradients[parameter], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_bfloat16_under_ddp_and_fsdp_follows_float32_and_reduces_gradients_in_float32() -> None:
+    """Tolerance 3e-2 relative: bfloat16 has 8 bits, and errors of a few layers and ten steps add up."""
+    losses, norms, gradients = train(World(), chosen("ddp"), 1)
+    results = run_distributed(train_all, 2, "bfloat16")[0]
+    for name, (other_losses, other_norms, other_gradients) in results.items():
+        assert other_losses == pytest.approx(losses, rel=3e-2) and other_losses != losses, name
+        assert other_norms == pytest.approx(norms, rel=3e-2), name
+        assert all(gradient.dtype == torch.float32 for gradient in other_gradients.values())
+        for parameter, gradient in gradients.items():
+            error = (other_gradients[parameter] - gradient).norm() / gradient.norm()
+            assert error < 3e-2, (name, parameter)
+
+
 def bad_number_on_rank_1(world: World, strategy: str, where: str) -> tuple[list[bool], bool, bool]:
-    model, optimizer = make(world, strategy)
+    model, optimizer = make(world, chosen(strategy))
     set_learning_rates(optimizer, 5, 10)
     guard = UpdateGuard(GuardSettings())
     applied, changed = [], []
@@ -212,14 +235,22 @@ def start(tmp_path: Path, launcher: list[str], argument: str, **variables: str) 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, *launcher, str(tmp_path / "script.py"), argument]
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=root, env=environment, text=True, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Output and errors; a process that hangs is killed with its children."""
+    try:
+        return process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        raise
 
 
 def test_a_script_that_fails_on_one_rank_under_torchrun_ends_on_all_with_the_message(tmp_path: Path) -> None:
     process = start(tmp_path, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "fail")
-    output, errors = process.communicate(timeout=120)  # without waiting for the collective's 5 minutes
+    output, errors = finish(process)  # without waiting for the collective's 5 minutes
     assert sorted(line for line in output.splitlines() if line.startswith("world")) == ["world 0 2 1", "world 1 2 1"]
     assert process.returncode != 0 and "[rank 1] error: field x is 3 on this rank" in errors
 
@@ -229,7 +260,7 @@ def test_the_same_script_runs_from_slurms_variables_without_torchrun(tmp_path: P
             "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}  # fmt: skip
     processes = [start(tmp_path, [], "run", SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **step)
                  for rank in range(2)]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [finish(process) for process in processes]
     assert [output for output, _ in outputs] == ["world 0 2 1\n", "world 1 2 1\n"], outputs
 
 

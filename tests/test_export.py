@@ -16,7 +16,8 @@ from bestrq.training.export import read_export, write_export
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
     shared = torch.full((3, 2), value)
-    return {"a": shared, "b": shared.t(), "half": torch.ones(2, dtype=torch.bfloat16), "count": torch.tensor(7)}
+    half = torch.ones(2, dtype=torch.bfloat16)
+    return {"a": shared, "b": shared.t(), "same": shared, "half": half, "count": torch.tensor(7)}
 
 
 def test_an_export_reads_back_bit_for_bit_with_its_files(tmp_path: Path) -> None:

@@ -134,9 +134,8 @@ def gather_model(model: nn.Module, world: World) -> dict[str, Tensor]:
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
     """Whole optimizer state as `STATE/PARAMETER`, on rank 0; a parameter that never had a gradient has none."""
     names = _parameter_names(model)
-    tensors = {f"{key}/{names[parameter]}": value
-               for parameter, values in optimizer.state.items() for key, value in values.items()}  # fmt: skip
-    return _gather(tensors, world)
+    states = ((names[parameter], values) for parameter, values in optimizer.state.items())
+    return _gather({f"{key}/{name}": value for name, values in states for key, value in values.items()}, world)
 
 
 def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
