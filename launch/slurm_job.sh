@@ -15,16 +15,9 @@
 # shellcheck source=launch/stoppable.sh
 source launch/stoppable.sh
 
-# Both replace the shell that calls them, so that no bash stands between it and srun and dies of a signal alone.
-# srun does not take the number of CPUs over from the batch script by itself; each task gets all the job has there.
+# Here and below: exec, so that no bash stands between a script and its srun and dies of a signal alone. And srun does
+# not take the number of CPUs over from the batch script by itself; each task gets all that the job has on the node.
 on_one_node() { exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" "$@"; }
-
-on_every_node() {
-    # A crash on one node ends the others within two minutes, but not at once: where all nodes were asked to stop,
-    # the first torchrun to leave reports the signal as a failure, and the others may still be saving.
-    exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
-        --kill-on-bad-exit=0 --wait=120 "$@"
-}
 
 # What SLURM itself reaches the first node by, which need not be its host name.
 first_node_address() {
@@ -34,6 +27,28 @@ first_node_address() {
     node=$(scontrol show node "$nodes") || return
     [[ $node =~ NodeAddr=([^[:space:]]+) ]] || return
     printf '%s\n' "${BASH_REMATCH[1]}"
+}
+
+# torchrun_on_every_node SCRIPT ARGUMENTS...
+torchrun_on_every_node() {
+    local processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+    MASTER_ADDR=${MASTER_ADDR:-$(first_node_address)} || return
+    # Another port at every restart: the last run's may not be free yet. Below the range of outgoing connections.
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}
+    say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $processes processes," \
+        "rendezvous at $MASTER_ADDR:$MASTER_PORT"
+    # A crash on one node ends the others within two minutes, but not at once: where all nodes were asked to stop,
+    # the first torchrun to leave reports the signal as a failure, and the others may still be saving.
+    # SLURM_NODEID is set in every task, so the task's shell must expand it, not this one.
+    # shellcheck disable=SC2016
+    exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+        --kill-on-bad-exit=0 --wait=120 \
+        bash -c 'exec "$0" -m torch.distributed.run --max-restarts 0 \
+            --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" \
+            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$@"' \
+        "$PYTHON" "$processes" "$@"
 }
 
 requeue() {
@@ -54,22 +69,9 @@ requeue() {
 
 # train SCRIPT ARGUMENTS...: one torchrun a node, until the end or a stop; requeued after a stop.
 train() {
-    local folder processes status=0
+    local folder status=0
     folder=$(run_folder "$@") || return
-    processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
-    MASTER_ADDR=${MASTER_ADDR:-$(first_node_address)} || return
-    # Another port at every restart: the last run's may not be free yet. Below the range of outgoing connections.
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}
-    say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $processes processes," \
-        "rendezvous at $MASTER_ADDR:$MASTER_PORT, run folder $folder"
-    # SLURM_NODEID is set in every task, so the task's shell must expand it, not this one.
-    # shellcheck disable=SC2016
-    stoppable "$folder" on_every_node bash -c 'exec "$0" -m torch.distributed.run --max-restarts 0 \
-        --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" \
-        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$@"' \
-        "$PYTHON" "$processes" "$@" || status=$?
+    stoppable "$folder" torchrun_on_every_node "$@" || status=$?
     if [ -e "$folder/REQUEUE" ]; then
         rm -f "$folder/REQUEUE"
         requeue

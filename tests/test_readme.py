@@ -1,0 +1,49 @@
+"""Every command of README.md is run, small, or says where else it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from readme_commands import COMMANDS, Elsewhere, Run, commands_in, readme_commands
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SKIPPED = {"README.md", "runs", "datasets", "results"}  # a command must not find what was there before
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a user sees it after the set-up, in a folder where commands may write what they like."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in REPOSITORY.iterdir():
+        if path.name not in SKIPPED and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def test_commands_are_found_joined_and_free_of_comments() -> None:
+    text = "a\n```bash\n# first\npython a.py \\\n    --b 1  # why\n\n$ c\nc\n```\n```yaml\nd: 1\n```\n"
+    text += "```bash\ne '#1'\n```\n"
+    assert commands_in(text) == ["python a.py --b 1", "c", "e '#1'"]
+
+
+def test_the_table_and_the_readme_hold_the_same_commands() -> None:
+    shown = readme_commands(REPOSITORY)
+    assert shown, "README.md shows no command"
+    assert [command for command in shown if command not in COMMANDS] == [], "add them to tests/readme_commands.py"
+    assert [command for command in COMMANDS if command not in shown] == [], "they have left the README"
+
+
+@pytest.mark.parametrize("command", readme_commands(REPOSITORY))
+def test_readme_command_works(command: str, sandbox: Path) -> None:
+    entry = COMMANDS.get(command, Run())
+    if isinstance(entry, Elsewhere):
+        pytest.skip(entry.reason)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", entry.of(command)],
+        cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{entry.of(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"

@@ -1,0 +1,57 @@
+"""Every file in configs/ belongs to a script, holds only what that script knows, and trains."""
+
+import importlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from tiny import DATA, ENCODER, RUN, make_dataset
+
+from bestrq.config import parse
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def script_of(recipe: Path) -> ModuleType:
+    """The script that a recipe is for, by its name: NAME-ctc.yaml, NAME-evaluate.yaml, and all others pretraining."""
+    words = recipe.stem.split("-")
+    names = {"ctc": "finetune_ctc", "evaluate": "evaluate"}
+    return importlib.import_module(next((script for word, script in names.items() if word in words), "pretrain"))
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """A training script takes the signals over; give them back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("recipes") / "dataset")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_holds_only_what_its_script_knows(recipe: Path) -> None:
+    lines = recipe.read_text().splitlines()
+    assert lines[0].startswith("# "), "the first line says what the recipe is for"
+    parse(script_of(recipe).Config, ["--config", str(recipe)])
+    dataset = yaml.safe_load(recipe.read_text()).get("data", {}).get("dataset", "")
+    assert not dataset.startswith("/"), "a recipe names no place on one machine"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains(recipe: Path, dataset: Path, tmp_path: Path, signals: None) -> None:
+    """Two updates with all its settings but the sizes."""
+    script = script_of(recipe)
+    small = [*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"]
+    places = [f"--data.dataset={dataset}", f"--run.folder={tmp_path / 'run'}"]
+    script.train(parse(script.Config, ["--config", str(recipe), *small, *places]))
+    assert (tmp_path / "run/export/model.safetensors").is_file()
