@@ -125,7 +125,7 @@ def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_and_loss_cur
             torch.testing.assert_close(other_gradients[parameter], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_bfloat16_under_ddp_and_fsdp_follows_float32_and_reduces_gradients_in_float32() -> None:
+def test_bfloat16_under_ddp_and_fsdp_follows_float32_and_leaves_float32_gradients() -> None:
     """Tolerance 3e-2 relative: bfloat16 has 8 bits, and errors of a few layers and ten steps add up."""
     losses, norms, gradients = train(World(), chosen("ddp"), 1)
     results = run_distributed(train_all, 2, "bfloat16")[0]
