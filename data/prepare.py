@@ -11,19 +11,16 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
-import time
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from tqdm import tqdm
 
 from data.corpora import CORPORA, find_corpus
 from data.corpora.base import Corpus, Source, did_you_mean
@@ -31,11 +28,11 @@ from data.errors import DataError
 from data.extraction import Skipped, extract_all
 from data.features import FeatureSettings
 from data.index import read_json, replace_file, write_json
+from data.progress import Interrupts, Progress
 from data.shards import DatasetWriter, open_dataset
 
 CORPUS_FILE = "corpus.json"
 SKIPPED_FILE = "skipped.jsonl"
-_SECONDS_BETWEEN_LINES = 10.0
 _REASONS_SHOWN = 10
 
 
@@ -70,7 +67,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     sources = list(find_corpus(name).sources(corpus_settings))
     identity = _identity(name, corpus_settings, sources)
     folder = Path(settings.out)
-    with DatasetWriter(folder, features, settings.shard_mb * 10**6) as writer:
+    with Interrupts() as interrupts, DatasetWriter(folder, features, settings.shard_mb * 10**6) as writer:
         _check_identity(folder / CORPUS_FILE, identity, begun=bool(writer.done_ids))
         if writer.finished:
             print(f"prepare: {folder} is already prepared: {_totals(folder)}", flush=True)
@@ -91,7 +88,8 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
                             break
                         progress.update(0.0)
                     else:
-                        writer.add(result.recording, result.log_mel)
+                        with interrupts.held():
+                            writer.add(result.recording, result.log_mel)
                         progress.update(len(result.log_mel) / features.frames_per_second)
         finally:
             _list_skipped(folder / SKIPPED_FILE, skipped)
@@ -102,43 +100,10 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
                 f"at least {len(skipped)} of {len(sources)} recordings are unusable, more than max_skipped_share = "
                 f"{settings.max_skipped_share}. Repair them, or allow more with --max_skipped_share, and run again"
             )
-        writer.finish()
+        with interrupts.held():
+            writer.finish()
     print(f"prepare: finished {folder}: {_totals(folder)}", flush=True)
     return True
-
-
-class Progress:
-    """Recordings done, audio-hours and speed: a bar on a terminal, elsewhere a line every ten seconds."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self.seconds = 0.0
-        self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total, desc="prepare", unit=" rec", disable=not sys.stderr.isatty(), leave=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        print(f"prepare: {self}", flush=True)
-
-    def __str__(self) -> str:
-        speed = self.seconds / max(time.monotonic() - self.started, 1e-3)
-        return f"{self.done}/{self.total} recordings, {self.seconds / 3600:.2f} audio-hours, {speed:.0f} x real time"
-
-    def update(self, seconds: float) -> None:
-        """One more recording, of so many seconds."""
-        self.done += 1
-        self.seconds += seconds
-        now = time.monotonic()
-        if not self.bar.disable:
-            self.bar.set_postfix_str(str(self).split(", ", 1)[1], refresh=False)
-            self.bar.update()
-        elif now - self.last_line >= _SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            print(f"prepare: {self}", flush=True)
 
 
 def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dict[str, Any]:
@@ -254,7 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     name, *rest = arguments
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what is done is kept
     try:
         prepare(name, *parse(name, find_corpus(name), rest))
     except DataError as error:
@@ -264,10 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted: what is done is kept, the same command continues", file=sys.stderr)
         return 130
     return 0
-
-
-def _stop(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,0 +1,278 @@
+"""Preparing a dataset: the same however it was interrupted and by how many workers, and clear about what went wrong."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from data.corpora import CORPORA
+from data.corpora.folder import FolderSettings
+from data.errors import DataError
+from data.extraction import Extracted, extract
+from data.features import FeatureSettings
+from data.prepare import PrepareSettings, main, prepare
+from data.shards import open_dataset
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    """Twelve recordings of 0.5 s."""
+    return write_audio(tmp_path / "audio", 12)
+
+
+def write_audio(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        soundfile.write(folder / f"{number:02}.wav", generator.uniform(-0.5, 0.5, 8000), 16000)
+        (folder / f"{number:02}.txt").write_text(f"number {number}")
+    return folder
+
+
+def run(folder: Path, out: Path, *arguments: str) -> int:
+    return main(["folder", "--folder", str(folder), "--out", str(out), "--workers", "1", *arguments])
+
+
+def fingerprint(out: Path) -> str:
+    return open_dataset(out).fingerprint
+
+
+def test_a_corpus_becomes_a_dataset_with_its_text_and_splits(audio: Path, tmp_path: Path) -> None:
+    assert run(audio, tmp_path / "out", "--dev-share=0.2", "--test_share", "0.2", "--language=en") == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert len(dataset) == 12 and dataset.text(3) == "number 3" and dataset.recording(3).language == "en"
+    assert set(dataset.splits.to_pylist()) == {"train", "dev", "test"}
+    assert not (tmp_path / "out/skipped.jsonl").exists()
+
+
+def test_worker_processes_change_nothing(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(audio, tmp_path / "one")
+    settings = FolderSettings(folder=str(audio))
+    prepare("folder", settings, FeatureSettings(), PrepareSettings(out=str(tmp_path / "two"), workers=2))
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
+    shards = [(tmp_path / name / "shard-00000.safetensors").read_bytes() for name in ("one", "two")]
+    assert shards[0] == shards[1]  # the order is that of the corpus, not that in which workers finish
+    assert "12/12 recordings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path: Path, kill: signal.Signals) -> None:
+    audio = write_audio(tmp_path / "audio", 40)
+    arguments = ["folder", "--folder", str(audio), "--workers", "1", "--shard_mb", "1", "--out"]
+    # A slow disk: every recording takes 50 ms, so that the kill falls in the middle.
+    program = (
+        "import sys, time, data.writer as w, data.prepare as p\n"
+        "add = w.DatasetWriter.add\n"
+        "def slowly(self, *a):\n    add(self, *a)\n    time.sleep(0.05)\n    len(self.done_ids) % 8 or self.close()\n"
+        "w.DatasetWriter.add = slowly\n"
+        "sys.exit(p.main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments, str(out)], cwd=REPOSITORY)
+    while not (out / "shard-00001.parquet").exists():
+        assert process.poll() is None, "it must still be at work"
+        time.sleep(0.01)
+    process.send_signal(kill)
+    assert process.wait() == (-signal.SIGKILL if kill == signal.SIGKILL else 130)
+    assert not (out / "dataset.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.safetensors")}
+    assert len(kept) >= 2
+    assert main([*arguments, str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # finished shards were not done again
+    assert main([*arguments, str(tmp_path / "undisturbed")]) == 0
+    assert fingerprint(out) == fingerprint(tmp_path / "undisturbed")
+
+
+def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
+    program = (
+        "import os, time\n"
+        "from data.extraction import extract_all\n"
+        "from data.features import FeatureSettings\n"
+        "from data.corpora.synthetic import SyntheticSettings, sources\n"
+        "results = extract_all(sources(SyntheticSettings(train_long_share=0))[:600], FeatureSettings(), 2)\n"
+        "next(results)\n"
+        "print('working', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    # The processes share a session, which names them all.
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"working\n"
+    assert len(session(process.pid)) >= 3
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 30
+    while session(process.pid):
+        assert time.monotonic() < deadline, f"left behind: {session(process.pid)}"
+        time.sleep(0.05)
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a session (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number = stat.read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:  # it ended in the meantime
+            continue
+        if int(number) == leader and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_finished_dataset_is_left_alone(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(audio, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(audio, tmp_path / "out") == 0
+    assert "is already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_other_settings_in_the_same_folder_are_an_error_that_says_what_differs(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(audio, out)
+
+    def complaint(*arguments: str) -> str:
+        assert run(audio, out, *arguments) == 2
+        return capsys.readouterr().err
+
+    assert "num_mels: 80 != 40" in complaint("--features.num_mels", "40")
+    assert "dev_share: 0.05 != 0.1" in complaint("--dev_share=0.1")
+    (audio / "00.wav").rename(audio / "zero.wav")
+    (audio / "00.txt").rename(audio / "zero.txt")
+    assert "has other recordings" in complaint()
+    assert main(["synthetic", "--out", str(out), "--workers", "1"]) == 2
+    assert "corpus: 'folder' != 'synthetic'" in capsys.readouterr().err
+
+
+def test_unusable_recordings_are_skipped_counted_and_listed(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (audio / "01.wav").write_bytes(b"")
+    (audio / "02.wav").write_bytes(b"not audio at all" * 100)
+    soundfile.write(audio / "03.wav", np.zeros(0), 16000)
+    soundfile.write(audio / "04.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    soundfile.write(audio / "05.wav", np.zeros(100), 16000)
+    assert run(audio, tmp_path / "out", "--max_skipped_share", "0.5") == 0
+    assert len(open_dataset(tmp_path / "out")) == 7
+    skipped = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in skipped] == ["01", "02", "03", "04", "05"]
+    assert all(entry["reason"] for entry in skipped)
+    printed = capsys.readouterr().out
+    assert "skipped 5 recordings" in printed and "NaN" in printed and "too short" in printed
+
+
+def test_too_many_unusable_recordings_are_an_error_that_keeps_what_is_done(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (3, 4):
+        (audio / f"{number:02}.wav").write_bytes(b"")
+    out = tmp_path / "out"
+    assert run(audio, out, "--max_skipped_share", "0.1") == 2
+    error = capsys.readouterr().err
+    assert "2 of 12 recordings are unusable" in error and "max_skipped_share = 0.1" in error
+    assert not (out / "dataset.json").exists() and len((out / "skipped.jsonl").read_text().splitlines()) == 2
+    assert run(audio, out, "--max_skipped_share", "0.2") == 0
+    assert "continuing: 3 of 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 2)])
+def test_other_rates_and_stereo_become_the_same_features(tmp_path: Path, rate: int, channels: int) -> None:
+    """A tone of 1 kHz is in the same mel bin; the mean of a tone and silence is the tone, 6 dB down."""
+    features = FeatureSettings()
+    peaks = []
+    for name, sample_rate, count in (("a", 16000, 1), ("b", rate, channels)):
+        tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(sample_rate) / sample_rate)
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "x.wav", np.stack([tone, 0 * tone][:count], axis=1), sample_rate)
+        settings = FolderSettings(folder=str(tmp_path / name), text="none")
+        result = extract(CORPORA["folder"].sources(settings)[0], features)
+        assert isinstance(result, Extracted) and len(result.log_mel) == 101
+        peaks.append((result.log_mel[50].argmax(), float(result.log_mel[50].max())))
+    assert peaks[0][0] == peaks[1][0]
+    assert peaks[0][1] - peaks[1][1] == pytest.approx(2 * np.log(channels), abs=0.05)
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing_finished(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the disk: the write that passes it fails in the middle of a shard."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = open_dataset(out_of(audio, tmp_path / "undisturbed")).fingerprint
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))  # Python ignores the signal that comes with it
+    try:
+        assert run(audio, out, "--shard_mb", "1") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.startswith("error:") and "the disk is full" in error and "run the same command again" in error
+    assert not (out / "dataset.json").exists() and list(out.glob("*.tmp")) == []
+    assert run(audio, out) == 0
+    assert fingerprint(out) == before
+
+
+def out_of(audio: Path, out: Path) -> Path:
+    assert run(audio, out) == 0
+    return out
+
+
+def test_the_help_lists_the_corpora_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in CORPORA)
+    for name in CORPORA:
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        assert "--out" in printed and "--features.num_mels" in printed
+    assert "Transcripts: required" in printed  # the folder's own, from the string under the field
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["syntetic", "--out", "x"], "Did you mean 'synthetic'?"),
+        (["synthetic", "--out", "x", "--train-hour", "1"], "Did you mean 'train_hours'?"),
+        (["synthetic", "--out", "x", "--features.num_mel", "8"], "Did you mean 'features.num_mels'?"),
+        (["synthetic", "--out", "x", "--train_hours", "many"], "train_hours"),
+        (["synthetic", "--out", "x", "--workers", "0"], "workers is 0"),
+        (["synthetic"], "out"),
+        (["folder", "--out", "x", "--folder", "/no/where"], "no such folder"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named_before_any_work(
+    arguments: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and complaint in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path) -> None:
+    (audio / "00.flac").write_bytes(b"")
+    with pytest.raises(DataError, match="1 recordings share their id.*'00'"):
+        prepare(
+            "folder", FolderSettings(folder=str(audio)), FeatureSettings(), PrepareSettings(out=str(tmp_path / "x"))
+        )
+    assert not (tmp_path / "x").exists()
