@@ -245,9 +245,13 @@ def _begin_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     parent = multiprocessing.parent_process()
 
+    assert parent is not None
+
     def obey_parent() -> None:
-        while parent is None or signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
-            pass
+        while parent.is_alive():
+            sent = signal.sigtimedwait([signal.SIGTERM], 1.0)
+            if sent is not None and sent.si_pid == parent.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=obey_parent, daemon=True).start()

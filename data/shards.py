@@ -62,6 +62,9 @@ class Dataset:
         self._mean, self._std = torch.tensor(fields["mean"]), torch.tensor(fields["std"])
         columns = ["id", "shard", "offset", "frames", "language", "speaker", "split", "text"]
         table = _read_index(path, columns)
+        incomplete = [name for name in columns[:4] if table[name].null_count]
+        if incomplete or not pq.read_schema(path / ix.INDEX_FILE).equals(ix.schema(self.features.num_mels)):
+            raise DataError(f"{path / ix.INDEX_FILE}: columns of other types or with holes {incomplete}; refused")
         self.frames: np.ndarray = table["frames"].to_numpy()
         self._offset: np.ndarray = table["offset"].to_numpy()
         shards = table["shard"].combine_chunks().dictionary_encode()
