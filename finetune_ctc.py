@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from bestrq.config import ConfigError, parse, run_main, to_dict
 from bestrq.model.conformer import EncoderSettings
@@ -151,6 +152,7 @@ def train(config: Config) -> None:
     parallel_model = parallelise(
         model, model.encoder.blocks, world, config.distributed, find_unused_parameters=frozen_steps > 0
     )
+    register_fsdp_forward_method(model, "log_probs")  # validation calls it; does nothing but under FSDP2
     encoder_settings = replace(
         config.optimizer,
         learning_rate=config.finetune.encoder_learning_rate or config.optimizer.learning_rate,

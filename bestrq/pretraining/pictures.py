@@ -35,7 +35,9 @@ def draw_mask(log_mel: Tensor, mask: Tensor, hop_ms: float) -> np.ndarray:
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
     seconds = log_mel.shape[0] * hop_ms / 1000
-    axes.imshow(log_mel.float().cpu().T, origin="lower", aspect="auto", extent=(0, seconds, 0, log_mel.shape[1]))
+    axes.imshow(
+        log_mel.float().cpu().T.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, log_mel.shape[1])
+    )
     time = np.arange(len(mask)) * hop_ms / 1000
     axes.fill_between(time, 0, log_mel.shape[1], where=mask.cpu().numpy(), step="post", color="white", alpha=0.65)
     axes.set(xlabel="seconds", ylabel="mel bin", title="a row as the encoder sees it: white frames are masked")

@@ -79,13 +79,16 @@ class CTCModel(nn.Module):
         self.encoder = ConformerEncoder(encoder)
         self.head = nn.Linear(encoder.dim, vocab_size)
 
-    def log_probs(
-        self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, *, train_encoder: bool = True
-    ) -> Tensor:
+    def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
         """Log-probabilities of every frame of every row, float32 (or float64) `[R, T, V]`.
 
-        `train_encoder=False` runs the encoder without a graph: see `forward`.
+        A model sharded by FSDP2 needs `torch.distributed.fsdp.register_fsdp_forward_method(model, "log_probs")`.
         """
+        return self._log_probs(log_mel, segment_start, segment_length, train_encoder=True)
+
+    def _log_probs(
+        self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, train_encoder: bool
+    ) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
             layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
             hidden = self.encoder(log_mel, layout)
@@ -117,7 +120,8 @@ class CTCModel(nn.Module):
                 ignored. Never 0, the blank.
             label_lengths: int64 `[N]`; 0 is a segment without speech.
         """
-        log_probs = self.log_probs(log_mel, segment_start, segment_length, train_encoder=train_encoder)
+        # Not log_probs itself: under FSDP2 that one gathers the weights, which this call has done already.
+        log_probs = self._log_probs(log_mel, segment_start, segment_length, train_encoder)
         num_frames = log_probs.shape[1]
         index, lengths = segment_frames(
             segment_start, segment_length, self.encoder.settings.subsampling_factor, num_frames

@@ -1,0 +1,207 @@
+"""The two training loops as a whole: resume, worlds, accumulation. All equalities are on the real scripts."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune_ctc
+import pretrain
+from bestrq.config import ConfigError, parse
+from bestrq.training.checkpoint import list_checkpoints
+from bestrq.training.stop import StopRequest
+from tests.gloo import run_distributed
+from tests.tiny import DATA, ENCODER, RUN, make_dataset
+
+STEPS = 5
+SCRIPTS = {"pretrain": pretrain, "finetune_ctc": finetune_ctc}
+SPECIAL = {
+    "pretrain": ["--quantizer.codebook_size=64", "--quantizer.num_codebooks=2", "--checkpoint.every_steps=2"],
+    "finetune_ctc": ["--validation.every_steps=2", "--finetune.freeze_encoder_steps=1", "--checkpoint.keep_last=9"],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "tiny", recordings=30)
+
+
+def arguments(script: str, dataset: Path, folder: Path, *more: str) -> list[str]:
+    common = [*ENCODER, *DATA, *RUN, *SPECIAL[script], "--data.num_workers=0", f"--run.steps={STEPS}"]
+    places = [f"--data.dataset={dataset}", f"--run.folder={folder}"]
+    return [*common, "--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=2", *places, *more]
+
+
+def run(script: str, dataset: Path, folder: Path, *more: str) -> None:
+    module = SCRIPTS[script]
+    module.train(parse(module.Config, arguments(script, dataset, folder, *more)))
+
+
+def stop_after(monkeypatch, updates: int) -> None:
+    """The next run stops after so many updates, as if somebody had asked it to."""
+    asked = iter([False] * updates)
+    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(asked, True))
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    step, path = list_checkpoints(folder / "checkpoints")[-1]
+    assert step == STEPS
+    return load_file(path / "model.safetensors") | {
+        f"optimizer {name}": tensor for name, tensor in load_file(path / "optimizer.safetensors").items()
+    }
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def assert_identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert differing == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory) -> dict[str, Path]:
+    folders = {script: tmp_path_factory.mktemp("runs") / script for script in SCRIPTS}
+    for script, folder in folders.items():
+        run(script, dataset, folder)
+    return folders
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("interrupted_after", range(1, STEPS))
+def test_interrupted_at_any_step_and_continued_is_the_same_bit_for_bit(
+    script, interrupted_after, dataset, undisturbed, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, interrupted_after)
+        run(script, dataset, folder)
+    assert (folder / "REQUEUE").exists()
+    assert list_checkpoints(folder / "checkpoints")[-1][0] == interrupted_after
+    run(script, dataset, folder)
+    assert not (folder / "REQUEUE").exists()
+    assert_identical(final_weights(folder), final_weights(undisturbed[script]))
+    assert losses(folder) == losses(undisturbed[script])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupted_twice_and_continued_with_other_workers_is_the_same(
+    script, dataset, undisturbed, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    for updates, workers in ((2, 0), (1, 2)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, updates)
+            run(script, dataset, folder, f"--data.num_workers={workers}")
+    run(script, dataset, folder, "--data.num_workers=1")
+    assert_identical(final_weights(folder), final_weights(undisturbed[script]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_without_warning_and_continued_is_the_same(script, dataset, undisturbed, tmp_path):
+    """SIGKILL as soon as the second checkpoint is complete: wherever in the next update that falls."""
+    folder = tmp_path / "run"
+    command = [sys.executable, f"{script}.py", *arguments(script, dataset, folder, "--checkpoint.every_steps=1")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / "checkpoints/step-00000002/COMPLETE").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(script, dataset, folder)
+    assert_identical(final_weights(folder), final_weights(undisturbed[script]))
+    assert losses(folder) == losses(undisturbed[script])
+
+
+def test_sigterm_saves_and_leaves_a_requeue_marker(dataset, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "pretrain.py", *arguments("pretrain", dataset, folder, "--data.num_workers=1")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0
+    assert "stopped after step" in rest and "SIGTERM" in rest
+    assert (folder / "REQUEUE").exists()
+    run("pretrain", dataset, folder)
+    assert_identical(final_weights(folder), final_weights(undisturbed["pretrain"]))
+
+
+def run_in_world(world, script: str, options: list[str]) -> None:
+    module = SCRIPTS[script]
+    module.start_world = lambda settings: world  # this process has joined one already
+    module.train(parse(module.Config, options))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("world_size", "more"),
+    [(1, ["--accumulation=4"]), (2, []), (2, ["--distributed.strategy=fsdp"]), (2, ["--accumulation=2"])],
+    ids=["accumulation", "ddp", "fsdp", "ddp and accumulation"],
+)
+def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(script, world_size, more, dataset, tmp_path):
+    """Loss curves agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
+    no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
+    if script == "finetune_ctc":
+        no_dropout.append("--finetune.freeze_encoder_steps=0")
+    reference, folder = tmp_path / "one", tmp_path / "spread"
+    run(script, dataset, reference, *no_dropout)
+    options = arguments(script, dataset, folder, *no_dropout, *more)
+    if world_size == 1:
+        run(script, dataset, folder, *no_dropout, *more)
+    else:
+        run_distributed(run_in_world, world_size, script, options)
+    assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
+    ours, theirs = final_weights(folder), final_weights(reference)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_run_continues_in_another_world_with_the_same_batches(dataset, undisturbed, tmp_path, monkeypatch):
+    no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
+    reference, folder = tmp_path / "one", tmp_path / "moved"
+    run("pretrain", dataset, reference, *no_dropout)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run("pretrain", dataset, folder, *no_dropout)
+    options = arguments("pretrain", dataset, folder, *no_dropout, "--distributed.strategy=fsdp")
+    run_distributed(run_in_world, 2, "pretrain", options)
+    assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
+    states = [json.loads((f / "checkpoints/step-00000005/state.json").read_text()) for f in (reference, folder)]
+    assert states[0]["state"]["data"] == states[1]["state"]["data"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_configuration_in_the_same_folder_is_refused(script, dataset, undisturbed):
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate was 0.01, is 0.5"):
+        run(script, dataset, undisturbed[script], "--optimizer.learning_rate=0.5")
+
+
+def test_fine_tuning_refuses_an_export_that_does_not_fit(dataset, undisturbed, tmp_path):
+    export = f"--finetune.init={undisturbed['pretrain'] / 'export'}"
+    with pytest.raises(ConfigError, match=r"encoder.kernel_size is 7, in the export 5"):
+        run("finetune_ctc", dataset, tmp_path / "a", export, "--encoder.kernel_size=7")
+    with pytest.raises(ConfigError, match=r"data.normalisation is 'dataset', in the export 'recording'"):
+        run("finetune_ctc", dataset, tmp_path / "b", export, "--data.normalisation=dataset")
+
+
+def test_fine_tuning_starts_from_the_pretrained_encoder(dataset, undisturbed, tmp_path):
+    """With a learning rate of nearly nothing the encoder stays what the export holds, but for the fresh top block."""
+    export = undisturbed["pretrain"] / "export"
+    options = [f"--finetune.init={export}", "--finetune.reinitialise_top_blocks=1", "--optimizer.learning_rate=1e-12"]
+    run("finetune_ctc", dataset, tmp_path / "run", *options)
+    before, after = load_file(export / "model.safetensors"), final_weights(tmp_path / "run")
+    for name, tensor in before.items():
+        is_fresh = name.startswith("encoder.blocks.1.")
+        assert torch.allclose(after[name], tensor, atol=1e-6) != is_fresh, name
