@@ -1,8 +1,8 @@
 """Word and character error rates of an exported recogniser on whole recordings.
 
-    python evaluate.py --export runs/ctc/export --data.path datasets/synthetic --out results/ctc
+    python evaluate.py --export runs/ctc/export --data.dataset datasets/synthetic --out results/ctc
     python evaluate.py --config configs/quickstart-evaluate.yaml --export runs/ctc/export --inference.context_seconds 40
-    torchrun --nproc-per-node 8 evaluate.py --export runs/ctc/export --data.path datasets/earnings22 --out results/ctc
+    torchrun --nproc-per-node 8 evaluate.py --export runs/ctc/export --data.dataset datasets/earnings22 --out results/ctc
 
 Recordings longer than the context are decoded in overlapping windows (`--inference.context_seconds 0`: in one pass).
 The processes share the recordings out. What is decoded is kept: after Ctrl-C the same command goes on where it was,
@@ -55,7 +55,7 @@ RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
 class DataSettings:
     """Which recordings are evaluated."""
 
-    path: str = ""
+    dataset: str = ""
     """dataset folder, made by `python -m data.prepare`"""
     split: str = "test"
     """split of the dataset"""
@@ -91,7 +91,7 @@ class Config:
     """CPU threads of every process; 0 shares the cores among the processes of a machine"""
 
     def __post_init__(self) -> None:
-        for name, value in (("export", self.export), ("data.path", self.data.path)):
+        for name, value in (("export", self.export), ("data.dataset", self.data.dataset)):
             if not value:
                 raise ConfigError(f"{name} is missing: give it as --{name} FOLDER")
         if self.resamples < 100:
@@ -113,7 +113,7 @@ def evaluate(config: Config, world: World) -> None:
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.export)
     recogniser = load_recogniser(export)
-    dataset = open_dataset(config.data.path)
+    dataset = open_dataset(config.data.dataset)
     check_features(recogniser.features, dataset, config)
     recordings = select_recordings(dataset, config.data)
     out = Path(config.out)
@@ -176,7 +176,7 @@ def check_features(features: FeatureSettings, dataset: Dataset, config: Config) 
     """The model must see the numbers that it was trained on."""
     if different := difference(features, dataset.features):
         raise ConfigError(
-            f"the features of {config.data.path} are not those of the model (model != dataset): "
+            f"the features of {config.data.dataset} are not those of the model (model != dataset): "
             f"{'; '.join(different)}. Prepare the dataset again with the model's features"
         )
 
@@ -333,7 +333,7 @@ def describe(
         "export": config.export,
         "export_hash": export_hash,
         "dataset": {
-            "path": config.data.path,
+            "path": config.data.dataset,
             "split": config.data.split,
             "fingerprint": dataset.fingerprint,
             "feature_hash": dataset.features.hash(),
@@ -359,7 +359,7 @@ def write_results(out: Path, results: dict[str, Any], config: Config) -> None:
     total, speed = results["scores"]["all"], results["decoding"]["audio_seconds_per_second"]
     context = f"{config.inference.context_seconds:g} s" if config.inference.context_seconds else "the whole recording"
     lead = (
-        f"{results['name']} on {total['num_recordings']:,} recordings of {config.data.path}, "
+        f"{results['name']} on {total['num_recordings']:,} recordings of {config.data.dataset}, "
         f"split {config.data.split}. Greedy CTC decoding, no language model; context {context}."
     )
     cards = {

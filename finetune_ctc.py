@@ -20,7 +20,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from bestrq.config import ConfigError, parse, run_main, to_dict
 from bestrq.model.conformer import EncoderSettings
-from bestrq.recognition.ctc import CTCModel, pad_labels, reinitialise_top_blocks
+from bestrq.recognition.ctc import CTCModel, pad_labels, read_pretrained_encoder, reinitialise_top_blocks
 from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.spec_augment import SpecAugmentSettings, spec_augment
 from bestrq.recognition.validation import Heldout, ValidationSettings, validate
@@ -32,7 +32,7 @@ from bestrq.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from bestrq.training.export import Export, read_export, write_export
+from bestrq.training.export import Export, write_export
 from bestrq.training.meters import MetricsLog, Throughput, console_line
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
 from bestrq.training.process import (
@@ -146,7 +146,7 @@ def train(config: Config) -> None:
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
     model = CTCModel(config.encoder, tokenizer.vocab_size).to(world.device)
     if init is not None:
-        model.load_state_dict(init.tensors, strict=False)  # read_init has checked that only the head is missing
+        model.load_state_dict(init.tensors, strict=False)  # checked: only the head is missing
         reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
     frozen_steps = config.finetune.freeze_encoder_steps
     parallel_model = parallelise(
@@ -292,30 +292,15 @@ def summarise(sums: list[float]) -> dict[str, float]:
 
 
 def read_init(config: Config, dataset: Dataset) -> Export:
-    """The pretrained encoder, checked against the settings and the dataset.
-
-    Raises ConfigError naming the field that differs: of the encoder (dropout may), the features, the normalisation.
-    """
-    pretrained = read_export(config.finetune.init)
-    theirs, ours = pretrained.config.get("encoder", {}), to_dict(config.encoder)
-    differing = [
-        f"encoder.{name} is {ours[name]!r}, in the export {theirs.get(name)!r}"
-        for name in ours
-        if name not in ("dropout", "attention_dropout") and ours[name] != theirs.get(name)
-    ]
-    if dataset.features.hash() != pretrained.config.get("feature_hash"):
-        differing += difference(FeatureSettings.from_dict(pretrained.config.get("features", {})), dataset.features)
-    if config.data.normalisation != pretrained.config.get("normalisation"):
-        theirs = pretrained.config.get("normalisation")
-        differing.append(f"data.normalisation is {config.data.normalisation!r}, in the export {theirs!r}")
+    """The pretrained encoder, checked against the settings and the dataset. Raises ConfigError naming what differs."""
+    pretrained = read_pretrained_encoder(config.finetune.init, config.encoder)
+    theirs, ours = pretrained.config.get("normalisation"), config.data.normalisation
+    differing = difference(dataset.features, FeatureSettings.from_dict(pretrained.config.get("features", {})))
+    if theirs != ours:
+        differing.append(f"data.normalisation: {ours!r} != {theirs!r}")
     if differing:
-        raise ConfigError(f"finetune.init {config.finetune.init} does not fit: {'; '.join(differing)}")
-    encoder = {name: tensor for name, tensor in pretrained.tensors.items() if name.startswith("encoder.")}
-    wanted = {name for name in CTCModel(config.encoder, 2).state_dict() if name.startswith("encoder.")}
-    if wanted != encoder.keys():
-        missing = sorted(wanted ^ encoder.keys())
-        raise ConfigError(f"finetune.init {config.finetune.init}: its tensors are not an encoder's, see {missing[:3]}")
-    return replace(pretrained, tensors=encoder)
+        raise ConfigError(f"finetune.init {config.finetune.init} does not fit (ours != the export's): {differing}")
+    return pretrained
 
 
 def labelled_crops(dataset: Dataset, config: Config) -> FixedCrops:
@@ -392,7 +377,7 @@ def export(run, step, model, tokenizer, rates, dataset, config, world) -> None:
 {config.encoder.num_layers} Conformer layers of width {config.encoder.dim}, {tokenizer.vocab_size} labels, trained on
 `{config.data.dataset}` from {config.finetune.init or "scratch"}. Update {step}: WER {rates["dev_wer"]:.2%},
 CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate it:
-`python evaluate.py --export THIS_FOLDER --data.path DATASET`.
+`python evaluate.py --export THIS_FOLDER --data.dataset DATASET`.
 """
         write_export(run.export, whole, description, card, files)
     world.barrier()

@@ -171,7 +171,7 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
         evaluate(replace(setup, data=replace(setup.data, split="tset")), tmp_path)
     with pytest.raises(ConfigError, match="there is no export at"):
         evaluate(replace(setup, export=str(tmp_path / "nothing")), tmp_path)
-    with pytest.raises(ConfigError, match="data.path is missing"):
+    with pytest.raises(ConfigError, match="data.dataset is missing"):
         script.Config(export="x")
     features = FeatureSettings()
     with DatasetWriter(tmp_path / "untold", features) as writer:
@@ -184,4 +184,4 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
 def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
     command = [sys.executable, script.__file__, "--export", "x", "--data.pth", "y"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 2 and "data.path" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2 and "data.dataset" in run.stderr and "Traceback" not in run.stderr

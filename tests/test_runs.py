@@ -192,7 +192,7 @@ def test_fine_tuning_refuses_an_export_that_does_not_fit(dataset, undisturbed, t
     export = f"--finetune.init={undisturbed['pretrain'] / 'export'}"
     with pytest.raises(ConfigError, match=r"encoder.kernel_size is 7, in the export 5"):
         run("finetune_ctc", dataset, tmp_path / "a", export, "--encoder.kernel_size=7")
-    with pytest.raises(ConfigError, match=r"data.normalisation is 'dataset', in the export 'recording'"):
+    with pytest.raises(ConfigError, match=r"data.normalisation: 'dataset' != 'recording'"):
         run("finetune_ctc", dataset, tmp_path / "b", export, "--data.normalisation=dataset")
 
 

@@ -7,15 +7,16 @@ Graves et al. 2006, "Connectionist Temporal Classification".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.config import ConfigError
+from bestrq.config import ConfigError, to_dict
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.recognition.decoding import BLANK
+from bestrq.training.export import Export, read_export
 
 
 @dataclass
@@ -86,9 +87,7 @@ class CTCModel(nn.Module):
         """
         return self._log_probs(log_mel, segment_start, segment_length, train_encoder=True)
 
-    def _log_probs(
-        self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, train_encoder: bool
-    ) -> Tensor:
+    def _log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, train_encoder: bool) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
             layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
             hidden = self.encoder(log_mel, layout)
@@ -163,3 +162,28 @@ def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: in
         fresh = ConformerEncoder(encoder.settings)
     for block, fresh_block in zip(encoder.blocks[::-1][:num_blocks], fresh.blocks[::-1][:num_blocks], strict=True):
         block.load_state_dict(fresh_block.state_dict())
+
+
+def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
+    """An export's encoder, its tensors under `encoder.`, checked to be one of these settings; dropout may differ.
+
+    Raises:
+        ConfigError: there is no export, or naming the field or tensor that differs.
+    """
+    pretrained = read_export(folder)
+    theirs, ours = pretrained.config.get("encoder", {}), to_dict(settings)
+    differing = [
+        f"encoder.{name} is {ours[name]!r}, in the export {theirs.get(name)!r}"
+        for name in ours
+        if name not in ("dropout", "attention_dropout") and ours[name] != theirs.get(name)
+    ]
+    if differing:
+        raise ConfigError(f"{folder} holds another encoder: {'; '.join(differing)}")
+    tensors = {name: tensor for name, tensor in pretrained.tensors.items() if name.startswith("encoder.")}
+    with torch.device("meta"):
+        wanted = {f"encoder.{name}": t.shape for name, t in ConformerEncoder(settings).state_dict().items()}
+    wrong = sorted(name for name in wanted.keys() | tensors.keys()
+                   if name not in wanted or name not in tensors or tensors[name].shape != wanted[name])  # fmt: skip
+    if wrong:
+        raise ConfigError(f"{folder}: {len(wrong)} tensors do not fit its own settings, such as {wrong[0]}")
+    return replace(pretrained, tensors=tensors)
