@@ -85,6 +85,8 @@ class Running:
             },
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
+            # A shell cannot trap what was ignored when it began, as SIGINT is below a test run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, text: str) -> None:
@@ -252,9 +254,9 @@ def test_setup_finishes_a_broken_installation_and_skips_a_finished_one(repositor
     assert setup(repository).returncode == 0
     again = setup(repository)
     assert again.returncode == 0 and again.stderr == "", "nothing is done where nothing is to do"
-    assert "installing requirements.txt requirements-dev.txt" in setup(repository, "dev").stderr
     requirements.write_text("# changed\n")
-    assert "installing requirements.txt" in setup(repository).stderr
+    assert "installing requirements.txt requirements-dev.txt" in setup(repository, "dev").stderr
+    assert setup(repository).stderr == "" and setup(repository, "dev").stderr == ""
 
 
 def test_setup_names_the_interpreter_that_it_needs(repository: Path) -> None:
