@@ -65,13 +65,13 @@ def test_words_are_where_the_times_say() -> None:
         assert brightness(end - 0.02, end) > 0.5 and brightness(end, end + 0.02) < 0.1
 
 
-def test_word_times_hold_no_pause() -> None:
-    """espeak tells only when the pause after a phrase ends; the last word's end must be found in the sound."""
+def test_the_last_word_ends_with_the_sound_and_not_with_the_silence_after_it() -> None:
     with Synthesizer("de+f2") as voice:
         sound, times = voice.speak(["das", "haus"])
-    end = int(times[-1][1] * voice.sample_rate)
-    assert np.abs(sound[end:]).max(initial=0) < 0.02 * np.abs(sound).max()
-    assert np.abs(sound[end - 200 : end]).max() > 0.001
+    start, end = (int(second * voice.sample_rate) for second in times[-1])
+    assert len(sound) - end > 0.02 * voice.sample_rate
+    assert np.abs(sound[end:]).max() < 0.05 * np.abs(sound[start:end]).max()
+    assert np.abs(sound[end - 200 : end]).max() > 0.01 * np.abs(sound[start:end]).max()
 
 
 @pytest.mark.parametrize("language", ALL_LANGUAGES)
@@ -257,13 +257,16 @@ def debian_tree(tmp_path: Path) -> Path:
             texts[f"{level[0]}{number}"] = f"Věta číslo {number // 2}" + ("." if number % 2 else "!")
             write_audio(game / "sound" / level / "cs" / f"{level[0]}{number}.ogg", 0.1)
     write_audio(game / "sound/city/cs/untold.ogg", 0.1)
-    write_audio(game / "sound/city/nl/c0.ogg", 0.1)
+    for number in range(12):
+        write_audio(game / f"sound/city/nl/c{number}.ogg", 0.1)
+    write_audio(game / "sound/cellar/cs/c3.ogg", 0.1)  # a level without a script, that plays what the city says
     for name, prefix in (("city/dialogs", "c"), ("share/bore_dialogs", "s")):
         lua = game / f"script/{name}_cs.lua"
         lua.parent.mkdir(parents=True, exist_ok=True)
         mine = {id: text for id, text in texts.items() if id.startswith(prefix)}
         lua.write_text("".join(f'dialogId("{i}", "font_big", "x")\ndialogStr("{t}")\n' for i, t in mine.items()))
-    (game / "script/city/dialogs_nl.lua").write_text('dialogId("c0", "font_small", "x")\ndialogStr("Hallo.")')
+    dutch = "".join(f'dialogId("c{n}", "font_small", "x")\ndialogStr("Hallo {n}.")\n' for n in range(12))
+    (game / "script/city/dialogs_nl.lua").write_text(dutch)
     stamps = tmp_path / "usr/share/tuxpaint/stamps/animals"
     for language in ("fr", "be"):
         write_audio(stamps / f"cat_desc_{language}.ogg", 0.1)
@@ -273,16 +276,17 @@ def debian_tree(tmp_path: Path) -> Path:
 
 def test_ogg_files_get_text_and_speaker_from_the_scripts(debian_tree: Path) -> None:
     found = {source.id: source.recording for source in debian_sources(DebianVoicesSettings(folder=str(debian_tree)))}
-    assert len(found) == 44
+    assert len(found) == 56
     city = found["fillets-cs/city/c3"]
     assert (city.text, city.language, city.speaker) == ("Věta číslo 1.", "cs", "fillets-cs-big")
     assert found["fillets-cs/share/borejokes/s4"].text == "Věta číslo 2!"
+    assert found["fillets-cs/cellar/c3"].text == "Věta číslo 1."
     assert found["fillets-cs/city/untold"].text is None
     assert found["fillets-nl/city/c0"].speaker == "fillets-nl-small"
     assert found["tuxpaint-fr/animals/cat"].text == "Un chat."
     assert found["tuxpaint-be/animals/cat"].text is None  # not known to be what is said
     only = debian_sources(FilletsSettings(folder=str(debian_tree), parts=["fillets-nl"]))
-    assert [source.id for source in only] == ["fillets-nl/city/c0"]
+    assert sorted(source.id for source in only) == sorted(f"fillets-nl/city/c{n}" for n in range(12))
 
 
 def test_a_phrase_is_in_one_split_however_it_is_written(debian_tree: Path) -> None:
@@ -402,6 +406,16 @@ def test_a_manifest_gives_files_and_stretches_of_files(tmp_path: Path) -> None:
     heard = whole.load(FEATURES)
     assert (heard.recording.id, heard.recording.speaker, heard.recording.split) == ("audio/long", "7", "test")
     assert len(heard.waveform) == 48000
+
+
+def test_a_manifest_without_text_or_with_text_that_is_not_wanted(tmp_path: Path) -> None:
+    write_audio(tmp_path / "a.wav", 0.1)
+    write_audio(tmp_path / "b.wav", 0.1)
+    lines = [{"audio_filepath": "a.wav", "text": "x"}, {"audio_filepath": "b.wav"}]
+    manifest = str(write_lines(tmp_path / "m.json", *lines))
+    for text, expected in (("optional", ["x", None]), ("none", [None, None])):
+        found = folder_sources(FolderSettings(manifest=manifest, text=text))
+        assert [source.recording.text for source in found if isinstance(source, FileSource)] == expected
 
 
 def test_a_stretch_beyond_the_file_is_unusable(tmp_path: Path) -> None:

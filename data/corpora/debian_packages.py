@@ -58,7 +58,9 @@ def _download(packages: list[str], folder: Path) -> list[Path]:
         (archives / "partial").mkdir(parents=True)
         options = (f"Dir::State::lists={lists}", f"Dir::Cache={archives}", "Debug::NoLocking=1")
         own = ["apt-get", *(argument for option in options for argument in ("-o", option))]
-        error = _run([*own, "-o", "APT::Update::Error-Mode=any", "update"], folder) or _run([*own, "download", *packages], folder)
+        error = _run([*own, "-o", "APT::Update::Error-Mode=any", "update"], folder) or _run(
+            [*own, "download", *packages], folder
+        )
     archives_found = sorted(folder.glob("*.deb"))
     if error or len(archives_found) != len(packages):
         raise _failure(packages, error or f"only {len(archives_found)} of {len(packages)} came")

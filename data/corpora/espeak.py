@@ -30,10 +30,6 @@ _EVENT_END_OF_LIST, _EVENT_WORD, _EVENT_CLAUSE_END = 0, 1, 5
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _POSITION_IN_CHARACTERS = 1
 
-# A word's end is where its sound has fallen below this share of its own peak: before a pause the library reports only
-# where the pause ends.
-_SILENCE = 0.01
-
 
 class _EventId(ctypes.Union):
     _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
@@ -152,13 +148,12 @@ class Synthesizer:
         )
         samples = np.frombuffer(b"".join(self._audio), dtype=np.int16).astype(np.float32)
         samples /= 32768
-        return samples, self._word_times(samples, words, ends)
+        return samples, self._word_times(len(samples), words, ends)
 
-    def _word_times(
-        self, samples: NDArray[np.float32], words: Sequence[str], ends: Sequence[int]
-    ) -> list[tuple[float, float]]:
+    def _word_times(self, samples: int, words: Sequence[str], ends: Sequence[int]) -> list[tuple[float, float]]:
+        """A word lasts from its event to the next one; the phrase's end has an event of its own."""
         starts: dict[int, int] = {}
-        boundaries = [len(samples)]
+        boundaries = [samples]
         for kind, position, sample in self._events:
             if kind == _EVENT_WORD:
                 index = int(np.searchsorted(ends, position))  # position counts from 1
@@ -170,8 +165,7 @@ class Synthesizer:
             if index not in starts:
                 raise RuntimeError(f"espeak-ng voice {self.voice!r} reported no time for the word {word!r}")
             start = starts[index]
-            loudness = np.abs(samples[start : min(b for b in boundaries if b > start)])
-            end = start + int(np.flatnonzero(loudness >= _SILENCE * loudness.max())[-1]) + 1
+            end = min(boundary for boundary in boundaries if boundary > start)
             times.append((start / self.sample_rate, end / self.sample_rate))
         return times
 
