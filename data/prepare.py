@@ -184,7 +184,10 @@ def usage() -> str:
 
 def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, FeatureSettings, PrepareSettings]:
     """Settings from the command line: of the corpus and of the preparation as --field, of the features as
-    --features.field. Dashes in names count as underscores. Raises DataError, with the nearest name for a wrong one."""
+    --features.field. Dashes in names count as underscores, and lists may be written `a,b`.
+
+    Raises DataError for a wrong value, and for an unknown name with the nearest known one.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"python -m data.prepare {name}", description=corpus.summary, exit_on_error=False, allow_abbrev=False
@@ -194,15 +197,30 @@ def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, Fea
     for key, classes in groups.items():
         for kind in classes:
             parser.add_class_arguments(kind, key)
-    tidy = [re.sub(r"^--[\w.\-]+", lambda m: "--" + m[0][2:].replace("-", "_"), argument) for argument in arguments]
+    lists = [f.name for f in dataclasses.fields(corpus.settings) if str(f.type).startswith("list")]
     try:
-        values = parser.parse_args(tidy).as_dict()
+        values = parser.parse_args(_tidy(arguments, lists)).as_dict()
     except ArgumentError as error:
         known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
         raise DataError(_explain(str(error), known)) from None
     fields = {kind: {f.name: values[f.name] for f in dataclasses.fields(kind)} for kind in groups[None]}
     features = FeatureSettings(**values["features"])
     return corpus.settings(**fields[corpus.settings]), features, PrepareSettings(**fields[PrepareSettings])
+
+
+def _tidy(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """Arguments as the parser wants them: `--a-b x` is `--a_b=x`, and of a list `x,y` is `[x,y]`."""
+    tidy: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            tidy.append("--" + name[2:].replace("-", "_") + equals + value)
+        elif tidy and tidy[-1].startswith("--") and "=" not in tidy[-1]:
+            tidy[-1] += f"={argument}"
+        else:
+            tidy.append(argument)
+    listed = re.compile(rf"(--(?:{'|'.join(lists) or '(?!)'})\+?=)(?!\[)(.*)", re.DOTALL)
+    return [listed.sub(r"\1[\2]", argument) for argument in tidy]
 
 
 def _explain(message: str, known: Sequence[str]) -> str:

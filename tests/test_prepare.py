@@ -18,7 +18,7 @@ from data.corpora.folder import FolderSettings
 from data.errors import DataError
 from data.extraction import Extracted, extract
 from data.features import FeatureSettings
-from data.prepare import PrepareSettings, main, prepare
+from data.prepare import PrepareSettings, main, parse, prepare
 from data.shards import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -267,6 +267,23 @@ def test_mistakes_on_the_command_line_are_named_before_any_work(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and complaint in error
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--languages", "fr,cs"],
+        ["--languages=fr,cs"],
+        ["--languages", "[fr, cs]"],
+        ["--languages+=fr", "--languages+=cs"],
+    ],
+)
+def test_lists_can_be_written_with_commas(arguments: list[str]) -> None:
+    settings, features, how = parse(
+        "synthetic", CORPORA["synthetic"], ["--out", "x", *arguments, "--train-hours", "1e-1"]
+    )
+    assert settings.languages in (["fr", "cs"], ["en", "de", "es", "cs", "fr", "cs"])
+    assert (settings.train_hours, how.out, features) == (0.1, "x", FeatureSettings())
 
 
 def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path) -> None:
