@@ -1,8 +1,7 @@
 """Word and character error rates of an exported recogniser on whole recordings.
 
     python evaluate.py --export runs/ctc/export --data.dataset datasets/synthetic --out results/ctc
-    python evaluate.py --config configs/quickstart-evaluate.yaml --export runs/ctc/export --inference.context_seconds 40
-    torchrun --nproc-per-node 8 evaluate.py --export runs/ctc/export --data.dataset datasets/earnings22 --out results/ctc
+    torchrun --nproc-per-node 8 evaluate.py --export runs/ctc/export --data.dataset datasets/calls --out results/ctc
 
 Recordings longer than the context are decoded in overlapping windows (`--inference.context_seconds 0`: in one pass).
 The processes share the recordings out. What is decoded is kept: after Ctrl-C the same command goes on where it was,

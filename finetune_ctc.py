@@ -153,11 +153,8 @@ def train(config: Config) -> None:
         model, model.encoder.blocks, world, config.distributed, find_unused_parameters=frozen_steps > 0
     )
     register_fsdp_forward_method(model, "log_probs")  # validation calls it; does nothing but under FSDP2
-    encoder_settings = replace(
-        config.optimizer,
-        learning_rate=config.finetune.encoder_learning_rate or config.optimizer.learning_rate,
-        frozen_steps=frozen_steps,
-    )
+    learning_rate = config.finetune.encoder_learning_rate or config.optimizer.learning_rate
+    encoder_settings = replace(config.optimizer, learning_rate=learning_rate, frozen_steps=frozen_steps)
     optimizer = build_optimizer(
         [(model.encoder.named_parameters(), encoder_settings), (model.head.named_parameters(), config.optimizer)]
     )
@@ -257,7 +254,7 @@ def train(config: Config) -> None:
             save(run, step, parallel_model, optimizer, data_state, best, config, world)
 
     if step < config.run.steps:
-        if data_state is not None:
+        if data_state:  # None when no update was made
             save(run, step, parallel_model, optimizer, data_state, best, config, world)
         stop.leave_requeue_marker(world)
         if world.is_main:

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-corpus=synthetic folder="" steps=()
+corpus=synthetic folder="" tiny=() again="${*:+ $*}"
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help)
@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
             shift 2
             ;;
         --tiny) # for the tests: a few steps on a few minutes of speech
-            steps=(--run.steps 2 --run.log_every 1)
+            tiny=(--run.steps 2 --run.log_every 1)
             shift
             ;;
         *)
@@ -35,10 +35,13 @@ done
 folder=${folder:-runs/quickstart-$corpus}
 case "$corpus" in
     synthetic)
-        prepare=(synthetic)
-        [ ${#steps[@]} -eq 0 ] || prepare+=(--train_hours 0.1 --dev_utterances 4 --test_utterances 4 --test_long_recordings 1 --long_minutes 0.5)
+        prepare=(synthetic) labels=() language=() from_pretrained=(--finetune.reinitialise_top_blocks 2)
+        [ ${#tiny[@]} -eq 0 ] || prepare+=(--train_hours 0.1 --dev_utterances 4 --test_utterances 4 --test_long_recordings 1 --long_minutes 0.5)
         ;;
-    fillets) prepare=(fillets) ;;
+    fillets)
+        prepare=(fillets) labels=(--finetune.language cs --finetune.label_minutes 30) language=(--data.language cs)
+        from_pretrained=(--finetune.reinitialise_top_blocks 2)
+        ;;
     *)
         printf "error: unknown corpus '%s'. The quickstart knows: synthetic, fillets\n" "$corpus" >&2
         exit 2
@@ -48,32 +51,36 @@ esac
 bash launch/setup.sh
 python=.venv/bin/python
 dataset=$folder/dataset
+processes=$(($(nproc) > 1 ? 2 : 1))
 began=$SECONDS
 headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 
-# A training script ends well after a stop too, and then leaves REQUEUE in its run folder: this is not the end.
-stopped() {
-    [ ! -e "$1/REQUEUE" ] || { printf '\nStopped; the same command continues.\n'; exit 130; }
+# Two processes, as on a cluster: on a CPU they are faster than one with two threads.
+train() {
+    local status=0
+    bash launch/torchrun.sh -n "$processes" "$@" || status=$?
+    [ "$status" != 75 ] || printf '\nStopped. The same command continues: bash launch/quickstart.sh%s\n' "$again"
+    [ "$status" = 0 ] || exit "$status"
 }
 
 headline "Speech and shards: $corpus"
 $python -m data.prepare "${prepare[@]}" --out "$dataset"
 
 headline "Pretraining with BEST-RQ"
-$python pretrain.py --config "configs/quickstart-pretrain.yaml" --run.folder "$folder/pretrain" --data.dataset "$dataset" "${steps[@]}"
-stopped "$folder/pretrain"
+train pretrain.py --config configs/quickstart-pretrain.yaml --data.dataset "$dataset" \
+    --run.folder "$folder/pretrain" "${tiny[@]}"
 
 for system in pretrained scratch; do
     headline "CTC fine-tuning: $system"
     init=()
-    [ "$system" = scratch ] || init=(--finetune.init "$folder/pretrain/export" --finetune.reinitialise_top_blocks 2)
-    $python finetune_ctc.py --config "configs/quickstart-ctc-$corpus.yaml" --run.folder "$folder/$system" --data.dataset "$dataset" "${init[@]}" "${steps[@]}"
-    stopped "$folder/$system"
+    [ "$system" = scratch ] || init=(--finetune.init "$folder/pretrain/export" "${from_pretrained[@]}")
+    train finetune_ctc.py --config configs/quickstart-ctc.yaml --data.dataset "$dataset" \
+        --run.folder "$folder/$system" "${labels[@]}" "${init[@]}" "${tiny[@]}"
 done
 
 for system in pretrained scratch; do
     headline "Evaluation on whole recordings: $system"
-    $python evaluate.py --export "$folder/$system/export" --data.dataset "$dataset" --data.split test \
+    $python evaluate.py --export "$folder/$system/export" --data.dataset "$dataset" --data.split test "${language[@]}" \
         --inference.context_seconds 12 --name "$system" --out "$folder/results/$system"
 done
 

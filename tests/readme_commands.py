@@ -34,7 +34,38 @@ class Elsewhere:
 
 TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"])
 
-COMMANDS: dict[str, Run | Elsewhere] = {}
+FINETUNE_RUN = f"{TINY_RUN} --validation.every_steps=2 --finetune.freeze_encoder_steps=1"
+# Made by the fixture `sandbox`: a few spoken seconds with transcripts, in the layout of a user's own folder.
+SPEECH = {"/data/speech": "speech"}
+
+COMMANDS: dict[str, Run | Elsewhere] = {
+    "bash launch/quickstart.sh": Run("--tiny --folder runs/quickstart"),
+    "bash launch/test.sh": Elsewhere("is what runs this"),
+    "bash launch/quickstart.sh --corpus fillets": Elsewhere(
+        "fetches packages of Debian; test_corpora.py reads a small copy of their layout"
+    ),
+    "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(exchange=SPEECH),
+    "torchrun --nproc-per-node 8 pretrain.py --config configs/base-120m.yaml --run.folder runs/base-120m": Run(
+        TINY_RUN, {"--nproc-per-node 8": "--nproc-per-node 2"}
+    ),
+    "torchrun --nproc-per-node 8 finetune_ctc.py --config configs/base-120m-ctc.yaml "
+    "--finetune.init runs/base-120m/export": Run(
+        f"{FINETUNE_RUN} --finetune.tokenizer=char", {"--nproc-per-node 8": "--nproc-per-node 2"}
+    ),
+    "python evaluate.py --export runs/base-120m-ctc/export --data.dataset datasets/train --data.split test "
+    "--out results/base": Run(),
+    "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
+        "test_slurm.py, on a cluster of its own"
+    ),
+    "python -m data.prepare synthetic --out datasets/synthetic": Run(
+        "--train_hours 0.02 --dev_utterances 2 --test_utterances 2 --test_long_recordings 0"
+    ),
+    "python -m data.shards inspect datasets/synthetic": Run(),
+    "python -m data.shards verify datasets/synthetic": Run(),
+    "python -m benchmarks.pretraining_speed": Elsewhere("takes minutes, and needs requirements-benchmarks.txt"),
+    "python -m benchmarks.loader_speed": Run("--hours 0.2 --updates 3 --warm-up 1 --rows 4"),
+    "python -m benchmarks.prepare_speed": Elsewhere("takes minutes, and needs requirements-benchmarks.txt"),
+}
 
 
 def commands_in(markdown: str) -> list[str]:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from readme_commands import COMMANDS, Elsewhere, Run, commands_in, readme_commands
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -20,7 +22,18 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name not in SKIPPED and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
     (folder / ".venv").symlink_to(sys.prefix)
+    write_speech(folder / "speech")
     return folder
+
+
+def write_speech(folder: Path) -> None:
+    """Twelve recordings of two seconds with transcripts, by split."""
+    for split, count in (("train", 8), ("dev", 2), ("test", 2)):
+        (folder / split).mkdir(parents=True)
+        for number in range(count):
+            noise = np.random.default_rng(number).normal(scale=0.1, size=32000)
+            soundfile.write(folder / split / f"{split}{number}.wav", noise, 16000)
+            (folder / split / f"{split}{number}.txt").write_text("ana bela cid\n")
 
 
 def test_commands_are_found_joined_and_free_of_comments() -> None:

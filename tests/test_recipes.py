@@ -1,5 +1,6 @@
 """Every file in configs/ belongs to a script, holds only what that script knows, and trains."""
 
+import dataclasses
 import importlib
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import yaml
 from tiny import DATA, ENCODER, RUN, make_dataset
 
 from bestrq.config import parse
+from bestrq.model.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -48,10 +50,21 @@ def test_recipe_holds_only_what_its_script_knows(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_has_the_shape_of_its_preset(recipe: Path) -> None:
+    """quickstart-ctc and quickstart-pretrain have the encoder of the preset quickstart, and so on."""
+    config = parse(script_of(recipe).Config, ["--config", str(recipe)])
+    preset = next(encoder for name, encoder in PRESETS.items() if recipe.stem.startswith(name))
+    rates = {"dropout": preset.dropout, "attention_dropout": preset.attention_dropout}
+    assert dataclasses.replace(config.encoder, **rates) == preset
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(recipe: Path, dataset: Path, tmp_path: Path, signals: None) -> None:
     """Two updates with all its settings but the sizes."""
     script = script_of(recipe)
     small = [*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"]
+    if script.__name__ == "finetune_ctc":
+        small.append("--finetune.tokenizer=char")  # a few words do not make a thousand byte pairs
     places = [f"--data.dataset={dataset}", f"--run.folder={tmp_path / 'run'}"]
     script.train(parse(script.Config, ["--config", str(recipe), *small, *places]))
     assert (tmp_path / "run/export/model.safetensors").is_file()

@@ -11,7 +11,7 @@ from torch import Tensor
 from bestrq.files import write_file
 
 matplotlib.use("Agg")  # no display on a cluster node
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
 MASK_EXAMPLE = "mask_example.safetensors"
 CODEBOOK_USAGE = "codebook_usage.safetensors"
