@@ -51,7 +51,7 @@ from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.loader import DataState, LoaderSettings, RowLoader
 from data.order import FixedCrops, supervised_crops
-from data.shards import Dataset, open_dataset
+from data.shards import Dataset, Normalisation, open_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 
@@ -330,7 +330,7 @@ def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:
     ]
 
 
-def read_mel(dataset: Dataset, recording: int, normalisation: str, start: int, stop: int) -> torch.Tensor:
+def read_mel(dataset: Dataset, recording: int, normalisation: Normalisation, start: int, stop: int) -> torch.Tensor:
     """Normalised frames of a recording, float32 [stop - start, M]."""
     return torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation=normalisation))
 

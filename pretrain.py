@@ -11,6 +11,7 @@ Ctrl-C makes it save and leave at the next step. What others use of the result l
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,11 @@ def train(config: Config) -> None:
         throughput.count(audio_seconds, flops_per_row * sum(batch.log_mel.shape[0] for batch in micro_batches))
 
         if step % config.run.log_every == 0 or step == config.run.steps or update.spike:
-            values = {"learning_rate": learning_rate, "grad_norm": update.grad_norm, "spike": update.spike}
+            values: dict[str, Any] = {
+                "learning_rate": learning_rate,
+                "grad_norm": update.grad_norm,
+                "spike": update.spike,
+            }
             values |= summarise(world.sum(sums).tolist())
             values |= codebook_figures(world.sum(code_counts.clone()))
             values |= throughput.interval(step)
@@ -223,14 +228,9 @@ SUMS = ("loss", "correct", "targets", "masked_frames", "masked_runs", "frames", 
 def step_sums(loss_sum: Tensor, num_correct: Tensor, rows: MaskedRows, batch: Batch) -> Tensor:
     """What `summarise` needs of a micro-batch, float64 [len(SUMS)], in the order of SUMS."""
     assert batch.mask is not None
-    counts = [
-        rows.targets.numel(),
-        batch.mask.sum(),
-        num_runs(batch.mask),
-        batch.segment_length.sum(),
-        batch.mask.numel(),
-    ]
-    return torch.tensor([float(loss_sum.detach()), float(num_correct), *map(float, counts)], dtype=torch.float64)
+    frames, row_frames = int(batch.segment_length.sum()), batch.mask.numel()
+    counts = [rows.targets.numel(), int(batch.mask.sum()), num_runs(batch.mask), frames, row_frames]
+    return torch.tensor([float(loss_sum.detach()), float(num_correct), *counts], dtype=torch.float64)
 
 
 def summarise(sums: list[float]) -> dict[str, float]:
@@ -276,7 +276,7 @@ def warn_of_collapse(values: dict, quantizer: QuantizerSettings) -> None:
 
 
 def show_pictures(
-    run: RunFolder, metrics: MetricsLog, step: int, batch: Batch, code_counts: Tensor, hop_ms: int
+    run: RunFolder, metrics: MetricsLog, step: int, batch: Batch, code_counts: Tensor, hop_ms: float
 ) -> None:
     """A spectrogram with its mask and the use of the codes, for TensorBoard and the report."""
     if metrics.active and batch.mask is not None:
