@@ -10,8 +10,10 @@ padding, per second. The two alternate; medians are printed as one line of JSON,
 
     ratio_to_speechbrain   audio-seconds per second, ours / SpeechBrain's
     row_fill               share of our rows' frames that is audio
-    matmul_share           our model FLOPs (torch's flop counter) per second of the whole step, as a share of the rate
-                           of plain bf16 matrix products of the model's shapes, measured between the steps
+    matmul_share           our model FLOPs per second of the whole step, as a share of the rate of plain bf16 matrix
+                           products of the model's shapes, measured between the steps. Model FLOPs are three times
+                           what torch's flop counter finds in the forward pass: in the backward pass it counts a
+                           depthwise convolution as if it were a full one, 576 times too much
 """
 
 import argparse
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.pretraining.masking import MaskingSettings, draw_span_mask
-from bestrq.pretraining.objective import BestRQ, mask_rows
+from bestrq.pretraining.objective import BestRQ, MaskedRows, mask_rows
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
+from data.packing import Row, pack_rows
 
 FRAMES_PER_SECOND = 100
 NUM_MELS = 80
@@ -52,6 +56,8 @@ class System:
     model: nn.Module
     step: Callable[[], float]
     """one whole update; gives its loss"""
+    forward: Callable[[], None] | None = None
+    """the forward passes alone, for counting"""
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -69,22 +75,6 @@ def update(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
 # ---------------------------------------------------------------------------------------------------- ours
 
 
-def pack(utterances: list[Tensor], row_frames: int, gap: int, factor: int) -> list[list[tuple[int, Tensor]]]:
-    """Rows of (start, utterance), longest first into the fullest row that takes it."""
-    rows: list[list[tuple[int, Tensor]]] = []
-    ends: list[int] = []
-    for utterance in sorted(utterances, key=len, reverse=True):
-        fitting = [i for i, end in enumerate(ends) if end + len(utterance) <= row_frames]
-        best = max(fitting, key=lambda i: ends[i], default=None)
-        if best is None:
-            rows.append([])
-            ends.append(0)
-            best = len(rows) - 1
-        rows[best].append((ends[best], utterance))
-        ends[best] = -(-(ends[best] + len(utterance) + gap) // factor) * factor
-    return rows
-
-
 @dataclass
 class PackedRows:
     """A batch of packed rows, as the loader makes them."""
@@ -96,9 +86,7 @@ class PackedRows:
     segment_seed: Tensor
 
 
-def collate(rows: list[list[tuple[int, Tensor]]], row_frames: int, seed: int) -> PackedRows:
-    import numpy as np
-
+def collate(rows: list[Row], utterances: list[Tensor], row_frames: int, seed: int) -> PackedRows:
     masking, slots = MaskingSettings(), max(len(row) for row in rows)
     batch = PackedRows(
         torch.zeros(len(rows), row_frames, NUM_MELS),
@@ -107,9 +95,9 @@ def collate(rows: list[list[tuple[int, Tensor]]], row_frames: int, seed: int) ->
     )
     generator = np.random.default_rng(seed)
     for r, row in enumerate(rows):
-        for s, (start, utterance) in enumerate(row):
-            n = len(utterance)
-            batch.log_mel[r, start : start + n] = utterance
+        for s, (index, start) in enumerate(row):
+            n = len(utterances[index])
+            batch.log_mel[r, start : start + n] = utterances[index]
             drawn = draw_span_mask(generator, n, masking.span_ms // 10, masking.start_probability)
             batch.mask[r, start : start + n] = torch.from_numpy(drawn)
             batch.segment_start[r, s], batch.segment_length[r, s], batch.segment_seed[r, s] = start, n, 1000 * r + s
@@ -124,35 +112,56 @@ def make_ours(batches: list[PackedRows]) -> System:
     model = BestRQ(settings, quantizer_settings).train()
     optimizer = adamw(model)
 
-    def step() -> float:
-        total = 0.0
-        masked = [
+    def mask_all() -> list[MaskedRows]:
+        return [
             mask_rows(
                 b.log_mel, b.mask, b.segment_start, b.segment_length, b.segment_seed, quantizer,
                 settings.subsampling_factor, masking.noise_std,
             )
             for b in batches
-        ]
+        ]  # fmt: skip
+
+    def loss_sum(m: MaskedRows) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(m.log_mel, m.segment_start, m.segment_length, m.target_frames, m.targets)[0]
+
+    def step() -> float:
+        total, masked = 0.0, mask_all()
         targets = sum(m.targets.numel() for m in masked)
         for m in masked:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss_sum, _ = model(m.log_mel, m.segment_start, m.segment_length, m.target_frames, m.targets)
-            (loss_sum / targets).backward()
-            total += float(loss_sum.detach()) / targets
+            loss = loss_sum(m) / targets
+            loss.backward()
+            total += float(loss.detach())
         update(model, optimizer)
         return total
 
-    return System(model, step)
+    @torch.no_grad()
+    def forward() -> None:
+        for m in mask_all():
+            loss_sum(m)
+
+    return System(model, step, forward)
 
 
 # --------------------------------------------------------------------------------------------- SpeechBrain
 
 
-def speechbrain_batches(utterances: list[Tensor], batch_seconds: float, num_buckets: int) -> list[list[Tensor]]:
+def speechbrain_batches(utterances: list[Tensor], batch_seconds: float) -> list[list[Tensor]]:
+    """Its own sampler, with the bucket boundaries that suit it best: every bucket makes one full batch.
+
+    The recipe's 200 buckets are for 280,000 utterances; on 64 they would leave most batches with one.
+    """
     from speechbrain.dataio.sampler import DynamicBatchSampler
 
     lengths = [len(u) / FRAMES_PER_SECOND for u in utterances]
-    sampler = DynamicBatchSampler(utterances, batch_seconds, num_buckets=num_buckets, lengths_list=lengths)
+    ascending = sorted(lengths)
+    boundaries: list[float] = []
+    while ascending:
+        boundaries.insert(0, ascending[-1])
+        del ascending[-int(batch_seconds / ascending[-1]) :]
+    sampler = DynamicBatchSampler(
+        utterances, batch_seconds, bucket_boundaries=boundaries, lengths_list=lengths, shuffle=False
+    )
     return [[utterances[i] for i in batch] for batch in sampler]
 
 
@@ -248,10 +257,10 @@ def matmul_rate(frames: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=64)
-    parser.add_argument("--row-seconds", type=float, default=30.0)
+    # 64 utterances fill 20 rows of this length, five batches; a loader's endless stream has no last row to leave open.
+    parser.add_argument("--row-seconds", type=float, default=31.2)
     parser.add_argument("--rows", type=int, default=4, help="rows in a batch of ours")
-    parser.add_argument("--batch-seconds", type=float, default=120.0, help="audio in a batch of SpeechBrain's")
-    parser.add_argument("--buckets", type=int, default=8, help="length buckets of SpeechBrain's sampler")
+    parser.add_argument("--batch-seconds", type=float, default=125.0, help="audio in a batch of SpeechBrain's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only-ours", action="store_true", help="leave SpeechBrain out, and the ratio with it")
     args = parser.parse_args()
@@ -260,24 +269,27 @@ def main() -> None:
     utterances = make_utterances(args.utterances, seed=1)
     seconds = sum(map(len, utterances)) / FRAMES_PER_SECOND
     row_frames = round(args.row_seconds * FRAMES_PER_SECOND) // 4 * 4
-    rows = pack(utterances, row_frames, ConformerEncoder.row_gap, 4)
-    fill = sum(map(len, utterances)) / (len(rows) * row_frames)
-    ours = make_ours([collate(rows[i : i + args.rows], row_frames, i) for i in range(0, len(rows), args.rows)])
+    lengths = [len(u) for u in utterances]
+    rows = pack_rows(lengths, row_frames, ConformerEncoder.row_gap, 4, max_segments=args.utterances)
+    fill = sum(lengths) / (len(rows) * row_frames)
+    batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
+    ours = make_ours([collate(batch, utterances, row_frames, seed) for seed, batch in enumerate(batches)])
     systems = {"ours": ours}
     print(f"{len(utterances)} utterances, {seconds:.0f} s; {len(rows)} rows of {row_frames} frames, fill {fill:.3f}")
     if not args.only_ours:
-        batches = speechbrain_batches(utterances, args.batch_seconds, args.buckets)
-        padded = sum(len(b) * max(map(len, b)) for b in batches)
-        systems["speechbrain"] = make_speechbrain(batches)
-        print(f"SpeechBrain: {len(batches)} batches, fill {sum(map(len, utterances)) / padded:.3f}")
+        buckets = speechbrain_batches(utterances, args.batch_seconds)
+        padded = sum(len(b) * max(map(len, b)) for b in buckets)
+        systems["speechbrain"] = make_speechbrain(buckets)
+        print(f"SpeechBrain: {len(buckets)} batches, fill {sum(lengths) / padded:.3f}")
     for name, system in systems.items():
         print(f"{name}: {sum(p.numel() for p in system.model.parameters()) / 1e6:.1f} M parameters")
 
+    assert ours.forward is not None
     with FlopCounterMode(display=False) as counter:
-        ours.step()
-    flops = counter.get_total_flops()
-    for name in systems.keys() - {"ours"}:
-        systems[name].step()
+        ours.forward()
+    flops = 3 * counter.get_total_flops()
+    for system in systems.values():  # warm up
+        system.step()
     times: dict[str, list[float]] = {name: [] for name in systems}
     rates = [matmul_rate(args.rows * row_frames // 4)]
     for repeat in range(args.repeats):

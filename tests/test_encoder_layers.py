@@ -105,7 +105,8 @@ def test_convolution_in_segments_is_a_plain_convolution_of_each(kernel_size: int
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(ours)
     for a, b in zip(
-        torch.autograd.grad(ours, (x, weight, bias), grad), torch.autograd.grad(plain, (x, weight, bias), grad),
+        torch.autograd.grad(ours, (x, weight, bias), grad),
+        torch.autograd.grad(plain, (x, weight, bias), grad),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -144,6 +145,14 @@ def test_spread_segments_keep_their_reach_apart_whatever_the_order_of_the_slots(
     distance, same_row = place.diff(), row_of_slot.diff() == 0
     assert (distance[previous == here] == 1).all()
     assert (distance[(previous != here) & same_row] > reach).all()
+
+
+def test_positions_count_from_the_start_of_each_segment() -> None:
+    layout = make([[0, 44]], [[40, 37]], 100)
+    assert layout.rotary_phase is not None
+    for start, stop in layout.segments:
+        angles = layout.rotary_phase[0, start:stop].angle()
+        torch.testing.assert_close(angles[:, 1], torch.arange(stop - start, dtype=torch.float64) * 1e4**-0.5)
 
 
 @pytest.mark.parametrize(

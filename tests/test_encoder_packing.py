@@ -47,7 +47,12 @@ def with_mask(layout: RowLayout) -> RowLayout:
 
 
 def run(
-    encoder: ConformerEncoder, utterance: Tensor, row: int, slots: list[tuple[int, int]], num_rows: int, frames: int,
+    encoder: ConformerEncoder,
+    utterance: Tensor,
+    row: int,
+    slots: list[tuple[int, int]],
+    num_rows: int,
+    frames: int,
     use_mask: bool = False,
 ) -> Result:
     """Encode `utterance` as the first of `slots` (start, length) in `row`; everything else, gaps included, is noise.
@@ -76,14 +81,17 @@ def run(
     rest[row, start : start + length] = 0
     assert rest.abs().max() == 0, "the loss of one utterance depends on frames outside it"
     return Result(
-        outputs.detach(), loss.detach(), log_mel.grad[row, start : start + length],
+        outputs.detach(),
+        loss.detach(),
+        log_mel.grad[row, start : start + length],
         [p.grad.clone() for p in encoder.parameters() if p.grad is not None],
     )
 
 
 def assert_same(a: Result, b: Result) -> None:
     for x, y in zip(
-        (a.outputs, a.loss, a.input_grad, *a.parameter_grads), (b.outputs, b.loss, b.input_grad, *b.parameter_grads),
+        (a.outputs, a.loss, a.input_grad, *a.parameter_grads),
+        (b.outputs, b.loss, b.input_grad, *b.parameter_grads),
         strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=TOLERANCE, atol=TOLERANCE)
