@@ -32,39 +32,36 @@ class Elsewhere:
     reason: str
 
 
-TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"])
+# Made before the first command runs, in place of the data that a user has.
+SPEECH_FOLDER = "speech"
 
-FINETUNE_RUN = f"{TINY_RUN} --validation.every_steps=2 --finetune.freeze_encoder_steps=1"
-# Made by the fixture `sandbox`: a few spoken seconds with transcripts, in the layout of a user's own folder.
-SPEECH = {"/data/speech": "speech"}
+TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"])
+TINY_CORPUS = "--languages en --train_hours 0.02 --dev_utterances 2 --test_utterances 2 --test_long_recordings 0"
+TWO_PROCESSES = {"--nproc-per-node 8": "--nproc-per-node 2"}
 
 COMMANDS: dict[str, Run | Elsewhere] = {
-    "bash launch/quickstart.sh": Run("--tiny --folder runs/quickstart"),
-    "bash launch/test.sh": Elsewhere("is what runs this"),
-    "bash launch/quickstart.sh --corpus fillets": Elsewhere(
-        "fetches packages of Debian; test_corpora.py reads a small copy of their layout"
+    "bash launch/quickstart.sh": Run("--tiny"),
+    "bash launch/quickstart.sh --corpus fillets": Elsewhere("fetches 100 MB; tests/test_corpora.py reads a small copy"),
+    "bash launch/test.sh": Elsewhere("this is what it runs"),
+    "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
+        exchange={"/data/speech": SPEECH_FOLDER}
     ),
-    "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(exchange=SPEECH),
     "torchrun --nproc-per-node 8 pretrain.py --config configs/base-120m.yaml --run.folder runs/base-120m": Run(
-        TINY_RUN, {"--nproc-per-node 8": "--nproc-per-node 2"}
+        TINY_RUN, TWO_PROCESSES
     ),
     "torchrun --nproc-per-node 8 finetune_ctc.py --config configs/base-120m-ctc.yaml "
-    "--finetune.init runs/base-120m/export": Run(
-        f"{FINETUNE_RUN} --finetune.tokenizer=char", {"--nproc-per-node 8": "--nproc-per-node 2"}
-    ),
+    "--finetune.init runs/base-120m/export": Run(f"{TINY_RUN} --finetune.vocab_size=20", TWO_PROCESSES),
     "python evaluate.py --export runs/base-120m-ctc/export --data.dataset datasets/train --data.split test "
-    "--out results/base": Run(),
+    "--out results/base": Run("--device cpu"),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
-        "test_slurm.py, on a cluster of its own"
+        "tests/test_slurm.py does it, on two nodes"
     ),
-    "python -m data.prepare synthetic --out datasets/synthetic": Run(
-        "--train_hours 0.02 --dev_utterances 2 --test_utterances 2 --test_long_recordings 0"
-    ),
+    "python -m data.prepare synthetic --out datasets/synthetic": Run(TINY_CORPUS),
     "python -m data.shards inspect datasets/synthetic": Run(),
     "python -m data.shards verify datasets/synthetic": Run(),
-    "python -m benchmarks.pretraining_speed": Elsewhere("takes minutes, and needs requirements-benchmarks.txt"),
-    "python -m benchmarks.loader_speed": Run("--hours 0.2 --updates 3 --warm-up 1 --rows 4"),
-    "python -m benchmarks.prepare_speed": Elsewhere("takes minutes, and needs requirements-benchmarks.txt"),
+    "python -m benchmarks.pretraining_speed": Run("--only-ours --utterances 2 --row-seconds 20 --rows 1 --repeats 1"),
+    "python -m benchmarks.loader_speed": Run("--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1"),
+    "python -m benchmarks.prepare_speed": Elsewhere("needs lhotse, which is in requirements-benchmarks.txt only"),
 }
 
 
