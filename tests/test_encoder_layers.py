@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bestrq.model import dropout as dropout_module
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.convolution import convolve_in_segments
-from bestrq.model.dropout import Dropout, drop_threshold, keep_scale
+from bestrq.model.dropout import Dropout, drop_threshold, keep_scale, random_words
 from bestrq.model.layout import RowLayout, make_layout
 from bestrq.model.norms import LayerNorm, make_norm
 
@@ -50,6 +50,19 @@ def test_dropout_masks_are_uncorrelated_from_element_to_element() -> None:
     for lag in (1, 2, 4, 7, 8, 16, 64):
         correlation = float((kept[lag:] * kept[:-lag]).mean() / 0.25)
         assert abs(correlation) < 4 / len(kept) ** 0.5
+
+
+def test_random_words_are_splitmix64() -> None:
+    def splitmix64(counter: int) -> int:
+        bits = 2**64 - 1
+        z = counter * 0x9E3779B97F4A7C15 & bits
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & bits
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & bits
+        return z ^ (z >> 31)
+
+    seed = 2**62 - 5
+    expected = [splitmix64(seed + i) for i in range(1000)]
+    assert [word % 2**64 for word in random_words(1000, seed).tolist()] == expected
 
 
 def test_dropout_repeats_with_the_global_seed_and_differs_between_calls() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.model.dropout import draw_kept, drop_threshold, keep_scale
+from bestrq.model.dropout import draw_kept, draw_seed, drop_threshold, keep_scale
 from bestrq.model.layout import RowLayout
 from bestrq.model.positions import rotate
 
@@ -59,7 +59,7 @@ def _weights(q: Tensor, k: Tensor, threshold: int, seed: int) -> tuple[Tensor, T
     weights = (q @ k.mT).softmax(dim=-1)
     if threshold == 0:
         return weights, None
-    kept = draw_kept(tuple(weights.shape), threshold, torch.Generator().manual_seed(seed))
+    kept = draw_kept(tuple(weights.shape), threshold, seed)
     return weights, kept.to(weights.dtype)
 
 
@@ -76,13 +76,13 @@ class _SegmentAttention(torch.autograd.Function):
     ) -> Tensor:
         out = qkv.new_zeros(qkv[:, 0].shape)
         ctx.segments, ctx.threshold, ctx.shape = segments, threshold, qkv.shape
-        ctx.seeds = torch.randint(2**31, (len(segments),)).tolist() if threshold else [0] * len(segments)
+        ctx.seeds = draw_seed(len(segments)) if threshold else [0] * len(segments)
         saved: list[Tensor | None] = [phase]
         for (start, stop), seed in zip(segments, ctx.seeds, strict=True):
             q, k, v = _split(qkv[start:stop], None if phase is None else phase[start:stop])
             blocks = _blocks(q)
             for number, block in enumerate(blocks):
-                weights, kept = _weights(q[:, block], k, threshold, seed + number)
+                weights, kept = _weights(q[:, block], k, threshold, seed + number * MAX_WEIGHTS)
                 dropped = weights if kept is None else weights * kept
                 out[start:stop][block] = ((dropped @ v) * keep_scale(threshold)).transpose(0, 1)
             saved += (q, k, v, weights, kept) if len(blocks) == 1 else (q, k, v, None, None)
@@ -102,7 +102,7 @@ class _SegmentAttention(torch.autograd.Function):
             for number, block in enumerate(_blocks(q)):
                 weights, kept = known_weights, known_kept
                 if weights is None:
-                    weights, kept = _weights(q[:, block], k, threshold, seed + number)
+                    weights, kept = _weights(q[:, block], k, threshold, seed + number * MAX_WEIGHTS)
                 dropped = weights if kept is None else weights * kept
                 grad_v += dropped.mT @ grad_out[:, block]
                 grad_weights = grad_out[:, block] @ v.mT

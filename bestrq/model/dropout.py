@@ -1,9 +1,13 @@
 """Dropout whose masks are cheap to draw on a CPU.
 
-torch draws a number an element there, in scalar code: a quarter of a small model's training time. Here a 64-bit number
-serves eight elements, a byte each: an element is dropped where its byte is below a threshold k. So the share dropped
-is exactly k / 256, the nearest to the one asked for, and what is kept is scaled by exactly 256 / (256 - k). The
-numbers come from torch's global generator: a seed, or a restored generator state, gives the same masks again.
+torch draws a number an element there, in scalar code on one core: a quarter of a small model's training time. Here a
+64-bit number serves eight elements, a byte each: an element is dropped where its byte is below a threshold k. So the
+share dropped is exactly k / 256, the nearest to the one asked for, and what is kept is scaled by exactly
+256 / (256 - k).
+
+The numbers are those of splitmix64 (Steele et al., Fast splittable pseudorandom number generators, 2014), a hash of a
+counter, which torch's integer arithmetic makes on all cores. The counter begins at a seed from torch's global
+generator: the same seed, or the same restored state of that generator, gives the same masks again.
 """
 
 import math
@@ -24,11 +28,23 @@ def keep_scale(threshold: int) -> float:
     return 256 / (256 - threshold)
 
 
-def draw_kept(shape: tuple[int, ...], threshold: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_seed(count: int = 1) -> list[int]:
+    """Seeds for masks, from torch's global generator."""
+    return torch.randint(2**62, (count,)).tolist()
+
+
+def random_words(count: int, seed: int) -> Tensor:
+    """Uniform 64-bit numbers, int64 `[count]`: splitmix64 of the counters from `seed` on."""
+    z = torch.arange(seed, seed + count).mul_(-0x61C8864680B583EB)
+    z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(-0x40A7B892E31B1A47)
+    z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(-0x6B2FB644ECCEEE15)
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def draw_kept(shape: tuple[int, ...], threshold: int, seed: int) -> Tensor:
     """Mask of that shape, uint8 on the CPU: 1 where an element is kept, 0 where it is dropped."""
     count = math.prod(shape)
-    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    drawn = words.view(torch.uint8)[:count].view(shape)
+    drawn = random_words((count + 7) // 8, seed).view(torch.uint8)[:count].view(shape)
     # Compared into its own type: the kernel that writes bool is not vectorised and takes 15 times as long.
     return torch.ge(drawn, threshold, out=drawn)
 
@@ -38,7 +54,7 @@ class _DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: int) -> Tensor:
-        kept = draw_kept(tuple(x.shape), threshold)
+        kept = draw_kept(tuple(x.shape), threshold, *draw_seed())
         ctx.save_for_backward(kept)
         ctx.scale = keep_scale(threshold)
         return kept.to(x.dtype).mul_(x).mul_(ctx.scale)
@@ -54,7 +70,7 @@ class _AddDropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, alpha: float, threshold: int) -> Tensor:
-        kept = draw_kept(tuple(y.shape), threshold)
+        kept = draw_kept(tuple(y.shape), threshold, *draw_seed())
         ctx.save_for_backward(kept)
         ctx.scale, ctx.dtype = alpha * keep_scale(threshold), y.dtype
         return torch.addcmul(x, y, kept.to(y.dtype), value=ctx.scale)
