@@ -1,9 +1,9 @@
 """What a dataset on disk is made of: the recording, the columns of the index, names, atomic writes, fingerprint.
 
-    DIR/dataset.json            format version, features and their hash, statistics, totals, fingerprint; written last
-    DIR/index.parquet           one row a recording, sorted by id
-    DIR/shard-NNNNN.safetensors one float16 tensor [frames, M] a recording, named by its id
-    DIR/preparing.json, DIR/shard-NNNNN.parquet    only while a dataset is being written
+DIR/dataset.json            format version, features and their hash, statistics, totals, fingerprint; written last
+DIR/index.parquet           one row a recording, sorted by id
+DIR/shard-NNNNN.safetensors one float16 tensor [frames, M] a recording, named by its id
+DIR/preparing.json, DIR/shard-NNNNN.parquet    only while a dataset is being written
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from data.shards import Dataset, Normalisation
 
 __all__ = ["Batch", "DataState", "DrawMask", "LoaderSettings", "RowLoader"]
 
+
 @dataclass(frozen=True)
 class LoaderSettings:
     """Which recordings are read, and how they become batches."""
@@ -63,19 +64,19 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         for name, least in (("row_frames", 1), ("rows", 1), ("max_segments", 1), ("block_crops", 1), ("prefetch", 1)):
             if getattr(self, name) < least:
-                raise DataError(f"loader.{name} is {getattr(self, name)}: must be at least {least}")
+                raise DataError(f"data.{name} is {getattr(self, name)}: must be at least {least}")
         if self.num_workers < 0:
-            raise DataError(f"loader.num_workers is {self.num_workers}: must be 0 (no processes) or more")
+            raise DataError(f"data.num_workers is {self.num_workers}: must be 0 (no processes) or more")
         if not 0 < self.min_seconds <= self.max_seconds:
             raise DataError(
-                f"loader.min_seconds is {self.min_seconds} and max_seconds {self.max_seconds}: need 0 < min <= max"
+                f"data.min_seconds is {self.min_seconds} and max_seconds {self.max_seconds}: need 0 < min <= max"
             )
         for name, known in (
             ("normalisation", ("recording", "dataset")),
             ("start_method", ("fork", "forkserver", "spawn")),
         ):
             if getattr(self, name) not in known:
-                raise DataError(f"loader.{name} is {getattr(self, name)!r}: must be one of {known}")
+                raise DataError(f"data.{name} is {getattr(self, name)!r}: must be one of {known}")
 
     def crop_frames(self, dataset: Dataset) -> tuple[int, int]:
         """(max_frames, min_frames) of a crop: the settings in seconds, in frames of this dataset."""
@@ -133,7 +134,7 @@ class RowLoader:
             below = settings.rows // shares * shares
             works = " or ".join(str(rows) for rows in (below, below + shares) if rows)
             raise DataError(
-                f"loader.rows is {settings.rows}: it must be a multiple of world size {world_size} x accumulation "
+                f"data.rows is {settings.rows}: it must be a multiple of world size {world_size} x accumulation "
                 f"{accumulation} = {shares}; nearest: {works}"
             )
         self.dataset, self.crops, self.settings = dataset, crops, settings
@@ -230,7 +231,7 @@ class RowLoader:
         need, free = self._slots() * batch, shutil.disk_usage(folder).free
         if need > free:
             raise DataError(
-                f"loader.num_workers {s.num_workers} x prefetch {s.prefetch} needs {need >> 20} MiB of shared "
+                f"data.num_workers {s.num_workers} x prefetch {s.prefetch} needs {need >> 20} MiB of shared "
                 f"memory, /dev/shm has {free >> 20}: lower them, or enlarge it (docker run --shm-size)"
             )
 

@@ -60,9 +60,8 @@ class Dataset:
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
         self._mean, self._std = torch.tensor(fields["mean"]), torch.tensor(fields["std"])
-        columns = ["id", "shard", "offset", "frames", "language", "speaker", "split", "text"]
-        table = _read_index(path, columns)
-        incomplete = [name for name in columns[:4] if table[name].null_count]
+        table = _read_index(path, ["id", "shard", "offset", "frames", "language", "speaker", "split", "text"])
+        incomplete = [name for name in ("id", "shard", "offset", "frames") if table[name].null_count]
         if incomplete or not pq.read_schema(path / ix.INDEX_FILE).equals(ix.schema(self.features.num_mels)):
             raise DataError(f"{path / ix.INDEX_FILE}: columns of other types or with holes {incomplete}; refused")
         self.frames: np.ndarray = table["frames"].to_numpy()
@@ -84,6 +83,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def identity(self) -> dict[str, str]:
+        """What the data are: every feature setting by name, then the fingerprint. For a run that continues."""
+        features = {f"features.{name}": str(value) for name, value in self.features.to_dict().items()}
+        return {**features, "dataset": self.fingerprint}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is not forked opens the dataset itself: files and tables do not travel.
@@ -166,9 +170,8 @@ class Dataset:
 
     def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
         """(mean, 1 / std), float32 [M] each: a frame is normalised as `(x - mean) * inverse_std`."""
-        mean, std = (self._mean, self._std)
-        if normalisation == "recording":
-            mean, std = (column[recording] for column in self._statistics)
+        of_dataset = normalisation == "dataset"
+        mean, std = (self._mean, self._std) if of_dataset else (table[recording] for table in self._statistics)
         return mean, 1 / std.clamp(min=SMALLEST_STD)
 
     def read_normalised(

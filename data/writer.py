@@ -191,10 +191,8 @@ class DatasetWriter:
             temporary.unlink()
         for part in sorted(self.path.glob("shard-*.parquet")):
             self.done_ids.update(pq.read_table(part, columns=["id"])["id"].to_pylist())
+            # A shard that was killed before its part of the index was written is written again, under its old name.
             self.shard = int(part.stem.removeprefix("shard-")) + 1
-        for shard in self.path.glob("shard-*.safetensors"):
-            if not shard.with_suffix(".parquet").exists():  # killed between a shard and its part of the index
-                shard.unlink()
 
     def _head(self) -> dict[str, Any]:
         return {

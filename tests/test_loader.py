@@ -195,7 +195,7 @@ def test_crops_longer_than_a_row_are_refused(dataset: Dataset) -> None:
     [("rows", 0), ("num_workers", -1), ("min_seconds", 9.0), ("normalisation", "none"), ("start_method", "thread")],
 )
 def test_a_setting_that_cannot_be_is_named(field: str, value: object) -> None:
-    with pytest.raises(DataError, match=rf"loader\.{field} is {value!r}"):
+    with pytest.raises(DataError, match=rf"data\.{field} is {value!r}"):
         replace(SETTINGS, **{field: value})
 
 

@@ -48,8 +48,6 @@ def test_hashes_are_the_same_on_every_machine() -> None:
     assert permute(np.arange(8), 8, 1, 2).tolist() == [0, 6, 7, 1, 3, 5, 4, 2]
 
 
-
-
 @settings(max_examples=60, deadline=None)
 @given(max_frames=st.integers(20, 400), epoch=st.integers(0, 10**6), seed=st.integers(0, 2**63))
 def test_every_frame_is_in_exactly_one_piece_of_an_epoch(max_frames: int, epoch: int, seed: int) -> None:

@@ -43,6 +43,7 @@ def test_rows_of_30_s_are_98_percent_full_of_utterances_of_2_to_17_s() -> None:
 
 
 def test_each_segment_goes_to_the_fullest_row_that_takes_it() -> None:
+    assert pack_rows([60, 50, 30], 100, 1, 1, 8) == [[(0, 0), (2, 61)], [(1, 0)]]
     assert pack_rows([60, 50, 39, 49], 100, 1, 1, 8) == [[(0, 0), (2, 61)], [(1, 0), (3, 51)]]
 
 

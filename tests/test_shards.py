@@ -54,8 +54,10 @@ def change_index(dataset: Dataset, column: str, row: int, value: object) -> None
     values = table[column].to_pylist()
     values[row] = value
     number = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(number, column, pa.array(values, table.schema.field(column).type)),
-                   dataset.path / "index.parquet")
+    pq.write_table(
+        table.set_column(number, column, pa.array(values, table.schema.field(column).type)),
+        dataset.path / "index.parquet",
+    )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -318,9 +320,23 @@ def test_sigkill_at_any_sync_or_rename_never_leaves_a_broken_dataset(dataset: Da
         with DatasetWriter(path, FEATURES, 200_000) as made:
             fill(made, [] if made.finished else LENGTHS)
             made.finish()
-        assert open_dataset(path).fingerprint == dataset.fingerprint and not verify(open_dataset(path))
+        continued = open_dataset(path)
+        assert continued.fingerprint == dataset.fingerprint and not verify(continued)
+        assert len(list(path.iterdir())) == 2 + len(continued.shard_names)  # and nothing is left over
         shutil.rmtree(path)
     assert place > 20
+
+
+def test_a_disk_without_any_room_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = DatasetWriter(tmp_path, FEATURES)
+    fill(made, LENGTHS, 2)
+    monkeypatch.setattr(writer.os, "pwrite", no_room)
+    with pytest.raises(DataError, match="disk is full .*; 0 recordings are written"):
+        fill(made, LENGTHS)
+    assert [path.name for path in tmp_path.iterdir()] == ["preparing.json"]
 
 
 def test_a_full_disk_keeps_what_is_written_and_says_so(
@@ -357,6 +373,7 @@ def test_a_limit_of_the_system_leaves_no_temporary_file(tmp_path: Path) -> None:
         return True
 
     assert in_a_fork(write) == 0 and not list(tmp_path.glob("*.tmp"))
+    assert len(safetensors.numpy.load_file(tmp_path / "shard-00000.safetensors")) == 4
     with DatasetWriter(tmp_path, FEATURES) as made:
         assert made.done_ids == {"r000", "r001", "r002", "r003"}
 
