@@ -139,7 +139,7 @@ def train(config: Config) -> None:
     crops = labelled_crops(dataset, config)
     heldout = heldout_recordings(dataset, config)
     run = RunFolder(config.run.folder)
-    run.start(config, world, free=FREE_FIELDS, fingerprints={"training": dataset.fingerprint})
+    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
     tokenizer = run_tokenizer(run, crops, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in crops.texts}  # all of them now: an error costs no training
 

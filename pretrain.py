@@ -40,7 +40,6 @@ from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, seed_step
 from data.errors import DataError
-from data.features import FeatureSettings, difference
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.shards import Dataset, open_dataset
 
@@ -88,7 +87,7 @@ def train(config: Config) -> None:
     world = start_world(config.distributed)
     dataset = open_dataset(config.data.dataset)
     run = RunFolder(config.run.folder)
-    run.start(config, world, free=FREE_FIELDS, fingerprints={"training": dataset.fingerprint})
+    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
     subsampling_factor = config.encoder.subsampling_factor
 
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
@@ -106,7 +105,7 @@ def train(config: Config) -> None:
     latest = latest_checkpoint(run.checkpoints, world)
     if latest is not None:
         checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
-        check_targets(checkpoint, dataset, quantizer)
+        check_targets(checkpoint, quantizer)
         step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
         if world.is_main:  # the counts are a sum over ranks: one rank carries what came before
             code_counts += checkpoint.extra_tensors["code_counts"].to(world.device)
@@ -288,14 +287,8 @@ def show_pictures(
         metrics.picture(step, "codebook_usage", draw_codebook_usage(code_counts.cpu()))
 
 
-def check_targets(checkpoint: Checkpoint, dataset: Dataset, quantizer: RandomProjectionQuantizer) -> None:
-    """Refuse to continue on other targets: other features, or another quantizer.
-
-    Raises ConfigError naming what differs.
-    """
-    if checkpoint.state["feature_hash"] != dataset.features.hash():
-        differing = difference(FeatureSettings.from_dict(checkpoint.state["features"]), dataset.features)
-        raise ConfigError(f"{checkpoint.path} was trained on other features: {'; '.join(differing)}")
+def check_targets(checkpoint: Checkpoint, quantizer: RandomProjectionQuantizer) -> None:
+    """Refuse to continue on other targets than those of the checkpoint. Raises ConfigError naming the tensor."""
     for name, tensor in quantizer.state_dict().items():
         if not torch.equal(checkpoint.extra_tensors[f"quantizer.{name}"], tensor.cpu()):
             raise ConfigError(

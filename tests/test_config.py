@@ -132,9 +132,7 @@ def test_print_config_and_save_yaml_read_back_as_the_same_settings(
 @pytest.mark.parametrize(
     "text", ["wheel: {class_path: planted.Thing}", "wheel: !!python/object/apply:planted.thing [1]"]
 )
-def test_a_configuration_cannot_name_code_to_run(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_cannot_name_code_to_run(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     path = recipe(tmp_path, text)

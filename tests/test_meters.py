@@ -148,7 +148,7 @@ def test_a_run_continues_only_with_what_it_began_with_but_for_the_free_fields(tm
     run.start(Whole(Part(width=4), workers=8), World(), free=["workers"], fingerprints={"training": "x"})
     with pytest.raises(ConfigError, match=r"part\.width was 4, is 5"):
         run.start(Whole(Part(width=5), workers=8), World(), free=["workers"])
-    with pytest.raises(ConfigError, match="training dataset"):
+    with pytest.raises(ConfigError, match="began with training x, and now it is y"):
         run.start(Whole(Part(width=4), workers=8), World(), fingerprints={"training": "y"})
     run.start(Whole(Part(width=6, rate=0.5), workers=8), World(), free=["part"])  # a section may be free as a whole
     run.config.unlink()

@@ -1,6 +1,8 @@
 """The two training loops as a whole: resume, worlds, accumulation. All equalities are on the real scripts."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import pretrain
 from bestrq.config import ConfigError, parse
 from bestrq.training.checkpoint import list_checkpoints
 from bestrq.training.stop import StopRequest
+from data.errors import DataError
+from data.tokenizer import CharTokenizer
 from tests.gloo import run_distributed
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
@@ -194,6 +198,33 @@ def test_fine_tuning_refuses_an_export_that_does_not_fit(dataset, undisturbed, t
         run("finetune_ctc", dataset, tmp_path / "a", export, "--encoder.kernel_size=7")
     with pytest.raises(ConfigError, match=r"data.normalisation: 'dataset' != 'recording'"):
         run("finetune_ctc", dataset, tmp_path / "b", export, "--data.normalisation=dataset")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_features_are_refused_by_name(script, undisturbed, tmp_path):
+    other = make_dataset(tmp_path / "other", recordings=30, low_hz=50.0)
+    copy = tmp_path / "run"
+    shutil.copytree(undisturbed[script], copy)
+    config = (copy / "config.yaml").read_text()  # the same place, other features there
+    (copy / "config.yaml").write_text(re.sub(r"(?m)^  dataset: .*", f"  dataset: {other}", config))
+    with pytest.raises(ConfigError, match=r"features.low_hz 20.0, and now it is 50.0"):
+        run(script, other, copy)
+    with pytest.raises(ConfigError, match=r"low_hz: 50.0 != 20.0"):
+        run("finetune_ctc", other, tmp_path / "new", f"--finetune.init={undisturbed['pretrain'] / 'export'}")
+
+
+def test_rows_that_the_processes_cannot_share_are_refused(dataset, tmp_path):
+    with pytest.raises(DataError, match=r"rows is 4: .* accumulation 3 = 3; nearest: 3 or 6"):
+        run("pretrain", dataset, tmp_path / "run", "--accumulation=3")
+
+
+def test_labels_outside_the_tokenizer_are_refused_before_training(dataset, tmp_path):
+    run("finetune_ctc", dataset, tmp_path / "run")
+    tokenizer = tmp_path / "other/tokenizer"
+    CharTokenizer(" abcdefgh").save(tokenizer)
+    with pytest.raises(DataError, match="characters that the tokenizer does not know"):
+        run("finetune_ctc", dataset, tmp_path / "other")
+    assert not (tmp_path / "other/checkpoints").exists()
 
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(dataset, undisturbed, tmp_path):

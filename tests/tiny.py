@@ -1,6 +1,7 @@
 """A dataset and settings small enough that a whole run takes seconds."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +23,15 @@ DATA = ["--data.rows=4", "--data.row_frames=400", "--data.min_seconds=0.5", "--d
 RUN = ["--run.log_every=1", "--distributed.device=cpu", "--distributed.precision=float32"]
 
 
-def make_dataset(path: Path, recordings: int = 40, seed: int = 0, long_seconds: float = 9.0) -> Path:
+def make_dataset(
+    path: Path, recordings: int = 40, seed: int = 0, long_seconds: float = 9.0, **features_changed: Any
+) -> Path:
     """Recordings of 1 to 3 s whose frames depend on their words, so that they can be learned; every tenth is long.
 
     The last two tenths are the dev and the test split.
     """
     generator = np.random.default_rng(seed)
-    features = FeatureSettings()
+    features = FeatureSettings(**features_changed)
     sounds = generator.normal(size=(len(WORDS), features.num_mels)) * 2
     with DatasetWriter(path, features) as writer:
         for number in range(recordings):

@@ -67,9 +67,7 @@ def spec_augment(
     return log_mel.masked_fill(masked, 0.0)
 
 
-def _time_masks(
-    num_frames: int, start: Tensor, length: Tensor, seed: Tensor, settings: SpecAugmentSettings
-) -> Tensor:
+def _time_masks(num_frames: int, start: Tensor, length: Tensor, seed: Tensor, settings: SpecAugmentSettings) -> Tensor:
     """bool `[R, F]`"""
     periods = -(-num_frames // settings.time_mask_period)
     count = settings.num_time_masks * (-(-length // settings.time_mask_period))

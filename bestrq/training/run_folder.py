@@ -63,7 +63,8 @@ class RunFolder:
         """Make the folder, or continue in it; called by all ranks, done by rank 0.
 
         `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
-        from those that the run began with. `fingerprints` are the datasets' by role; they may not change either.
+        from those that the run began with. `fingerprints` say what the data are, by name (`dataset`, `features.num_mels`); they may not change
+        either, and the first that did is named.
         Raises ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
         """
         problem = None
@@ -92,8 +93,8 @@ class RunFolder:
                 old = starts[-1].get("fingerprints", {}).get(role, fingerprint) if starts else fingerprint
                 if old != fingerprint:
                     raise ConfigError(
-                        f"the run in {self.path} began with another {role} dataset (fingerprint {old}, now "
-                        f"{fingerprint}): give the old dataset, or another run folder"
+                        f"the run in {self.path} began with {role} {old}, and now it is {fingerprint}: "
+                        "give the old data, or another run folder"
                     )
         self.path.mkdir(parents=True, exist_ok=True)
         save_yaml(values, self.config)
