@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from bestrq.files import write_file
 
@@ -144,10 +144,23 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Keeps the lines of a script's docstring: commands in it are to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.strip().splitlines())
+
+
 def _parser(settings_class: Any, description: str | None) -> ArgumentParser:
     # A recipe may come from anywhere: no value in it may make the parser import a module (`class_path: ...`).
     set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE.yaml] [--section.field value ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(settings_class, nested_key=None)
     return parser
