@@ -63,8 +63,8 @@ class RunFolder:
         """Make the folder, or continue in it; called by all ranks, done by rank 0.
 
         `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
-        from those that the run began with. `fingerprints` say what the data are, by name (`dataset`, `features.num_mels`); they may not change
-        either, and the first that did is named.
+        from those that the run began with. `fingerprints` say what the data are, by name (`dataset`,
+        `features.num_mels`); they may not change either, and the first that did is named.
         Raises ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
         """
         problem = None
