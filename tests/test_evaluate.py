@@ -59,7 +59,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> script.Config:
     make_export(folder / "run" / "export", FeatureSettings())
     return script.Config(
         export=str(folder / "run" / "export"),
-        data=script.DataSettings(path=str(folder / "data"), split="train"),
+        data=script.DataSettings(dataset=str(folder / "data"), split="train"),
         inference=InferenceSettings(context_seconds=2.0, batch_seconds=8.0),
         resamples=200,
         device="cpu",
@@ -178,7 +178,7 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
         writer.add(Recording("silent", None, split="test"), np.zeros((50, features.num_mels), np.float32))
         writer.finish()
     with pytest.raises(DataError, match="1 of 1 recordings have no transcript, such as 'silent'"):
-        evaluate(replace(setup, data=script.DataSettings(path=str(tmp_path / "untold"))), tmp_path)
+        evaluate(replace(setup, data=script.DataSettings(dataset=str(tmp_path / "untold"))), tmp_path)
 
 
 def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:

@@ -71,9 +71,7 @@ class _SegmentAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, phase: Tensor | None, segments: list[tuple[int, int]], threshold: int
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, phase: Tensor | None, segments: list[tuple[int, int]], threshold: int) -> Tensor:
         out = qkv.new_zeros(qkv[:, 0].shape)
         ctx.segments, ctx.threshold, ctx.shape = segments, threshold, qkv.shape
         ctx.seeds = draw_seed(len(segments)) if threshold else [0] * len(segments)

@@ -49,7 +49,9 @@ class EncoderSettings:
         for field in ("num_mels", "dim", "num_layers", "num_heads", "feedforward_dim", "subsampling_channels"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "give 1 or more")
         _require(
-            self.dim % (2 * self.num_heads) == 0, "num_heads", self.num_heads,
+            self.dim % (2 * self.num_heads) == 0,
+            "num_heads",
+            self.num_heads,
             f"choose one such that dim / num_heads is an even whole number (dim is {self.dim})",
         )
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, "kernel_size", self.kernel_size, "give an odd one")

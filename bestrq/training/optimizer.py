@@ -92,8 +92,14 @@ def build_optimizer(
             if chosen:
                 decay = settings.weight_decay if decayed else 0.0
                 param_groups.append(
-                    {"params": chosen, "settings": settings, "lr": 0.0, "betas": settings.betas,
-                     "eps": settings.eps, "weight_decay": decay}  # fmt: skip
+                    {
+                        "params": chosen,
+                        "settings": settings,
+                        "lr": 0.0,
+                        "betas": settings.betas,
+                        "eps": settings.eps,
+                        "weight_decay": decay,
+                    }  # fmt: skip
                 )
     if not param_groups:
         raise ConfigError("the optimizer has no trainable parameter")

@@ -146,6 +146,7 @@ def _version(package: str) -> str | None:
 
 def _git() -> dict[str, Any] | None:
     """Commit and dirty flag of the source tree, or None where it is not a git checkout."""
+
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
