@@ -182,6 +182,6 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
 
 
 def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
-    command = [sys.executable, script.__file__, "--export", "x", "--data.pth", "y"]
+    command = [sys.executable, script.__file__, "--export", "x", "--data.datset", "y"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and "data.dataset" in run.stderr and "Traceback" not in run.stderr
