@@ -9,7 +9,6 @@ Ctrl-C makes it save and leave at the next step. RUN_FOLDER/export holds the mod
 """
 
 import math
-import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -46,7 +45,7 @@ from bestrq.training.process import (
 )
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
-from bestrq.training.update import GuardSettings, UpdateGuard, seed_step
+from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.loader import DataState, LoaderSettings, RowLoader
@@ -219,13 +218,8 @@ def train(config: Config) -> None:
             sums += torch.tensor(counts, dtype=torch.float64, device=world.device)
         update = guard.apply_update(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
         if not update.applied:
-            samples = ", ".join(sample for batch in micro_batches for ids in batch.ids for sample in ids)
-            print(
-                f"step {step}: no rank updates, the loss (here {float(loss_sum):g}) or the gradient is not finite. "
-                f"Samples of rank {world.rank}: {samples}",
-                file=sys.stderr,
-                flush=True,
-            )
+            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+            report_skipped_update(step, loss_sum, samples, world)
         audio_frames = sum(int(batch.segment_length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)
         data_state = micro_batches[-1].state
@@ -338,12 +332,17 @@ def read_mel(dataset: Dataset, recording: int, normalisation: Normalisation, sta
 def run_tokenizer(run: RunFolder, crops: FixedCrops, settings: FinetuneSettings, world: World) -> Tokenizer:
     """The run's tokenizer: trained on the training texts at the first start, read from the run folder after it."""
     folder = run.path / "tokenizer"
+    problem = ""
     if world.is_main and not folder.is_dir():
-        if settings.tokenizer == "bpe":
-            BPETokenizer.train(crops.texts, settings.vocab_size).save(folder)
-        else:
-            CharTokenizer.train(crops.texts).save(folder)
-    world.barrier()
+        try:
+            if settings.tokenizer == "bpe":
+                BPETokenizer.train(crops.texts, settings.vocab_size).save(folder)
+            else:
+                CharTokenizer.train(crops.texts).save(folder)
+        except DataError as error:  # told to all: the others would wait for rank 0 in vain
+            problem = str(error)
+    if problem := world.broadcast(problem):
+        raise DataError(problem)
     return load_tokenizer(folder)
 
 

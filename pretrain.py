@@ -38,7 +38,7 @@ from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_le
 from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
-from bestrq.training.update import GuardSettings, UpdateGuard, seed_step
+from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.shards import Dataset, open_dataset
@@ -159,13 +159,8 @@ def train(config: Config) -> None:
             count_codes(code_counts, rows.targets)
         update = guard.apply_update(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
         if not update.applied:
-            samples = ", ".join(sample for batch in micro_batches for ids in batch.ids for sample in ids)
-            print(
-                f"step {step}: no rank updates, the loss (here {float(loss_sum):g}) or the gradient is not finite. "
-                f"Samples of rank {world.rank}: {samples}",
-                file=sys.stderr,
-                flush=True,
-            )
+            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+            report_skipped_update(step, loss_sum, samples, world)
         audio_seconds = sum(int(batch.segment_length.sum()) for batch in micro_batches) * dataset.features.hop_ms / 1000
         throughput.count(audio_seconds, flops_per_row * sum(batch.log_mel.shape[0] for batch in micro_batches))
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import finetune_ctc
 import pretrain
 from bestrq.config import ConfigError, parse
+from bestrq.pretraining.objective import mask_rows
 from bestrq.training.checkpoint import list_checkpoints
 from bestrq.training.stop import StopRequest
 from data.errors import DataError
@@ -211,6 +212,22 @@ def test_other_features_are_refused_by_name(script, undisturbed, tmp_path):
         run(script, other, copy)
     with pytest.raises(ConfigError, match=r"low_hz: 50.0 != 20.0"):
         run("finetune_ctc", other, tmp_path / "new", f"--finetune.init={undisturbed['pretrain'] / 'export'}")
+
+
+def test_non_finite_losses_update_nothing_name_the_samples_and_end_the_run(dataset, tmp_path, monkeypatch, capfd):
+    with pytest.raises(RuntimeError, match="5 updates in a row"):
+        monkeypatch.setattr(pretrain, "mask_rows", poisoned_rows)
+        run("pretrain", dataset, tmp_path / "run", "--run.steps=9")
+    assert "step 1: no rank updates" in capfd.readouterr().err
+    saved = [load_file(path / "model.safetensors") for _, path in list_checkpoints(tmp_path / "run/checkpoints")]
+    assert len(saved) == 2
+    assert_identical(*saved)
+
+
+def poisoned_rows(*arguments):
+    rows = mask_rows(*arguments)
+    rows.log_mel[0, 0, 0] = float("nan")
+    return rows
 
 
 def test_rows_that_the_processes_cannot_share_are_refused(dataset, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,16 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def report_skipped_update(step: int, loss: Tensor, samples: Iterable[str], world: World) -> None:
+    """Every rank says on stderr what it had in hand when no rank updated: its loss tells whose samples were bad."""
+    print(
+        f"step {step}: no rank updates, a loss (of rank {world.rank}: {float(loss):g}) or the gradient is not finite. "
+        f"Samples of rank {world.rank}: {', '.join(samples)}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @dataclass
