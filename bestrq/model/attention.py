@@ -83,9 +83,9 @@ class _SegmentAttention(torch.autograd.Function):
                 weights, kept = _weights(q[:, block], k, threshold, seed + number * MAX_WEIGHTS)
                 dropped = weights if kept is None else weights * kept
                 out[start:stop][block] = ((dropped @ v) * keep_scale(threshold)).transpose(0, 1)
-            saved += (q, k, v, weights, kept) if len(blocks) == 1 else (q, k, v, None, None)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*saved)
+            if ctx.needs_input_grad[0]:
+                saved += (q, k, v, weights, kept) if len(blocks) == 1 else (q, k, v, None, None)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
