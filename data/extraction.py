@@ -23,6 +23,7 @@ from data.corpora.base import Source
 from data.errors import DataError
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
+from data.transcripts import check_word_times
 
 # Results that may wait for their turn, for each worker: enough that no worker idles while a long recording is done, few
 # enough that hours of features never pile up in memory.
@@ -50,10 +51,12 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     """Load one source and compute its log-mel; a DataError on the way makes it a skipped one."""
     try:
         utterance = source.load(features)
+        recording = utterance.recording
+        check_word_times(recording.words or (), len(utterance.waveform) / features.sample_rate, recording.id)
         log_mel = _log_mel(features)(utterance.waveform)
     except DataError as error:
         return Skipped(source.id, str(error))
-    return Extracted(utterance.recording, log_mel.to(torch.float16).numpy())
+    return Extracted(recording, log_mel.to(torch.float16).numpy())
 
 
 def extract_all(

@@ -14,10 +14,12 @@ import pytest
 import soundfile
 
 from data.corpora import CORPORA
+from data.corpora.base import Utterance
 from data.corpora.folder import FolderSettings
 from data.errors import DataError
-from data.extraction import Extracted, extract
+from data.extraction import Extracted, Skipped, extract
 from data.features import FeatureSettings
+from data.index import Recording
 from data.prepare import PrepareSettings, main, parse, prepare
 from data.shards import open_dataset
 
@@ -293,3 +295,15 @@ def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path
             "folder", FolderSettings(folder=str(audio)), FeatureSettings(), PrepareSettings(out=str(tmp_path / "x"))
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_recording_with_unsorted_word_times_is_skipped_by_name() -> None:
+    class Unsorted:
+        id = "unsorted"
+
+        def load(self, features: FeatureSettings) -> Utterance:
+            words = [("b", 0.5, 0.6), ("a", 0.1, 0.2)]
+            return Utterance(Recording(self.id, "b a", words), np.zeros(features.sample_rate, np.float32))
+
+    skipped = extract(Unsorted(), FeatureSettings())
+    assert isinstance(skipped, Skipped) and "'unsorted', word 1 'a'" in skipped.reason
