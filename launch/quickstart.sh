@@ -35,7 +35,7 @@ done
 folder=${folder:-runs/quickstart-$corpus}
 case "$corpus" in
     synthetic)
-        prepare=(synthetic --test_utterances 120) labels=(--finetune.language es --finetune.label_minutes 15) language=(--data.language es) from_pretrained=(--finetune.reinitialise_top_blocks 2)
+        prepare=(synthetic --test_utterances 120) labels=(--finetune.language es --finetune.label_minutes 15) language=(--data.language es) from_pretrained=(--finetune.reinitialise_top_blocks 4)
         [ ${#tiny[@]} -eq 0 ] || prepare+=(--train_hours 0.1 --dev_utterances 4 --test_utterances 4 --test_long_recordings 1 --long_minutes 0.5)
         ;;
     fillets)
