@@ -222,7 +222,6 @@ def train(config: Config) -> None:
             report_skipped_update(step, loss_sum, samples, world)
         audio_frames = sum(int(batch.segment_length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)
-        data_state = micro_batches[-1].state
 
         is_last = step == config.run.steps
         if step % config.run.log_every == 0 or is_last or update.spike:
@@ -245,11 +244,10 @@ def train(config: Config) -> None:
                 best = Best(rates[f"dev_{config.validation.best_by}"], step)
                 export(run, step, parallel_model, tokenizer, rates, dataset, config, world)
         if is_validation or step % config.checkpoint.every_steps == 0:
-            save(run, step, parallel_model, optimizer, data_state, best, config, world)
+            save(run, step, parallel_model, optimizer, loader.state, best, config, world)
 
     if step < config.run.steps:
-        if data_state:  # None when no update was made
-            save(run, step, parallel_model, optimizer, data_state, best, config, world)
+        save(run, step, parallel_model, optimizer, loader.state, best, config, world)
         stop.leave_requeue_marker(world)
         if world.is_main:
             print(f"stopped after step {step} ({stop.reason}); the same command continues", flush=True)
@@ -297,6 +295,10 @@ def read_init(config: Config, dataset: Dataset) -> Export:
 def labelled_crops(dataset: Dataset, config: Config) -> FixedCrops:
     """Training crops with their label texts; of `label_minutes`, whole recordings chosen by the seed."""
     recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
+    told = np.array([dataset.text(int(i)) is not None for i in recordings])
+    if 0 < told.sum() < len(told):
+        print(f"{dataset.path}: {len(told) - told.sum()} of {len(told)} recordings without a transcript are left out")
+        recordings = recordings[told]
     if config.finetune.label_minutes:
         shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
         minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60

@@ -40,7 +40,7 @@ case "$corpus" in
         ;;
     fillets)
         prepare=(fillets) labels=(--finetune.language cs --finetune.label_minutes 30) language=(--data.language cs)
-        from_pretrained=(--finetune.reinitialise_top_blocks 2)
+        from_pretrained=(--finetune.reinitialise_top_blocks 4)
         ;;
     *)
         printf "error: unknown corpus '%s'. The quickstart knows: synthetic, fillets\n" "$corpus" >&2
