@@ -54,9 +54,9 @@ def stop_after(monkeypatch, updates: int) -> None:
     monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(asked, True))
 
 
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+def final_weights(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     step, path = list_checkpoints(folder / "checkpoints")[-1]
-    assert step == STEPS
+    assert step == steps
     return load_file(path / "model.safetensors") | {
         f"optimizer {name}": tensor for name, tensor in load_file(path / "optimizer.safetensors").items()
     }
@@ -156,8 +156,8 @@ def run_in_world(world, script: str, options: list[str]) -> None:
     ids=["accumulation", "ddp", "fsdp", "ddp and accumulation"],
 )
 def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(script, world_size, more, dataset, tmp_path):
-    """Loss curves agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
-    no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
+    """Losses of ten updates agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
+    no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0", "--run.steps=10"]
     if script == "finetune_ctc":
         no_dropout.append("--finetune.freeze_encoder_steps=0")
     reference, folder = tmp_path / "one", tmp_path / "spread"
@@ -168,7 +168,7 @@ def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(script
     else:
         run_distributed(run_in_world, world_size, script, options)
     assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
-    ours, theirs = final_weights(folder), final_weights(reference)
+    ours, theirs = final_weights(folder, 10), final_weights(reference, 10)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
 
