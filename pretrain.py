@@ -341,7 +341,7 @@ def model_flops(model: BestRQ, config: Config, longest: int, world: World) -> in
         arguments = (inputs[0].to(world.device), *inputs[1:], target_frames.to(world.device))
         return model(*arguments, targets.long().to(world.device))[0]
 
-    return count_flops(model, loss)
+    return count_flops(loss)
 
 
 def describe(config: Config, model: BestRQ, dataset: Dataset, world: World, step: int) -> str:
