@@ -81,12 +81,14 @@ class Cluster:
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
-        """Wait until the job is in one of the states; its fields. A requeued job is started at once, not in minutes."""
+        """Wait until the job is in one of the states; its fields. A requeued job is started in seconds, not minutes."""
         end = time.monotonic() + seconds
         while (fields := self.job(job))["JobState"] not in states:
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job} is {fields['JobState']}, not one of {states}")
             if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
+                # slurmd refuses a start ("job credential revoked") in the second in which it ended the job before.
+                time.sleep(2)
                 self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)
         return fields
