@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import DataError
+from data.transcripts import Word
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 PREPARING_FILE = "preparing.json"
@@ -36,7 +37,10 @@ BYTES_PER_VALUE = 2  # float16
 ROW_GROUP = 16384
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.safetensors")
 
-WORDS = pa.list_(pa.struct([("word", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))
+WORDS = pa.list_(
+    pa.struct([("word", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("confidence", pa.float32())])
+)
+EXCLUDED = pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64())]))
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,16 @@ class Recording:
     """Unique in the dataset; becomes the tensor's name."""
     text: str | None = None
     """Transcript; None where there is none."""
-    words: list[tuple[str, float, float]] | None = None
-    """(word, start, end) with times in seconds from the start of the recording; None where there are none."""
+    words: list[Word] | None = None
+    """Words with their times, sorted by start; None where there are none."""
     language: str = ""
     """Language code, as the corpus gives it ('en', 'cs', ...)."""
     speaker: str = ""
     """Speaker id."""
     split: str = "train"
     """'train', 'dev' or 'test'."""
+    excluded: list[tuple[float, float]] | None = None
+    """(start, end) in seconds of stretches that are in the audio, but not trained on and not scored; None: none."""
 
     def __post_init__(self) -> None:
         if not self.id or self.id != self.id.strip() or not self.id.isprintable() or self.id == "__metadata__":
@@ -77,6 +83,7 @@ def schema(num_mels: int) -> pa.Schema:
             ("split", pa.string()),
             ("text", pa.string()),
             ("words", WORDS),
+            ("excluded", EXCLUDED),
         ]
     )
 
@@ -100,7 +107,7 @@ def fingerprint(table: pa.Table, feature_hash: str) -> str:
     So it is the same for a dataset written in one go and one whose preparation was interrupted.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {feature_hash}".encode())
-    columns = table.select(["id", "frames", "crc32", "language", "speaker", "split", "text", "words"])
+    columns = table.select(["id", "frames", "crc32", "language", "speaker", "split", "text", "words", "excluded"])
     for batch in columns.to_batches(max_chunksize=ROW_GROUP):
         for row in batch.to_pylist():
             digest.update(json.dumps(row, sort_keys=True).encode())

@@ -262,14 +262,14 @@ def cut_between_words(
 ) -> tuple[list[tuple[int, int, str]], int]:
     """Cut a long recording into pieces (start, stop, text) of at most max_frames; and how many words fitted nowhere."""
     places = [0]
-    edges = [0.0, *(edge for _, start, end in words for edge in (start, end)), frames / frames_per_second]
+    edges = [0.0, *(edge for _, start, end, _ in words for edge in (start, end)), frames / frames_per_second]
     for end, start in zip(edges[::2], edges[1::2], strict=True):
         margin = min(start - end, LONG_PAUSE) / 2
         if margin >= 0:  # overlapping words are not parted
             places += [round((end + margin) * frames_per_second), round((start - margin) * frames_per_second)]
     places = sorted({min(place, frames) for place in places} | {frames})
     pieces, skipped, begin = [], 0, 0
-    middles = np.array([(start + end) / 2 * frames_per_second for _, start, end in words])
+    middles = np.array([(start + end) / 2 * frames_per_second for _, start, end, _ in words])
     while begin < len(places) - 1:
         start = places[begin]
         last = int(np.searchsorted(places, start + max_frames, side="right")) - 1

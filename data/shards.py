@@ -30,6 +30,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
+from data.transcripts import Word
 from data.writer import DatasetWriter
 
 __all__ = ["Dataset", "DatasetWriter", "Normalisation", "Recording", "open_dataset"]
@@ -100,14 +101,14 @@ class Dataset:
         """Transcript, None where there is none."""
         return self.texts[recording].as_py()
 
-    def words(self, recording: int) -> list[tuple[str, float, float]] | None:
-        """(word, start, end) in seconds, in order; None where the recording has no word times."""
+    def words(self, recording: int) -> list[Word] | None:
+        """Words with their times, in order; None where the recording has no word times."""
         group, row = divmod(int(recording), ix.ROW_GROUP)
         if group != self._words[0]:  # words may be most of an index: only the group last asked for is held
             with pq.ParquetFile(self.path / ix.INDEX_FILE) as file:
                 self._words = group, file.read_row_group(group, columns=["words"])["words"].combine_chunks()
         words = self._words[1][row].as_py()
-        return None if words is None else [(w["word"], w["start"], w["end"]) for w in words]
+        return None if words is None else [Word(**word) for word in words]
 
     def recording(self, recording: int) -> Recording:
         """All that the index says of a recording."""

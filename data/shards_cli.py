@@ -68,7 +68,7 @@ def describe(dataset: Dataset, recording: int) -> str:
         damage(dataset, recording) or "checksums are right",
         f"mean log-mel {mean.mean():.2f}, mean standard deviation {(1 / inverse_std).mean():.2f}",
         f"text: {r.text if r.text is not None else '(none)'}",
-        f"{len(words)} words with times" + "".join(f"\n  {start:9.2f} {end:9.2f}  {w}" for w, start, end in words[:20]),
+        f"{len(words)} words with times" + "".join(f"\n  {w.start:9.2f} {w.end:9.2f}  {w.word}" for w in words[:20]),
     ]
     return "\n".join(lines)
 
@@ -85,7 +85,7 @@ def draw(dataset: Dataset, recording: int, png: Path, most_frames: int = 3000) -
     figure, axes = pyplot.subplots(figsize=(min(24.0, 4 + seconds), 4), layout="constrained")
     log_mel = dataset.read(recording, 0, frames).astype(np.float32)
     image = axes.imshow(log_mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, log_mel.shape[1]))
-    for word, start, _ in dataset.words(recording) or []:
+    for word, start, *_ in dataset.words(recording) or []:
         if start < seconds:
             axes.axvline(start, color="white", linewidth=0.5)
             axes.text(start, log_mel.shape[1], word, rotation=60, fontsize=7, va="bottom")

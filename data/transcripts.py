@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from data.errors import DataError
 
-Word = tuple[str, float, float]
-"""(word, start, end), times in seconds from the start of the recording."""
+
+class Word(NamedTuple):
+    """A word and when it was said, in seconds from the start of the recording."""
+
+    word: str
+    start: float
+    end: float
+    confidence: float | None = None
+    """From 0 (the time is a guess) to 1, as the aligner tells; None where it does not."""
+
 
 _APOSTROPHES = {"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u0060": "'", "\u00b4": "'"}
 # Aligners round to their own frames; an end this many seconds beyond the recording is not worth an error.
@@ -34,13 +43,13 @@ def label_text(text: str, language: str = "") -> str:
 
 def words_between(words: Sequence[Word], start: float, end: float) -> list[Word]:
     """The words whose middle lies in [start, end) seconds: adjoining stretches share no word and lose none."""
-    return [(w, s, e) for w, s, e in words if start <= (s + e) / 2 < end]
+    return [word for word in words if start <= (word.start + word.end) / 2 < end]
 
 
 def check_word_times(words: Sequence[Word], duration: float, name: str) -> None:
     """Raise DataError naming the recording and the word unless times are sorted, ordered and within [0, duration]."""
     before = 0.0
-    for number, (word, start, end) in enumerate(words):
+    for number, (word, start, end, _) in enumerate(words):
         where = f"recording {name!r}, word {number} {word!r} at {start} to {end} s"
         if not 0 <= start <= end:  # also false for NaN
             raise DataError(f"{where}: a word must start at 0 or later and end after its start")

@@ -30,6 +30,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.index import Recording
+from data.transcripts import Word
 
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -102,7 +103,7 @@ class DatasetWriter:
         self.data_bytes += values.nbytes
         self.header_used += entry
         self.done_ids.add(recording.id)
-        words = recording.words
+        words, excluded = recording.words, recording.excluded
         row = dataclasses.asdict(recording) | {
             "shard": self._shard_name(),
             "offset": offset,
@@ -110,7 +111,8 @@ class DatasetWriter:
             "crc32": ix.checksums(values),
             "mean": mean,
             "std": std,
-            "words": None if words is None else [{"word": w, "start": s, "end": e} for w, s, e in words],
+            "words": None if words is None else [Word(*word)._asdict() for word in words],
+            "excluded": None if excluded is None else [{"start": start, "end": end} for start, end in excluded],
         }
         self.rows.append(row)
 

@@ -149,7 +149,7 @@ def test_short_utterances_last_2_to_15_seconds_and_hours_are_kept() -> None:
     )
     for utterance, s in zip(loaded, seconds, strict=True):
         words = utterance.recording.words
-        assert words and utterance.recording.text == " ".join(word for word, _, _ in words)
+        assert words and utterance.recording.text == " ".join(word.word for word in words)
         edges = [edge for _, start, end in words for edge in (start, end)]
         assert edges == sorted(edges) and edges[0] >= 0.1 and edges[-1] <= s
 
@@ -198,7 +198,7 @@ def test_a_long_recording_reaches_its_length_with_topics_that_come_back() -> Non
     assert words is not None
 
     def between(start: float, end: float) -> set[str]:
-        return {word for word, s, _ in words if start <= s < end and len(word) > 4}
+        return {word for word, s, *_ in words if start <= s < end and len(word) > 4}
 
     # The first minute's topic comes back after three minutes, the second minute's does not stand there.
     first, second, fourth = between(0, 60), between(60, 120), between(180, 240)

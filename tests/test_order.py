@@ -104,12 +104,12 @@ def test_fixed_crops_keep_their_text_in_every_order() -> None:
 def test_no_word_is_split_and_none_is_lost_uncounted(steps: list[tuple[int, int]], max_frames: int) -> None:
     words, now = [], 0
     for number, (gap, length) in enumerate(steps):
-        words.append((f"w{number}", (now + gap) / 100, (now + gap + length) / 100))
+        words.append(Word(f"w{number}", (now + gap) / 100, (now + gap + length) / 100))
         now += gap + length
     pieces, skipped = cut_between_words(words, now + 40, max_frames, 100.0)
     spoken = [word for _, _, text in pieces for word in text.split()]
     assert len(spoken) + skipped == len(words) and sorted(set(spoken)) == sorted(spoken)
-    times = {word: (start * 100, end * 100) for word, start, end in words}
+    times = {word: (start * 100, end * 100) for word, start, end, *_ in words}
     ends = 0
     for start, stop, text in pieces:
         assert ends <= start < stop <= now + 40 and stop - start <= max_frames

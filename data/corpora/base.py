@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import soundfile
 from torch import Tensor
 
 from data.errors import DataError
-from data.features import FeatureSettings, read_audio
+from data.features import READ_SECONDS, FeatureSettings, read_audio, resample
 from data.index import Recording
 
 SPLITS = ("train", "dev", "test")
@@ -56,6 +57,40 @@ class FileSource:
 
     def load(self, features: FeatureSettings) -> Utterance:
         return Utterance(self.recording, read_audio(self.path, features))
+
+
+@dataclass(frozen=True)
+class SegmentSource:
+    """A stretch of an audio file, times in seconds."""
+
+    recording: Recording
+    path: Path
+    start: float
+    duration: float
+
+    @property
+    def id(self) -> str:
+        return self.recording.id
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        """Read the stretch alone, as `read_audio` reads a file. Raises DataError when the file cannot give it."""
+        try:
+            with soundfile.SoundFile(self.path) as audio:
+                rate = audio.samplerate
+                first, wanted = round(self.start * rate), round(self.duration * rate)
+                if first >= audio.frames:
+                    raise DataError(f"{self.path}: ends before the segment's start at {self.start} s")
+                audio.seek(first)
+                blocks = []
+                while wanted > 0:
+                    block = audio.read(min(wanted, READ_SECONDS * rate), dtype="float32", always_2d=True)
+                    if not len(block):
+                        raise DataError(f"{self.path}: ends before the segment's end, {self.start} + {self.duration} s")
+                    blocks.append(block.mean(axis=1))
+                    wanted -= len(block)
+        except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+            raise DataError(f"{self.path}: cannot be read as audio ({error}); repair or remove it") from error
+        return Utterance(self.recording, resample(blocks, rate, features.sample_rate))
 
 
 @dataclass(frozen=True)

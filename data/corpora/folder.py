@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import soundfile
-
-from data.corpora.base import SPLITS, FileSource, Source, Utterance, hash_share
+from data.corpora.base import SPLITS, FileSource, SegmentSource, Source, hash_share
 from data.errors import DataError
-from data.features import READ_SECONDS, FeatureSettings, resample
 from data.index import Recording
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -60,40 +57,6 @@ class FolderSettings:
                 f"dev_share is {self.dev_share} and test_share {self.test_share}: both must be 0 or more, together at "
                 "most 1"
             )
-
-
-@dataclass(frozen=True)
-class SegmentSource:
-    """A stretch of an audio file, times in seconds."""
-
-    recording: Recording
-    path: Path
-    start: float
-    duration: float
-
-    @property
-    def id(self) -> str:
-        return self.recording.id
-
-    def load(self, features: FeatureSettings) -> Utterance:
-        """Read the stretch alone, as `read_audio` reads a file. Raises DataError when the file cannot give it."""
-        try:
-            with soundfile.SoundFile(self.path) as audio:
-                rate = audio.samplerate
-                first, wanted = round(self.start * rate), round(self.duration * rate)
-                if first >= audio.frames:
-                    raise DataError(f"{self.path}: ends before the segment's start at {self.start} s")
-                audio.seek(first)
-                blocks = []
-                while wanted > 0:
-                    block = audio.read(min(wanted, READ_SECONDS * rate), dtype="float32", always_2d=True)
-                    if not len(block):
-                        raise DataError(f"{self.path}: ends before the segment's end, {self.start} + {self.duration} s")
-                    blocks.append(block.mean(axis=1))
-                    wanted -= len(block)
-        except (soundfile.SoundFileError, RuntimeError, OSError) as error:
-            raise DataError(f"{self.path}: cannot be read as audio ({error}); repair or remove it") from error
-        return Utterance(self.recording, resample(blocks, rate, features.sample_rate))
 
 
 def sources(settings: FolderSettings) -> list[Source]:

@@ -21,6 +21,7 @@ from data.corpora.grammar import LANGUAGES, Grammar, Topic, load_grammar, pick
 from data.errors import DataError
 from data.features import FeatureSettings, resample
 from data.index import Recording
+from data.transcripts import Word
 
 # espeak's name of the base voice, where it is not the language's code.
 _BASE_VOICE = {"en": "en-us"}
@@ -106,7 +107,7 @@ class SyntheticSource:
         waveform = _room(waveform, np.random.default_rng(list(digest)))
         recording = Recording(
             id=self.id,
-            text=" ".join(word for word, _, _ in words),
+            text=" ".join(word.word for word in words),
             words=words,
             language=self.language,
             speaker=f"{self.language}-{variant}",
@@ -148,10 +149,10 @@ def _speak(
     split: str,
     seconds: float,
     topics: list[Topic] | None,
-) -> tuple[NDArray[np.float32], list[tuple[str, float, float]]]:
+) -> tuple[NDArray[np.float32], list[Word]]:
     """Sentences with pauses between them: (float32 [samples] at the voice's rate, words with times in seconds)."""
     pieces: list[NDArray[np.float32]] = []
-    words: list[tuple[str, float, float]] = []
+    words: list[Word] = []
     with synthesizer as voice:
         samples = 0
 
@@ -172,7 +173,7 @@ def _speak(
                 sound, times = voice.speak(sentence)
             except UnspeakableWord:  # rare: an invented word that the voice takes for a foreign one
                 continue
-            words += [(word, now + start, now + end) for word, (start, end) in zip(sentence, times, strict=True)]
+            words += [Word(word, now + start, now + end) for word, (start, end) in zip(sentence, times, strict=True)]
             append(sound)
             append(_silence(0.15 + 0.4 * rng.random(), voice.sample_rate))
     return np.concatenate(pieces), words
