@@ -49,8 +49,8 @@ from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_up
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.loader import DataState, LoaderSettings, RowLoader
-from data.order import FixedCrops, supervised_crops
 from data.shards import Dataset, Normalisation, open_dataset
+from data.supervised import FixedCrops, supervised_crops
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 

@@ -20,8 +20,9 @@ import torch
 from data.batch import SharedRows
 from data.errors import DataError
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
-from data.order import CropTable, FixedCrops
+from data.order import CropTable
 from data.shards import Dataset, open_dataset
+from data.supervised import FixedCrops
 from tests.made_datasets import make_dataset
 
 LENGTHS = [*np.random.default_rng(0).integers(60, 380, 40).tolist(), 2500, 1300]
