@@ -1,0 +1,122 @@
+"""TextGrid, the annotations of Praat, as forced aligners write them (MFA, WebMAUS, LibriSpeech-alignments).
+
+To Praat a text file is the numbers, "strings" and <flags> that stand free between spaces; whatever else there is, such
+as `xmin =` or `intervals [3]:` of the long format, is a remark (Praat's manual, "TextGrid file formats"). So both
+formats are one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.errors import DataError
+from data.transcripts import Word
+from data.word_times.base import in_order, merged, read_bytes, word_text
+
+_TOKEN = re.compile(
+    r'(?P<string>"[^"]*(?:""[^"]*)*")|(?P<open>")|(?P<comment>![^\n]*)'
+    r"|(?P<flag><[^<>\s]*>)(?!\S)|(?P<number>[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)s?(?!\S)|(?P<remark>[^\s\"]+)"
+)
+
+
+def read_textgrid(path: str | Path, tier: str = "words", duration: float = math.inf) -> list[Word]:
+    """The intervals of a tier as words; those that are empty, sil or sp are silence.
+
+    Besides a tier of this very name (in any case) all tiers "SPEAKER - words" are taken, as MFA names them where there
+    are several speakers, and merged by time. UTF-8, or UTF-16 with its byte order mark.
+
+    Args:
+        duration: of the recording in seconds, where it is known.
+    Raises:
+        DataError: naming file and line: not a TextGrid, cut short, no such tier (the tiers are named), or intervals
+            that are unsorted, overlap, or lie outside of the tier.
+    """
+    path = Path(path)
+    text = _decode(path)
+    reader = _Reader(path, text)
+    kind = reader.string(), reader.string()
+    if not kind[0].startswith("ooTextFile") or kind[1] != "TextGrid":
+        raise DataError(f"{path}: begins with {kind[0][:40]!r}, {kind[1][:40]!r}; not a TextGrid saved as text")
+    reader.number(), reader.number()
+    tiers = reader.count() if reader.flag() == "<exists>" else 0
+    names, streams = [], []
+    for _ in range(tiers):
+        is_intervals, name = reader.string() == "IntervalTier", reader.string()
+        start, end = reader.number(), reader.number()
+        wanted = name.lower() == tier.lower() or name.lower().endswith(f" - {tier.lower()}")
+        names.append(name)
+        words, places = [], []
+        for _ in range(reader.count()):
+            begin = reader.number()
+            stop = reader.number() if is_intervals else begin
+            place = reader.place
+            label = reader.string()
+            if is_intervals and wanted:
+                word = word_text(label, reader.where(place))
+                # The limits are written with as many digits as the intervals: no tolerance is needed but rounding's.
+                if not start - 1e-3 <= begin <= stop <= end + 1e-3:
+                    raise DataError(f"{reader.where(place)}: interval {begin} to {stop} in a tier {start} to {end}")
+                if word:
+                    words.append(Word(word, max(begin, 0.0), stop))
+                    places.append(place)
+        if is_intervals and wanted:
+            streams.append(in_order(words, lambda i, places=places: reader.where(places[i]), duration))  # type: ignore[misc]
+    if not streams:
+        raise DataError(f"{path}: no interval tier {tier!r}; there are {[name[:40] for name in names[:20]]}")
+    return merged(streams)
+
+
+class _Reader:
+    """What stands free in the text, one after another, of the kind that has to come."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+        self.place = 0
+        self._tokens = self._read()
+
+    def _read(self) -> Iterator[tuple[str, str]]:
+        for match in _TOKEN.finditer(self.text):
+            self.place = match.start()
+            if match.lastgroup not in ("comment", "remark"):
+                yield str(match.lastgroup), str(match[str(match.lastgroup)])
+        self.place = len(self.text)
+        yield "end", ""
+
+    def where(self, place: int) -> str:
+        return f"{self.path}:{self.text.count(chr(10), 0, place) + 1}"
+
+    def _next(self, wanted: str) -> str:
+        kind, text = next(self._tokens, ("end", ""))
+        if kind != wanted:
+            found = {"end": "the end of the file: cut short?", "open": "a quote that is never closed"}.get(kind, text)
+            raise DataError(f"{self.where(self.place)}: expected a {wanted}, found {found[:60]}")
+        return text
+
+    def string(self) -> str:
+        return self._next("string")[1:-1].replace('""', '"')
+
+    def flag(self) -> str:
+        return self._next("flag")
+
+    def number(self) -> float:
+        return float(self._next("number"))
+
+    def count(self) -> int:
+        number = self.number()
+        if not 0 <= number < 2**53 or number != int(number):
+            raise DataError(f"{self.where(self.place)}: {number} cannot be a number of tiers or intervals")
+        return int(number)
+
+
+def _decode(path: Path) -> str:
+    content = read_bytes(path)
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not {error.encoding} ({error}); save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
