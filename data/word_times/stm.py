@@ -1,0 +1,124 @@
+"""NIST STM: segments of recordings with their times and text, as in TED-LIUM.
+
+A line is `RECORDING CHANNEL SPEAKER START END [<LABEL>] TEXT`, times in seconds; lines that begin with `;;` are
+comments. An STM gives the times of segments, not of words. What is not scored has the text
+`ignore_time_segment_in_scoring`, or the speaker `inter_segment_gap`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import DataError
+
+# The largest STM file of TED-LIUM has 0.2 MB.
+MAX_BYTES = 64 << 20
+IGNORED_TEXT = "ignore_time_segment_in_scoring"
+GAP_SPEAKER = "inter_segment_gap"
+_FIELDS = 5  # in front of the label and the text
+# `word(2)`: the second pronunciation of the word.
+_PRONUNCIATION = re.compile(r"(?<=\S)\(\d+\)$")
+_EVENT = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]")
+# Endings that TED-LIUM writes as words of their own. Other words begin with an apostrophe too: 'cause, 'em, 'til.
+_CLITICS = frozenset(("'s", "'m", "'d", "'t", "'re", "'ve", "'ll", "'"))
+
+
+@dataclass(frozen=True)
+class StmSegment:
+    """One line of an STM file."""
+
+    recording: str
+    channel: str
+    speaker: str
+    start: float
+    """Seconds from the start of the recording."""
+    end: float
+    """Seconds, not before the start."""
+    label: str
+    """What stands between `<` and `>` in front of the text, such as `o,f0,male`; empty where there is none."""
+    text: str
+    """As written; `plain_text` takes the marks out."""
+
+    @property
+    def ignored(self) -> bool:
+        """True where the segment is not scored."""
+        return self.text.lower() == IGNORED_TEXT or self.speaker.lower() == GAP_SPEAKER
+
+
+def read_stm(path: Path) -> list[StmSegment]:
+    """The segments of an STM file, sorted by recording, start and end; the lines need not be.
+
+    Raises:
+        DataError: naming the file, or the file and the line: not readable, more than MAX_BYTES, not UTF-8, a line with
+            fewer than five fields, a time that is no number, is negative, or ends before it starts.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if len(raw) > MAX_BYTES:
+        raise DataError(f"{path}: more than {MAX_BYTES >> 20} MB; is this an STM file?")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from error
+    # Not splitlines(), which also splits at characters that occur within sentences.
+    lines = enumerate(text.split("\n"), 1)
+    segments = [_segment(line, f"{path}:{n}") for n, line in lines if line.strip() and not line.startswith(";;")]
+    return sorted(segments, key=lambda s: (s.recording, s.start, s.end))
+
+
+def _segment(line: str, where: str) -> StmSegment:
+    fields = line.split(maxsplit=_FIELDS)
+    if len(fields) < _FIELDS:
+        raise DataError(
+            f"{where}: {len(fields)} fields, expected RECORDING CHANNEL SPEAKER START END <LABEL> TEXT: {line[:80]!r}"
+        )
+    recording, channel, speaker, *times = fields[:_FIELDS]
+    rest = fields[_FIELDS].strip() if len(fields) > _FIELDS else ""
+    if not line.replace("\t", " ").rstrip("\r").isprintable():
+        raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
+    start, end = (_seconds(value, where) for value in times)
+    if end < start:
+        raise DataError(f"{where}: ends at {end} s, before its start at {start} s")
+    # The label is optional, and text may begin with an event such as <unk>, which is no label.
+    label, text = "", rest
+    if rest.startswith("<") and ">" in rest:
+        inner, _, after = rest[1:].partition(">")
+        if "," in inner or inner == "NA":
+            label, text = inner, after.strip()
+    return StmSegment(recording, channel, speaker, start, end, label, text)
+
+
+def _seconds(value: str, where: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise DataError(f"{where}: the time {value!r} is no number of seconds, 0 or more")
+    return seconds
+
+
+def plain_text(text: str) -> str:
+    """The words of a TED-LIUM transcript: no events, no pronunciation marks, clitics joined to their words.
+
+    `<unk> and {NOISE} i 'm a(2) friend [laughs]` becomes `and i'm a friend`.
+    """
+    words: list[str] = []
+    joins = False
+    for token in _EVENT.sub(" \0 ", text).split():
+        if token == "\0":
+            joins = False  # `<unk> 's`: the word that it belongs to is not known
+            continue
+        token = _PRONUNCIATION.sub("", token)
+        if token.lower() in _CLITICS and joins:
+            words[-1] += token
+        else:
+            words.append(token)
+        joins = True
+    return " ".join(words)
