@@ -150,7 +150,7 @@ def test_short_utterances_last_2_to_15_seconds_and_hours_are_kept() -> None:
     for utterance, s in zip(loaded, seconds, strict=True):
         words = utterance.recording.words
         assert words and utterance.recording.text == " ".join(word.word for word in words)
-        edges = [edge for _, start, end in words for edge in (start, end)]
+        edges = [edge for word in words for edge in (word.start, word.end)]
         assert edges == sorted(edges) and edges[0] >= 0.1 and edges[-1] <= s
 
 
