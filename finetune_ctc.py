@@ -320,7 +320,7 @@ def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:
             dataset.id(i),
             Source(int(dataset.frames[i]), partial(read_mel, dataset, i, config.data.normalisation)),
             dataset.text(i) or "",
-            dataset.languages[i].as_py() or "",
+            dataset.language(i),
         )
         for i in sorted(recordings, key=lambda i: (-int(dataset.frames[i]), i))
     ]

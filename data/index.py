@@ -1,17 +1,18 @@
 """What a dataset on disk is made of: the recording, the columns of the index, names, atomic writes, fingerprint.
 
 DIR/dataset.json            format version, features and their hash, statistics, totals, fingerprint; written last
-DIR/index.parquet           one row a recording, sorted by id
+DIR/index.arrow             one row a recording, sorted by id: an Arrow file that is memory-mapped, never loaded
 DIR/shard-NNNNN.safetensors one float16 tensor [frames, M] a recording, named by its id
-DIR/preparing.json, DIR/shard-NNNNN.parquet    only while a dataset is being written
+DIR/preparing.json, DIR/index-NNNNN.arrow, DIR/part-NNNNN.*    only while a dataset is being written
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import re
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,26 +22,27 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data.errors import DataError
 from data.transcripts import Word
 
 FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
-INDEX_FILE = "index.parquet"
+INDEX_FILE = "index.arrow"
 PREPARING_FILE = "preparing.json"
 # Frames that one checksum stands for; 4096 frames of 80 bins are 655,360 bytes.
 CHECKSUM_FRAMES = 4096
 BYTES_PER_VALUE = 2  # float16
-# Rows in a row group of the index: words are read a group at a time.
-ROW_GROUP = 16384
-_SHARD_NAME = re.compile(r"shard-\d{5,}\.safetensors")
+# Rows in a batch of the index, the last one aside: row i is row i % BATCH_ROWS of batch i // BATCH_ROWS.
+BATCH_ROWS = 16384
 
 WORDS = pa.list_(
     pa.struct([("word", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("confidence", pa.float32())])
 )
 EXCLUDED = pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64())]))
+# Columns with few values: their codes are looked up in a table that the file holds once.
+LABELS = pa.dictionary(pa.int32(), pa.string())
+LABEL_COLUMNS = ("language", "speaker", "split")
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,21 @@ class Recording:
             raise DataError(f"recording id {self.id!r} must be printable text without spaces at its ends")
 
 
-def schema(num_mels: int) -> pa.Schema:
-    """Columns of index.parquet."""
+def schema(num_mels: int, labels: pa.DataType | None = None) -> pa.Schema:
+    """Columns of index.arrow; labels: type of the columns with few values, strings while the index is in parts."""
+    labels = LABELS if labels is None else labels
     return pa.schema(
         [
             ("id", pa.string()),
-            ("shard", pa.string()),
+            ("shard", pa.int32()),  # number of the shard's file
             ("offset", pa.int64()),  # of the first value, in bytes from the start of the shard's file
             ("frames", pa.int64()),
             ("crc32", pa.list_(pa.uint32())),  # zlib.crc32 of every CHECKSUM_FRAMES frames
             ("mean", pa.list_(pa.float32(), num_mels)),
             ("std", pa.list_(pa.float32(), num_mels)),
-            ("language", pa.string()),
-            ("speaker", pa.string()),
-            ("split", pa.string()),
+            ("language", labels),
+            ("speaker", labels),
+            ("split", labels),
             ("text", pa.string()),
             ("words", WORDS),
             ("excluded", EXCLUDED),
@@ -88,10 +91,8 @@ def schema(num_mels: int) -> pa.Schema:
     )
 
 
-def check_shard_name(name: str) -> None:
-    """Raise DataError unless `name` is a plain shard name: an index must not reach outside its folder."""
-    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-        raise DataError(f"shard name {name!r} in the index is not of the form shard-00000.safetensors; refused")
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
 
 
 def block_range(start: int, stop: int, frames: int) -> tuple[int, int]:
@@ -101,17 +102,22 @@ def block_range(start: int, stop: int, frames: int) -> tuple[int, int]:
     return first, min(last, frames)
 
 
-def fingerprint(table: pa.Table, feature_hash: str) -> str:
-    """SHA-256 (hex) over what the recordings are: ids, sound (by checksums), labels; not over where they are stored.
+class Fingerprint:
+    """SHA-256 over what the recordings are: ids, sound (by checksums), labels; not over where they are stored.
 
-    So it is the same for a dataset written in one go and one whose preparation was interrupted.
+    So it is the same for a dataset written in one go, in parts, or after interruptions. Rows come in the index's order.
     """
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {feature_hash}".encode())
-    columns = table.select(["id", "frames", "crc32", "language", "speaker", "split", "text", "words", "excluded"])
-    for batch in columns.to_batches(max_chunksize=ROW_GROUP):
-        for row in batch.to_pylist():
-            digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()
+
+    def __init__(self, feature_hash: str) -> None:
+        self._digest = hashlib.sha256(f"{FORMAT_VERSION} {feature_hash}".encode())
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        names = ["id", "frames", "crc32", "language", "speaker", "split", "text", "words", "excluded"]
+        for row in batch.select(names).to_pylist():
+            self._digest.update(json.dumps(row, sort_keys=True).encode())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,19 +134,10 @@ def checksums(values: np.ndarray) -> list[int]:
     return [zlib.crc32(values[begin : begin + size].data) for begin in range(0, len(values), size)]
 
 
-def overall_statistics(frames: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over all frames, float64 [M], from those of the recordings ([N], [N, M], [N, M])."""
-    weight = frames / frames.sum()
-    mean, std = mean.astype(np.float64), std.astype(np.float64)
-    overall = weight @ mean
-    variance = weight @ (std**2 + (mean - overall) ** 2)
-    return overall, np.sqrt(variance)
-
-
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file under a temporary name; it takes its real name, synced to disk, when the block ends well."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # two machines may write it
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -151,6 +148,23 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a file, made where it is missing, or of a folder. DataError where another process holds it."""
+    kind = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    lock = os.open(path, kind, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise DataError(f"{path}: another process is writing this dataset; wait for it or stop it") from error
+        except OSError:
+            pass  # a file system without locks: the folder is then unguarded, but nothing else is lost
+        yield
+    finally:
+        os.close(lock)
 
 
 def sync_folder(folder: Path) -> None:
@@ -165,13 +179,6 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, fields: dict[str, Any]) -> None:
     with replace_file(path) as file:
         file.write(json.dumps(fields, indent=1).encode() + b"\n")
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    # Checksums and statistics are random bytes: dictionary pages for them would only cost time.
-    text = ["shard", "language", "speaker", "split"]
-    with replace_file(path) as file:
-        pq.write_table(table, file, row_group_size=ROW_GROUP, use_dictionary=text, compression="zstd")
 
 
 def read_json(path: Path) -> dict[str, Any]:

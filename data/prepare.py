@@ -145,7 +145,7 @@ def _check_identity(path: Path, identity: dict[str, Any], begun: bool) -> None:
 def _totals(folder: Path) -> str:
     dataset = open_dataset(folder)
     hours = dataset.total_frames / dataset.features.frames_per_second / 3600
-    splits = Counter(dataset.splits.to_pylist())
+    splits = {split: count for split, (count, _) in dataset.totals("split").items()}
     return f"{hours:.2f} hours, " + ", ".join(f"{splits[split]} {split}" for split in sorted(splits))
 
 

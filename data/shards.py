@@ -9,7 +9,6 @@ unpickled, and names in an index cannot reach outside the dataset's folder. See 
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import sys
@@ -20,9 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -30,6 +26,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
+from data.index_file import IndexFile
 from data.transcripts import Word
 from data.writer import DatasetWriter
 
@@ -46,11 +43,12 @@ class Dataset:
 
     Attributes:
         path: its folder.
+        name: what reports call it.
         features: FeatureSettings that it was computed with.
         fingerprint: SHA-256 (hex) of its content.
-        frames: int64 [N], frames of every recording.
-        ids, languages, speakers, splits, texts: pyarrow arrays; `ids[i].as_py()` is a str.
+        frames: Column [N], frames of every recording.
         total_frames: int, their sum.
+        index: the IndexFile.
     """
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
@@ -58,29 +56,22 @@ class Dataset:
         self.features = FeatureSettings.from_dict(fields.get("features", {}))
         if fields.get("feature_hash") != self.features.hash():
             raise DataError(f"{path / ix.DATASET_FILE}: feature_hash does not belong to the features beside it")
+        self.name: str = fields.get("name") or path.name
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
         self._mean, self._std = torch.tensor(fields["mean"]), torch.tensor(fields["std"])
-        table = _read_index(path, ["id", "shard", "offset", "frames", "language", "speaker", "split", "text"])
-        incomplete = [name for name in ("id", "shard", "offset", "frames") if table[name].null_count]
-        if incomplete or not pq.read_schema(path / ix.INDEX_FILE).equals(ix.schema(self.features.num_mels)):
-            raise DataError(f"{path / ix.INDEX_FILE}: columns of other types or with holes {incomplete}; refused")
-        self.frames: np.ndarray = table["frames"].to_numpy()
-        self._offset: np.ndarray = table["offset"].to_numpy()
-        shards = table["shard"].combine_chunks().dictionary_encode()
-        self._shard_of: np.ndarray = shards.indices.to_numpy()
-        self.shard_names: list[str] = shards.dictionary.to_pylist()
-        self.ids, self.languages, self.speakers, self.splits, self.texts = (
-            table[name].combine_chunks() for name in ("id", "language", "speaker", "split", "text")
-        )
+        self.index = IndexFile(path / ix.INDEX_FILE, self.features.num_mels)
+        self.frames = self.index.frames
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._words: tuple[int, Any] = (-1, None)
-        for name in self.shard_names:
-            ix.check_shard_name(name)
-        if len(self.frames) != fields["recordings"] or int(self.frames.sum()) != self.total_frames:
+        if len(self) != fields["recordings"] or sum(int(c.sum()) for c in self.frames.chunks) != self.total_frames:
             raise DataError(f"{path}: {ix.INDEX_FILE} and {ix.DATASET_FILE} do not belong together; prepare it again")
-        if len(self.frames) == 0 or self.frames.min() < 1 or self._offset.min() < 8:
-            raise DataError(f"{path / ix.INDEX_FILE}: no recordings, or frames or offsets that cannot be")
+        for column, least, most in (
+            (self.frames, 1, 2**40),
+            (self.index.offset, 8, 2**50),
+            (self.index.shard, 0, 10**7),
+        ):
+            if not all(least <= chunk.min() and chunk.max() < most for chunk in column.chunks):
+                raise DataError(f"{path / ix.INDEX_FILE}: frames, offsets or shards that cannot be; refused")
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -95,45 +86,76 @@ class Dataset:
         return open_dataset, (str(self.path), False)
 
     def id(self, recording: int) -> str:
-        return self.ids[recording].as_py()
+        return self.index.value("id", recording)
 
     def text(self, recording: int) -> str | None:
         """Transcript, None where there is none."""
-        return self.texts[recording].as_py()
+        return self.index.value("text", recording)
 
     def words(self, recording: int) -> list[Word] | None:
         """Words with their times, in order; None where the recording has no word times."""
-        group, row = divmod(int(recording), ix.ROW_GROUP)
-        if group != self._words[0]:  # words may be most of an index: only the group last asked for is held
-            with pq.ParquetFile(self.path / ix.INDEX_FILE) as file:
-                self._words = group, file.read_row_group(group, columns=["words"])["words"].combine_chunks()
-        words = self._words[1][row].as_py()
+        words = self.index.value("words", recording)
         return None if words is None else [Word(**word) for word in words]
+
+    def excluded(self, recording: int) -> list[tuple[float, float]] | None:
+        """Stretches (start, end) in seconds that are neither trained on nor scored; None where there are none."""
+        excluded = self.index.value("excluded", recording)
+        return None if excluded is None else [(e["start"], e["end"]) for e in excluded]
+
+    def language(self, recording: int) -> str:
+        return self.index.label("language", recording)
+
+    def speaker(self, recording: int) -> str:
+        return self.index.label("speaker", recording)
+
+    def split(self, recording: int) -> str:
+        return self.index.label("split", recording)
 
     def recording(self, recording: int) -> Recording:
         """All that the index says of a recording."""
         i = recording
-        language, speaker, split = (column[i].as_py() for column in (self.languages, self.speakers, self.splits))
-        return Recording(self.id(i), self.text(i), self.words(i), language, speaker, split)
+        labels = self.language(i), self.speaker(i), self.split(i)
+        return Recording(self.id(i), self.text(i), self.words(i), *labels, self.excluded(i))
+
+    def totals(self, label: str) -> dict[str, tuple[int, int]]:
+        """Recordings and frames for every value of 'language', 'speaker' or 'split', by value."""
+        names, codes = self.index.labels[label]
+        counts, frames = np.zeros(len(names), np.int64), np.zeros(len(names))
+        for code, length in zip(codes.chunks, self.frames.chunks, strict=True):
+            counts += np.bincount(code, minlength=len(names))
+            frames += np.bincount(code, weights=length, minlength=len(names))
+        return {name: (int(n), int(f)) for name, n, f in zip(names, counts, frames, strict=True) if n}
 
     def select(
         self, split: str | None = None, language: str | None = None, ids: Iterable[str] | None = None
     ) -> np.ndarray:
-        """Numbers (int64, ascending) of the recordings that match all that is given. DataError where none does."""
-        keep = np.ones(len(self), bool)
-        for name, column, value in (("split", self.splits, split), ("language", self.languages, language)):
+        """Numbers (int32, ascending) of the recordings that match all that is given. DataError where none does."""
+        wanted = {"split": split, "language": language}
+        codes: dict[str, int] = {}
+        for name, value in wanted.items():
             if value is not None:
-                keep &= pc.equal(column, value).to_numpy(zero_copy_only=False)
-                if not keep.any():
-                    there = sorted(pc.unique(column).to_pylist())
+                if value not in self.totals(name):
+                    there = sorted(self.totals(name))
                     raise DataError(f"{self.path}: no recording with {name} {value!r}; there are {there}")
+                codes[name] = self.index.labels[name][0].index(value)
+        chosen, begin = [], 0
+        for number, chunk in enumerate(self.frames.chunks):
+            keep = np.ones(len(chunk), bool)
+            for name, code in codes.items():
+                keep &= self.index.labels[name][1].chunks[number] == code
+            chosen.append((np.flatnonzero(keep) + begin).astype(np.int32))
+            begin += len(chunk)
+        numbers = np.concatenate(chosen)
         if ids is not None:
-            wanted = pa.array(sorted(set(ids)), pa.string())
-            missing = pc.filter(wanted, pc.invert(pc.is_in(wanted, self.ids)))
-            if len(missing):
-                raise DataError(f"{self.path}: no recording {missing[0].as_py()!r} ({len(missing)} ids are unknown)")
-            keep &= pc.is_in(self.ids, wanted).to_numpy(zero_copy_only=False)
-        return np.flatnonzero(keep)
+            found = {id: self.index.find(id) for id in sorted(set(ids))}
+            missing = [id for id, number in found.items() if number is None]
+            if missing:
+                raise DataError(f"{self.path}: no recording {missing[0]!r} ({len(missing)} ids are unknown)")
+            numbers = np.intersect1d(numbers, np.array([n for n in found.values() if n is not None], np.int32))
+        if not len(numbers):
+            asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
+            raise DataError(f"{self.path}: no recording with {asked} together")
+        return numbers
 
     def read(self, recording: int, start: int = 0, stop: int | None = None, verify: bool = False) -> np.ndarray:
         """Frames [start, stop) as float16 [stop - start, M].
@@ -157,10 +179,10 @@ class Dataset:
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
         """Fill `out` (C-contiguous float16 [n, M]) with frames [start, start + n). Errors as `read`."""
         width = self.features.num_mels * ix.BYTES_PER_VALUE
-        position = int(self._offset[recording]) + start * width
+        position = self.index.offset[recording] + start * width
         view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         try:
-            file = self._file(int(self._shard_of[recording]))
+            file = self._file(self.index.shard[recording])
             while view:
                 got = os.preadv(file, [view], position)
                 if got == 0:
@@ -171,8 +193,10 @@ class Dataset:
 
     def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
         """(mean, 1 / std), float32 [M] each: a frame is normalised as `(x - mean) * inverse_std`."""
-        of_dataset = normalisation == "dataset"
-        mean, std = (self._mean, self._std) if of_dataset else (table[recording] for table in self._statistics)
+        if normalisation == "dataset":
+            mean, std = self._mean, self._std
+        else:
+            mean, std = (torch.from_numpy(self.index.vector(name, recording).copy()) for name in ("mean", "std"))
         return mean, 1 / std.clamp(min=SMALLEST_STD)
 
     def read_normalised(
@@ -207,35 +231,49 @@ class Dataset:
     def bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
         """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""
         size = ix.CHECKSUM_FRAMES
-        expected = self._checksums[recording].as_py()
+        expected = self.index.value("crc32", recording)
         found = {(first + b) // size: zlib.crc32(values[b : b + size].data) for b in range(0, len(values), size)}
         return [block for block, crc32 in found.items() if crc32 != expected[block]]
 
     def check_files(self) -> None:
         """Raise DataError that names every missing shard, or the shards cut short and the recordings beyond the cut."""
-        end = self._offset + self.frames * self.features.num_mels * ix.BYTES_PER_VALUE
-        sizes = np.full(len(self.shard_names), -1, np.int64)
-        for shard, name in enumerate(self.shard_names):
-            path = self.path / name
+        width = self.features.num_mels * ix.BYTES_PER_VALUE
+        sizes, short, begin = self._sizes(), [], 0
+        columns = (self.index.shard.chunks, self.index.offset.chunks, self.frames.chunks)
+        for shard, offset, frames in zip(*columns, strict=True):
+            short += (np.flatnonzero(offset + frames * width > sizes[shard]) + begin).tolist()
+            begin += len(shard)
+        if short:
+            shards = sorted({ix.shard_name(self.index.shard[recording]) for recording in short})
+            named = ", ".join(repr(self.id(recording)) for recording in short[:8])
+            raise DataError(
+                f"{self.path}: {', '.join(shards[:8])} cut short: {len(short)} recordings are not there whole "
+                f"({named}{', ...' if len(short) > 8 else ''}); {_DAMAGED}"
+            )
+
+    def shards(self) -> list[int]:
+        """Numbers of the shards that the recordings lie in, ascending."""
+        return sorted({int(shard) for chunk in self.index.shard.chunks for shard in np.unique(chunk)})
+
+    def _sizes(self) -> np.ndarray:
+        """Bytes of every shard's file, by its number. Raises DataError where one is missing or no plain file."""
+        shards = self.shards()
+        sizes, missing = np.zeros(shards[-1] + 1, np.int64), []
+        for shard in shards:
+            path = self.path / ix.shard_name(shard)
             if path.is_symlink():
                 raise DataError(f"{path} is a symbolic link; a shard must be a file in its folder. Refused")
             if path.is_file():
                 sizes[shard] = path.stat().st_size
-        missing = [name for name, size in zip(self.shard_names, sizes, strict=True) if size < 0]
+            else:
+                missing.append(path.name)
         if missing:
             raise DataError(f"{self.path}: {len(missing)} shards are missing: {', '.join(missing[:8])}; {_DAMAGED}")
-        beyond = np.flatnonzero(end > sizes[self._shard_of])
-        if len(beyond):
-            shards = sorted({self.shard_names[s] for s in self._shard_of[beyond]})
-            named = ", ".join(repr(self.id(i)) for i in beyond[:8])
-            raise DataError(
-                f"{self.path}: {', '.join(shards[:8])} cut short: {len(beyond)} recordings are not there whole "
-                f"({named}{', ...' if len(beyond) > 8 else ''}); {_DAMAGED}"
-            )
+        return sizes
 
     def where(self, recording: int) -> str:
         """The recording's name and shard, for error messages."""
-        return f"recording {self.id(recording)!r} in {self.path / self.shard_names[self._shard_of[recording]]}"
+        return f"recording {self.id(recording)!r} in {self.path / ix.shard_name(self.index.shard[recording])}"
 
     def _file(self, shard: int) -> int:
         """An open file of a shard. Positioned reads share no state, so a forked worker may use its parent's."""
@@ -243,25 +281,13 @@ class Dataset:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._files[shard] = os.open(self.path / self.shard_names[shard], flags)
+            self._files[shard] = os.open(self.path / ix.shard_name(shard), flags)
         self._files.move_to_end(shard)
         return self._files[shard]
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
             os.close(file)
-
-    @functools.cached_property
-    def _checksums(self) -> pa.Array:
-        return _read_index(self.path, ["crc32"])["crc32"].combine_chunks()
-
-    @functools.cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations of all recordings, float32 [N, M] each; read once, shared with forks."""
-        table = _read_index(self.path, ["mean", "std"])
-        shape = (len(self), self.features.num_mels)
-        mean, std = (torch.tensor(pc.list_flatten(table[name]).to_numpy()).view(shape) for name in ("mean", "std"))
-        return mean, std
 
 
 _DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
@@ -286,13 +312,6 @@ def open_dataset(path: str | os.PathLike[str], check_files: bool = True) -> Data
     if check_files:
         dataset.check_files()
     return dataset
-
-
-def _read_index(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        return pq.read_table(path / ix.INDEX_FILE, columns=columns, memory_map=True)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path / ix.INDEX_FILE}: cannot be read ({error}); {_DAMAGED}") from error
 
 
 if __name__ == "__main__":

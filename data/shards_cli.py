@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from data.errors import DataError
@@ -42,18 +41,18 @@ def verify(dataset: Dataset) -> list[str]:
 def summary(dataset: Dataset) -> str:
     """Totals of a dataset, a few lines."""
     rate = dataset.features.frames_per_second
-    seconds = dataset.frames / rate
+    seconds = np.asarray(dataset.frames) / rate
     lines = [
         f"{dataset.path}: {len(dataset)} recordings, {seconds.sum() / 3600:.2f} hours, "
-        f"{len(dataset.shard_names)} shards, features {dataset.features.hash()[:12]}",
+        f"{len(dataset.shards())} shards, features {dataset.features.hash()[:12]}",
         f"seconds: shortest {seconds.min():.2f}, median {np.median(seconds):.2f}, longest {seconds.max():.2f}",
         f"fingerprint {dataset.fingerprint}",
     ]
-    for name, column in (("split", dataset.splits), ("language", dataset.languages)):
-        for value in sorted(pc.unique(column).to_pylist()):
-            chosen = dataset.select(**{name: value})
-            lines.append(f"{name} {value or '-'}: {len(chosen)} recordings, {seconds[chosen].sum() / 3600:.2f} hours")
-    lines.append(f"with text: {len(dataset) - dataset.texts.null_count}; first id {dataset.id(0)!r}")
+    for name in ("split", "language"):
+        for value, (recordings, frames) in sorted(dataset.totals(name).items()):
+            lines.append(f"{name} {value or '-'}: {recordings} recordings, {frames / rate / 3600:.2f} hours")
+    told = sum(len(batch) - batch.column("text").null_count for batch in dataset.index.batches)
+    lines.append(f"with text: {told}; first id {dataset.id(0)!r}")
     return "\n".join(lines)
 
 

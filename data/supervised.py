@@ -96,7 +96,7 @@ def supervised_crops(
                 continue
             pieces, skipped = cut_between_words(words, frames, max_frames, dataset.features.frames_per_second)
             left_out["words longer than a crop"] += skipped
-        language = dataset.languages[recording].as_py() or ""
+        language = dataset.language(recording)
         for start, stop, piece in pieces:
             label = normalise(piece, language)
             if stop - start < min_frames:

@@ -1,8 +1,9 @@
 """Writing a dataset: recordings are appended to shards; a finished shard is never lost and never written again.
 
 Whatever stops a preparation (Ctrl-C, a full disk, SIGKILL), a new DatasetWriter on the same folder continues after the
-last finished shard. Only `finish()` makes the folder a dataset, and its content and fingerprint do not depend on how
-often the preparation was interrupted.
+last finished shard. Several machines may each write a part of one dataset into the same folder. Only `finish()` of the
+last part makes the folder a dataset, and its content and fingerprint do not depend on the parts, nor on how often the
+preparation was interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,15 +21,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.index import Recording
+from data.index_file import merge_parts, read_part, write_part
 from data.transcripts import Word
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -48,23 +46,36 @@ class DatasetWriter:
         path: the dataset's folder, made where it is missing.
         feature_settings: what the log-mel were computed with.
         max_shard_bytes: a shard is closed before it would grow beyond this (one longer recording fills one alone).
+        part, parts: which of several writers this is, from 0; all give the same `parts`. Their shards have the numbers
+            part, part + parts, part + 2 parts, ...
+        name: what the dataset is called in reports.
     Raises:
-        DataError: the folder was begun with other features, another process is writing to it, or the disk is full.
+        DataError: the folder was begun with other features or parts, another process is writing this part, or the disk
+            is full.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], feature_settings: FeatureSettings, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        path: str | os.PathLike[str],
+        feature_settings: FeatureSettings,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        part: int = 0,
+        parts: int = 1,
+        name: str = "",
     ) -> None:
+        if not 0 <= part < parts:
+            raise DataError(f"part is {part} of {parts}: must be from 0 to {parts - 1}")
         if max_shard_bytes <= 0:
             raise DataError(f"max_shard_bytes is {max_shard_bytes}: must be positive")
         self.path = Path(path)
         self.features = feature_settings
         self.max_shard_bytes = max_shard_bytes
+        self.part, self.parts, self.name = part, parts, name
         # Room for the header in front of the values, so that a shard is written once, in one pass.
         self.header_bytes = max(1 << 16, max_shard_bytes >> 10) // 8 * 8
         self.rows: list[dict[str, Any]] = []
         self.file: int | None = None
-        self.done_ids: set[str] = set()
+        self.done_ids: set[str] = set()  # of this part
         with self._disk_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             self._begin()
@@ -104,8 +115,8 @@ class DatasetWriter:
         self.header_used += entry
         self.done_ids.add(recording.id)
         words, excluded = recording.words, recording.excluded
-        row = dataclasses.asdict(recording) | {
-            "shard": self._shard_name(),
+        row = {field.name: getattr(recording, field.name) for field in dataclasses.fields(Recording)} | {
+            "shard": self.shard,
             "offset": offset,
             "frames": len(values),
             "crc32": ix.checksums(values),
@@ -121,34 +132,41 @@ class DatasetWriter:
         with self._disk_errors():
             self._finish_shard()
 
-    def finish(self) -> None:
-        """Close the last shard, write the index sorted by id, then dataset.json: from then on it is a dataset."""
+    def finish(self) -> bool:
+        """Close the last shard; the last part to come here merges all of them, and the folder is a dataset.
+
+        Returns whether it is one now: with several parts, False for all but the last. Raises DataError where the parts
+        hold a recording twice, or none at all.
+        """
         if self.finished:
-            return
+            return True
         self.close()
-        parts = sorted(self.path.glob("shard-*.parquet"))
-        if not parts:
-            raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
         with self._disk_errors():
-            table = pa.concat_tables([pq.read_table(part) for part in parts]).sort_by("id")
-            frames = table["frames"].to_numpy()
-            shape = (len(frames), self.features.num_mels)
-            mean, std = (pc.list_flatten(table[c]).to_numpy().reshape(shape) for c in ("mean", "std"))
-            mean, std = ix.overall_statistics(frames, mean, std)
-            ix.write_table(self.path / ix.INDEX_FILE, table)
-            fields = {
-                **self._head(),
-                "mean": mean.tolist(),
-                "std": std.tolist(),
-                "recordings": len(frames),
-                "frames": int(frames.sum()),
-                "hours": float(frames.sum() / self.features.frames_per_second / 3600),
-                "shards": len(parts),
-                "fingerprint": ix.fingerprint(table, self.features.hash()),
-            }
-            ix.write_json(self.path / ix.DATASET_FILE, fields)
-        self._remove_leftovers()
+            ix.write_json(self.path / f"part-{self.part:05d}.json", {"recordings": len(self.done_ids)})
+            if self.missing_parts():
+                return False
+            with ix.locked(self.path, wait=True):
+                if not self.finished:  # else another part was here at the same time
+                    self._merge()
         self._unlock()
+        return True
+
+    def missing_parts(self) -> list[int]:
+        """Numbers of the parts that are not finished yet."""
+        if self.finished:
+            return []
+        return [part for part in range(self.parts) if not (self.path / f"part-{part:05d}.json").is_file()]
+
+    def _merge(self) -> None:
+        indexes = sorted(self.path.glob("index-*.arrow"))
+        if not indexes:
+            (self.path / f"part-{self.part:05d}.json").unlink()
+            raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
+        fields = merge_parts(indexes, self.path / ix.INDEX_FILE, self.features.num_mels, self.features.hash())
+        hours = fields["frames"] / self.features.frames_per_second / 3600
+        shards = {"shards": len(indexes), "hours": hours}
+        ix.write_json(self.path / ix.DATASET_FILE, {"name": self.name, **self._head(), **shards, **fields})
+        self._remove_leftovers()
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -162,39 +180,43 @@ class DatasetWriter:
             self._unlock()
 
     def _begin(self) -> None:
-        """Take the folder for this process, and see what is there already."""
-        lock = os.open(self.path, os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{self.path}: another process is writing this dataset; wait for it or stop it") from error
-        except OSError:
-            pass  # a file system without locks: the folder is then unguarded, but nothing else is lost
-        self.shard = 0
+        """Take this part of the folder for this process, and see what is there already."""
+        held = contextlib.ExitStack()
+        held.enter_context(ix.locked(self.path / f"part-{self.part:05d}.lock"))
+        self._unlock = weakref.finalize(self, held.close)
+        self.shard = self.part
         for name in (ix.DATASET_FILE, ix.PREPARING_FILE):
             if (self.path / name).is_file():
-                fields = ix.read_json(self.path / name)
-                ix.check_version(fields, self.path / name)
-                found = FeatureSettings.from_dict(fields.get("features", {}))
-                if found != self.features:
-                    raise DataError(
-                        f"{self.path} was begun with other features: {'; '.join(difference(found, self.features))} "
-                        "(there != now). Use the same features or another folder"
-                    )
+                self._check_begun(ix.read_json(self.path / name), self.path / name)
         if self.finished:
-            self.done_ids = set(pq.read_table(self.path / ix.INDEX_FILE, columns=["id"])["id"].to_pylist())
             self._remove_leftovers()
             return
-        if not (self.path / ix.PREPARING_FILE).is_file() and any(self.path.glob("shard-*")):
+        begun = (self.path / ix.PREPARING_FILE).is_file()
+        if not begun and any(self.path.glob("shard-*")):
             raise DataError(f"{self.path} holds shards but no dataset was begun in it; choose a new folder")
-        ix.write_json(self.path / ix.PREPARING_FILE, self._head())
-        for temporary in self.path.glob("*.tmp"):
-            temporary.unlink()
-        for part in sorted(self.path.glob("shard-*.parquet")):
-            self.done_ids.update(pq.read_table(part, columns=["id"])["id"].to_pylist())
-            # A shard that was killed before its part of the index was written is written again, under its old name.
-            self.shard = int(part.stem.removeprefix("shard-")) + 1
+        if not begun:
+            ix.write_json(self.path / ix.PREPARING_FILE, {**self._head(), "parts": self.parts})
+        for index in sorted(self.path.glob("index-*.arrow")):
+            number = int(index.stem.removeprefix("index-"))
+            if number % self.parts == self.part:
+                self.done_ids.update(read_part(index, self.features.num_mels)["id"].to_pylist())
+                # A shard that was killed before its part of the index was written is written again, under its old name.
+                self.shard = number + self.parts
+
+    def _check_begun(self, fields: dict[str, Any], path: Path) -> None:
+        """Raise DataError where the folder was begun with other features, or in other parts."""
+        ix.check_version(fields, path)
+        found = FeatureSettings.from_dict(fields.get("features", {}))
+        if found != self.features:
+            raise DataError(
+                f"{self.path} was begun with other features: {'; '.join(difference(found, self.features))} "
+                "(there != now). Use the same features or another folder"
+            )
+        if fields.get("parts", self.parts) != self.parts:
+            raise DataError(
+                f"{self.path} was begun in {fields['parts']} parts, not {self.parts}: give the same number, or choose "
+                "another folder"
+            )
 
     def _head(self) -> dict[str, Any]:
         return {
@@ -203,12 +225,11 @@ class DatasetWriter:
             "feature_hash": self.features.hash(),
         }
 
-    def _shard_name(self) -> str:
-        return f"shard-{self.shard:05d}.safetensors"
+    def _temporary(self) -> Path:
+        return self.path / f"{ix.shard_name(self.shard)}.tmp"
 
     def _open_shard(self) -> None:
-        path = self.path / f"{self._shard_name()}.tmp"
-        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.file = os.open(self._temporary(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self.data_bytes = self.header_used = 0
         # Real bytes, not a hole: a disk that fills up later must not take the header's place.
         _write_all(self.file, np.full(self.header_bytes, ord(" "), np.uint8), 0)
@@ -221,12 +242,12 @@ class DatasetWriter:
             os.ftruncate(self.file, self.header_bytes + self.data_bytes)
             _write_all(self.file, np.frombuffer(header, np.uint8), 0)
             os.fsync(self.file)
-            name = self._shard_name()
-            os.replace(self.path / f"{name}.tmp", self.path / name)
+            os.replace(self._temporary(), self.path / ix.shard_name(self.shard))
             # The shard counts from here on: its part of the index is written after it, and atomically.
-            ix.write_table(self.path / f"shard-{self.shard:05d}.parquet", _part(self.rows, self.features.num_mels))
+            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
+            write_part(self.path / f"index-{self.shard:05d}.arrow", columns, self.features.num_mels)
             self.rows = []
-            self.shard += 1
+            self.shard += self.parts
         self._drop_shard()
 
     def _drop_shard(self) -> None:
@@ -236,12 +257,12 @@ class DatasetWriter:
             self.file = None
         self.done_ids.difference_update(row["id"] for row in self.rows)
         self.rows = []
-        for temporary in self.path.glob("*.tmp"):
-            temporary.unlink(missing_ok=True)
+        self._temporary().unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
-        for leftover in [*self.path.glob("shard-*.parquet"), *self.path.glob("*.tmp"), self.path / ix.PREPARING_FILE]:
-            leftover.unlink(missing_ok=True)
+        for pattern in ("index-*.arrow", "part-*", "*.tmp", ix.PREPARING_FILE):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -273,19 +294,6 @@ def _header(rows: list[dict[str, Any]], size: int, features: FeatureSettings) ->
     text = json.dumps({"__metadata__": {"feature_hash": features.hash()}, **tensors}, separators=(",", ":")).encode()
     assert len(text) <= size - 8, "the header's room was reckoned wrongly"
     return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
-
-
-def _part(rows: list[dict[str, Any]], num_mels: int) -> pa.Table:
-    """The index of one shard."""
-    schema = ix.schema(num_mels)
-    arrays = []
-    for field in schema:
-        values = [row[field.name] for row in rows]
-        if field.name in ("mean", "std"):
-            arrays.append(pa.FixedSizeListArray.from_arrays(np.concatenate(values), num_mels))
-        else:
-            arrays.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _write_all(file: int | None, values: np.ndarray, offset: int) -> None:

@@ -13,12 +13,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from data.batch import SharedRows
 from data.errors import DataError
+from data.index import shard_name
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.order import CropTable
 from data.shards import Dataset, open_dataset
@@ -211,9 +211,8 @@ def test_a_fixed_table_brings_its_texts(dataset: Dataset) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damage_met_on_the_way_names_the_recording(tmp_path: Path, num_workers: int) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 200, 300])
-    row = pq.read_table(dataset.path / "index.parquet").to_pylist()[1]
-    with open(dataset.path / row["shard"], "r+b") as file:
-        file.seek(row["offset"])
+    with open(dataset.path / shard_name(dataset.index.shard[1]), "r+b") as file:
+        file.seek(dataset.index.offset[1])
         file.write(np.float16("nan").tobytes())
     settings = replace(SETTINGS, rows=2, num_workers=num_workers)
     with pytest.raises(DataError, match="'r001' .*NaN") as caught:

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
@@ -25,6 +25,7 @@ from data.errors import DataError
 from data.features import FeatureSettings
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
 from data.shards_cli import main, verify
+from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise
 
 LENGTHS = [300, 700, 400, 250, 9000, 500, 350]  # r004 has three checksum blocks and a shard of its own
@@ -35,14 +36,22 @@ def dataset(tmp_path: Path) -> Dataset:
     return make_dataset(tmp_path / "set", LENGTHS)
 
 
+def rows(dataset: Dataset) -> list[dict[str, Any]]:
+    with pa.ipc.open_file(dataset.path / "index.arrow") as file:
+        return file.read_all().to_pylist()
+
+
 def shard_of(dataset: Dataset, name: str) -> Path:
-    table = pq.read_table(dataset.path / "index.parquet").to_pylist()
-    return dataset.path / next(row["shard"] for row in table if row["id"] == name)
+    return dataset.path / index.shard_name(next(row["shard"] for row in rows(dataset) if row["id"] == name))
+
+
+def ids_of(dataset: Dataset) -> list[str]:
+    return [dataset.id(i) for i in range(len(dataset))]
 
 
 def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
-    row = next(row for row in pq.read_table(dataset.path / "index.parquet").to_pylist() if row["id"] == name)
-    with open(dataset.path / row["shard"], "r+b") as file:
+    row = next(row for row in rows(dataset) if row["id"] == name)
+    with open(dataset.path / index.shard_name(row["shard"]), "r+b") as file:
         file.seek(row["offset"] + 160 * frame)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
@@ -50,22 +59,24 @@ def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
 
 
 def change_index(dataset: Dataset, column: str, row: int, value: object) -> None:
-    table = pq.read_table(dataset.path / "index.parquet")
+    """A changed copy of the index in its place."""
+    path = dataset.path / "index.arrow"
+    with pa.ipc.open_file(path.read_bytes()) as file:
+        table = file.read_all()
     values = table[column].to_pylist()
     values[row] = value
     number = table.schema.get_field_index(column)
-    pq.write_table(
-        table.set_column(number, column, pa.array(values, table.schema.field(column).type)),
-        dataset.path / "index.parquet",
-    )
+    changed = table.set_column(number, table.schema.field(number), pa.array(values, table.schema.field(number).type))
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(changed)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    words = [("ahoj", 0.1, 0.5), ("sv\u011bte", 0.5, 1.0)]
+    words = [Word("ahoj", 0.1, 0.5), Word("sv\u011bte", 0.5, 1.0, 0.25)]
     recordings = [
         Recording("b/2", "ahoj sv\u011bte", words, "cs", "s1", "dev"),
         Recording("a \u00e9", None, None, "en", "", "train"),
-        Recording("c", "", [], "en", "s2", "test"),
+        Recording("c", "", [], "en", "s2", "test", [(0.5, 1.25)]),
     ]
     with DatasetWriter(tmp_path, FEATURES) as made:
         for number, recording in enumerate(recordings):
@@ -90,9 +101,9 @@ def test_selection_by_split_language_and_id(dataset: Dataset) -> None:
 
 def test_the_stock_library_opens_every_shard(dataset: Dataset) -> None:
     tensors: dict[str, np.ndarray] = {}
-    for name in dataset.shard_names:
-        tensors |= safetensors.numpy.load_file(dataset.path / name)
-    assert len(dataset.shard_names) > 3 and sorted(tensors) == dataset.ids.to_pylist()
+    for shard in dataset.shards():
+        tensors |= safetensors.numpy.load_file(dataset.path / index.shard_name(shard))
+    assert len(dataset.shards()) > 3 and sorted(tensors) == ids_of(dataset)
     assert all(np.array_equal(tensors[dataset.id(i)], dataset.read(i)) for i in range(len(dataset)))
 
 
@@ -164,22 +175,13 @@ def test_a_missing_shard_is_named_and_the_rest_stays_readable(dataset: Dataset) 
 
 
 def test_non_finite_values_in_a_shard_name_the_recording(dataset: Dataset) -> None:
-    row = pq.read_table(dataset.path / "index.parquet").to_pylist()[2]
-    with open(dataset.path / row["shard"], "r+b") as file:
+    row = rows(dataset)[2]
+    with open(dataset.path / index.shard_name(row["shard"]), "r+b") as file:
         file.seek(row["offset"] + 160 * 7)
         file.write(np.float16("inf").tobytes())
     with pytest.raises(DataError, match="'r002' .*NaN or infinite"):
         dataset.read_normalised(2)
     assert len(verify(dataset)) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["../set/shard-00000.safetensors", "/etc/passwd", "a/shard-00000.safetensors", "..\\x", "", None]
-)
-def test_a_shard_name_that_leaves_the_folder_is_refused(dataset: Dataset, name: str | None) -> None:
-    change_index(dataset, "shard", 1, name)
-    with pytest.raises(DataError, match="refused"):
-        open_dataset(dataset.path, check_files=False)
 
 
 def test_a_symbolic_link_in_place_of_a_shard_is_refused(dataset: Dataset, tmp_path: Path) -> None:
@@ -192,7 +194,19 @@ def test_a_symbolic_link_in_place_of_a_shard_is_refused(dataset: Dataset, tmp_pa
         open_dataset(dataset.path, check_files=False).read(4)
 
 
-@pytest.mark.parametrize(("column", "value"), [("offset", 10**15), ("offset", -160), ("frames", 0), ("frames", 10**12)])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("offset", 10**15),
+        ("offset", -160),
+        ("frames", 0),
+        ("frames", 10**12),
+        ("frames", 2**62),
+        ("shard", -1),
+        ("shard", 2**31 - 1),
+        ("id", None),
+    ],
+)
 def test_offsets_and_lengths_that_cannot_be_are_refused(dataset: Dataset, column: str, value: int) -> None:
     change_index(dataset, column, 0, value)
     with pytest.raises(DataError):
@@ -210,7 +224,7 @@ class Hostile:
 def test_a_hostile_pickle_in_a_dataset_folder_does_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     payload = pickle.dumps(Hostile(mark))
-    names = ["dataset.json", "index.parquet", "shard-00000.safetensors", "preparing.json", "data.pkl"]
+    names = ["dataset.json", "index.arrow", "shard-00000.safetensors", "preparing.json", "data.pkl"]
     for number, name in enumerate(names):
         dataset = make_dataset(tmp_path / str(number), LENGTHS)
         (dataset.path / name).write_bytes(payload)
@@ -225,7 +239,7 @@ def test_a_hostile_pickle_in_a_dataset_folder_does_not_run(tmp_path: Path) -> No
     assert mark.exists()
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version_is_refused(dataset: Dataset, version: object) -> None:
     fields = json.loads((dataset.path / "dataset.json").read_text()) | {"format_version": version}
     (dataset.path / "dataset.json").write_text(json.dumps(fields))
@@ -233,7 +247,7 @@ def test_another_format_version_is_refused(dataset: Dataset, version: object) ->
         open_dataset(dataset.path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"format_version": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format_version": 2}'])
 def test_a_damaged_dataset_json_is_a_clear_error(dataset: Dataset, content: str) -> None:
     (dataset.path / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=r"dataset\.json"):
@@ -272,10 +286,10 @@ def test_an_interrupted_preparation_continues_to_the_same_dataset(
         fill(made, LENGTHS)
         made.finish()
     continued = open_dataset(path)
-    assert continued.fingerprint == dataset.fingerprint and continued.ids.equals(dataset.ids)
+    assert continued.fingerprint == dataset.fingerprint and ids_of(continued) == ids_of(dataset)
     assert not verify(continued)
-    assert {p.suffix for p in path.iterdir()} == {".json", ".parquet", ".safetensors"}
-    assert len(list(path.iterdir())) == 2 + len(continued.shard_names)
+    assert {p.suffix for p in path.iterdir()} == {".json", ".arrow", ".safetensors"}
+    assert len(list(path.iterdir())) == 2 + len(continued.shards())
 
 
 def in_a_fork(function: Callable[[], object]) -> int:
@@ -322,7 +336,7 @@ def test_sigkill_at_any_sync_or_rename_never_leaves_a_broken_dataset(dataset: Da
             made.finish()
         continued = open_dataset(path)
         assert continued.fingerprint == dataset.fingerprint and not verify(continued)
-        assert len(list(path.iterdir())) == 2 + len(continued.shard_names)  # and nothing is left over
+        assert len(list(path.iterdir())) == 2 + len(continued.shards())  # and nothing is left over
         shutil.rmtree(path)
     assert place > 20
 
@@ -336,7 +350,7 @@ def test_a_disk_without_any_room_leaves_no_temporary_file(tmp_path: Path, monkey
     monkeypatch.setattr(writer.os, "pwrite", no_room)
     with pytest.raises(DataError, match="disk is full .*; 0 recordings are written"):
         fill(made, LENGTHS)
-    assert [path.name for path in tmp_path.iterdir()] == ["preparing.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"preparing.json", "part-00000.lock"}
 
 
 def test_a_full_disk_keeps_what_is_written_and_says_so(
@@ -387,7 +401,7 @@ def test_a_folder_begun_with_other_features_is_refused_by_field(tmp_path: Path) 
 
 def test_a_finished_dataset_is_not_added_to(dataset: Dataset) -> None:
     with DatasetWriter(dataset.path, FEATURES) as made:
-        assert made.finished and len(made.done_ids) == 7
+        assert made.finished
         with pytest.raises(DataError, match="finished dataset"):
             made.add(Recording("new"), noise(100))
         made.finish()
@@ -431,18 +445,20 @@ def test_many_recordings_close_a_shard_before_its_header_is_full(tmp_path: Path)
         fill(made, [2] * 60)
         made.finish()
     dataset = open_dataset(tmp_path)
-    assert len(dataset.shard_names) > 2 and not verify(dataset)
-    assert sum(len(safetensors.numpy.load_file(tmp_path / name)) for name in dataset.shard_names) == 60
+    assert len(dataset.shards()) > 2 and not verify(dataset)
+    assert (
+        sum(len(safetensors.numpy.load_file(tmp_path / name)) for name in map(index.shard_name, dataset.shards())) == 60
+    )
 
 
 def test_words_are_found_in_every_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "ROW_GROUP", 3)
+    monkeypatch.setattr(index, "BATCH_ROWS", 3)
     with DatasetWriter(tmp_path, FEATURES, 1_000) as made:
         for number in range(8):
             made.add(Recording(f"r{number}", words=[(f"w{number}", 0.0, 0.1)]), noise(10))
         made.finish()
     dataset = open_dataset(tmp_path)
-    assert [dataset.words(i) for i in (7, 0, 3, 5, 2)] == [[(f"w{i}", 0.0, 0.1)] for i in (7, 0, 3, 5, 2)]
+    assert [dataset.words(i) for i in (7, 0, 3, 5, 2)] == [[Word(f"w{i}", 0.0, 0.1)] for i in (7, 0, 3, 5, 2)]
 
 
 def test_inspect_shows_totals_and_draws_a_recording(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
