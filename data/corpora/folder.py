@@ -1,26 +1,24 @@
-"""Audio files with transcripts beside them, or a JSON-lines manifest as NeMo's.
+"""Audio files with transcripts beside them, or a JSON-lines manifest as NeMo's (`manifest.py`).
 
-A folder: every audio file below it, `X.txt` beside `X.flac`. A manifest: one JSON object a line with `audio_filepath`
-(a relative one counts from the manifest's folder), `duration` in seconds, `text`, and optionally `offset` (seconds: the
-line is then that stretch of the file), `lang` or `language`, `speaker`, `split`.
+A folder: every audio file below it, `X.txt` beside `X.flac`, and word times in `X.words.json`, `X.TextGrid` or `X.ctm`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from data.corpora.base import SPLITS, FileSource, SegmentSource, Source, hash_share
+from data.corpora.base import FileSource, Source, hash_share
+from data.corpora.manifest import SPLIT_NAMES, manifest_sources
+from data.corpora.text_files import summary
 from data.errors import DataError
 from data.index import Recording
+from data.word_times import SUFFIXES as WORD_TIMES
+from data.word_times import find_word_times
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-_SPLIT_FOLDERS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "test": "test"}
-_NAMED = 5  # files that an error message names
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def sources(settings: FolderSettings) -> list[Source]:
     listed: list[Source] = []
     for split, manifest in given.items():
         if manifest:
-            listed += _from_manifest(Path(manifest).expanduser(), settings, None if alone else split)
+            choose = functools.partial(_manifest_split, settings, None if alone else split)
+            listed += manifest_sources(Path(manifest).expanduser(), settings.text, settings.language, choose)
     return sorted(listed, key=lambda source: source.id)
 
 
@@ -76,14 +75,16 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
     folder = Path(settings.folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"folder is {settings.folder!r}: there is no such folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    everything = sorted(folder.rglob("*"))
+    paths = [path for path in everything if path.suffix.lower() in SUFFIXES and path.is_file()]
+    timed = {p.with_name(p.name.removesuffix(end)) for p in everything for end in WORD_TIMES if p.name.endswith(end)}
     if not paths:
         raise DataError(f"folder {folder} holds no audio file ({', '.join(SUFFIXES)}), nor do the folders below it")
     missing = [] if settings.text != "required" else [p for p in paths if not p.with_suffix(".txt").is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} audio files in {folder} have no .txt transcript beside them: "
-            f"{_names(missing)}. Add them, or say --text optional or --text none"
+            f"{summary([str(path) for path in missing])}. Add them, or say --text optional or --text none"
         )
     by_name = {path: _folder_split(path.relative_to(folder)) for path in paths}
     use_names = settings.split_by == "folder" or (settings.split_by == "auto" and any(by_name.values()))
@@ -91,7 +92,7 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
     if outside:
         raise DataError(
             f"{len(outside)} audio files in {folder} are in no folder named train, dev, valid or test: "
-            f"{_names(outside)}. Move them, or say --split_by hash"
+            f"{summary([str(path) for path in outside])}. Move them, or say --split_by hash"
         )
     listed: list[Source] = []
     for path in paths:
@@ -99,13 +100,14 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
         text = None if settings.text == "none" else _transcript(path.with_suffix(".txt"))
         split = by_name[path] if use_names else _hash_split(text or id, settings)
         assert split is not None
-        listed.append(FileSource(Recording(id, text, language=settings.language, split=split), path))
+        words = find_word_times(path) if path.with_suffix("") in timed and settings.text != "none" else None
+        listed.append(FileSource(Recording(id, text, words, language=settings.language, split=split), path))
     return sorted(listed, key=lambda source: source.id)
 
 
 def _folder_split(path: Path) -> str | None:
     """The split that a relative path's outermost telling folder names."""
-    return next((_SPLIT_FOLDERS[part.lower()] for part in path.parts[:-1] if part.lower() in _SPLIT_FOLDERS), None)
+    return next((SPLIT_NAMES[part.lower()] for part in path.parts[:-1] if part.lower() in SPLIT_NAMES), None)
 
 
 def _transcript(path: Path) -> str | None:
@@ -117,87 +119,14 @@ def _transcript(path: Path) -> str | None:
         raise DataError(f"transcript {path} is not UTF-8 ({error}): convert it") from error
 
 
+def _manifest_split(settings: FolderSettings, of_manifest: str | None, of_line: str | None, key: str) -> str:
+    """The split of a manifest's line: its manifest's, else its own, else by hash."""
+    told = of_manifest or of_line
+    return told if told and settings.split_by != "hash" else _hash_split(key, settings)
+
+
 def _hash_split(key: str, settings: FolderSettings) -> str:
     share = hash_share(" ".join(key.lower().split()))
     if share < settings.test_share:
         return "test"
     return "dev" if share < settings.test_share + settings.dev_share else "train"
-
-
-def _from_manifest(manifest: Path, settings: FolderSettings, split: str | None) -> list[Source]:
-    try:
-        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"manifest {manifest} cannot be read ({error})") from error
-    entries = [(f"{manifest}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not entries:
-        raise DataError(f"manifest {manifest} is empty: a JSON object with audio_filepath, duration and text a line")
-    listed: list[FileSource | SegmentSource] = [
-        _entry(where, line, manifest.parent, settings, split) for where, line in entries
-    ]
-    missing = [source.path for source in listed if not source.path.is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(listed)} audio files of {manifest} do not exist: {_names(missing)}. A relative "
-            f"audio_filepath counts from {manifest.parent}"
-        )
-    return list(listed)
-
-
-def _entry(
-    where: str, line: str, base: Path, settings: FolderSettings, split: str | None
-) -> FileSource | SegmentSource:
-    """One line of a manifest. Raises DataError naming the file and the line."""
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not a JSON object ({error}): {line[:80]!r}") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: not a JSON object: {line[:80]!r}")
-    name = _field(fields, where, "audio_filepath", str, required=True)
-    text = _field(fields, where, "text", str, required=settings.text == "required")
-    if settings.text == "none":
-        text = None
-    start = _seconds(fields, where, "offset")
-    duration = _seconds(fields, where, "duration")
-    told = split or _field(fields, where, "split", str)
-    if told is not None and told not in _SPLIT_FOLDERS:
-        raise DataError(f"{where}: split is {told!r}, known are {', '.join(SPLITS)}")
-    id = re.sub(r"\.\w+$", "", name) + ("" if start is None else f"@{start:.3f}")
-    use_told = told is not None and settings.split_by != "hash"
-    recording = Recording(
-        id=id,
-        text=text,
-        language=_field(fields, where, "lang", str) or _field(fields, where, "language", str) or settings.language,
-        speaker=str(fields.get("speaker") or ""),
-        split=_SPLIT_FOLDERS[told] if use_told and told else _hash_split(text or id, settings),
-    )
-    path = base / Path(name).expanduser()
-    if start is None:
-        return FileSource(recording, path)
-    if not duration:
-        raise DataError(f"{where}: an entry with an offset needs its duration too")
-    return SegmentSource(recording, path, start, duration)
-
-
-def _field(fields: dict[str, Any], where: str, name: str, kind: type, required: bool = False) -> Any:
-    value = fields.get(name)
-    if value is None and required:
-        fix = " (or say --text optional or --text none)" if name == "text" else ""
-        raise DataError(f"{where}: no {name!r}: add it{fix}")
-    if value is not None and not isinstance(value, kind):
-        raise DataError(f"{where}: {name} is {value!r}, expected {kind.__name__}")
-    return value
-
-
-def _seconds(fields: dict[str, Any], where: str, name: str) -> float | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise DataError(f"{where}: {name} is {value!r}, expected seconds, 0 or more")
-    return float(value)
-
-
-def _names(paths: list[Path]) -> str:
-    return ", ".join(map(str, paths[:_NAMED])) + (", ..." if len(paths) > _NAMED else "")

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
+from data.word_times.base import read_bytes, seconds
 
-# The largest STM file of TED-LIUM has 0.2 MB.
-MAX_BYTES = 64 << 20
 IGNORED_TEXT = "ignore_time_segment_in_scoring"
 GAP_SPEAKER = "inter_segment_gap"
 _FIELDS = 5  # in front of the label and the text
@@ -52,16 +51,10 @@ def read_stm(path: Path) -> list[StmSegment]:
     """The segments of an STM file, sorted by recording, start and end; the lines need not be.
 
     Raises:
-        DataError: naming the file, or the file and the line: not readable, more than MAX_BYTES, not UTF-8, a line with
-            fewer than five fields, a time that is no number, is negative, or ends before it starts.
+        DataError: naming the file, or the file and the line: not readable, too large, not UTF-8, a line with
+            fewer than five fields, a time that is no number, is negative, or ends before the start.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(raw) > MAX_BYTES:
-        raise DataError(f"{path}: more than {MAX_BYTES >> 20} MB; is this an STM file?")
+    raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,9 +75,11 @@ def _segment(line: str, where: str) -> StmSegment:
     rest = fields[_FIELDS].strip() if len(fields) > _FIELDS else ""
     if not line.replace("\t", " ").rstrip("\r").isprintable():
         raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
-    start, end = (_seconds(value, where) for value in times)
-    if end < start:
-        raise DataError(f"{where}: ends at {end} s, before its start at {start} s")
+    start, end = (seconds(value, where) for value in times)
+    if not 0 <= start <= end < math.inf:  # also false for NaN
+        raise DataError(
+            f"{where}: from {start} to {end} s: a segment must start at 0 or later, and end after its start"
+        )
     # The label is optional, and text may begin with an event such as <unk>, which is no label.
     label, text = "", rest
     if rest.startswith("<") and ">" in rest:
@@ -92,16 +87,6 @@ def _segment(line: str, where: str) -> StmSegment:
         if "," in inner or inner == "NA":
             label, text = inner, after.strip()
     return StmSegment(recording, channel, speaker, start, end, label, text)
-
-
-def _seconds(value: str, where: str) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise DataError(f"{where}: the time {value!r} is no number of seconds, 0 or more")
-    return seconds
 
 
 def plain_text(text: str) -> str:

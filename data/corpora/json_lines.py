@@ -1,0 +1,132 @@
+"""JSON-lines manifests, plain or gzipped, read a line at a time; every error names the file and the line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data.errors import DataError
+
+# A cut of three hours with the times of all its words takes 2 MB; a file without line ends must not fill the memory.
+MAX_LINE_BYTES = 32 << 20
+# JSON of manifests compresses ten to thirty times. What expands more than this, beyond the first 64 MB, is no manifest.
+_MAX_EXPANSION = 200
+_FREE_BYTES = 64 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """('FILE:LINE', the line's JSON object) of every line that is not blank, read as they are asked for.
+
+    Raises DataError: no such file, damaged gzip, one that expands beyond reason, not UTF-8, not an object, a line of
+    more than MAX_LINE_BYTES.
+    """
+    where = str(path)
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == _GZIP_MAGIC
+            size = raw.seek(0, 2)
+            raw.seek(0)
+            if not zipped:
+                yield from _objects(raw, path, math.inf)
+            else:
+                with gzip.GzipFile(fileobj=raw) as unzipped:
+                    yield from _objects(unzipped, path, _FREE_BYTES + _MAX_EXPANSION * size)  # type: ignore[arg-type]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{where}: damaged gzip ({error}); fetch or write it again") from error
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error
+
+
+def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    number, read = 0, 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        read += len(line)
+        where = f"{path}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MB; is this a JSON-lines manifest?")
+        if read > most:
+            raise DataError(f"{where}: gzip that expands more than {_MAX_EXPANSION} times; refused")
+        if line.strip():
+            yield where, parse_object(line, where, first=number == 1)
+
+
+def parse_object(line: bytes, where: str, first: bool = True) -> dict[str, Any]:
+    """The JSON object of a line. Raises DataError naming the place."""
+    try:
+        # The C parser recurses: brackets nested a thousand deep raise, and are no manifest.
+        fields = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a JSON object ({error}): {line[:80]!r}") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: not a JSON object: {line[:80]!r}")
+    return fields
+
+
+def text_field(fields: Mapping[str, Any], name: str, where: str) -> str | None:
+    """The text in a field; None where there is none. Raises DataError where it is something else, or not Unicode."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} is {shorten(value)}, expected str")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {name} {shorten(value)} is not Unicode text ({error.reason})") from error
+    return value
+
+
+def seconds_field(fields: Mapping[str, Any], name: str, where: str, negative: bool = False) -> float | None:
+    """Seconds in a field; None where there is none. Raises DataError unless it is finite, and 0 or more."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or (seconds < 0 and not negative):
+        raise DataError(f"{where}: {name} is {shorten(value)}, expected seconds{'' if negative else ', 0 or more'}")
+    return seconds
+
+
+def label_field(fields: Mapping[str, Any], name: str, where: str) -> str:
+    """A name such as a speaker's, which may be written as a whole number; "" where there is none. Raises DataError."""
+    value = fields.get(name)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        return str(value)
+    return text_field(fields, name, where) or ""
+
+
+def audio_path(name: str, base: Path, where: str) -> Path:
+    """The path of an audio file: a relative one counts from `base`.
+
+    The user gives the manifest, and manifests name files all over a system: an absolute path, or one with `..`, is
+    what it says. Nothing but sound is read through it, and nothing is ever written.
+    """
+    if not name or not name.replace("\t", " ").isprintable():
+        raise DataError(f"{where}: {shorten(name)} is not the path of an audio file")
+    try:
+        return base / Path(name).expanduser()
+    except RuntimeError as error:  # `~user` of nobody
+        raise DataError(f"{where}: {shorten(name)}: {error}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file could have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
