@@ -30,9 +30,10 @@ class Column:
     def __init__(self, chunks: Sequence[np.ndarray]) -> None:
         self.chunks = list(chunks)
         self._rows = len(chunks[0]) if chunks else 1
+        self._size = sum(map(len, self.chunks))
 
     def __len__(self) -> int:
-        return sum(map(len, self.chunks))
+        return self._size
 
     def __getitem__(self, key: Any) -> Any:
         if np.ndim(key) == 0:

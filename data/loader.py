@@ -86,7 +86,7 @@ class LoaderSettings:
     def crop_order(self, dataset: Dataset) -> CropOrder:
         """The order of self-supervised training over the split."""
         recordings = dataset.select(split=self.split)
-        return CropOrder(dataset.frames[recordings], *self.crop_frames(dataset), self.seed, recordings)
+        return CropOrder(dataset.frames, *self.crop_frames(dataset), self.seed, recordings)
 
 
 @dataclass(frozen=True)

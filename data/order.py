@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
+from data.index_file import Column
 
 ROUNDS = 6
+_PART = 1 << 20  # recordings that are looked at together
 _ORDER, _SHIFT, _CROP = 1, 2, 3  # domains of the hash: two uses never share numbers
 
 
@@ -118,35 +120,50 @@ class CropOrder(CropTable):
     A recording of n > max_frames frames is cut into n // max_frames + 1 pieces on a grid of max_frames that a random
     shift moves from epoch to epoch: every frame is in exactly one piece. Pieces below min_frames are left out.
 
+    Ten million recordings cost 80 MB: two integers of four bytes each; their lengths stay in the index.
+
     Args:
-        frames: int [N], lengths of the recordings.
-        recordings: int [N], their numbers in the dataset; by default 0 .. N - 1.
+        frames: int [N], or a Column of the index: lengths of all recordings of the dataset.
+        recordings: int [K], numbers of those that are used; by default all.
     """
 
     def __init__(
-        self, frames: np.ndarray, max_frames: int, min_frames: int, seed: int, recordings: np.ndarray | None = None
+        self,
+        frames: np.ndarray | Column,
+        max_frames: int,
+        min_frames: int,
+        seed: int,
+        recordings: np.ndarray | None = None,
     ) -> None:
         if not 0 < min_frames <= max_frames:
             raise DataError(f"min_frames {min_frames} and max_frames {max_frames}: need 0 < min_frames <= max_frames")
-        frames = np.asarray(frames, np.int64)
-        recordings = np.arange(len(frames)) if recordings is None else np.asarray(recordings, np.int64)
-        long_enough = frames >= min_frames
-        self.too_short = int(len(frames) - long_enough.sum())
-        self.frames, self.recordings = frames[long_enough], recordings[long_enough]
-        self.max_frames, self.min_frames, self.seed = max_frames, min_frames, seed
-        pieces = np.where(self.frames <= max_frames, 1, self.frames // max_frames + 1)
-        self._first = np.concatenate([[0], np.cumsum(pieces)])
-        if len(self) == 0:
+        asked = np.arange(len(frames), dtype=np.int32) if recordings is None else np.asarray(recordings, np.int32)
+        self.frames, self.max_frames, self.min_frames, self.seed = frames, max_frames, min_frames, seed
+        kept, pieces = [], []
+        for part in np.array_split(asked, len(asked) // _PART + 1):
+            lengths = frames[part]
+            kept.append(part[lengths >= min_frames])
+            lengths = lengths[lengths >= min_frames]
+            pieces.append(np.where(lengths <= max_frames, 1, lengths // max_frames + 1).astype(np.uint32))
+        total = sum(int(part.sum(dtype=np.int64)) for part in pieces)
+        self.recordings = np.concatenate(kept)
+        self.too_short = len(asked) - len(self.recordings)
+        # The number of every recording's first piece, and after them the number of all pieces.
+        self._first = np.zeros(len(self.recordings) + 1, np.uint32 if total < 2**32 else np.uint64)
+        np.cumsum(np.concatenate(pieces), out=self._first[1:])
+        if total == 0:
             raise DataError(f"no recording has the {min_frames} frames that min_frames asks for")
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        row = np.searchsorted(self._first, item, side="right") - 1
-        length, recording = self.frames[row], self.recordings[row]
-        pieces = self._first[row + 1] - self._first[row]
+        # Of one type with the table, or numpy would copy the table.
+        row = np.searchsorted(self._first, item.astype(self._first.dtype), side="right") - 1
+        recording = self.recordings[row].astype(np.int64)
+        first, last = self._first[row].astype(np.int64), self._first[row + 1].astype(np.int64)
+        length, pieces = self.frames[recording], last - first
         slack = pieces * self.max_frames - length
         shift = (mix(_SHIFT, self.seed, epoch, recording) % (slack + 1).astype(np.uint64)).astype(np.int64)
-        begin = (item - self._first[row]) * self.max_frames - np.where(pieces > 1, shift, 0)
+        begin = (item - first) * self.max_frames - np.where(pieces > 1, shift, 0)
         return recording, np.maximum(begin, 0), np.minimum(begin + self.max_frames, length)

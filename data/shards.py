@@ -130,19 +130,16 @@ class Dataset:
         self, split: str | None = None, language: str | None = None, ids: Iterable[str] | None = None
     ) -> np.ndarray:
         """Numbers (int32, ascending) of the recordings that match all that is given. DataError where none does."""
-        wanted = {"split": split, "language": language}
-        codes: dict[str, int] = {}
+        wanted = {name: value for name, value in (("split", split), ("language", language)) if value is not None}
         for name, value in wanted.items():
-            if value is not None:
-                if value not in self.totals(name):
-                    there = sorted(self.totals(name))
-                    raise DataError(f"{self.path}: no recording with {name} {value!r}; there are {there}")
-                codes[name] = self.index.labels[name][0].index(value)
+            if value not in self.index.labels[name][0]:
+                raise DataError(f"{self.path}: no recording with {name} {value!r}; there are {sorted(self.totals(name))}")
         chosen, begin = [], 0
         for number, chunk in enumerate(self.frames.chunks):
             keep = np.ones(len(chunk), bool)
-            for name, code in codes.items():
-                keep &= self.index.labels[name][1].chunks[number] == code
+            for name, value in wanted.items():
+                names, codes = self.index.labels[name]
+                keep &= codes.chunks[number] == names.index(value)
             chosen.append((np.flatnonzero(keep) + begin).astype(np.int32))
             begin += len(chunk)
         numbers = np.concatenate(chosen)
@@ -153,7 +150,7 @@ class Dataset:
                 raise DataError(f"{self.path}: no recording {missing[0]!r} ({len(missing)} ids are unknown)")
             numbers = np.intersect1d(numbers, np.array([n for n in found.values() if n is not None], np.int32))
         if not len(numbers):
-            asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
+            asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
             raise DataError(f"{self.path}: no recording with {asked} together")
         return numbers
 

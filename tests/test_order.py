@@ -56,7 +56,8 @@ def test_every_frame_is_in_exactly_one_piece_of_an_epoch(max_frames: int, epoch:
 
 
 def test_recordings_up_to_the_limit_stay_whole_and_short_ones_are_left_out() -> None:
-    order = CropOrder(np.array([99, 100, 300, 301]), 300, 100, 0, np.array([5, 6, 7, 8]))
+    frames = np.array([500] * 5 + [99, 100, 300, 301])
+    order = CropOrder(frames, 300, 100, 0, np.array([5, 6, 7, 8]))
     assert order.too_short == 1 and len(order) == 4
     crops = order.crops(0, np.arange(4))
     pieces = zip(crops.recording.tolist(), crops.start.tolist(), crops.stop.tolist(), strict=True)
