@@ -8,6 +8,7 @@ DIR/preparing.json, DIR/index-NNNNN.arrow, DIR/part-NNNNN.*    only while a data
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.errors import DataError
+from data.features import FeatureSettings
 from data.transcripts import Word
 
 FORMAT_VERSION = 2
@@ -89,6 +91,16 @@ def schema(num_mels: int, labels: pa.DataType | None = None) -> pa.Schema:
             ("excluded", EXCLUDED),
         ]
     )
+
+
+def described(recording: Recording) -> dict[str, Any]:
+    """A recording as the index's columns hold it: what is known of it besides its sound."""
+    row = {field.name: getattr(recording, field.name) for field in dataclasses.fields(Recording)}
+    if recording.words is not None:
+        row["words"] = [Word(*word)._asdict() for word in recording.words]
+    if recording.excluded is not None:
+        row["excluded"] = [{"start": start, "end": end} for start, end in recording.excluded]
+    return row
 
 
 def shard_name(number: int) -> str:
@@ -190,6 +202,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise DataError(f"{path}: expected a JSON object")
     return fields
+
+
+def head(features: FeatureSettings) -> dict[str, Any]:
+    """How dataset.json and preparing.json begin."""
+    return {"format_version": FORMAT_VERSION, "features": features.to_dict(), "feature_hash": features.hash()}
 
 
 def check_version(fields: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from data import index as ix
 from data.errors import DataError
+from data.features import FeatureSettings
 
 _OPEN_PARTS = 32
 
@@ -174,6 +175,14 @@ def read_part(path: Path, num_mels: int) -> pa.RecordBatch:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it and its shard, and prepare again") from error
     return batch
+
+
+def write_dataset(folder: Path, parts: Sequence[Path], features: FeatureSettings, name: str, shards: int) -> None:
+    """Merge the parts of an index, and write dataset.json: from then on the folder is a dataset."""
+    fields = merge_parts(parts, folder / ix.INDEX_FILE, features.num_mels, features.hash())
+    hours = fields["frames"] / features.frames_per_second / 3600
+    totals = {"shards": shards, "hours": hours}
+    ix.write_json(folder / ix.DATASET_FILE, {"name": name, **ix.head(features), **totals, **fields})
 
 
 def merge_parts(parts: Sequence[Path], path: Path, num_mels: int, feature_hash: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ preparation was interrupted.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -27,8 +26,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.index import Recording
-from data.index_file import merge_parts, read_part, write_part
-from data.transcripts import Word
+from data.index_file import read_part, write_dataset, write_part
 
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -114,16 +112,13 @@ class DatasetWriter:
         self.data_bytes += values.nbytes
         self.header_used += entry
         self.done_ids.add(recording.id)
-        words, excluded = recording.words, recording.excluded
-        row = {field.name: getattr(recording, field.name) for field in dataclasses.fields(Recording)} | {
+        row = ix.described(recording) | {
             "shard": self.shard,
             "offset": offset,
             "frames": len(values),
             "crc32": ix.checksums(values),
             "mean": mean,
             "std": std,
-            "words": None if words is None else [Word(*word)._asdict() for word in words],
-            "excluded": None if excluded is None else [{"start": start, "end": end} for start, end in excluded],
         }
         self.rows.append(row)
 
@@ -162,10 +157,7 @@ class DatasetWriter:
         if not indexes:
             (self.path / f"part-{self.part:05d}.json").unlink()
             raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
-        fields = merge_parts(indexes, self.path / ix.INDEX_FILE, self.features.num_mels, self.features.hash())
-        hours = fields["frames"] / self.features.frames_per_second / 3600
-        shards = {"shards": len(indexes), "hours": hours}
-        ix.write_json(self.path / ix.DATASET_FILE, {"name": self.name, **self._head(), **shards, **fields})
+        write_dataset(self.path, indexes, self.features, self.name, shards=len(indexes))
         self._remove_leftovers()
 
     def __enter__(self) -> DatasetWriter:
@@ -195,7 +187,7 @@ class DatasetWriter:
         if not begun and any(self.path.glob("shard-*")):
             raise DataError(f"{self.path} holds shards but no dataset was begun in it; choose a new folder")
         if not begun:
-            ix.write_json(self.path / ix.PREPARING_FILE, {**self._head(), "parts": self.parts})
+            ix.write_json(self.path / ix.PREPARING_FILE, {**ix.head(self.features), "parts": self.parts})
         for index in sorted(self.path.glob("index-*.arrow")):
             number = int(index.stem.removeprefix("index-"))
             if number % self.parts == self.part:
@@ -217,13 +209,6 @@ class DatasetWriter:
                 f"{self.path} was begun in {fields['parts']} parts, not {self.parts}: give the same number, or choose "
                 "another folder"
             )
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "format_version": ix.FORMAT_VERSION,
-            "features": self.features.to_dict(),
-            "feature_hash": self.features.hash(),
-        }
 
     def _temporary(self) -> Path:
         return self.path / f"{ix.shard_name(self.shard)}.tmp"

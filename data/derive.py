@@ -1,0 +1,91 @@
+"""A new dataset made of recordings of others: a choice of them, several joined, or with other labels and word times.
+
+The sound is not copied: shards are hard links where the file system allows, and a link and its origin are the same
+bytes for ever, since nobody writes to a finished shard. Only the index is new.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data import index as ix
+from data.errors import DataError
+from data.features import difference
+from data.index import Recording
+from data.index_file import write_dataset, write_part
+from data.shards import Dataset, open_dataset
+
+Entry = tuple[Dataset, int, Recording]
+"""(where the sound is, the recording's number there, what the new dataset says of it)."""
+
+
+def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = "") -> Dataset:
+    """Write a dataset of the given recordings; the folder appears when it is complete.
+
+    Args:
+        out: the new folder, which must not exist.
+        entries: any order; ids must differ. Taken one after another, so a generator keeps memory bounded.
+        name: what reports call it.
+    Raises:
+        DataError: `out` exists, datasets of different features, two recordings with one id, or none at all.
+    """
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists already: choose another folder, or delete it")
+    temporary = out.with_name(f".{out.name}.tmp")  # a killed attempt's remains make room for the next
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, entries, name or out.name)
+        os.replace(temporary, out)
+        ix.sync_folder(out.parent)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}); nothing of it is left, the sources are whole") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_dataset(out)
+
+
+def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
+    shards: dict[tuple[Path, int], int] = {}
+    first: Dataset | None = None
+    parts: list[Path] = []
+    remaining = iter(entries)
+    while some := list(islice(remaining, ix.BATCH_ROWS)):
+        first = first or some[0][0]
+        rows = []
+        for dataset, number, recording in some:
+            if differing := difference(first.features, dataset.features):
+                raise DataError(f"{first.path} and {dataset.path} differ in their features: {'; '.join(differing)}")
+            place = dataset.path, dataset.index.shard[number]
+            if place not in shards:
+                shards[place] = len(shards)
+                _link(dataset.path / ix.shard_name(place[1]), folder / ix.shard_name(shards[place]))
+            rows.append(_row(dataset, number) | ix.described(recording) | {"shard": shards[place]})
+        parts.append(folder / f"index-{len(parts):05d}.arrow")
+        write_part(parts[-1], {column: [row[column] for row in rows] for column in rows[0]}, first.features.num_mels)
+    if first is None:
+        raise DataError(f"{folder}: no recordings were chosen, there is nothing to write")
+    write_dataset(folder, parts, first.features, name, len(shards))
+    for part in parts:
+        part.unlink()
+
+
+def _row(dataset: Dataset, number: int) -> dict[str, Any]:
+    """What the index says of a recording's sound."""
+    index = dataset.index
+    numbers = {"offset": index.offset[number], "frames": index.frames[number]}
+    vectors = {column: index.vector(column, number) for column in ("mean", "std")}
+    return {**numbers, **vectors, "crc32": index.value("crc32", number)}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
