@@ -1,0 +1,176 @@
+"""Earnings-22 (Del Rio et al. 2022): 125 earnings calls from 27 countries, 119 hours, each a recording of its own.
+
+The published layout: FOLDER/metadata.csv, FOLDER/media/ID.mp3, FOLDER/transcripts/{nlp_references/ID.nlp,
+force_aligned_nlp_references/ID.aligned.nlp,normalizations/ID.norm.json}. The long-context paper's:
+FOLDER/{dev,test}_original/ID.mp3 and FOLDER/full_transcripts.json, an object of texts by ID.
+
+Two corpora, whose error rates do not compare: `earnings22`, the 6 + 6 calls of the usual dev and test lists, and
+`earnings22-full`, all calls.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from data.corpora.base import FileSource, check_choice
+from data.corpora.json_lines import is_file, text_field
+from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, written_or_spoken
+from data.corpora.text_files import existing_folder, numbered_lines, summary
+from data.errors import DataError
+from data.index import Recording
+from data.splits import published_split
+from data.word_times.base import read_json
+
+TRANSCRIPTS_FILE = "full_transcripts.json"
+_COLUMNS = {"country": "Country by Ticker", "dialect": "Major Dialect Family"}
+_ID = re.compile(r"[\w-][\w.-]*")
+_EVENT = re.compile(r"<[^<>]*>")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Earnings22FullSettings:
+    """All calls of Earnings-22, as one test set."""
+
+    folder: str = ""
+    """The folder earnings22 of the published repository, with metadata.csv, media and transcripts."""
+    text: Literal["written", "spoken"] = "written"
+    """Words as written ("2021"), or with every tagged token as it is most probably said ("twenty twenty one")."""
+    punctuation: bool = True
+    """Keep punctuation marks in the text; labels drop them on their own."""
+    speaker: Literal["country", "dialect", "none"] = "country"
+    """What stands as the speaker of a call, which has many: its company's country, the dialect family, or nothing."""
+
+    def __post_init__(self) -> None:
+        check_choice("text", self.text, ["written", "spoken"])
+        check_choice("speaker", self.speaker, [*_COLUMNS, "none"])
+
+
+@dataclass(frozen=True)
+class Earnings22Settings(Earnings22FullSettings):
+    """The 6 + 6 calls of the usual dev and test lists of Earnings-22."""
+
+    folder: str = ""
+    """The folder earnings22 of the published repository, with metadata.csv, media and transcripts; or the long-context
+    paper's earnings-22, with dev_original, test_original and full_transcripts.json."""
+    splits: list[str] = field(default_factory=lambda: ["dev", "test"])
+    """Which of the lists: dev, test."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for split in self.splits:
+            check_choice("splits", split, ["dev", "test"])
+
+
+def sources(settings: Earnings22Settings) -> list[FileSource]:
+    """The calls of the published lists, sorted by id. Raises DataError, naming what is missing or damaged."""
+    folder = existing_folder("folder", settings.folder)
+    lists = published_split("earnings22")
+    splits = {id: split for split in dict.fromkeys(settings.splits) for id in lists[split]}
+    if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
+        return _paper_layout(folder, splits, settings)
+    return _published_layout(folder, splits, _metadata(folder), settings)
+
+
+def sources_full(settings: Earnings22FullSettings) -> list[FileSource]:
+    """All calls that metadata.csv lists, sorted by id, as the split test. Raises DataError as `sources` does."""
+    folder = existing_folder("folder", settings.folder)
+    if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
+        raise DataError(
+            f"folder {folder} has the long-context paper's layout, with the calls of its dev and test lists alone: the "
+            "full set needs the published repository; or prepare the corpus earnings22"
+        )
+    metadata = _metadata(folder)
+    return _published_layout(folder, dict.fromkeys(metadata, "test"), metadata, settings)
+
+
+def _published_layout(
+    folder: Path, splits: Mapping[str, str], metadata: Mapping[str, Mapping[str, str]], settings: Earnings22FullSettings
+) -> list[FileSource]:
+    media = {id: folder / "media" / f"{id}.mp3" for id in sorted(splits)}
+    _check_media(media, folder)
+    listed = []
+    for id, path in media.items():
+        row = metadata.get(id)
+        if row is None:
+            raise DataError(f"{folder / 'metadata.csv'}: no row for the call {id}")
+        transcripts = folder / "transcripts"
+        aligned = transcripts / "force_aligned_nlp_references" / f"{id}.aligned.nlp"
+        spoken = None
+        if settings.text == "spoken":
+            spoken = read_normalizations(transcripts / "normalizations" / f"{id}.norm.json")
+        tokens = read_nlp(transcripts / "nlp_references" / f"{id}.nlp")
+        units = list(written_or_spoken(tokens, spoken, settings.punctuation))
+        recording = Recording(
+            id=id,
+            text=" ".join(word for _, words in units for word in words),
+            words=timed_words(units, read_nlp(aligned), str(aligned)) if is_file(aligned) else None,
+            language="en",
+            speaker="" if settings.speaker == "none" else row[_COLUMNS[settings.speaker]].strip(),
+            split=splits[id],
+        )
+        listed.append(FileSource(recording, path))
+    return listed
+
+
+def _paper_layout(folder: Path, splits: Mapping[str, str], settings: Earnings22Settings) -> list[FileSource]:
+    if settings.text == "spoken":
+        raise DataError(f"text is 'spoken': {folder / TRANSCRIPTS_FILE} has texts as written; use the published layout")
+    media = {id: folder / f"{splits[id]}_original" / f"{id}.mp3" for id in sorted(splits)}
+    _check_media(media, folder)
+    where = str(folder / TRANSCRIPTS_FILE)
+    texts = read_json(folder / TRANSCRIPTS_FILE)
+    listed = []
+    for id, path in media.items():
+        text = text_field(texts, id, where) if isinstance(texts, dict) else None
+        if text is None:
+            raise DataError(f"{where}: no text for the call {id}")
+        plain = " ".join(_EVENT.sub(" ", text).split())
+        listed.append(FileSource(Recording(id, plain, language="en", split=splits[id]), path))
+    return listed
+
+
+def _check_media(media: Mapping[str, Path], folder: Path) -> None:
+    """Raise DataError unless all audio is there, and is audio: an evaluation of some of the calls is another one."""
+    if not media:
+        raise DataError(f"{folder}: lists no call")
+    missing = [id for id, path in media.items() if not is_file(path)]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(media)} calls have no audio below {folder}: {summary(missing)}; "
+            f"expected {media[missing[0]]}"
+        )
+    for path in media.values():
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise DataError(f"{path}: a pointer of git-lfs and not the audio: run `git lfs pull` in the repository")
+
+
+def _metadata(folder: Path) -> dict[str, dict[str, str]]:
+    """The rows of metadata.csv by call. Raises DataError naming the file and the line."""
+    path = folder / "metadata.csv"
+    rows: dict[str, dict[str, str]] = {}
+    header: list[str] = []
+    for where, line in numbered_lines(path):
+        try:
+            fields = next(csv.reader([line], strict=True))
+        except csv.Error as error:
+            raise DataError(f"{where}: not CSV ({error}): {line[:80]!r}") from error
+        if not header:
+            header = fields
+            missing = [name for name in ("File ID", *_COLUMNS.values()) if name not in header]
+            if missing:
+                raise DataError(f"{where}: no column {missing[0]!r}; is {folder} the folder earnings22?")
+            continue
+        if len(fields) != len(header):
+            raise DataError(f"{where}: {len(fields)} fields, the first line has {len(header)}: {line[:80]!r}")
+        row = dict(zip(header, fields, strict=True))
+        if not _ID.fullmatch(row["File ID"]) or row["File ID"] in rows:
+            raise DataError(f"{where}: File ID is {row['File ID'][:60]!r}, expected a name that is in no other line")
+        rows[row["File ID"]] = row
+    return rows

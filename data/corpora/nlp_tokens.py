@@ -1,0 +1,244 @@
+"""The transcripts of Rev's corpora: `.nlp` token tables, their force-aligned form, and `.norm.json` spoken forms.
+
+A table has a token a line, columns separated by `|`. Tokens that are written in one way and said in another carry a tag
+(`['15:YEAR']`); the normalisation file gives the ways to say it, with probabilities. The aligned table is of the words
+as said, with times; the two tables are walked side by side, so that the words as written have times too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from data.corpora.text_files import numbered_lines
+from data.errors import DataError
+from data.transcripts import Word
+from data.word_times.base import probability, read_json, seconds
+
+_COLUMNS = ("token", "ts", "endTs", "punctuation", "prepunctuation", "tags")
+_TAGS = re.compile(r"\[('(\d+):[^',\]]*'(, *'\d+:[^',\]]*')*)?\]")
+# What the aligner remarks on words whose time it knows: one token was replaced by its spoken form, word for word.
+_HARMLESS = frozenset(("", "direct"))
+# Units that two transcripts of a call may differ by at one place.
+_LONGEST_DIFFERENCE = 40
+
+_Time = tuple[float, float, float]  # start, end, confidence
+
+
+@dataclass(frozen=True)
+class NlpToken:
+    """A line of a token table."""
+
+    token: str
+    prepunctuation: str
+    punctuation: str
+    tag: str
+    """Number of its normalisation; "" where it has none."""
+    start: float | None = None
+    end: float | None = None
+    guessed: bool = False
+    """The aligner says that it did not find the word: its time is a guess."""
+
+    @property
+    def event(self) -> bool:
+        """<inaudible>, <crosstalk>, <unk>, ...: not a word."""
+        return self.token.startswith("<") and self.token.endswith(">")
+
+
+def read_nlp(path: Path) -> list[NlpToken]:
+    """A table of tokens, aligned or not. Raises DataError naming the file and the line."""
+    lines = numbered_lines(path)
+    where, header = next(lines, (f"{path}:1", ""))
+    columns = header.split("|")
+    missing = [name for name in _COLUMNS if name not in columns]
+    if missing:
+        raise DataError(f"{where}: no column {missing[0]!r} in {header[:80]!r}; is this a table of tokens?")
+    return [_token(dict(zip(columns, _fields(line, len(columns), where), strict=True)), where) for where, line in lines]
+
+
+def _fields(line: str, count: int, where: str) -> list[str]:
+    fields = line.split("|")
+    if len(fields) != count:
+        raise DataError(f"{where}: {len(fields)} fields, the first line has {count}: {line[:80]!r}")
+    if not line.replace("\t", " ").isprintable():
+        raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
+    return fields
+
+
+def _token(fields: Mapping[str, str], where: str) -> NlpToken:
+    token = fields["token"].strip()
+    if not token:
+        raise DataError(f"{where}: an empty token")
+    tags = _TAGS.fullmatch(fields["tags"].strip())
+    if tags is None:
+        raise DataError(f"{where}: tags are {fields['tags'][:60]!r}, expected ['NUMBER:CLASS'] or []")
+    # A word that the aligner deleted has no time.
+    start, end = (seconds(fields[name], where) if fields[name].strip() else None for name in ("ts", "endTs"))
+    for name, value in (("ts", start), ("endTs", end)):
+        if value is not None and not 0 <= value < math.inf:
+            raise DataError(f"{where}: {name} is {value}, expected seconds, 0 or more")
+    guessed = not _HARMLESS.issuperset(part.strip() for part in fields.get("ali_comment", "").split(","))
+    return NlpToken(token, fields["prepunctuation"], fields["punctuation"], tags.group(2) or "", start, end, guessed)
+
+
+def read_normalizations(path: Path) -> dict[str, list[str]]:
+    """Tag number -> the words of its most probable spoken form (the first of equals; it may have no words).
+
+    Raises DataError naming the file and the tag.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object of normalisations by number")
+    best = {}
+    for tag, entry in content.items():
+        where = f"{path}: normalisation {tag[:20]!r}"
+        candidates = entry.get("candidates") if isinstance(entry, dict) else None
+        if not isinstance(candidates, list) or not candidates:
+            raise DataError(f"{where}: no list of candidates")
+        forms = [_candidate(candidate, f"{where}, candidate {n}") for n, candidate in enumerate(candidates)]
+        best[tag] = max(forms, key=lambda form: form[0])[1]
+    return best
+
+
+def _candidate(candidate: object, where: str) -> tuple[float, list[str]]:
+    fields = candidate if isinstance(candidate, dict) else {}
+    words, likely = fields.get("verbalization"), probability(fields.get("probability"), where)
+    if likely is None or not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
+        raise DataError(f"{where}: expected a probability and a verbalization of words")
+    if not all(word.isprintable() for word in words):
+        raise DataError(f"{where}: a control character in {words}")
+    return likely, [word.strip() for word in words]
+
+
+def written_or_spoken(
+    tokens: Sequence[NlpToken], spoken: Mapping[str, Sequence[str]] | None, punctuation: bool
+) -> Iterator[tuple[str, list[str]]]:
+    """The transcript in units: tokens with the same tag together, any other token alone.
+
+    Args:
+        spoken: spoken forms by tag (`read_normalizations`); None: the words as written.
+        punctuation: whether marks stay, written to their words.
+    Yields:
+        (key by which the unit is found in another table of the same call, its words; none for an event).
+    """
+    for tag, group in groupby(enumerate(tokens), key=lambda pair: pair[1].tag or -pair[0] - 1):
+        unit = [token for _, token in group]
+        key = tag if isinstance(tag, str) else unit[0].token.strip("<>").lower()
+        if all(token.event for token in unit):
+            yield key, []
+            continue
+        replaced = spoken.get(str(tag)) if spoken is not None else None
+        if replaced is None:
+            yield key, [_marked([t.token], t, t, punctuation)[0] for t in unit if not t.event]
+        else:
+            yield key, _marked(list(replaced), unit[0], unit[-1], punctuation)
+
+
+def _marked(words: list[str], first: NlpToken, last: NlpToken, punctuation: bool) -> list[str]:
+    """Words with the marks in front of the first token and behind the last one."""
+    if punctuation and words:
+        words[0] = first.prepunctuation.strip() + words[0]
+        words[-1] += last.punctuation.strip()
+    return words
+
+
+def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpToken], name: str) -> list[Word]:
+    """Every word of the units with its time from the aligned table, sorted by start.
+
+    Confidence is 1 where the aligner found the word, 0 where the time is a guess: the aligner's own, or ours, which
+    spreads words without a time over the gap between their neighbours.
+
+    Raises DataError naming the call where the two tables have less than half of their units in common.
+    """
+    times_of: list[list[NlpToken]] = []
+    keys = []
+    for tag, group in groupby(enumerate(aligned), key=lambda pair: pair[1].tag or -pair[0] - 1):
+        times_of.append([token for _, token in group])
+        keys.append(tag if isinstance(tag, str) else times_of[-1][0].token.strip("<>").lower())
+    found = _match([key for key, _ in units], keys)
+    if 2 * sum(place is not None for place in found) < len(units):
+        raise DataError(f"{name}: its transcript and its aligned transcript are not of the same call")
+    words: list[str] = []
+    times: list[_Time | None] = []
+    for (_, spelled), place in zip(units, found, strict=True):
+        words += spelled
+        times += _shared_out(len(spelled), [] if place is None else times_of[place])
+    filled = _filled(_in_order(times))
+    return [Word(word, *time) for word, time in zip(words, filled, strict=True)]
+
+
+def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
+    """For every key of a, its place in b: both are walked, and where they differ, the nearest two equal keys sought."""
+    places: list[int | None] = [None] * len(a)
+    i = j = 0
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            places[i] = j
+            i, j = i + 1, j + 1
+            continue
+        skips = ((n, d - n) for d in range(1, _LONGEST_DIFFERENCE) for n in range(d + 1))
+        m, n = next(((m, n) for m, n in skips if a[i + m : i + m + 2] == b[j + n : j + n + 2]), (1, 1))
+        i, j = i + m, j + n
+    return places
+
+
+def _shared_out(count: int, tokens: Sequence[NlpToken]) -> list[_Time | None]:
+    """The times of `count` words that the aligner has as these tokens, perhaps in another number."""
+    known = [
+        (t.start, t.end, 0.0 if t.guessed else 1.0) if t.start is not None and t.end is not None else None
+        for t in tokens
+    ]
+    known = [time if time and time[0] <= time[1] else None for time in known]
+    if count == len(known):
+        return list(known)
+    timed = [time for time in known if time]
+    if not timed:
+        return [None] * count
+    start, end = timed[0][0], max(timed[0][0], timed[-1][1])
+    if count == 1:
+        return [(start, end, min(time[2] for time in timed) if len(timed) == len(known) else 0.0)]
+    step = (end - start) / max(count, 1)
+    return [(start + n * step, start + (n + 1) * step, 0.0) for n in range(count)]
+
+
+def _in_order(times: Sequence[_Time | None]) -> list[_Time | None]:
+    """Without the times that are out of order: a longest run of starts that do not fall stays."""
+    ends: list[float] = []  # the least start that a run of each length can end with
+    tops: list[int] = []  # its word
+    before: dict[int, int] = {}  # the word in front of a word, in the longest run that it ends
+    for number, time in enumerate(times):
+        if time is not None:
+            length = bisect_right(ends, time[0])
+            before[number] = tops[length - 1] if length else -1
+            ends[length : length + 1], tops[length : length + 1] = [time[0]], [number]
+    kept = set()
+    number = tops[-1] if tops else -1
+    while number >= 0:
+        kept.add(number)
+        number = before[number]
+    return [time if n in kept else None for n, time in enumerate(times)]
+
+
+def _filled(times: Sequence[_Time | None]) -> list[_Time]:
+    """With words that have no time spread evenly over the gap between their neighbours."""
+    filled: list[_Time] = []
+    number = 0
+    while number < len(times):
+        time = times[number]
+        if time is not None:
+            filled.append(time)
+            number += 1
+            continue
+        after = next((n for n in range(number, len(times)) if times[n] is not None), len(times))
+        left = filled[-1][1] if filled else 0.0
+        right = times[after][0] if after < len(times) else left  # type: ignore[index]
+        left = min(left, right)
+        step = (right - left) / (after - number)
+        filled += [(left + n * step, left + (n + 1) * step, 0.0) for n in range(after - number)]
+        number = after
+    return filled
