@@ -8,12 +8,12 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from data.features import FeatureSettings, LogMel
 from data.index import Recording
 from data.transcripts import check_word_times
 
-# Results that may wait for their turn, for each worker: enough that no worker idles while a long recording is done, few
-# enough that hours of features never pile up in memory.
+# Results that may wait for their turn, for each worker and in bytes: enough that no worker idles while a long recording
+# is done, few enough that hours of features never pile up in memory.
 _WAITING_PER_WORKER = 8
+_WAITING_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,33 @@ class Skipped:
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
-    """Load one source and compute its log-mel; a DataError on the way makes it a skipped one."""
+    """Load one source and compute its log-mel; a DataError or a want of memory on the way makes it a skipped one.
+
+    Sound that comes in blocks is never held whole: only the float16 features grow with its length.
+    """
+    values = bytearray()
     try:
         utterance = source.load(features)
         recording = utterance.recording
-        check_word_times(recording.words or (), len(utterance.waveform) / features.sample_rate, recording.id)
-        log_mel = _log_mel(features)(utterance.waveform)
+        sound = [utterance.waveform] if hasattr(utterance.sound, "shape") else utterance.sound
+        for block in _log_mel(features).blocks(sound):
+            values += block.to(torch.float16).numpy().data
+        log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
+        check_word_times(recording.words or (), len(log_mel) / features.frames_per_second, recording.id)
     except DataError as error:
         return Skipped(source.id, str(error))
-    return Extracted(recording, log_mel.to(torch.float16).numpy())
+    except MemoryError:
+        return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
+    return Extracted(recording, log_mel)
 
 
 def extract_all(
-    sources: Iterable[Source], features: FeatureSettings, workers: int
+    sources: Sequence[Source], features: FeatureSettings, workers: int
 ) -> Generator[Extracted | Skipped, None, None]:
     """`extract` of every source, in order; with more than one worker in that many processes.
 
-    Raises DataError when a worker process dies.
+    A source whose worker process dies (a fault in a decoder, a want of memory) is tried once more, then skipped.
+    Raises RuntimeError, with the traceback of the worker, for what is neither a DataError nor a death.
     """
     if workers == 1:
         threads = torch.get_num_threads()
@@ -74,41 +85,167 @@ def extract_all(
         finally:
             torch.set_num_threads(threads)
         return
-    # Processes, as the synthesiser is not thread-safe; forked from a server that has imported torch once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = _Pool(sources, features, workers)
     try:
-        remaining = iter(sources)
-        waiting: deque[Future[Extracted | Skipped]] = deque(
-            pool.submit(extract, source, features) for source in islice(remaining, workers * _WAITING_PER_WORKER)
-        )
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(extract, source, features) for source in islice(remaining, 1))
-            yield result
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, most likely for want of memory; what is finished is kept: run the same command "
-            f"again with fewer than {workers} --workers"
-        ) from error
+        yield from pool.results()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.stop()
 
 
-def _start_worker() -> None:
+class _Pool:
+    """A thread for every worker process. It takes the next source, so a process that dies had that one alone."""
+
+    def __init__(self, sources: Sequence[Source], features: FeatureSettings, workers: int) -> None:
+        self.sources = sources
+        self.taken = 0
+        self.waiting: dict[int, Extracted | Skipped | RuntimeError] = {}
+        self.waiting_bytes, self.most_waiting = 0, workers * _WAITING_PER_WORKER
+        self.changed = threading.Condition()
+        self.stopping = False
+        self.workers = [_Worker(features) for _ in range(workers)]
+        self.threads = [threading.Thread(target=self._serve, args=(worker,)) for worker in self.workers]
+        for thread in self.threads:
+            thread.start()
+
+    def results(self) -> Generator[Extracted | Skipped, None, None]:
+        """In the order of the sources."""
+        for number in range(len(self.sources)):
+            with self.changed:
+                while number not in self.waiting:
+                    self.changed.wait()
+                result = self.waiting.pop(number)
+                self.waiting_bytes -= _size(result)
+                self.changed.notify_all()
+            if isinstance(result, RuntimeError):
+                raise result
+            yield result
+
+    def stop(self) -> None:
+        """End all processes, at once, and their threads."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+        for worker in self.workers:
+            worker.stop()
+        for thread in self.threads:
+            thread.join()
+
+    def _serve(self, worker: _Worker) -> None:
+        while True:
+            with self.changed:
+                # The earliest missing result is always among those under way: it cannot wait for those that wait.
+                self.changed.wait_for(self._may_go_on)
+                if self.stopping or self.taken == len(self.sources):
+                    return
+                number = self.taken
+                self.taken += 1
+            source = self.sources[number]
+            # For an exception that is not foreseen: Python prints it, and `results` must not wait for ever.
+            result: Any = RuntimeError(f"recording {source.id!r} could not be handed to a worker process")
+            try:
+                result = worker.extract(source)
+            finally:
+                with self.changed:
+                    self.waiting[number] = result
+                    self.waiting_bytes += _size(result)
+                    self.changed.notify_all()
+
+    def _may_go_on(self) -> bool:
+        return self.stopping or (len(self.waiting) < self.most_waiting and self.waiting_bytes < _WAITING_BYTES)
+
+
+class _Worker:
+    """A process that extracts one recording at a time; started when it is first needed, and again when it has died."""
+
+    def __init__(self, features: FeatureSettings) -> None:
+        # Processes, as the synthesiser is not thread-safe; forked from a server that has imported torch once.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([__name__])
+        self.features = features
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.process: ForkServerProcess | None = None
+
+    def extract(self, source: Source) -> Extracted | Skipped | RuntimeError:
+        """As the function of that name; gives a RuntimeError with the worker's traceback for any other exception."""
+        how = ""
+        for _ in range(2):  # another process may have taken the memory that this one lacked
+            try:
+                connection = self._connection()
+                connection.send(source)
+                answer = connection.recv()
+                if isinstance(answer, Recording):
+                    values = np.frombuffer(connection.recv_bytes(), np.float16)
+                    return Extracted(answer, values.reshape(-1, self.features.num_mels))
+            except (EOFError, OSError):
+                how = self._bury()
+                continue
+            if isinstance(answer, Skipped):
+                return answer
+            return RuntimeError(f"recording {source.id!r} met a mistake in this program:\n{answer}")
+        return Skipped(source.id, f"{source.id}: two worker processes died while they read it ({how})")
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            if self.process is not None:
+                self.process.kill()
+
+    def _connection(self) -> Connection:
+        with self.lock:
+            if self.stopped:
+                raise EOFError
+            if self.process is None:
+                self.connection, theirs = self.context.Pipe()
+                self.process = self.context.Process(target=_work, args=(theirs, self.features), daemon=True)
+                self.process.start()
+                theirs.close()  # the process has it alone, so that its death is the end of what can be read
+            return self.connection
+
+    def _bury(self) -> str:
+        """What the dead process died of."""
+        with self.lock:
+            if self.process is None:
+                return "stopped"
+            self.process.kill()  # it may be alive, and have closed its end
+            self.process.join()
+            code, self.process = self.process.exitcode or 0, None
+            self.connection.close()
+        if code == -signal.SIGKILL:
+            return "SIGKILL, most likely for want of memory: prepare with fewer --workers"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _work(connection: Connection, features: FeatureSettings) -> None:
+    """The life of a worker process: answers every source with a Recording and its features, or a Skipped, or a str."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group: the main process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        source = connection.recv()
+        try:
+            result = extract(source, features)
+        except BaseException:  # a bug: the main process shows it
+            connection.send(traceback.format_exc())
+            raise
+        if isinstance(result, Skipped):
+            connection.send(result)
+        else:
+            connection.send(result.recording)
+            connection.send_bytes(result.log_mel.reshape(-1).view(np.uint8).data)
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever."""
+    """A worker whose main process was killed would work on for nobody."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def _size(result: Any) -> int:
+    return result.log_mel.nbytes if isinstance(result, Extracted) else 0
 
 
 @functools.cache

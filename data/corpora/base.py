@@ -8,17 +8,19 @@ process, and is loaded there; loading the same source twice gives the same numbe
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import soundfile
+import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.features import READ_SECONDS, FeatureSettings, read_audio, resample
+from data.features import FeatureSettings, audio_blocks
 from data.index import Recording
 
 SPLITS = ("train", "dev", "test")
@@ -26,11 +28,22 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Utterance:
-    """A loaded recording: what is known of it, and its sound."""
+    """A loaded recording: what is known of it, and its sound, at the feature settings' sample rate."""
 
     recording: Recording
-    waveform: Tensor
-    """float32 [samples] at the feature settings' sample rate."""
+    sound: Tensor | Iterator[Tensor]
+    """float32 [samples]: all of them, or blocks of them in order, so that hours need not be held."""
+
+    @functools.cached_property
+    def waveform(self) -> Tensor:
+        """float32 [samples]: all of the sound in one tensor. Ask for it or read the blocks, not both."""
+        return torch.as_tensor(self.sound) if hasattr(self.sound, "shape") else torch.cat(list(self.sound))
+
+    @classmethod
+    def read(cls, recording: Recording, blocks: Iterator[Tensor]) -> Utterance:
+        """From a decoder's blocks. What is wrong with the beginning of the sound, or a short one, is raised here."""
+        first = list(islice(blocks, 2))
+        return cls(recording, first[0] if len(first) == 1 else chain(first, blocks))
 
 
 class Source(Protocol):
@@ -56,7 +69,7 @@ class FileSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        return Utterance(self.recording, read_audio(self.path, features))
+        return Utterance.read(self.recording, audio_blocks(self.path, features))
 
 
 @dataclass(frozen=True)
@@ -73,24 +86,8 @@ class SegmentSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Read the stretch alone, as `read_audio` reads a file. Raises DataError when the file cannot give it."""
-        try:
-            with soundfile.SoundFile(self.path) as audio:
-                rate = audio.samplerate
-                first, wanted = round(self.start * rate), round(self.duration * rate)
-                if first >= audio.frames:
-                    raise DataError(f"{self.path}: ends before the segment's start at {self.start} s")
-                audio.seek(first)
-                blocks = []
-                while wanted > 0:
-                    block = audio.read(min(wanted, READ_SECONDS * rate), dtype="float32", always_2d=True)
-                    if not len(block):
-                        raise DataError(f"{self.path}: ends before the segment's end, {self.start} + {self.duration} s")
-                    blocks.append(block.mean(axis=1))
-                    wanted -= len(block)
-        except (soundfile.SoundFileError, RuntimeError, OSError) as error:
-            raise DataError(f"{self.path}: cannot be read as audio ({error}); repair or remove it") from error
-        return Utterance(self.recording, resample(blocks, rate, features.sample_rate))
+        """Read the stretch alone, as a file is read. Raises DataError when the file cannot give it."""
+        return Utterance.read(self.recording, audio_blocks(self.path, features, None, self.start, self.duration))
 
 
 @dataclass(frozen=True)
