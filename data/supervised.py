@@ -1,20 +1,21 @@
-"""The crops of labelled training: recordings whole, long ones cut between their words."""
+"""The crops of labelled training: recordings whole, long ones and those with excluded stretches cut between words."""
 
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data.cutting import CuttingSettings, cut_recording
 from data.errors import DataError
 from data.order import CropTable
 from data.shards import Dataset
-from data.transcripts import Word, label_text
+from data.transcripts import label_text
 
-# A pause longer than this many seconds is cut half as far from either word, and what lies between is left out.
-LONG_PAUSE = 1.0
+Normalise = Callable[[str, str], str]
 
 
 class FixedCrops(CropTable):
@@ -63,78 +64,82 @@ def supervised_crops(
     max_frames: int,
     min_frames: int,
     seed: int = 0,
-    normalise: Callable[[str, str], str] = label_text,
+    normalise: Normalise = label_text,
+    cutting: CuttingSettings | None = None,
 ) -> FixedCrops:
-    """The crops of labelled training: recordings whole, or cut between words where they exceed max_frames.
+    """The crops of labelled training: recordings whole, or cut between words (`data.cutting`).
 
-    No word is split: cuts lie in the middle of a gap between two words. What cannot be used is left out, counted in
-    `left_out` and logged as a warning: long recordings without word times, words longer than max_frames, crops below
-    min_frames or without a word.
+    Cut are those that exceed max_frames or have excluded stretches. What cannot be used is left out, counted in
+    `left_out` and logged as a warning: such recordings without word times, words that a cut could not spare, crops
+    below min_frames or without a word. Also logged is how many of the recordings that were cut have words that do not
+    make up their transcript: crops are labelled with the words, whole recordings with the transcript.
 
     Args:
         recordings: int [N], numbers of the recordings (`dataset.select(...)`).
         normalise: (text, language) -> label; a crop whose label is empty is left out.
+        cutting: what happens to a word at a cut; by default `CuttingSettings()`.
     Raises:
         DataError: recordings without a transcript (counted, the first named), or nothing is left.
     """
-    texts = [dataset.text(i) for i in recordings]
-    silent = [int(i) for i, text in zip(recordings, texts, strict=True) if text is None]
-    if silent:
-        raise DataError(
-            f"{dataset.path}: {len(silent)} of {len(texts)} recordings have no transcript, the first is "
-            f"{dataset.id(silent[0])!r}; select others, or prepare the dataset with its transcripts"
-        )
-    table: list[tuple[int, int, int, str]] = []
+    columns = array("q"), array("q"), array("q")  # 64-bit integers, which numpy then takes as they are
+    labels: list[str] = []
     left_out: Counter[str] = Counter()
-    for recording, text in zip(recordings.tolist(), texts, strict=True):
-        frames = int(dataset.frames[recording])
-        pieces = [(0, frames, str(text))]
-        if frames > max_frames:
-            words = dataset.words(recording)
-            if not words:
-                left_out["long recordings without word times"] += 1
-                continue
-            pieces, skipped = cut_between_words(words, frames, max_frames, dataset.features.frames_per_second)
-            left_out["words longer than a crop"] += skipped
-        language = dataset.language(recording)
+    silent, disagreeing = [], []
+    for recording in recordings.tolist():
+        text = dataset.text(recording)
+        if text is None:
+            silent.append(recording)
+            continue
+        pieces, lost, agree = _pieces(dataset, recording, text, max_frames, normalise, cutting)
+        left_out += lost
+        if not agree:
+            disagreeing.append(recording)
         for start, stop, piece in pieces:
-            label = normalise(piece, language)
+            label = normalise(piece, dataset.language(recording))
             if stop - start < min_frames:
                 left_out["crops that are too short"] += 1
             elif not label:
                 left_out["crops without a word"] += 1
             else:
-                table.append((recording, start, stop, label))
-    left_out += Counter()  # drops the zeros
+                for column, value in zip(columns, (recording, start, stop), strict=True):
+                    column.append(value)
+                labels.append(label)
+    if silent:
+        raise DataError(
+            f"{dataset.path}: {len(silent)} of {len(recordings)} recordings have no transcript, the first is "
+            f"{dataset.id(silent[0])!r}; select others, or prepare the dataset with its transcripts"
+        )
+    log = logging.getLogger(__name__)
     if left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        logging.getLogger(__name__).warning("%s: left out of training: %s", dataset.path, counts)
-    if not table:
+        log.warning("%s: left out of training: %s", dataset.path, counts)
+    if disagreeing:
+        message = "%s: the words of %d long recordings do not make up their transcripts, the first is %r"
+        log.warning(message, dataset.path, len(disagreeing), dataset.id(disagreeing[0]))
+    if not labels:
         raise DataError(f"{dataset.path}: no crop of {min_frames} to {max_frames} frames with a transcript: {left_out}")
-    recording_column, start_column, stop_column, labels = (list(column) for column in zip(*table, strict=True))
-    return FixedCrops(recording_column, start_column, stop_column, labels, seed, dict(left_out))
+    numbers, starts, stops = (np.frombuffer(column, np.int64) for column in columns)
+    return FixedCrops(numbers, starts, stops, labels, seed, dict(left_out))
 
 
-def cut_between_words(
-    words: list[Word], frames: int, max_frames: int, frames_per_second: float
-) -> tuple[list[tuple[int, int, str]], int]:
-    """Cut a long recording into pieces (start, stop, text) of at most max_frames; and how many words fitted nowhere."""
-    places = [0]
-    edges = [0.0, *(edge for _, start, end, _ in words for edge in (start, end)), frames / frames_per_second]
-    for end, start in zip(edges[::2], edges[1::2], strict=True):
-        margin = min(start - end, LONG_PAUSE) / 2
-        if margin >= 0:  # overlapping words are not parted
-            places += [round((end + margin) * frames_per_second), round((start - margin) * frames_per_second)]
-    places = sorted({min(place, frames) for place in places} | {frames})
-    pieces, skipped, begin = [], 0, 0
-    middles = np.array([(start + end) / 2 * frames_per_second for _, start, end, _ in words])
-    while begin < len(places) - 1:
-        start = places[begin]
-        last = int(np.searchsorted(places, start + max_frames, side="right")) - 1
-        inside = [words[i][0] for i in np.flatnonzero((middles >= start) & (middles < places[max(last, begin + 1)]))]
-        if last == begin:
-            skipped += len(inside)
-        elif inside:
-            pieces.append((start, places[last], " ".join(inside)))
-        begin = max(last, begin + 1)
-    return pieces, skipped
+def _pieces(
+    dataset: Dataset,
+    recording: int,
+    text: str,
+    max_frames: int,
+    normalise: Normalise,
+    cutting: CuttingSettings | None,
+) -> tuple[list[tuple[int, int, str]], Counter[str], bool]:
+    """(start, stop, text) of a recording's crops, what was left out, and whether its words make up its transcript."""
+    frames = int(dataset.frames[recording])
+    excluded = dataset.excluded(recording) or []
+    if frames <= max_frames and not excluded:
+        return [(0, frames, text)], Counter(), True
+    words = dataset.words(recording)
+    if not words:
+        kind = "recordings with excluded stretches" if excluded else "long recordings"
+        return [], Counter({f"{kind} without word times": 1}), True
+    cut = cut_recording(words, frames, max_frames, dataset.features.frames_per_second, cutting, excluded)
+    said, language = " ".join(word.word for word in words), dataset.language(recording)
+    agree = normalise(said, language) == normalise(text, language)
+    return list(zip(cut.start, cut.stop, cut.texts, strict=True)), cut.left_out, agree
