@@ -1,0 +1,309 @@
+"""Ways to store log-mel in fewer bytes, measured: `python -m benchmarks.compression --dataset DIR`.
+
+Recordings, joined until they are as long as asked, are cut into blocks and written to a file, once for each candidate.
+The table gives its size relative to plain float16; the greatest and the rms error, in standard deviations of the bin;
+the speed of encoding; and of reading crops at random places with one `pread` each, from page cache, in CPU time on one
+core. The candidates take turns in every round; a time is the median of the rounds. What `data.compression` offers
+stands first, at several block sizes and levels; then what it was chosen from.
+
+With `--model EXPORT`, the recogniser of a CTC run decodes the test recordings from plain and from every lossy
+candidate's values, by evaluate.py. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from data.compression import BLOCK_FRAMES, Codec, decode, encode
+from data.shards import Dataset, DatasetWriter, open_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = (256, 512, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to store blocks."""
+
+    name: str
+    encode: Callable[[np.ndarray], bytes]
+    """float16 [n, M] to bytes"""
+    decode: Callable[[bytes, np.ndarray], None]
+    """fills float16 [n, M]"""
+    block: int = BLOCK_FRAMES
+    """frames of a block"""
+
+
+def ours(codec: Codec, block: int = BLOCK_FRAMES, level: int = 1) -> Candidate:
+    def fill(data: bytes, out: np.ndarray) -> None:
+        decode(data, codec, out)
+
+    return Candidate(
+        f"{codec}, blocks of {block}, level {level}", partial(encode, codec=codec, level=level), fill, block
+    )
+
+
+def copied() -> Candidate:
+    def fill(data: bytes, out: np.ndarray) -> None:
+        out.reshape(-1)[:] = np.frombuffer(data, np.float16)
+
+    return Candidate("plain float16", lambda values: values.tobytes(), fill)
+
+
+def differences(bits: np.ndarray) -> np.ndarray:
+    return np.diff(bits, axis=0, prepend=np.zeros_like(bits[:1]))
+
+
+def rearranged(
+    name: str, arrange: Callable[[np.ndarray], np.ndarray], restore: Callable[[np.ndarray, np.ndarray], None]
+) -> Candidate:
+    """One zstd frame of the bits uint16 [n, M], rearranged; `restore(bytes, bits)` fills them again."""
+
+    def pack(values: np.ndarray) -> bytes:
+        return pa.Codec("zstd", compression_level=1).compress(arrange(values.view(np.uint16)).tobytes(), asbytes=True)
+
+    def fill(data: bytes, out: np.ndarray) -> None:
+        raw = pa.Codec("zstd").decompress(data, decompressed_size=out.nbytes)
+        restore(np.frombuffer(raw, np.uint8), out.view(np.uint16))
+
+    return Candidate(name, pack, fill)
+
+
+def shuffled(differ: bool, transpose: bool) -> Candidate:
+    def arrange(bits: np.ndarray) -> np.ndarray:
+        bits = differences(bits) if differ else bits
+        return np.ascontiguousarray(bits.T if transpose else bits).reshape(-1).view(np.uint8).reshape(-1, 2).T
+
+    def restore(raw: np.ndarray, bits: np.ndarray) -> None:
+        low, high = raw.reshape(2, *(bits.shape[::-1] if transpose else bits.shape))
+        values = np.left_shift(high, 8, dtype=np.uint16)
+        values |= low
+        bits[:] = values.T if transpose else values
+        if differ:
+            np.add.accumulate(bits, axis=0, out=bits)
+
+    name = "shuffle-zstd in one frame" + ", differences" * differ + ", bin by bin" * transpose
+    return rearranged(name, arrange, restore)
+
+
+def bit_planes() -> Candidate:
+    def arrange(bits: np.ndarray) -> np.ndarray:
+        signed = differences(bits).view(np.int16)
+        folded = ((signed << 1) ^ (signed >> 15)).astype(">u2")  # small differences of both signs: high bits are 0
+        return np.packbits(np.unpackbits(folded.reshape(-1).view(np.uint8)).reshape(-1, 16).T)
+
+    def restore(raw: np.ndarray, bits: np.ndarray) -> None:
+        pairs = np.packbits(np.ascontiguousarray(np.unpackbits(raw).reshape(16, -1).T))
+        folded = pairs.view(">u2").astype(np.uint16).reshape(bits.shape)
+        signed = (folded >> 1) ^ (np.uint16(0) - (folded & np.uint16(1)))
+        np.add.accumulate(signed, axis=0, out=bits)
+
+    return rearranged("bit planes of differences", arrange, restore)
+
+
+def quantised(bits: int, zstd: bool, differ: bool) -> Candidate:
+    """As `uint8`, with 2^bits steps; without zstd every step takes a byte."""
+    codec = pa.Codec("zstd", compression_level=1)
+
+    def pack(values: np.ndarray) -> bytes:
+        bounds = np.stack([values.min(axis=0), values.max(axis=0)])
+        lowest, highest = bounds.astype(np.float32)
+        step = np.maximum(highest - lowest, 1e-9) / (2**bits - 1)
+        steps = np.rint((values - lowest) / step).astype(np.uint8)
+        steps = differences(steps) if differ else steps
+        return bounds.tobytes() + (codec.compress(steps.tobytes(), asbytes=True) if zstd else steps.tobytes())
+
+    def fill(data: bytes, out: np.ndarray) -> None:
+        size = 4 * out.shape[1]
+        lowest, highest = np.frombuffer(data, np.float16, 2 * out.shape[1]).reshape(2, -1).astype(np.float32)
+        raw = codec.decompress(data[size:], decompressed_size=out.size) if zstd else data[size:]
+        steps = np.frombuffer(bytearray(raw), np.uint8).reshape(out.shape)
+        steps = np.add.accumulate(steps, axis=0, dtype=np.uint8) if differ else steps
+        scale = torch.from_numpy((highest - lowest) / np.float32(2**bits - 1))
+        values = torch.from_numpy(steps).to(torch.float32).mul_(scale).add_(torch.from_numpy(lowest))
+        torch.from_numpy(out).copy_(values)
+
+    how = ", differences, zstd" if differ else ", zstd" if zstd else ""
+    return Candidate(f"{bits} bits{how}", pack, fill)
+
+
+def candidates() -> list[Candidate]:
+    codecs: tuple[Codec, ...] = ("shuffle-zstd", "uint8")
+    return [
+        copied(),
+        *(ours(codec, block) for codec in codecs for block in BLOCKS),
+        *(ours(codec, level=level) for codec in codecs for level in (3, 9)),
+        *(shuffled(differ, transpose) for differ in (False, True) for transpose in (False, True)),
+        bit_planes(),
+        quantised(8, zstd=False, differ=False),
+        quantised(8, zstd=True, differ=False),
+        quantised(6, zstd=True, differ=True),
+        quantised(4, zstd=True, differ=True),
+    ]
+
+
+def coded(candidate: Candidate, values: np.ndarray) -> list[bytes]:
+    return [candidate.encode(values[i : i + candidate.block]) for i in range(0, len(values), candidate.block)]
+
+
+class Stored:
+    """A recording in a file, in a candidate's blocks."""
+
+    def __init__(self, candidate: Candidate, values: np.ndarray, folder: Path) -> None:
+        self.candidate, (self.frames, self.bins) = candidate, values.shape
+        begin = time.process_time()
+        blocks = coded(candidate, values)
+        self.encode_seconds = time.process_time() - begin
+        self.offsets = np.cumsum([0, *map(len, blocks)])
+        file, name = tempfile.mkstemp(dir=folder)
+        os.close(file)
+        Path(name).write_bytes(b"".join(blocks))
+        self.file = os.open(name, os.O_RDONLY)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Frames [start, stop): one positioned read of their blocks."""
+        out = np.empty((stop - start, self.bins), np.float16)
+        size, offsets = self.candidate.block, self.offsets
+        if self.candidate.name == copied().name:
+            data = os.pread(self.file, out.nbytes, start * self.bins * 2)
+            self.candidate.decode(data, out)
+            return out
+        first, last = start // size, -(-stop // size)
+        data = os.pread(self.file, int(offsets[last] - offsets[first]), int(offsets[first]))
+        view = memoryview(data)
+        for block in range(first, last):
+            part = view[offsets[block] - offsets[first] : offsets[block + 1] - offsets[first]]
+            top, bottom = block * size, min((block + 1) * size, self.frames)
+            if start <= top and bottom <= stop:
+                self.candidate.decode(part, out[top - start : bottom - start])  # type: ignore[arg-type]
+                continue
+            whole = np.empty((bottom - top, self.bins), np.float16)
+            self.candidate.decode(part, whole)  # type: ignore[arg-type]
+            begin, end = max(top, start), min(bottom, stop)
+            out[begin - start : end - start] = whole[begin - top : end - top]
+        return out
+
+
+def errors(values: np.ndarray, read: np.ndarray) -> tuple[float, float]:
+    """(greatest, root mean square) error, in standard deviations of the bin."""
+    error = np.abs(read.astype(np.float32) - values) / values.astype(np.float32).std(axis=0)
+    return float(error.max()), float(np.sqrt(np.square(error, dtype=np.float64).mean()))
+
+
+def measure(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The table, by candidate."""
+    rng = np.random.default_rng(0)
+    wanted, parts = int(options.minutes * 60 * dataset.features.frames_per_second), []
+    for recording in rng.permutation(len(dataset)):
+        parts.append(dataset.read(int(recording)))
+        if sum(map(len, parts)) >= wanted:
+            break
+    values = np.concatenate(parts)[:wanted]
+    crop = int(options.crop_seconds * dataset.features.frames_per_second)
+    seconds = len(values) / dataset.features.frames_per_second
+    starts = rng.integers(0, len(values) - crop, options.crops)
+    with tempfile.TemporaryDirectory() as folder:
+        stored = [Stored(candidate, values, Path(folder)) for candidate in candidates()]
+        times: list[list[float]] = [[] for _ in stored]
+        for _ in range(options.rounds):
+            for one, spent in zip(stored, times, strict=True):
+                begin = time.process_time()
+                for start in starts:
+                    one.read(start, start + crop)
+                spent.append((time.process_time() - begin) / len(starts))
+        table = {}
+        for one, spent in zip(stored, times, strict=True):
+            greatest, rms = errors(values, one.read(0, len(values)))
+            table[one.candidate.name] = {
+                "relative_size": round(float(one.offsets[-1]) / values.nbytes, 4),
+                "max_error": round(greatest, 5),
+                "rms_error": round(rms, 5),
+                "encode_audio_seconds_per_second": round(seconds / one.encode_seconds),
+                "read_ms": round(statistics.median(spent) * 1e3, 4),
+                "read_audio_seconds_per_second": round(options.crop_seconds / statistics.median(spent)),
+            }
+            os.close(one.file)
+    return table
+
+
+def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """CER and WER of the model, by what its features went through."""
+    chosen = dataset.select(split="test", language=options.language or None)
+    lossy = [one for one in candidates() if "bits" in one.name.split(",")[0].split() or one.name == ours("uint8").name]
+    results: dict[str, dict[str, float]] = {}
+    texts: dict[str, list[str]] = {}
+    for candidate in [copied(), *lossy]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with DatasetWriter(folder / "dataset", dataset.features) as writer:
+                for i in map(int, chosen):
+                    values = dataset.read(i)
+                    out = np.empty_like(values)
+                    for begin, block in enumerate(coded(candidate, values)):
+                        at = begin * candidate.block
+                        candidate.decode(block, out[at : at + candidate.block])
+                    writer.add(dataset.recording(i), out)
+                writer.finish()
+            command = [sys.executable, "evaluate.py", "--export", str(Path(options.model).resolve())]
+            command += ["--data.dataset", str(folder / "dataset"), "--out", str(folder / "out")]
+            command += ["--inference.context_seconds", str(options.context_seconds)]
+            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+        texts[candidate.name] = [row["hypothesis"] for row in found["recordings"]]
+        changed = sum(a != b for a, b in zip(texts[candidate.name], texts[copied().name], strict=True))
+        total = found["scores"]["all"]
+        results[candidate.name] = {"cer": total["cer"], "wer": total["wer"], "transcripts_changed": changed}
+        print(
+            f"{candidate.name:<52} CER {100 * total['cer']:6.2f} %  WER {100 * total['wer']:6.2f} %  "
+            f"{changed} of {len(chosen)} transcripts changed",
+            flush=True,
+        )
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compression", description=__doc__)
+    parser.add_argument("--dataset", required=True, help="dataset folder, made by `python -m data.prepare`")
+    parser.add_argument("--minutes", type=float, default=30.0, help="audio that is stored")
+    parser.add_argument("--crop_seconds", type=float, default=20.0, help="length of the crops that are read")
+    parser.add_argument("--crops", type=int, default=200, help="crops in a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of reading")
+    parser.add_argument("--model", default="", help="export folder of finetune_ctc.py, to decode the test recordings")
+    parser.add_argument("--language", default="", help="with --model: only recordings of this language")
+    parser.add_argument("--context_seconds", type=float, default=10.0, help="with --model: window of the decoding")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    dataset = open_dataset(options.dataset)
+    table = measure(dataset, options)
+    crop = f"read {options.crop_seconds:g} s"
+    print(f"{'':<52}{'size':>7}{'max err':>9}{'rms err':>9}{'encode':>12}{crop:>12}{'read':>16}")
+    for name, row in table.items():
+        print(
+            f"{name:<52}{row['relative_size']:>7.3f}{row['max_error']:>9.4f}{row['rms_error']:>9.5f}"
+            f"{row['encode_audio_seconds_per_second']:>8,.0f} s/s{row['read_ms']:>9.3f} ms"
+            f"{row['read_audio_seconds_per_second']:>12,.0f} s/s"
+        )
+    figures: dict[str, Any] = {"dataset": dataset.path.name, "candidates": table}
+    if options.model:
+        figures["recognition"] = character_errors(dataset, options)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
