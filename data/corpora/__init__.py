@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.corpora import debian_voices, folder, synthetic
+from data.corpora import common_voice, debian_voices, folder, huggingface, librispeech, mls, synthetic
 from data.corpora.base import Corpus, did_you_mean
 from data.errors import DataError
 
@@ -26,6 +26,26 @@ CORPORA: dict[str, Corpus] = {
         "audio of your own: files with .txt transcripts beside them, or a JSON-lines manifest as NeMo's",
         folder.FolderSettings,
         folder.sources,
+    ),
+    "mls": Corpus(
+        "Multilingual LibriSpeech: read books in eight languages, 51,000 h; from the Hugging Face hub or OpenSLR 94",
+        mls.MlsSettings,
+        mls.sources,
+    ),
+    "librispeech": Corpus(
+        "LibriSpeech: read English books, 960 h; OpenSLR 12's folders, with word times from the LibriSpeech alignments",
+        librispeech.LibriSpeechSettings,
+        librispeech.sources,
+    ),
+    "common_voice": Corpus(
+        "Mozilla Common Voice: sentences read by volunteers in many languages; an unpacked release",
+        common_voice.CommonVoiceSettings,
+        common_voice.sources,
+    ),
+    "huggingface": Corpus(
+        "any audio dataset of the Hugging Face hub, or a local copy of one, by its name and columns",
+        huggingface.HuggingFaceSettings,
+        huggingface.sources,
     ),
 }
 

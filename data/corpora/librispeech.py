@@ -1,0 +1,215 @@
+"""LibriSpeech as OpenSLR 12 has it: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with one .trans.txt a chapter.
+
+Word times come from either form of the LibriSpeech alignments, which keep the tree: `SPEAKER-CHAPTER.alignment.txt`
+(a line `ID "WORD,,WORD," "END,END,END,END"`, an empty word for silence, the end of each in seconds), or one TextGrid a
+recording.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from data.corpora.base import FileSource, Source, Utterance, did_you_mean
+from data.corpora.text_files import existing_folder, listed_names, numbered_lines, summary
+from data.errors import DataError
+from data.features import FeatureSettings
+from data.index import Recording
+from data.transcripts import Word
+from data.word_times import read_textgrid
+
+_SUBSET = re.compile(r"(train|dev|test)-[a-z]+(-\d+)?")
+_ID = re.compile(r"\d+-\d+-\d+")
+_ALIGNED = re.compile(r'(\S+) "([^"]*)" "([^"]*)"')
+
+
+@dataclass(frozen=True)
+class LibriSpeechSettings:
+    """LibriSpeech's unpacked folders; English."""
+
+    folder: str = ""
+    """The folder LibriSpeech, which holds SPEAKERS.TXT and the subsets, or one that holds it."""
+    subsets: list[str] = field(default_factory=list)
+    """Such as train-clean-100 and dev-clean; empty: all that are there. The name's first part is the split."""
+    alignments: str = ""
+    """Folder of the LibriSpeech alignments (.alignment.txt or .TextGrid), in the same tree; empty: no word times."""
+    gender: Literal["all", "F", "M"] = "all"
+    """Only speakers of that gender, as SPEAKERS.TXT tells."""
+
+
+@dataclass(frozen=True)
+class TextGridSource:
+    """A recording whose word times are in a TextGrid of its own, read with the sound."""
+
+    recording: Recording
+    path: Path
+    textgrid: Path
+
+    @property
+    def id(self) -> str:
+        return self.recording.id
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        """Raises DataError where the sound or the TextGrid cannot be used."""
+        words = with_words(self.recording, read_textgrid(self.textgrid), str(self.textgrid))
+        return FileSource(words, self.path).load(features)
+
+
+def sources(settings: LibriSpeechSettings) -> list[Source]:
+    """Every recording of the subsets, sorted by id. Raises DataError naming file and line."""
+    folder = _root(existing_folder("folder", settings.folder), "folder")
+    subsets = _subsets(folder, settings.subsets)
+    alignments = (
+        _root(existing_folder("alignments", settings.alignments), "alignments") if settings.alignments else None
+    )
+    speakers = _speakers(folder / "SPEAKERS.TXT", settings.gender)
+    listed: list[FileSource | TextGridSource] = []
+    for subset in subsets:
+        before = len(listed)
+        for chapter in _chapters(folder / subset):
+            if speakers is None or chapter.parent.name in speakers:
+                listed += _chapter(chapter, subset, alignments)
+        if len(listed) == before:
+            raise DataError(f"{folder / subset} has no recordings with these settings")
+    if alignments and not any(isinstance(source, TextGridSource) or source.recording.words for source in listed):
+        raise DataError(f"alignments {alignments} has no .alignment.txt or .TextGrid of {', '.join(subsets)}")
+    return [*sorted(listed, key=lambda source: source.id)]
+
+
+def with_words(recording: Recording, words: list[Word], where: str) -> Recording:
+    """The recording with these times. Raises DataError naming `where` unless they are of its transcript's words.
+
+    The words themselves are the transcript's: aligners write other letter cases, and <unk> for unknown words.
+    """
+    text = (recording.text or "").split()
+    if len(text) != len(words):
+        raise DataError(f"{where}: {len(words)} words are aligned, the transcript of {recording.id} has {len(text)}")
+    timed = [aligned._replace(word=word) for word, aligned in zip(text, words, strict=True)]
+    return dataclasses.replace(recording, words=timed)
+
+
+def _root(folder: Path, setting: str) -> Path:
+    """The folder that holds the subsets: the given one, or LibriSpeech in it."""
+    for candidate in (folder, folder / "LibriSpeech"):
+        if candidate.is_dir() and any(_SUBSET.fullmatch(name) for name in listed_names(candidate)):
+            return candidate
+    raise DataError(f"{setting} {folder} holds no subset such as train-clean-100, nor does a folder LibriSpeech in it")
+
+
+def _subsets(folder: Path, wanted: list[str]) -> list[str]:
+    there = sorted(name for name in listed_names(folder) if _SUBSET.fullmatch(name) and (folder / name).is_dir())
+    for name in wanted:
+        if name not in there:
+            raise DataError(f"subsets names {name!r}, {folder} has {', '.join(there)}.{did_you_mean(name, there)}")
+    return list(dict.fromkeys(wanted)) or there
+
+
+def _speakers(path: Path, gender: str) -> set[str] | None:
+    """Speakers of that gender; None for all. A row: id | sex | subset | minutes | name; `;` begins a comment."""
+    if gender == "all":
+        return None
+    speakers = set()
+    for where, line in numbered_lines(path):
+        if line.startswith(";"):
+            continue
+        fields = [part.strip() for part in line.split("|")]
+        if len(fields) < 5 or not fields[0].isdigit() or fields[1] not in ("F", "M"):
+            raise DataError(f"{where}: expected id | F or M | subset | minutes | name: {line[:80]!r}")
+        if fields[1] == gender:
+            speakers.add(fields[0])
+    return speakers
+
+
+def _chapters(subset: Path) -> Iterator[Path]:
+    for speaker in sorted(listed_names(subset)):
+        if speaker.isdigit() and (subset / speaker).is_dir():
+            for chapter in sorted(listed_names(subset / speaker)):
+                if chapter.isdigit() and (subset / speaker / chapter).is_dir():
+                    yield subset / speaker / chapter
+
+
+def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSource | TextGridSource]:
+    speaker = folder.parent.name
+    name = f"{speaker}-{folder.name}"
+    files = listed_names(folder)
+    texts = _transcripts(folder / f"{name}.trans.txt", name)
+    missing = [f"{id}.flac" for id in texts if f"{id}.flac" not in files]
+    if missing:
+        raise DataError(
+            f"{folder}: {len(missing)} audio files are missing: {summary(missing)}; unpack the archive again"
+        )
+    silent = sorted(file for file in files if file.endswith(".flac") and file[:-5] not in texts)
+    if silent:
+        raise DataError(f"{folder / name}.trans.txt: has no transcript of {summary(silent)}; unpack the archive again")
+    words: dict[str, tuple[str, list[Word]]] = {}
+    aligned: set[str] = set()
+    times = alignments / subset / speaker / folder.name if alignments else folder
+    if alignments and times.is_dir():
+        aligned = listed_names(times)
+        if f"{name}.alignment.txt" in aligned:
+            words = read_alignment(times / f"{name}.alignment.txt")
+    listed: list[FileSource | TextGridSource] = []
+    for id, text in texts.items():
+        recording = Recording(id, text, language="en", speaker=speaker, split=subset.partition("-")[0])
+        path = folder / f"{id}.flac"
+        if id in words:
+            listed.append(FileSource(with_words(recording, words[id][1], words[id][0]), path))
+        elif f"{id}.TextGrid" in aligned:
+            listed.append(TextGridSource(recording, path, times / f"{id}.TextGrid"))
+        else:  # a few of the published recordings could not be aligned
+            listed.append(FileSource(recording, path))
+    return listed
+
+
+def _transcripts(path: Path, chapter: str) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for where, line in numbered_lines(path):
+        id, _, text = line.partition(" ")
+        if not _ID.fullmatch(id) or not id.startswith(f"{chapter}-") or not text.strip():
+            raise DataError(f"{where}: expected {chapter}-NUMBER and the text: {line[:80]!r}")
+        if id in texts:
+            raise DataError(f"{where}: {id} stands twice; the file is damaged: unpack the archive again")
+        texts[id] = " ".join(text.split())
+    return texts
+
+
+def read_alignment(path: Path) -> dict[str, tuple[str, list[Word]]]:
+    """An `.alignment.txt`: ('FILE:LINE', words with times in seconds) of every recording id.
+
+    Raises DataError naming file and line: wrong form, as many times as words not there, times that go back.
+    """
+    found: dict[str, tuple[str, list[Word]]] = {}
+    for where, line in numbered_lines(path):
+        match = _ALIGNED.fullmatch(line.strip())
+        if not match:
+            raise DataError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')
+        id, spoken, ends = match[1], match[2].split(","), match[3].split(",")
+        if len(spoken) != len(ends):
+            raise DataError(f"{where}: {id} has {len(spoken)} words and silences, and {len(ends)} times")
+        if id in found:
+            raise DataError(f"{where}: {id} stands twice")
+        words, start = [], 0.0
+        for word, text in zip(spoken, ends, strict=True):
+            end = _seconds(text, where)
+            if end < start:
+                raise DataError(f"{where}: {id}: the end of {word!r}, {end} s, lies before its start, {start} s")
+            if word:
+                words.append(Word(word, start, end))
+            start = end
+        found[id] = where, words
+    return found
+
+
+def _seconds(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise DataError(f"{where}: {text[:40]!r} should be a time in seconds")
+    return value

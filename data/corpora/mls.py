@@ -1,0 +1,230 @@
+"""Multilingual LibriSpeech: read books in eight languages, from the Hugging Face hub or as OpenSLR 94 has it.
+
+On the hub `facebook/multilingual_librispeech` has seven languages and `parler-tts/mls_eng` English. OpenSLR's layout is
+`mls_LANGUAGE[_opus]/{train,dev,test}/audio/SPEAKER/BOOK/SPEAKER_BOOK_NUMBER.{flac,opus}` with `transcripts.txt` and
+`segments.txt` in every split, `limited_supervision` in train, and `metainfo.txt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from data.corpora import huggingface
+from data.corpora.base import FileSource, check_choice
+from data.corpora.huggingface import HuggingFaceSettings
+from data.corpora.lazy import LazySources
+from data.corpora.remote import FileCache
+from data.corpora.text_files import existing_folder, listed_names, numbered_lines
+from data.errors import DataError
+from data.index import Recording
+
+LANGUAGES = {
+    "de": "german",
+    "en": "english",
+    "es": "spanish",
+    "fr": "french",
+    "it": "italian",
+    "nl": "dutch",
+    "pl": "polish",
+    "pt": "portuguese",
+}
+# The hub's names; OpenSLR's hour is made of six lists of ten minutes, which can be had by themselves.
+LIMITED = {"9_hours": ["9hr"], "1_hours": [f"1hr/{n}" for n in range(6)]} | {
+    f"10_minutes_{n}": [f"1hr/{n}"] for n in range(6)
+}
+SPLITS = ("train", "dev", "test", *LIMITED)
+_ID = re.compile(r"(\d+)_(\d+)_(\d+)")
+
+
+@dataclass(frozen=True)
+class MlsSettings:
+    """Multilingual LibriSpeech from the hub, or with --folder from OpenSLR's folders."""
+
+    languages: list[str] = field(default_factory=list)
+    """Codes or names, such as de or german; empty: with --folder all that are there, from the hub all eight."""
+    splits: list[str] = field(default_factory=lambda: ["train", "dev", "test"])
+    """train, dev, test; instead of train: 9_hours, 1_hours (limited supervision), with --folder 10_minutes_0 to _5."""
+    folder: str = ""
+    """Folder with OpenSLR's unpacked mls_LANGUAGE or mls_LANGUAGE_opus folders, or one of them; empty: the hub."""
+    gender: Literal["all", "F", "M"] = "all"
+    """Only speakers of that gender, as metainfo.txt tells (with --folder)."""
+    dataset: str = "facebook/multilingual_librispeech"
+    """Dataset of the hub, or a local copy of it, for all languages but English."""
+    english_dataset: str = "parler-tts/mls_eng"
+    """Dataset of the hub, or a local copy of it, for English."""
+    revision: str = ""
+    """Branch, tag or commit on the hub; empty: main."""
+    cache: str = "~/.cache/bestrq/huggingface"
+    """Folder for files of the hub while they are read; it may be shared by the parts of a preparation."""
+    cache_gb: float = 0.0
+    """Streaming: at most this many GB (10**9 bytes) of files are kept, those used last. 0: all (downloaded)."""
+
+    def __post_init__(self) -> None:
+        for language in self.languages:
+            check_choice("languages", _code(language), list(LANGUAGES))
+        if not self.splits:
+            raise DataError(f"splits is empty: say --splits with some of {', '.join(SPLITS)}")
+        for split in self.splits:
+            check_choice("splits", split, SPLITS)
+        if "train" in self.splits and set(self.splits) & set(LIMITED):
+            raise DataError(
+                f"splits is {', '.join(self.splits)}: train contains the limited supervision; name only one"
+            )
+        if self.cache_gb < 0:
+            raise DataError(f"cache_gb is {self.cache_gb}: must be 0 (keep all) or more")
+        if self.gender != "all" and not self.folder:
+            raise DataError("gender: only OpenSLR's metainfo.txt tells it, so it needs --folder")
+
+
+def sources(settings: MlsSettings) -> LazySources:
+    """Every recording, by language and split, in the order of the files. Raises DataError naming file and line."""
+    return _from_folder(settings) if settings.folder else _from_hub(settings)
+
+
+def _code(language: str) -> str:
+    """'german', 'mls_german_opus', 'de' -> 'de'; what is unknown stays as it is."""
+    name = re.sub(r"^mls_|_opus$", "", language.lower())
+    return next((code for code, full in LANGUAGES.items() if full == name), name)
+
+
+def _from_hub(settings: MlsSettings) -> LazySources:
+    tables = []
+    for code in dict.fromkeys(map(_code, settings.languages or LANGUAGES)):
+        wanted = HuggingFaceSettings(
+            dataset=settings.english_dataset if code == "en" else settings.dataset,
+            config="" if code == "en" else LANGUAGES[code],
+            splits=list(settings.splits),
+            text_column="transcript",
+            speaker_column="speaker_id",
+            language=code,
+            revision=settings.revision,
+        )
+        tables.append(huggingface.listing(wanted))
+    cache = FileCache(settings.cache, round(settings.cache_gb * 1e9))
+    return huggingface.checked(pa.concat_tables(tables), "Multilingual LibriSpeech", cache)
+
+
+def _from_folder(settings: MlsSettings) -> LazySources:
+    rows: list[pa.Table] = []
+    for folder in _language_folders(settings):
+        speakers = _speakers(folder / "metainfo.txt", settings.gender)
+        for split in dict.fromkeys(settings.splits):
+            listed = _listed(folder, split, speakers)
+            if not len(listed):
+                raise DataError(f"{folder}: split {split} is empty with these settings")
+            rows.append(listed)
+    table = pa.concat_tables(rows)
+    huggingface.check_unique(table, settings.folder)
+    return LazySources(table.unify_dictionaries(), _file_source)
+
+
+def _language_folders(settings: MlsSettings) -> list[Path]:
+    given = existing_folder("folder", settings.folder)
+    names = [given.name] if re.fullmatch(r"mls_[a-z]+(_opus)?", given.name) else sorted(listed_names(given))
+    parent = given.parent if names == [given.name] else given
+    found: dict[str, Path] = {}
+    for name in names:
+        code = _code(name)
+        if not re.fullmatch(r"mls_[a-z]+(_opus)?", name) or code not in LANGUAGES or not (parent / name).is_dir():
+            continue
+        if code in found:
+            raise DataError(f"{parent} holds {found[code].name} and {name}, the same recordings: give one as --folder")
+        found[code] = parent / name
+    wanted = [_code(language) for language in settings.languages] or list(found)
+    missing = [code for code in wanted if code not in found]
+    if missing or not found:
+        raise DataError(
+            f"folder {given} holds no mls_LANGUAGE{' for ' + ', '.join(missing) if missing else ''}: it should hold "
+            f"folders such as mls_german or mls_german_opus, unpacked from OpenSLR 94"
+        )
+    return [found[code] for code in dict.fromkeys(wanted)]
+
+
+def _speakers(path: Path, gender: str) -> set[str] | None:
+    """Speakers of that gender; None for all. A row: speaker | gender | partition | minutes | book | title | chapter."""
+    if gender == "all":
+        return None
+    speakers = set()
+    for number, (where, line) in enumerate(numbered_lines(path)):
+        fields = [part.strip() for part in line.split("|")]
+        if number == 0:
+            if fields[:2] != ["SPEAKER", "GENDER"]:
+                raise DataError(f"{where}: the header should begin with SPEAKER | GENDER: {line[:80]!r}")
+        elif len(fields) < 2 or not fields[0].isdigit() or fields[1] not in ("F", "M"):
+            raise DataError(f"{where}: expected a speaker's number and F or M, separated by |: {line[:80]!r}")
+        elif fields[1] == gender:
+            speakers.add(fields[0])
+    return speakers
+
+
+def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
+    """Columns id, text, language, split, part, address (of the audio file): a row for every recording of a split."""
+    part = "train" if split in LIMITED else split
+    audio = folder / part / "audio"
+    if not audio.is_dir():
+        raise DataError(f"{audio}: there is no such folder; unpack the archive of {folder.name} again")
+    wanted = _handles(folder, split) if split in LIMITED else None
+    suffix = _suffix(audio)
+    transcripts = folder / part / "transcripts.txt"
+    ids: list[str] = []
+    texts: list[str] = []
+    paths: list[str] = []
+    for where, id, text in _transcripts(transcripts):
+        speaker, book, _ = id.split("_")
+        if (wanted is not None and id not in wanted) or (speakers is not None and speaker not in speakers):
+            continue
+        if not text:
+            raise DataError(f"{where}: {id} has no transcript; the line is cut short: fetch the file again")
+        ids.append(id)
+        texts.append(text)
+        paths.append(f"{audio}/{speaker}/{book}/{id}{suffix}")
+    if wanted is not None and speakers is None and len(set(ids)) < len(wanted):
+        lost = min(wanted - set(ids))
+        raise DataError(f"{transcripts}: has no {lost}, which limited_supervision names: fetch the files again")
+    columns = {"id": ids, "text": texts, "address": paths}
+    table = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
+    same = {"language": _code(folder.name), "split": part, "part": f"{folder.name}/{split}"}
+    return pa.table(table | {name: huggingface.repeat(value, len(ids)) for name, value in same.items()})
+
+
+def _transcripts(path: Path) -> Iterator[tuple[str, str, str]]:
+    """('FILE:LINE', id, text) of `id<TAB>text` lines."""
+    for where, line in numbered_lines(path):
+        id, tab, text = line.partition("\t")
+        if not tab or not _ID.fullmatch(id):
+            raise DataError(f"{where}: expected SPEAKER_BOOK_NUMBER, a tab, and the text: {line[:80]!r}")
+        yield where, id, " ".join(text.split())
+
+
+def _handles(folder: Path, split: str) -> set[str]:
+    """Ids of a limited-supervision split."""
+    ids = set()
+    for name in LIMITED[split]:
+        for where, line in numbered_lines(folder / "train" / "limited_supervision" / name / "handles.txt"):
+            if not _ID.fullmatch(line.strip()):
+                raise DataError(f"{where}: expected an id, SPEAKER_BOOK_NUMBER: {line[:80]!r}")
+            ids.add(line.strip())
+    if not ids:
+        raise DataError(f"{folder}: the lists of limited_supervision/{LIMITED[split][0]} are empty: fetch them again")
+    return ids
+
+
+def _suffix(audio: Path) -> str:
+    """'.flac' or '.opus', whichever the first file has: asking for all of English would be ten million questions."""
+    for path in audio.glob("*/*/*"):
+        if path.suffix in (".flac", ".opus"):
+            return path.suffix
+    raise DataError(f"{audio}: holds no SPEAKER/BOOK/*.flac or *.opus; unpack the archive again")
+
+
+def _file_source(row: Mapping[str, Any]) -> FileSource:
+    id = row["id"]
+    speaker = id.partition("_")[0]
+    recording = Recording(id, row["text"], language=row["language"], speaker=speaker, split=row["split"])
+    return FileSource(recording, Path(row["address"]))

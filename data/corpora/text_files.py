@@ -1,0 +1,66 @@
+"""Lines of the text files that corpora are described in, with an error that names the file and the line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.errors import DataError
+
+# No line of a transcript or a table comes near; without a limit, a file with no line end would be read into memory.
+MAX_LINE_BYTES = 1 << 20
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Every line that is not blank, as ('FILE:LINE', text without its line end), read as they are asked for.
+
+    Lines end in a line feed (and perhaps a carriage return) alone: other Unicode line ends occur within sentences.
+    Raises DataError: no such file, not UTF-8, a NUL byte, a line of more than MAX_LINE_BYTES.
+    """
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where = f"{path}:{number}"
+                if len(raw) > MAX_LINE_BYTES:
+                    raise DataError(f"{where}: a line of more than {MAX_LINE_BYTES} bytes; is this another file?")
+                line = _decode(raw, where, first=number == 1).rstrip("\r\n")
+                if line.strip():
+                    yield where, line
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _decode(raw: bytes, where: str, first: bool) -> str:
+    try:
+        line = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from error
+    if "\0" in line:
+        raise DataError(f"{where}: a NUL byte; the file is damaged: fetch it again")
+    return line
+
+
+def existing_folder(field: str, value: str) -> Path:
+    """The folder that a setting names. Raises DataError naming the setting where it is empty or no folder."""
+    if not value:
+        raise DataError(f"{field} is empty: say where the corpus lies with --{field} DIR")
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{field} is {value!r}: there is no such folder")
+    return folder
+
+
+def listed_names(folder: Path) -> set[str]:
+    """Names of everything in a folder: one system call for thousands, where asking for each would be one for each."""
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
+
+
+def summary(names: list[str], shown: int = 5) -> str:
+    """The first few names, for an error message."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

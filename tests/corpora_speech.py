@@ -1,0 +1,74 @@
+"""Speech for made corpora, in the formats that they are published in, and damaged files for the fuzz tests."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from data.corpora.espeak import Synthesizer
+from data.features import FeatureSettings, resample
+
+FEATURES = FeatureSettings()
+VOICES = {"en": "en-us", "de": "de", "fr": "fr", "nl": "nl"}
+SUBTYPES = {"flac": "PCM_16", "mp3": "MPEG_LAYER_III", "opus": "OPUS", "wav": "PCM_16"}
+CONTAINERS = {"opus": "OGG"}
+
+
+@cache
+def speech(text: str, language: str = "en") -> NDArray[np.float32]:
+    """float32 [samples] at 16 kHz."""
+    with Synthesizer(VOICES[language]) as voice:
+        sound, _ = voice.speak(text.lower().split())
+        rate = voice.sample_rate
+    return resample([sound], rate, 16000).numpy()
+
+
+@cache
+def encoded(text: str, kind: str, language: str = "en", rate: int = 16000) -> bytes:
+    """An audio file of that kind: flac, mp3, opus or wav."""
+    sound = speech(text, language)
+    if rate != 16000:
+        sound = resample([sound], 16000, rate).numpy()
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format=CONTAINERS.get(kind, kind.upper()), subtype=SUBTYPES[kind])
+    return file.getvalue()
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def likeness(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Correlation of two sounds that should be the same but for a codec's losses; codecs shift by some samples."""
+    size = min(len(a), len(b))
+    a, b = a[:size], b[:size]
+    spectrum = np.fft.rfft(a, 2 * size) * np.conj(np.fft.rfft(b, 2 * size))
+    return float(np.fft.irfft(spectrum).max() / np.sqrt((a @ a) * (b @ b)))
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """The content with a few bytes changed, dropped or put in, or cut off."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, max(0, len(data) - 1)))
+        kind = draw(st.sampled_from(["change", "drop", "insert", "cut", "repeat"]))
+        if kind == "change" and data:
+            data[place] = draw(st.one_of(st.integers(0, 255), st.sampled_from(b'\t\n\r" |;,-.\x00\x85\xff')))
+        elif kind == "drop":
+            del data[place : place + draw(st.integers(1, 20))]
+        elif kind == "insert":
+            data[place:place] = draw(st.binary(min_size=1, max_size=8))
+        elif kind == "repeat":
+            data[place:place] = data[place : place + draw(st.integers(1, 200))]
+        elif kind == "cut":
+            del data[place:]
+    return bytes(data)
