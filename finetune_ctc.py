@@ -46,6 +46,7 @@ from bestrq.training.process import (
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
+from data.cutting import CuttingSettings
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.loader import DataState, LoaderSettings, RowLoader
@@ -96,6 +97,8 @@ class Config:
     """start, tokenizer and labels"""
     data: LoaderSettings = field(default_factory=LoaderSettings)
     """dataset, rows and packing"""
+    cutting: CuttingSettings = field(default_factory=CuttingSettings)
+    """words at the cuts of long recordings"""
     accumulation: int = 1
     """micro-batches an update: divides the rows that a process holds at once"""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
@@ -209,13 +212,8 @@ def train(config: Config) -> None:
                 (output.loss_sum / global_labels).backward()
             loss_sum += output.loss_sum.detach()
             frames = [float(batch.segment_length.sum()), float(batch.log_mel.shape[0] * batch.log_mel.shape[1])]
-            counts = [
-                float(output.loss_sum.detach()),
-                float(label_lengths.sum()),
-                float(output.num_impossible),
-                *frames,
-            ]
-            sums += torch.tensor(counts, dtype=torch.float64, device=world.device)
+            counts = [float(output.loss_sum.detach()), float(label_lengths.sum()), float(output.num_impossible)]
+            sums += torch.tensor([*counts, *frames], dtype=torch.float64, device=world.device)
         update = guard.apply_update(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
         if not update.applied:
             samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
@@ -303,7 +301,8 @@ def labelled_crops(dataset: Dataset, config: Config) -> FixedCrops:
         shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
         minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
         recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
-    return supervised_crops(dataset, recordings, *config.data.crop_frames(dataset), config.data.seed)
+    lengths = config.data.crop_frames(dataset)
+    return supervised_crops(dataset, recordings, *lengths, config.data.seed, cutting=config.cutting)
 
 
 def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:
