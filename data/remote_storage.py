@@ -42,7 +42,7 @@ class RemoteStorage:
         self._protocol = _checked_protocol(self.location)
         self._block = int(settings.block_mb * 2**20)
         self._cache = BlockCache(settings.cache_folder(), int(settings.cache_gb * 1e9))
-        self._opened: tuple[int, Any] = (-1, None)
+        self._opened: dict[int, Any] = {}  # by process: see _file_system
         self._known: dict[str, tuple[int, str]] = {}
         self._file_system()  # a missing package is told now
 
@@ -151,21 +151,25 @@ class RemoteStorage:
         return getattr(system, method)(url, **arguments)
 
     def _file_system(self) -> Any:
-        """This process's own: the event loop and the connections behind it do not survive a fork."""
-        if self._opened[0] != os.getpid():
-            arguments: dict[str, Any] = {}
-            if self._protocol in ("http", "https"):
-                headers = {"Accept-Encoding": "identity"}  # a packed answer has another length
-                arguments["client_kwargs"] = {"raise_for_status": check_range, "headers": headers}
-            try:
-                system = fsspec.filesystem(self._protocol, skip_instance_cache=True, **arguments)
-            except ImportError as error:
-                package = _PACKAGES[self._protocol]
-                raise DataError(
-                    f"{self.location}: {self._protocol}:// needs {package}: pip install {package}"
-                ) from error
-            self._opened = os.getpid(), system
-        return self._opened[1]
+        """This process's own: the event loop and the connections behind it do not survive a fork.
+
+        The parent's is kept, for closing it would wait for a loop that does not run here.
+        """
+        process = os.getpid()
+        if process not in self._opened:
+            self._opened[process] = self._connect()
+        return self._opened[process]
+
+    def _connect(self) -> Any:
+        arguments: dict[str, Any] = {}
+        if self._protocol in ("http", "https"):
+            headers = {"Accept-Encoding": "identity"}  # a packed answer has another length
+            arguments["client_kwargs"] = {"raise_for_status": check_range, "headers": headers}
+        try:
+            return fsspec.filesystem(self._protocol, skip_instance_cache=True, **arguments)
+        except ImportError as error:
+            package = _PACKAGES[self._protocol]
+            raise DataError(f"{self.location}: {self._protocol}:// needs {package}: pip install {package}") from error
 
 
 async def check_range(response: Any) -> None:

@@ -47,6 +47,7 @@ class Storage(Protocol):
     """Read access to the files of one folder, by plain names. Usable in forked processes and where it is unpickled."""
 
     location: str
+    settings: StorageSettings
 
     def read_into(self, name: str, position: int, out: memoryview) -> None:
         """Fill `out` (writable bytes) from byte `position` of a file. Raises OSError; CutShort where the file ends."""
@@ -224,10 +225,11 @@ def _permanent(error: BaseException, place: str) -> OSError:
 
 
 def _http_status(error: BaseException) -> int | None:
-    for name in ("status", "code"):  # aiohttp, gcsfs
-        value = getattr(error, name, None)
-        if isinstance(value, int) and 100 <= value < 600:
-            return value
+    for holder in (error, getattr(error, "response", None)):  # aiohttp, gcsfs, azure; huggingface_hub
+        for name in ("status", "code", "status_code"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and 100 <= value < 600:
+                return value
     return None
 
 

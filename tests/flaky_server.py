@@ -19,7 +19,7 @@ FAULTS = (
     "late",  # an answer after `delay` seconds
     "truncated",  # half of the body, then the connection is closed
     "short",  # an answer in good order with half of the range
-    "other range",  # ... with another range, as it says itself
+    "other range",  # ... with a range that begins a byte earlier, as it says itself
     "whole",  # the whole file, 200
     "packed length",  # a Content-Length below the body's
     "inflated length",  # ... above it
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "short":
                 last = start + (last - start) // 2
             if fault == "other range":
-                start, last = start + 1, min(last + 1, len(body) - 1)
+                start, last = max(0, start - 1), last - 1
             content_range = {"Content-Range": f"bytes {start}-{last}/{len(body)}"}
             self._send(206, content_range, body[start : last + 1], fault)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -234,6 +235,14 @@ def test_what_is_not_allowed_or_not_there_is_not_asked_for_again(
         read(open_storage(server.url, quick(tmp_path)), 0, 10)
 
 
+@pytest.mark.parametrize("field", ["status", "code", "status_code", "response"])
+@pytest.mark.parametrize(("status", "transient"), [(503, True), (429, True), (404, False), (403, False), (410, False)])
+def test_the_status_is_found_in_the_errors_of_every_back_end(field: str, status: int, transient: bool) -> None:
+    error = RuntimeError("an error of its own kind")
+    setattr(error, field, SimpleNamespace(status_code=status) if field == "response" else status)
+    assert storage.is_transient(error) == transient
+
+
 def test_a_server_without_ranges_is_refused_before_it_sends_the_file(server: FlakyServer, tmp_path: Path) -> None:
     store = open_storage(server.url, quick(tmp_path, attempts=1))
     assert store.size("a.bin") == len(DATA)
@@ -317,15 +326,16 @@ def test_the_cache_keeps_its_bound_and_drops_what_was_longest_unread(memory: str
     store = open_storage(memory, quick(tmp_path, cache_gb=8 * BLOCK / 1e9))
     for number in range(8):
         read(store, number * BLOCK, BLOCK)
-    for age, path in enumerate(sorted((tmp_path / "blocks").iterdir(), reverse=True)):
-        os.utime(path, (0, 1_000_000 - age))  # in the order of reading
-    read(store, 0, 1)
+    for age, number in enumerate([5, 2, 7, 1, 0, 3, 6, 4]):  # longest unread first
+        (path,) = (tmp_path / "blocks").glob(f"*-{number:08d}")
+        os.utime(path, (0, 1_000_000 + age))
+    read(store, 5 * BLOCK, 1)
     for number in range(8, 15):
         read(store, number * BLOCK, BLOCK)
         assert cached_bytes(tmp_path) <= 8 * BLOCK
         if number == 9:
             left = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "blocks").iterdir())
-            assert 0 in left and 1 not in left and left[-3:] == [7, 8, 9]
+            assert left == [0, 1, 3, 4, 5, 6, 8, 9]
 
 
 def test_a_block_larger_than_the_cache_is_still_read(memory: str, tmp_path: Path) -> None:
@@ -435,6 +445,18 @@ def test_a_file_that_was_replaced_is_fetched_anew_and_its_old_copy_removed(memor
     store = open_storage(memory, quick(tmp_path))
     assert read(store, 0, 10) == DATA[::-1][:10]
     assert store.local_copy("a.bin").read_bytes() == DATA[::-1] and not old.exists()
+
+
+def test_what_killed_processes_left_is_written_over(memory: str, tmp_path: Path) -> None:
+    open_storage(memory, quick(tmp_path)).local_copy("a.bin")
+    (lock,) = (tmp_path / "copies").glob("*.lock")
+    for left in (tmp_path / "block.tmp", lock.with_suffix(".tmp")):
+        left.write_bytes(bytes(2 * len(DATA)))
+    fsspec.filesystem("memory").pipe_file(f"/{memory[9:]}/a.bin", DATA[:100_000])
+    store = open_storage(memory, quick(tmp_path))
+    assert store.local_copy("a.bin").read_bytes() == DATA[:100_000]
+    assert read(store, 0, 100_000) == DATA[:100_000]
+    assert cached_bytes(tmp_path) == 100_000
 
 
 def test_blocks_cut_short_or_given_up_are_fetched_again(server: FlakyServer, tmp_path: Path) -> None:
