@@ -110,7 +110,7 @@ def retried(action: Callable[[], _T], address: str) -> _T:
         raise DataError(f"{address}: there is no such file, or nobody may see it without logging in") from error
     except OSError as error:
         if isinstance(error.__cause__, ValueError):
-            raise error.__cause__  # what came is wrong: no matter of the network
+            raise error.__cause__ from None  # what came is wrong: no matter of the network
         raise DataError(
             f"{error}. Check the network, then run the same command again; or download the dataset and give its folder"
         ) from error
