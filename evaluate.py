@@ -130,7 +130,7 @@ def evaluate(config: Config, world: World) -> None:
         left = [i for i in recordings if dataset.id(i) not in done]
         if done and world.is_main:
             print(f"going on: {len(done)} of {len(recordings)} recordings are decoded already")
-        decoded = decode(recogniser, dataset, share_out(left, np.asarray(dataset.frames), world), config, world, out, key)
+        decoded = decode(recogniser, dataset, share_out(left, dataset.frames, world), config, world, out, key)
         hypotheses = done | {id: text for part in gather_json(world, decoded) for id, text in part.items()}
         seconds = world.max(time.perf_counter() - begin)
         if world.is_main:

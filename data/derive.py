@@ -17,7 +17,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import difference
 from data.index import Recording
-from data.index_file import write_dataset, write_part
+from data.index_file import write_dataset, write_rows
 from data.shards import Dataset, open_dataset
 
 Entry = tuple[Dataset, int, Recording]
@@ -62,13 +62,13 @@ def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
         for dataset, number, recording in some:
             if differing := difference(first.features, dataset.features):
                 raise DataError(f"{first.path} and {dataset.path} differ in their features: {'; '.join(differing)}")
-            place = dataset.path, dataset.index.shard[number]
+            place = dataset.path, int(dataset.index.shard[number])
             if place not in shards:
                 shards[place] = len(shards)
                 _link(dataset.path / ix.shard_name(place[1]), folder / ix.shard_name(shards[place]))
             rows.append(_row(dataset, number) | ix.described(recording) | {"shard": shards[place]})
-        parts.append(folder / f"index-{len(parts):05d}.arrow")
-        write_part(parts[-1], {column: [row[column] for row in rows] for column in rows[0]}, first.features.num_mels)
+        parts.append(folder / f"rows-{len(parts):05d}.arrow")
+        write_rows(parts[-1], rows, first.features.num_mels)
     if first is None:
         raise DataError(f"{folder}: no recordings were chosen, there is nothing to write")
     write_dataset(folder, parts, first.features, name, len(shards))
@@ -79,9 +79,9 @@ def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
 def _row(dataset: Dataset, number: int) -> dict[str, Any]:
     """What the index says of a recording's sound."""
     index = dataset.index
-    numbers = {"offset": index.offset[number], "frames": index.frames[number]}
-    vectors = {column: index.vector(column, number) for column in ("mean", "std")}
-    return {**numbers, **vectors, "crc32": index.value("crc32", number)}
+    mean, std = dataset.mean_std(number)
+    numbers = {"offset": int(index.offset[number]), "frames": int(index.frames[number])}
+    return {**numbers, "mean": mean, "std": std, "crc32": index.value("crc32", number)}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,9 +1,11 @@
 """What a dataset on disk is made of: the recording, the columns of the index, names, atomic writes, fingerprint.
 
 DIR/dataset.json            format version, features and their hash, statistics, totals, fingerprint; written last
-DIR/index.arrow             one row a recording, sorted by id: an Arrow file that is memory-mapped, never loaded
+DIR/index.arrow             one row a recording, sorted by id: where its sound is, its length and its labels
+DIR/recordings.arrow        the same rows: id, text, word times, checksums
+DIR/statistics.safetensors  the same rows: mean and standard deviation of every mel bin, float32 [N, 2, M]
 DIR/shard-NNNNN.safetensors one float16 tensor [frames, M] a recording, named by its id
-DIR/preparing.json, DIR/index-NNNNN.arrow, DIR/part-NNNNN.*    only while a dataset is being written
+DIR/preparing.json, DIR/rows-NNNNN.arrow, DIR/part-NNNNN.*    only while a dataset is being written
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ from data.transcripts import Word
 FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.arrow"
+RECORDINGS_FILE = "recordings.arrow"
+STATISTICS_FILE = "statistics.safetensors"
 PREPARING_FILE = "preparing.json"
 # Frames that one checksum stands for; 4096 frames of 80 bins are 655,360 bytes.
 CHECKSUM_FRAMES = 4096
 BYTES_PER_VALUE = 2  # float16
-# Rows in a batch of the index, the last one aside: row i is row i % BATCH_ROWS of batch i // BATCH_ROWS.
+# Rows in a batch of recordings.arrow, the last one aside: row i is row i % BATCH_ROWS of batch i // BATCH_ROWS.
 BATCH_ROWS = 16384
 
 WORDS = pa.list_(
@@ -43,8 +47,7 @@ WORDS = pa.list_(
 )
 EXCLUDED = pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64())]))
 # Columns with few values: their codes are looked up in a table that the file holds once.
-LABELS = pa.dictionary(pa.int32(), pa.string())
-LABEL_COLUMNS = ("language", "speaker", "split")
+LABELS = ("language", "speaker", "split")
 
 
 @dataclass(frozen=True)
@@ -71,26 +74,37 @@ class Recording:
             raise DataError(f"recording id {self.id!r} must be printable text without spaces at its ends")
 
 
-def schema(num_mels: int, labels: pa.DataType | None = None) -> pa.Schema:
-    """Columns of index.arrow; labels: type of the columns with few values, strings while the index is in parts."""
-    labels = LABELS if labels is None else labels
+def index_schema() -> pa.Schema:
+    """Columns of index.arrow, all of one width: a single batch, so that each is an array in the mapped file."""
     return pa.schema(
         [
-            ("id", pa.string()),
             ("shard", pa.int32()),  # number of the shard's file
             ("offset", pa.int64()),  # of the first value, in bytes from the start of the shard's file
             ("frames", pa.int64()),
+            *((name, pa.dictionary(pa.int32(), pa.string())) for name in LABELS),
+        ]
+    )
+
+
+def recordings_schema() -> pa.Schema:
+    """Columns of recordings.arrow."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
             ("crc32", pa.list_(pa.uint32())),  # zlib.crc32 of every CHECKSUM_FRAMES frames
-            ("mean", pa.list_(pa.float32(), num_mels)),
-            ("std", pa.list_(pa.float32(), num_mels)),
-            ("language", labels),
-            ("speaker", labels),
-            ("split", labels),
             ("text", pa.string()),
             ("words", WORDS),
             ("excluded", EXCLUDED),
         ]
     )
+
+
+def rows_schema(num_mels: int) -> pa.Schema:
+    """Columns of rows-NNNNN.arrow: all that the three files will hold of a shard's recordings."""
+    labels = [(name, pa.string()) for name in LABELS]
+    vectors = [(name, pa.list_(pa.float32(), num_mels)) for name in ("mean", "std")]
+    numbers = [field for field in index_schema() if field.name not in LABELS]
+    return pa.schema([*numbers, *labels, *recordings_schema(), *vectors])
 
 
 def described(recording: Recording) -> dict[str, Any]:
@@ -196,11 +210,19 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises DataError where the file is not a JSON object."""
     try:
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def parse_json(content: bytes, place: Path | str) -> dict[str, Any]:
+    """Raises DataError naming the place where the content is not a JSON object."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: cannot be read ({error})") from error
     if not isinstance(fields, dict):
-        raise DataError(f"{path}: expected a JSON object")
+        raise DataError(f"{place}: expected a JSON object")
     return fields
 
 
@@ -209,7 +231,7 @@ def head(features: FeatureSettings) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "features": features.to_dict(), "feature_hash": features.hash()}
 
 
-def check_version(fields: dict[str, Any], path: Path) -> None:
+def check_version(fields: dict[str, Any], path: Path | str) -> None:
     if fields.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{path}: format_version is {fields.get('format_version')!r}, this program reads {FORMAT_VERSION}; "

@@ -1,4 +1,4 @@
-"""index.arrow: written batch by batch from its parts, memory-mapped for reading.
+"""The index of a dataset: merged from the rows of its shards, and memory-mapped for reading.
 
 Nothing of it is loaded when it is opened, so ten million recordings cost no memory of their own, and the pages that
 are touched are shared by all processes of a machine.
@@ -6,8 +6,10 @@ are touched are shared by all processes of a machine.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,108 +22,68 @@ from data.errors import DataError
 from data.features import FeatureSettings
 
 _OPEN_PARTS = 32
+_HEADER_BYTES = 256  # of statistics.safetensors
 
 
-class Column:
-    """A column of integers in the index, as a read-only array [N] whose pages are read when they are looked at.
+class Index:
+    """index.arrow and recordings.arrow, memory-mapped.
 
-    `column[i]` is an int, `column[numbers]` a new int64 array. `chunks` are views of the file, in order.
-    """
+    What the files say is checked before it is followed: sizes and types when they are opened, texts and lists a batch
+    at a time when one of the batch is first looked at.
 
-    def __init__(self, chunks: Sequence[np.ndarray]) -> None:
-        self.chunks = list(chunks)
-        self._rows = len(chunks[0]) if chunks else 1
-        self._size = sum(map(len, self.chunks))
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, key: Any) -> Any:
-        if np.ndim(key) == 0:
-            number, row = divmod(int(key), self._rows)
-            return int(self.chunks[number][row])
-        numbers: np.ndarray = np.asarray(key)
-        if len(self.chunks) == 1:
-            return self.chunks[0][numbers].astype(np.int64)
-        out = np.empty(len(numbers), np.int64)
-        batch = numbers // self._rows
-        by_batch = np.argsort(batch, kind="stable")
-        edges = np.flatnonzero(np.diff(batch[by_batch], prepend=-1, append=-1))
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
-            these = by_batch[first:last]
-            out[these] = self.chunks[int(batch[these[0]])][numbers[these] % self._rows]
-        return out
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate(self.chunks).astype(dtype or np.int64)
-
-    def tolist(self) -> list[int]:
-        return np.asarray(self).tolist()
-
-
-class IndexFile:
-    """An index opened for reading, memory-mapped.
-
-    What the file says is checked before it is followed: sizes and types when it is opened, texts and lists a batch at a
-    time when one of the batch is first looked at.
+    Attributes:
+        shard: int32 [N]. offset, frames: int64 [N]. All are views of the file.
+        labels: for 'language', 'speaker' and 'split' the values, and int32 [N] which of them a recording has.
 
     Raises:
         DataError: not an index of this format, or damaged.
     """
 
-    def __init__(self, path: Path, num_mels: int) -> None:
-        self.path = path
-        self.num_mels = num_mels
-        self._checked: set[tuple[int, str]] = set()
-        try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            if not reader.schema.equals(ix.schema(num_mels)):
-                raise DataError(f"{path}: has other columns than this version's; refused. Prepare the dataset again")
-            self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-            for batch in self.batches:
-                batch.validate()
-            self.shard, self.offset, self.frames = (self._integers(name) for name in ("shard", "offset", "frames"))
-            self.labels = {name: self._labels(name) for name in ix.LABEL_COLUMNS}
-        except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise self._damaged(error) from error
-        if any(batch.column("id").null_count for batch in self.batches):
-            raise self._damaged("the column id has holes")
+    def __init__(self, index: Path, recordings: Path) -> None:
+        self.path, self.recordings = index, recordings
+        (batch,) = _mapped(index, ix.index_schema(), most=1)
+        arrays = {name: batch.column(name) for name in ix.index_schema().names}
+        codes = {name: arrays[name].indices for name in ix.LABELS}
+        if any(array.null_count for array in [*arrays.values(), *codes.values()]):
+            raise _damaged(index, "a column with holes")
+        self.shard, self.offset, self.frames = (_view(arrays[name]) for name in ("shard", "offset", "frames"))
+        self.labels = {name: (arrays[name].dictionary.to_pylist(), _view(codes[name])) for name in ix.LABELS}
+        if not len(self) or min(self.frames.min(), self.offset.min() - 7) < 1 or self.shard.min() < 0:
+            raise _damaged(index, "no recordings, or frames, offsets or shards that cannot be")
+        if self.shard.max() >= 10**7 or max(self.frames.max(), self.offset.max()) >= 2**50:
+            raise _damaged(index, "frames, offsets or shards that cannot be")
+        for name, (values, code) in self.labels.items():
+            if code.min() < 0 or code.max() >= len(values):
+                raise _damaged(index, f"{name} that is not among its {len(values)} values")
+        self.batches = _mapped(recordings, ix.recordings_schema())
+        self._rows = self.batches[0].num_rows
         sizes = [batch.num_rows for batch in self.batches]
-        self._rows = sizes[0] if sizes else 1
-        if not sizes or set(sizes[:-1]) - {self._rows} or not 0 < sizes[-1] <= self._rows:
-            raise self._damaged("batches of unequal length")
+        if set(sizes[:-1]) - {self._rows} or sizes[-1] > self._rows or sum(sizes) != len(self):
+            raise _damaged(recordings, f"it has {sum(sizes)} rows, {index.name} {len(self)}")
+        self._checked: set[tuple[int, str]] = set()
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def value(self, name: str, recording: int) -> Any:
-        """What a column with texts or lists holds for a recording, as a Python object."""
-        batch, row = divmod(int(recording), self._rows)
-        column = self.batches[batch].column(name)
-        if (batch, name) not in self._checked:
+        """What a column of recordings.arrow holds for a recording, as a Python object."""
+        number, row = divmod(int(recording), self._rows)
+        column = self.batches[number].column(name)
+        if (number, name) not in self._checked:
             try:
                 column.validate(full=True)
             except pa.ArrowException as error:
-                raise self._damaged(error) from error
-            self._checked.add((batch, name))
-        return column[row].as_py()
-
-    def vector(self, name: str, recording: int) -> np.ndarray:
-        """`mean` or `std` of a recording: float32 [M], a view of the file."""
-        batch, row = divmod(int(recording), self._rows)
-        column = self.batches[batch].column(name)
-        first = (column.offset + row) * self.num_mels
-        return column.values.slice(first, self.num_mels).to_numpy(zero_copy_only=True)
+                raise _damaged(self.recordings, error) from error
+            self._checked.add((number, name))
+        value = column[row].as_py()
+        if value is None and name in ("id", "crc32"):
+            raise _damaged(self.recordings, f"row {recording} has no {name}")
+        return value
 
     def label(self, name: str, recording: int) -> str:
         """`language`, `speaker` or `split` of a recording."""
-        names, codes = self.labels[name]
-        code = codes[recording]
-        if not 0 <= code < len(names):
-            raise self._damaged(f"{name} of row {recording} is not among its {len(names)} values")
-        return names[code]
+        values, codes = self.labels[name]
+        return values[codes[recording]]
 
     def find(self, id: str) -> int | None:
         """The number of the recording with this id, by bisection; None where there is none."""
@@ -131,88 +93,114 @@ class IndexFile:
             low, high = (middle + 1, high) if self.value("id", middle) < id else (low, middle)
         return low if low < len(self) and self.value("id", low) == id else None
 
-    def _integers(self, name: str) -> Column:
-        columns = [batch.column(name) for batch in self.batches]
-        if any(column.null_count for column in columns):
-            raise self._damaged(f"the column {name} has holes")
-        return Column([column.to_numpy(zero_copy_only=True) for column in columns])
 
-    def _labels(self, name: str) -> tuple[list[str], Column]:
-        columns = [batch.column(name) for batch in self.batches]
-        if any(column.indices.null_count for column in columns):
-            raise self._damaged(f"the column {name} has holes")
-        dictionary = columns[0].dictionary if columns else pa.array([], pa.string())
-        dictionary.validate(full=True)
-        return dictionary.to_pylist(), Column([column.indices.to_numpy(zero_copy_only=True) for column in columns])
-
-    def _damaged(self, why: object) -> DataError:
-        return DataError(f"{self.path}: cannot be read ({why}); restore the file or prepare the dataset again")
+def _view(column: pa.Array) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=True)
 
 
-def write_part(path: Path, columns: dict[str, list[Any]], num_mels: int) -> None:
-    """Write some rows of an index, sorted by id, to be merged later. columns: a list of values for every column."""
+def _damaged(path: Path, why: object) -> DataError:
+    return DataError(f"{path}: cannot be read ({why}); restore the file or prepare the dataset again")
+
+
+def _mapped(path: Path, schema: pa.Schema, most: int | None = None) -> list[pa.RecordBatch]:
+    """The batches (at least one) of an Arrow file. Texts and lists in them are not checked yet, their sizes are."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not reader.schema.equals(schema):
+            raise DataError(f"{path}: has other columns than this version's; refused. Prepare the dataset again")
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate()
+            for column in batch.columns:
+                if pa.types.is_dictionary(column.type):
+                    column.dictionary.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+    if not 1 <= len(batches) <= (most or len(batches)):
+        raise _damaged(path, f"{len(batches)} batches")
+    return batches
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], num_mels: int) -> None:
+    """Write rows-NNNNN.arrow: what the index will hold of a shard's recordings."""
     arrays = []
-    schema = ix.schema(num_mels, pa.string())
+    schema = ix.rows_schema(num_mels)
     for field in schema:
-        values = columns[field.name]
+        values = [row[field.name] for row in rows]
         if field.name in ("mean", "std"):
             arrays.append(pa.FixedSizeListArray.from_arrays(np.concatenate(values).astype(np.float32), num_mels))
         else:
             arrays.append(pa.array(values, field.type))
-    table = pa.Table.from_arrays(arrays, schema=schema).sort_by("id").combine_chunks()
     with ix.replace_file(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_table(table, max_chunksize=max(1, len(table)))
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def read_part(path: Path, num_mels: int) -> pa.RecordBatch:
-    """A part as one batch, memory-mapped. Raises DataError where it is not one."""
+def read_rows(path: Path, num_mels: int) -> pa.RecordBatch:
+    """rows-NNNNN.arrow as one batch, memory-mapped. Raises DataError where it is not one."""
+    (batch,) = _mapped(path, ix.rows_schema(num_mels), most=1)
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if not reader.schema.equals(ix.schema(num_mels, pa.string())) or reader.num_record_batches != 1:
-            raise DataError(f"{path}: is not a part of an index of this version; prepare the dataset in another folder")
-        batch = reader.get_batch(0)
         batch.validate(full=True)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete it and its shard, and prepare again") from error
+    except pa.ArrowException as error:
+        raise _damaged(path, error) from error
     return batch
 
 
 def write_dataset(folder: Path, parts: Sequence[Path], features: FeatureSettings, name: str, shards: int) -> None:
-    """Merge the parts of an index, and write dataset.json: from then on the folder is a dataset."""
-    fields = merge_parts(parts, folder / ix.INDEX_FILE, features.num_mels, features.hash())
-    hours = fields["frames"] / features.frames_per_second / 3600
-    totals = {"shards": shards, "hours": hours}
-    ix.write_json(folder / ix.DATASET_FILE, {"name": name, **ix.head(features), **totals, **fields})
+    """Merge the rows of all parts, sorted by id, and write dataset.json: from then on the folder is a dataset.
 
-
-def merge_parts(parts: Sequence[Path], path: Path, num_mels: int, feature_hash: str) -> dict[str, Any]:
-    """Write the index of all rows of the parts, sorted by id; memory is bounded by the ids and one batch.
-
-    Returns fields of dataset.json: recordings, frames, mean, std, fingerprint.
-    Raises DataError where two recordings share an id.
+    Memory is bounded by the ids, the numbers and one batch. Raises DataError where two recordings share an id.
     """
-    ids = pa.chunked_array([pa.array(read_part(part, num_mels)["id"].to_pylist(), pa.string()) for part in parts])
+    num_mels = features.num_mels
+    ids = pa.chunked_array([pa.array(read_rows(part, num_mels)["id"].to_pylist(), pa.string()) for part in parts])
     order = pc.sort_indices(ids).to_numpy().astype(np.int64)
     _check_unique(ids, order)
     begins = np.concatenate([[0], np.cumsum([len(chunk) for chunk in ids.chunks])])
     del ids
-    values = {name: _distinct(parts, name, num_mels) for name in ix.LABEL_COLUMNS}
-    schema = ix.schema(num_mels)
-    fingerprint, total = ix.Fingerprint(feature_hash), 0
-    sums = squares = np.zeros(num_mels)
-    with ix.replace_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+    known = {label: _distinct(parts, label, num_mels) for label in ix.LABELS}
+    fingerprint, sums, squares = ix.Fingerprint(features.hash()), np.zeros(num_mels), np.zeros(num_mels)
+    numbers: list[pa.RecordBatch] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(ix.replace_file(folder / ix.RECORDINGS_FILE))
+        recordings = stack.enter_context(pa.ipc.new_file(file, ix.recordings_schema()))
+        statistics = stack.enter_context(ix.replace_file(folder / ix.STATISTICS_FILE))
+        statistics.write(_statistics_header(len(order), num_mels))
         for batch in _gathered(parts, begins, order, num_mels):
             fingerprint.update(batch)
-            frames = batch["frames"].to_numpy()
-            shape = (len(frames), num_mels)
-            mean, std = (batch[name].flatten().to_numpy().reshape(shape).astype(np.float64) for name in ("mean", "std"))
-            total += int(frames.sum())
-            sums, squares = sums + frames @ mean, squares + frames @ (std**2 + mean**2)
-            writer.write_batch(_with_labels(batch, values, schema))
-    mean = sums / total
-    std = np.sqrt(np.maximum(squares / total - mean**2, 0))
-    fields = {"recordings": int(begins[-1]), "frames": total, "mean": mean.tolist(), "std": std.tolist()}
-    return {**fields, "fingerprint": fingerprint.hexdigest()}
+            recordings.write_batch(batch.select(ix.recordings_schema().names))
+            mean, std = (batch[v].flatten().to_numpy().reshape(len(batch), num_mels) for v in ("mean", "std"))
+            statistics.write(np.stack([mean, std], axis=1).tobytes())
+            frames, mean = batch["frames"].to_numpy(), mean.astype(np.float64)
+            sums, squares = sums + frames @ mean, squares + frames @ (std.astype(np.float64) ** 2 + mean**2)
+            numbers.append(_numbers(batch, known))
+    with ix.replace_file(folder / ix.INDEX_FILE) as file, pa.ipc.new_file(file, ix.index_schema()) as writer:
+        writer.write_batch(pa.concat_batches(numbers))
+    frames = sum(int(pc.sum(batch["frames"]).as_py()) for batch in numbers)
+    fields = {
+        "name": name,
+        **ix.head(features),
+        "recordings": len(order),
+        "frames": frames,
+        "hours": frames / features.frames_per_second / 3600,
+        "shards": shards,
+        "mean": (sums / frames).tolist(),
+        "std": np.sqrt(np.maximum(squares / frames - (sums / frames) ** 2, 0)).tolist(),
+        "fingerprint": fingerprint.hexdigest(),
+    }
+    ix.write_json(folder / ix.DATASET_FILE, fields)
+
+
+def _statistics_header(recordings: int, num_mels: int) -> bytes:
+    """Of a safetensors file with the one tensor mean_std, float32 [N, 2, M]."""
+    shape = [recordings, 2, num_mels]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 8 * recordings * num_mels]}
+    text = json.dumps({"mean_std": entry}).encode()
+    return (_HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(_HEADER_BYTES - 8)
+
+
+def statistics_range(recording: int, num_mels: int) -> tuple[int, int]:
+    """Position and length in bytes of a recording's float32 [2, M] in statistics.safetensors."""
+    size = 8 * num_mels
+    return _HEADER_BYTES + recording * size, size
 
 
 def _check_unique(ids: pa.ChunkedArray, order: np.ndarray) -> None:
@@ -226,7 +214,7 @@ def _check_unique(ids: pa.ChunkedArray, order: np.ndarray) -> None:
 def _distinct(parts: Iterable[Path], name: str, num_mels: int) -> pa.Array:
     found: set[str] = set()
     for part in parts:
-        found.update(pc.unique(read_part(part, num_mels)[name]).to_pylist())
+        found.update(pc.unique(read_rows(part, num_mels)[name]).to_pylist())
     return pa.array(sorted(found), pa.string())
 
 
@@ -238,7 +226,7 @@ def _gathered(parts: Sequence[Path], begins: np.ndarray, order: np.ndarray, num_
         if number not in opened:
             if len(opened) >= _OPEN_PARTS:
                 opened.popitem(last=False)
-            opened[number] = read_part(parts[number], num_mels)
+            opened[number] = read_rows(parts[number], num_mels)
         opened.move_to_end(number)
         return opened[number]
 
@@ -250,8 +238,10 @@ def _gathered(parts: Sequence[Path], begins: np.ndarray, order: np.ndarray, num_
         yield pa.concat_batches(pieces).take(pa.array(places))
 
 
-def _with_labels(batch: pa.RecordBatch, values: dict[str, pa.Array], schema: pa.Schema) -> pa.RecordBatch:
+def _numbers(batch: pa.RecordBatch, known: dict[str, pa.Array]) -> pa.RecordBatch:
+    """The columns of index.arrow."""
+    schema = ix.index_schema()
     columns = {name: batch[name] for name in schema.names}
-    for name, known in values.items():
-        columns[name] = pa.DictionaryArray.from_arrays(pc.index_in(columns[name], known), known)
+    for name, values in known.items():
+        columns[name] = pa.DictionaryArray.from_arrays(pc.index_in(columns[name], values), values)
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)

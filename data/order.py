@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.index_file import Column
 
 ROUNDS = 6
 _PART = 1 << 20  # recordings that are looked at together
@@ -123,13 +122,13 @@ class CropOrder(CropTable):
     Ten million recordings cost 80 MB: two integers of four bytes each; their lengths stay in the index.
 
     Args:
-        frames: int [N], or a Column of the index: lengths of all recordings of the dataset.
+        frames: int [N], lengths of all recordings of the dataset.
         recordings: int [K], numbers of those that are used; by default all.
     """
 
     def __init__(
         self,
-        frames: np.ndarray | Column,
+        frames: np.ndarray,
         max_frames: int,
         min_frames: int,
         seed: int,

@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,8 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
-from data.index_file import IndexFile
+from data.index_file import Index, statistics_range
+from data.storage import CutShort, Storage, StorageSettings, open_storage
 from data.transcripts import Word
 from data.writer import DatasetWriter
 
@@ -35,43 +35,44 @@ __all__ = ["Dataset", "DatasetWriter", "Normalisation", "Recording", "open_datas
 Normalisation = Literal["recording", "dataset"]
 # A bin whose values hardly differ (silence, a band that telephone speech lacks) is centred, not blown up.
 SMALLEST_STD = 0.01
-OPEN_FILES = 64
 
 
 class Dataset:
     """A dataset opened for reading. Recordings are numbered 0 .. len - 1 in the order of the index (sorted by id).
 
     Attributes:
-        path: its folder.
+        location: its folder, or its URL.
         name: what reports call it.
         features: FeatureSettings that it was computed with.
         fingerprint: SHA-256 (hex) of its content.
-        frames: Column [N], frames of every recording.
+        frames: int64 [N], frames of every recording.
         total_frames: int, their sum.
-        index: the IndexFile.
+        index: the Index, whose arrays take no memory of their own.
     """
 
-    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, fields: dict[str, Any]) -> None:
+        self.storage, self.location = storage, storage.location
         self.features = FeatureSettings.from_dict(fields.get("features", {}))
         if fields.get("feature_hash") != self.features.hash():
-            raise DataError(f"{path / ix.DATASET_FILE}: feature_hash does not belong to the features beside it")
-        self.name: str = fields.get("name") or path.name
+            raise DataError(f"{self.location}: feature_hash in {ix.DATASET_FILE} does not belong to the features there")
+        self.name: str = fields.get("name") or Path(self.location).name
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
         self._mean, self._std = torch.tensor(fields["mean"]), torch.tensor(fields["std"])
-        self.index = IndexFile(path / ix.INDEX_FILE, self.features.num_mels)
+        try:
+            self.index = Index(storage.local_copy(ix.INDEX_FILE), storage.local_copy(ix.RECORDINGS_FILE))
+        except OSError as error:
+            raise DataError(f"{self.location}: cannot be read ({error}); {_DAMAGED}") from error
         self.frames = self.index.frames
-        self._files: OrderedDict[int, int] = OrderedDict()
-        if len(self) != fields["recordings"] or sum(int(c.sum()) for c in self.frames.chunks) != self.total_frames:
-            raise DataError(f"{path}: {ix.INDEX_FILE} and {ix.DATASET_FILE} do not belong together; prepare it again")
-        for column, least, most in (
-            (self.frames, 1, 2**40),
-            (self.index.offset, 8, 2**50),
-            (self.index.shard, 0, 10**7),
-        ):
-            if not all(least <= chunk.min() and chunk.max() < most for chunk in column.chunks):
-                raise DataError(f"{path / ix.INDEX_FILE}: frames, offsets or shards that cannot be; refused")
+        if len(self) != fields["recordings"] or int(self.frames.sum()) != self.total_frames:
+            raise DataError(f"{self.location}: {ix.INDEX_FILE} does not belong to {ix.DATASET_FILE}; prepare it again")
+
+    @property
+    def path(self) -> Path:
+        """Its folder. DataError where it lies in object storage."""
+        if "://" in self.location:
+            raise DataError(f"{self.location} is not a folder on this machine: copy it to one first")
+        return Path(self.location)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -83,7 +84,7 @@ class Dataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is not forked opens the dataset itself: files and tables do not travel.
-        return open_dataset, (str(self.path), False)
+        return open_dataset, (self.location, False, self.storage.settings)
 
     def id(self, recording: int) -> str:
         return self.index.value("id", recording)
@@ -120,10 +121,8 @@ class Dataset:
     def totals(self, label: str) -> dict[str, tuple[int, int]]:
         """Recordings and frames for every value of 'language', 'speaker' or 'split', by value."""
         names, codes = self.index.labels[label]
-        counts, frames = np.zeros(len(names), np.int64), np.zeros(len(names))
-        for code, length in zip(codes.chunks, self.frames.chunks, strict=True):
-            counts += np.bincount(code, minlength=len(names))
-            frames += np.bincount(code, weights=length, minlength=len(names))
+        counts = np.bincount(codes, minlength=len(names))
+        frames = np.bincount(codes, weights=self.frames, minlength=len(names))
         return {name: (int(n), int(f)) for name, n, f in zip(names, counts, frames, strict=True) if n}
 
     def select(
@@ -131,27 +130,22 @@ class Dataset:
     ) -> np.ndarray:
         """Numbers (int32, ascending) of the recordings that match all that is given. DataError where none does."""
         wanted = {name: value for name, value in (("split", split), ("language", language)) if value is not None}
+        keep = np.ones(len(self), bool)
         for name, value in wanted.items():
-            if value not in self.index.labels[name][0]:
-                raise DataError(f"{self.path}: no recording with {name} {value!r}; there are {sorted(self.totals(name))}")
-        chosen, begin = [], 0
-        for number, chunk in enumerate(self.frames.chunks):
-            keep = np.ones(len(chunk), bool)
-            for name, value in wanted.items():
-                names, codes = self.index.labels[name]
-                keep &= codes.chunks[number] == names.index(value)
-            chosen.append((np.flatnonzero(keep) + begin).astype(np.int32))
-            begin += len(chunk)
-        numbers = np.concatenate(chosen)
+            names, codes = self.index.labels[name]
+            if value not in names:
+                raise DataError(f"{self.location}: no recording with {name} {value!r}; there are {sorted(names)}")
+            keep &= codes == names.index(value)
+        numbers = np.flatnonzero(keep).astype(np.int32)
         if ids is not None:
             found = {id: self.index.find(id) for id in sorted(set(ids))}
             missing = [id for id, number in found.items() if number is None]
             if missing:
-                raise DataError(f"{self.path}: no recording {missing[0]!r} ({len(missing)} ids are unknown)")
+                raise DataError(f"{self.location}: no recording {missing[0]!r} ({len(missing)} ids are unknown)")
             numbers = np.intersect1d(numbers, np.array([n for n in found.values() if n is not None], np.int32))
         if not len(numbers):
             asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
-            raise DataError(f"{self.path}: no recording with {asked} together")
+            raise DataError(f"{self.location}: no recording with {asked} together")
         return numbers
 
     def read(self, recording: int, start: int = 0, stop: int | None = None, verify: bool = False) -> np.ndarray:
@@ -175,25 +169,33 @@ class Dataset:
 
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
         """Fill `out` (C-contiguous float16 [n, M]) with frames [start, start + n). Errors as `read`."""
-        width = self.features.num_mels * ix.BYTES_PER_VALUE
-        position = self.index.offset[recording] + start * width
+        position = int(self.index.offset[recording]) + start * self.features.num_mels * ix.BYTES_PER_VALUE
         view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         try:
-            file = self._file(self.index.shard[recording])
-            while view:
-                got = os.preadv(file, [view], position)
-                if got == 0:
-                    raise DataError(f"{self.where(recording)}: the shard is cut short; {_DAMAGED}")
-                view, position = view[got:], position + got
+            self.storage.read_into(ix.shard_name(self.index.shard[recording]), position, view)
+        except CutShort as error:
+            raise DataError(f"{self.where(recording)}: the shard is cut short; {_DAMAGED}") from error
         except OSError as error:
             raise DataError(f"{self.where(recording)}: {error}; {_DAMAGED}") from error
+
+    def mean_std(self, recording: int) -> np.ndarray:
+        """Mean and standard deviation of a recording's log-mel: float32 [2, M]. DataError where they cannot be."""
+        position, size = statistics_range(int(recording), self.features.num_mels)
+        values = np.empty((2, self.features.num_mels), np.float32)
+        try:
+            self.storage.read_into(ix.STATISTICS_FILE, position, memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+        except OSError as error:
+            raise DataError(f"{self.location}: statistics of {self.id(recording)!r}: {error}; {_DAMAGED}") from error
+        if not np.isfinite(values).all() or values[1].min() < 0:
+            raise DataError(f"{self.location}: statistics of {self.id(recording)!r} cannot be; {_DAMAGED}")
+        return values
 
     def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
         """(mean, 1 / std), float32 [M] each: a frame is normalised as `(x - mean) * inverse_std`."""
         if normalisation == "dataset":
             mean, std = self._mean, self._std
         else:
-            mean, std = (torch.from_numpy(self.index.vector(name, recording).copy()) for name in ("mean", "std"))
+            mean, std = torch.from_numpy(self.mean_std(recording))
         return mean, 1 / std.clamp(min=SMALLEST_STD)
 
     def read_normalised(
@@ -234,79 +236,75 @@ class Dataset:
 
     def check_files(self) -> None:
         """Raise DataError that names every missing shard, or the shards cut short and the recordings beyond the cut."""
-        width = self.features.num_mels * ix.BYTES_PER_VALUE
-        sizes, short, begin = self._sizes(), [], 0
-        columns = (self.index.shard.chunks, self.index.offset.chunks, self.frames.chunks)
-        for shard, offset, frames in zip(*columns, strict=True):
-            short += (np.flatnonzero(offset + frames * width > sizes[shard]) + begin).tolist()
-            begin += len(shard)
-        if short:
-            shards = sorted({ix.shard_name(self.index.shard[recording]) for recording in short})
-            named = ", ".join(repr(self.id(recording)) for recording in short[:8])
+        end = self.index.offset + self.frames * (self.features.num_mels * ix.BYTES_PER_VALUE)
+        beyond = np.flatnonzero(end > self._sizes()[self.index.shard])
+        if len(beyond):
+            shards = sorted({ix.shard_name(shard) for shard in self.index.shard[beyond].tolist()})
+            named = ", ".join(repr(self.id(recording)) for recording in beyond[:8])
             raise DataError(
-                f"{self.path}: {', '.join(shards[:8])} cut short: {len(short)} recordings are not there whole "
-                f"({named}{', ...' if len(short) > 8 else ''}); {_DAMAGED}"
+                f"{self.location}: {', '.join(shards[:8])} cut short: {len(beyond)} recordings are not there whole "
+                f"({named}{', ...' if len(beyond) > 8 else ''}); {_DAMAGED}"
             )
 
     def shards(self) -> list[int]:
         """Numbers of the shards that the recordings lie in, ascending."""
-        return sorted({int(shard) for chunk in self.index.shard.chunks for shard in np.unique(chunk)})
+        return np.flatnonzero(np.bincount(self.index.shard)).tolist()
 
     def _sizes(self) -> np.ndarray:
         """Bytes of every shard's file, by its number. Raises DataError where one is missing or no plain file."""
         shards = self.shards()
         sizes, missing = np.zeros(shards[-1] + 1, np.int64), []
         for shard in shards:
-            path = self.path / ix.shard_name(shard)
-            if path.is_symlink():
-                raise DataError(f"{path} is a symbolic link; a shard must be a file in its folder. Refused")
-            if path.is_file():
-                sizes[shard] = path.stat().st_size
-            else:
-                missing.append(path.name)
+            name = ix.shard_name(shard)
+            if (self.path / name).is_symlink():
+                raise DataError(f"{self.path / name} is a symbolic link; a shard must be a file in its folder. Refused")
+            size = self.storage.size(name)
+            if size is None:
+                missing.append(name)
+            sizes[shard] = size or 0
         if missing:
             raise DataError(f"{self.path}: {len(missing)} shards are missing: {', '.join(missing[:8])}; {_DAMAGED}")
         return sizes
 
     def where(self, recording: int) -> str:
         """The recording's name and shard, for error messages."""
-        return f"recording {self.id(recording)!r} in {self.path / ix.shard_name(self.index.shard[recording])}"
-
-    def _file(self, shard: int) -> int:
-        """An open file of a shard. Positioned reads share no state, so a forked worker may use its parent's."""
-        if shard not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._files[shard] = os.open(self.path / ix.shard_name(shard), flags)
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
+        shard = ix.shard_name(self.index.shard[recording])
+        return f"recording {self.id(recording)!r} in {self.location.rstrip('/')}/{shard}"
 
 
 _DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
 
 
-def open_dataset(path: str | os.PathLike[str], check_files: bool = True) -> Dataset:
-    """Open a dataset folder. Raises DataError: not a dataset, half-written, another format, missing or short shards.
+def open_dataset(
+    location: str | os.PathLike[str], check_files: bool = True, storage: StorageSettings | None = None
+) -> Dataset:
+    """Open a dataset: a folder, or a URL of object storage, whose index is then copied to this machine once.
 
-    check_files=False leaves the shards to be looked at when they are read: what is whole stays readable.
+    check_files=False leaves the shards to be looked at when they are read: what is whole stays readable. It is always
+    so with a URL, where asking for every shard would take long.
+
+    Raises DataError: not a dataset, half-written, another format, missing or short shards.
     """
-    path = Path(path)
-    if not (path / ix.DATASET_FILE).is_file():
-        if (path / ix.PREPARING_FILE).exists():
-            raise DataError(f"{path} is half-written: its preparation was interrupted; run the same command again")
-        raise DataError(f"{path} is not a dataset: it has no {ix.DATASET_FILE}. `python -m data.prepare` makes one")
-    fields = ix.read_json(path / ix.DATASET_FILE)
-    ix.check_version(fields, path / ix.DATASET_FILE)
+    store = open_storage(location, storage)
+    place = f"{store.location.rstrip('/')}/{ix.DATASET_FILE}"
+    try:
+        if store.size(ix.DATASET_FILE) is None:
+            if store.size(ix.PREPARING_FILE) is not None:
+                raise DataError(
+                    f"{location} is half-written: its preparation was interrupted; run the same command again"
+                )
+            raise DataError(
+                f"{location} is not a dataset: it has no {ix.DATASET_FILE}. `python -m data.prepare` makes one"
+            )
+        fields = ix.parse_json(store.read(ix.DATASET_FILE), place)
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error})") from error
+    ix.check_version(fields, place)
     missing = {"features", "feature_hash", "fingerprint", "recordings", "frames", "mean", "std"} - set(fields)
     if missing:
-        raise DataError(f"{path / ix.DATASET_FILE}: lacks {sorted(missing)}; prepare the dataset again")
-    dataset = Dataset(path, fields)
-    if check_files:
+        raise DataError(f"{place}: lacks {sorted(missing)}; prepare the dataset again")
+    dataset = Dataset(store, fields)
+    if check_files and "://" not in dataset.location:
         dataset.check_files()
     return dataset
 

@@ -41,7 +41,7 @@ def verify(dataset: Dataset) -> list[str]:
 def summary(dataset: Dataset) -> str:
     """Totals of a dataset, a few lines."""
     rate = dataset.features.frames_per_second
-    seconds = np.asarray(dataset.frames) / rate
+    seconds = dataset.frames / rate
     lines = [
         f"{dataset.path}: {len(dataset)} recordings, {seconds.sum() / 3600:.2f} hours, "
         f"{len(dataset.shards())} shards, features {dataset.features.hash()[:12]}",

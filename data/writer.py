@@ -26,7 +26,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.index import Recording
-from data.index_file import read_part, write_dataset, write_part
+from data.index_file import read_rows, write_dataset, write_rows
 
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -153,7 +153,7 @@ class DatasetWriter:
         return [part for part in range(self.parts) if not (self.path / f"part-{part:05d}.json").is_file()]
 
     def _merge(self) -> None:
-        indexes = sorted(self.path.glob("index-*.arrow"))
+        indexes = sorted(self.path.glob("rows-*.arrow"))
         if not indexes:
             (self.path / f"part-{self.part:05d}.json").unlink()
             raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
@@ -188,10 +188,10 @@ class DatasetWriter:
             raise DataError(f"{self.path} holds shards but no dataset was begun in it; choose a new folder")
         if not begun:
             ix.write_json(self.path / ix.PREPARING_FILE, {**ix.head(self.features), "parts": self.parts})
-        for index in sorted(self.path.glob("index-*.arrow")):
-            number = int(index.stem.removeprefix("index-"))
+        for index in sorted(self.path.glob("rows-*.arrow")):
+            number = int(index.stem.removeprefix("rows-"))
             if number % self.parts == self.part:
-                self.done_ids.update(read_part(index, self.features.num_mels)["id"].to_pylist())
+                self.done_ids.update(read_rows(index, self.features.num_mels)["id"].to_pylist())
                 # A shard that was killed before its part of the index was written is written again, under its old name.
                 self.shard = number + self.parts
 
@@ -229,8 +229,7 @@ class DatasetWriter:
             os.fsync(self.file)
             os.replace(self._temporary(), self.path / ix.shard_name(self.shard))
             # The shard counts from here on: its part of the index is written after it, and atomically.
-            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
-            write_part(self.path / f"index-{self.shard:05d}.arrow", columns, self.features.num_mels)
+            write_rows(self.path / f"rows-{self.shard:05d}.arrow", self.rows, self.features.num_mels)
             self.rows = []
             self.shard += self.parts
         self._drop_shard()
@@ -245,7 +244,7 @@ class DatasetWriter:
         self._temporary().unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
-        for pattern in ("index-*.arrow", "part-*", "*.tmp", ix.PREPARING_FILE):
+        for pattern in ("rows-*.arrow", "part-*", "*.tmp", ix.PREPARING_FILE):
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
 

@@ -36,9 +36,14 @@ def dataset(tmp_path: Path) -> Dataset:
     return make_dataset(tmp_path / "set", LENGTHS)
 
 
+def table_of(path: Path) -> pa.Table:
+    with pa.ipc.open_file(path.read_bytes()) as file:
+        return file.read_all()
+
+
 def rows(dataset: Dataset) -> list[dict[str, Any]]:
-    with pa.ipc.open_file(dataset.path / "index.arrow") as file:
-        return file.read_all().to_pylist()
+    tables = [table_of(dataset.path / name).to_pylist() for name in ("index.arrow", "recordings.arrow")]
+    return [a | b for a, b in zip(*tables, strict=True)]
 
 
 def shard_of(dataset: Dataset, name: str) -> Path:
@@ -59,10 +64,9 @@ def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
 
 
 def change_index(dataset: Dataset, column: str, row: int, value: object) -> None:
-    """A changed copy of the index in its place."""
-    path = dataset.path / "index.arrow"
-    with pa.ipc.open_file(path.read_bytes()) as file:
-        table = file.read_all()
+    """A changed copy of the file with this column in its place."""
+    path = dataset.path / ("recordings.arrow" if column in ("id", "crc32", "text") else "index.arrow")
+    table = table_of(path)
     values = table[column].to_pylist()
     values[row] = value
     number = table.schema.get_field_index(column)
@@ -210,7 +214,7 @@ def test_a_symbolic_link_in_place_of_a_shard_is_refused(dataset: Dataset, tmp_pa
 def test_offsets_and_lengths_that_cannot_be_are_refused(dataset: Dataset, column: str, value: int) -> None:
     change_index(dataset, column, 0, value)
     with pytest.raises(DataError):
-        open_dataset(dataset.path)
+        open_dataset(dataset.path).id(0)
 
 
 class Hostile:
@@ -224,7 +228,7 @@ class Hostile:
 def test_a_hostile_pickle_in_a_dataset_folder_does_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     payload = pickle.dumps(Hostile(mark))
-    names = ["dataset.json", "index.arrow", "shard-00000.safetensors", "preparing.json", "data.pkl"]
+    names = ["dataset.json", "index.arrow", "recordings.arrow", "statistics.safetensors", "shard-00000.safetensors", "preparing.json", "data.pkl"]
     for number, name in enumerate(names):
         dataset = make_dataset(tmp_path / str(number), LENGTHS)
         (dataset.path / name).write_bytes(payload)
@@ -289,7 +293,7 @@ def test_an_interrupted_preparation_continues_to_the_same_dataset(
     assert continued.fingerprint == dataset.fingerprint and ids_of(continued) == ids_of(dataset)
     assert not verify(continued)
     assert {p.suffix for p in path.iterdir()} == {".json", ".arrow", ".safetensors"}
-    assert len(list(path.iterdir())) == 2 + len(continued.shards())
+    assert len(list(path.iterdir())) == 4 + len(continued.shards())
 
 
 def in_a_fork(function: Callable[[], object]) -> int:
@@ -336,7 +340,7 @@ def test_sigkill_at_any_sync_or_rename_never_leaves_a_broken_dataset(dataset: Da
             made.finish()
         continued = open_dataset(path)
         assert continued.fingerprint == dataset.fingerprint and not verify(continued)
-        assert len(list(path.iterdir())) == 2 + len(continued.shards())  # and nothing is left over
+        assert len(list(path.iterdir())) == 4 + len(continued.shards())  # and nothing is left over
         shutil.rmtree(path)
     assert place > 20
 
