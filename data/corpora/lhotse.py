@@ -1,0 +1,188 @@
+"""lhotse manifests: cuts, or recordings with supervisions, as JSON lines, plain or gzipped; without lhotse itself.
+
+A supervision's start counts from the start of its cut; the times of its alignment (`alignment.word`, a list of
+[symbol, start, duration, score]) count from the start of the *recording*, as lhotse itself counts them. An audio path
+is taken as the manifest says it, absolute or with `..`: the user gives the manifest, and only sound is read through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from data.corpora.base import SPLITS, FileSource, SegmentSource, Source, check_choice
+from data.corpora.channels import ChannelSource
+from data.corpora.json_lines import is_file, json_lines, label_field, text_field
+from data.corpora.lhotse_cuts import Cut, channels_of, read_cut, stretch, whole_recordings
+from data.corpora.text_files import summary
+from data.errors import DataError
+from data.index import Recording
+from data.transcripts import TOLERANCE, Word
+from data.word_times.alignments import lhotse_words
+
+# An alignment further outside of its supervision than this, in seconds, counts from somewhere else.
+_STRAY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class LhotseSettings:
+    """lhotse manifests: --cuts, or --recordings with --supervisions."""
+
+    cuts: str = ""
+    """Cut manifest (.jsonl or .jsonl.gz) of MonoCuts: the training part, or everything."""
+    dev_cuts: str = ""
+    """Cut manifest of the dev split."""
+    test_cuts: str = ""
+    """Cut manifest of the test split."""
+    recordings: str = ""
+    """Recording manifest, instead of cuts: every recording whole, each of its channels by itself."""
+    supervisions: str = ""
+    """Supervision manifest of those recordings; may be empty with --text none."""
+    split: Literal["train", "dev", "test"] = "train"
+    """Split of --cuts or --recordings."""
+    unit: Literal["cuts", "supervisions"] = "cuts"
+    """cuts: a cut (or a whole recording) with all of its supervisions, in the order of time, is a recording of the
+    dataset. supervisions: each supervision's stretch is one, under the supervision's id."""
+    text: Literal["required", "optional", "none"] = "required"
+    """Transcripts: required (one that is missing is an error), optional, or none (for pretraining)."""
+    audio_folder: str = ""
+    """Folder that relative audio paths count from; empty: the working directory, as in lhotse."""
+    language: str = ""
+    """Language of supervisions that do not tell theirs, such as en."""
+
+    def __post_init__(self) -> None:
+        check_choice("split", self.split, SPLITS)
+        check_choice("unit", self.unit, ["cuts", "supervisions"])
+        check_choice("text", self.text, ["required", "optional", "none"])
+        if bool(self.recordings) == bool(self.cuts or self.dev_cuts or self.test_cuts):
+            raise DataError("give either --cuts FILE (with --dev_cuts, --test_cuts), or --recordings FILE")
+        if self.supervisions and not self.recordings:
+            raise DataError("supervisions is given without recordings: cuts have their own")
+        if self.recordings and not self.supervisions and (self.text != "none" or self.unit == "supervisions"):
+            raise DataError("supervisions is empty: give --supervisions FILE, or say --text none with --unit cuts")
+
+
+def sources(settings: LhotseSettings) -> list[Source]:
+    """All recordings, sorted by id. Raises DataError naming file and line, or the audio files that do not exist."""
+    base = Path(settings.audio_folder).expanduser()
+    listed: list[FileSource | SegmentSource | ChannelSource] = []
+    if settings.recordings:
+        supervisions = Path(settings.supervisions).expanduser() if settings.supervisions else None
+        for cut in whole_recordings(Path(settings.recordings).expanduser(), supervisions, base):
+            listed += _listed(cut, settings, settings.split)
+    else:
+        for split, manifest in (
+            (settings.split, settings.cuts),
+            ("dev", settings.dev_cuts),
+            ("test", settings.test_cuts),
+        ):
+            for where, fields in json_lines(Path(manifest).expanduser()) if manifest else ():
+                listed += _listed(read_cut(fields, where, base), settings, split)
+    if not listed:
+        raise DataError("the manifests hold no cut or recording")
+    there = {source.path: is_file(source.path) for source in listed}
+    missing = [str(path) for path, found in there.items() if not found]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(there)} audio files of the manifests do not exist: {summary(missing)}. Relative "
+            f"paths count from {base.absolute()}: see --audio_folder"
+        )
+    return sorted(listed, key=lambda source: source.id)
+
+
+def _listed(cut: Cut, settings: LhotseSettings, split: str) -> Iterator[FileSource | SegmentSource | ChannelSource]:
+    """What a cut gives: itself, or each of its supervisions."""
+    for part in [cut] if settings.unit == "cuts" else _supervision_cuts(cut):
+        try:
+            recording = _recording(part, settings, split)
+        except DataError as error:
+            raise error if str(error).startswith(part.where) else DataError(f"{part.where}: {error}") from error
+        path, channels = next(file for file in part.audio.files if part.channel in file[1])
+        whole = part.start < TOLERANCE / 10 and part.duration > part.audio.duration - TOLERANCE / 10
+        if len(channels) > 1:
+            wanted = (0.0, None) if whole else (part.start, part.duration)
+            yield ChannelSource(recording, path, channels.index(part.channel), *wanted)
+        elif whole:
+            yield FileSource(recording, path)
+        else:
+            yield SegmentSource(recording, path, part.start, part.duration)
+
+
+def _recording(cut: Cut, settings: LhotseSettings, split: str) -> Recording:
+    """Text, words and names from the cut's supervisions. Raises DataError where text is required and not to be had."""
+    texts: list[str | None] = []
+    words: list[Word] | None = []
+    languages, speakers = set(), set()
+    for where, fields in _in_time(cut):
+        languages.add(label_field(fields, "language", where) or settings.language)
+        speakers.add(label_field(fields, "speaker", where))
+        if settings.text == "none":
+            continue
+        text, aligned = _said(fields, where, cut)
+        texts.append(text)
+        if text and words is not None:
+            words = None if aligned is None else words + aligned
+    complete = bool(texts) and None not in texts
+    if settings.text == "required" and not complete:
+        raise DataError(
+            f"{cut.where}: {cut.id!r} has no supervision with text within it, or one that reaches beyond it and has no "
+            "word alignment. Cut at supervisions (lhotse's trim_to_supervisions), or say --text optional"
+        )
+    return Recording(
+        id=cut.id,
+        text=" ".join(text for text in texts if text) if complete else None,
+        words=sorted(words, key=lambda word: word.start) if complete and words else None,
+        language=languages.pop() if len(languages) == 1 else settings.language,
+        speaker=speakers.pop() if len(speakers) == 1 else "",
+        split=split,
+    )
+
+
+def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
+    """The supervisions of the cut's channel that lie in it at least partly, in the order of time."""
+    found = []
+    for where, fields in cut.supervisions:
+        start, end = stretch(fields, where)
+        if cut.channel in channels_of(fields, where) and start < cut.duration and end > 0:
+            found.append((start, end, where, fields))
+    return [(where, fields) for _, _, where, fields in sorted(found, key=lambda item: item[:2])]
+
+
+def _said(fields: Mapping[str, Any], where: str, cut: Cut) -> tuple[str | None, list[Word] | None]:
+    """(Text within the cut, None where it is not known; its words with times from the cut's start, or None)."""
+    text = text_field(fields, "text", where)
+    start, end = stretch(fields, where)
+    alignment = fields.get("alignment")
+    items = alignment.get("word") if isinstance(alignment, dict) else None
+    inside = start >= -TOLERANCE and end <= cut.duration + TOLERANCE
+    if not items:
+        return (" ".join(text.split()) if text is not None and inside else None), None
+    words = []
+    for word, begin, finish, confidence in lhotse_words(items, where):
+        begin, finish = begin - cut.start, finish - cut.start
+        if begin < start - _STRAY_SECONDS or finish > end + _STRAY_SECONDS:
+            raise DataError(
+                f"{where}: the word {word!r} is aligned at {begin:.2f} s of the cut, its supervision at {start:.2f} to "
+                f"{end:.2f} s; alignments count from the start of the recording"
+            )
+        if 0 <= (begin + finish) / 2 < cut.duration:
+            words.append(Word(word, round(max(0.0, begin), 6), round(max(0.0, finish), 6), confidence))
+    if text is None or not inside:
+        text = " ".join(word.word for word in words)
+    return " ".join(text.split()), words
+
+
+def _supervision_cuts(cut: Cut) -> Iterator[Cut]:
+    """Each supervision of the cut's channel as a cut of its own, as far as it lies in the cut."""
+    for where, fields in _in_time(cut):
+        id = text_field(fields, "id", where)
+        if id is None:
+            raise DataError(f"{where}: a supervision without an id")
+        start, end = stretch(fields, where)
+        first, last = max(0.0, start), min(cut.duration, end)
+        moved = {**fields, "start": start - first}
+        yield replace(
+            cut, id=id, start=cut.start + first, duration=last - first, supervisions=[(where, moved)], where=where
+        )
