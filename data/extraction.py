@@ -23,7 +23,10 @@ from data.corpora.base import Source
 from data.errors import DataError
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
+from data.skipped import Skipped
 from data.transcripts import check_word_times
+
+__all__ = ["Extracted", "Skipped", "extract", "extract_all"]
 
 # Results that may wait for their turn, for each worker and in bytes: enough that no worker idles while a long recording
 # is done, few enough that hours of features never pile up in memory.
@@ -38,14 +41,6 @@ class Extracted:
     recording: Recording
     log_mel: NDArray[np.float16]
     """float16 [frames, M]"""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A recording that cannot be used."""
-
-    id: str
-    reason: str
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:

@@ -12,9 +12,10 @@ import json
 import os
 import re
 import sys
+import time
 from argparse import ArgumentError
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +26,15 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from data.corpora import CORPORA, find_corpus
 from data.corpora.base import Corpus, Source, did_you_mean
 from data.errors import DataError
-from data.extraction import Skipped, extract_all
+from data.extraction import extract_all
 from data.features import FeatureSettings
-from data.index import read_json, replace_file, write_json
+from data.index import DATASET_FILE, PREPARING_FILE, locked, read_json, write_json
 from data.progress import Interrupts, Progress
 from data.shards import DatasetWriter, open_dataset
+from data.skipped import Skipped, merge_skipped, skipped_path, summary, write_skipped
 
 CORPUS_FILE = "corpus.json"
-SKIPPED_FILE = "skipped.jsonl"
-_REASONS_SHOWN = 10
+_PARTS_SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -44,66 +45,132 @@ class PrepareSettings:
     """Folder of the dataset, made where it is missing."""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Processes that read or speak, and compute features; by default one for every core that this process may use."""
+    part: str = "0/1"
+    """i/n prepares the i-th of n shares (i from 0 to n - 1) into the same folder, so that n machines can do it at once;
+    the last part to finish makes it a dataset, the same as one machine would."""
+    merge: bool = False
+    """Prepare nothing, but make a dataset of finished parts (where the last two did not see each other finish)."""
     shard_mb: int = 500
     """Size of a shard in MB (10**6 bytes; 500 hold 8.7 hours). What is in finished shards survives even SIGKILL."""
+    shard_minutes: float = 10.0
+    """A shard is also closed after this many minutes of work, which bounds what SIGKILL or a power cut can lose."""
     max_skipped_share: float = 0.05
-    """More than this share of unusable recordings is an error: from 0 (none may be unusable) to 1."""
+    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n) of `part`."""
+        part, _, parts = self.part.partition("/")
+        return int(part), int(parts)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9]{1,5}/[0-9]{1,5}", self.part) or not self.share[0] < self.share[1]:
+            raise DataError(f"part is {self.part!r}: must be i/n with i from 0 to n - 1, as in 0/8 to 7/8")
         if self.workers < 1:
             raise DataError(f"workers is {self.workers}: at least 1 is needed")
         if self.shard_mb < 1:
             raise DataError(f"shard_mb is {self.shard_mb}: must be at least 1")
+        if not self.shard_minutes > 0:
+            raise DataError(f"shard_minutes is {self.shard_minutes}: must be positive")
         if not 0 <= self.max_skipped_share <= 1:
             raise DataError(f"max_skipped_share is {self.max_skipped_share}: must be from 0 to 1")
 
 
 def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings: PrepareSettings) -> bool:
-    """Prepare the corpus `name`, or continue, and tell about it on stdout. Returns whether there was anything to do.
+    """Prepare the corpus `name` or a part of it, or continue, and tell about it. Returns whether anything was done.
 
     Raises DataError: unusable settings or corpus, a folder that holds another dataset, too many unusable recordings,
-    a full disk. What finished shards hold is kept.
+    a full disk, parts that are missing when merging. What finished shards hold is kept.
     """
     sources = list(find_corpus(name).sources(corpus_settings))
-    identity = _identity(name, corpus_settings, sources)
     folder = Path(settings.out)
-    with Interrupts() as interrupts, DatasetWriter(folder, features, settings.shard_mb * 10**6) as writer:
-        _check_identity(folder / CORPUS_FILE, identity, begun=bool(writer.done_ids))
-        if writer.finished:
+    with Interrupts() as interrupts, _begin(folder, _identity(name, corpus_settings, sources), features, settings) as w:
+        if w.finished:
+            merge_skipped(folder)
             print(f"prepare: {folder} is already prepared: {_totals(folder)}", flush=True)
             return False
-        write_json(folder / CORPUS_FILE, identity)
-        remaining = [source for source in sources if source.id not in writer.done_ids]
-        if writer.done_ids:
-            print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
-        skipped: list[Skipped] = []
-        allowed = settings.max_skipped_share * len(sources)
-        results = extract_all(remaining, features, min(settings.workers, max(1, len(remaining))))
-        try:
-            with closing(results), Progress(len(remaining)) as progress:
-                for result in results:
-                    if isinstance(result, Skipped):
-                        skipped.append(result)
-                        if len(skipped) > allowed:
-                            break
-                        progress.update(0.0)
-                    else:
-                        with interrupts.held():
-                            writer.add(result.recording, result.log_mel)
-                        progress.update(len(result.log_mel) / features.frames_per_second)
-        finally:
-            _list_skipped(folder / SKIPPED_FILE, skipped)
-        if skipped:
-            print(_skipped_summary(skipped, folder), flush=True)
-        if len(skipped) > allowed:
-            raise DataError(
-                f"at least {len(skipped)} of {len(sources)} recordings are unusable, more than max_skipped_share = "
-                f"{settings.max_skipped_share}. Repair them, or allow more with --max_skipped_share, and run again"
-            )
+        missing = w.missing_parts()
+        if settings.merge and missing:
+            raise DataError(f"{folder}: cannot be merged: {_missing(missing, w.parts)}")
+        if w.part in missing:
+            mine = sources[len(sources) * w.part // w.parts : len(sources) * (w.part + 1) // w.parts]
+            _prepare_part(mine, w, settings, interrupts)
         with interrupts.held():
-            writer.finish()
+            complete = w.finish()
+            if complete:
+                merge_skipped(folder)
+        if not complete:
+            print(f"prepare: part {w.part}/{w.parts} of {folder} is finished, {_missing(w.missing_parts(), w.parts)}")
+            return w.part in missing
     print(f"prepare: finished {folder}: {_totals(folder)}", flush=True)
     return True
+
+
+def _prepare_part(
+    sources: Sequence[Source], writer: DatasetWriter, settings: PrepareSettings, interrupts: Interrupts
+) -> None:
+    """Write all sources that are not in finished shards, and the list of the unusable ones."""
+    remaining = [source for source in sources if source.id not in writer.done_ids]
+    if writer.done_ids:
+        print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
+    skipped: list[Skipped] = []
+    allowed = settings.max_skipped_share * len(sources)
+    path = skipped_path(writer.path, writer.part, writer.parts)
+    results = extract_all(remaining, writer.features, min(settings.workers, max(1, len(remaining))))
+    shard, begun = writer.shard, time.monotonic()
+    try:
+        with closing(results), Progress(len(remaining)) as progress:
+            for result in results:
+                if isinstance(result, Skipped):
+                    skipped.append(result)
+                    progress.skip(result.kind)
+                    if len(skipped) > allowed:
+                        break
+                    continue
+                with interrupts.held():
+                    writer.add(result.recording, result.log_mel)
+                    if writer.shard == shard and time.monotonic() - begun > 60 * settings.shard_minutes:
+                        writer.close()
+                if writer.shard != shard:
+                    shard, begun = writer.shard, time.monotonic()
+                progress.update(len(result.log_mel) / writer.features.frames_per_second)
+    finally:
+        # All that is not done was tried again, so the list of a continued run is whole.
+        write_skipped(path, skipped)
+    if skipped:
+        print(summary(skipped, path), flush=True)
+    if len(skipped) > allowed:
+        raise DataError(
+            f"at least {len(skipped)} of {len(sources)} recordings are unusable, more than max_skipped_share = "
+            f"{settings.max_skipped_share}. Repair them, or allow more with --max_skipped_share, and run again"
+        )
+
+
+def _begin(
+    folder: Path, identity: dict[str, Any], features: FeatureSettings, settings: PrepareSettings
+) -> DatasetWriter:
+    """The writer of this part; DataError unless the folder is new or was begun with the same corpus and parts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, wait=True):  # parts may begin at the same time
+            path = folder / CORPUS_FILE
+            there = read_json(path) if path.is_file() else None
+            if there is None and any((folder / name).exists() for name in (DATASET_FILE, PREPARING_FILE)):
+                raise DataError(f"{folder} holds a dataset that data.prepare did not begin: choose another --out")
+            part, parts = settings.share
+            if settings.merge:
+                if there is None:
+                    raise DataError(f"{folder}: nothing was prepared here, so there is nothing to merge")
+                part, parts = 0, there.get("parts", 1)
+            identity = {**identity, "parts": parts}
+            if there is not None:
+                _check_identity(folder, there, identity)
+            writer = DatasetWriter(folder, features, settings.shard_mb * 10**6, part, parts, identity["corpus"])
+            if there is None:
+                write_json(path, identity)
+            return writer
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); choose another --out, or repair this") from error
 
 
 def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dict[str, Any]:
@@ -119,16 +186,11 @@ def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dic
     return {"corpus": name, "settings": fields, "recordings": len(ids), "ids_sha256": listed}
 
 
-def _check_identity(path: Path, identity: dict[str, Any], begun: bool) -> None:
+def _check_identity(folder: Path, there: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise DataError when the folder was begun with something else, saying what differs."""
-    if not path.is_file():
-        if begun:
-            raise DataError(f"{path.parent} holds a dataset that data.prepare did not begin: choose another --out")
-        return
-    there = read_json(path)
     differences = [
         f"{field}: {there.get(field)!r} != {identity[field]!r}"
-        for field in ("corpus", "recordings")
+        for field in ("corpus", "recordings", "parts")
         if there.get(field) != identity[field]
     ]
     old, new = there.get("settings") or {}, identity["settings"]
@@ -137,39 +199,22 @@ def _check_identity(path: Path, identity: dict[str, Any], begun: bool) -> None:
         differences = ["the corpus has other recordings than it had then"]
     if differences:
         raise DataError(
-            f"{path.parent} was begun with another corpus or other settings (there != now): {'; '.join(differences)}. "
+            f"{folder} was begun with another corpus or other settings (there != now): {'; '.join(differences)}. "
             "Choose another --out, or delete that folder"
         )
+
+
+def _missing(missing: Sequence[int], parts: int) -> str:
+    """What is still to be done, for a message."""
+    named = [f"{part}/{parts}" for part in missing[:_PARTS_SHOWN]] + ["..."] * (len(missing) > _PARTS_SHOWN)
+    return f"{len(missing)} of {parts} parts are not finished: --part {', '.join(named)}"
 
 
 def _totals(folder: Path) -> str:
     dataset = open_dataset(folder)
     hours = dataset.total_frames / dataset.features.frames_per_second / 3600
-    splits = {split: count for split, (count, _) in dataset.totals("split").items()}
-    return f"{hours:.2f} hours, " + ", ".join(f"{splits[split]} {split}" for split in sorted(splits))
-
-
-def _list_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
-    """One JSON object a line: {"id": ..., "reason": ...}. No file when nothing was skipped."""
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return
-    with replace_file(path) as file:
-        for item in skipped:
-            file.write(json.dumps(dataclasses.asdict(item), ensure_ascii=False).encode() + b"\n")
-
-
-def _skipped_summary(skipped: Sequence[Skipped], folder: Path) -> str:
-    """The reasons, commonest first, each with a count and an example."""
-    groups: dict[str, list[Skipped]] = {}
-    for item in skipped:
-        # Without its numbers and the file's name (before the last colon), a reason is the same for many recordings.
-        kind = re.sub(r"\d+", "N", re.sub(r"^\S.*?: (?=\S)", "", item.reason))
-        groups.setdefault(kind, []).append(item)
-    commonest = sorted(groups.values(), key=len, reverse=True)
-    lines = [f"prepare: skipped {len(skipped)} recordings, listed in {folder / SKIPPED_FILE}"]
-    lines += [f"  {len(group)} like {group[0].id}: {group[0].reason}" for group in commonest[:_REASONS_SHOWN]]
-    return "\n".join(lines)
+    splits = dataset.totals("split")
+    return f"{hours:.2f} hours, " + ", ".join(f"{splits[split][0]} {split}" for split in sorted(splits))
 
 
 def usage() -> str:
@@ -197,9 +242,9 @@ def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, Fea
     for key, classes in groups.items():
         for kind in classes:
             parser.add_class_arguments(kind, key)
-    lists = [f.name for f in dataclasses.fields(corpus.settings) if str(f.type).startswith("list")]
+    types = {f.name: str(f.type) for kind in groups[None] for f in dataclasses.fields(kind)}
     try:
-        values = parser.parse_args(_tidy(arguments, lists)).as_dict()
+        values = parser.parse_args(_tidy(arguments, types)).as_dict()
     except ArgumentError as error:
         known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
         raise DataError(_explain(str(error), known)) from None
@@ -208,8 +253,8 @@ def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, Fea
     return corpus.settings(**fields[corpus.settings]), features, PrepareSettings(**fields[PrepareSettings])
 
 
-def _tidy(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
-    """Arguments as the parser wants them: `--a-b x` is `--a_b=x`, and of a list `x,y` is `[x,y]`."""
+def _tidy(arguments: Sequence[str], types: Mapping[str, str]) -> list[str]:
+    """Arguments as the parser wants them: `--a-b x` is `--a_b=x`, of a list `x,y` is `[x,y]`, a bare flag is true."""
     tidy: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -219,8 +264,10 @@ def _tidy(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
             tidy[-1] += f"={argument}"
         else:
             tidy.append(argument)
-    listed = re.compile(rf"(--(?:{'|'.join(lists) or '(?!)'})\+?=)(?!\[)(.*)", re.DOTALL)
-    return [listed.sub(r"\1[\2]", argument) for argument in tidy]
+    lists = "|".join(name for name, kind in types.items() if kind.startswith("list")) or "(?!)"
+    listed = re.compile(rf"(--(?:{lists})\+?=)(?!\[)(.*)", re.DOTALL)
+    flags = {f"--{name}": f"--{name}=true" for name, kind in types.items() if kind == "bool"}
+    return [listed.sub(r"\1[\2]", flags.get(argument, argument)) for argument in tidy]
 
 
 def _explain(message: str, known: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Preparing a dataset: the same however it was interrupted and by how many workers, and clear about what went wrong."""
 
+import ctypes
 import json
 import os
 import resource
@@ -7,20 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from data import extraction
 from data.corpora import CORPORA
 from data.corpora.base import Utterance
 from data.corpora.folder import FolderSettings
 from data.errors import DataError
-from data.extraction import Extracted, Skipped, extract
+from data.extraction import Extracted, Skipped, extract, extract_all
 from data.features import FeatureSettings
 from data.index import Recording
 from data.prepare import PrepareSettings, main, parse, prepare
+from data.progress import Progress
 from data.shards import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -53,7 +58,7 @@ def test_a_corpus_becomes_a_dataset_with_its_text_and_splits(audio: Path, tmp_pa
     assert run(audio, tmp_path / "out", "--dev-share=0.2", "--test_share", "0.2", "--language=en") == 0
     dataset = open_dataset(tmp_path / "out")
     assert len(dataset) == 12 and dataset.text(3) == "number 3" and dataset.recording(3).language == "en"
-    assert set(dataset.splits.to_pylist()) == {"train", "dev", "test"}
+    assert set(dataset.totals("split")) == {"train", "dev", "test"}
     assert not (tmp_path / "out/skipped.jsonl").exists()
 
 
@@ -81,7 +86,7 @@ def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path: Path, kill
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", program, *arguments, str(out)], cwd=REPOSITORY)
-    while not (out / "shard-00001.parquet").exists():
+    while not (out / "index-00001.arrow").exists():
         assert process.poll() is None, "it must still be at work"
         time.sleep(0.01)
     process.send_signal(kill)
@@ -190,6 +195,175 @@ def test_too_many_unusable_recordings_are_an_error_that_keeps_what_is_done(
     assert not (out / "dataset.json").exists() and len((out / "skipped.jsonl").read_text().splitlines()) == 2
     assert run(audio, out, "--max_skipped_share", "0.2") == 0
     assert "continuing: 3 of 12" in capsys.readouterr().out
+
+
+def test_parts_prepared_apart_are_the_same_dataset(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (audio / "02.wav").write_bytes(b"")
+    (audio / "11.wav").write_bytes(b"")
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    assert run(audio, whole, "--max_skipped_share=0.5") == 0
+    for part in (2, 0, 1):
+        assert not (out / "dataset.json").exists()
+        assert run(audio, out, f"--part={part}/3", "--max_skipped_share=0.5") == 0
+        printed = capsys.readouterr().out
+        assert ("2 of 3 parts are not finished: --part 0/3, 1/3" in printed) == (part == 2)
+    assert "prepare: finished" in printed  # by the last one, without being asked
+    ours, theirs = open_dataset(out), open_dataset(whole)
+    assert ours.fingerprint == theirs.fingerprint and len(ours) == 10
+    for i in range(10):
+        assert ours.recording(i) == theirs.recording(i) and np.array_equal(ours.read(i, verify=True), theirs.read(i))
+    assert (out / "skipped.jsonl").read_bytes() == (whole / "skipped.jsonl").read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()} | {
+        "shard-00001.safetensors",
+        "shard-00002.safetensors",
+    }
+    assert run(audio, out, "--part=1/3") == 0 and "is already prepared" in capsys.readouterr().out
+
+
+def test_more_parts_than_recordings_are_no_mistake(audio: Path, tmp_path: Path) -> None:
+    for part in range(16):
+        assert run(audio, tmp_path / "parts", f"--part={part}/16") == 0
+    assert fingerprint(tmp_path / "parts") == fingerprint(out_of(audio, tmp_path / "whole"))
+
+
+def test_a_merge_names_the_parts_that_are_missing(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(audio, out, "--merge") == 2
+    assert "nothing was prepared here" in capsys.readouterr().err
+    run(audio, out, "--part", "1/4")
+    assert run(audio, out, "--merge") == 2
+    assert "3 of 4 parts are not finished: --part 0/4, 2/4, 3/4" in capsys.readouterr().err
+    for part in (0, 2):
+        run(audio, out, "--part", f"{part}/4")
+    kept = (out / "part-00002.json").read_bytes()
+    (out / "part-00002.json").unlink()  # the last two finish without seeing each other, as on a slow shared disk
+    run(audio, out, "--part", "3/4")
+    assert not (out / "dataset.json").exists()
+    (out / "part-00002.json").write_bytes(kept)
+    assert run(audio, out, "--merge") == 0
+    assert fingerprint(out) == fingerprint(out_of(audio, tmp_path / "whole"))
+
+
+def test_a_part_with_other_settings_is_refused(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run(audio, out, "--part=0/3")
+
+    def complaint(*arguments: str) -> str:
+        assert run(audio, out, *arguments) == 2
+        return capsys.readouterr().err
+
+    before = sorted(path.name for path in out.iterdir())
+    assert "num_mels: 80 != 40" in complaint("--part=1/3", "--features.num_mels=40")
+    assert "dev_share: 0.05 != 0.1" in complaint("--part=1/3", "--dev_share=0.1")
+    assert "parts: 3 != 4" in complaint("--part=1/4") and "parts: 3 != 1" in complaint()
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".lock") == [
+        name for name in before if not name.endswith(".lock")
+    ]
+    for part in ("3/3", "-1/3", "1", "a/b", "0/0"):
+        assert f"part is '{part}'" in complaint(f"--part={part}")
+
+
+def test_a_continued_part_lists_all_that_it_skipped_and_leaves_finished_work_alone(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 7):
+        (audio / f"{number:02}.wav").write_bytes(b"")
+    out = tmp_path / "out"
+    assert run(audio, out, "--part=0/2", "--max_skipped_share=0") == 2
+    run(audio, out, "--part=1/2", "--max_skipped_share=0.5")
+    run(audio, out, "--part=0/2", "--max_skipped_share=0.5")
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in skipped] == ["01", "07"] and len(open_dataset(out)) == 10
+    assert not list(out.glob("skipped-*"))
+
+
+def test_shards_are_closed_after_some_time_of_work(audio: Path, tmp_path: Path) -> None:
+    run(audio, tmp_path / "out", "--shard_minutes=1e-9")
+    assert len(list((tmp_path / "out").glob("shard-*.safetensors"))) == 12
+    assert fingerprint(tmp_path / "out") == fingerprint(out_of(audio, tmp_path / "whole"))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A source whose reading ends in what happens to decoders; `once` is a file that says that it happened already."""
+
+    id: str
+    kind: str
+    once: Path | None = None
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        if self.once is not None and self.once.exists():
+            return Utterance(Recording(self.id), torch.zeros(16000))
+        if self.once is not None:
+            self.once.touch()
+        if self.kind == "segfault":
+            ctypes.string_at(0)
+        if self.kind == "exit":
+            os._exit(3)
+        if self.kind == "bug":
+            raise KeyError("a mistake of the program")
+        raise MemoryError
+
+
+def test_a_recording_that_ends_its_worker_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    def good(name: str) -> Fault:
+        (tmp_path / name).touch()
+        return Fault(name, "", tmp_path / name)
+
+    kinds = {"b": "segfault", "d": "memory"}
+    sources = [Fault(name, kinds[name]) if name in kinds else good(name) for name in "abcdef"]
+    sources.append(Fault("g", "exit", tmp_path / "killed once, for want of memory perhaps"))
+    results = list(extract_all(sources, FeatureSettings(), 2))
+    assert [result.id for result in results if isinstance(result, Skipped)] == ["b", "d"]
+    assert [result.recording.id for result in results if isinstance(result, Extracted)] == list("acefg")
+    reasons = [result.reason for result in results if isinstance(result, Skipped)]
+    assert "SIGSEGV" in reasons[0] and "not enough memory" in reasons[1]
+
+
+def test_a_mistake_of_the_program_is_raised_with_its_recording_and_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)recording 'x'.*KeyError: 'a mistake of the program'"):
+        list(extract_all([Fault("x", "bug"), Fault("y", "bug")], FeatureSettings(), 2))
+
+
+def test_results_that_wait_for_a_slow_recording_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backlog is bounded in bytes: what one recording holds up does not pile up in memory."""
+    monkeypatch.setattr(extraction, "_WAITING_BYTES", 3 * 101 * 160)
+    seen: list[int] = []
+
+    class Quick:
+        def __init__(self, features: FeatureSettings) -> None:
+            self.stopped = False
+
+        def extract(self, source: Fault) -> Extracted:
+            if source.id == "000":
+                time.sleep(0.5)
+            seen.append(int(source.id))
+            return Extracted(Recording(source.id), np.zeros((101, 80), np.float16))
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(extraction, "_Worker", Quick)
+    results = extract_all([Fault(f"{n:03}", "") for n in range(100)], FeatureSettings(), 2)
+    first = next(results)
+    assert isinstance(first, Extracted) and first.recording.id == "000" and len(seen) <= 7
+    assert len(list(results)) == 99 and sorted(seen) == list(range(100))
+
+
+def test_progress_tells_hours_speed_time_left_and_reasons() -> None:
+    progress = Progress(10)
+    progress.started -= 60
+    for _ in range(3):
+        progress.update(3600)
+    progress.skip("the audio file is empty (N bytes)")
+    progress.skip("the audio file is empty (N bytes)")
+    assert str(progress) == (
+        "3.00 audio-hours, 180 x real time, 0:01:00 left, 2 skipped (2 the audio file is empty (N bytes))"
+    )
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 2)])
