@@ -32,6 +32,8 @@ from bestrq.recognition.pieces import STAR, Piece, Region, Transcript, plan_piec
 _NATS_OF_A_MISS = 7.0
 # Log-probabilities of one recording that are kept in memory; more of them go to a temporary file.
 _SPOOL_BYTES = 64 << 20
+# Of a word that was aligned: 0 is left to those that were not, even when rounded.
+_LEAST_CONFIDENCE = 0.001
 _LOWEST = -10_000.0  # a float16 holds it, and no path survives it
 
 Floats = NDArray[np.float64]
@@ -188,7 +190,8 @@ def _words(labels: LabelTimes, transcript: Transcript, guesses: Sequence[Region]
     start, end, confidence = np.zeros(len(first)), np.zeros(len(first)), np.zeros(len(first))
     start[spoken], end[spoken] = labels.start[first[spoken]], labels.end[stop[spoken] - 1]
     total = np.concatenate([[0.0], np.cumsum(labels.posterior)])
-    confidence[spoken] = (total[stop[spoken]] - total[first[spoken]]) / (stop[spoken] - first[spoken])
+    mean = (total[stop[spoken]] - total[first[spoken]]) / (stop[spoken] - first[spoken])
+    confidence[spoken] = mean.clip(_LEAST_CONFIDENCE, 1)
     guessed = np.zeros(len(first), bool)
     for region in guesses:
         inside = slice(region.first, region.stop)
@@ -209,7 +212,7 @@ def _words(labels: LabelTimes, transcript: Transcript, guesses: Sequence[Region]
         start[word] = end[word] = end[spoken[before]] if before >= 0 else start[spoken[0]]
         confidence[word] = confidence[spoken[max(before, 0)]]
     cost = max(0.0, labels.nats / labels.num_counted) if labels.num_counted else math.inf
-    return Alignment(start, end, confidence.clip(0, 1), cost, int(guessed.sum()))
+    return Alignment(start, end, confidence, cost, int(guessed.sum()))
 
 
 def word_times(
