@@ -189,7 +189,9 @@ class Results:
         return bool(self._place[recording, 0] >= 0)
 
     def __getitem__(self, recording: int) -> dict[str, Any]:
-        """`words` (lists as `Word`) and `cost`, or `reason`."""
+        """`words` (lists as `Word`) and `cost`, or `reason`; only recordings with a transcript are ever worked on."""
+        if not self.has(recording):
+            return {"reason": "there is no transcript"}
         number, offset = self._place[recording]
         with open(self._paths[number], "rb") as file:
             file.seek(offset)
@@ -277,7 +279,7 @@ def finish(
     unaligned: list[dict[str, str]] = []
     totals: dict[str, float] = {"recordings": 0, "seconds": 0.0, "words": 0, "confidence": 0.0, "guessed_words": 0}
     for i in wanted:
-        result = results[i] if results.has(i) else {"reason": "there is no transcript"}
+        result = results[i]
         if "reason" in result:
             unaligned.append({"id": dataset.id(i), "reason": result["reason"]})
             reasons[result["reason"].split(":")[0]] += 1
@@ -323,9 +325,8 @@ def entries(dataset: Dataset, results: Results, wanted: list[int]) -> Iterator[E
     for i in range(len(dataset)):
         recording = dataset.recording(i)
         if i in anew:
-            result = results[i] if results.has(i) else {}
-            words = [Word(*word) for word in result["words"]] if "words" in result else None
-            recording = replace(recording, words=words)
+            result = results[i]
+            recording = replace(recording, words=None if "reason" in result else [Word(*w) for w in result["words"]])
         yield dataset, i, recording
 
 
@@ -334,7 +335,7 @@ def write_words(path: Path, dataset: Dataset, results: Results, wanted: list[int
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         for i in wanted:
-            result = results[i] if results.has(i) else {"reason": "there is no transcript"}
+            result = results[i]
             told = {name: result[name] for name in ("reason", "cost") if name in result}
             words = [Word(*word)._asdict() for word in result.get("words", [])]
             line = {"id": dataset.id(i), "words": words or None, **told}
