@@ -337,8 +337,8 @@ def write_words(path: Path, dataset: Dataset, results: Results, wanted: list[int
         for i in wanted:
             result = results[i]
             told = {name: result[name] for name in ("reason", "cost") if name in result}
-            words = [Word(*word)._asdict() for word in result.get("words", [])]
-            line = {"id": dataset.id(i), "words": words or None, **told}
+            words = None if "reason" in result else [Word(*word)._asdict() for word in result["words"]]
+            line: dict[str, Any] = {"id": dataset.id(i), "words": words, **told}
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
