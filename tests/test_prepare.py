@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -70,34 +69,6 @@ def test_worker_processes_change_nothing(audio: Path, tmp_path: Path, capsys: py
     shards = [(tmp_path / name / "shard-00000.safetensors").read_bytes() for name in ("one", "two")]
     assert shards[0] == shards[1]  # the order is that of the corpus, not that in which workers finish
     assert "12/12 recordings" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path: Path, kill: signal.Signals) -> None:
-    audio = write_audio(tmp_path / "audio", 40)
-    arguments = ["folder", "--folder", str(audio), "--workers", "1", "--shard_mb", "1", "--out"]
-    # A slow disk: every recording takes 50 ms, so that the kill falls in the middle.
-    program = (
-        "import sys, time, data.writer as w, data.prepare as p\n"
-        "add = w.DatasetWriter.add\n"
-        "def slowly(self, *a):\n    add(self, *a)\n    time.sleep(0.05)\n    len(self.done_ids) % 8 or self.close()\n"
-        "w.DatasetWriter.add = slowly\n"
-        "sys.exit(p.main(sys.argv[1:]))"
-    )
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments, str(out)], cwd=REPOSITORY)
-    while not (out / "index-00001.arrow").exists():
-        assert process.poll() is None, "it must still be at work"
-        time.sleep(0.01)
-    process.send_signal(kill)
-    assert process.wait() == (-signal.SIGKILL if kill == signal.SIGKILL else 130)
-    assert not (out / "dataset.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.safetensors")}
-    assert len(kept) >= 2
-    assert main([*arguments, str(out)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # finished shards were not done again
-    assert main([*arguments, str(tmp_path / "undisturbed")]) == 0
-    assert fingerprint(out) == fingerprint(tmp_path / "undisturbed")
 
 
 def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
