@@ -105,7 +105,7 @@ def decode_range(
     first, last = blocks_of(start, stop)
     ends = list(accumulate(map(int, sizes), initial=0))
     data = memoryview(data)
-    if len(ends) != last - first + 1 or min(sizes, default=0) < 0 or ends[-1] != len(data):
+    if len(ends) != last - first + 1 or ends[-1] != len(data):
         raise DataError(f"{len(sizes)} blocks of {ends[-1]} bytes; there are {last - first} blocks, {len(data)} bytes")
     for block, begin, end in zip(range(first, last), ends[:-1], ends[1:], strict=True):
         top, bottom = block * BLOCK_FRAMES, min((block + 1) * BLOCK_FRAMES, frames)
