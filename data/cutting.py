@@ -39,7 +39,7 @@ class CuttingSettings:
     """shift: cut earlier, at the nearest pause. drop: the word's text is in neither piece, its sound in both. mask:
     neither its text nor its frames are in either piece. Where shift finds no place it does as mask."""
     shift_seconds: float = 2.0
-    """How much earlier shift may cut."""
+    """How many seconds earlier shift may cut."""
 
     def __post_init__(self) -> None:
         if self.straddling not in ("shift", "drop", "mask"):

@@ -253,7 +253,7 @@ def test_fixed_crops_keep_their_text_in_every_order() -> None:
         assert {(int(r), int(a), int(b), table.text(i)) for r, a, b, i in zip(*columns, strict=True)} == expected
 
 
-def make_labelled(folder: Path, recordings: list[tuple[Recording, int]]):  # type: ignore[no-untyped-def]
+def make_labelled(folder: Path, recordings: list[tuple[Recording, int]]):
     with DatasetWriter(folder, FEATURES) as writer:
         for recording, frames in recordings:
             writer.add(recording, noise(frames))
