@@ -19,7 +19,7 @@ IGNORED_TEXT = "ignore_time_segment_in_scoring"
 GAP_SPEAKER = "inter_segment_gap"
 _FIELDS = 5  # in front of the label and the text
 # `word(2)`: the second pronunciation of the word.
-_PRONUNCIATION = re.compile(r"(?<=\S)\(\d+\)$")
+_PRONUNCIATION = re.compile(r"\(\d+\)$")
 _EVENT = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]")
 # Endings that TED-LIUM writes as words of their own. Other words begin with an apostrophe too: 'cause, 'em, 'til.
 _CLITICS = frozenset(("'s", "'m", "'d", "'t", "'re", "'ve", "'ll", "'"))
@@ -101,6 +101,8 @@ def plain_text(text: str) -> str:
             joins = False  # `<unk> 's`: the word that it belongs to is not known
             continue
         token = _PRONUNCIATION.sub("", token)
+        if not token:
+            continue
         if token.lower() in _CLITICS and joins:
             words[-1] += token
         else:
