@@ -24,12 +24,17 @@ from tqdm import tqdm
 
 from data import index as ix
 from data.features import FeatureSettings
+from data.index_file import statistics_header
 from data.loader import LoaderSettings, RowLoader
 from data.rows import DataState
 from data.shards import open_dataset
 
 SHARD_BYTES = 2_000_000_000
-LANGUAGES = ("de", "en", "es", "fr", "it", "nl", "pl", "pt")
+LABELS = {
+    "language": ["de", "en", "es", "fr", "it", "nl", "pl", "pt"],
+    "speaker": [f"speaker-{number:05d}" for number in range(10_000)],
+    "split": ["dev", "train"],
+}
 
 
 def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
@@ -38,40 +43,41 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     frames = rng.integers(200, 2000, recordings)
     end = np.cumsum(frames * features.num_mels * ix.BYTES_PER_VALUE)
-    shard, offset = (end // SHARD_BYTES).astype(np.int32), end % SHARD_BYTES + 65536
-    schema = ix.schema(features.num_mels)
-    labels = {
-        "language": pa.array(LANGUAGES),
-        "speaker": pa.array([f"speaker-{n}" for n in range(10_000)]),
-        "split": pa.array(["dev", "train"]),
+    numbers: dict[str, pa.Array] = {
+        "shard": pa.array((end // SHARD_BYTES).astype(np.int32)),
+        "offset": pa.array(end % SHARD_BYTES + 65536),
+        "frames": pa.array(frames),
     }
+    for name, values in LABELS.items():
+        codes = rng.integers(0, len(values), recordings, np.int32)
+        numbers[name] = pa.DictionaryArray.from_arrays(codes, pa.array(values))
+    schema = ix.index_schema()
     with ix.replace_file(folder / ix.INDEX_FILE) as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([numbers[name] for name in schema.names], schema=schema))
+    schema = ix.recordings_schema()
+    with (
+        ix.replace_file(folder / ix.RECORDINGS_FILE) as file,
+        pa.ipc.new_file(file, schema) as writer,
+        ix.replace_file(folder / ix.STATISTICS_FILE) as statistics,
+    ):
+        statistics.write(statistics_header(recordings, features.num_mels))
         for first in tqdm(range(0, recordings, ix.BATCH_ROWS), "index", disable=None):
             size = min(ix.BATCH_ROWS, recordings - first)
-            rows = slice(first, first + size)
-            vectors = rng.normal(1, 0.1, size * features.num_mels).astype(np.float32)
-            codes = {name: rng.integers(0, len(known), size, np.int32) for name, known in labels.items()}
-            codes["split"] = (rng.random(size) > 0.01).astype(np.int32)
-            values = {
+            statistics.write(rng.normal(1, 0.1, size * 2 * features.num_mels).astype(np.float32).tobytes())
+            texts = {
                 "id": pa.array([f"recording-{n:09d}" for n in range(first, first + size)]),
-                "shard": pa.array(shard[rows]),
-                "offset": pa.array(offset[rows]),
-                "frames": pa.array(frames[rows]),
                 "crc32": pa.array(np.zeros((size, 1), np.uint32).tolist(), schema.field("crc32").type),
-                "mean": pa.FixedSizeListArray.from_arrays(vectors - 6, features.num_mels),
-                "std": pa.FixedSizeListArray.from_arrays(vectors, features.num_mels),
                 "text": pa.array(["some sixty characters of what somebody said in this recording"] * size),
                 "words": pa.nulls(size, ix.WORDS),
                 "excluded": pa.nulls(size, ix.EXCLUDED),
             }
-            values |= {name: pa.DictionaryArray.from_arrays(codes[name], known) for name, known in labels.items()}
-            writer.write_batch(pa.RecordBatch.from_arrays([values[n] for n in schema.names], schema=schema))
-    for number in range(int(shard[-1]) + 1):
+            writer.write_batch(pa.RecordBatch.from_arrays([texts[name] for name in schema.names], schema=schema))
+    for number in range(int(end[-1] // SHARD_BYTES) + 1):
         with open(folder / ix.shard_name(number), "wb") as hole:
             hole.truncate(SHARD_BYTES + 65536 + 2000 * features.num_mels * ix.BYTES_PER_VALUE)
     fields = {"mean": [-5.0] * features.num_mels, "std": [1.0] * features.num_mels, "fingerprint": "made up"}
-    head = {"format_version": ix.FORMAT_VERSION, "features": features.to_dict(), "feature_hash": features.hash()}
-    ix.write_json(folder / ix.DATASET_FILE, {**head, **fields, "recordings": recordings, "frames": int(frames.sum())})
+    totals = {"recordings": recordings, "frames": int(frames.sum())}
+    ix.write_json(folder / ix.DATASET_FILE, {**ix.head(features), **fields, **totals})
 
 
 def memory(pids: Sequence[int], field: str) -> int:
@@ -140,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # In a process of its own: what the writing left behind in this one is not the reader's.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             figures = pool.submit(measure, folder, options).result()
-        index_gb = round((folder / ix.INDEX_FILE).stat().st_size / 1e9, 2)
+        names = (ix.INDEX_FILE, ix.RECORDINGS_FILE, ix.STATISTICS_FILE)
+        index_gb = round(sum((folder / name).stat().st_size for name in names) / 1e9, 2)
     print(json.dumps({"recordings": options.recordings, "index_gb": index_gb, **figures}))
 
 

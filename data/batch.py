@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.errors import DataError
+from data.order import CropTable
 from data.rows import DataState, Row
 from data.shards import Dataset, Normalisation
 
@@ -66,6 +67,10 @@ class Reading:
     """int64 [3, R, S]: start, length and seed."""
     mask: np.ndarray | None
     ids: list[list[str]]
+    items: list[list[int]]
+    """Row of the crop table that every used segment comes from."""
+    bad: dict[str, str]
+    """Recordings that could not be read, others were taken instead: what is wrong with each."""
 
 
 class SharedRows:
@@ -90,10 +95,19 @@ class SharedRows:
         return torch.from_numpy(view)
 
 
+SUBSTITUTES = 16
+Crop = tuple[int, int, int, int]
+"""(recording, start, stop, item)"""
+
+
 class RowReader:
     """`reader[job]` reads, normalises and places the rows of a job. Runs in workers.
 
+    A crop that cannot be read, even at a second attempt, is replaced by one that its seed determines, so any process
+    replaces it alike; where SUBSTITUTES of them do not fit or cannot be read either, its place stays empty.
+
     Args:
+        crops: the order, where substitutes come from.
         shape: (R, F, M) of a batch.
         max_segments: S.
         draw_mask: draws a segment's mask.
@@ -103,6 +117,7 @@ class RowReader:
     def __init__(
         self,
         dataset: Dataset,
+        crops: CropTable,
         shape: tuple[int, int, int],
         max_segments: int,
         draw_mask: DrawMask | None,
@@ -110,39 +125,66 @@ class RowReader:
         verify_checksums: bool = False,
         buffers: Sequence[Tensor] = (),
     ) -> None:
-        self.dataset, self.shape, self.max_segments, self.draw_mask = dataset, shape, max_segments, draw_mask
+        self.dataset, self.crops = dataset, crops
+        self.shape, self.max_segments, self.draw_mask = shape, max_segments, draw_mask
         self.normalisation, self.verify_checksums, self.buffers = normalisation, verify_checksums, buffers
         self._scratch = np.empty(shape[1:], np.float16)
 
-    def __getitem__(self, job: Job) -> Reading | DataError:
-        try:
-            if job.slot is not None:
-                return self._fill(self.buffers[job.slot], job, keep=False)
-            log_mel = torch.empty(self.shape) if get_worker_info() is None else _new_shared(self.shape)
-            return self._fill(log_mel, job, keep=True)
-        except DataError as error:
-            return error  # raised in the main process, without a worker's traceback around it
+    def __getitem__(self, job: Job) -> Reading:
+        if job.slot is not None:
+            return self._fill(self.buffers[job.slot], job, keep=False)
+        log_mel = torch.empty(self.shape) if get_worker_info() is None else _new_shared(self.shape)
+        return self._fill(log_mel, job, keep=True)
 
     def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
         mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
         segments = np.zeros((3, len(job.rows), self.max_segments), np.int64)
-        ids = []
+        reading = Reading(log_mel if keep else None, segments, mask, [], [], {})
         for number, row in enumerate(job.rows):
-            crops, end, names = row.crops, 0, []
-            segments[:, number, : len(row.begin)] = row.begin, crops.stop - crops.start, crops.seed
-            columns = (row.begin, crops.recording, crops.start, crops.stop, crops.seed)
-            for begin, recording, start, stop, seed in zip(*(column.tolist() for column in columns), strict=True):
+            crops, end = row.crops, 0
+            ids, items = [], []
+            columns = (row.begin, crops.recording, crops.start, crops.stop, crops.seed, crops.item)
+            for slot, (begin, *crop, seed, item) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
                 log_mel[number, end:begin] = 0
+                placed = self._place(
+                    log_mel[number, begin : begin + crop[2] - crop[1]], (*crop, item), seed, reading.bad
+                )
+                end = begin
+                if placed is None:
+                    continue
+                recording, start, stop, item = placed
                 end = begin + stop - start
-                self._place(log_mel[number, begin:end], recording, start, stop)
+                segments[:, number, slot] = begin, stop - start, seed
                 if mask is not None and self.draw_mask is not None:
                     mask[number, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), stop - start)
-                names.append(f"{self.dataset.id(recording)}:{start}-{stop}")
+                ids.append(f"{self.dataset.id(recording)}:{start}-{stop}")
+                items.append(item)
             log_mel[number, end:] = 0
-            ids.append(names)
-        return Reading(log_mel if keep else None, segments, mask, ids)
+            reading.ids.append(ids)
+            reading.items.append(items)
+        return reading
 
-    def _place(self, out: Tensor, recording: int, start: int, stop: int) -> None:
+    def _place(self, out: Tensor, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
+        """Read the crop, or a substitute, into the front of `out` [frames, M]; which one it was, None for neither."""
+        candidates = [crop, *(self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))]
+        for candidate in candidates:
+            if candidate is not None:
+                recording, start, stop, _ = candidate
+                try:
+                    self._read(out[: stop - start], recording, start, stop)
+                    return candidate
+                except DataError as error:
+                    bad[self.dataset.id(recording)] = str(error)
+        return None
+
+    def _read(self, out: Tensor, recording: int, start: int, stop: int) -> None:
+        try:
+            self._read_once(out, recording, start, stop)
+        except DataError:
+            self.dataset.forget(recording, start, stop)  # what a cache holds may be what is damaged
+            self._read_once(out, recording, start, stop)
+
+    def _read_once(self, out: Tensor, recording: int, start: int, stop: int) -> None:
         if self.verify_checksums:
             values = self.dataset.read(recording, start, stop, verify=True)
         else:

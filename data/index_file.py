@@ -163,7 +163,7 @@ def write_dataset(folder: Path, parts: Sequence[Path], features: FeatureSettings
         file = stack.enter_context(ix.replace_file(folder / ix.RECORDINGS_FILE))
         recordings = stack.enter_context(pa.ipc.new_file(file, ix.recordings_schema()))
         statistics = stack.enter_context(ix.replace_file(folder / ix.STATISTICS_FILE))
-        statistics.write(_statistics_header(len(order), num_mels))
+        statistics.write(statistics_header(len(order), num_mels))
         for batch in _gathered(parts, begins, order, num_mels):
             fingerprint.update(batch)
             recordings.write_batch(batch.select(ix.recordings_schema().names))
@@ -189,7 +189,7 @@ def write_dataset(folder: Path, parts: Sequence[Path], features: FeatureSettings
     ix.write_json(folder / ix.DATASET_FILE, fields)
 
 
-def _statistics_header(recordings: int, num_mels: int) -> bytes:
+def statistics_header(recordings: int, num_mels: int) -> bytes:
     """Of a safetensors file with the one tensor mean_std, float32 [N, 2, M]."""
     shape = [recordings, 2, num_mels]
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 8 * recordings * num_mels]}

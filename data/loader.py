@@ -5,6 +5,7 @@ A plan says everything about a batch, so which worker makes it, or whether there
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -58,6 +59,8 @@ class LoaderSettings:
     """Decides the order, the cuts, the masks and the noise."""
     verify_checksums: bool = False
     """Check every block against its checksum when it is read."""
+    max_quarantined: int = 16
+    """Recordings that a process may find unreadable, after retries, before it is an error; others take their place."""
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
     """How workers start. 'fork' is quickest; the others where something in the process does not survive a fork."""
 
@@ -65,6 +68,8 @@ class LoaderSettings:
         for name, least in (("row_frames", 1), ("rows", 1), ("max_segments", 1), ("block_crops", 1), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise DataError(f"data.{name} is {getattr(self, name)}: must be at least {least}")
+        if self.max_quarantined < 0:
+            raise DataError(f"data.max_quarantined is {self.max_quarantined}: must be 0 (none may be bad) or more")
         if self.num_workers < 0:
             raise DataError(f"data.num_workers is {self.num_workers}: must be 0 (no processes) or more")
         if not 0 < self.min_seconds <= self.max_seconds:
@@ -151,6 +156,7 @@ class RowLoader:
         )
         self.state = self.stream.start(state)
         self.draw_mask = draw_mask
+        self.quarantined: dict[str, str] = {}  # recordings that this process could not read: what is wrong with them
         dataset.statistics(0, settings.normalisation)  # loaded before workers fork: they share it
         if settings.num_workers:
             self._check_shared_memory()
@@ -179,7 +185,14 @@ class RowLoader:
         shape = (self.batch_rows, s.row_frames, self.dataset.features.num_mels)
         shared = SharedRows(self._slots(), shape)
         reader = RowReader(
-            self.dataset, shape, s.max_segments, self.draw_mask, s.normalisation, s.verify_checksums, shared.buffers
+            self.dataset,
+            self.crops,
+            shape,
+            s.max_segments,
+            self.draw_mask,
+            s.normalisation,
+            s.verify_checksums,
+            shared.buffers,
         )
         pending: deque[tuple[Plan, int | None]] = deque()
 
@@ -190,17 +203,16 @@ class RowLoader:
                 yield Job(plan.rows, slot)
 
         for reading in self._readings(reader, jobs()):
-            if isinstance(reading, DataError):
-                raise reading
             plan, slot = pending.popleft()
+            self._quarantine(reading.bad)
             log_mel = reading.log_mel if slot is None else shared.tensor(slot)
             assert log_mel is not None
             start, length, seed = torch.from_numpy(reading.segments)
             mask = None if reading.mask is None else torch.from_numpy(reading.mask)
-            text = [[self.crops.text(i) for i in row.crops.item.tolist()] for row in plan.rows]
+            text = [[self.crops.text(item) for item in items] for items in reading.items]
             yield Batch(log_mel, start, length, seed, mask, text, reading.ids, plan.state)
 
-    def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading | DataError]:
+    def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading]:
         """Answers in the order of the jobs."""
         s = self.settings
         if s.num_workers == 0:
@@ -217,6 +229,19 @@ class RowLoader:
             generator=torch.Generator(),  # or it would draw from, and so move, the global one
         )
         return iter(workers)
+
+    def _quarantine(self, bad: dict[str, str]) -> None:
+        """Note recordings that could not be read. Raises DataError when there are more than may be."""
+        for id, reason in bad.items():
+            if id not in self.quarantined:
+                logging.getLogger(__name__).warning("left out, others in its place: %s", reason)
+            self.quarantined[id] = reason
+        most = self.settings.max_quarantined
+        if len(self.quarantined) > most:
+            first = next(iter(self.quarantined.values()))
+            raise DataError(
+                f"{len(self.quarantined)} recordings cannot be read, data.max_quarantined is {most}; the first: {first}"
+            )
 
     def _slots(self) -> int:
         """Shared buffers: one for every batch under way, and for those of two updates in the hands of the script."""

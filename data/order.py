@@ -16,7 +16,7 @@ from data.errors import DataError
 
 ROUNDS = 6
 _PART = 1 << 20  # recordings that are looked at together
-_ORDER, _SHIFT, _CROP = 1, 2, 3  # domains of the hash: two uses never share numbers
+_ORDER, _SHIFT, _CROP, _SUBSTITUTE = 1, 2, 3, 5  # domains of the hash: two uses never share numbers
 
 
 def mix(*numbers: int | np.ndarray) -> np.ndarray:
@@ -83,11 +83,13 @@ class CropTable(ABC):
         seed: int that the order is keyed with.
         max_frames: no crop is longer.
         min_frames: crops shorter than this are to be left out.
+        labelled: crops belong to texts, so none may be shortened.
     """
 
     seed: int
     max_frames: int
     min_frames: int
+    labelled = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -111,6 +113,20 @@ class CropTable(ABC):
         """(recording, start, stop, seed) of crop k of an epoch."""
         one = self.crops(epoch, np.array([k]))
         return int(one.recording[0]), int(one.start[0]), int(one.stop[0]), int(one.seed[0])
+
+    def substitute(self, seed: int, frames: int, attempt: int) -> tuple[int, int, int, int] | None:
+        """(recording, start, stop, item) of another crop, of at most `frames` frames, for one that cannot be read.
+
+        A pure function of the unreadable crop's seed and of the attempt, so any process finds the same. None where
+        this attempt's crop is too long or too short.
+        """
+        item = mix(_SUBSTITUTE, seed, attempt) % np.uint64(len(self))
+        columns = self._cut(0, np.array([item], np.int64))
+        recording, start, stop = (int(column[0]) for column in columns)
+        if not self.labelled:
+            stop = min(stop, start + frames)
+        fits = min(self.min_frames, frames) <= stop - start <= frames
+        return (recording, start, stop, int(item)) if fits else None
 
 
 class CropOrder(CropTable):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data import index as ix
+from data.damage import DAMAGED, check_files
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
@@ -62,7 +63,7 @@ class Dataset:
         try:
             self.index = Index(storage.local_copy(ix.INDEX_FILE), storage.local_copy(ix.RECORDINGS_FILE))
         except OSError as error:
-            raise DataError(f"{self.location}: cannot be read ({error}); {_DAMAGED}") from error
+            raise DataError(f"{self.location}: cannot be read ({error}); {DAMAGED}") from error
         self.frames = self.index.frames
         if len(self) != fields["recordings"] or int(self.frames.sum()) != self.total_frames:
             raise DataError(f"{self.location}: {ix.INDEX_FILE} does not belong to {ix.DATASET_FILE}; prepare it again")
@@ -164,7 +165,7 @@ class Dataset:
         if verify:
             bad = self.bad_blocks(recording, first, values)
             if bad:
-                raise DataError(f"{self.where(recording)}: the checksum of block {bad[0]} is wrong: {_DAMAGED}")
+                raise DataError(f"{self.where(recording)}: the checksum of block {bad[0]} is wrong: {DAMAGED}")
         return values[start - first : stop - first]
 
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
@@ -174,9 +175,16 @@ class Dataset:
         try:
             self.storage.read_into(ix.shard_name(self.index.shard[recording]), position, view)
         except CutShort as error:
-            raise DataError(f"{self.where(recording)}: the shard is cut short; {_DAMAGED}") from error
+            raise DataError(f"{self.where(recording)}: the shard is cut short; {DAMAGED}") from error
         except OSError as error:
-            raise DataError(f"{self.where(recording)}: {error}; {_DAMAGED}") from error
+            raise DataError(f"{self.where(recording)}: {error}; {DAMAGED}") from error
+
+    def forget(self, recording: int, start: int, stop: int) -> None:
+        """Drop what a cache holds of frames [start, stop) and of the statistics: it proved wrong or unreadable."""
+        width = self.features.num_mels * ix.BYTES_PER_VALUE
+        name, position = ix.shard_name(self.index.shard[recording]), int(self.index.offset[recording])
+        self.storage.forget(name, position + start * width, (stop - start) * width)
+        self.storage.forget(ix.STATISTICS_FILE, *statistics_range(int(recording), self.features.num_mels))
 
     def mean_std(self, recording: int) -> np.ndarray:
         """Mean and standard deviation of a recording's log-mel: float32 [2, M]. DataError where they cannot be."""
@@ -185,9 +193,9 @@ class Dataset:
         try:
             self.storage.read_into(ix.STATISTICS_FILE, position, memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
         except OSError as error:
-            raise DataError(f"{self.location}: statistics of {self.id(recording)!r}: {error}; {_DAMAGED}") from error
+            raise DataError(f"{self.location}: statistics of {self.id(recording)!r}: {error}; {DAMAGED}") from error
         if not np.isfinite(values).all() or values[1].min() < 0:
-            raise DataError(f"{self.location}: statistics of {self.id(recording)!r} cannot be; {_DAMAGED}")
+            raise DataError(f"{self.location}: statistics of {self.id(recording)!r} cannot be; {DAMAGED}")
         return values
 
     def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
@@ -225,7 +233,7 @@ class Dataset:
         flat = out.view(-1)
         # The quickest pass that any NaN or infinity survives; normalised float16 cannot overflow it otherwise.
         if not math.isfinite(torch.dot(flat, flat)):
-            raise DataError(f"{self.where(recording)}: NaN or infinite values; {_DAMAGED}")
+            raise DataError(f"{self.where(recording)}: NaN or infinite values; {DAMAGED}")
 
     def bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
         """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""
@@ -234,37 +242,9 @@ class Dataset:
         found = {(first + b) // size: zlib.crc32(values[b : b + size].data) for b in range(0, len(values), size)}
         return [block for block, crc32 in found.items() if crc32 != expected[block]]
 
-    def check_files(self) -> None:
-        """Raise DataError that names every missing shard, or the shards cut short and the recordings beyond the cut."""
-        end = self.index.offset + self.frames * (self.features.num_mels * ix.BYTES_PER_VALUE)
-        beyond = np.flatnonzero(end > self._sizes()[self.index.shard])
-        if len(beyond):
-            shards = sorted({ix.shard_name(shard) for shard in self.index.shard[beyond].tolist()})
-            named = ", ".join(repr(self.id(recording)) for recording in beyond[:8])
-            raise DataError(
-                f"{self.location}: {', '.join(shards[:8])} cut short: {len(beyond)} recordings are not there whole "
-                f"({named}{', ...' if len(beyond) > 8 else ''}); {_DAMAGED}"
-            )
-
     def shards(self) -> list[int]:
         """Numbers of the shards that the recordings lie in, ascending."""
         return np.flatnonzero(np.bincount(self.index.shard)).tolist()
-
-    def _sizes(self) -> np.ndarray:
-        """Bytes of every shard's file, by its number. Raises DataError where one is missing or no plain file."""
-        shards = self.shards()
-        sizes, missing = np.zeros(shards[-1] + 1, np.int64), []
-        for shard in shards:
-            name = ix.shard_name(shard)
-            if (self.path / name).is_symlink():
-                raise DataError(f"{self.path / name} is a symbolic link; a shard must be a file in its folder. Refused")
-            size = self.storage.size(name)
-            if size is None:
-                missing.append(name)
-            sizes[shard] = size or 0
-        if missing:
-            raise DataError(f"{self.path}: {len(missing)} shards are missing: {', '.join(missing[:8])}; {_DAMAGED}")
-        return sizes
 
     def where(self, recording: int) -> str:
         """The recording's name and shard, for error messages."""
@@ -272,15 +252,12 @@ class Dataset:
         return f"recording {self.id(recording)!r} in {self.location.rstrip('/')}/{shard}"
 
 
-_DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
-
-
 def open_dataset(
-    location: str | os.PathLike[str], check_files: bool = True, storage: StorageSettings | None = None
+    location: str | os.PathLike[str], check: bool = True, storage: StorageSettings | None = None
 ) -> Dataset:
     """Open a dataset: a folder, or a URL of object storage, whose index is then copied to this machine once.
 
-    check_files=False leaves the shards to be looked at when they are read: what is whole stays readable. It is always
+    check=False leaves the shards to be looked at when they are read: what is whole stays readable. It is always
     so with a URL, where asking for every shard would take long.
 
     Raises DataError: not a dataset, half-written, another format, missing or short shards.
@@ -304,8 +281,8 @@ def open_dataset(
     if missing:
         raise DataError(f"{place}: lacks {sorted(missing)}; prepare the dataset again")
     dataset = Dataset(store, fields)
-    if check_files and "://" not in dataset.location:
-        dataset.check_files()
+    if check and "://" not in dataset.location:
+        check_files(dataset)
     return dataset
 
 

@@ -8,34 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from data.damage import damage, verify
 from data.errors import DataError
-from data.index import CHECKSUM_FRAMES
 from data.shards import Dataset, open_dataset
-
-
-def damage(dataset: Dataset, recording: int) -> str | None:
-    """Read a whole recording against its checksums; what is wrong with it, or None."""
-    frames = int(dataset.frames[recording])
-    step = 16 * CHECKSUM_FRAMES
-    bad: list[int] = []
-    for start in range(0, frames, step):
-        values = np.empty((min(step, frames - start), dataset.features.num_mels), np.float16)
-        try:
-            dataset.read_into(recording, start, values)
-        except DataError as error:
-            return str(error)
-        bad += dataset.bad_blocks(recording, start, values)
-        if not np.isfinite(values).all():
-            return f"{dataset.where(recording)}: NaN or infinite values"
-    return f"{dataset.where(recording)}: the checksums of blocks {bad} are wrong" if bad else None
-
-
-def verify(dataset: Dataset) -> list[str]:
-    """Read every byte of a dataset against its checksums; one line for every bad recording."""
-    numbers = tqdm(range(len(dataset)), "verify", unit=" recordings", disable=not sys.stderr.isatty(), leave=False)
-    return [found for i in numbers if (found := damage(dataset, i)) is not None]
 
 
 def summary(dataset: Dataset) -> str:
@@ -105,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--png", type=Path, help="save the recording's spectrogram here")
     options = parser.parse_args(arguments)
     try:
-        dataset = open_dataset(options.dir, check_files=False)
+        dataset = open_dataset(options.dir, check=False)
         if options.command == "verify":
             bad = verify(dataset)
             print("\n".join([*bad, f"{options.dir}: {len(bad)} of {len(dataset)} recordings are bad"]))

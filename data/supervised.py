@@ -27,6 +27,8 @@ class FixedCrops(CropTable):
         left_out: what did not become a crop: a count for every reason.
     """
 
+    labelled = True
+
     def __init__(
         self,
         recording: Sequence[int] | np.ndarray,

@@ -10,11 +10,11 @@ import pytest
 
 from data import derive as derive_module
 from data import index
+from data.damage import verify
 from data.derive import derive
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
-from data.shards_cli import verify
 from data.transcripts import Word
 from tests.made_datasets import make_dataset, noise
 

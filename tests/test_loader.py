@@ -208,18 +208,74 @@ def test_a_fixed_table_brings_its_texts(dataset: Dataset) -> None:
             assert [f"words at {name.split(':')[1].split('-')[0]}" for name in names] == texts
 
 
+def break_recording(dataset: Dataset, recording: int) -> None:
+    """A value that is not a number in its first frame."""
+    with open(dataset.path / shard_name(dataset.index.shard[recording]), "r+b") as file:
+        file.seek(dataset.index.offset[recording])
+        file.write(np.float16("nan").tobytes())
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damage_met_on_the_way_names_the_recording(tmp_path: Path, num_workers: int) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 200, 300])
-    with open(dataset.path / shard_name(dataset.index.shard[1]), "r+b") as file:
-        file.seek(dataset.index.offset[1])
-        file.write(np.float16("nan").tobytes())
-    settings = replace(SETTINGS, rows=2, num_workers=num_workers)
-    with pytest.raises(DataError, match="'r001' .*NaN") as caught:
+    break_recording(dataset, 1)
+    settings = replace(SETTINGS, rows=2, num_workers=num_workers, max_quarantined=0)
+    with pytest.raises(DataError, match="max_quarantined is 0; the first: .*'r001' .*NaN") as caught:
         list(islice(loader(open_dataset(dataset.path), settings), 2))
     assert "Traceback" not in str(caught.value)
     with pytest.raises(DataError, match="'r001' .*checksum of block 0"):
         list(islice(loader(open_dataset(dataset.path), replace(settings, verify_checksums=True)), 2))
+
+
+def damaged(folder: Path) -> Dataset:
+    dataset = make_dataset(folder, LENGTHS)
+    for recording in (3, 17, 30):
+        break_recording(dataset, recording)
+    return open_dataset(folder)
+
+
+def test_unreadable_recordings_are_replaced_alike_by_any_workers_and_world(tmp_path: Path) -> None:
+    dataset = damaged(tmp_path / "set")
+    alone = loader(dataset)
+    batches = [update[0] for update in islice(alone, 12)]
+    assert {reason.split("'")[1] for reason in alone.quarantined.values()} == {"r003", "r017", "r030"}
+    names = [name.split(":")[0] for batch in batches for row in batch.ids for name in row]
+    assert not set(names) & {"r003", "r017", "r030"} and len(set(names)) == len(LENGTHS) - 3
+    workers = loader(dataset, replace(SETTINGS, num_workers=2))
+    assert same(batches, [update[0] for update in islice(workers, 12)]) and len(workers.quarantined) == 3
+    halves = [list(islice(loader(dataset, rank=rank, world_size=2), 12)) for rank in (0, 1)]
+    assert same(batches, [half[step][0] for step in range(12) for half in halves])
+    continued = loader(dataset, state=batches[4].state)
+    assert same(batches[5:], [update[0] for update in islice(continued, 7)])
+
+
+def test_a_substitute_fits_in_its_place_and_brings_its_own_text(tmp_path: Path) -> None:
+    dataset = damaged(tmp_path / "set")
+    short = np.flatnonzero(np.array(LENGTHS) <= 400)
+    texts = [f"text of {i}" for i in short]
+    crops = FixedCrops(short, np.zeros(len(short), int), np.array(LENGTHS)[short], texts)
+    for (batch,) in islice(loader(dataset, crops=crops), 8):
+        assert torch.isfinite(batch.log_mel).all()
+        for row, (ids, row_texts) in enumerate(zip(batch.ids, batch.text, strict=True)):
+            used = batch.segment_length[row] > 0
+            assert used.sum() == len(ids) == len(row_texts)
+            for name, text, begin, length in zip(
+                ids, row_texts, batch.segment_start[row][used], batch.segment_length[row][used], strict=True
+            ):
+                recording = int(name.split(":")[0][1:])
+                assert text == f"text of {recording}" and int(length) == LENGTHS[recording]
+                expected = dataset.read_normalised(recording)
+                assert np.array_equal(batch.log_mel[row, begin : begin + length].numpy(), expected)
+
+
+def test_where_nothing_can_be_read_rows_are_empty_until_the_limit(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", [100, 200, 300])
+    for recording in range(3):
+        break_recording(dataset, recording)
+    (batch,) = next(iter(loader(open_dataset(dataset.path), replace(SETTINGS, rows=2, max_quarantined=3))))
+    assert batch.segment_length.sum() == 0 and not batch.log_mel.any() and not any(map(len, batch.ids))
+    with pytest.raises(DataError, match="3 recordings cannot be read"):
+        next(iter(loader(open_dataset(dataset.path), replace(SETTINGS, rows=2, max_quarantined=2))))
 
 
 def test_the_loader_leaves_the_global_generator_alone(dataset: Dataset) -> None:

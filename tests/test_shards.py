@@ -21,10 +21,11 @@ import pytest
 import safetensors.numpy
 
 from data import index, writer
+from data.damage import verify
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
-from data.shards_cli import main, verify
+from data.shards_cli import main
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise
 
@@ -163,7 +164,7 @@ def test_a_truncated_shard_names_what_is_missing_and_the_rest_stays_readable(dat
         dataset.read(4, 8990, 9000)
     with pytest.raises(DataError, match=rf"{path.name} cut short: 1 recordings .*'r004'"):
         open_dataset(dataset.path)
-    rest = open_dataset(dataset.path, check_files=False)
+    rest = open_dataset(dataset.path, check=False)
     assert len(verify(rest)) == 1 and len(rest.read(4, 0, 8990)) == 8990
 
 
@@ -172,7 +173,7 @@ def test_a_missing_shard_is_named_and_the_rest_stays_readable(dataset: Dataset) 
     path.unlink()
     with pytest.raises(DataError, match=f"1 shards are missing: {path.name}"):
         open_dataset(dataset.path)
-    rest = open_dataset(dataset.path, check_files=False)
+    rest = open_dataset(dataset.path, check=False)
     assert [line.split("'")[1] for line in verify(rest)] == ["r004"]
     with pytest.raises(DataError, match=f"'r004' in .*{path.name}"):
         rest.read(4)
@@ -195,7 +196,7 @@ def test_a_symbolic_link_in_place_of_a_shard_is_refused(dataset: Dataset, tmp_pa
     with pytest.raises(DataError, match="symbolic link"):
         open_dataset(dataset.path)
     with pytest.raises(DataError, match="'r004'"):
-        open_dataset(dataset.path, check_files=False).read(4)
+        open_dataset(dataset.path, check=False).read(4)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +229,13 @@ class Hostile:
 def test_a_hostile_pickle_in_a_dataset_folder_does_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     payload = pickle.dumps(Hostile(mark))
-    names = ["dataset.json", "index.arrow", "recordings.arrow", "statistics.safetensors", "shard-00000.safetensors", "preparing.json", "data.pkl"]
+    names = ["dataset.json", "index.arrow", "recordings.arrow", "statistics.safetensors", "preparing.json", "data.pkl"]
+    names += ["shard-00000.safetensors"]
     for number, name in enumerate(names):
         dataset = make_dataset(tmp_path / str(number), LENGTHS)
         (dataset.path / name).write_bytes(payload)
         try:
-            verify(open_dataset(dataset.path, check_files=False))
+            verify(open_dataset(dataset.path, check=False))
             main(["inspect", str(dataset.path)])
             DatasetWriter(dataset.path, FEATURES)
         except DataError:
