@@ -125,7 +125,7 @@ def _arrow_table(path: str) -> pa.Table:
     """Memory-mapped: nothing is read but what is looked at."""
     with pa.memory_map(path) as file, pa.ipc.open_stream(file) as reader:
         table = reader.read_all()
-    table.validate()
+    table.validate(full=True)  # offsets are believed from here on
     return table
 
 
@@ -173,7 +173,9 @@ def _columns(address: str, columns: list[str]) -> pa.Table:
     numbers = [-1] if _kind(address) == "Arrow" else range(len(counts))
     found["group"] = pa.array(np.repeat(np.array(numbers, np.int32), counts))
     found["row"] = pa.array(np.concatenate([np.arange(count, dtype=np.int32) for count in [0, *counts]]))
-    return pa.table(found)  # ValueError where a column is shorter or longer than announced
+    listed = pa.table(found)  # ValueError where a column is shorter or longer than announced
+    listed.validate(full=True)  # Parquet does not see to it that text is UTF-8
+    return listed
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
