@@ -142,7 +142,7 @@ def measure(reads: dict[str, Read], slow: set[str], recordings: int, options: ar
         for rows in times.values():
             rows.append([])
         for call in range(WARM_UP + options.calls):
-            for name in quick[call % len(quick) :] + quick[: call % len(quick)]:
+            for name in rng.permutation(quick).tolist():
                 took = time_call(reads[name], int(rng.integers(recordings)), int(rng.integers(FRAMES - LENGTH)))
                 if call >= WARM_UP:
                     times[name][-1].append(took)

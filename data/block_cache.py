@@ -1,6 +1,6 @@
 """A bounded folder of blocks of remote files, on a node's own disk, shared by all processes of the node.
 
-FOLDER/blocks/KEY-NUMBER    one block of a file; its time of change is when it was last read
+FOLDER/blocks/KEY-NUMBER    one block of a file; its time of change is when it was last read, to a minute
 FOLDER/blocks.lock          held while a block is added; holds the bytes that all blocks have together
 FOLDER/copies/URL-VERSION-NAME    a whole file, for memory-mapping; not counted and not evicted
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from data.errors import DataError
 
 # Eviction goes on to this share of the limit, so that the folder is listed once in many blocks.
 EVICT_TO = 0.9
+# Seconds within which a block that is read again is not marked again: the mark is a write to the disk.
+_MARKED = 60
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -49,10 +52,12 @@ class BlockCache:
         except FileNotFoundError:
             return False
         try:
-            if os.fstat(file).st_size != length or not fill(file, skip, out):
-                path.unlink(missing_ok=True)
+            status = os.fstat(file)
+            if status.st_size != length or not fill(file, skip, out):
+                os.unlink(path)
                 return False
-            os.utime(file)
+            if abs(time.time() - status.st_mtime) > _MARKED:
+                os.utime(file)
         finally:
             os.close(file)
         return True
@@ -63,7 +68,7 @@ class BlockCache:
             return
         with _locked(self.folder / "blocks.lock") as lock:
             path = self._path(key, number)
-            if path.exists():  # another process was quicker
+            if os.path.exists(path):  # another process was quicker
                 return
             used = self._used(lock)
             if used + len(data) > self.limit:
@@ -76,7 +81,7 @@ class BlockCache:
 
     def forget(self, key: str, number: int) -> None:
         """Drop a block, so that it is fetched again."""
-        self._path(key, number).unlink(missing_ok=True)
+        Path(self._path(key, number)).unlink(missing_ok=True)
 
     def copy(self, key: str, version: str, name: str, size: int, download: Callable[[BinaryIO], None]) -> Path:
         """Path of the whole file on this disk; the first process of the node lets `download` write it.
@@ -101,8 +106,8 @@ class BlockCache:
                     other.unlink(missing_ok=True)
         return path
 
-    def _path(self, key: str, number: int) -> Path:
-        return self._blocks / f"{key}-{number:08d}"
+    def _path(self, key: str, number: int) -> str:
+        return f"{self._blocks}/{key}-{number:08d}"
 
     def _used(self, lock: int) -> int:
         """Bytes of all blocks, as counted; as found where nothing was counted yet."""

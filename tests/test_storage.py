@@ -25,8 +25,10 @@ from hypothesis import strategies as st
 
 from data import block_cache, storage
 from data.errors import DataError
+from data.shards import open_dataset
 from data.storage import CutShort, Storage, StorageError, StorageSettings, open_storage
 from tests.flaky_server import FAULTS, FlakyServer
+from tests.made_datasets import make_dataset
 
 DATA = np.random.default_rng(0).bytes(1_000_003)
 BLOCK = 2**16
@@ -310,6 +312,28 @@ def test_an_error_of_the_program_is_not_taken_for_the_storages(tmp_path: Path) -
     assert len(calls) == 1
 
 
+# Datasets
+
+
+def test_a_dataset_behind_a_flaky_server_is_the_dataset_in_the_folder(tmp_path: Path) -> None:
+    local = make_dataset(tmp_path / "set", [300, 5000, 41], max_shard_bytes=500_000)
+    with FlakyServer({path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}) as server:
+        server.faults.extend(
+            [None, "500", "drop", None, "short", None, "truncated", None, "reset", "garbage", None] * 3
+        )
+        remote = open_dataset(f"{server.url}/", storage=quick(tmp_path / "cache", attempts=12))
+        assert remote.identity() == local.identity()
+        assert [remote.recording(i) for i in range(3)] == [local.recording(i) for i in range(3)]
+        for number, start, stop in [(0, 0, 300), (1, 4000, 4321), (1, 0, 5000), (2, 40, 41)]:
+            ours, theirs = (d.read_normalised(number, start, stop, verify=True) for d in (remote, local))
+            assert np.array_equal(ours, theirs)
+        server.faults.clear()
+        again = open_dataset(server.url, storage=quick(tmp_path / "other cache", attempts=2))
+        server.always = "503"
+        with pytest.raises(DataError, match=r"recording 'r001' in http.*failed 2 times"):
+            again.read(1, 7, 8)
+
+
 # The cache
 
 
@@ -320,6 +344,16 @@ def test_adjacent_blocks_come_in_one_request_and_only_once(server: FlakyServer, 
     read(open_storage(server.url, quick(tmp_path)), 2 * BLOCK, 6 * BLOCK)
     ranges = [request[2] for request in server.downloads()]
     assert ranges == [f"bytes={first * BLOCK}-{stop * BLOCK - 1}" for first, stop in [(5, 7), (2, 5), (7, 8)]]
+
+
+def test_without_a_cache_exactly_what_was_asked_for_is_fetched_and_nothing_kept(
+    server: FlakyServer, tmp_path: Path
+) -> None:
+    store = open_storage(server.url, quick(tmp_path, cache_gb=0))
+    for _ in range(2):
+        assert read(store, 70_000, 90_000) == DATA[70_000:160_000]
+    assert [request[2] for request in server.downloads()] == ["bytes=70000-159999"] * 2
+    assert cached_bytes(tmp_path) == 0
 
 
 def test_the_cache_keeps_its_bound_and_drops_what_was_longest_unread(memory: str, tmp_path: Path) -> None:
@@ -428,7 +462,7 @@ def test_a_download_killed_in_its_middle_is_no_copy_and_the_next_one_is_whole(
     server.pieces = 0.02
     child = FORK.Process(target=lambda: open_storage(server.url, quick(tmp_path)).local_copy("a.bin"))
     child.start()
-    while len(server.downloads()) < 3:
+    while child.is_alive() and len(server.downloads()) < 3:
         time.sleep(0.005)
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join(60)
