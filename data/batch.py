@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections import deque
@@ -166,8 +167,8 @@ class RowReader:
 
     def _place(self, out: Tensor, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
         """Read the crop, or a substitute, into the front of `out` [frames, M]; which one it was, None for neither."""
-        candidates = [crop, *(self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))]
-        for candidate in candidates:
+        substitutes = (self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))
+        for candidate in itertools.chain([crop], substitutes):
             if candidate is not None:
                 recording, start, stop, _ = candidate
                 try:
