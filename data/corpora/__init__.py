@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from data.corpora import common_voice, debian_voices, folder, huggingface, librispeech, mls, synthetic
+from data.corpora import (
+    common_voice,
+    debian_voices,
+    earnings22,
+    folder,
+    huggingface,
+    lhotse,
+    librispeech,
+    mls,
+    synthetic,
+    tedlium,
+)
 from data.corpora.base import Corpus, did_you_mean
 from data.errors import DataError
 
@@ -46,6 +57,26 @@ CORPORA: dict[str, Corpus] = {
         "any audio dataset of the Hugging Face hub, or a local copy of one, by its name and columns",
         huggingface.HuggingFaceSettings,
         huggingface.sources,
+    ),
+    "tedlium": Corpus(
+        "TED-LIUM 1, 2 and 3: English talks, 118 to 452 h; whole talks or utterances, from the unpacked release",
+        tedlium.TedliumSettings,
+        tedlium.sources,
+    ),
+    "earnings22": Corpus(
+        "Earnings-22: the 6 + 6 earnings calls of the usual dev and test lists, 11 h; from the published repository",
+        earnings22.Earnings22Settings,
+        earnings22.sources,
+    ),
+    "earnings22-full": Corpus(
+        "Earnings-22: all 125 calls as one test set, 119 h, whose error rates do not compare with earnings22's",
+        earnings22.Earnings22FullSettings,
+        earnings22.sources_full,
+    ),
+    "lhotse": Corpus(
+        "lhotse manifests of your own: cuts, or recordings with supervisions, word alignments included",
+        lhotse.LhotseSettings,
+        lhotse.sources,
     ),
 }
 
