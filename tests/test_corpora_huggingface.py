@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -288,6 +289,16 @@ def test_a_remote_file_is_fetched_once_through_faults_for_all_rows(
     assert len(set(ranges)) == 5
     (copy,) = [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".parquet"]
     assert copy.read_bytes() == content
+
+
+def test_a_file_that_many_want_at_once_is_fetched_once(tmp_path: Path) -> None:
+    content = parquet(TEXTS)
+    with FlakyServer({"a.parquet": content}) as server, ThreadPoolExecutor(8) as pool:
+        cache = FileCache(str(tmp_path))
+        opened = list(pool.map(lambda _: cache.open(f"{server.url}/a.parquet").read(), range(8)))
+        fetched = [asked for method, _, asked in server.requests if method == "GET" and asked]
+    assert opened == [content] * 8
+    assert len(fetched) == 1
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,9 +1,13 @@
 """Multilingual LibriSpeech: the hub's Parquet files and OpenSLR's folders give the same corpus; clear errors."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from corpora_speech import FEATURES, damaged, encoded, likeness, put, speech
+from fake_hub import COMMIT, FakeHub
 from hub_copies import write_mls, write_mls_english
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from data.corpora import find_corpus
 from data.corpora.mls import MlsSettings, sources
 from data.errors import DataError
+from data.shards import open_dataset
 
 METAINFO = """\
  SPEAKER   |   GENDER   | PARTITION  |  MINUTES   |  BOOK ID   |             TITLE              |            CHAPTER
@@ -165,6 +170,42 @@ def test_wrong_folders_and_settings_are_told(german: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="holds mls_german and mls_german_opus, the same recordings"):
         sources(MlsSettings(folder=str(german.parent)))
     assert find_corpus("mls").sources is sources
+
+
+def prepare_from(hub: FakeHub, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command of a user whose hub this is."""
+    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(out.parent / "home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "data.prepare", "mls", "--out", str(out), "--languages", "de", "--workers", "1"]
+    command += ["--cache", str(out.parent / "cache"), *arguments]
+    repository = Path(__file__).resolve().parent.parent
+    return subprocess.run(
+        command, cwd=repository, env={**os.environ, **home}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_hub_is_streamed_into_a_dataset_in_bounded_space(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    copy = write_mls(tmp_path / "copy")
+    with FakeHub(copy, "facebook/multilingual_librispeech") as hub:
+        done = prepare_from(hub, tmp_path / "out", "--splits", "train,dev", "--cache_gb", "0.00001")
+        assert done.returncode == 0, done.stderr
+        files = {path.rsplit("/", 1)[1] for method, path, asked in hub.requests if asked and method == "GET"}
+    dataset = open_dataset(tmp_path / "out")
+    found = {dataset.id(n): (dataset.text(n), dataset.split(n), dataset.speaker(n)) for n in range(len(dataset))}
+    expected = {id: (text, split, id[:3]) for split in ("train", "dev") for id, text in SPLITS[split]}
+    assert found == expected
+    assert files == {f"train-0000{n}-of-00002.parquet" for n in range(2)} | {"dev-00000-of-00001.parquet"}
+    # Files are 20 kB, the limit is 10: the newest alone is kept.
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix == ".parquet"]) == 1
+    assert COMMIT in "".join(path for _, path, _ in hub.requests)
+
+
+def test_a_gated_dataset_is_told_with_what_to_do(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with FakeHub(write_mls(tmp_path / "copy"), "facebook/multilingual_librispeech", gated=True) as hub:
+        failed = prepare_from(hub, tmp_path / "out")
+    assert failed.returncode == 2
+    assert "gated" in failed.stderr and "hf auth login" in failed.stderr and "Traceback" not in failed.stderr
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
