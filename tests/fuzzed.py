@@ -1,7 +1,9 @@
-"""Damage to files of bytes, for the fuzz tests of readers."""
+"""Damage to files of bytes and to JSON, for the fuzz tests of readers."""
 
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -33,10 +35,10 @@ def damage(data: st.DataObject, valid: bytes, most: int = 4) -> bytes:
     return bytes(content)
 
 
-def damaged(data: st.DataObject, valid: bytes, name: str) -> Path:
+def damaged(data: st.DataObject, valid: bytes, name: str, most: int = 4) -> Path:
     """A file with `damage`d content."""
     path = Path(_FOLDER.name) / name
-    path.write_bytes(damage(data, valid))
+    path.write_bytes(damage(data, valid, most))
     return path
 
 
@@ -46,3 +48,32 @@ _NASTY = [
     b"null", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 5000, b"1_0", b"../../../etc/passwd", b"~nobody_here/x",
     b"true", b"{}", b"[]", b"<", b"(2)", b"\x1b[2J",
 ]  # fmt: skip
+
+_VALUES = [
+    None, True, 0, -1, 7, 1.5, 10**400, -(10**30), float("nan"), float("inf"), 1e300, "", " ", "x", "-1", "\ud800",
+    "a\0b", "a\nb", "../../x", "/", "~nobody-of-that-name", "x" * 5000, [], [[]], {}, [None], {"x": None}, [1, 2, 3, 4],
+    {"word": [["x", 0, 1]]},
+]  # fmt: skip
+
+
+def damaged_json(data: st.DataObject, valid: Any, most: int = 2) -> Any:
+    """A copy of a JSON value with a few of its parts replaced by others, left out or doubled."""
+    value = json.loads(json.dumps(valid))
+    for _ in range(data.draw(st.integers(1, most), label="damages")):
+        inner = value
+        while isinstance(inner, dict | list) and inner:
+            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+            key = data.draw(st.sampled_from(keys), label="key")
+            child = inner[key]
+            if isinstance(child, dict | list) and child and data.draw(st.integers(0, 3)):
+                inner = child
+                continue
+            kind = data.draw(st.sampled_from(["replace", "replace", "replace", "delete", "double"]), label="kind")
+            if kind == "delete":
+                del inner[key]
+            elif kind == "double" and isinstance(inner, list):
+                inner.insert(key, child)
+            else:
+                inner[key] = json.loads(json.dumps(data.draw(st.sampled_from(_VALUES), label="value")))
+            break
+    return value

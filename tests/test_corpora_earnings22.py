@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from fuzzed import damaged
+from fuzzed import damaged, damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -332,7 +332,9 @@ def test_damaged_token_tables_give_sorted_words_or_one_error_with_its_place(data
 @FUZZ
 @given(st.data())
 def test_a_damaged_normalisation_file_gives_words_or_one_error_with_its_place(data: st.DataObject) -> None:
-    path = damaged(data, json.dumps(NORM).encode(), "fuzzed.norm.json")
+    parts = data.draw(st.booleans())  # of the JSON, or any bytes
+    content = json.dumps(damaged_json(data, NORM) if parts else NORM).encode()
+    path = damaged(data, content, "fuzzed.norm.json", 0 if parts else 4)
     try:
         found = read_normalizations(path)
     except DataError as error:

@@ -17,6 +17,8 @@ MAX_LINE_BYTES = 32 << 20
 # JSON of manifests compresses ten to thirty times. What expands more than this, beyond the first 64 MB, is no manifest.
 _MAX_EXPANSION = 200
 _FREE_BYTES = 64 << 20
+# A file of nothing but line ends would take minutes to walk through.
+_MOST_BLANK_LINES = 10_000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -44,7 +46,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    number, read = 0, 0
+    number = blank = read = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         read += len(line)
@@ -53,7 +55,11 @@ def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dic
             raise DataError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MB; is this a JSON-lines manifest?")
         if read > most:
             raise DataError(f"{where}: gzip that expands more than {_MAX_EXPANSION} times; refused")
-        if line.strip():
+        if not line.strip():
+            blank += 1
+            if blank > _MOST_BLANK_LINES:
+                raise DataError(f"{where}: more than {_MOST_BLANK_LINES} blank lines; is this a JSON-lines manifest?")
+        else:
             yield where, parse_object(line, where, first=number == 1)
 
 
