@@ -116,6 +116,7 @@ def remote_storage(folder: Path, cache: Path) -> Any:
         size = path.stat().st_size
         for begin in range(0, size, 2**24):
             storage.read_into(path.name, begin, memoryview(bytearray(min(2**24, size - begin))))
+        system.rm_file(f"/range-read/{path.name}")
     return storage
 
 
