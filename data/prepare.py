@@ -163,12 +163,11 @@ def _begin(
                     raise DataError(f"{folder}: nothing was prepared here, so there is nothing to merge")
                 part, parts = 0, there.get("parts", 1)
             identity = {**identity, "parts": parts}
-            if there is not None:
-                _check_identity(folder, there, identity)
-            writer = DatasetWriter(folder, features, settings.shard_mb * 10**6, part, parts, identity["corpus"])
             if there is None:
-                write_json(path, identity)
-            return writer
+                write_json(path, identity)  # before anything else: a folder with more than this was begun by us
+            else:
+                _check_identity(folder, there, identity)
+            return DatasetWriter(folder, features, settings.shard_mb * 10**6, part, parts, identity["corpus"])
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}); choose another --out, or repair this") from error
 
