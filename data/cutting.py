@@ -110,15 +110,17 @@ def cut_recording(
     units = find_units(words, frames, frames_per_second, merge=not is_drop)
     gaps = excluded_frames(excluded, frames, frames_per_second)
     out = _overlapping(units, gaps)
-    left_out = Counter({EXCLUDED: int(np.diff(units.first)[out].sum())})
     if not is_drop:  # all the sound of a word that is left out goes with it
         gaps = _merged(np.concatenate([gaps, np.stack([units.start[out], units.end[out]], axis=1)]))
     kept = np.flatnonzero(~out)
     kept_start = units.start[kept]
     limit, margin, silence = (round(s * frames_per_second) for s in (settings.shift_seconds, MARGIN, SILENCE))
     starts, stops, texts = [], [], []
+    left_out: Counter[str] = Counter()
+    placed = np.zeros(len(out), bool)  # a word without length may have no place though it shares no frame with a gap
     for begin, end in _between(gaps, frames):
         inside = kept[np.searchsorted(kept_start, begin) : np.searchsorted(kept_start, end, "right")]
+        placed[inside] = True
         stretch = _Stretch(begin, end, units.start[inside], units.end[inside], units.guessed[inside])
         if is_drop:
             pieces, lost = _drop(stretch, max_frames)
@@ -132,6 +134,7 @@ def cut_recording(
             texts.append(" ".join(words[w].word for u in inside[numbers].tolist() for w in units.words(u)))
         for u in inside[lost].tolist():
             left_out[LONGER if units.end[u] - units.start[u] > max_frames else CUT] += len(units.words(u))
+    left_out[EXCLUDED] += int(np.diff(units.first)[~placed].sum())
     return Pieces(starts, stops, texts, +left_out)
 
 
@@ -164,7 +167,8 @@ def excluded_frames(excluded: Sequence[tuple[float, float]], frames: int, frames
     for start, end in excluded:
         if not 0 <= start <= end:  # also false for NaN
             raise DataError(f"excluded stretch {start} to {end} s: must start at 0 or later, and end after its start")
-    spans = np.array(excluded, np.float64).reshape(-1, 2) * frames_per_second
+    # Rounded first: 0.07 s is 7 frames, whatever 0.07 * 100 is in binary.
+    spans = np.round(np.array(excluded, np.float64).reshape(-1, 2) * frames_per_second, 6)
     whole = np.stack([np.floor(spans[:, 0]), np.ceil(spans[:, 1])], axis=1)
     return _merged(whole.clip(0, frames).astype(np.int64))
 

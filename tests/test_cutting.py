@@ -53,10 +53,10 @@ def spans(words: Sequence[Word], frames: int) -> dict[str, tuple[int, int]]:
 
 
 def is_excluded(frame: int, excluded: Sequence[tuple[float, float]]) -> bool:
-    return any(math.floor(a * RATE) <= frame < math.ceil(b * RATE) and a < b for a, b in excluded)
+    return any(round(a * RATE) <= frame < round(b * RATE) for a, b in excluded)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(recordings(), st.integers(30, 500), st.sampled_from(POLICIES), st.integers(0, 300))
 def test_no_word_is_lost_uncounted_and_none_is_in_two_pieces(
     recording: tuple, max_frames: int, policy: str, limit: int
@@ -69,7 +69,7 @@ def test_no_word_is_lost_uncounted_and_none_is_in_two_pieces(
     assert all(count > 0 for count in cut.left_out.values()) and set(cut.left_out) <= {CUT, EXCLUDED, LONGER}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(recordings(), st.integers(30, 500), st.sampled_from(POLICIES), st.integers(0, 300))
 def test_pieces_hold_the_sound_of_their_words_and_of_no_others(
     recording: tuple, max_frames: int, policy: str, limit: int
@@ -88,7 +88,7 @@ def test_pieces_hold_the_sound_of_their_words_and_of_no_others(
         ended = stop
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(recordings(guesses=False), st.integers(30, 500), st.sampled_from(POLICIES))
 def test_frames_are_left_out_only_with_words_or_excluded_stretches(
     recording: tuple, max_frames: int, policy: str
@@ -149,7 +149,7 @@ def as_list(cut: Pieces) -> list[tuple[int, int, str]]:
     return list(zip(cut.start, cut.stop, cut.texts, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(recordings(excluded=False, guesses=False), st.integers(30, 500), st.integers(0, 300))
 def test_shift_cuts_where_a_search_frame_by_frame_does(recording: tuple, max_frames: int, limit: int) -> None:
     words, frames, _ = recording
@@ -157,7 +157,7 @@ def test_shift_cuts_where_a_search_frame_by_frame_does(recording: tuple, max_fra
     assert as_list(cut) == shift_slowly(words, frames, max_frames, limit)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(recordings(excluded=False, guesses=False), st.integers(30, 500))
 def test_drop_leaves_out_what_straddles_a_nominal_cut_and_no_sound(recording: tuple, max_frames: int) -> None:
     words, frames, _ = recording
@@ -169,7 +169,7 @@ def test_drop_leaves_out_what_straddles_a_nominal_cut_and_no_sound(recording: tu
         assert (word in spoken) == (not any(start < place < end for place in places))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(recordings(excluded=False, guesses=False), st.integers(30, 500))
 def test_mask_cuts_out_what_straddles_a_nominal_cut(recording: tuple, max_frames: int) -> None:
     words, frames, _ = recording
@@ -229,6 +229,13 @@ def test_a_word_partly_in_an_excluded_stretch_goes_with_its_sound() -> None:
     assert as_list(masked) == [(0, 20, ""), (120, 305, "b"), (450, 600, "d")] and masked.left_out == {EXCLUDED: 2}
     dropped = cut_recording(SPEECH, 600, 400, RATE, CuttingSettings("drop"), excluded)
     assert as_list(dropped) == [(0, 90, ""), (120, 320, "b"), (330, 600, "d")]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_word_without_length_beside_an_excluded_stretch_is_counted_too(policy: str) -> None:
+    words = [Word("a", 0.0, 0.0, 0.0), Word("b", 0.0, 0.02)]
+    cut = cut_recording(words, 3, 30, RATE, CuttingSettings(policy), [(0.0, 0.02)])  # type: ignore[arg-type]
+    assert as_list(cut) == [(2, 3, "")] and cut.left_out == {EXCLUDED: 2}
 
 
 @pytest.mark.parametrize("stretch", [(2.0, 1.0), (-1.0, 1.0), (math.nan, 1.0)])
