@@ -147,11 +147,17 @@ class Fingerprint:
 
 
 def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over the frames of float16 [frames, M]: two float32 [M], summed in float64."""
-    exact = values.astype(np.float64)
-    mean = exact.mean(axis=0)
-    exact -= mean
-    return mean.astype(np.float32), np.sqrt(np.einsum("fm,fm->m", exact, exact) / len(exact)).astype(np.float32)
+    """Mean and standard deviation over the frames of float16 [frames, M]: two float32 [M], summed in float64.
+
+    A block at a time: hours in float64 would take four times the memory that the features take.
+    """
+    blocks = [values[begin : begin + CHECKSUM_FRAMES] for begin in range(0, len(values), CHECKSUM_FRAMES)]
+    mean = np.sum([block.astype(np.float64).sum(axis=0) for block in blocks], axis=0) / len(values)
+    squares = np.zeros_like(mean)
+    for block in blocks:
+        exact = block - mean
+        squares += np.einsum("fm,fm->m", exact, exact)
+    return mean.astype(np.float32), np.sqrt(squares / len(values)).astype(np.float32)
 
 
 def checksums(values: np.ndarray) -> list[int]:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import resource
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torchaudio
+from hypothesis import strategies as st
 
+from data.corpora.base import FileSource, SegmentSource
 from data.errors import DataError
+from data.extraction import Extracted, extract
 from data.features import BLOCK_FRAMES, READ_SECONDS, FeatureSettings, LogMel, difference, read_audio, resample
+from data.index import Recording
 
 SETTINGS = FeatureSettings()
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def tone(rate: int, seconds: float, hz: float = 440.0) -> np.ndarray:
@@ -79,15 +89,148 @@ def test_stereo_at_any_rate_becomes_the_mean_of_its_channels_at_16_khz(rate: int
     assert np.abs(waveform.numpy() - expected)[middle].max() < 0.01
 
 
-@pytest.mark.parametrize("rate", [8_000, 44_100])
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(waveform: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
+    """Cut at random into pieces from 1 sample to ten seconds long."""
+    lengths = np.exp(np.random.default_rng(seed).uniform(0, np.log(160_000), 2000)).astype(int)
+    cuts = [int(cut) for cut in np.cumsum(lengths) if cut < len(waveform)]
+    return list(torch.tensor_split(waveform, cuts))
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000])
 def test_resampling_in_blocks_equals_one_pass(rate: int) -> None:
-    waveform = np.random.default_rng(0).normal(size=rate * (2 * READ_SECONDS + 1) + 77).astype(np.float32)
-    size = READ_SECONDS * rate
-    blocks = [waveform[i : i + size] for i in range(0, len(waveform), size)]
-    in_blocks = resample(blocks, rate, 16_000)
-    one_pass = torchaudio.transforms.Resample(rate, 16_000)(torch.from_numpy(waveform))
+    waveform = noise(rate * (2 * READ_SECONDS + 1) + 77)
+    in_blocks = resample([waveform], rate, 16_000)
+    one_pass = torchaudio.transforms.Resample(rate, 16_000)(waveform)
     assert in_blocks.shape == one_pass.shape
     torch.testing.assert_close(in_blocks, one_pass, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+@pytest.mark.parametrize("extra", [-1, 0, 1, 700, 44_100])
+def test_resampled_samples_do_not_depend_on_the_blocks(rate: int, extra: int) -> None:
+    """To the bit, also where the end falls just before, at and behind the end of a block and its context."""
+    waveform = noise(rate * READ_SECONDS + extra)
+    assert torch.equal(resample(in_pieces(waveform), rate, 16_000), resample([waveform], rate, 16_000))
+
+
+@pytest.mark.parametrize("samples", [400, 1000, 127 * 160 + 512, 128 * 160, 128 * 160 + 1, 700_001])
+@pytest.mark.parametrize("settings", [SETTINGS, FeatureSettings(hop_ms=40.0, window_ms=30.0)], ids=["usual", "gaps"])
+def test_frames_of_sound_in_blocks_are_those_of_one_pass_to_the_bit(samples: int, settings: FeatureSettings) -> None:
+    waveform, log_mel = noise(max(samples, settings.window)), LogMel(settings)
+    whole = log_mel(waveform)
+    assert torch.equal(torch.cat(list(log_mel.blocks(in_pieces(waveform)))), whole)
+    assert torch.equal(torch.cat(list(log_mel.blocks(waveform.split(1)[:999] + (waveform[999:],)))), whole)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav", "mp3", "ogg", "opus", "sph"])
+def test_a_long_stereo_file_read_in_blocks_gives_the_frames_of_one_pass(suffix: str, tmp_path: Path) -> None:
+    path, rate = tmp_path / f"a.{suffix}", 48_000
+    format, subtype = {"opus": ("OGG", "OPUS"), "sph": ("NIST", "PCM_16")}.get(suffix, (suffix.upper(), None))
+    soundfile.write(path, noise(2 * rate * 25).view(-1, 2).numpy(), rate, subtype, format=format)
+    samples, _ = soundfile.read(path, dtype="float32")
+    one_pass = LogMel(SETTINGS)(resample([np.ascontiguousarray(samples).mean(axis=1)], rate, 16_000))
+    utterance = FileSource(Recording("a"), path).load(SETTINGS)
+    assert not isinstance(utterance.sound, torch.Tensor)  # it is not held whole
+    assert torch.equal(torch.cat(list(LogMel(SETTINGS).blocks(utterance.sound))), one_pass)
+    result = extract(FileSource(Recording("a"), path), SETTINGS)
+    assert isinstance(result, Extracted) and np.array_equal(result.log_mel, one_pass.half().numpy())
+
+
+def test_a_stretch_of_a_file_is_that_of_the_whole_one(tmp_path: Path) -> None:
+    samples = noise(16_000 * 30)
+    soundfile.write(tmp_path / "a.wav", samples.numpy(), 16_000, "FLOAT")
+    for start, duration in ((0.0, 30.0), (1.5, 12.0), (29.0, 1.0), (3.0, 0.25)):
+        heard = SegmentSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS).waveform
+        assert torch.equal(heard, samples[int(start * 16_000) : int((start + duration) * 16_000)])
+    for start, duration in ((29.0, 1.5), (31.0, 1.0), (3.0, 0.0)):
+        with pytest.raises(DataError, match=r"a\.wav"):
+            SegmentSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS)
+
+
+def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_features(tmp_path: Path) -> None:
+    """The file is mostly a hole, so it costs no disk: some noise at its beginning, then silence."""
+    path, seconds, rate = tmp_path / "long.wav", 3 * 3600, 48_000
+    soundfile.write(path, noise(2 * rate * 10).view(-1, 2).numpy(), rate, "PCM_16")
+    size = 4 * rate * seconds
+    with open(path, "r+b") as file:
+        header = file.read(44)
+        assert header[36:40] == b"data"
+        file.seek(0)
+        file.write(header[:4] + struct.pack("<I", size + 36) + header[8:40] + struct.pack("<I", size))
+        file.truncate(44 + size)
+    program = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from data.corpora.base import FileSource\n"
+        "from data.extraction import extract\n"
+        "from data.features import FeatureSettings\n"
+        "from data.index import Recording\n"
+        "from data.writer import DatasetWriter\n"
+        "torch.set_num_threads(1)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "writer = DatasetWriter(sys.argv[2], FeatureSettings())\n"
+        "before = peak()\n"
+        "result = extract(FileSource(Recording('long'), Path(sys.argv[1])), FeatureSettings())\n"
+        "writer.add(result.recording, result.log_mel)\n"
+        "print(len(result.log_mel), (peak() - before) * 1024 - result.log_mel.nbytes)\n"
+    )
+    program = [sys.executable, "-c", program, str(path), str(tmp_path / "out")]
+    ended = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    frames, more = map(int, ended.stdout.split())
+    assert frames == 1 + 100 * seconds
+    assert more < 150e6, f"{more / 1e6:.0f} MB beside the features"
+
+
+SEEDS = {}
+for _name, (_format, _subtype) in {
+    "wav": ("WAV", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "mp3": ("MP3", None),
+    "vorbis": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "sph": ("NIST", "PCM_16"),
+}.items():
+    _file = io.BytesIO()
+    soundfile.write(_file, tone(16_000, 0.3), 16_000, _subtype, format=_format)
+    SEEDS[_name] = _file.getvalue()
+
+
+@hypothesis.given(st.sampled_from(sorted(SEEDS)), st.data())
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_sound_or_one_error_that_names_it(kind: str, data: st.DataObject) -> None:
+    content = bytearray(SEEDS[kind])
+    for _ in range(data.draw(st.integers(1, 4))):
+        # The header is where lies are dangerous: half of the changes go there.
+        place = data.draw(st.integers(0, 80) | st.integers(0, 1 << 16)) % max(1, len(content))
+        change = data.draw(st.sampled_from(["flip", "delete", "insert", "cut", "ones"]))
+        if change == "flip":
+            content[place : place + 1] = bytes([data.draw(st.integers(0, 255))])
+        elif change == "delete":
+            del content[place : place + data.draw(st.integers(1, 64))]
+        elif change == "insert":
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=16))
+        elif change == "ones":
+            content[place : place + 4] = b"\xff" * 4
+        else:
+            del content[place:]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        waveform = read_audio(io.BytesIO(bytes(content)), SETTINGS, name="the file")
+        assert torch.isfinite(waveform).all() and waveform.ndim == 1
+    except DataError as error:
+        assert str(error).startswith("the file: ")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+@pytest.mark.parametrize("rate", [1, 999, 47_999, 2**31 - 1])
+def test_a_sample_rate_that_would_fill_the_memory_is_refused(rate: int, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(16_000, 1), rate)
+    with pytest.raises(DataError, match=rf"a\.wav: {rate} Hz cannot be resampled to 16000 Hz"):
+        read_audio(tmp_path / "a.wav", SETTINGS)
 
 
 def test_an_open_file_is_read_and_named_in_errors() -> None:
