@@ -49,9 +49,10 @@ from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_up
 from data.cutting import CuttingSettings
 from data.errors import DataError
 from data.features import FeatureSettings, difference
-from data.loader import DataState, LoaderSettings, RowLoader
-from data.shards import Dataset, Normalisation, open_dataset
-from data.supervised import FixedCrops, supervised_crops
+from data.loader import FREE_LOADER_FIELDS, DataState, LoaderSettings, RowLoader
+from data.order import CropTable
+from data.shards import Dataset, Normalisation
+from data.supervised import supervised_crops
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 
@@ -125,8 +126,7 @@ FREE_FIELDS = (
     "checkpoint",
     "distributed",
     "guard.max_bad_updates",
-    "data.num_workers",
-    "data.prefetch",
+    *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "inference.batch_seconds",
     "run.folder",
     "run.log_every",
@@ -135,7 +135,7 @@ FREE_FIELDS = (
 
 def train(config: Config) -> None:
     world = start_world(config.distributed)
-    dataset = open_dataset(config.data.dataset)
+    dataset = config.data.open()
     frames_per_second = dataset.features.frames_per_second
     init = read_init(config, dataset) if config.finetune.init else None
     crops = labelled_crops(dataset, config)
@@ -225,6 +225,7 @@ def train(config: Config) -> None:
         if step % config.run.log_every == 0 or is_last or update.spike:
             values = {"learning_rate": head_rate, "encoder_learning_rate": encoder_rate}
             values |= {"grad_norm": update.grad_norm, "spike": update.spike}
+            values["quarantined"] = int(world.sum(torch.tensor(len(loader.quarantined), device=world.device)))
             values |= summarise(world.sum(sums).tolist()) | throughput.interval(step)
             metrics.write(step, values)
             sums.zero_()
@@ -290,19 +291,20 @@ def read_init(config: Config, dataset: Dataset) -> Export:
     return pretrained
 
 
-def labelled_crops(dataset: Dataset, config: Config) -> FixedCrops:
+def labelled_crops(dataset: Dataset, config: Config) -> CropTable:
     """Training crops with their label texts; of `label_minutes`, whole recordings chosen by the seed."""
     recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
     told = np.array([dataset.text(int(i)) is not None for i in recordings])
     if 0 < told.sum() < len(told):
-        print(f"{dataset.path}: {len(told) - told.sum()} of {len(told)} recordings without a transcript are left out")
+        print(f"left out: {len(told) - told.sum()} of {len(told)} recordings, which have no transcript")
         recordings = recordings[told]
     if config.finetune.label_minutes:
         shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
         minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
         recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
-    lengths = config.data.crop_frames(dataset)
-    return supervised_crops(dataset, recordings, *lengths, config.data.seed, cutting=config.cutting)
+    cut = partial(supervised_crops, dataset, cutting=config.cutting)
+    max_frames, min_frames = config.data.crop_frames(dataset)
+    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, max_frames, min_frames, seed))
 
 
 def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:
@@ -311,7 +313,7 @@ def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:
     recordings = [int(i) for i in selected if dataset.text(int(i))]
     if not recordings:
         raise DataError(
-            f"validation.split {config.validation.split!r} of {dataset.path}: no recording has a transcript"
+            f"validation.split {config.validation.split!r} of {dataset.location}: no recording has a transcript"
         )
     recordings = recordings[: config.validation.max_recordings or None]
     return [
@@ -330,7 +332,7 @@ def read_mel(dataset: Dataset, recording: int, normalisation: Normalisation, sta
     return torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation=normalisation))
 
 
-def run_tokenizer(run: RunFolder, crops: FixedCrops, settings: FinetuneSettings, world: World) -> Tokenizer:
+def run_tokenizer(run: RunFolder, crops: CropTable, settings: FinetuneSettings, world: World) -> Tokenizer:
     """The run's tokenizer: trained on the training texts at the first start, read from the run folder after it."""
     folder = run.path / "tokenizer"
     problem = ""
@@ -372,7 +374,7 @@ def export(run, step, model, tokenizer, rates, dataset, config, world) -> None:
         card = f"""# CTC recogniser
 
 {config.encoder.num_layers} Conformer layers of width {config.encoder.dim}, {tokenizer.vocab_size} labels, trained on
-`{config.data.dataset}` from {config.finetune.init or "scratch"}. Update {step}: WER {rates["dev_wer"]:.2%},
+`{dataset.location}` from {config.finetune.init or "scratch"}. Update {step}: WER {rates["dev_wer"]:.2%},
 CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate it:
 `python evaluate.py --export THIS_FOLDER --data.dataset DATASET`.
 """
@@ -380,14 +382,14 @@ CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate
     world.barrier()
 
 
-def describe(config: Config, model: CTCModel, crops: FixedCrops, dataset: Dataset, world: World, step: int) -> str:
+def describe(config: Config, model: CTCModel, crops: CropTable, dataset: Dataset, world: World, step: int) -> str:
     """The first line of the console."""
     millions = sum(parameter.numel() for parameter in unwrap(model).parameters()) / 1e6
-    hours = float((crops.stop - crops.start).sum()) / dataset.features.frames_per_second / 3600
+    hours = crops.mean_frames * len(crops) / dataset.features.frames_per_second / 3600
     start = f"continuing after step {step}" if step else "starting"
     return (
         f"{start}: {millions:.1f} M parameters from {config.finetune.init or 'scratch'}, {world.size} process(es) on "
-        f"{world.device.type}, {hours:.2f} h of labels in {config.data.dataset}, run {config.run.folder}"
+        f"{world.device.type}, {hours:.2f} h of labels in {dataset.location}, run {config.run.folder}"
     )
 
 

@@ -41,7 +41,7 @@ from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
-from data.shards import Dataset, open_dataset
+from data.shards import Dataset
 
 
 @dataclass
@@ -76,8 +76,7 @@ FREE_FIELDS = (
     "checkpoint",
     "distributed",
     "guard.max_bad_updates",
-    "data.num_workers",
-    "data.prefetch",
+    *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "run.folder",
     "run.log_every",
 )
@@ -85,7 +84,7 @@ FREE_FIELDS = (
 
 def train(config: Config) -> None:
     world = start_world(config.distributed)
-    dataset = open_dataset(config.data.dataset)
+    dataset = config.data.open()
     run = RunFolder(config.run.folder)
     run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
     subsampling_factor = config.encoder.subsampling_factor
@@ -169,6 +168,7 @@ def train(config: Config) -> None:
                 "learning_rate": learning_rate,
                 "grad_norm": update.grad_norm,
                 "spike": update.spike,
+                "quarantined": int(world.sum(torch.tensor(len(loader.quarantined), device=world.device))),
             }
             values |= summarise(world.sum(sums).tolist())
             values |= codebook_figures(world.sum(code_counts.clone()))
@@ -320,7 +320,7 @@ def model_card(config: Config, step: int, dataset: Dataset) -> str:
     return f"""# Conformer encoder, pretrained with BEST-RQ
 
 {config.encoder.num_layers} layers of width {config.encoder.dim}; {step} updates of {config.data.rows} rows of
-{config.data.row_frames} mel frames, on `{config.data.dataset}` (fingerprint `{dataset.fingerprint}`).
+{config.data.row_frames} mel frames, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`).
 
 `config.json` holds the encoder's settings and the features' (16 kHz, {dataset.features.num_mels} log-mel bins,
 normalised per {config.data.normalisation}). Fine-tune it: `python finetune_ctc.py --init THIS_FOLDER`.
@@ -352,7 +352,7 @@ def describe(config: Config, model: BestRQ, dataset: Dataset, world: World, step
     start = f"continuing after step {step}" if step else "starting"
     return (
         f"{start}: {millions:.1f} M parameters, {world.size} process(es) on {world.device.type}, "
-        f"{seconds:.0f} s of rows an update, {hours:.1f} h in {config.data.dataset}, run {config.run.folder}"
+        f"{seconds:.0f} s of rows an update, {hours:.1f} h in {dataset.location}, run {config.run.folder}"
     )
 
 

@@ -7,6 +7,7 @@ work it out by itself, at any point of any epoch, at the cost of looking at that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +85,14 @@ class CropTable(ABC):
         max_frames: no crop is longer.
         min_frames: crops shorter than this are to be left out.
         labelled: crops belong to texts, so none may be shortened.
+        texts: all transcripts; empty where the order knows none.
     """
 
     seed: int
     max_frames: int
     min_frames: int
-    labelled = False
+    labelled: bool = False
+    texts: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -99,9 +102,18 @@ class CropTable(ABC):
     def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(recording, start, stop) of the items, int64."""
 
+    @property
+    @abstractmethod
+    def mean_frames(self) -> float:
+        """Frames of a crop, on average over an epoch."""
+
+    def settings(self) -> dict[str, int]:
+        """What else decides the order, besides seed, lengths and the number of crops: a checkpoint must agree in it."""
+        return {}
+
     def text(self, item: int) -> str:
         """Transcript of an item; "" where the order knows none."""
-        return ""
+        return self.texts[item] if self.texts else ""
 
     def crops(self, epoch: int, k: np.ndarray) -> Crops:
         """Crops number k (int64 array, each in range(len)) of an epoch."""
@@ -171,6 +183,10 @@ class CropOrder(CropTable):
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    @property
+    def mean_frames(self) -> float:
+        return float(self.frames[self.recordings].sum()) / len(self)
 
     def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # Of one type with the table, or numpy would copy the table.

@@ -100,6 +100,7 @@ class RowStream:
             "max_frames": crops.max_frames,
             "min_frames": crops.min_frames,
             "blocks": self.blocks,
+            **crops.settings(),
             **self.packing,
         }
 

@@ -119,9 +119,13 @@ class Dataset:
         labels = self.language(i), self.speaker(i), self.split(i)
         return Recording(self.id(i), self.text(i), self.words(i), *labels, self.excluded(i))
 
+    def labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The values of 'language', 'speaker' or 'split', and int32 [N] which of them a recording has."""
+        return self.index.labels[name]
+
     def totals(self, label: str) -> dict[str, tuple[int, int]]:
         """Recordings and frames for every value of 'language', 'speaker' or 'split', by value."""
-        names, codes = self.index.labels[label]
+        names, codes = self.labels(label)
         counts = np.bincount(codes, minlength=len(names))
         frames = np.bincount(codes, weights=self.frames, minlength=len(names))
         return {name: (int(n), int(f)) for name, n, f in zip(names, counts, frames, strict=True) if n}
@@ -133,7 +137,7 @@ class Dataset:
         wanted = {name: value for name, value in (("split", split), ("language", language)) if value is not None}
         keep = np.ones(len(self), bool)
         for name, value in wanted.items():
-            names, codes = self.index.labels[name]
+            names, codes = self.labels(name)
             if value not in names:
                 raise DataError(f"{self.location}: no recording with {name} {value!r}; there are {sorted(names)}")
             keep &= codes == names.index(value)

@@ -34,7 +34,7 @@ class FixedCrops(CropTable):
         recording: Sequence[int] | np.ndarray,
         start: Sequence[int] | np.ndarray,
         stop: Sequence[int] | np.ndarray,
-        texts: list[str],
+        texts: Sequence[str],
         seed: int = 0,
         left_out: dict[str, int] | None = None,
     ) -> None:
@@ -53,8 +53,9 @@ class FixedCrops(CropTable):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def text(self, item: int) -> str:
-        return self.texts[item]
+    @property
+    def mean_frames(self) -> float:
+        return float((self.stop - self.start).mean())
 
     def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.recording[item], self.start[item], self.stop[item]
@@ -108,18 +109,18 @@ def supervised_crops(
                 labels.append(label)
     if silent:
         raise DataError(
-            f"{dataset.path}: {len(silent)} of {len(recordings)} recordings have no transcript, the first is "
+            f"{dataset.location}: {len(silent)} of {len(recordings)} recordings have no transcript, the first is "
             f"{dataset.id(silent[0])!r}; select others, or prepare the dataset with its transcripts"
         )
     log = logging.getLogger(__name__)
     if left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        log.warning("%s: left out of training: %s", dataset.path, counts)
+        log.warning("%s: left out of training: %s", dataset.location, counts)
     if disagreeing:
         message = "%s: the words of %d long recordings do not make up their transcripts, the first is %r"
-        log.warning(message, dataset.path, len(disagreeing), dataset.id(disagreeing[0]))
+        log.warning(message, dataset.location, len(disagreeing), dataset.id(disagreeing[0]))
     if not labels:
-        raise DataError(f"{dataset.path}: no crop of {min_frames} to {max_frames} frames with a transcript: {left_out}")
+        raise DataError(f"{dataset.location}: no crop of {min_frames} to {max_frames} frames with a transcript: {left_out}")
     numbers, starts, stops = (np.frombuffer(column, np.int64) for column in columns)
     return FixedCrops(numbers, starts, stops, labels, seed, dict(left_out))
 
