@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.corpora.base import Source
+from data.corpora.base import FeatureUtterance, Source
 from data.errors import DataError
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
@@ -52,8 +52,12 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     try:
         utterance = source.load(features)
         recording = utterance.recording
-        sound = [utterance.waveform] if hasattr(utterance.sound, "shape") else utterance.sound
-        for block in _log_mel(features).blocks(sound):
+        if isinstance(utterance, FeatureUtterance):
+            blocks = iter([utterance.log_mel])
+        else:
+            sound = [utterance.waveform] if hasattr(utterance.sound, "shape") else utterance.sound
+            blocks = _log_mel(features).blocks(sound)
+        for block in blocks:
             values += block.to(torch.float16).numpy().data
         log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
         check_word_times(recording.words or (), len(log_mel) / features.frames_per_second, recording.id)

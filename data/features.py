@@ -1,23 +1,19 @@
-"""Audio to log-mel: settings, the transform, and reading of audio files.
+"""Audio to log-mel: the transform, and reading of audio files.
 
 Frame i is centred on sample `i * hop` (the signal is reflected at both ends), so `frames = 1 + samples // hop` and
 frame i stands for the time `i * hop_ms / 1000` seconds. Values are natural logarithms of mel energies of a waveform
-in [-1, 1].
+in [-1, 1], unless the settings say otherwise.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -26,6 +22,8 @@ import torchaudio
 from torch import Tensor
 
 from data.errors import DataError
+from data.feature_settings import FeatureSettings as FeatureSettings
+from data.feature_settings import difference as difference
 
 # Frames per pass. Small enough to stay in the cache (several times the speed of one pass over a minute); fixed, so that
 # a long recording gives bit for bit the same frames whatever is done around it.
@@ -37,86 +35,6 @@ _READ_VALUES = 1 << 20
 # Of a resampling kernel: those of all rates that are multiples of 25 Hz, up to 192 kHz, are below.
 _KERNEL_VALUES = 1 << 23
 _LOWEST_RATE = 1000
-
-
-@dataclass(frozen=True)
-class FeatureSettings:
-    """Everything that decides the numbers of a log-mel spectrogram. Its hash travels with data and models."""
-
-    sample_rate: int = 16000
-    """Samples per second; audio at another rate is resampled to it."""
-    num_mels: int = 80
-    """Mel bins."""
-    window_ms: float = 25.0
-    """Length of the Hann window in milliseconds."""
-    hop_ms: float = 10.0
-    """Time from one frame to the next in milliseconds."""
-    n_fft: int = 512
-    """Length of the Fourier transform in samples, at least the window."""
-    low_hz: float = 20.0
-    """Lower edge of the first mel bin."""
-    high_hz: float = 8000.0
-    """Upper edge of the last mel bin, at most half the sample rate."""
-    mel_scale: Literal["htk", "slaney"] = "htk"
-    """Formula of the mel scale, as torchaudio names it."""
-    log_floor: float = 1e-6
-    """Mel energies below this are raised to it before the logarithm (about 10 dB above 16-bit rounding noise), so that
-    digital silence is finite and float16 keeps a resolution of 0.004."""
-    channels: Literal["mean"] = "mean"
-    """How several channels become one: their mean."""
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, field: str, fix: str) -> None:
-            if not ok:
-                raise DataError(f"features.{field} is {getattr(self, field)!r}: {fix}")
-
-        require(self.sample_rate > 0, "sample_rate", "must be positive")
-        require(self.num_mels > 0, "num_mels", "must be positive")
-        require(_is_integer(self.hop_ms * self.sample_rate / 1000), "hop_ms", "must be a whole number of samples")
-        require(_is_integer(self.window_ms * self.sample_rate / 1000), "window_ms", "must be a whole number of samples")
-        require(self.window <= self.n_fft, "n_fft", f"must be at least the window of {self.window} samples")
-        require(0 <= self.low_hz < self.high_hz, "low_hz", f"must lie between 0 and high_hz = {self.high_hz}")
-        require(self.high_hz <= self.sample_rate / 2, "high_hz", f"must be at most {self.sample_rate / 2}")
-        require(self.mel_scale in ("htk", "slaney"), "mel_scale", "must be 'htk' or 'slaney'")
-        require(self.log_floor > 0, "log_floor", "must be positive, or silence is minus infinity")
-        require(self.channels == "mean", "channels", "must be 'mean'")
-
-    @property
-    def hop(self) -> int:
-        """Samples from one frame to the next."""
-        return round(self.hop_ms * self.sample_rate / 1000)
-
-    @property
-    def window(self) -> int:
-        """Samples in a window."""
-        return round(self.window_ms * self.sample_rate / 1000)
-
-    @property
-    def frames_per_second(self) -> float:
-        return self.sample_rate / self.hop
-
-    def to_dict(self) -> dict[str, int | float | str]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, int | float | str]) -> FeatureSettings:
-        """The inverse of `to_dict`. Raises DataError on an unknown or a missing field."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != known:
-            wrong = sorted(set(fields) ^ known) if isinstance(fields, dict) else fields
-            raise DataError(f"feature settings with unknown or missing fields: {wrong}; expected {sorted(known)}")
-        return cls(**fields)  # type: ignore[arg-type]
-
-    def hash(self) -> str:
-        """SHA-256 (hex) of the canonical JSON; numbers are written as floats so that 25 and 25.0 are one setting."""
-        fields = {k: float(v) if isinstance(v, (int, float)) else v for k, v in self.to_dict().items()}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def difference(a: FeatureSettings, b: FeatureSettings) -> list[str]:
-    """The differing fields of two settings as `'field: x != y'`, for error messages; empty when they are equal."""
-    pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(FeatureSettings))
-    return [f"{name}: {x!r} != {y!r}" for name, x, y in pairs if x != y]
 
 
 class LogMel:
@@ -146,12 +64,17 @@ class LogMel:
             raise DataError(f"a waveform must have one dimension [samples], not the shape {list(waveform.shape)}")
         return torch.cat(list(self.blocks([waveform])))
 
-    @torch.no_grad()
     def blocks(self, sound: Iterable[Tensor]) -> Iterator[Tensor]:
         """The same frames for sound that comes in blocks: float32 [samples] of any length -> float32 [frames, M].
 
-        Bit for bit what one call on all of it gives, in memory that does not depend on its length. Raises as a call.
+        Bit for bit what one call on all of it gives, in memory that does not depend on its length (unless they are to
+        be standardized, which takes all frames). Raises as a call.
         """
+        blocks = self._blocks(sound)
+        return iter([_standardized(torch.cat(list(blocks)))]) if self.settings.standardized else blocks
+
+    @torch.no_grad()
+    def _blocks(self, sound: Iterable[Tensor]) -> Iterator[Tensor]:
         s = self.settings
         half = s.n_fft // 2
         shortest, step = max(s.window, half + 1), BLOCK_FRAMES * s.hop
@@ -180,11 +103,21 @@ class LogMel:
             spectrum = torch.fft.rfft(frames[begin : begin + BLOCK_FRAMES] * self.window)
             power = spectrum.real.square() + spectrum.imag.square()  # ten times as fast as |x|**2 or a sum over pairs
             mel = power @ self.filters
-            log_mel[begin : begin + BLOCK_FRAMES] = mel.clamp_(min=self.settings.log_floor).log_()
+            if self.settings.logarithm:
+                mel = mel.clamp_(min=self.settings.log_floor).log_()
+            log_mel[begin : begin + BLOCK_FRAMES] = mel
         # One sum tells: it is finite exactly when all values are (logarithms of float32 cannot overflow it).
         if not torch.isfinite(log_mel.sum()):
             raise DataError("audio with NaN or infinite samples: repair or remove the recording")
         return log_mel
+
+
+def _standardized(frames: Tensor) -> Tensor:
+    """float32 [frames, M] with every bin at zero mean and unit (unbiased) standard deviation. Raises DataError."""
+    values = (frames - frames.mean(dim=0)) / frames.std(dim=0)
+    if not torch.isfinite(values.sum()):
+        raise DataError("audio with a mel bin that never changes, such as silence: it cannot be standardized")
+    return values
 
 
 def read_audio(source: str | os.PathLike[str] | BinaryIO, settings: FeatureSettings, name: str | None = None) -> Tensor:
@@ -198,14 +131,16 @@ def audio_blocks(
     name: str | None = None,
     start: float = 0.0,
     duration: float | None = None,
+    channel: int | None = None,
 ) -> Iterator[Tensor]:
-    """Read audio by soundfile, some seconds at a time: mean of the channels, resampled, as blocks of float32 [samples].
+    """Read audio by soundfile, some seconds at a time: one channel, resampled, as blocks of float32 [samples].
 
     Memory does not depend on the audio's length, and the samples do not depend on the blocks.
 
     Args:
         source: a path, or an open binary file (`name` then names it in errors).
         start, duration: the stretch to read, in seconds; all of it when there is no duration.
+        channel: the channel to read, from 0; without one, as settings.channels says.
     Raises:
         DataError naming the file: missing, unreadable, cut short, empty, ending within the stretch, with NaN or
         infinite samples, or with a sample rate that cannot be resampled. Some of these are seen only at the end.
@@ -218,14 +153,20 @@ def audio_blocks(
             raise DataError(f"{name}: the audio file is empty (0 bytes)")
     try:
         with soundfile.SoundFile(source) as audio:
-            decoded = _decode(audio, name, start, duration)
+            if channel is None and settings.channels == "first":
+                channel = 0
+            decoded = _decode(audio, name, start, duration, channel)
             yield from resample_blocks(decoded, audio.samplerate, settings.sample_rate, name)
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         raise DataError(f"{name}: cannot be read as audio ({error}); repair or remove it") from error
 
 
-def _decode(audio: soundfile.SoundFile, name: str, start: float, duration: float | None) -> Iterator[Tensor]:
-    """The mean of the channels, as the file has it: blocks of float32 [samples]."""
+def _decode(
+    audio: soundfile.SoundFile, name: str, start: float, duration: float | None, channel: int | None
+) -> Iterator[Tensor]:
+    """One channel, or the mean of all, as the file has it: blocks of float32 [samples]."""
+    if channel is not None and channel >= audio.channels:
+        raise DataError(f"{name}: has {audio.channels} channels, and none of number {channel} (from 0)")
     size = max(1, _READ_VALUES // audio.channels)
     wanted = audio.frames
     if stretch := duration is not None:
@@ -238,9 +179,10 @@ def _decode(audio: soundfile.SoundFile, name: str, start: float, duration: float
     while len(block := audio.read(min(size, wanted - samples) if stretch else size, "float32", always_2d=True)):
         samples += len(block)
         # Column by column: thirty times as fast as numpy's mean over a short axis.
-        mono = torch.from_numpy(np.ascontiguousarray(sum(block.T[1:], start=block.T[0])))
-        if block.shape[1] > 1:
-            mono /= block.shape[1]
+        columns = block.T if channel is None else block.T[channel : channel + 1]
+        mono = torch.from_numpy(np.ascontiguousarray(sum(columns[1:], start=columns[0])))
+        if len(columns) > 1:
+            mono /= len(columns)
         if not torch.isfinite(mono.sum(dtype=torch.float64)):
             raise DataError(f"{name}: audio with NaN or infinite samples; repair or remove it")
         yield mono
@@ -289,7 +231,3 @@ def resample_blocks(blocks: Iterable[Tensor], rate: int, new_rate: int, name: st
 def _resampler(rate: int, new_rate: int) -> torchaudio.transforms.Resample:
     """Resample by torchaudio with its kernel computed once (for 44.1 kHz that costs more than a second of audio)."""
     return torchaudio.transforms.Resample(rate, new_rate)
-
-
-def _is_integer(x: float) -> bool:
-    return x > 0 and abs(x - round(x)) < 1e-6

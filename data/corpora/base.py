@@ -46,14 +46,26 @@ class Utterance:
         return cls(recording, first[0] if len(first) == 1 else chain(first, blocks))
 
 
+@dataclass(frozen=True)
+class FeatureUtterance:
+    """A loaded recording whose features were computed elsewhere; its source sees to it that they are those asked for."""
+
+    recording: Recording
+    log_mel: Tensor
+    """float16 [frames, M]"""
+
+
 class Source(Protocol):
     """One recording that a corpus can give."""
 
     @property
     def id(self) -> str: ...
 
-    def load(self, features: FeatureSettings) -> Utterance:
-        """Read or make the sound. Raises DataError where this one recording is unusable: it is skipped and counted."""
+    def load(self, features: FeatureSettings) -> Utterance | FeatureUtterance:
+        """Read or make the sound, or read the features.
+
+        Raises DataError where this one recording is unusable: it is skipped and counted.
+        """
         ...
 
 

@@ -1,0 +1,105 @@
+"""Settings of the features: whatever decides their numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from data.errors import DataError
+
+# Fields that came later, with what was true before: that is not written, so that older datasets and models keep their
+# hash.
+_LATER = {"logarithm": True, "standardized": False}
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Everything that decides the numbers of a log-mel spectrogram. Its hash travels with data and models."""
+
+    sample_rate: int = 16000
+    """Samples per second; audio at another rate is resampled to it."""
+    num_mels: int = 80
+    """Mel bins."""
+    window_ms: float = 25.0
+    """Length of the Hann window in milliseconds."""
+    hop_ms: float = 10.0
+    """Time from one frame to the next in milliseconds."""
+    n_fft: int = 512
+    """Length of the Fourier transform in samples, at least the window."""
+    low_hz: float = 20.0
+    """Lower edge of the first mel bin."""
+    high_hz: float = 8000.0
+    """Upper edge of the last mel bin, at most half the sample rate."""
+    mel_scale: Literal["htk", "slaney"] = "htk"
+    """Formula of the mel scale, as torchaudio names it."""
+    log_floor: float = 1e-6
+    """Mel energies below this are raised to it before the logarithm (about 10 dB above 16-bit rounding noise), so that
+    digital silence is finite and float16 keeps a resolution of 0.004."""
+    channels: Literal["mean", "first"] = "mean"
+    """How several channels become one: their mean, or the first (left) one alone."""
+    logarithm: bool = True
+    """Natural logarithm of the mel energies; without it, energies as they are (then log_floor has no effect)."""
+    standardized: bool = False
+    """Every bin is brought to zero mean and unit standard deviation over its recording before it is stored. With
+    logarithm false, channels first and low_hz 0, these are the features of long-context-asr."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, fix: str) -> None:
+            if not ok:
+                raise DataError(f"features.{field} is {getattr(self, field)!r}: {fix}")
+
+        require(self.sample_rate > 0, "sample_rate", "must be positive")
+        require(self.num_mels > 0, "num_mels", "must be positive")
+        require(_is_integer(self.hop_ms * self.sample_rate / 1000), "hop_ms", "must be a whole number of samples")
+        require(_is_integer(self.window_ms * self.sample_rate / 1000), "window_ms", "must be a whole number of samples")
+        require(self.window <= self.n_fft, "n_fft", f"must be at least the window of {self.window} samples")
+        require(0 <= self.low_hz < self.high_hz, "low_hz", f"must lie between 0 and high_hz = {self.high_hz}")
+        require(self.high_hz <= self.sample_rate / 2, "high_hz", f"must be at most {self.sample_rate / 2}")
+        require(self.mel_scale in ("htk", "slaney"), "mel_scale", "must be 'htk' or 'slaney'")
+        require(self.log_floor > 0, "log_floor", "must be positive, or silence is minus infinity")
+        require(self.channels in ("mean", "first"), "channels", "must be 'mean' or 'first'")
+        require(self.logarithm or self.standardized, "logarithm", "energies fit float16 only with standardized true")
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        return round(self.hop_ms * self.sample_rate / 1000)
+
+    @property
+    def window(self) -> int:
+        """Samples in a window."""
+        return round(self.window_ms * self.sample_rate / 1000)
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.sample_rate / self.hop
+
+    def to_dict(self) -> dict[str, int | float | str]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if _LATER.get(name) != value}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, int | float | str]) -> FeatureSettings:
+        """The inverse of `to_dict`. Raises DataError on an unknown or a missing field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or set(fields) | set(_LATER) != known:
+            wrong = sorted((set(fields) | set(_LATER)) ^ known) if isinstance(fields, dict) else fields
+            raise DataError(f"feature settings with unknown or missing fields: {wrong}; expected {sorted(known)}")
+        return cls(**fields)  # type: ignore[arg-type]
+
+    def hash(self) -> str:
+        """SHA-256 (hex) of the canonical JSON; numbers are written as floats so that 25 and 25.0 are one setting."""
+        fields = {k: float(v) if isinstance(v, (int, float)) else v for k, v in self.to_dict().items()}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def difference(a: FeatureSettings, b: FeatureSettings) -> list[str]:
+    """The differing fields of two settings as `'field: x != y'`, for error messages; empty when they are equal."""
+    pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(FeatureSettings))
+    return [f"{name}: {x!r} != {y!r}" for name, x, y in pairs if x != y]
+
+
+def _is_integer(x: float) -> bool:
+    return x > 0 and abs(x - round(x)) < 1e-6
