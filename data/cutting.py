@@ -117,7 +117,8 @@ def cut_recording(
     limit, margin, silence = (round(s * frames_per_second) for s in (settings.shift_seconds, MARGIN, SILENCE))
     starts, stops, texts = [], [], []
     left_out: Counter[str] = Counter()
-    placed = np.zeros(len(out), bool)  # a word without length may have no place though it shares no frame with a gap
+    # A word without length may have no place, though it shares no frame with a gap.
+    placed = np.zeros(len(out), bool)
     for begin, end in _between(gaps, frames):
         inside = kept[np.searchsorted(kept_start, begin) : np.searchsorted(kept_start, end, "right")]
         placed[inside] = True

@@ -238,6 +238,17 @@ def test_a_word_without_length_beside_an_excluded_stretch_is_counted_too(policy:
     assert as_list(cut) == [(2, 3, "")] and cut.left_out == {EXCLUDED: 2}
 
 
+@pytest.mark.parametrize(
+    ("policy", "pieces", "cut_words"), [("shift", [(60, 100, "c")], 1), ("mask", [(60, 70, ""), (90, 100, "")], 2)]
+)
+def test_a_word_without_length_in_front_of_one_that_is_cut_out_is_counted_too(
+    policy: str, pieces: list, cut_words: int
+) -> None:
+    words = [Word("a", 0.0, 0.0), Word("b", 0.0, 0.6), Word("c", 0.7, 0.9)]
+    cut = cut_recording(words, 100, 40, RATE, CuttingSettings(policy))  # type: ignore[arg-type]
+    assert as_list(cut) == pieces and cut.left_out == {CUT: cut_words, LONGER: 1}
+
+
 @pytest.mark.parametrize("stretch", [(2.0, 1.0), (-1.0, 1.0), (math.nan, 1.0)])
 def test_excluded_stretches_that_cannot_be_are_refused(stretch: tuple[float, float]) -> None:
     with pytest.raises(DataError, match=r"excluded stretch .* must start"):

@@ -237,6 +237,13 @@ def test_an_error_in_a_textgrid_is_named_with_its_line(
         read_textgrid(path)
 
 
+def test_lines_are_counted_whatever_ends_them(tmp_path: Path) -> None:
+    for newline in ("\n", "\r\n", "\r"):
+        text = TEXTGRID.replace("xmin = 1.2", "xmin = 0.3").replace("\n", newline)
+        with pytest.raises(DataError, match=r"TextGrid:29: .*sort the words"):
+            read_textgrid(written(tmp_path / "a.TextGrid", text))
+
+
 def test_a_textgrid_of_another_encoding_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="save it as UTF-8"):
         read_textgrid(written(tmp_path / "a.TextGrid", TEXTGRID.encode("latin-1")))
@@ -345,6 +352,9 @@ def test_nemo_words_come_from_the_ctm_that_the_line_names(tmp_path: Path) -> Non
     for name, message in (("ctm/y.ctm", "cannot be read"), (7, "expected the path"), ("a\0b", "expected the path")):
         with pytest.raises(DataError, match=message):
             nemo_words({"word_level_ctm_filepath": name}, tmp_path, "m.json:1")
+    written(tmp_path / "ctm/two.ctm", "x 1 0.1 0.2 yes\ny 1 0.3 0.2 I\n")
+    with pytest.raises(DataError, match="m.json:1: ctm/two.ctm has the words of 2 recordings"):
+        nemo_words({"word_level_ctm_filepath": "ctm/two.ctm"}, tmp_path, "m.json:1")
     with pytest.raises(DataError, match="m.json:1: ctm/x.ctm, word 1: .*beyond the recording"):
         nemo_words({"word_level_ctm_filepath": "ctm/x.ctm"}, tmp_path, "m.json:1", duration=0.35)
 
