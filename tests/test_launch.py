@@ -235,6 +235,24 @@ def test_job_submitted_from_elsewhere_says_so(repository: Path) -> None:
     assert process.returncode != 0 and "submit it from the root of the repository" in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        ({}, "m data.prepare synthetic --out x\n"),
+        ({"ID": "3", "COUNT": "16", "MIN": "0", "MAX": "15"}, "synthetic --out x --part 3/16\n"),
+        ({"ID": "3", "COUNT": "2", "MIN": "3", "MAX": "7", "PARTS": "16"}, "synthetic --out x --part 3/16\n"),
+        ({"ID": "3", "COUNT": "2", "MIN": "3", "MAX": "7"}, "error: parts are numbered from 0"),
+        ({"ID": "1", "COUNT": "2", "MIN": "1", "MAX": "2"}, "error: parts are numbered from 0"),
+    ],
+)
+def test_a_task_of_an_array_prepares_its_part(repository: Path, array: dict[str, str], expected: str) -> None:
+    write_program(repository / "python", '#!/usr/bin/env bash\necho "$@"\n')
+    slurm = {name if name == "PARTS" else f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    arguments = ["launch/prepare.sbatch", "synthetic", "--out", "x"]
+    status, output = Running(repository, "bash", *arguments, SLURM_CPUS_ON_NODE="8", **slurm).finish()
+    assert expected in output and status == (2 if "error" in expected else 0)
+
+
 def setup(repository: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHON": python, "PIP_NO_INDEX": "1"}
     command = ["bash", "launch/setup.sh", *arguments]
