@@ -336,9 +336,8 @@ def write_words(path: Path, dataset: Dataset, results: Results, wanted: list[int
     with replace_file(path) as file:
         for i in wanted:
             result = results[i]
-            told = {name: result[name] for name in ("reason", "cost") if name in result}
             words = None if "reason" in result else [Word(*word)._asdict() for word in result["words"]]
-            line: dict[str, Any] = {"id": dataset.id(i), "words": words, **told}
+            line = {"id": dataset.id(i), "words": words, "cost": result.get("cost"), "reason": result.get("reason")}
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 

@@ -231,7 +231,7 @@ def refusal(alignment: Alignment, transcript: Transcript, num_frames: int, setti
     needed = transcript.frames_needed()
     if needed > num_frames:
         return f"the transcript is too long: {len(transcript.ids)} labels need {needed} frames, there are {num_frames}"
-    if math.isinf(alignment.cost):
+    if (transcript.ids[transcript.first[transcript.first < transcript.stop]] == STAR).all():
         return "the tokenizer of the model can write none of the transcript's words"
     if alignment.cost > settings.max_cost:
         return f"the transcript is not what was heard: {alignment.cost:.2f} nats a label, at most {settings.max_cost:g}"

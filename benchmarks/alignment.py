@@ -1,0 +1,234 @@
+"""How well align.py finds word times: `python -m benchmarks.alignment --model EXPORT`.
+
+EXPORT is a recogniser of the synthetic corpus, such as runs/quickstart-synthetic/pretrained/export of the quickstart.
+Speaks recordings of the test voices with espeak-ng, whose word times are exact, in the language that the model knows,
+and runs the script itself on them, in a process of its own. Three datasets:
+
+- right: recordings of 1, 10 and 60 minutes (and utterances of some seconds) with their transcripts;
+- wrong: the same sound, the words of every transcript shuffled, or the transcript of another recording of its kind;
+- edited: the recordings with a tenth of the transcript's sentences left out, or so many foreign ones put in; only the
+  words that were said are measured.
+
+A boundary is a word's start or end; its error is the distance from espeak's. Memory is the script's largest resident
+set; `base_memory_mb` is that of a run on the utterances alone. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.corpora.synthetic import SyntheticSource
+from data.features import FeatureSettings, LogMel
+from data.index import Recording
+from data.shards import Dataset, open_dataset
+from data.transcripts import Word
+from data.writer import DatasetWriter
+
+SCRIPT = Path(__file__).resolve().parent.parent / "align.py"
+# Kind of recording: minutes (0: an utterance of 2 to 15 s), and how many of them.
+KINDS = {"utterances": (0.0, 200), "1_min": (1.0, 30), "10_min": (10.0, 6), "60_min": (60.0, 2)}
+SENTENCE = 8  # words that are left out or put in together
+
+
+def speak(language: str, seed: int, share: float) -> Iterator[tuple[Recording, np.ndarray]]:
+    """Recordings of every kind and their log-mel; ids begin with the kind."""
+    features = FeatureSettings()
+    log_mel = LogMel(features)
+    for kind, (minutes, count) in KINDS.items():
+        for number in range(max(2, round(count * share))):
+            spoken = SyntheticSource(f"{kind}-{number:03d}", "test", language, minutes * 60, seed).load(features)
+            yield spoken.recording, log_mel(spoken.waveform).numpy()
+
+
+def write(folder: Path, spoken: Sequence[tuple[Recording, np.ndarray]], texts: dict[str, dict[str, str]]) -> Dataset:
+    """A dataset without word times: for every variant the recordings with its texts, under ids VARIANT/ID."""
+    with DatasetWriter(folder, FeatureSettings()) as writer:
+        for variant, by_id in texts.items():
+            for recording, log_mel in spoken:
+                if recording.id in by_id:
+                    id, text = f"{variant}/{recording.id}", by_id[recording.id]
+                    writer.add(dataclasses.replace(recording, id=id, text=text, words=None), log_mel)
+        writer.finish()
+    return open_dataset(folder)
+
+
+def wrong_texts(spoken: list[Recording], seed: int) -> dict[str, dict[str, str]]:
+    """Shuffled words, and the transcript of the next recording of the same kind."""
+    rng = random.Random(seed)
+    shuffled, other = {}, {}
+    for number, one in enumerate(spoken):
+        words = (one.text or "").split()
+        rng.shuffle(words)
+        shuffled[one.id] = " ".join(words)
+        alike = [two.text or "" for two in spoken[number + 1 :] + spoken[:number] if kind_of(two.id) == kind_of(one.id)]
+        other[one.id] = alike[0]
+    return {"shuffled": shuffled, "other": other}
+
+
+def edited_texts(
+    spoken: Sequence[Recording], seed: int
+) -> tuple[dict[str, dict[str, str]], dict[str, list[Word | None]]]:
+    """Transcripts with a tenth less and a tenth more, and for every word of theirs what was said, or None."""
+    rng = random.Random(seed)
+    texts: dict[str, dict[str, str]] = {"left_out": {}, "put_in": {}}
+    said: dict[str, list[Word | None]] = {}
+    for number, one in enumerate(spoken):
+        if kind_of(one.id) == "utterances":
+            continue
+        words, foreign = one.words or [], spoken[number - 1].words or []
+        parts = [words[begin : begin + SENTENCE] for begin in range(0, len(words), SENTENCE)]
+        edits = {edit: set(rng.sample(range(len(parts)), max(1, len(parts) // 10))) for edit in texts}
+        left = [word for part, content in enumerate(parts) if part not in edits["left_out"] for word in content]
+        more: list[tuple[str, Word | None]] = []
+        for part, content in enumerate(parts):
+            if part in edits["put_in"]:
+                begin = rng.randrange(max(1, len(foreign) - SENTENCE))
+                more += [(word.word, None) for word in foreign[begin : begin + SENTENCE]]
+            more += [(word.word, word) for word in content]
+        texts["left_out"][one.id] = " ".join(word.word for word in left)
+        said[f"left_out/{one.id}"] = list(left)
+        texts["put_in"][one.id] = " ".join(text for text, _ in more)
+        said[f"put_in/{one.id}"] = [word for _, word in more]
+    return texts, said
+
+
+def kind_of(id: str) -> str:
+    return id.split("/")[-1].rsplit("-", 1)[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run of the script."""
+
+    dataset: Dataset
+    refused: list[str]
+    """ids"""
+    seconds: float
+    memory_mb: int
+    """largest resident set"""
+
+
+def run_script(dataset: Dataset, model: str, out: Path, more: Sequence[str]) -> Outcome:
+    begin = time.perf_counter()
+    command = [sys.executable, str(SCRIPT), "--data.dataset", str(dataset.path), "--model", model, "--out", str(out)]
+    memory = 0
+    with subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL) as process:
+        # getrusage would tell the largest of this process, too: a child starts out as its copy.
+        while process.poll() is None:
+            with suppress(OSError, IndexError):  # it has just ended
+                memory = int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0])
+            time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"align.py ended with {process.returncode}: see above")
+    lines = (out / "unaligned.jsonl").read_text().splitlines()
+    seconds = time.perf_counter() - begin
+    return Outcome(open_dataset(out), [json.loads(line)["id"] for line in lines], seconds, round(memory / 1000))
+
+
+def errors(aligned: Dataset, said: dict[str, list[Word | None]]) -> dict[str, np.ndarray]:
+    """By variant/kind: float64 `[words, 3]`, found minus said at starts and ends in seconds, and the confidence."""
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    for number in range(len(aligned)):
+        id = aligned.id(number)
+        into = rows.setdefault(f"{id.split('/')[0]}/{kind_of(id)}", [])
+        for found, truth in zip(aligned.words(number) or [], said[id], strict=False):
+            if truth is not None:
+                into.append((found.start - truth.start, found.end - truth.end, found.confidence or 0.0))
+    return {name: np.array(content).reshape(-1, 3) for name, content in rows.items()}
+
+
+def summary(rows: np.ndarray) -> dict[str, float]:
+    """Of both boundaries of all words, and how far starts and ends are off to one side."""
+    boundaries = np.abs(rows[:, :2]).ravel()
+    sure = np.abs(rows[rows[:, 2] >= 0.5, :2])
+    return {
+        "words": len(rows),
+        "median_boundary_error_ms": round(1000 * float(np.median(boundaries)), 1),
+        "share_within_80_ms": round(float((boundaries <= 0.08).mean()), 4),
+        "share_within_200_ms": round(float((boundaries <= 0.2).mean()), 4),
+        "share_confident": round(len(sure) / len(rows), 4),
+        "share_of_confident_within_80_ms": round(float((sure <= 0.08).mean()), 4),
+        "largest_ms": round(1000 * float(boundaries.max())),
+        "median_start_ms": round(1000 * float(np.median(rows[:, 0])), 1),
+        "median_end_ms": round(1000 * float(np.median(rows[:, 1])), 1),
+        "mean_confidence": round(float(rows[:, 2].mean()), 3),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment", description=__doc__)
+    parser.add_argument("--model", required=True, help="export of finetune_ctc.py, trained on the synthetic corpus")
+    parser.add_argument("--language", default="es", help="language of the model and of the recordings")
+    parser.add_argument("--seed", type=int, default=1, help="of the recordings; another one than the corpus's")
+    parser.add_argument("--share", type=float, default=1.0, help="of the recordings; at least 2 of a kind are made")
+    parser.add_argument("more", nargs="*", help="after --: settings of align.py")
+    options = parser.parse_args(arguments)
+    more = ["--device", "cpu", "--inference.context_seconds", "10", *options.more]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spoken = list(speak(options.language, options.seed, options.share))
+        recordings = [recording for recording, _ in spoken]
+        exact: dict[str, list[Word | None]] = {f"right/{one.id}": list(one.words or []) for one in recordings}
+        texts = {"right": {one.id: one.text or "" for one in recordings}}
+        edits, said = edited_texts(recordings, options.seed)
+
+        short = [pair for pair in spoken if kind_of(pair[0].id) == "utterances"]
+        outcomes = {}
+        for what, pairs, by_variant in (
+            ("short", short, texts), ("right", spoken, texts),
+            ("wrong", spoken, wrong_texts(recordings, options.seed)), ("edited", spoken, edits),
+        ):  # fmt: skip
+            dataset = write(folder / what, pairs, by_variant)
+            outcomes[what] = run_script(dataset, options.model, folder / f"{what}-out", more)
+        right = outcomes["right"]
+        measured = {
+            name: summary(rows)
+            for what, truth in (("right", exact), ("edited", said))
+            for name, rows in errors(outcomes[what].dataset, truth).items()
+            if len(rows)
+        }
+        hours = int(right.dataset.frames.sum()) / right.dataset.features.frames_per_second / 3600
+    heads = ("words", "median ms", "in 80 ms", "in 200 ms", "largest ms", "confident", "in 80 ms")
+    print(f"{'':<22}" + "".join(f"{head:>12}" for head in heads))
+    for name, one in measured.items():
+        print(
+            f"{name:<22}{one['words']:>12,}{one['median_boundary_error_ms']:>12.1f}{one['share_within_80_ms']:>12.2%}"
+            f"{one['share_within_200_ms']:>12.2%}{one['largest_ms']:>12,}{one['share_confident']:>12.2%}"
+            f"{one['share_of_confident_within_80_ms']:>12.2%}"
+        )
+    detected = {
+        variant: sum(id.startswith(f"{variant}/") for id in outcomes["wrong"].refused) / len(recordings)
+        for variant in ("shuffled", "other")
+    }
+    result: dict[str, Any] = {
+        "median_boundary_error_ms": {k: measured[f"right/{k}"]["median_boundary_error_ms"] for k in KINDS},
+        "share_within_80_ms": {k: measured[f"right/{k}"]["share_within_80_ms"] for k in KINDS},
+        "share_of_shuffled_detected": round(detected["shuffled"], 4),
+        "share_of_others_detected": round(detected["other"], 4),
+        "share_of_right_refused": round(len(right.refused) / len(recordings), 4),
+        "recordings": len(recordings),
+        "hours": round(hours, 2),
+        "audio_seconds_per_second": round(hours * 3600 / right.seconds),
+        "memory_mb": right.memory_mb,
+        "base_memory_mb": outcomes["short"].memory_mb,
+        "measured": measured,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
