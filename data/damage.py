@@ -1,20 +1,34 @@
-"""Is a dataset whole: its files, and every byte in them."""
+"""Is a dataset whole: its files, every byte in them, and whether they belong together."""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data import index as ix
 from data.errors import DataError
+from data.index_check import Fault, check_header, check_index, check_statistics
 
 if TYPE_CHECKING:
     from data.shards import Dataset
 
 DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
+# Read by one process in one go, and therefore in order: enough that a disk is not made to jump.
+_CHUNK_BYTES = 64 << 20
+# Relative to the standard deviation, and to 1 where that is smaller.
+_TOLERANCE = 1e-3
 
 
 def check_files(dataset: Dataset) -> None:
@@ -47,24 +61,129 @@ def _sizes(dataset: Dataset) -> np.ndarray:
     return sizes
 
 
+def verify(dataset: Dataset, workers: int = 1) -> list[str]:
+    """Read every byte of a dataset against its checksums, and check its index; a line for everything that is wrong."""
+    return [fault.problem for fault in faults(dataset, workers)]
+
+
+def faults(dataset: Dataset, workers: int = 1) -> list[Fault]:
+    """As `verify`, sorted: of files first, then of recordings by id. The work is shared by `workers` processes."""
+    found = dict.fromkeys(check_statistics(dataset))
+    tasks = [(numbers, not found) for numbers in _chunks(dataset)]
+    total = int(dataset.frames.sum()) * dataset.features.num_mels * ix.BYTES_PER_VALUE
+    with tqdm(
+        total=total, desc="verify", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        for some, size in _results(dataset, tasks, workers):
+            found.update(dict.fromkeys(some))
+            bar.update(size)
+    return sorted(found, key=lambda fault: (fault.id is not None, fault.id or "", fault.file, fault.problem))
+
+
+Task = tuple[np.ndarray, bool] | None
+"""(recordings of one shard, whether their statistics can be compared); None stands for the index."""
+
+
+def _chunks(dataset: Dataset) -> list[np.ndarray]:
+    """The recordings in the order in which they lie on the disk, in stretches of one shard."""
+    index = dataset.index
+    order = np.lexsort((index.offset, index.shard))
+    position = np.cumsum(index.frames[order] * (dataset.features.num_mels * ix.BYTES_PER_VALUE)) // _CHUNK_BYTES
+    edges = np.flatnonzero((np.diff(index.shard[order]) != 0) | (np.diff(position) != 0)) + 1
+    return np.split(order, edges)
+
+
+def _results(dataset: Dataset, tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[Fault], int]]:
+    """What `_check` found in each task and in the index, in any order."""
+    tasks = [None, *tasks]
+    if min(workers, len(tasks) - 1) <= 1:
+        yield from (_check(dataset, task) for task in tasks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.shards"])
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (dataset,))
+    try:
+        for done in as_completed([pool.submit(_check_here, task) for task in tasks]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{dataset.location}: a process that verified was killed, most likely for want of memory: use fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_HERE: dict[str, Any] = {}
+
+
+def _begin(dataset: Dataset) -> None:
+    """The first step of a worker process."""
+    # Ctrl-C reaches the whole process group: the main process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _HERE["dataset"] = dataset
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _check_here(task: Task) -> tuple[list[Fault], int]:
+    return _check(_HERE["dataset"], task)
+
+
+def _check(dataset: Dataset, task: Task) -> tuple[list[Fault], int]:
+    """Faults of a task, and the bytes of sound that were looked at."""
+    if task is None:
+        return check_index(dataset), 0
+    numbers, with_statistics = task
+    found = [*check_header(dataset, numbers), *(check_recording(dataset, int(i), with_statistics) for i in numbers)]
+    size = int(dataset.frames[numbers].sum()) * dataset.features.num_mels * ix.BYTES_PER_VALUE
+    return [fault for fault in found if fault is not None], size
+
+
 def damage(dataset: Dataset, recording: int) -> str | None:
-    """Read a whole recording against its checksums; what is wrong with it, or None."""
-    frames = int(dataset.frames[recording])
-    step = 16 * ix.CHECKSUM_FRAMES
+    """Read a whole recording against its checksums and its statistics; what is wrong with it, or None."""
+    fault = check_recording(dataset, recording)
+    return None if fault is None else fault.problem
+
+
+def check_recording(dataset: Dataset, recording: int, with_statistics: bool = True) -> Fault | None:
+    """As `damage`. with_statistics: also compare its mean and standard deviation with what is stored."""
+    shard, id = ix.shard_name(dataset.index.shard[recording]), None
+    try:
+        id, where = dataset.id(recording), dataset.where(recording)
+        problem = _problem(dataset, recording, with_statistics)
+        return None if problem is None else Fault(shard, f"{where}: {problem}", id)
+    except DataError as error:
+        return Fault(shard if id is not None else ix.RECORDINGS_FILE, str(error), id)
+
+
+def _problem(dataset: Dataset, recording: int, with_statistics: bool) -> str | None:
+    frames, step = int(dataset.frames[recording]), 4 * ix.CHECKSUM_FRAMES
+    stored = dataset.mean_std(recording) if with_statistics else np.zeros((2, dataset.features.num_mels), np.float32)
+    unlike = f"its mean and standard deviation are not those in {ix.STATISTICS_FILE}"
+    if np.abs(stored).max() > np.finfo(np.float16).max:
+        return unlike
+    mean = torch.from_numpy(stored[0])
+    sums = torch.zeros(2, dataset.features.num_mels, dtype=torch.float64)  # of x - stored mean, and of its square
     bad: list[int] = []
     for start in range(0, frames, step):
         values = np.empty((min(step, frames - start), dataset.features.num_mels), np.float16)
-        try:
-            dataset.read_into(recording, start, values)
-        except DataError as error:
-            return str(error)
+        dataset.read_into(recording, start, values)
         bad += dataset.bad_blocks(recording, start, values)
-        if not np.isfinite(values).all():
-            return f"{dataset.where(recording)}: NaN or infinite values"
-    return f"{dataset.where(recording)}: the checksums of blocks {bad} are wrong" if bad else None
-
-
-def verify(dataset: Dataset) -> list[str]:
-    """Read every byte of a dataset against its checksums; one line for every bad recording."""
-    numbers = tqdm(range(len(dataset)), "verify", unit=" recordings", disable=not sys.stderr.isatty(), leave=False)
-    return [found for i in numbers if (found := damage(dataset, i)) is not None]
+        distance = torch.from_numpy(values).float().sub_(mean)
+        sums[0] += distance.sum(0)
+        sums[1] += distance.square_().sum(0)
+    if bad:
+        return f"the checksums of blocks {bad} are wrong"
+    if not sums.isfinite().all():
+        return "NaN or infinite values"
+    shift = sums[0] / frames
+    std = (sums[1] / frames - shift**2).clamp(min=0).sqrt().numpy()
+    error = np.maximum(shift.abs().numpy(), np.abs(std - stored[1]))
+    return unlike if with_statistics and (error > _TOLERANCE * np.maximum(1, std)).any() else None

@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from data.errors import DataError
 from data.features import FeatureSettings
@@ -139,8 +141,9 @@ class Fingerprint:
 
     def update(self, batch: pa.RecordBatch) -> None:
         names = ["id", "frames", "crc32", "language", "speaker", "split", "text", "words", "excluded"]
-        for row in batch.select(names).to_pylist():
-            self._digest.update(json.dumps(row, sort_keys=True).encode())
+        for first in range(0, len(batch), 64):  # hours of words each are much as Python objects
+            for row in batch.select(names).slice(first, 64).to_pylist():
+                self._digest.update(json.dumps(row, sort_keys=True).encode())
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
@@ -235,6 +238,23 @@ def parse_json(content: bytes, place: Path | str) -> dict[str, Any]:
 def head(features: FeatureSettings) -> dict[str, Any]:
     """How dataset.json and preparing.json begin."""
     return {"format_version": FORMAT_VERSION, "features": features.to_dict(), "feature_hash": features.hash()}
+
+
+def features_of(fields: dict[str, Any], path: Path | str) -> FeatureSettings:
+    """The features in dataset.json or preparing.json. Raises DataError naming the file where they cannot be."""
+    try:
+        return FeatureSettings.from_dict(fields.get("features", {}))
+    except (DataError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: {error}; restore the file or prepare the dataset again") from error
+
+
+def vector_of(fields: dict[str, Any], name: str, features: FeatureSettings, folder: str) -> Tensor:
+    """`mean` or `std` of dataset.json, float32 [M]. Raises DataError where it is not that."""
+    values = fields[name]
+    numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+    if not numbers or len(values) != features.num_mels or not all(abs(value) < 2**16 for value in values):
+        raise DataError(f"{folder.rstrip('/')}/{DATASET_FILE}: {name} must be {features.num_mels} numbers; restore it")
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def check_version(fields: dict[str, Any], path: Path | str) -> None:

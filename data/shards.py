@@ -24,7 +24,6 @@ from torch import Tensor
 from data import index as ix
 from data.damage import DAMAGED, check_files
 from data.errors import DataError
-from data.features import FeatureSettings
 from data.index import Recording
 from data.index_file import Index, statistics_range
 from data.storage import CutShort, Storage, StorageSettings, open_storage
@@ -53,13 +52,13 @@ class Dataset:
 
     def __init__(self, storage: Storage, fields: dict[str, Any]) -> None:
         self.storage, self.location = storage, storage.location
-        self.features = FeatureSettings.from_dict(fields.get("features", {}))
+        self.features = ix.features_of(fields, f"{self.location.rstrip('/')}/{ix.DATASET_FILE}")
         if fields.get("feature_hash") != self.features.hash():
             raise DataError(f"{self.location}: feature_hash in {ix.DATASET_FILE} does not belong to the features there")
         self.name: str = fields.get("name") or Path(self.location).name
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
-        self._mean, self._std = torch.tensor(fields["mean"]), torch.tensor(fields["std"])
+        self._mean, self._std = (ix.vector_of(fields, name, self.features, self.location) for name in ("mean", "std"))
         try:
             self.index = Index(storage.local_copy(ix.INDEX_FILE), storage.local_copy(ix.RECORDINGS_FILE))
         except OSError as error:

@@ -198,7 +198,7 @@ class DatasetWriter:
     def _check_begun(self, fields: dict[str, Any], path: Path) -> None:
         """Raise DataError where the folder was begun with other features, or in other parts."""
         ix.check_version(fields, path)
-        found = FeatureSettings.from_dict(fields.get("features", {}))
+        found = ix.features_of(fields, path)
         if found != self.features:
             raise DataError(
                 f"{self.path} was begun with other features: {'; '.join(difference(found, self.features))} "
