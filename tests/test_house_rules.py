@@ -33,14 +33,14 @@ def files_with(pattern: str, files: list[Path]) -> list[str]:
     ],
 )
 def test_no_source_runs_code_out_of_a_data_file(pattern: str) -> None:
-    files = [path for path in [*SCRIPTS, *MODULES] if path != TENSOR_READER or "load" not in pattern]
+    files = [path for path in [*SCRIPTS, *MODULES] if path != TENSOR_READER or "torch" not in pattern]
     assert files_with(pattern, files) == []
 
 
 def test_the_one_module_that_reads_tensors_of_others_does_so_restricted() -> None:
     text = TENSOR_READER.read_text()
     assert re.findall(r"torch\.(?:load|save)\(.*", text) == re.findall(r"torch\.load\(.*weights_only=True.*", text)
-    assert len(re.findall(r"torch\.load\(", text)) == 1 and "yaml" not in text
+    assert len(re.findall(r"torch\.load\(", text)) == 1
 
 
 @pytest.mark.parametrize(("room", "stranger"), [("bestrq", "data"), ("data", "bestrq")])

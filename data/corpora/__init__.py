@@ -9,6 +9,7 @@ from data.corpora import (
     folder,
     huggingface,
     lhotse,
+    long_context_asr,
     librispeech,
     mls,
     synthetic,
@@ -72,6 +73,11 @@ CORPORA: dict[str, Corpus] = {
         "Earnings-22: all 125 calls as one test set, 119 h, whose error rates do not compare with earnings22's",
         earnings22.Earnings22FullSettings,
         earnings22.sources_full,
+    ),
+    "long_context_asr": Corpus(
+        "the layout of long-context-asr (Spotify podcasts): stored spectrograms or audio, with Google's word times",
+        long_context_asr.LongContextAsrSettings,
+        long_context_asr.sources,
     ),
     "lhotse": Corpus(
         "lhotse manifests of your own: cuts, or recordings with supervisions, word alignments included",

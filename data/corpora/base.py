@@ -48,7 +48,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class FeatureUtterance:
-    """A loaded recording whose features were computed elsewhere; its source sees to it that they are those asked for."""
+    """A loaded recording whose features were computed elsewhere; its source sees that they are those asked for."""
 
     recording: Recording
     log_mel: Tensor

@@ -137,7 +137,7 @@ def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource] | list[
     wanted = [file for _, audio, words, _ in entries for file in (audio, words) if file is not None]
     missing = [str(file) for file in wanted if not is_file(file)]
     if missing:
-        raise DataError(f"{len(missing)} of {len(wanted)} files of {path} do not exist: {summary(missing)}")
+        raise DataError(f"{path}: {len(missing)} of {len(wanted)} files do not exist: {summary(missing)}")
     spectrograms, sounds = [], []
     for id, audio, words, duration in entries:
         try:

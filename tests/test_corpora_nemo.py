@@ -1,0 +1,141 @@
+"""NeMo manifests: word times, gzip, what is refused with its reason; and word times beside the files of a folder."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+from fuzzed import damaged, damaged_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.corpora.base import FileSource, SegmentSource
+from data.corpora.espeak import Synthesizer
+from data.corpora.folder import FolderSettings, sources
+from data.errors import DataError
+from data.features import FeatureSettings
+from data.transcripts import Word, check_word_times
+
+FUZZ = settings(max_examples=300, deadline=None, database=None)
+WORDS = [Word("sea", 0.0, 0.3, 0.8), Word("shells", 0.3, 0.7)]
+CTM = "one 1 0.00 0.30 sea 0.8\none 1 0.30 0.40 shells\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """audio/one.wav, of about a second, and its words as NeMo's forced aligner writes them."""
+    folder = tmp_path_factory.mktemp("nemo")
+    with Synthesizer("en-us") as voice:
+        sound, _ = voice.speak(["sea", "shells"])
+        (folder / "audio").mkdir()
+        soundfile.write(folder / "audio/one.wav", sound, voice.sample_rate)
+    (folder / "one.ctm").write_text(CTM)
+    return folder
+
+
+def entry(**more: object) -> dict:
+    return {"audio_filepath": "audio/one.wav", "duration": 0.8, "text": "sea shells", "speaker": "s", **more}
+
+
+def listed(folder: Path, *entries: dict, name: str = "m.json", **more: object) -> list[FileSource | SegmentSource]:
+    text = "".join(json.dumps(e) + "\n" for e in entries)
+    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = sources(FolderSettings(manifest=str(folder / name), **more))  # type: ignore[arg-type]
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl.gz"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"words_level_ctm_filepath": "one.ctm"},
+        {"word_level_ctm_filepath": "one.ctm"},
+        {"words": [["sea", 0.0, 0.3, 0.8], ["shells", 0.3, 0.7]]},
+        {"words": [{"word": "sea", "start": 0, "end": 0.3, "confidence": 0.8}, ["", 0.3, 0.3], ["shells", "0.3", 0.7]]},
+    ],
+)
+def test_word_times_come_from_a_ctm_or_a_list(folder: Path, name: str, more: dict) -> None:
+    (source,) = listed(folder, entry(**more), name=name)
+    assert source.recording.words == WORDS
+    (stretch,) = listed(folder, entry(offset=0.1, duration=0.7, **more), name=name)
+    assert stretch.recording.words == WORDS  # they count from the stretch's start
+    (bare,) = listed(folder, entry(**more), name=name, text="none")
+    assert (bare.recording.words, bare.recording.text) == (None, None)
+
+
+def test_an_absolute_path_or_one_above_the_manifest_is_what_it_says(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "one.wav").symlink_to(folder / "audio/one.wav")
+    for name in ("../one.wav", str(folder / "audio/one.wav")):
+        (source,) = listed(tmp_path / "manifests", entry(audio_filepath=name))
+        assert source.load(FeatureSettings()).recording.text == "sea shells"
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"shard_id": 3}, "a line of a tarred dataset"),
+        ({"audio_filepath": ""}, "'' is not the path of an audio file"),
+        ({"audio_filepath": "a\0"}, "is not the path of an audio file"),
+        ({"audio_filepath": "~nobody-of-that-name/a.wav"}, "nobody-of-that-name"),
+        ({"text": "\ud800"}, "is not Unicode text"),
+        ({"speaker": ["x"]}, r"speaker is \['x'\]"),
+        ({"duration": 10**400}, "duration is 1000.*expected seconds"),
+        ({"duration": float("nan")}, "duration is nan"),
+        ({"offset": 0.1, "duration": 0}, "needs its duration too"),
+        ({"words": "sea shells"}, "words is 'sea shells'"),
+        ({"words": [["sea", 0.1]]}, r"words\[0\]: .* is not \[word, start, end\]"),
+        ({"words": [["sea", 0.1, 0.2], ["shells", 0.0, 0.1]]}, r"words\[1\]: .*sort the words"),
+        ({"words": [["sea", 0.1, 3.0]]}, r"words\[0\]: .*beyond the recording of 0\.80 s"),
+        ({"word_level_ctm_filepath": 7}, "expected the path of a CTM"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(folder: Path, more: dict, complaint: str) -> None:
+    with pytest.raises(DataError, match=rf"m\.json:2: .*{complaint}"):
+        listed(folder, entry(), entry(**more))
+
+
+@pytest.mark.parametrize("name", ["tarred__OP_0..127_CL_.json", "manifest_{0..7}.json"])
+def test_a_family_of_tarred_manifests_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(DataError, match="many files of a tarred dataset"):
+        sources(FolderSettings(manifest=str(folder / name)))
+
+
+def test_files_that_are_missing_are_counted_once_each(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"1 of 2 audio files of .*m\.json do not exist: .*lost\.wav\. A relative"):
+        listed(folder, entry(), *[entry(audio_filepath="lost.wav", offset=n) for n in range(3)])
+    with pytest.raises(DataError, match="1 of 1 audio files"):
+        listed(folder, entry(audio_filepath="x" * 5000))
+
+
+def test_word_times_beside_the_files_of_a_folder_are_read(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.wav").symlink_to(folder / "audio/one.wav")
+        (tmp_path / f"{name}.txt").write_text("sea shells")
+    (tmp_path / "a.ctm").write_text(CTM)
+    (tmp_path / "b.words.json").write_text(json.dumps(WORDS))
+    a, b, c = (source.recording for source in sources(FolderSettings(folder=str(tmp_path))))  # type: ignore[attr-defined]
+    assert a.words == b.words == WORDS and c.words is None
+    (tmp_path / "c.TextGrid").write_text("no")
+    with pytest.raises(DataError, match=r"c\.TextGrid"):
+        sources(FolderSettings(folder=str(tmp_path)))
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_manifest_gives_recordings_or_one_error_with_its_place(data: st.DataObject, folder: Path) -> None:
+    audio = str(folder / "audio/one.wav")
+    good = entry(audio_filepath=audio, offset=0.1, lang="en", split="dev", words=[list(word) for word in WORDS])
+    parts = data.draw(st.booleans())  # of the JSON, or any bytes
+    content = json.dumps(damaged_json(data, good) if parts else good).encode()
+    path = damaged(data, content, "fuzzed.json", 0 if parts else 4)
+    try:
+        found = sources(FolderSettings(manifest=str(path), text="optional"))
+    except DataError as error:
+        assert str(error).startswith(str(path)) or f"manifest {path}" in str(error) or "do not exist" in str(error)
+        return
+    for source in found:
+        recording = source.recording  # type: ignore[attr-defined]
+        check_word_times(recording.words or (), float("inf"), recording.id)
+        assert f"{recording.text}{recording.language}{recording.speaker}".encode()
