@@ -144,7 +144,6 @@ def train(config: Config) -> None:
     run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
     tokenizer = run_tokenizer(run, crops, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in crops.texts}  # all of them now: an error costs no training
-
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
     model = CTCModel(config.encoder, tokenizer.vocab_size).to(world.device)
     if init is not None:
@@ -223,9 +222,9 @@ def train(config: Config) -> None:
 
         is_last = step == config.run.steps
         if step % config.run.log_every == 0 or is_last or update.spike:
-            values = {"learning_rate": head_rate, "encoder_learning_rate": encoder_rate}
+            quarantined = int(world.sum(torch.tensor(len(loader.quarantined), device=world.device)))
+            values = {"learning_rate": head_rate, "encoder_learning_rate": encoder_rate, "quarantined": quarantined}
             values |= {"grad_norm": update.grad_norm, "spike": update.spike}
-            values["quarantined"] = int(world.sum(torch.tensor(len(loader.quarantined), device=world.device)))
             values |= summarise(world.sum(sums).tolist()) | throughput.interval(step)
             metrics.write(step, values)
             sums.zero_()
@@ -303,8 +302,8 @@ def labelled_crops(dataset: Dataset, config: Config) -> CropTable:
         minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
         recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
     cut = partial(supervised_crops, dataset, cutting=config.cutting)
-    max_frames, min_frames = config.data.crop_frames(dataset)
-    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, max_frames, min_frames, seed))
+    lengths = config.data.crop_frames(dataset)
+    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
 
 
 def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:

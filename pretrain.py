@@ -40,7 +40,7 @@ from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
-from data.loader import Batch, DataState, LoaderSettings, RowLoader
+from data.loader import FREE_LOADER_FIELDS, Batch, DataState, LoaderSettings, RowLoader
 from data.shards import Dataset
 
 

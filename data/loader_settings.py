@@ -14,7 +14,6 @@ from data.order import CropOrder, CropTable
 from data.shards import Dataset, Normalisation, open_dataset
 from data.storage import StorageSettings
 
-
 # What may change between two starts of one run: nothing here alters which crops come when.
 FREE_LOADER_FIELDS = ("num_workers", "prefetch", "start_method", "storage", "verify_checksums", "max_quarantined")
 
