@@ -13,6 +13,7 @@ candidate's values, by evaluate.py. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -39,28 +40,21 @@ BLOCKS = (256, 512, 1024, 4096)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to store blocks."""
+    """A way to store blocks: `encode` makes bytes of float16 [n, M], `decode` fills such an array from them."""
 
     name: str
     encode: Callable[[np.ndarray], bytes]
-    """float16 [n, M] to bytes"""
-    decode: Callable[[bytes, np.ndarray], None]
-    """fills float16 [n, M]"""
+    decode: Callable[[bytes | memoryview, np.ndarray], None]
     block: int = BLOCK_FRAMES
-    """frames of a block"""
 
 
 def ours(codec: Codec, block: int = BLOCK_FRAMES, level: int = 1) -> Candidate:
-    def fill(data: bytes, out: np.ndarray) -> None:
-        decode(data, codec, out)
-
-    return Candidate(
-        f"{codec}, blocks of {block}, level {level}", partial(encode, codec=codec, level=level), fill, block
-    )
+    name = f"{codec}, blocks of {block}, level {level}"
+    return Candidate(name, partial(encode, codec=codec, level=level), lambda data, out: decode(data, codec, out), block)
 
 
 def copied() -> Candidate:
-    def fill(data: bytes, out: np.ndarray) -> None:
+    def fill(data: bytes | memoryview, out: np.ndarray) -> None:
         out.reshape(-1)[:] = np.frombuffer(data, np.float16)
 
     return Candidate("plain float16", lambda values: values.tobytes(), fill)
@@ -78,7 +72,7 @@ def rearranged(
     def pack(values: np.ndarray) -> bytes:
         return pa.Codec("zstd", compression_level=1).compress(arrange(values.view(np.uint16)).tobytes(), asbytes=True)
 
-    def fill(data: bytes, out: np.ndarray) -> None:
+    def fill(data: bytes | memoryview, out: np.ndarray) -> None:
         raw = pa.Codec("zstd").decompress(data, decompressed_size=out.nbytes)
         restore(np.frombuffer(raw, np.uint8), out.view(np.uint16))
 
@@ -129,7 +123,7 @@ def quantised(bits: int, zstd: bool, differ: bool) -> Candidate:
         steps = differences(steps) if differ else steps
         return bounds.tobytes() + (codec.compress(steps.tobytes(), asbytes=True) if zstd else steps.tobytes())
 
-    def fill(data: bytes, out: np.ndarray) -> None:
+    def fill(data: bytes | memoryview, out: np.ndarray) -> None:
         size = 4 * out.shape[1]
         lowest, highest = np.frombuffer(data, np.float16, 2 * out.shape[1]).reshape(2, -1).astype(np.float32)
         raw = codec.decompress(data[size:], decompressed_size=out.size) if zstd else data[size:]
@@ -165,44 +159,41 @@ def coded(candidate: Candidate, values: np.ndarray) -> list[bytes]:
 class Stored:
     """A recording in a file, in a candidate's blocks."""
 
-    def __init__(self, candidate: Candidate, values: np.ndarray, folder: Path) -> None:
+    def __init__(self, candidate: Candidate, values: np.ndarray, file: BinaryIO) -> None:
         self.candidate, (self.frames, self.bins) = candidate, values.shape
         begin = time.process_time()
         blocks = coded(candidate, values)
         self.encode_seconds = time.process_time() - begin
         self.offsets = np.cumsum([0, *map(len, blocks)])
-        file, name = tempfile.mkstemp(dir=folder)
-        os.close(file)
-        Path(name).write_bytes(b"".join(blocks))
-        self.file = os.open(name, os.O_RDONLY)
+        self.file = file
+        file.write(b"".join(blocks))
+        file.flush()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Frames [start, stop): one positioned read of their blocks."""
         out = np.empty((stop - start, self.bins), np.float16)
         size, offsets = self.candidate.block, self.offsets
         if self.candidate.name == copied().name:
-            data = os.pread(self.file, out.nbytes, start * self.bins * 2)
-            self.candidate.decode(data, out)
+            self.candidate.decode(os.pread(self.file.fileno(), out.nbytes, start * self.bins * 2), out)
             return out
         first, last = start // size, -(-stop // size)
-        data = os.pread(self.file, int(offsets[last] - offsets[first]), int(offsets[first]))
-        view = memoryview(data)
+        view = memoryview(os.pread(self.file.fileno(), int(offsets[last] - offsets[first]), int(offsets[first])))
         for block in range(first, last):
             part = view[offsets[block] - offsets[first] : offsets[block + 1] - offsets[first]]
             top, bottom = block * size, min((block + 1) * size, self.frames)
-            if start <= top and bottom <= stop:
-                self.candidate.decode(part, out[top - start : bottom - start])  # type: ignore[arg-type]
-                continue
-            whole = np.empty((bottom - top, self.bins), np.float16)
-            self.candidate.decode(part, whole)  # type: ignore[arg-type]
-            begin, end = max(top, start), min(bottom, stop)
-            out[begin - start : end - start] = whole[begin - top : end - top]
+            inside = start <= top and bottom <= stop
+            whole = out[top - start : bottom - start] if inside else np.empty((bottom - top, self.bins), np.float16)
+            self.candidate.decode(part, whole)
+            if not inside:
+                begin, end = max(top, start), min(bottom, stop)
+                out[begin - start : end - start] = whole[begin - top : end - top]
         return out
 
 
 def errors(values: np.ndarray, read: np.ndarray) -> tuple[float, float]:
     """(greatest, root mean square) error, in standard deviations of the bin."""
-    error = np.abs(read.astype(np.float32) - values) / values.astype(np.float32).std(axis=0)
+    deviation = np.maximum(values.astype(np.float32).std(axis=0), 0.01)  # of a bin that hardly changes, as in reading
+    error = np.abs(read.astype(np.float32) - values) / deviation
     return float(error.max()), float(np.sqrt(np.square(error, dtype=np.float64).mean()))
 
 
@@ -218,8 +209,8 @@ def measure(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str
     crop = int(options.crop_seconds * dataset.features.frames_per_second)
     seconds = len(values) / dataset.features.frames_per_second
     starts = rng.integers(0, len(values) - crop, options.crops)
-    with tempfile.TemporaryDirectory() as folder:
-        stored = [Stored(candidate, values, Path(folder)) for candidate in candidates()]
+    with contextlib.ExitStack() as files:
+        stored = [Stored(one, values, files.enter_context(tempfile.TemporaryFile())) for one in candidates()]
         times: list[list[float]] = [[] for _ in stored]
         for _ in range(options.rounds):
             for one, spent in zip(stored, times, strict=True):
@@ -238,7 +229,6 @@ def measure(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str
                 "read_ms": round(statistics.median(spent) * 1e3, 4),
                 "read_audio_seconds_per_second": round(options.crop_seconds / statistics.median(spent)),
             }
-            os.close(one.file)
     return table
 
 
@@ -247,7 +237,7 @@ def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str,
     chosen = dataset.select(split="test", language=options.language or None)
     lossy = [one for one in candidates() if "bits" in one.name.split(",")[0].split() or one.name == ours("uint8").name]
     results: dict[str, dict[str, float]] = {}
-    texts: dict[str, list[str]] = {}
+    plain: list[str] = []
     for candidate in [copied(), *lossy]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -265,8 +255,9 @@ def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str,
             command += ["--inference.context_seconds", str(options.context_seconds)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
-        texts[candidate.name] = [row["hypothesis"] for row in found["recordings"]]
-        changed = sum(a != b for a, b in zip(texts[candidate.name], texts[copied().name], strict=True))
+        heard = [row["hypothesis"] for row in found["recordings"]]
+        plain = plain or heard
+        changed = sum(a != b for a, b in zip(heard, plain, strict=True))
         total = found["scores"]["all"]
         results[candidate.name] = {"cer": total["cer"], "wer": total["wer"], "transcripts_changed": changed}
         print(
