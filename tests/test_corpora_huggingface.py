@@ -61,6 +61,14 @@ def test_common_column_names_are_found_and_rows_are_heard_in_any_order(tmp_path:
     assert all(map(sounds_right, [*found, *found]))
 
 
+def test_rows_of_a_large_group_are_right_forward_and_back(tmp_path: Path) -> None:
+    """The reader stands in a group and holds a few rows of it."""
+    texts = [TEXTS[number % len(TEXTS)] for number in range(21)]
+    found = listed(dataset(tmp_path, [row(n, text) for n, text in enumerate(texts)], group=21))
+    assert {source.place.group for source in found} == {0}
+    assert all(map(sounds_right, [*found[::4], *found[::-4], found[20], found[0]]))
+
+
 @pytest.mark.parametrize(("kind", "likely"), [("mp3", 0.95), ("opus", 0.9), ("wav", 0.99)])
 def test_whatever_the_bytes_are_encoded_in_is_decoded(tmp_path: Path, kind: str, likely: float) -> None:
     assert sounds_right(listed(dataset(tmp_path, [row(0, TEXTS[0], kind)]))[0], likely=likely)
