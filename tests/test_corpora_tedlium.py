@@ -170,9 +170,10 @@ def test_stm_lines_are_sorted_and_comments_and_labels_known(tmp_path: Path) -> N
     path = tmp_path / "a.stm"
     path.write_bytes(
         b'\xef\xbb\xbf;; CATEGORY "0"\r\nb A s2 3 4.5 <unk> word\r\na 1 s1 7 8 <o,f0,male>\r\n\r\n'
-        b"a 1 Inter_Segment_Gap 2 7 <o,,x> Ignore_Time_Segment_In_Scoring\r\n"
+        b"a 1 s1 2 6 <o,,x> Ignore_Time_Segment_In_Scoring\r\na 1 Inter_Segment_Gap 6 7 <o,,x>\r\n"
     )
-    first, second, third = read_stm(path)
+    first, gap, second, third = read_stm(path)
+    assert (gap.start, gap.ignored, gap.text) == (6.0, True, "")
     assert (first.start, first.ignored, first.label) == (2.0, True, "o,,x")
     assert (second.start, second.ignored, second.label, second.text) == (7.0, False, "o,f0,male", "")
     assert (third.recording, third.channel, third.label, third.text) == ("b", "A", "", "<unk> word")
