@@ -267,7 +267,7 @@ def decode(
     def read_mel(recording: int, start: int, stop: int) -> Tensor:
         return torch.from_numpy(dataset.read_normalised(recording, start, stop, recogniser.normalisation))
 
-    sources = [Source(int(dataset.frames[i]), partial(read_mel, i)) for i in mine]
+    sources = [Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or ()) for i in mine]
     outputs = transcribe(
         model,
         sources,
@@ -332,6 +332,7 @@ def describe(
         "export": config.export,
         "export_hash": export_hash,
         "dataset": {
+            "name": dataset.name,
             "path": config.data.dataset,
             "split": config.data.split,
             "fingerprint": dataset.fingerprint,
@@ -358,8 +359,8 @@ def write_results(out: Path, results: dict[str, Any], config: Config) -> None:
     total, speed = results["scores"]["all"], results["decoding"]["audio_seconds_per_second"]
     context = f"{config.inference.context_seconds:g} s" if config.inference.context_seconds else "the whole recording"
     lead = (
-        f"{results['name']} on {total['num_recordings']:,} recordings of {config.data.dataset}, "
-        f"split {config.data.split}. Greedy CTC decoding, no language model; context {context}."
+        f"{results['name']} on {total['num_recordings']:,} recordings of {results['dataset']['name']} "
+        f"({config.data.dataset}), split {config.data.split}. Greedy CTC, no language model; context {context}."
     )
     cards = {
         "WER": report.percent(total["wer"]),

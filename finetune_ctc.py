@@ -315,18 +315,15 @@ def heldout_recordings(dataset: Dataset, config: Config) -> list[Heldout]:
             f"validation.split {config.validation.split!r} of {dataset.location}: no recording has a transcript"
         )
     recordings = recordings[: config.validation.max_recordings or None]
-    return [
-        Heldout(
-            dataset.id(i),
-            Source(int(dataset.frames[i]), partial(read_mel, dataset, i, config.data.normalisation)),
-            dataset.text(i) or "",
-            dataset.language(i),
-        )
-        for i in sorted(recordings, key=lambda i: (-int(dataset.frames[i]), i))
-    ]
+    read = partial(read_mel, dataset, config.data.normalisation)
+    heldout = []
+    for i in sorted(recordings, key=lambda i: (-int(dataset.frames[i]), i)):
+        source = Source(int(dataset.frames[i]), partial(read, i), dataset.excluded(i) or ())
+        heldout.append(Heldout(dataset.id(i), source, dataset.text(i) or "", dataset.language(i)))
+    return heldout
 
 
-def read_mel(dataset: Dataset, recording: int, normalisation: Normalisation, start: int, stop: int) -> torch.Tensor:
+def read_mel(dataset: Dataset, normalisation: Normalisation, recording: int, start: int, stop: int) -> torch.Tensor:
     """Normalised frames of a recording, float32 [stop - start, M]."""
     return torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation=normalisation))
 

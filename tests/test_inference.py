@@ -132,3 +132,20 @@ def test_bad_settings_name_the_field() -> None:
         InferenceSettings(batch_seconds=0)
     with pytest.raises(ConfigError, match="less than an encoder frame"):
         recording_log_probs(LocalModel(), recording(9)[1].read_mel, 9, settings(2), FACTOR, 1.0)
+
+
+def test_what_is_excluded_is_blank_and_nothing_else_changes() -> None:
+    class Random:
+        def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+            return log_mel.reshape(len(log_mel), -1, 4, 5).mean(dim=2).log_softmax(dim=-1)
+
+    mel = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    settings = InferenceSettings(context_seconds=1.0, overlap=0.5)
+    plain = recording_log_probs(Random(), lambda a, b: mel[a:b], 400, settings, 4, 100.0)
+    source = Source(400, lambda a, b: mel[a:b], [(0.0, 0.1), (1.42, 2.0), (3.99, 9.0)])
+    [(_, excluded)] = transcribe(Random(), [source], settings, 4, 100.0)
+    # Encoder frame t stands for 40 t to 40 t + 40 ms.
+    blank = [t for t in range(100) if 0.04 * t + 0.02 < 0.1 or 1.42 <= 0.04 * t + 0.02 < 2.0 or 0.04 * t + 0.02 >= 3.99]
+    kept = [t for t in range(100) if t not in blank]
+    assert torch.equal(excluded[kept], plain[kept]) and len(blank) == 2 + 15
+    assert (excluded[blank].argmax(dim=-1) == 0).all() and (excluded[blank][:, 0] == 0).all()

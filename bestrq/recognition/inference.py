@@ -56,6 +56,8 @@ class Source:
     """mel frames, at least 1"""
     read_mel: Callable[[int, int], Tensor]
     """normalised log-mel of the frames from a start to a stop, float32 `[stop - start, M]`"""
+    excluded: Sequence[tuple[float, float]] = ()
+    """stretches (start, end) in seconds that are heard but not scored: their outputs are blank"""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def transcribe(
         for (index, window, is_last), output in zip(batch, outputs, strict=True):
             offset = window.start // factor
             kept = output[window.keep_start - offset : window.keep_stop - offset]
+            kept = _blanked(kept, window.keep_start, sources[index].excluded, frames_per_second / factor)
             parts.setdefault(index, []).append(reduce(kept).cpu())
             if is_last:
                 yield index, torch.cat(parts.pop(index))
@@ -155,6 +158,19 @@ def recording_log_probs(
     """Log-probabilities of one recording, float32 `[T, V]` on the CPU: see `transcribe`."""
     source = Source(num_frames, read_mel)
     [(_, log_probs)] = transcribe(model, [source], settings, factor, frames_per_second, device)
+    return log_probs
+
+
+def _blanked(log_probs: Tensor, first: int, excluded: Sequence[tuple[float, float]], rate: float) -> Tensor:
+    """Log-probabilities `[n, V]` of encoder frames from `first` on, blank (label 0) where a frame's middle is excluded.
+
+    rate: encoder frames of a second.
+    """
+    seconds = (first + 0.5 + torch.arange(len(log_probs), device=log_probs.device)) / rate
+    for start, end in excluded:
+        inside = (seconds >= start) & (seconds < end)
+        log_probs = log_probs.masked_fill(inside[:, None], -torch.inf)
+        log_probs[:, 0] = log_probs[:, 0].masked_fill(inside, 0.0)
     return log_probs
 
 
