@@ -10,9 +10,8 @@ The same noise, 80 bins at 100 frames a second, is written by every system in it
 - Hugging Face datasets: a memory-mapped table; `row["log_mel"][start:stop]`, a row is read whole; and, as an expert
   would, the values of the Arrow column sliced without reading the row (float16).
 
-Everything lies in the page cache. The systems take turns: those that read a range call by call, the others round by
-round. Times are of single calls: median, 10th and 90th percentile. The last line is JSON. Needs
-requirements-benchmarks.txt.
+Everything lies in the page cache. Times are of single calls: median, 10th and 90th percentile; ratios to `pread` are of
+the medians of a round, and their median over the rounds. The last line is JSON. Needs requirements-benchmarks.txt.
 """
 
 from __future__ import annotations
@@ -37,6 +36,10 @@ FRAMES, LENGTH = 720_000, 3000
 BYTES = LENGTH * 80 * 2
 # Calls of each that are not counted, at the start of a round.
 WARM_UP = 20
+PAIRS = ("pread", "ours", "preadv into a buffer", "ours into a buffer")
+# The same with 64 MB of other memory gone through between two calls: as when a model's code runs in between.
+COLD_NOTE = ", processor's caches emptied"
+COLD = [name + COLD_NOTE for name in PAIRS[:2]]
 # Lilcom's error on values of this size.
 LOSSY = 0.2
 # Reads of (recording, first frame).
@@ -135,22 +138,30 @@ def check(reads: dict[str, Read], exact: set[str], recordings: int) -> None:
 
 
 def measure(reads: dict[str, Read], slow: set[str], recordings: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Microseconds of every call, [rounds, calls], by system. Those that read a range take turns call by call."""
+    """Microseconds of every call, [rounds, calls], by system. The bare reads and ours beside them take turns call by
+    call, so that whatever else the machine does meets both; the others come one after another in each round."""
     rng = np.random.default_rng(2)
-    times: dict[str, list[list[float]]] = {name: [] for name in reads}
-    quick = [name for name in reads if name not in slow]
+    times: dict[str, list[list[float]]] = {name: [] for name in [*reads, *COLD]}
+    emptying = np.ones(8_000_000)
+
+    def turns(names: Sequence[str], calls: int, note: str = "") -> None:
+        rows: dict[str, list[float]] = {name: [] for name in names}
+        for call in range(-min(WARM_UP, calls // 2), calls):
+            for name in rng.permutation(names).tolist():
+                if note:
+                    emptying.sum()
+                took = time_call(reads[name], int(rng.integers(recordings)), int(rng.integers(FRAMES - LENGTH)))
+                if call >= 0:
+                    rows[name].append(took)
+        for name in names:
+            times[name + note].append(rows[name])
+
     for number in range(options.rounds):
-        for rows in times.values():
-            rows.append([])
-        for call in range(WARM_UP + options.calls):
-            for name in rng.permutation(quick).tolist():
-                took = time_call(reads[name], int(rng.integers(recordings)), int(rng.integers(FRAMES - LENGTH)))
-                if call >= WARM_UP:
-                    times[name][-1].append(took)
-        for name in slow:
-            for _ in range(options.slow_calls):
-                took = time_call(reads[name], int(rng.integers(recordings)), int(rng.integers(FRAMES - LENGTH)))
-                times[name][-1].append(took)
+        turns(PAIRS, options.calls)
+        turns(PAIRS[:2], options.calls // 4, note=COLD_NOTE)
+        for name in reads:
+            if name not in PAIRS:
+                turns([name], options.slow_calls if name in slow else options.calls)
         ours, bare = (np.median(times[name][-1]) for name in ("ours", "pread"))
         print(f"round {number + 1}: ours {ours:.1f} us, pread {bare:.1f} us", flush=True)
     return {name: np.array(rows) for name, rows in times.items()}
@@ -177,22 +188,22 @@ def overhead(dataset: Dataset, place: tuple[int, int, str], calls: int = 5000) -
 
 
 def report(times: dict[str, Any]) -> dict[str, float]:
-    print(f"{'30 s out of two hours':34} {'median us':>11} {'10 %':>11} {'90 %':>11} {'to pread':>9}")
+    """Prints the table; the figures of the JSON line."""
+    print(f"{'30 s out of two hours':36} {'median us':>11} {'10 %':>11} {'90 %':>11} {'to pread':>9}")
+    bare = float(np.median(times["pread"]))
     figures: dict[str, float] = {}
-    bare = np.median(times["pread"])
     for name, rows in times.items():
         low, middle, high = np.percentile(rows, [10, 50, 90])
-        print(f"{name:34} {middle:11,.1f} {low:11,.1f} {high:11,.1f} {middle / bare:9,.2f}")
-        if name != "pread":
-            figures["ratio_" + name.lower().replace(" ", "_")] = round(float(middle / bare), 3)
-    of_rounds = np.median(times["ours"], axis=1) / np.median(times["pread"], axis=1)
-    into = np.median(times["ours into a buffer"]) / np.median(times["preadv into a buffer"])
+        print(f"{name:36} {middle:11,.1f} {low:11,.1f} {high:11,.1f} {middle / bare:9,.2f}")
+        if name not in (*PAIRS, *COLD):
+            figures["ratio_" + name.lower().replace(" ", "_")] = round(float(middle / bare), 2)
+    pairs = {"": PAIRS[:2], "_into_a_buffer": PAIRS[2:], "_cold": COLD}
+    ratios = {key: np.median(times[b], axis=1) / np.median(times[a], axis=1) for key, (a, b) in pairs.items()}
     return {
-        "ratio_to_pread": round(float(np.median(of_rounds)), 3),
-        "lowest_ratio": round(float(of_rounds.min()), 3),
-        "highest_ratio": round(float(of_rounds.max()), 3),
-        "ratio_into_buffer_to_preadv": round(float(into), 3),
-        "pread_us": round(float(bare), 1),
+        **{f"ratio_to_pread{key}": round(float(np.median(rows)), 3) for key, rows in ratios.items()},
+        "lowest_ratio": round(float(ratios[""].min()), 3),
+        "highest_ratio": round(float(ratios[""].max()), 3),
+        "pread_us": round(bare, 1),
         **figures,
     }
 
