@@ -252,6 +252,24 @@ def test_a_continued_part_lists_all_that_it_skipped_and_leaves_finished_work_alo
     assert not list(out.glob("skipped-*"))
 
 
+def test_a_merge_killed_among_the_lists_of_skipped_recordings_is_completed(audio: Path, tmp_path: Path) -> None:
+    """Behind dataset.json, before the one list is there; and when it is there, and a part's list is not removed yet."""
+    for number in (1, 7):
+        (audio / f"{number:02}.wav").write_bytes(b"")
+    out = tmp_path / "out"
+    for part in (0, 1):
+        run(audio, out, f"--part={part}/2", "--max_skipped_share=0.5")
+    whole = (out / "skipped.jsonl").read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    (out / "skipped.jsonl").unlink()
+    (out / "skipped-00000.jsonl").write_bytes(first)
+    (out / "skipped-00001.jsonl").write_bytes(second)
+    for _ in range(2):
+        assert run(audio, out, "--merge", "--max_skipped_share=0.5") == 0
+        assert (out / "skipped.jsonl").read_bytes() == whole and not list(out.glob("skipped-*"))
+        (out / "skipped-00001.jsonl").write_bytes(second)
+
+
 def test_shards_are_closed_after_some_time_of_work(audio: Path, tmp_path: Path) -> None:
     run(audio, tmp_path / "out", "--shard_minutes=1e-9")
     assert len(list((tmp_path / "out").glob("shard-*.safetensors"))) == 12
