@@ -120,7 +120,8 @@ def supervised_crops(
         message = "%s: the words of %d long recordings do not make up their transcripts, the first is %r"
         log.warning(message, dataset.location, len(disagreeing), dataset.id(disagreeing[0]))
     if not labels:
-        raise DataError(f"{dataset.location}: no crop of {min_frames} to {max_frames} frames with a transcript: {left_out}")
+        limits = f"{min_frames} to {max_frames} frames"
+        raise DataError(f"{dataset.location}: no crop of {limits} with a transcript: {dict(left_out)}")
     numbers, starts, stops = (np.frombuffer(column, np.int64) for column in columns)
     return FixedCrops(numbers, starts, stops, labels, seed, dict(left_out))
 
