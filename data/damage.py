@@ -70,9 +70,13 @@ def faults(dataset: Dataset, workers: int = 1) -> list[Fault]:
     """As `verify`, sorted: of files first, then of recordings by id. The work is shared by `workers` processes."""
     found = dict.fromkeys(check_statistics(dataset))
     tasks = [(numbers, not found) for numbers in _chunks(dataset)]
-    total = int(dataset.frames.sum()) * dataset.features.num_mels * ix.BYTES_PER_VALUE
     with tqdm(
-        total=total, desc="verify", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
+        total=_bytes(dataset, slice(None)),
+        desc="verify",
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
     ) as bar:
         for some, size in _results(dataset, tasks, workers):
             found.update(dict.fromkeys(some))
@@ -96,12 +100,13 @@ def _chunks(dataset: Dataset) -> list[np.ndarray]:
 def _results(dataset: Dataset, tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[Fault], int]]:
     """What `_check` found in each task and in the index, in any order."""
     tasks = [None, *tasks]
-    if min(workers, len(tasks) - 1) <= 1:
+    workers = min(workers, len(tasks), _bytes(dataset, slice(None)) // _CHUNK_BYTES)  # a process takes seconds to begin
+    if workers <= 1:
         yield from (_check(dataset, task) for task in tasks)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.shards"])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (dataset,))
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, _begin, (dataset,))
     try:
         for done in as_completed([pool.submit(_check_here, task) for task in tasks]):
             yield done.result()
@@ -142,8 +147,11 @@ def _check(dataset: Dataset, task: Task) -> tuple[list[Fault], int]:
         return check_index(dataset), 0
     numbers, with_statistics = task
     found = [*check_header(dataset, numbers), *(check_recording(dataset, int(i), with_statistics) for i in numbers)]
-    size = int(dataset.frames[numbers].sum()) * dataset.features.num_mels * ix.BYTES_PER_VALUE
-    return [fault for fault in found if fault is not None], size
+    return [fault for fault in found if fault is not None], _bytes(dataset, numbers)
+
+
+def _bytes(dataset: Dataset, numbers: np.ndarray | slice) -> int:
+    return int(dataset.frames[numbers].sum()) * dataset.features.num_mels * ix.BYTES_PER_VALUE
 
 
 def damage(dataset: Dataset, recording: int) -> str | None:

@@ -1,100 +1,188 @@
-"""`python -m data.shards verify|inspect`: is a dataset whole, and what is in it."""
+"""`python -m data.shards COMMAND`: look at datasets, check them, and make others of them."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-import numpy as np
-
-from data.damage import damage, verify
+from data.corpora.base import did_you_mean
+from data.damage import faults
 from data.errors import DataError
-from data.shards import Dataset, open_dataset
+from data.index import replace_file
+from data.shards import open_dataset
+from data.shards_inspect import describe, draw, summary, totals
+from data.shards_select import add_filter, add_merge, add_split
+from data.shards_stats import BY, statistics_table, write_csv
+
+_SHOWN = 50
 
 
-def summary(dataset: Dataset) -> str:
-    """Totals of a dataset, a few lines."""
-    rate = dataset.features.frames_per_second
-    seconds = dataset.frames / rate
-    lines = [
-        f"{dataset.path}: {len(dataset)} recordings, {seconds.sum() / 3600:.2f} hours, "
-        f"{len(dataset.shards())} shards, features {dataset.features.hash()[:12]}",
-        f"seconds: shortest {seconds.min():.2f}, median {np.median(seconds):.2f}, longest {seconds.max():.2f}",
-        f"fingerprint {dataset.fingerprint}",
-    ]
-    for name in ("split", "language"):
-        for value, (recordings, frames) in sorted(dataset.totals(name).items()):
-            lines.append(f"{name} {value or '-'}: {recordings} recordings, {frames / rate / 3600:.2f} hours")
-    told = sum(len(batch) - batch.column("text").null_count for batch in dataset.index.batches)
-    lines.append(f"with text: {told}; first id {dataset.id(0)!r}")
-    return "\n".join(lines)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
 
-
-def describe(dataset: Dataset, recording: int) -> str:
-    """One recording, a few lines."""
-    r, frames = dataset.recording(recording), int(dataset.frames[recording])
-    mean, inverse_std = dataset.statistics(recording, "recording")
-    words = r.words or []
-    lines = [
-        f"{r.id}: {frames} frames, {frames / dataset.features.frames_per_second:.2f} s, split {r.split or '-'}, "
-        f"language {r.language or '-'}, speaker {r.speaker or '-'}",
-        damage(dataset, recording) or "checksums are right",
-        f"mean log-mel {mean.mean():.2f}, mean standard deviation {(1 / inverse_std).mean():.2f}",
-        f"text: {r.text if r.text is not None else '(none)'}",
-        f"{len(words)} words with times" + "".join(f"\n  {w.start:9.2f} {w.end:9.2f}  {w.word}" for w in words[:20]),
-    ]
-    return "\n".join(lines)
-
-
-def draw(dataset: Dataset, recording: int, png: Path, most_frames: int = 3000) -> None:
-    """Save a picture of a recording's first `most_frames` frames, with its words where they are known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    frames = min(most_frames, int(dataset.frames[recording]))
-    seconds = frames / dataset.features.frames_per_second
-    figure, axes = pyplot.subplots(figsize=(min(24.0, 4 + seconds), 4), layout="constrained")
-    log_mel = dataset.read(recording, 0, frames).astype(np.float32)
-    image = axes.imshow(log_mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, log_mel.shape[1]))
-    for word, start, *_ in dataset.words(recording) or []:
-        if start < seconds:
-            axes.axvline(start, color="white", linewidth=0.5)
-            axes.text(start, log_mel.shape[1], word, rotation=60, fontsize=7, va="bottom")
-    axes.set(xlabel="seconds", ylabel="mel bin")
-    figure.colorbar(image, label="log energy")
-    figure.savefig(png)
-    pyplot.close(figure)
+    def error(self, message: str) -> NoReturn:
+        raise DataError(f"{message}; `{self.prog} --help` tells more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.shards", description="Check or show a dataset.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="read every byte; list every bad recording; exit 1 if there is one")
-    show = commands.add_parser("inspect", help="totals, or one recording")
-    for command in (check, show):
-        command.add_argument("dir", type=Path, help="a dataset's folder")
-    show.add_argument("--id", help="a recording's id")
-    show.add_argument("--png", type=Path, help="save the recording's spectrogram here")
-    options = parser.parse_args(arguments)
+    """Exit code: 0, 1 where `verify` found something, 2 for an error of the user, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        dataset = open_dataset(options.dir, check=False)
-        if options.command == "verify":
-            bad = verify(dataset)
-            print("\n".join([*bad, f"{options.dir}: {len(bad)} of {len(dataset)} recordings are bad"]))
-            return 1 if bad else 0
-        if options.id is None and options.png is None:
-            print(summary(dataset))
-            return 0
-        recording = 0 if options.id is None else int(dataset.select(ids=[options.id])[0])
-        print(describe(dataset, recording))
-        if options.png is not None:
-            draw(dataset, recording, options.png)
-            print(f"wrote {options.png}")
+        parser, commands = build_parser()
+        _check_names(arguments, commands)
+        options = parser.parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and that of every command."""
+    parser = Parser(prog="python -m data.shards", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what, description=what + ".", allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    check = add(
+        "verify", "read every byte and list everything that is wrong; exit code 1 if there is anything", _verify
+    )
+    _add_dir(check)
+    check.add_argument(
+        "--workers", type=_positive, default=_cores(), help="processes (default: one a core, %(default)s)"
+    )
+    check.add_argument("--list", type=Path, metavar="FILE", help="write what is wrong as JSON lines: id, file, problem")
+
+    show = add("inspect", "show totals, or one recording", _inspect)
+    _add_dir(show)
+    show.add_argument("--id", help="show this recording")
+    show.add_argument(
+        "--png", type=Path, metavar="FILE", help="save the recording's spectrogram and words as a picture"
+    )
+    show.add_argument(
+        "--start", type=_seconds, default=0.0, help="of the picture and the words, in seconds (default: 0)"
+    )
+    show.add_argument("--seconds", type=_seconds, default=30.0, help="length of both (default: %(default)s)")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
+    stats = add("stats", "a table of durations, texts and speech rate", _stats)
+    _add_dir(stats)
+    stats.add_argument("--by", choices=BY, help="a row for every value of it (default: one row for all)")
+    stats.add_argument("--csv", type=Path, metavar="FILE", help="also write the table here")
+
+    add_split(add)
+    add_filter(add)
+    add_merge(add)
+    return parser, dict(commands.choices)
+
+
+def _check_names(arguments: Sequence[str], commands: dict[str, argparse.ArgumentParser]) -> None:
+    """Raise DataError for a command or an option that does not exist, naming the nearest that does."""
+    if not arguments or arguments[0].startswith("-"):
+        return
+    if arguments[0] not in commands:
+        near = did_you_mean(arguments[0], list(commands))
+        raise DataError(f"there is no command {arguments[0]!r}, there are {', '.join(commands)}.{near}")
+    known = [name for action in commands[arguments[0]]._actions for name in action.option_strings]
+    for argument in arguments[1:]:
+        name = argument.split("=", 1)[0]
+        if name.startswith("--") and len(name) > 2 and name not in known:
+            raise DataError(f"{arguments[0]} has no option {name!r}.{did_you_mean(name, known)} --help lists them")
+
+
+def _add_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("dir", metavar="DIR", help="the dataset: a folder, or a URL of object storage")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or not 1 <= int(value) <= 4096:
+        raise argparse.ArgumentTypeError(f"is {value!r}, must be a whole number from 1 to 4096")
+    return int(value)
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"is {value!r}, must be seconds, 0 or more")
+    return seconds
+
+
+def _verify(options: argparse.Namespace) -> int:
+    dataset = open_dataset(options.dir, check=False)
+    found = faults(dataset, options.workers)
+    for fault in found[:_SHOWN]:
+        print(fault.problem)
+    if len(found) > _SHOWN:
+        print(f"... and {len(found) - _SHOWN} more{'' if options.list else '; --list FILE writes all'}")
+    if options.list:
+        lines = [json.dumps({"id": f.id, "file": f.file, "problem": f.problem}, ensure_ascii=False) for f in found]
+        _write(options.list, "".join(f"{line}\n" for line in lines))
+    bad = len({fault.id for fault in found} - {None})
+    files = len({fault.file for fault in found if fault.id is None})
+    print(f"{options.dir}: {bad} of {len(dataset)} recordings are bad{f', and {files} files' if files else ''}")
+    return 1 if found else 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    dataset = open_dataset(options.dir, check=False)
+    if options.id is None and options.png is None:
+        fields = totals(dataset)
+        print(json.dumps(fields) if options.json else summary(fields))
+        return 0
+    recording = 0 if options.id is None else int(dataset.select(ids=[options.id])[0])
+    described = describe(dataset, recording, options.start, options.seconds)
+    if options.png is not None:
+        draw(dataset, recording, options.png, options.start, options.seconds)
+        described["png"] = str(options.png)
+    print(json.dumps(described) if options.json else _lines(described))
     return 0
+
+
+def _lines(described: dict[str, Any]) -> str:
+    words = described.pop("words")
+    lines = [f"{name:12} {'-' if value in ('', None) else value}" for name, value in described.items()]
+    for word in words:
+        sure = "" if word["confidence"] is None else f"  ({word['confidence']:.2f})"
+        lines.append(f"{word['start']:12.2f} {word['end']:8.2f}  {word['word']}{sure}")
+    return "\n".join(lines)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    header, rows = statistics_table(open_dataset(options.dir, check=False), options.by)
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+    if options.csv:
+        _write(options.csv, write_csv([header, *rows]))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with replace_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); choose another file") from error

@@ -1,0 +1,341 @@
+"""A damaged dataset gives right results, or one DataError that names a file; it never ends or fills the process.
+
+python -m tests.test_index_fuzz SECONDS [FIRST_SEED]     the same for longer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data import index
+from data.damage import faults
+from data.errors import DataError
+from data.shards import Dataset, DatasetWriter, Recording, open_dataset
+from data.shards_cli import main
+from data.transcripts import Word
+from tests.made_datasets import FEATURES, noise
+
+LENGTHS = [30, 70, 4100, 25, 60]
+MORE_MEMORY = 1 << 30  # bytes of address space beyond what the program has at its start
+MOST_SECONDS = 60
+
+
+def recordings(kind: int) -> list[Recording]:
+    """Two kinds of the same shape, with everything that an index can hold."""
+    return [
+        Recording(
+            f"{'ab'[kind]}/{n}",
+            None if n == 3 else f"text {n} \u010d {kind}",
+            [Word("text", 0.0, 0.1, 0.5), Word(f"w{n}", 0.1, 0.2)] if n % 2 == 0 else None,
+            ["en", "cs"][(n + kind) % 2],
+            f"s{n % 3}",
+            ["train", "dev", "test"][n % 3],
+            [(0.1, 0.2)] if n == 4 else None,
+        )
+        for n in range(len(LENGTHS))
+    ]
+
+
+def write(folder: Path, kind: int, finish: bool = True) -> None:
+    with DatasetWriter(folder, FEATURES, 20_000, name="made") as writer:
+        for n, recording in enumerate(recordings(kind)):
+            if not writer.finished and recording.id not in writer.done_ids:
+                writer.add(recording, noise(LENGTHS[n], n + 10 * kind))
+        if finish:
+            writer.finish()
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Path]:
+    """Finished and unfinished ones of both kinds."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        for kind in (0, 1):
+            write(Path(folder, f"whole{kind}"), kind)
+            write(Path(folder, f"begun{kind}"), kind, finish=False)
+        yield Path(folder)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+NASTY = [
+    b"\0",
+    b"\xff",
+    b"\x7f",
+    b"\xff" * 4,
+    b"\xff" * 8,
+    b"\0" * 8,
+    b"\xff\xff\xff\x7f",
+    b"\0\0\0\x80",
+    b"\x01\0\0\0",
+]
+NASTY_JSON = [b"null", b"-1", b"1e999", b"NaN", b"9" * 400, b'"x"', b"[]", b"{}", b"[" * 5000, b"true", b"\xff", b"0.5"]
+
+
+def damaged(content: bytes, rng: random.Random, other: bytes, text: bool) -> bytes:
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
+        place = rng.randrange(len(data) + 1)
+        kind = rng.choice(["flip", "flip", "set", "set", "delete", "insert", "repeat", "zero", "cut", "swap", "splice"])
+        if kind == "flip" and place < len(data):
+            data[place] ^= 1 << rng.randrange(8)
+        elif kind == "set":
+            value = rng.choice([*NASTY, struct.pack("<q", rng.choice([1, 2, 5, 1 << 20, 1 << 33, 1 << 62, -2]))])
+            at = place // 8 * 8 if rng.random() < 0.7 else place
+            data[at : at + len(value)] = value
+        elif kind == "delete":
+            del data[place : place + rng.choice([1, 2, 8, 64, 1000])]
+        elif kind == "insert":
+            data[place:place] = rng.choice(NASTY_JSON if text else NASTY)
+        elif kind == "repeat":
+            data[place:place] = data[place : place + rng.choice([8, 64, 1000])]
+        elif kind == "zero":
+            end = min(len(data), place + rng.choice([4, 8, 64]))
+            data[place:end] = bytes(end - place)
+        elif kind == "cut":
+            del data[place:]
+        elif kind == "swap" and rng.random() < 0.3:
+            data = bytearray(other)
+        elif kind == "splice":
+            end = min(len(data), len(other), place + rng.choice([8, 64, 4096]))
+            data[place:end] = other[place:end]
+    return bytes(data)
+
+
+def damage_json(content: bytes, rng: random.Random) -> bytes:
+    """Another value for a field, or none."""
+    fields = json.loads(content)
+    holder = fields["features"] if rng.random() < 0.3 else fields
+    name = rng.choice(sorted(holder))
+    if rng.random() < 0.2:
+        del holder[name]
+    else:
+        values = [
+            None,
+            -1,
+            0,
+            1,
+            2,
+            3,
+            1e308,
+            10**30,
+            float("nan"),
+            "x",
+            [],
+            {},
+            [1],
+            True,
+            "../../x",
+            [[1.0]],
+            80 * [0],
+            1e-320,
+        ]
+        holder[name] = rng.choice(values)
+    return json.dumps(fields).encode()
+
+
+def damage_folder(folder: Path, other: Path, rng: random.Random) -> str:
+    """Damage one file, sometimes two; what was done, in words."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+    done = []
+    for name in rng.sample(names, rng.choice([1, 1, 1, 2])):
+        path = folder / name
+        if rng.random() < 0.03:
+            path.unlink()
+            done.append(f"{name} removed")
+            continue
+        beside = (other / name).read_bytes() if (other / name).is_file() else b""
+        content = path.read_bytes()
+        if path.suffix == ".json" and rng.random() < 0.7:
+            path.write_bytes(damage_json(content, rng))
+        else:
+            path.write_bytes(damaged(content, rng, beside, path.suffix == ".json"))
+        done.append(name)
+    return " and ".join(done)
+
+
+# --- what may come of it ---------------------------------------------------------------------------------------------
+
+
+def everything(dataset: Dataset) -> list[Any]:
+    """All that can be asked of a dataset."""
+    answers: list[Any] = [len(dataset), dataset.fingerprint, dataset.total_frames, dataset.features]
+    answers += [dataset.totals(label) for label in index.LABELS] + [dataset.identity()]
+    for i in range(len(dataset)):
+        answers += [dataset.recording(i), dataset.excluded(i), dataset.index.find(dataset.id(i)) == i]
+        answers += [dataset.read(i, verify=True).tobytes()]
+        for normalisation in ("recording", "dataset"):
+            dataset.read_normalised(i, normalisation=normalisation)
+    return answers
+
+
+def statistics(dataset: Dataset) -> np.ndarray:
+    """Which are right to a thousandth of the deviation."""
+    everywhere = [torch.stack(dataset.statistics(0, "dataset")).numpy()]
+    return np.stack(everywhere + [dataset.mean_std(i) for i in range(len(dataset))])
+
+
+def named(error: DataError, folder: Path) -> None:
+    """One line that says which dataset it is about."""
+    message = str(error)
+    assert "\n" not in message.strip() and (str(folder) in message), f"names no file: {message}"
+
+
+Right = tuple[list[Any], np.ndarray]
+
+
+def use(folder: Path, right: Right) -> str:
+    """Open, read, verify and show a damaged dataset. What came of it."""
+    command_line(folder)
+    try:
+        dataset = open_dataset(folder, check=False)
+    except DataError as error:
+        named(error, folder)
+        return "refused"
+    for ask in (
+        dataset.id,
+        dataset.text,
+        dataset.words,
+        dataset.excluded,
+        dataset.mean_std,
+        dataset.read,
+        dataset.recording,
+    ):
+        for i in range(len(dataset)):
+            try:
+                ask(i)
+            except DataError as error:
+                named(error, folder)
+    found = faults(dataset)
+    try:
+        answers, numbers = everything(open_dataset(folder)), statistics(dataset)
+    except DataError as error:
+        named(error, folder)
+        assert found, f"verify found nothing, but: {error}"
+        return "found"
+    same = answers == right[0] and np.allclose(numbers, right[1], 5e-3, 5e-3)
+    assert found or same, "wrong results, and verify found nothing"
+    return "found" if found else "harmless"
+
+
+def command_line(folder: Path) -> None:
+    for command in (
+        "inspect",
+        "inspect --id a/2",
+        "verify",
+        "stats --by speaker",
+        "split --out OUT",
+        "filter --out OUT",
+    ):
+        name, *rest = command.replace("OUT", str(folder.parent / "out")).split()
+        said = StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            code = main([name, str(folder), *rest])
+        assert code in (0, 1, 2) and (code != 2 or said.getvalue().startswith("error: ")), (command, code)
+        if (folder.parent / "out").exists():
+            shutil.rmtree(folder.parent / "out")
+        assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "something was left over"
+
+
+def go_on(folder: Path, right: Right) -> str:
+    """Go on with a damaged, unfinished dataset. What came of it."""
+    try:
+        write(folder, 0)
+    except DataError as error:
+        named(error, folder)
+        return "refused"
+    return use(folder, right)
+
+
+# --- a process of its own --------------------------------------------------------------------------------------------
+
+
+def try_seed(made: Path, seed: int, right: Right) -> str:
+    rng = random.Random(seed)
+    kind, ask = rng.choice([("whole", use), ("whole", use), ("begun", go_on)])
+    with tempfile.TemporaryDirectory(prefix=f"seed{seed}-") as place:
+        folder = Path(place, "set")
+        shutil.copytree(made / f"{kind}0", folder)
+        damage_folder(folder, made / f"{kind}1", rng)
+        return ask(folder, right)
+
+
+def in_a_child(work: Callable[[Callable[[object], None]], None]) -> list[str]:
+    """Run in a process with little memory and time: what it said, line by line, and at last how it ended."""
+    read, written = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY,) * 2)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            work(lambda said: (signal.alarm(MOST_SECONDS), os.write(written, f"{said}\n".encode()))[0])
+            os.write(written, b"end\n")
+        except BaseException as error:  # whatever it is, the parent shows it
+            os.write(written, f"{type(error).__name__}: {error}\n{traceback.format_exc()}".encode())
+        finally:
+            os._exit(0)
+    os.close(written)
+    with open(read, encoding="utf-8", errors="replace") as pipe:
+        lines = pipe.read().splitlines()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return lines if code == 0 else [*lines, f"ended by signal {-code}"]  # SIGALRM: it hung
+
+
+def fuzz(made: Path, seeds: range) -> list[str]:
+    """Failures, each with its seed."""
+    failures, first = [], seeds.start
+    whole = open_dataset(made / "whole0")
+    right = everything(whole), statistics(whole)
+    while first < seeds.stop:
+
+        def work(say: Callable[[object], None], first: int = first) -> None:
+            for seed in range(first, seeds.stop):
+                say(f"seed {seed}")
+                say(try_seed(made, seed, right))
+
+        said = in_a_child(work)
+        if said[-1] == "end":
+            break
+        last = max(n for n, line in enumerate(said) if line.startswith("seed "))
+        seed = int(said[last].split()[1])
+        failures.append("\n".join(said[last:]))
+        first = seed + 1
+    return failures
+
+
+def test_random_damage_is_found_or_harmless(made: Path) -> None:
+    failures = fuzz(made, range(120))
+    assert not failures, "\n\n".join(failures)
+
+
+if __name__ == "__main__":
+    end, first = time.monotonic() + float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        for kind in (0, 1):
+            write(Path(root, f"whole{kind}"), kind)
+            write(Path(root, f"begun{kind}"), kind, finish=False)
+        while time.monotonic() < end:
+            for failure in fuzz(Path(root), range(first, first + 100)):
+                print(failure, flush=True)
+            first += 100
+            print(f"-- seeds below {first} are done", flush=True)
