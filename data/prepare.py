@@ -236,12 +236,13 @@ def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, Fea
     parser = ArgumentParser(
         prog=f"python -m data.prepare {name}", description=corpus.summary, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     groups: dict[str | None, list[type]] = {None: [PrepareSettings, corpus.settings], "features": [FeatureSettings]}
+    types = {f.name: str(f.type) for kind in groups[None] for f in dataclasses.fields(kind)}
+    if "config" not in types:  # else it is the corpus's own
+        parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     for key, classes in groups.items():
         for kind in classes:
             parser.add_class_arguments(kind, key)
-    types = {f.name: str(f.type) for kind in groups[None] for f in dataclasses.fields(kind)}
     try:
         values = parser.parse_args(_tidy(arguments, types)).as_dict()
     except ArgumentError as error:
