@@ -315,6 +315,9 @@ def test_reasons_name_what_is_wrong() -> None:
     assert "too long: " in str(align(log_probs[:60], words)[1])
     assert "can write none" in str(align(log_probs, [[STAR]] * 20)[1])
     assert "nats a label, at most 3" in str(align(log_probs, words[::-1])[1])
+    # What was said is all there, but most of the text was not said; there are frames enough in the silence before.
+    silence = np.concatenate([np.tile(log_probs[:1], (2000, 1)), log_probs])
+    assert "nats a label" in str(align(silence, words + some_words(rng, 60))[1])
     with pytest.raises(ValueError, match="without labels"):
         align(log_probs, [[], []])
 
@@ -342,6 +345,12 @@ def test_matches_are_equal_labels_in_the_same_order(text: list[int], heard: list
     places = np.flatnonzero(matched >= 0)
     assert (np.diff(matched[places]) > 0).all()
     assert [heard[i] for i in matched[places]] == ids[places].tolist()
+
+
+def test_a_phrase_at_another_place_does_not_hide_the_rest() -> None:
+    ids = np.random.default_rng(1).integers(1, 30, 2000)
+    matched = match_labels(np.concatenate([ids[1960:], ids[:1960]]), ids)
+    assert matched[40:].tolist() == list(range(1960)) and (matched[:40] == -1).all()
 
 
 def test_a_transcript_that_was_heard_as_it_is_matches_whole() -> None:

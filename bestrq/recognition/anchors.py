@@ -24,7 +24,7 @@ _CHANCE = 0.01
 def match_labels(text: Labels, heard: Labels) -> Labels:
     """For every label of the transcript, the place of the label heard that it is matched with, or -1; int64 `[U]`.
 
-    Matched places rise strictly. Negative labels match nothing.
+    Matched places rise strictly. A negative label in the transcript matches nothing, for none is heard.
     """
     matched = np.full(len(text), -1, np.int64)
     regions = [(0, len(text), 0, len(heard), 0)]
@@ -78,18 +78,14 @@ def _unique_pairs(text: Labels, heard: Labels, length: int) -> Labels:
 
 
 def _unique_stretches(labels: Labels, length: int) -> tuple[NDArray[np.uint64], Labels]:
-    """Hash and place of every stretch that occurs once and holds no negative label."""
+    """Hash and place of every stretch that occurs once."""
     weights = np.random.default_rng(0).integers(0, 2**63, length, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     count = len(labels) - length + 1
     keys = np.zeros(count, np.uint64)
-    usable = np.ones(count, bool)
     for offset, weight in enumerate(weights):  # one label of all stretches at a time: memory O(n), not O(n * length)
-        part = labels[offset : offset + count]
-        keys += part.astype(np.uint64) * weight
-        usable &= part >= 0
+        keys += labels[offset : offset + count].astype(np.uint64) * weight
     keys, places, counts = np.unique(keys, return_index=True, return_counts=True)
-    once = (counts == 1) & usable[places]
-    return keys[once], places[once]
+    return keys[counts == 1], places[counts == 1]
 
 
 def _rising(pairs: Labels) -> Labels:
