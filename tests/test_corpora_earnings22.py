@@ -253,6 +253,13 @@ def test_a_time_out_of_order_is_a_guess_and_does_not_spoil_the_others(tmp_path: 
     assert [word.start for word in words] == [0.0, 1.0, 1.5, 2.0, 3.0, 3.5, 4.0]
 
 
+def test_a_deleted_word_between_two_that_overlap_is_where_the_second_begins(tmp_path: Path) -> None:
+    plain = table(tmp_path, "a.nlp", PLAIN, *(f"w{n}|1|||||LC|[]" for n in range(3)))
+    lines = ["w0|1|1.0|2.0|||LC|[]|||", "w1|1|||||LC|[]|||del", "w2|1|1.5|2.5|||LC|[]|||"]
+    words = timed_words(list(written_or_spoken(plain, None, False)), table(tmp_path, "b.nlp", ALIGNED, *lines), "a")
+    assert words[1] == Word("w1", 1.5, 1.5, 0.0)
+
+
 def test_the_transcript_of_another_call_is_noticed(tmp_path: Path) -> None:
     aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"other{n}|1|{n}|{n}|||LC|[]|||" for n in range(99)))
     units = list(written_or_spoken(read_nlp(FIXTURES / f"{CALL}.nlp"), None, True))

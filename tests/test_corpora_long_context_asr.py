@@ -105,7 +105,7 @@ def test_the_stored_spectrogram_is_taken_as_it_is(tree: Path, left: np.ndarray) 
 
 def test_the_settings_of_the_stored_numbers_give_the_same_numbers_from_audio(tree: Path, left: np.ndarray) -> None:
     """So a model trained on the spectrograms can be evaluated on any audio."""
-    soundfile.write(tree / "shows/a.ogg", np.stack([left, 0 * left], axis=1), 16000, format="WAV", subtype="FLOAT")
+    soundfile.write(tree / "shows/a.ogg", np.stack([left, left[::-1]], axis=1), 16000, format="WAV", subtype="FLOAT")
     found = extract(one(tree, read="audio"), spectrogram_features())
     assert isinstance(found, Extracted)
     stored = theirs(left)[0].T.float().numpy()
@@ -210,9 +210,10 @@ def test_an_archive_that_expands_or_claims_more_than_it_holds_is_refused(tmp_pat
     path.write_bytes(rewritten(good, {}, zipfile.ZIP_DEFLATED))
     with pytest.raises(DataError, match="a compressed record"):
         read_spectrogram(path, 1.0)
-    path.write_bytes(rewritten(good, {"data/0": b"\0" * 100}))
-    with pytest.raises(DataError, match=r"x\.spec\.pt: (claims 16160 bytes of values and holds 100|torch cannot)"):
-        read_spectrogram(path, 1.0)
+    for held in (100, 16159, 16200):
+        path.write_bytes(rewritten(good, {"data/0": b"\0" * held}))
+        with pytest.raises(DataError, match=r"x\.spec\.pt: torch cannot read it"):
+            read_spectrogram(path, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,6 @@ def written_or_spoken(
     for tag, group in groupby(enumerate(tokens), key=lambda pair: pair[1].tag or -pair[0] - 1):
         unit = [token for _, token in group]
         key = tag if isinstance(tag, str) else unit[0].token.strip("<>").lower()
-        if all(token.event for token in unit):
-            yield key, []
-            continue
         replaced = spoken.get(str(tag)) if spoken is not None else None
         if replaced is None:
             yield key, [_marked([t.token], t, t, punctuation)[0] for t in unit if not t.event]
