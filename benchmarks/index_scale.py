@@ -46,6 +46,7 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
     numbers: dict[str, pa.Array] = {
         "shard": pa.array((end // SHARD_BYTES).astype(np.int32)),
         "offset": pa.array(end % SHARD_BYTES + 65536),
+        "bytes": pa.array(frames * features.num_mels * ix.BYTES_PER_VALUE),
         "frames": pa.array(frames),
     }
     for name, values in LABELS.items():
@@ -67,6 +68,7 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
             texts = {
                 "id": pa.array([f"recording-{n:09d}" for n in range(first, first + size)]),
                 "crc32": pa.array(np.zeros((size, 1), np.uint32).tolist(), schema.field("crc32").type),
+                "block_bytes": pa.nulls(size, schema.field("block_bytes").type),
                 "text": pa.array(["some sixty characters of what somebody said in this recording"] * size),
                 "words": pa.nulls(size, ix.WORDS),
                 "excluded": pa.nulls(size, ix.EXCLUDED),
@@ -77,7 +79,7 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
             hole.truncate(SHARD_BYTES + 65536 + 2000 * features.num_mels * ix.BYTES_PER_VALUE)
     fields = {"mean": [-5.0] * features.num_mels, "std": [1.0] * features.num_mels, "fingerprint": "made up"}
     totals = {"recordings": recordings, "frames": int(frames.sum())}
-    ix.write_json(folder / ix.DATASET_FILE, {**ix.head(features), **fields, **totals})
+    ix.write_json(folder / ix.DATASET_FILE, {**ix.head(features, "plain"), **fields, **totals})
 
 
 def memory(pids: Sequence[int], field: str) -> int:

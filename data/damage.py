@@ -33,7 +33,7 @@ _TOLERANCE = 1e-3
 
 def check_files(dataset: Dataset) -> None:
     """Raise DataError that names every missing shard, or the shards cut short and the recordings beyond the cut."""
-    end = dataset.index.offset + dataset.frames * (dataset.features.num_mels * ix.BYTES_PER_VALUE)
+    end = dataset.index.offset + dataset.index.bytes
     beyond = np.flatnonzero(end > _sizes(dataset)[dataset.index.shard])
     if len(beyond):
         shards = sorted({ix.shard_name(shard) for shard in dataset.index.shard[beyond].tolist()})

@@ -62,6 +62,9 @@ def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
         for dataset, number, recording in some:
             if differing := difference(first.features, dataset.features):
                 raise DataError(f"{first.path} and {dataset.path} differ in their features: {'; '.join(differing)}")
+            if first.layout != dataset.layout:
+                places = f"{first.path} ({first.layout}) and {dataset.path} ({dataset.layout})"
+                raise DataError(f"{places} differ in their layout: prepare one of them again with the other's --layout")
             place = dataset.path, int(dataset.index.shard[number])
             if place not in shards:
                 shards[place] = len(shards)
@@ -71,7 +74,7 @@ def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
         write_rows(parts[-1], rows, first.features.num_mels)
     if first is None:
         raise DataError(f"{folder}: no recordings were chosen, there is nothing to write")
-    write_dataset(folder, parts, first.features, name, len(shards))
+    write_dataset(folder, parts, first.features, first.layout, name, len(shards))
     for part in parts:
         part.unlink()
 
@@ -80,8 +83,9 @@ def _row(dataset: Dataset, number: int) -> dict[str, Any]:
     """What the index says of a recording's sound."""
     index = dataset.index
     mean, std = dataset.mean_std(number)
-    numbers = {"offset": int(index.offset[number]), "frames": int(index.frames[number])}
-    return {**numbers, "mean": mean, "std": std, "crc32": index.value("crc32", number)}
+    numbers = {name: int(getattr(index, name)[number]) for name in ("offset", "bytes", "frames")}
+    lists = {name: index.value(name, number) for name in ("crc32", "block_bytes")}
+    return {**numbers, **lists, "mean": mean, "std": std}
 
 
 def _link(source: Path, target: Path) -> None:

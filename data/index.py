@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,9 @@ INDEX_FILE = "index.arrow"
 RECORDINGS_FILE = "recordings.arrow"
 STATISTICS_FILE = "statistics.safetensors"
 PREPARING_FILE = "preparing.json"
+Layout = Literal["plain", "uint8", "shuffle-zstd"]
+"""How values lie in a shard: float16, or in blocks as `data.compression` encodes them."""
+LAYOUTS: tuple[str, ...] = get_args(Layout)
 # Frames that one checksum stands for; 4096 frames of 80 bins are 655,360 bytes.
 CHECKSUM_FRAMES = 4096
 BYTES_PER_VALUE = 2  # float16
@@ -82,6 +85,7 @@ def index_schema() -> pa.Schema:
         [
             ("shard", pa.int32()),  # number of the shard's file
             ("offset", pa.int64()),  # of the first value, in bytes from the start of the shard's file
+            ("bytes", pa.int64()),  # of all its values in that file
             ("frames", pa.int64()),
             *((name, pa.dictionary(pa.int32(), pa.string())) for name in LABELS),
         ]
@@ -93,7 +97,8 @@ def recordings_schema() -> pa.Schema:
     return pa.schema(
         [
             ("id", pa.string()),
-            ("crc32", pa.list_(pa.uint32())),  # zlib.crc32 of every CHECKSUM_FRAMES frames
+            ("crc32", pa.list_(pa.uint32())),  # zlib.crc32 of every CHECKSUM_FRAMES frames, as they are read
+            ("block_bytes", pa.list_(pa.uint32())),  # of every block of BLOCK_FRAMES frames; null in the plain layout
             ("text", pa.string()),
             ("words", WORDS),
             ("excluded", EXCLUDED),
@@ -107,6 +112,13 @@ def rows_schema(num_mels: int) -> pa.Schema:
     vectors = [(name, pa.list_(pa.float32(), num_mels)) for name in ("mean", "std")]
     numbers = [field for field in index_schema() if field.name not in LABELS]
     return pa.schema([*numbers, *labels, *recordings_schema(), *vectors])
+
+
+def tensor_entry(layout: Layout, frames: int, num_mels: int, begin: int, size: int) -> dict[str, Any]:
+    """What the head of a shard says of a recording of `size` bytes, `begin` bytes after that head."""
+    plain = layout == "plain"
+    shape = [frames, num_mels] if plain else [size]
+    return {"dtype": "F16" if plain else "U8", "shape": shape, "data_offsets": [begin, begin + size]}
 
 
 def described(recording: Recording) -> dict[str, Any]:
@@ -235,9 +247,10 @@ def parse_json(content: bytes, place: Path | str) -> dict[str, Any]:
     return fields
 
 
-def head(features: FeatureSettings) -> dict[str, Any]:
+def head(features: FeatureSettings, layout: Layout) -> dict[str, Any]:
     """How dataset.json and preparing.json begin."""
-    return {"format_version": FORMAT_VERSION, "features": features.to_dict(), "feature_hash": features.hash()}
+    told = {"features": features.to_dict(), "feature_hash": features.hash()}
+    return {"format_version": FORMAT_VERSION, "layout": layout, **told}
 
 
 def features_of(fields: dict[str, Any], path: Path | str) -> FeatureSettings:

@@ -148,8 +148,9 @@ def check_header(dataset: Dataset, numbers: np.ndarray) -> Iterator[Fault]:
         tensors = ix.parse_json(bytes(content), "its JSON").values()
         there = {json.dumps([t.get(key) for key in _ENTRY]) for t in tensors if isinstance(t, dict)}
         for i in numbers:
-            frames, begin = int(dataset.frames[i]), int(dataset.index.offset[i]) - 8 - size
-            if json.dumps(["F16", [frames, width], [begin, begin + frames * width * ix.BYTES_PER_VALUE]]) not in there:
+            begin, stored = int(dataset.index.offset[i]) - 8 - size, int(dataset.index.bytes[i])
+            entry = ix.tensor_entry(dataset.layout, int(dataset.frames[i]), width, begin, stored)
+            if json.dumps([entry[key] for key in _ENTRY]) not in there:
                 raise DataError(f"it does not tell of {dataset.id(i)!r}")
     except DataError as error:
         yield Fault(name, f"{_place(dataset, name)}: damaged header ({error}); other programs cannot read the file")

@@ -7,6 +7,7 @@ are touched are shared by all processes of a machine.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from data.features import FeatureSettings
 
 _OPEN_PARTS = 32
 _HEADER_BYTES = 256  # of statistics.safetensors
+_CRC32_BYTES = 4  # behind the rows of a shard
+_OPTIONAL = ("text", "words", "excluded", "confidence", "block_bytes")
 
 
 class Index:
@@ -32,7 +35,7 @@ class Index:
     at a time when one of the batch is first looked at.
 
     Attributes:
-        shard: int32 [N]. offset, frames: int64 [N]. All are views of the file.
+        shard: int32 [N]. offset, bytes, frames: int64 [N]. All are views of the file.
         labels: for 'language', 'speaker' and 'split' the values, and int32 [N] which of them a recording has.
 
     Raises:
@@ -46,11 +49,12 @@ class Index:
         codes = {name: arrays[name].indices for name in ix.LABELS}
         if any(array.null_count for array in [*arrays.values(), *codes.values()]):
             raise _damaged(index, "a column with holes")
-        self.shard, self.offset, self.frames = (_view(arrays[name]) for name in ("shard", "offset", "frames"))
+        self.shard, self.offset = _view(arrays["shard"]), _view(arrays["offset"])
+        self.bytes, self.frames = _view(arrays["bytes"]), _view(arrays["frames"])
         self.labels = {name: (arrays[name].dictionary.to_pylist(), _view(codes[name])) for name in ix.LABELS}
-        if not len(self) or min(self.frames.min(), self.offset.min() - 7) < 1 or self.shard.min() < 0:
+        if not len(self) or min(self.frames.min(), self.bytes.min(), self.offset.min() - 7) < 1 or self.shard.min() < 0:
             raise _damaged(index, "no recordings, or frames, offsets or shards that cannot be")
-        if self.shard.max() >= 10**7 or max(self.frames.max(), self.offset.max()) >= 2**50:
+        if self.shard.max() >= 10**7 or max(self.frames.max(), self.bytes.max(), self.offset.max()) >= 2**50:
             raise _damaged(index, "frames, offsets or shards that cannot be")
         for name, (values, code) in self.labels.items():
             if code.min() < 0 or code.max() >= len(values):
@@ -67,6 +71,16 @@ class Index:
 
     def value(self, name: str, recording: int) -> Any:
         """What a column of recordings.arrow holds for a recording, as a Python object."""
+        return self._scalar(name, recording).as_py()
+
+    def block_bytes(self, recording: int) -> np.ndarray:
+        """Bytes of every block of a recording of a compressed layout: uint32 [blocks]."""
+        blocks = self._scalar("block_bytes", recording).values
+        if blocks is None or blocks.null_count:
+            raise _damaged(self.recordings, f"row {recording} has no block_bytes")
+        return blocks.to_numpy()
+
+    def _scalar(self, name: str, recording: int) -> pa.Scalar:
         number, row = divmod(int(recording), self._rows)
         column = self.batches[number].column(name)
         if (number, name) not in self._checked:
@@ -74,11 +88,10 @@ class Index:
                 column.validate(full=True)
             except pa.ArrowException as error:
                 raise _damaged(self.recordings, error) from error
+            if _holes(name, column):
+                raise _damaged(self.recordings, f"{name} with holes")
             self._checked.add((number, name))
-        value = column[row].as_py()
-        if value is None and name in ("id", "crc32"):
-            raise _damaged(self.recordings, f"row {recording} has no {name}")
-        return value
+        return column[row]
 
     def label(self, name: str, recording: int) -> str:
         """`language`, `speaker` or `split` of a recording."""
@@ -102,10 +115,28 @@ def _damaged(path: Path, why: object) -> DataError:
     return DataError(f"{path}: cannot be read ({why}); restore the file or prepare the dataset again")
 
 
+def _holes(name: str, column: pa.Array) -> bool:
+    """Whether something is not told that every recording has, or every word, stretch and block of a list."""
+    if column.null_count and name not in _OPTIONAL:
+        return True
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        return _holes("items", column.flatten())
+    if pa.types.is_struct(column.type):
+        return any(_holes(field.name, part) for field, part in zip(column.type, column.flatten(), strict=True))
+    return False
+
+
 def _mapped(path: Path, schema: pa.Schema, most: int | None = None) -> list[pa.RecordBatch]:
     """The batches (at least one) of an Arrow file. Texts and lists in them are not checked yet, their sizes are."""
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return _batches(path, pa.memory_map(str(path)), schema, most)
+    except OSError as error:
+        raise _damaged(path, error) from error
+
+
+def _batches(path: Path, source: pa.NativeFile, schema: pa.Schema, most: int | None = None) -> list[pa.RecordBatch]:
+    try:
+        reader = pa.ipc.open_file(source)
         if not reader.schema.equals(schema):
             raise DataError(f"{path}: has other columns than this version's; refused. Prepare the dataset again")
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -131,21 +162,33 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], num_mels: int) -> Non
             arrays.append(pa.FixedSizeListArray.from_arrays(np.concatenate(values).astype(np.float32), num_mels))
         else:
             arrays.append(pa.array(values, field.type))
-    with ix.replace_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    with ix.replace_file(path) as file:
+        file.write(content.getvalue())
+        file.write(zlib.crc32(content.getvalue()).to_bytes(_CRC32_BYTES, "little"))
 
 
 def read_rows(path: Path, num_mels: int) -> pa.RecordBatch:
     """rows-NNNNN.arrow as one batch, memory-mapped. Raises DataError where it is not one."""
-    (batch,) = _mapped(path, ix.rows_schema(num_mels), most=1)
     try:
+        whole = pa.memory_map(str(path)).read_buffer()
+        content = whole.slice(0, max(0, whole.size - _CRC32_BYTES))
+        if zlib.crc32(content).to_bytes(_CRC32_BYTES, "little") != whole.slice(content.size):
+            raise _damaged(path, "its checksum is wrong")
+        (batch,) = _batches(path, pa.BufferReader(content), ix.rows_schema(num_mels), most=1)
         batch.validate(full=True)
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
+    if not len(batch) or any(_holes(name, batch[name]) for name in batch.schema.names):
+        raise _damaged(path, "no rows, or rows with holes")
     return batch
 
 
-def write_dataset(folder: Path, parts: Sequence[Path], features: FeatureSettings, name: str, shards: int) -> None:
+def write_dataset(
+    folder: Path, parts: Sequence[Path], features: FeatureSettings, layout: ix.Layout, name: str, shards: int
+) -> None:
     """Merge the rows of all parts, sorted by id, and write dataset.json: from then on the folder is a dataset.
 
     Memory is bounded by the ids, the numbers and one batch. Raises DataError where two recordings share an id.
@@ -177,7 +220,7 @@ def write_dataset(folder: Path, parts: Sequence[Path], features: FeatureSettings
     frames = sum(int(pc.sum(batch["frames"]).as_py()) for batch in numbers)
     fields = {
         "name": name,
-        **ix.head(features),
+        **ix.head(features, layout),
         "recordings": len(order),
         "frames": frames,
         "hours": frames / features.frames_per_second / 3600,

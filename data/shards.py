@@ -26,6 +26,7 @@ from data.damage import DAMAGED, check_files
 from data.errors import DataError
 from data.index import Recording
 from data.index_file import Index, statistics_range
+from data.sound import read_frames
 from data.storage import CutShort, Storage, StorageSettings, open_storage
 from data.transcripts import Word
 from data.writer import DatasetWriter
@@ -47,6 +48,7 @@ class Dataset:
         fingerprint: SHA-256 (hex) of its content.
         frames: int64 [N], frames of every recording.
         total_frames: int, their sum.
+        layout: how the values are stored.
         index: the Index, whose arrays take no memory of their own.
     """
 
@@ -58,6 +60,9 @@ class Dataset:
         self.name: str = fields.get("name") or Path(self.location).name
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
+        self.layout: ix.Layout = fields["layout"]
+        if self.layout not in ix.LAYOUTS:
+            raise DataError(f"{self.location}: layout is {self.layout!r}, known are {', '.join(ix.LAYOUTS)}")
         self._mean, self._std = (ix.vector_of(fields, name, self.features, self.location) for name in ("mean", "std"))
         try:
             self.index = Index(storage.local_copy(ix.INDEX_FILE), storage.local_copy(ix.RECORDINGS_FILE))
@@ -116,7 +121,10 @@ class Dataset:
         """All that the index says of a recording."""
         i = recording
         labels = self.language(i), self.speaker(i), self.split(i)
-        return Recording(self.id(i), self.text(i), self.words(i), *labels, self.excluded(i))
+        try:
+            return Recording(self.id(i), self.text(i), self.words(i), *labels, self.excluded(i))
+        except DataError as error:
+            raise DataError(f"{self.location}: {error}; {DAMAGED}") from error
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
         """The values of 'language', 'speaker' or 'split', and int32 [N] which of them a recording has."""
@@ -173,20 +181,19 @@ class Dataset:
 
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
         """Fill `out` (C-contiguous float16 [n, M]) with frames [start, start + n). Errors as `read`."""
-        position = int(self.index.offset[recording]) + start * self.features.num_mels * ix.BYTES_PER_VALUE
-        view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         try:
-            self.storage.read_into(ix.shard_name(self.index.shard[recording]), position, view)
+            read_frames(self.storage, self.index, self.layout, recording, start, out)
         except CutShort as error:
             raise DataError(f"{self.where(recording)}: the shard is cut short; {DAMAGED}") from error
-        except OSError as error:
+        except (OSError, DataError) as error:
             raise DataError(f"{self.where(recording)}: {error}; {DAMAGED}") from error
 
     def forget(self, recording: int, start: int, stop: int) -> None:
         """Drop what a cache holds of frames [start, stop) and of the statistics: it proved wrong or unreadable."""
-        width = self.features.num_mels * ix.BYTES_PER_VALUE
         name, position = ix.shard_name(self.index.shard[recording]), int(self.index.offset[recording])
-        self.storage.forget(name, position + start * width, (stop - start) * width)
+        size = int(self.index.bytes[recording])
+        begin, end = size * start // int(self.frames[recording]), -(-size * stop // int(self.frames[recording]))
+        self.storage.forget(name, position + begin, end - begin)
         self.storage.forget(ix.STATISTICS_FILE, *statistics_range(int(recording), self.features.num_mels))
 
     def mean_std(self, recording: int) -> np.ndarray:
@@ -243,7 +250,7 @@ class Dataset:
         size = ix.CHECKSUM_FRAMES
         expected = self.index.value("crc32", recording)
         found = {(first + b) // size: zlib.crc32(values[b : b + size].data) for b in range(0, len(values), size)}
-        return [block for block, crc32 in found.items() if crc32 != expected[block]]
+        return [block for block, crc32 in found.items() if [crc32] != expected[block : block + 1]]
 
     def shards(self) -> list[int]:
         """Numbers of the shards that the recordings lie in, ascending."""
@@ -280,7 +287,7 @@ def open_dataset(
     except OSError as error:
         raise DataError(f"{place}: cannot be read ({error})") from error
     ix.check_version(fields, place)
-    missing = {"features", "feature_hash", "fingerprint", "recordings", "frames", "mean", "std"} - set(fields)
+    missing = {"layout", "features", "feature_hash", "fingerprint", "recordings", "frames", "mean", "std"} - set(fields)
     if missing:
         raise DataError(f"{place}: lacks {sorted(missing)}; prepare the dataset again")
     dataset = Dataset(store, fields)

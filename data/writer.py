@@ -27,6 +27,7 @@ from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.index import Recording
 from data.index_file import read_rows, write_dataset, write_rows
+from data.sound import shard_header, stored
 
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -47,6 +48,7 @@ class DatasetWriter:
         part, parts: which of several writers this is, from 0; all give the same `parts`. Their shards have the numbers
             part, part + parts, part + 2 parts, ...
         name: what the dataset is called in reports.
+        layout: how values are stored: "plain", or compressed, see `data.compression`.
     Raises:
         DataError: the folder was begun with other features or parts, another process is writing this part, or the disk
             is full.
@@ -60,6 +62,7 @@ class DatasetWriter:
         part: int = 0,
         parts: int = 1,
         name: str = "",
+        layout: ix.Layout = "plain",
     ) -> None:
         if not 0 <= part < parts:
             raise DataError(f"part is {part} of {parts}: must be from 0 to {parts - 1}")
@@ -68,7 +71,7 @@ class DatasetWriter:
         self.path = Path(path)
         self.features = feature_settings
         self.max_shard_bytes = max_shard_bytes
-        self.part, self.parts, self.name = part, parts, name
+        self.part, self.parts, self.name, self.layout = part, parts, name, layout
         # Room for the header in front of the values, so that a shard is written once, in one pass.
         self.header_bytes = max(1 << 16, max_shard_bytes >> 10) // 8 * 8
         self.rows: list[dict[str, Any]] = []
@@ -95,27 +98,31 @@ class DatasetWriter:
                 f"recording {recording.id!r}: log-mel of shape {list(values.shape)}, "
                 f"expected [frames, {self.features.num_mels}] with at least one frame"
             )
-        mean, std = ix.statistics(values)
-        if not np.isfinite(std).all():
+        if not np.isfinite(ix.statistics(values)[1]).all():
             raise DataError(f"recording {recording.id!r}: log-mel with NaN or infinite values")
-        entry = len(json.dumps({recording.id: _tensor_entry(values.shape, 1 << 40)}))
+        values, data, block_bytes = stored(values, self.layout)
+        mean, std = ix.statistics(values)
+        entry = ix.tensor_entry(self.layout, len(values), values.shape[1], 1 << 40, len(data))
+        header_bytes = len(json.dumps({recording.id: entry}))
         with self._disk_errors():
             if self.rows and (
-                self.data_bytes + values.nbytes > self.max_shard_bytes
-                or self.header_used + entry > self.header_bytes - 256
+                self.data_bytes + len(data) > self.max_shard_bytes
+                or self.header_used + header_bytes > self.header_bytes - 256
             ):
                 self.close()
             if self.file is None:
                 self._open_shard()
             offset = self.header_bytes + self.data_bytes
-            _write_all(self.file, values.reshape(-1).view(np.uint8), offset)
-        self.data_bytes += values.nbytes
-        self.header_used += entry
+            _write_all(self.file, data, offset)
+        self.data_bytes += len(data)
+        self.header_used += header_bytes
         self.done_ids.add(recording.id)
         row = ix.described(recording) | {
             "shard": self.shard,
             "offset": offset,
+            "bytes": len(data),
             "frames": len(values),
+            "block_bytes": block_bytes,
             "crc32": ix.checksums(values),
             "mean": mean,
             "std": std,
@@ -157,7 +164,7 @@ class DatasetWriter:
         if not indexes:
             (self.path / f"part-{self.part:05d}.json").unlink()
             raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
-        write_dataset(self.path, indexes, self.features, self.name, shards=len(indexes))
+        write_dataset(self.path, indexes, self.features, self.layout, self.name, shards=len(indexes))
         self._remove_leftovers()
 
     def __enter__(self) -> DatasetWriter:
@@ -187,7 +194,7 @@ class DatasetWriter:
         if not begun and any(self.path.glob("shard-*")):
             raise DataError(f"{self.path} holds shards but no dataset was begun in it; choose a new folder")
         if not begun:
-            ix.write_json(self.path / ix.PREPARING_FILE, {**ix.head(self.features), "parts": self.parts})
+            ix.write_json(self.path / ix.PREPARING_FILE, {**ix.head(self.features, self.layout), "parts": self.parts})
         for index in sorted(self.path.glob("rows-*.arrow")):
             number = int(index.stem.removeprefix("rows-"))
             if number % self.parts == self.part:
@@ -204,6 +211,8 @@ class DatasetWriter:
                 f"{self.path} was begun with other features: {'; '.join(difference(found, self.features))} "
                 "(there != now). Use the same features or another folder"
             )
+        if fields.get("layout") != self.layout:
+            raise DataError(f"{self.path} was begun with the layout {fields.get('layout')!r}, not {self.layout!r}")
         if fields.get("parts", self.parts) != self.parts:
             raise DataError(
                 f"{self.path} was begun in {fields['parts']} parts, not {self.parts}: give the same number, or choose "
@@ -223,7 +232,7 @@ class DatasetWriter:
         if self.file is None:
             return
         if self.rows:
-            header = _header(self.rows, self.header_bytes, self.features)
+            header = shard_header(self.rows, self.header_bytes, self.features, self.layout)
             os.ftruncate(self.file, self.header_bytes + self.data_bytes)
             _write_all(self.file, np.frombuffer(header, np.uint8), 0)
             os.fsync(self.file)
@@ -265,19 +274,6 @@ class DatasetWriter:
                 f"{len(self.done_ids)} recordings are written and kept. "
                 f"{f'Free some space ({free} MiB are left)' if full else 'Repair this'} and run the same command again"
             ) from error
-
-
-def _tensor_entry(shape: tuple[int, ...], begin: int) -> dict[str, Any]:
-    end = begin + ix.BYTES_PER_VALUE * shape[0] * shape[1]
-    return {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def _header(rows: list[dict[str, Any]], size: int, features: FeatureSettings) -> bytes:
-    """The head of a safetensors file, padded with spaces (which the format allows) to `size` bytes."""
-    tensors = {r["id"]: _tensor_entry((r["frames"], features.num_mels), r["offset"] - size) for r in rows}
-    text = json.dumps({"__metadata__": {"feature_hash": features.hash()}, **tensors}, separators=(",", ":")).encode()
-    assert len(text) <= size - 8, "the header's room was reckoned wrongly"
-    return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
 
 
 def _write_all(file: int | None, values: np.ndarray, offset: int) -> None:

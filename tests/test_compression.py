@@ -11,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from benchmarks import compression as benchmark
 from data.compression import BLOCK_FRAMES, CODECS, Codec, blocks_of, decode, decode_range, encode, encode_recording
+from data.damage import verify
+from data.derive import derive
 from data.errors import DataError
-from data.index import CHECKSUM_FRAMES
-from tests.made_datasets import make_dataset, noise
+from data.index import CHECKSUM_FRAMES, shard_name
+from data.shards import DatasetWriter, Recording, open_dataset
+from tests.made_datasets import FEATURES, make_dataset, noise
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9))
 # All 65,536 values: zeros of both signs, subnormal numbers, infinities, every NaN.
@@ -251,3 +255,51 @@ def test_the_benchmark_ends_with_a_line_of_json(tmp_path: Path, capsys: pytest.C
     benchmark.main(["--dataset", str(tmp_path / "set"), *options])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["candidates"]["plain float16"]["relative_size"] == 1
+
+
+# --- as a layout of a dataset ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["uint8", "shuffle-zstd"])
+def test_a_compressed_dataset_reads_the_same_frames_from_anywhere(tmp_path: Path, layout: Codec) -> None:
+    lengths = [3, 511, 512, 513, 5000]
+    with DatasetWriter(tmp_path / "packed", FEATURES, 300_000, layout=layout) as writer:
+        for number, frames in enumerate(lengths):
+            recording = Recording(f"r{number:03d}", f"text {number}", language="en", speaker=f"s{number % 3}")
+            writer.add(recording, noise(frames, number))
+        writer.finish()
+    plain, packed = make_dataset(tmp_path / "plain", lengths), open_dataset(tmp_path / "packed")
+    assert packed.layout == layout and not verify(packed)
+    rng = np.random.default_rng(0)
+    for i, frames in enumerate(lengths):
+        whole = packed.read(i)
+        step = np.ptp(plain.read(i).astype(np.float32), axis=0) / 255
+        assert (np.abs(whole.astype(np.float32) - plain.read(i)) <= (step if layout == "uint8" else 0)).all()
+        for start, stop in np.sort(rng.integers(0, frames + 1, (20, 2)), axis=1).tolist():
+            assert np.array_equal(packed.read(i, start, stop), whole[start:stop])
+            assert np.array_equal(packed.read(i, start, stop, verify=True), whole[start:stop])
+    assert (packed.fingerprint == plain.fingerprint) == (layout == "shuffle-zstd")
+    assert packed.index.bytes.sum() < 0.95 * plain.index.bytes.sum()
+    for shard in packed.shards():
+        assert safetensors.numpy.load_file(packed.path / shard_name(shard))  # still what other programs can open
+    copy = derive(tmp_path / "copy", [(packed, i, packed.recording(i)) for i in range(len(packed))])
+    assert copy.layout == layout and not verify(copy)
+    with pytest.raises(DataError, match="differ in their layout"):
+        derive(tmp_path / "both", [(d, 0, d.recording(0)) for d in (plain, packed)])
+    with pytest.raises(DataError, match="begun with the layout"):
+        DatasetWriter(tmp_path / "packed", FEATURES)
+
+
+def test_damage_to_a_compressed_dataset_names_the_recording(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, FEATURES, layout="uint8") as writer:
+        for number in range(3):
+            writer.add(Recording(f"r{number:03d}"), noise(2000, number))
+        writer.finish()
+    dataset = open_dataset(tmp_path)
+    with open(tmp_path / shard_name(0), "r+b") as file:
+        file.seek(int(dataset.index.offset[1]) + int(dataset.index.block_bytes(1)[0]) + 400)
+        file.write(b"damage")
+    assert [problem.split("'")[1] for problem in verify(open_dataset(tmp_path))] == ["r001"]
+    with pytest.raises(DataError, match="'r001'"):
+        open_dataset(tmp_path).read(1, 600, 700, verify=True)
+    open_dataset(tmp_path).read(1, 0, 500)
