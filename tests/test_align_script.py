@@ -290,12 +290,6 @@ def test_labels_of_words_are_those_of_the_text(kind: str, replace_unknown: bool)
     assert [starred.ids[a:b].tolist() for a, b in zip(starred.first, starred.stop, strict=True)][1:3] == [[STAR]] * 2
 
 
-def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
-    command = [sys.executable, script.__file__, "--model", "x", "--data.datset", "y"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 2 and "data.dataset" in ended.stderr and "Traceback" not in ended.stderr
-
-
 def test_the_untrained_recogniser_of_an_export_runs_and_refuses(config: script.Config, tmp_path: Path) -> None:
     """The way of a user: a real export, loaded by the script itself."""
     command = [sys.executable, script.__file__, "--model", config.model, "--data.dataset", config.data.dataset]
