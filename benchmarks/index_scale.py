@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from benchmarks.memory import family, memory
 from data import index as ix
 from data.features import FeatureSettings
 from data.index_file import statistics_header
@@ -82,15 +83,6 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
     ix.write_json(folder / ix.DATASET_FILE, {**ix.head(features, "plain"), **fields, **totals})
 
 
-def memory(pids: Sequence[int], field: str) -> int:
-    """Sum over processes of a field of /proc/PID/smaps_rollup, in bytes; Pss counts a shared page once in all."""
-    total = 0
-    for pid in pids:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-    return total
-
-
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Open, restore, and take batches, in this process and two workers."""
     before = memory([os.getpid()], "Pss")
@@ -118,17 +110,17 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     batches = iter(RowLoader(dataset, crops, settings, multiple=4, row_gap=4))
     for _ in range(options.batches):
         next(batches)
-    family = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
+    processes = family()
     return {
         "open_seconds": round(open_seconds, 3),
         "order_seconds": round(order_seconds, 3),
         "restore_seconds": round(statistics.median(restore), 3),
         "next_batch_seconds": round(statistics.median(first_batch), 4),
         "next_batch_worst": round(max(first_batch), 4),
-        "resident_gb": round(memory(family, "Pss") / 1e9, 3),
+        "resident_gb": round(memory(processes, "Pss") / 1e9, 3),
         "resident_before_gb": round(before / 1e9, 3),
-        "private_gb": round(memory(family, "Pss_Anon") / 1e9, 3),
-        "processes": len(family),
+        "private_gb": round(memory(processes, "Pss_Anon") / 1e9, 3),
+        "processes": len(processes),
     }
 
 

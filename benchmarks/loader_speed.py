@@ -1,8 +1,9 @@
 """How fast rows with masks become ready: `python -m benchmarks.loader_speed`.
 
 A synthetic dataset (random float16; utterances of 2 to 17 s and some recordings of 10 minutes) is written to a
-temporary folder, so the page cache is warm; the real loader then runs with one worker and the masks of pretraining.
-Counts seconds of audio, not padding, that arrive in the main process. The last line is JSON.
+temporary folder, so the page cache is warm; the real loader then runs with one worker and with two, in turns, with the
+masks of pretraining. Counts seconds of audio, not padding, that arrive in the main process. Then many small batches,
+and what the processes' own memory grew by from the first tenth of them to the last. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks.memory import family, memory
 from bestrq.pretraining.masking import draw_span_mask
 from data.features import FeatureSettings
+from data.index import LAYOUTS, Layout
 from data.loader import LoaderSettings, Plan, RowLoader
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
 
 
-def write_synthetic(folder: str, hours: float, seed: int = 0) -> Dataset:
+def write_synthetic(folder: str, hours: float, layout: Layout = "plain", seed: int = 0) -> Dataset:
     """Random log-mel: 90 % of the time in utterances of 2 to 17 s, 10 % in recordings of 10 minutes."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(-5, 3, size=(60_000, 80)).astype(np.float16)
-    with DatasetWriter(folder, FeatureSettings()) as writer:
+    with DatasetWriter(folder, FeatureSettings(), layout=layout) as writer:
         total, number = 0, 0
         while total < hours * 360_000:
             frames = 60_000 if number % 600 == 0 else int(rng.integers(200, 1700))
@@ -62,6 +65,19 @@ def measure(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> 
     return seconds / (time.perf_counter() - begin) / max(1, num_workers)
 
 
+def growth(dataset: Dataset, options: argparse.Namespace) -> float:
+    """Megabytes that this process and its workers grew by, of memory that is nobody else's, over many small batches."""
+    settings = LoaderSettings(row_frames=400, rows=2, max_seconds=4.0, num_workers=2)
+    small = RowLoader(dataset, settings.crop_order(dataset), settings, multiple=4, row_gap=4)
+    before = 0
+    for number, _ in enumerate(small):
+        if number == options.growth_batches // 10:
+            before = memory(family(), "Pss_Anon")
+        if number == options.growth_batches:
+            break
+    return (memory(family(), "Pss_Anon") - before) / 1e6
+
+
 def copy_speed(options: argparse.Namespace) -> float:
     """Audio-seconds per second of the least that must happen: a row's float16 read and float32 written, in torch."""
     import torch
@@ -84,10 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=150, help="updates in a measurement")
     parser.add_argument("--warm-up", type=int, default=8, help="updates before it")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--growth-batches", type=int, default=100_000, help="over which memory is watched")
+    parser.add_argument("--layout", choices=LAYOUTS, default="plain", help="of the dataset")
     parser.add_argument("--profile", action="store_true", help="where the time goes, in one process")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = write_synthetic(folder, options.hours)
+        dataset = write_synthetic(folder, options.hours, options.layout)
         if options.profile:
             profiler = cProfile.Profile()
             profiler.runcall(measure, dataset, options, 0)
@@ -98,19 +116,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for _, plan in zip(range(options.updates), plans.plans(), strict=False):
             planned += _seconds(plan)
         planning = planned / (time.perf_counter() - begin)
-        rates = []
+        rates, scaling = [], []
         for _ in range(options.repeats):
             rates.append(measure(dataset, options, 1))
-            print(f"{rates[-1]:,.0f} audio-s/s with one worker", flush=True)
+            two = 2 * measure(dataset, options, 2)
+            scaling.append(two / rates[-1])
+            print(f"{rates[-1]:,.0f} audio-s/s with one worker, {two:,.0f} with two", flush=True)
         fill = planned * 100 / (options.updates * options.rows * options.row_frames)
         figures = {
             "audio_seconds_per_second_per_worker": round(statistics.median(rates)),
+            "scaling_2_workers": round(statistics.median(scaling), 2),
             "lowest": round(min(rates)),
             "highest": round(max(rates)),
             "in_process": round(statistics.median(measure(dataset, options, 0) for _ in range(3))),
             "planning_alone": round(planning),
             "bare_conversion": round(copy_speed(options)),
             "row_fill": round(fill, 4),
+            "growth_mb": round(growth(dataset, options), 1),
+            "growth_batches": options.growth_batches,
+            "layout": options.layout,
         }
     print(json.dumps(figures))
 

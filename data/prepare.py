@@ -51,8 +51,8 @@ class PrepareSettings:
     merge: bool = False
     """Prepare nothing, but make a dataset of finished parts (where the last two did not see each other finish)."""
     layout: Layout = "plain"
-    """plain: float16, quickest. Compressed: shuffle-zstd, exact, 70 % of the bytes; uint8, rounded to 256 steps of every
-    bin, 36 to 43 % (docs/compression.md has the figures)."""
+    """plain: float16, quickest. Compressed: shuffle-zstd, exact, 70 % of the bytes; uint8, rounded to 256 steps of
+    every bin, 36 to 43 % (docs/compression.md has the figures)."""
     shard_mb: int = 500
     """Size of a shard in MB (10**6 bytes; 500 hold 8.7 hours). What is in finished shards survives even SIGKILL."""
     shard_minutes: float = 10.0
