@@ -53,7 +53,7 @@ class AlignmentSettings:
     piece_cells: int = 4_000_000
     """Pieces grow up to so many cells, frames x (2 labels + 1 + vocabulary); fewer cells, more cuts."""
     max_cells: int = 100_000_000
-    """A stretch without any place to cut may have so many cells, at some 4 bytes each; the words of a longer one get
+    """A stretch without any place to cut may have so many cells, of 1 to 10 bytes; the words of a longer one get
     times by their length, with confidence 0."""
 
     def __post_init__(self) -> None:
