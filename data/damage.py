@@ -71,7 +71,7 @@ def faults(dataset: Dataset, workers: int = 1) -> list[Fault]:
     found = dict.fromkeys(check_statistics(dataset))
     tasks = [(numbers, not found) for numbers in _chunks(dataset)]
     with tqdm(
-        total=_bytes(dataset, slice(None)),
+        total=int(dataset.index.bytes.sum()),
         desc="verify",
         unit="B",
         unit_scale=True,
@@ -92,7 +92,7 @@ def _chunks(dataset: Dataset) -> list[np.ndarray]:
     """The recordings in the order in which they lie on the disk, in stretches of one shard."""
     index = dataset.index
     order = np.lexsort((index.offset, index.shard))
-    position = np.cumsum(index.frames[order] * (dataset.features.num_mels * ix.BYTES_PER_VALUE)) // _CHUNK_BYTES
+    position = np.cumsum(index.bytes[order]) // _CHUNK_BYTES
     edges = np.flatnonzero((np.diff(index.shard[order]) != 0) | (np.diff(position) != 0)) + 1
     return np.split(order, edges)
 
@@ -100,7 +100,8 @@ def _chunks(dataset: Dataset) -> list[np.ndarray]:
 def _results(dataset: Dataset, tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[Fault], int]]:
     """What `_check` found in each task and in the index, in any order."""
     tasks = [None, *tasks]
-    workers = min(workers, len(tasks), _bytes(dataset, slice(None)) // _CHUNK_BYTES)  # a process takes seconds to begin
+    # A process takes seconds to begin: each gets enough to read.
+    workers = min(workers, len(tasks), int(dataset.index.bytes.sum()) // _CHUNK_BYTES)
     if workers <= 1:
         yield from (_check(dataset, task) for task in tasks)
         return
@@ -147,11 +148,7 @@ def _check(dataset: Dataset, task: Task) -> tuple[list[Fault], int]:
         return check_index(dataset), 0
     numbers, with_statistics = task
     found = [*check_header(dataset, numbers), *(check_recording(dataset, int(i), with_statistics) for i in numbers)]
-    return [fault for fault in found if fault is not None], _bytes(dataset, numbers)
-
-
-def _bytes(dataset: Dataset, numbers: np.ndarray | slice) -> int:
-    return int(dataset.frames[numbers].sum()) * dataset.features.num_mels * ix.BYTES_PER_VALUE
+    return [fault for fault in found if fault is not None], int(dataset.index.bytes[numbers].sum())
 
 
 def damage(dataset: Dataset, recording: int) -> str | None:

@@ -1,7 +1,5 @@
-"""The on-disk format: `DatasetWriter` writes it, `open_dataset` reads it, `python -m data.shards` checks and shows it.
-
-    python -m data.shards verify DIR                          read every byte, list every bad recording
-    python -m data.shards inspect DIR [--id ID] [--png FILE]   totals, or one recording and its picture
+"""The on-disk format: `DatasetWriter` writes it, `open_dataset` reads it, `python -m data.shards COMMAND` looks after
+it (verify, inspect, stats, split, filter, merge: docs/datasets.md).
 
 A range of frames is one positioned read at `offset + start * 2 * M`, whatever the recording's length. Nothing is ever
 unpickled, and names in an index cannot reach outside the dataset's folder. See `data.index` for the files and columns.
@@ -277,9 +275,7 @@ def open_dataset(
     try:
         if store.size(ix.DATASET_FILE) is None:
             if store.size(ix.PREPARING_FILE) is not None:
-                raise DataError(
-                    f"{location} is half-written: its preparation was interrupted; run the same command again"
-                )
+                raise DataError(f"{location} is half-written: preparing it was interrupted; run the same command again")
             raise DataError(
                 f"{location} is not a dataset: it has no {ix.DATASET_FILE}. `python -m data.prepare` makes one"
             )
