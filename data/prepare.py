@@ -13,18 +13,18 @@ import os
 import re
 import sys
 import time
-from argparse import ArgumentError
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import numpy as np
 
-from data.corpora import CORPORA, find_corpus
-from data.corpora.base import Corpus, Source, did_you_mean
+from data.corpora import find_corpus
+from data.corpora.base import Source
 from data.errors import DataError
 from data.extraction import extract_all
 from data.features import FeatureSettings
@@ -85,7 +85,8 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     Raises DataError: unusable settings or corpus, a folder that holds another dataset, too many unusable recordings,
     a full disk, parts that are missing when merging. What finished shards hold is kept.
     """
-    sources = list(find_corpus(name).sources(corpus_settings))
+    listed = find_corpus(name).sources(corpus_settings)
+    sources = listed if isinstance(listed, Sequence) else list(listed)
     folder = Path(settings.out)
     with Interrupts() as interrupts, _begin(folder, _identity(name, corpus_settings, sources), features, settings) as w:
         if w.finished:
@@ -113,8 +114,9 @@ def _prepare_part(
     sources: Sequence[Source], writer: DatasetWriter, settings: PrepareSettings, interrupts: Interrupts
 ) -> None:
     """Write all sources that are not in finished shards, and the list of the unusable ones."""
-    remaining = [source for source in sources if source.id not in writer.done_ids]
+    remaining = sources
     if writer.done_ids:
+        remaining = [source for source in sources if source.id not in writer.done_ids]
         print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
     skipped: list[Skipped] = []
     allowed = settings.max_skipped_share * len(sources)
@@ -179,15 +181,23 @@ def _begin(
 
 def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dict[str, Any]:
     """What a dataset is made from, as it is written beside it."""
-    ids = [source.id for source in sources]
-    if not ids:
+    digest, hashes = hashlib.sha256(), array("q")  # not the ids themselves: there may be ten million
+    for source in sources:
+        digest.update(source.id.encode() + b"\n")
+        hashes.append(hash(source.id))
+    if not sources:
         raise DataError(f"the corpus {name!r} has no recordings with these settings: nothing to prepare")
-    twice = [id for id, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise DataError(f"{len(twice)} recordings share their id with another, first {twice[0]!r}: rename them")
+    values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+    if len(values) < len(hashes):
+        suspects = set(values[counts > 1].tolist())
+        ids = Counter(source.id for source in sources if hash(source.id) in suspects)
+        twice = [id for id, count in ids.items() if count > 1]
+        if twice:
+            raise DataError(f"{len(twice)} recordings share their id with another, first {twice[0]!r}: rename them")
     fields = json.loads(json.dumps(dataclasses.asdict(corpus_settings), default=str))
-    listed = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    return {"corpus": name, "settings": fields, "recordings": len(ids), "ids_sha256": listed}
+    for field in find_corpus(name).free:
+        del fields[field]
+    return {"corpus": name, "settings": fields, "recordings": len(sources), "ids_sha256": digest.hexdigest()}
 
 
 def _check_identity(folder: Path, there: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -221,84 +231,7 @@ def _totals(folder: Path) -> str:
     return f"{hours:.2f} hours, " + ", ".join(f"{splits[split][0]} {split}" for split in sorted(splits))
 
 
-def usage() -> str:
-    """The help of the command without a corpus."""
-    width = max(map(len, CORPORA))
-    listed = "\n".join(f"  {name:{width}}  {corpus.summary}" for name, corpus in CORPORA.items())
-    return (
-        f"usage: python -m data.prepare CORPUS --out DIR [--field value ...]\n\n{__doc__}\n"
-        f"corpora:\n{listed}\n\n`python -m data.prepare CORPUS --help` lists the settings of a corpus."
-    )
-
-
-def parse(name: str, corpus: Corpus, arguments: Sequence[str]) -> tuple[Any, FeatureSettings, PrepareSettings]:
-    """Settings from the command line: of the corpus and of the preparation as --field, of the features as
-    --features.field. Dashes in names count as underscores, and lists may be written `a,b`.
-
-    Raises DataError for a wrong value, and for an unknown name with the nearest known one.
-    """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=f"python -m data.prepare {name}", description=corpus.summary, exit_on_error=False, allow_abbrev=False
-    )
-    groups: dict[str | None, list[type]] = {None: [PrepareSettings, corpus.settings], "features": [FeatureSettings]}
-    types = {f.name: str(f.type) for kind in groups[None] for f in dataclasses.fields(kind)}
-    if "config" not in types:  # else it is the corpus's own
-        parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
-    for key, classes in groups.items():
-        for kind in classes:
-            parser.add_class_arguments(kind, key)
-    try:
-        values = parser.parse_args(_tidy(arguments, types)).as_dict()
-    except ArgumentError as error:
-        known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-        raise DataError(_explain(str(error), known)) from None
-    fields = {kind: {f.name: values[f.name] for f in dataclasses.fields(kind)} for kind in groups[None]}
-    features = FeatureSettings(**values["features"])
-    return corpus.settings(**fields[corpus.settings]), features, PrepareSettings(**fields[PrepareSettings])
-
-
-def _tidy(arguments: Sequence[str], types: Mapping[str, str]) -> list[str]:
-    """Arguments as the parser wants them: `--a-b x` is `--a_b=x`, of a list `x,y` is `[x,y]`, a bare flag is true."""
-    tidy: list[str] = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            tidy.append("--" + name[2:].replace("-", "_") + equals + value)
-        elif tidy and tidy[-1].startswith("--") and "=" not in tidy[-1]:
-            tidy[-1] += f"={argument}"
-        else:
-            tidy.append(argument)
-    lists = "|".join(name for name, kind in types.items() if kind.startswith("list")) or "(?!)"
-    listed = re.compile(rf"(--(?:{lists})\+?=)(?!\[)(.*)", re.DOTALL)
-    flags = {f"--{name}": f"--{name}=true" for name, kind in types.items() if kind == "bool"}
-    return [listed.sub(r"\1[\2]", flags.get(argument, argument)) for argument in tidy]
-
-
-def _explain(message: str, known: Sequence[str]) -> str:
-    unknown = re.findall(r"--([\w.]+)", message) if message.startswith("unrecognized arguments") else []
-    unknown += re.findall(r"Option '([^']*)' is not accepted", message)
-    if unknown:
-        return "; ".join(f"there is no setting {n!r}.{did_you_mean(n, known)} --help lists them" for n in unknown)
-    return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    try:
-        prepare(name, *parse(name, find_corpus(name), rest))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is done is kept, the same command continues", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
+    from data.prepare_cli import main
+
     sys.exit(main())

@@ -130,7 +130,7 @@ def test_a_missing_transcript_column_is_told_with_the_columns(tmp_path: Path) ->
 
 def test_configurations_and_splits_are_the_datasets_own(tmp_path: Path) -> None:
     write_mls(tmp_path)
-    found = listed(tmp_path, config="french", splits=["train", "test"])
+    found = listed(tmp_path, subset="french", splits=["train", "test"])
     assert [(s.id, s.recording.split) for s in found] == [
         ("200_7_000000", "train"),
         ("200_7_000001", "train"),
@@ -139,14 +139,14 @@ def test_configurations_and_splits_are_the_datasets_own(tmp_path: Path) -> None:
         ("205_9_000005", "test"),
     ]
     assert all(sounds_right(source, "fr", 0.9) for source in found)
-    with pytest.raises(DataError, match=r"config is 'klingon' .* Available: \['german', 'french'\]"):
-        listed(tmp_path, config="klingon")
-    with pytest.raises(DataError, match=r"config is '' .*german"):
+    with pytest.raises(DataError, match=r"subset is 'klingon' .* Available: \['german', 'french'\]"):
+        listed(tmp_path, subset="klingon")
+    with pytest.raises(DataError, match=r"subset is '' .*german"):
         listed(tmp_path)
     with pytest.raises(DataError, match="splits names 'valid', .* has dev, test, train, 9_hours, 1_hours"):
-        listed(tmp_path, config="german", splits=["valid"])
+        listed(tmp_path, subset="german", splits=["valid"])
     with pytest.raises(DataError, match=r"the id '100_7_000000' stands in more than one row \(in 9_hours, train\)"):
-        listed(tmp_path, config="german")
+        listed(tmp_path, subset="german")
 
 
 def test_a_split_of_unusual_name_is_taken_for_what_the_user_says(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from data.errors import DataError
 from data.extraction import Extracted, Skipped, extract, extract_all
 from data.features import FeatureSettings
 from data.index import Recording
-from data.prepare import PrepareSettings, main, parse, prepare
+from data.prepare import PrepareSettings, prepare
+from data.prepare_cli import main, parse
 from data.progress import Progress
 from data.shards import open_dataset
 

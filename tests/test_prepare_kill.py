@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.prepare import main
+from data.prepare_cli import main
 from data.shards import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,7 +26,8 @@ import torch
 with contextlib.suppress(ImportError):
     import pandas  # pyarrow does so late, and slowly
 from data.corpora import find_corpus
-from data.prepare import parse, prepare
+from data.prepare import prepare
+from data.prepare_cli import parse
 
 folder, parts, kills, seed = sys.argv[1], *map(int, sys.argv[2:5])
 corpus, features, settings = parse("folder", find_corpus("folder"), [*sys.argv[5:], "--out", "x"])

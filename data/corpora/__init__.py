@@ -43,6 +43,7 @@ CORPORA: dict[str, Corpus] = {
         "Multilingual LibriSpeech: read books in eight languages, 51,000 h; from the Hugging Face hub or OpenSLR 94",
         mls.MlsSettings,
         mls.sources,
+        free=("cache", "cache_gb"),
     ),
     "librispeech": Corpus(
         "LibriSpeech: read English books, 960 h; OpenSLR 12's folders, with word times from the LibriSpeech alignments",
@@ -58,6 +59,7 @@ CORPORA: dict[str, Corpus] = {
         "any audio dataset of the Hugging Face hub, or a local copy of one, by its name and columns",
         huggingface.HuggingFaceSettings,
         huggingface.sources,
+        free=("cache", "cache_gb"),
     ),
     "tedlium": Corpus(
         "TED-LIUM 1, 2 and 3: English talks, 118 to 452 h; whole talks or utterances, from the unpacked release",
@@ -78,6 +80,7 @@ CORPORA: dict[str, Corpus] = {
         "the layout of long-context-asr (Spotify podcasts): stored spectrograms or audio, with Google's word times",
         long_context_asr.LongContextAsrSettings,
         long_context_asr.sources,
+        features=long_context_asr.features,
     ),
     "lhotse": Corpus(
         "lhotse manifests of your own: cuts, or recordings with supervisions, word alignments included",

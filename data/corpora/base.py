@@ -112,6 +112,10 @@ class Corpus:
     """The settings dataclass."""
     sources: Callable[[Any], Iterable[Source]]
     """Settings -> everything the corpus has, in a fixed order, ids unique. Raises DataError for a user's mistake."""
+    features: Callable[[Any], FeatureSettings] | None = None
+    """Settings -> the features that its stored numbers have, for a corpus that is not all sound."""
+    free: tuple[str, ...] = ()
+    """Settings that decide nothing about the recordings: a continued preparation may change them."""
 
 
 def hash_share(key: str) -> float:

@@ -44,7 +44,7 @@ class HuggingFaceSettings:
 
     dataset: str = ""
     """OWNER/NAME on the hub, or a local folder: Parquet files laid out as on the hub, or written by save_to_disk."""
-    config: str = ""
+    subset: str = ""
     """Configuration, such as german; needed where the dataset has several."""
     splits: list[str] = field(default_factory=list)
     """Splits to read; empty: all. NAME=train (dev, test) says what a split with an unusual name is taken for."""
@@ -139,7 +139,7 @@ def data_files(settings: HuggingFaceSettings) -> dict[str, list[str]]:
     try:
         builder = library.load_dataset_builder(
             str(local) if local.is_dir() else settings.dataset,
-            settings.config or None,
+            settings.subset or None,
             revision=settings.revision or None,
         )
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
@@ -167,7 +167,7 @@ def _library() -> Any:
 def _explain(settings: HuggingFaceSettings, error: Exception) -> str:
     message = " ".join(str(error).split())[:500]
     if isinstance(error, ValueError) and "onfig" in message:
-        return f"config is {settings.config!r} for {settings.dataset}: {message}"
+        return f"subset is {settings.subset!r} for {settings.dataset}: {message}"
     return (
         f"dataset {settings.dataset}: cannot be opened ({type(error).__name__}: {message}). Check the name; if it is "
         "gated, accept its terms on its page and log in with `hf auth login` or set HF_TOKEN; where the hub is out "
@@ -203,7 +203,7 @@ def _wanted_splits(settings: HuggingFaceSettings, known: Sequence[str]) -> dict[
         name, _, split = entry.partition("=")
         if name not in known:
             raise DataError(
-                f"splits names {name!r}, {settings.dataset} {settings.config} has {', '.join(known)}."
+                f"splits names {name!r}, {settings.dataset} {settings.subset} has {', '.join(known)}."
                 f"{did_you_mean(name, known)}"
             )
         split = split or next((s for prefix, s in _SPLIT_PREFIXES.items() if name.lower().startswith(prefix)), "")

@@ -72,6 +72,11 @@ def spectrogram_features() -> FeatureSettings:
     return FeatureSettings(low_hz=0.0, logarithm=False, standardized=True, channels="first")
 
 
+def features(settings: LongContextAsrSettings) -> FeatureSettings:
+    """What a preparation computes, or finds computed, unless it is told otherwise."""
+    return spectrogram_features() if settings.read == "spectrogram" else FeatureSettings()
+
+
 @dataclass(frozen=True)
 class SpectrogramSource:
     """A recording of which the spectrogram is stored."""

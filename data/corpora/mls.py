@@ -98,7 +98,7 @@ def _from_hub(settings: MlsSettings) -> LazySources:
     for code in dict.fromkeys(map(_code, settings.languages or LANGUAGES)):
         wanted = HuggingFaceSettings(
             dataset=settings.english_dataset if code == "en" else settings.dataset,
-            config="" if code == "en" else LANGUAGES[code],
+            subset="" if code == "en" else LANGUAGES[code],
             splits=list(settings.splits),
             text_column="transcript",
             speaker_column="speaker_id",
