@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -131,7 +132,9 @@ def described(recording: Recording) -> dict[str, Any]:
     return row
 
 
+@functools.cache
 def shard_name(number: int) -> str:
+    """File name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 

@@ -41,9 +41,11 @@ def read_frames(storage: Storage, index: Index, layout: ix.Layout, recording: in
 
     Raises OSError where they cannot be read, DataError where what is read cannot be.
     """
+    if not len(out):
+        return
     if layout == "plain":
         skipped = start * out.shape[1] * ix.BYTES_PER_VALUE
-        _read_bytes(storage, index, recording, skipped, out.reshape(-1).view(np.uint8))
+        _read_bytes(storage, index, recording, skipped, out)
         return
     frames, sizes = int(index.frames[recording]), index.block_bytes(recording)
     first, last = blocks_of(start, start + len(out))
@@ -59,4 +61,4 @@ def read_frames(storage: Storage, index: Index, layout: ix.Layout, recording: in
 
 def _read_bytes(storage: Storage, index: Index, recording: int, skipped: int, out: np.ndarray) -> None:
     position = int(index.offset[recording]) + skipped
-    storage.read_into(ix.shard_name(index.shard[recording]), position, memoryview(out))  # type: ignore[arg-type]
+    storage.read_into(ix.shard_name(int(index.shard[recording])), position, memoryview(out).cast("B"))  # type: ignore[arg-type]
