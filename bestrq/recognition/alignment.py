@@ -45,7 +45,7 @@ class AlignmentSettings:
 
     max_cost: float = 3.0
     """The likeliest path through the transcript may be less likely than greedy decoding by so many nats a label; above
-    it the recording counts as unaligned. Right transcripts cost 0.1 to 2, those of another recording 4 to 12."""
+    it the recording counts as unaligned. Right transcripts cost 0.1 to 2, those of another recording 3.5 to 12."""
     lead_ms: float = 40.0
     """A word begins so long before the frame of its first label, for a sound is recognised once it is under way."""
     tail_ms: float = 15.0
