@@ -59,8 +59,22 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m data.prepare synthetic --out datasets/synthetic": Run(TINY_CORPUS),
     "python -m data.shards inspect datasets/synthetic": Run(),
     "python -m data.shards verify datasets/synthetic": Run(),
+    "sbatch --array=0-15 launch/prepare.sbatch mls --languages de,fr --out datasets/mls": Elsewhere(
+        "tests/test_prepare.py runs the script's parts, tests/test_corpora_mls.py the corpus"
+    ),
+    "python align.py --data.dataset datasets/train --model runs/base-120m-ctc/export --out datasets/train-timed": Run(
+        "--device cpu"
+    ),
     "python -m benchmarks.pretraining_speed": Run("--only-ours --utterances 2 --row-seconds 20 --rows 1 --repeats 1"),
-    "python -m benchmarks.loader_speed": Run("--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1"),
+    "python -m benchmarks.loader_speed": Run(
+        "--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1 --growth-batches 20"
+    ),
+    "python -m benchmarks.index_scale": Run("--recordings 20000 --batches 2 --repeats 1"),
+    "python -m benchmarks.range_read": Run("--only-ours --recordings 1 --rounds 2"),
+    "python -m benchmarks.compression --dataset datasets/synthetic": Run("--minutes 0.5 --crops 2"),
+    "python -m benchmarks.alignment --model runs/base-120m-ctc/export": Elsewhere(
+        "a model of two updates aligns nothing; tests/test_align_script.py runs the script"
+    ),
     "python -m benchmarks.prepare_speed": Elsewhere("needs lhotse, which is in requirements-benchmarks.txt only"),
 }
 
