@@ -386,6 +386,19 @@ def fuzz(made: Path, seeds: range) -> list[str]:
     return failures
 
 
+def test_a_crash_and_a_greedy_allocation_are_seen_with_their_seed() -> None:
+    def crash(say: Callable[[object], None]) -> None:
+        say("seed 7")
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    def fill(say: Callable[[object], None]) -> None:
+        say("seed 8")
+        bytearray(2 * MORE_MEMORY)
+
+    assert in_a_child(crash) == ["seed 7", "ended by signal 11"]
+    assert in_a_child(fill)[:2] == ["seed 8", "MemoryError: "]
+
+
 def test_random_damage_is_found_or_harmless(made: Path) -> None:
     failures = fuzz(made, range(80))
     assert not failures, "\n\n".join(failures)
