@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
 # Read by one process in one go, and therefore in order: enough that a disk is not made to jump.
 _CHUNK_BYTES = 64 << 20
+# A process takes as long to begin as it takes to verify this much.
+_PROCESS_BYTES = 1 << 30
 # Relative to the standard deviation, and to 1 where that is smaller.
 _TOLERANCE = 1e-3
 
@@ -100,8 +102,7 @@ def _chunks(dataset: Dataset) -> list[np.ndarray]:
 def _results(dataset: Dataset, tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[Fault], int]]:
     """What `_check` found in each task and in the index, in any order."""
     tasks = [None, *tasks]
-    # A process takes seconds to begin: each gets enough to read.
-    workers = min(workers, len(tasks), int(dataset.index.bytes.sum()) // _CHUNK_BYTES)
+    workers = min(workers, len(tasks), int(dataset.index.bytes.sum()) // _PROCESS_BYTES)
     if workers <= 1:
         yield from (_check(dataset, task) for task in tasks)
         return

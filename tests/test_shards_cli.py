@@ -92,6 +92,12 @@ def flip(path: Path, place: int) -> None:
         file.write(bytes([byte ^ 0x40]))
 
 
+def in_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that even a small dataset is verified by several processes."""
+    monkeypatch.setattr(damage, "_CHUNK_BYTES", 60_000)
+    monkeypatch.setattr(damage, "_PROCESS_BYTES", 60_000)
+
+
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +109,7 @@ def test_processes_find_what_one_finds_and_list_it(
         flip(shard, int(dataset.index.offset[recording]) + 1000)
     alone = faults(dataset)
     assert [fault.id for fault in alone] == ["r03", "r11", "r20"]
-    monkeypatch.setattr(damage, "_CHUNK_BYTES", 60_000)
+    in_small_tasks(monkeypatch)
     assert len(damage._chunks(dataset)) > 12
     listed = tmp_path / "bad.jsonl"
     code, out, err = run(capsys, "verify", dataset.path, "--workers", 3, "--list", listed)
@@ -122,7 +128,7 @@ def test_ctrl_c_ends_all_processes(
     def interrupted(_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(damage, "_CHUNK_BYTES", 60_000)
+    in_small_tasks(monkeypatch)
     monkeypatch.setattr(damage, "as_completed", interrupted)
     code, _, err = run(capsys, "verify", dataset.path, "--workers", 2)
     assert code == 130 and err == "\ninterrupted\n" and not multiprocessing.active_children()
@@ -134,7 +140,7 @@ def test_a_killed_process_is_one_error(
     def killed(_: object) -> NoReturn:
         raise damage.BrokenProcessPool
 
-    monkeypatch.setattr(damage, "_CHUNK_BYTES", 60_000)
+    in_small_tasks(monkeypatch)
     monkeypatch.setattr(damage, "as_completed", killed)
     code, _, err = run(capsys, "verify", dataset.path, "--workers", 2)
     assert code == 2 and "use fewer workers" in err
