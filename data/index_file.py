@@ -187,16 +187,25 @@ def read_rows(path: Path, num_mels: int) -> pa.RecordBatch:
 
 
 def write_dataset(
-    folder: Path, parts: Sequence[Path], features: FeatureSettings, layout: ix.Layout, name: str, shards: int
+    folder: Path,
+    parts: Sequence[Path],
+    features: FeatureSettings,
+    layout: ix.Layout,
+    name: str,
+    shards: int,
+    expected: int | None = None,
 ) -> None:
     """Merge the rows of all parts, sorted by id, and write dataset.json: from then on the folder is a dataset.
 
-    Memory is bounded by the ids, the numbers and one batch. Raises DataError where two recordings share an id.
+    Memory is bounded by the ids, the numbers and one batch. Raises DataError where two recordings share an id, or where
+    there are not as many as `expected`.
     """
     num_mels = features.num_mels
     ids = pa.chunked_array([pa.array(read_rows(part, num_mels)["id"].to_pylist(), pa.string()) for part in parts])
+    if expected not in (None, len(ids)):
+        raise DataError(f"{folder}: {len(ids)} of {expected} recordings have rows-*.arrow files: restore the others")
     order = pc.sort_indices(ids).to_numpy().astype(np.int64)
-    _check_unique(ids, order)
+    _check_unique(ids, order, folder)
     begins = np.concatenate([[0], np.cumsum([len(chunk) for chunk in ids.chunks])])
     del ids
     known = {label: _distinct(parts, label, num_mels) for label in ix.LABELS}
@@ -246,12 +255,13 @@ def statistics_range(recording: int, num_mels: int) -> tuple[int, int]:
     return _HEADER_BYTES + recording * size, size
 
 
-def _check_unique(ids: pa.ChunkedArray, order: np.ndarray) -> None:
+def _check_unique(ids: pa.ChunkedArray, order: np.ndarray, folder: Path) -> None:
     ordered = ids.take(pa.array(order)).combine_chunks()
     twice = pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
     if twice.any():
         first = ordered[int(np.flatnonzero(twice)[0])].as_py()
-        raise DataError(f"{int(twice.sum())} recordings share their id with another, first {first!r}: rename them")
+        count = int(twice.sum())
+        raise DataError(f"{folder}: {count} recordings share their id with another, first {first!r}: rename them")
 
 
 def _distinct(parts: Iterable[Path], name: str, num_mels: int) -> pa.Array:

@@ -39,14 +39,14 @@ def some(count: int = 24) -> tuple[list[Recording], list[int]]:
         Recording(
             f"r{n:02d}",
             TEXTS[n % 8],
-            [Word("w", 0.1, 0.2, n / count), Word("v", 0.3, 0.4)] if n % 3 == 0 else None,
+            [Word("w", 0.0, 0.1, n / count), Word("v", 0.1, 0.2)] if n % 3 == 0 else None,
             ["en", "cs", ""][n % 3],
             f"s{n % 5}",
             ["train", "train", "dev", "test"][n % 4],
         )
         for n in range(count)
     ]
-    return recordings, [50 + 37 * n for n in range(count)]
+    return recordings, [26 + 37 * n for n in range(count)]  # one of them lasts a second, an edge of the histogram
 
 
 @pytest.fixture
@@ -203,6 +203,14 @@ def test_missing_statistics_are_one_fault_and_the_sound_is_checked_all_the_same(
     assert [fault.file for fault in found] == ["statistics.safetensors", "shard-00001.safetensors"]
 
 
+def test_statistics_with_another_head_or_more_behind_them_are_found(dataset: Dataset) -> None:
+    path = dataset.path / "statistics.safetensors"
+    content = path.read_bytes()
+    for changed in (content.replace(b"F32", b"F64"), content + b"\0"):
+        path.write_bytes(changed)
+        assert [fault.file for fault in faults(open_dataset(dataset.path))] == [path.name]
+
+
 @pytest.mark.parametrize("place", ["size", "{", "F16", "shape", "data_offsets", "[0,"])
 def test_a_damaged_head_of_a_shard_is_found(dataset: Dataset, place: str) -> None:
     path = dataset.path / "shard-00002.safetensors"
@@ -331,7 +339,7 @@ CONDITIONS: dict[str, Callable[[Recording, float], bool]] = {
     "--language cs": lambda r, s: r.language == "cs",
     "--language en --language cs --split dev": lambda r, s: r.language != "" and r.split == "dev",
     "--speaker s1": lambda r, s: r.speaker == "s1",
-    "--min-seconds 2.72 --max-seconds 6": lambda r, s: 2.72 <= s <= 6,
+    "--min-seconds 2.85 --max-seconds 5.81": lambda r, s: 2.85 <= s <= 5.81,
     "--has-text": lambda r, s: r.text is not None,
     "--no-has-text": lambda r, s: r.text is None,
     "--has-words --split test": lambda r, s: r.words is not None and r.split == "test",
