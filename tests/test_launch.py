@@ -261,7 +261,8 @@ def setup(repository: Path, *arguments: str, python: str = sys.executable) -> su
 
 def test_setup_finishes_a_broken_installation_and_skips_a_finished_one(repository: Path) -> None:
     requirements = repository / "requirements.txt"
-    (repository / "requirements-dev.txt").write_text("")
+    for kind in ("dev", "huggingface", "storage"):
+        (repository / f"requirements-{kind}.txt").write_text("")
     requirements.write_text("./missing-package\n")
     broken = setup(repository)
     assert broken.returncode == 1

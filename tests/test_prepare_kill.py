@@ -1,5 +1,6 @@
 """A preparation that is killed, anywhere and often, ends as the dataset of an undisturbed one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -155,7 +156,7 @@ def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) ->
     arguments = [*write_audio(tmp_path / "audio", 40)[:-2], "--workers", "1", "--out"]
     # A slow disk: every recording takes 50 ms, so that the signal falls in the middle of a shard.
     program = (
-        "import sys, time, data.writer as w, data.prepare as p\n"
+        "import sys, time, data.writer as w, data.prepare_cli as p\n"
         "add = w.DatasetWriter.add\n"
         "def slowly(self, *a):\n    add(self, *a)\n    time.sleep(0.05)\n    len(self.done_ids) % 8 or self.close()\n"
         "w.DatasetWriter.add = slowly\n"
@@ -176,3 +177,26 @@ def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert main([*arguments, str(tmp_path / "undisturbed")]) == 0
     assert_same(out, tmp_path / "undisturbed")
+
+
+def test_ctrl_c_while_the_workers_are_started_is_one_line(tmp_path: Path) -> None:
+    """A terminal sends it to every process of the group: also to those that are still importing."""
+    arguments = [*write_audio(tmp_path / "audio", 8)[:-2], "--workers", "2", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "data.prepare", *arguments]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.exists() or not any(_is_server(pid) for pid in children.read_text().split()):
+        assert process.poll() is None, "it must still be at work"
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.strip().splitlines() == ["interrupted: what is done is kept, the same command continues"]
+    assert main(arguments) == 0
+
+
+def _is_server(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
