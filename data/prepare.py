@@ -159,8 +159,10 @@ def _begin(
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, wait=True):  # parts may begin at the same time
             path = folder / CORPUS_FILE
+            begun = any((folder / name).exists() for name in (DATASET_FILE, PREPARING_FILE))
+            # Looked at last: another machine, whom the lock may not reach, writes it first.
             there = read_json(path) if path.is_file() else None
-            if there is None and any((folder / name).exists() for name in (DATASET_FILE, PREPARING_FILE)):
+            if there is None and begun:
                 raise DataError(f"{folder} holds a dataset that data.prepare did not begin: choose another --out")
             part, parts = settings.share
             if settings.merge:

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def merge_skipped(folder: Path) -> None:
     parts = sorted(folder.glob("skipped-*.jsonl"))
     # The list has its name only when it is whole: from then on the parts are leftovers.
     if parts and not (folder / SKIPPED_FILE).is_file():
-        with replace_file(folder / SKIPPED_FILE) as file:
+        # Where a part has gone, another process is merging too, and has the whole list already.
+        with suppress(FileNotFoundError), replace_file(folder / SKIPPED_FILE) as file:
             for part in parts:
                 file.write(part.read_bytes())
     for part in parts:

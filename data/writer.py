@@ -144,12 +144,14 @@ class DatasetWriter:
             return True
         self.close()
         with self._disk_errors():
-            ix.write_json(self.path / f"part-{self.part:05d}.json", {"recordings": len(self.done_ids)})
+            ix.write_json(self._finished_part(self.part), {"recordings": len(self.done_ids)})
             if self.missing_parts():
                 return False
-            with ix.locked(self.path, wait=True):
+            # A file of its own: a shared file system tells other machines of locks on files, not on folders.
+            with ix.locked(self.path / "part-merge.lock", wait=True):
                 if not self.finished:  # else another part was here at the same time
                     self._merge()
+                self._remove_leftovers()
         self._unlock()
         return True
 
@@ -157,15 +159,24 @@ class DatasetWriter:
         """Numbers of the parts that are not finished yet."""
         if self.finished:
             return []
-        return [part for part in range(self.parts) if not (self.path / f"part-{part:05d}.json").is_file()]
+        return [part for part in range(self.parts) if not self._finished_part(part).is_file()]
+
+    def _finished_part(self, part: int) -> Path:
+        """The file that tells that a part is finished, and how many recordings it has."""
+        return self.path / f"part-{part:05d}.json"
 
     def _merge(self) -> None:
-        indexes = sorted(self.path.glob("rows-*.arrow"))
-        if not indexes:
-            (self.path / f"part-{self.part:05d}.json").unlink()
-            raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
-        write_dataset(self.path, indexes, self.features, self.layout, self.name, shards=len(indexes))
-        self._remove_leftovers()
+        try:
+            # Counted before the rows are listed, so that rows which vanish from here on are missed.
+            counts = [ix.read_json(self._finished_part(part)).get("recordings", 0) for part in range(self.parts)]
+            indexes = sorted(self.path.glob("rows-*.arrow"))
+            if not sum(counts):
+                self._finished_part(self.part).unlink()
+                raise DataError(f"{self.path}: no recording was added, there is nothing to finish")
+            write_dataset(self.path, indexes, self.features, self.layout, self.name, len(indexes), sum(counts))
+        except (DataError, OSError):
+            if not self.finished:  # else another machine was quicker, where locks do not reach it
+                raise
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -184,23 +195,23 @@ class DatasetWriter:
         held.enter_context(ix.locked(self.path / f"part-{self.part:05d}.lock"))
         self._unlock = weakref.finalize(self, held.close)
         self.shard = self.part
-        for name in (ix.DATASET_FILE, ix.PREPARING_FILE):
-            if (self.path / name).is_file():
-                self._check_begun(ix.read_json(self.path / name), self.path / name)
+        shards = any(self.path.glob("shard-*"))  # first: another part may be about to begin the dataset
+        begun = [self.path / name for name in (ix.DATASET_FILE, ix.PREPARING_FILE) if (self.path / name).is_file()]
+        for path in begun:
+            self._check_begun(ix.read_json(path), path)
         if self.finished:
             self._remove_leftovers()
             return
-        begun = (self.path / ix.PREPARING_FILE).is_file()
-        if not begun and any(self.path.glob("shard-*")):
+        if not begun and shards:
             raise DataError(f"{self.path} holds shards but no dataset was begun in it; choose a new folder")
         if not begun:
             ix.write_json(self.path / ix.PREPARING_FILE, {**ix.head(self.features, self.layout), "parts": self.parts})
-        for index in sorted(self.path.glob("rows-*.arrow")):
+        for index in self.path.glob("rows-*.arrow"):
             number = int(index.stem.removeprefix("rows-"))
             if number % self.parts == self.part:
                 self.done_ids.update(read_rows(index, self.features.num_mels)["id"].to_pylist())
                 # A shard that was killed before its part of the index was written is written again, under its old name.
-                self.shard = number + self.parts
+                self.shard = max(self.shard, number + self.parts)
 
     def _check_begun(self, fields: dict[str, Any], path: Path) -> None:
         """Raise DataError where the folder was begun with other features, or in other parts."""
@@ -248,9 +259,9 @@ class DatasetWriter:
         if self.file is not None:
             os.close(self.file)
             self.file = None
+            self._temporary().unlink(missing_ok=True)
         self.done_ids.difference_update(row["id"] for row in self.rows)
         self.rows = []
-        self._temporary().unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
         for pattern in ("rows-*.arrow", "part-*", "*.tmp", ix.PREPARING_FILE):
