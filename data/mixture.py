@@ -8,6 +8,7 @@ here too, and the state of the data remains the same three integers.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.features import difference
-from data.order import Crops, CropTable, mix, permute
+from data.order import Crops, CropTable, NoCrops, mix, permute
 from data.shards import Dataset, Normalisation
 from data.transcripts import Word
 
@@ -58,7 +59,10 @@ class DatasetGroup(Dataset):
             raise DataError("data.mixture: give a weight above 0 to every part, or to none")
         self.datasets, self.weights = list(datasets), list(weights)
         self.features = datasets[0].features
-        self.location = self.name = " + ".join(dataset.name for dataset in datasets)
+        names = [dataset.name for dataset in datasets]
+        # Those of one corpus are all called like it.
+        self.names = [d.location if names.count(d.name) > 1 else d.name for d in datasets]
+        self.location = self.name = " + ".join(self.names)
         self.frames = np.concatenate([dataset.frames for dataset in datasets])
         self.total_frames = sum(dataset.total_frames for dataset in datasets)
         self.fingerprint = hashlib.sha256(" ".join(d.fingerprint for d in datasets).encode()).hexdigest()
@@ -77,7 +81,7 @@ class DatasetGroup(Dataset):
 
     def id(self, recording: int) -> str:
         dataset, number = self._of(recording)
-        return f"{dataset.name}/{dataset.id(number)}"
+        return f"{self.names[self.datasets.index(dataset)]}/{dataset.id(number)}"
 
     def text(self, recording: int) -> str | None:
         dataset, number = self._of(recording)
@@ -116,11 +120,15 @@ class DatasetGroup(Dataset):
     def select(
         self, split: str | None = None, language: str | None = None, ids: Iterable[str] | None = None
     ) -> np.ndarray:
-        """As of one dataset; `ids` are of the form 'dataset's name/id'."""
+        """As of one dataset; `ids` are of the form 'dataset's name/id', with the location where names are the same."""
+        numbers = super().select(split, language)
         if ids is None:
-            return super().select(split, language)
+            return numbers
         wanted = set(ids)
-        return np.array([i for i in super().select(split, language) if self.id(i) in wanted], np.int32)
+        found = {self.id(i): i for i in numbers if self.id(i) in wanted}
+        if missing := sorted(wanted - set(found)):
+            raise DataError(f"{self.location}: no recording {missing[0]!r} ({len(missing)} ids are not among these)")
+        return np.array(sorted(found.values()), np.int32)
 
     def read(self, recording: int, start: int = 0, stop: int | None = None, verify: bool = False) -> np.ndarray:
         dataset, number = self._of(recording)
@@ -187,12 +195,24 @@ def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list
 
 
 def mixed(groups: Sequence[Group], seed: int, make: Callable[[np.ndarray, int], CropTable]) -> CropTable:
-    """One order over the groups. make: (recordings, seed) -> the order of one group."""
+    """One order over the groups. make: (recordings, seed) -> the order of one group.
+
+    Groups that no crop can be made of are left out with a warning. Raises NoCrops where that is all of them.
+    """
     if len(groups) == 1:
         return make(groups[0].recordings, seed)
-    seeds = [int(mix(_PART, seed, number) >> np.uint64(1)) for number in range(len(groups))]
-    tables = [make(group.recordings, own) for group, own in zip(groups, seeds, strict=True)]
-    return MixedCrops(tables, [group.weight for group in groups], seed)
+    tables, weights = [], []
+    for number, group in enumerate(groups):
+        try:
+            tables.append(make(group.recordings, int(mix(_PART, seed, number) >> np.uint64(1))))
+            weights.append(group.weight)
+        except NoCrops as error:
+            message = "a language or dataset of %d recordings is left out: %s"
+            logging.getLogger(__name__).warning(message, len(group.recordings), error)
+            nothing = error
+    if not tables:
+        raise nothing
+    return MixedCrops(tables, weights, seed)
 
 
 class MixedCrops(CropTable):
@@ -217,6 +237,10 @@ class MixedCrops(CropTable):
 
     def __len__(self) -> int:
         return int(self.first[-1])
+
+    @property
+    def items(self) -> int:
+        return int(self.first_item[-1])
 
     @property
     def mean_frames(self) -> float:

@@ -77,6 +77,10 @@ class Crops:
     """Row of the table that the crop comes from: finds its text."""
 
 
+class NoCrops(DataError):
+    """Recordings of which no crop can be made."""
+
+
 class CropTable(ABC):
     """The one shape of an order: `len()` crops an epoch, of which `crops(epoch, k)` gives any.
 
@@ -107,6 +111,11 @@ class CropTable(ABC):
     def mean_frames(self) -> float:
         """Frames of a crop, on average over an epoch."""
 
+    @property
+    def items(self) -> int:
+        """Rows of the table, of which an epoch may have some several times and others not at all."""
+        return len(self)
+
     def settings(self) -> dict[str, int]:
         """What else decides the order, besides seed, lengths and the number of crops: a checkpoint must agree in it."""
         return {}
@@ -132,7 +141,7 @@ class CropTable(ABC):
         A pure function of the unreadable crop's seed and of the attempt, so any process finds the same. None where
         this attempt's crop is too long or too short.
         """
-        item = mix(_SUBSTITUTE, seed, attempt) % np.uint64(len(self))
+        item = mix(_SUBSTITUTE, seed, attempt) % np.uint64(self.items)
         columns = self._cut(0, np.array([item], np.int64))
         recording, start, stop = (int(column[0]) for column in columns)
         if not self.labelled:
@@ -179,7 +188,7 @@ class CropOrder(CropTable):
         self._first = np.zeros(len(self.recordings) + 1, np.uint32 if total < 2**32 else np.uint64)
         np.cumsum(np.concatenate(pieces), out=self._first[1:])
         if total == 0:
-            raise DataError(f"no recording has the {min_frames} frames that min_frames asks for")
+            raise NoCrops(f"no recording has the {min_frames} frames that min_frames asks for")
 
     def __len__(self) -> int:
         return int(self._first[-1])

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.cutting import CuttingSettings, cut_recording
 from data.errors import DataError
-from data.order import CropTable
+from data.order import CropTable, NoCrops
 from data.shards import Dataset
 from data.transcripts import label_text
 
@@ -121,7 +121,7 @@ def supervised_crops(
         log.warning(message, dataset.location, len(disagreeing), dataset.id(disagreeing[0]))
     if not labels:
         limits = f"{min_frames} to {max_frames} frames"
-        raise DataError(f"{dataset.location}: no crop of {limits} with a transcript: {dict(left_out)}")
+        raise NoCrops(f"{dataset.location}: no crop of {limits} with a transcript: {dict(left_out)}")
     numbers, starts, stops = (np.frombuffer(column, np.int64) for column in columns)
     return FixedCrops(numbers, starts, stops, labels, seed, dict(left_out))
 
