@@ -12,6 +12,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from data.damage import DAMAGED, check_files
 from data.errors import DataError
 from data.index import Recording
 from data.index_file import Index, statistics_range
-from data.sound import read_frames
+from data.sound import bytes_of, read_frames
 from data.storage import CutShort, Storage, StorageSettings, open_storage
 from data.transcripts import Word
 from data.writer import DatasetWriter
@@ -187,12 +188,12 @@ class Dataset:
             raise DataError(f"{self.where(recording)}: {error}; {DAMAGED}") from error
 
     def forget(self, recording: int, start: int, stop: int) -> None:
-        """Drop what a cache holds of frames [start, stop) and of the statistics: it proved wrong or unreadable."""
-        name, position = ix.shard_name(self.index.shard[recording]), int(self.index.offset[recording])
-        size = int(self.index.bytes[recording])
-        begin, end = size * start // int(self.frames[recording]), -(-size * stop // int(self.frames[recording]))
-        self.storage.forget(name, position + begin, end - begin)
-        self.storage.forget(ix.STATISTICS_FILE, *statistics_range(int(recording), self.features.num_mels))
+        """Drop what a cache holds of frames [start, stop), of all that is read with them and of the statistics."""
+        first, last = ix.block_range(start, stop, int(self.frames[recording]))
+        with suppress(OSError, DataError):  # whoever reads them again is told
+            place = bytes_of(self.index, self.layout, recording, first, last, self.features.num_mels)
+            self.storage.forget(ix.shard_name(int(self.index.shard[recording])), *place)
+            self.storage.forget(ix.STATISTICS_FILE, *statistics_range(int(recording), self.features.num_mels))
 
     def mean_std(self, recording: int) -> np.ndarray:
         """Mean and standard deviation of a recording's log-mel: float32 [2, M]. DataError where they cannot be."""

@@ -59,6 +59,17 @@ def read_frames(storage: Storage, index: Index, layout: ix.Layout, recording: in
     decode_range(data.data, sizes[first:last], frames, start, layout, out)
 
 
+def bytes_of(index: Index, layout: ix.Layout, recording: int, start: int, stop: int, num_mels: int) -> tuple[int, int]:
+    """Where in its shard the frames [start, stop) of a recording are read: first byte, number of bytes."""
+    offset = int(index.offset[recording])
+    if layout == "plain":
+        size = num_mels * ix.BYTES_PER_VALUE
+        return offset + start * size, (stop - start) * size
+    first, last = blocks_of(start, stop)
+    sizes = index.block_bytes(recording)
+    return offset + int(sizes[:first].sum(dtype=np.int64)), int(sizes[first:last].sum(dtype=np.int64))
+
+
 def _read_bytes(storage: Storage, index: Index, recording: int, skipped: int, out: np.ndarray) -> None:
     position = int(index.offset[recording]) + skipped
     storage.read_into(ix.shard_name(int(index.shard[recording])), position, memoryview(out).cast("B"))  # type: ignore[arg-type]
