@@ -130,8 +130,13 @@ class CTCModel(nn.Module):
         segments = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
         possible = lengths >= frames_needed(labels, label_lengths)
         # Impossible segments have an infinite loss; zero_infinity takes them and their gradients out.
-        loss_sum = F.ctc_loss(
-            segments.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True
+        # Where no segment could be read, ctc_loss would refuse; the sum of nothing keeps the graph, which DDP needs.
+        loss_sum = (
+            F.ctc_loss(
+                segments.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True
+            )
+            if len(lengths)
+            else segments.sum()
         )
         return CTCOutput(
             loss_sum=loss_sum,
