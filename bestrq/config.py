@@ -16,7 +16,8 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -130,8 +131,17 @@ def _fields(settings_class: Any) -> Iterator[tuple[str, Any]]:
     hints = get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         kind = hints[field.name]
-        sections = [option for option in get_args(kind) if dataclasses.is_dataclass(option)]
+        options = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+        sections = [option for option in options if dataclasses.is_dataclass(option)]
         yield field.name, sections[0] if sections else kind
+
+
+def _item_classes(settings_class: Any) -> Iterator[type]:
+    """The dataclasses that stand in lists, of `list[Section]` the section."""
+    for _, kind in _fields(settings_class):
+        if dataclasses.is_dataclass(kind):
+            yield from _item_classes(kind)
+        yield from (item for item in get_args(kind) if isinstance(item, type) and dataclasses.is_dataclass(item))
 
 
 def _plain(value: Any) -> Any:
@@ -152,8 +162,12 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 def _parser(settings_class: Any, description: str | None) -> ArgumentParser:
-    # A recipe may come from anywhere: no value in it may make the parser import a module (`class_path: ...`).
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
+    # A recipe may come from anywhere: no value in it may make the parser import a module (`class_path: ...`). The items
+    # of a list of sections are looked up by their path too; those are allowed, and imported already.
+    items = [f"{kind.__module__}.{kind.__qualname__}" for kind in _item_classes(settings_class)]
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], import_path_allowlist=items
+    )
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
@@ -196,6 +210,7 @@ def _explain(message: str, settings_class: type) -> str:
     if unknown:
         return "; ".join(f"unknown field {name!r}{_nearest(name, settings_class)}" for name in unknown)
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
+    message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
     return re.sub(r"<class '([\w.]+)'>", r"\1", message)
 
 

@@ -28,6 +28,14 @@ class Wheel:
             raise ConfigError(f"wheel.radius must be above 0, but is {self.radius}")
 
 
+@dataclass(frozen=True)
+class Axle:
+    """An axle."""
+
+    length: float = 1.0
+    """Length in metres."""
+
+
 @dataclass
 class Cart:
     """The cart."""
@@ -40,6 +48,8 @@ class Cart:
     """Length of the ride."""
     spare: Wheel = field(default_factory=Wheel)
     """The spare wheel's section."""
+    axles: list[Axle] = field(default_factory=list)
+    """Axles, each a section."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -129,8 +139,23 @@ def test_print_config_and_save_yaml_read_back_as_the_same_settings(
     assert parse(Cart, ["--config", printed]) == cart
 
 
+def test_a_list_of_sections_comes_from_a_file_and_goes_into_one(tmp_path: Path) -> None:
+    cart = parse(Cart, ["--config", recipe(tmp_path, "axles:\n  - {length: 2}\n  - {length: 1}\n")])
+    assert cart.axles == [Axle(2.0), Axle(1.0)]
+    assert parse(Cart, ["--axles", '[{"length": 2}, {"length": 1}]']) == from_dict(Cart, to_dict(cart)) == cart
+    with pytest.raises(ConfigError, match="axles"):
+        parse(Cart, ["--axles", '[{"lenght": 2}]'])
+    with pytest.raises(ConfigError, match="^axles: length: Expected a float"):
+        parse(Cart, ["--axles", '[{"length": "x"}]'])
+
+
 @pytest.mark.parametrize(
-    "text", ["wheel: {class_path: planted.Thing}", "wheel: !!python/object/apply:planted.thing [1]"]
+    "text",
+    [
+        "wheel: {class_path: planted.Thing}",
+        "axles: [{class_path: planted.Thing}]",
+        "wheel: !!python/object/apply:planted.thing [1]",
+    ],
 )
 def test_a_configuration_cannot_name_code_to_run(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
