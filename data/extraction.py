@@ -11,8 +11,9 @@ import threading
 import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import numpy as np
@@ -157,9 +158,7 @@ class _Worker:
     """A process that extracts one recording at a time; started when it is first needed, and again when it has died."""
 
     def __init__(self, features: FeatureSettings) -> None:
-        # Processes, as the synthesiser is not thread-safe; forked from a server that has imported torch once.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
+        self.context = _server()
         self.features = features
         self.lock = threading.Lock()
         self.stopped = False
@@ -196,16 +195,17 @@ class _Worker:
                 raise EOFError
             if self.process is None:
                 self.connection, theirs = self.context.Pipe()
-                self.process = self.context.Process(target=_work, args=(theirs, self.features), daemon=True)
-                self.process.start()
-                theirs.close()  # the process has it alone, so that its death is the end of what can be read
+                process = self.context.Process(target=_work, args=(theirs, self.features), daemon=True)
+                with theirs:  # then the process has it alone, so that its death is the end of what can be read
+                    process.start()
+                self.process = process
             return self.connection
 
     def _bury(self) -> str:
         """What the dead process died of."""
         with self.lock:
             if self.process is None:
-                return "stopped"
+                return "stopped" if self.stopped else "it could not be started"
             self.process.kill()  # it may be alive, and have closed its end
             self.process.join()
             code, self.process = self.process.exitcode or 0, None
@@ -213,6 +213,22 @@ class _Worker:
         if code == -signal.SIGKILL:
             return "SIGKILL, most likely for want of memory: prepare with fewer --workers"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _server() -> ForkServerContext:
+    """Processes, as the synthesiser is not thread-safe; forked from a server that has imported torch once.
+
+    Ctrl-C reaches the whole process group. The server would die of it while it imports, so it is started deaf to it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # else the server's start starts it, which would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
