@@ -1,4 +1,4 @@
-"""A pretraining on two nodes of a real SLURM, disturbed in mid-run, beside an undisturbed one."""
+"""A pretraining and a preparation on two nodes of a real SLURM, disturbed in mid-run, beside undisturbed ones."""
 
 import json
 import os
@@ -16,6 +16,8 @@ from slurm_cluster import Cluster, running_cluster, wait_until, why_not
 
 from data.features import FeatureSettings
 from data.index import Recording
+from data.prepare_cli import main
+from data.shards import open_dataset
 from data.writer import DatasetWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -126,3 +128,20 @@ def test_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, recipe: Path,
     assert 3 <= int(saved.name.removeprefix("step-")) < STEPS
     time.sleep(1)
     assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+def test_array_of_which_a_part_is_requeued_makes_the_dataset_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    """Three parts on two nodes; the administrator requeues the first while it speaks (SIGTERM)."""
+    log, out = tmp_path / "%a.log", tmp_path / "out"
+    corpus = ["synthetic", "--languages=en,de", "--train_hours=0.1", "--test_long_recordings=1", "--long_minutes=1"]
+    array = ["--array=0-2", f"--output={log}", "launch/prepare.sbatch", *corpus, "--workers=1", f"--out={out}"]
+    first = cluster.command("sbatch", "--parsable", *array, cwd=REPOSITORY) + "_0"
+    cluster.wait(first, "RUNNING")
+    wait_until(lambda: any(out.glob("shard-00000*")), "the first part writes", cluster.folder)
+    cluster.command("scontrol", "requeue", first)
+    cluster.wait(first, "RUNNING", "COMPLETED")  # has it started in seconds
+    wait_until(lambda: not cluster.command("squeue", "--noheader"), "all parts have ended", tmp_path)
+    logs = [(tmp_path / f"{part}.log").read_text() for part in range(3)]
+    assert "the same command continues" in logs[0] and sum("prepare: finished" in log for log in logs) == 1, logs
+    assert main([*corpus, "--workers=1", f"--out={tmp_path / 'alone'}"]) == 0
+    assert open_dataset(out).fingerprint == open_dataset(tmp_path / "alone").fingerprint
