@@ -20,6 +20,7 @@ from data.damage import faults, verify
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
 from data.shards_cli import main
 from data.shards_inspect import EDGES, totals
+from data.shards_select import split_of
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, noise
 
@@ -331,6 +332,12 @@ def test_new_splits_share_nothing_and_are_the_same_again(
     assert run(capsys, "split", tmp_path / "few", "--out", tmp_path / "d", *shares, "--seed", 1)[0] == 0
     there = {r.id: r.split for r in all_of(a)}
     assert all(there[r.id] == r.split for r in all_of(open_dataset(tmp_path / "d")))
+
+
+def test_case_and_punctuation_do_not_part_texts() -> None:
+    for n in range(40):
+        one, other = Recording("a", f"Text, number {n}."), Recording("b", f"text NUMBER {n}")
+        assert split_of(one, "text", 0, 0.3, 0.3) == split_of(other, "text", 0, 0.3, 0.3)
 
 
 def test_shares_are_about_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
