@@ -105,6 +105,8 @@ def align(config: Config, world: World) -> None:
             f"the features of {config.data.dataset} are not those of the model (model != dataset): "
             f"{'; '.join(different)}. Prepare the dataset again with the model's features"
         )
+    if config.out:
+        _ = dataset.path  # the sound is linked from there: a DataError now where that cannot be
     chosen = dataset.select(config.data.split or None, config.data.language or None)
     export_hash = world.broadcast(hash_of_export(export) if world.is_main else None)
     key = key_of(config, export_hash, dataset)
@@ -116,7 +118,7 @@ def align(config: Config, world: World) -> None:
     spoken = [i for i in wanted if dataset.text(i) is not None]
     if not spoken:
         kept = f"{len(chosen) - len(wanted)} of {len(chosen)} have words already, the others no transcript"
-        raise DataError(f"{dataset.path}: nothing to align: {kept}; --realign true makes those words anew")
+        raise DataError(f"{dataset.location}: nothing to align: {kept}; --realign true makes those words anew")
     work = work_folder(config)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,8 @@ def align_recordings(
     def read_mel(recording: int, start: int, stop: int) -> Tensor:
         return torch.from_numpy(dataset.read_normalised(recording, start, stop, recogniser.normalisation))
 
-    sources = [Source(int(dataset.frames[i]), partial(read_mel, i)) for i in mine]
+    # What is excluded is not in the transcript: it becomes silence.
+    sources = [Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or ()) for i in mine]
     spool = LogProbSpool(vocab_size)
     outputs = transcribe(
         model, sources, config.inference, factor, frames_per_second, world.device, reduce=spool.keep

@@ -187,7 +187,7 @@ def select_recordings(dataset: Dataset, settings: DataSettings) -> list[int]:
     silent = [dataset.id(i) for i in chosen if dataset.text(i) is None]
     if silent:
         raise DataError(
-            f"{dataset.path}: {len(silent)} of {len(chosen)} recordings have no transcript, such as {silent[0]!r}: "
+            f"{dataset.location}: {len(silent)} of {len(chosen)} recordings have no transcript, such as {silent[0]!r}: "
             "give a split whose recordings have one"
         )
     return chosen
@@ -207,10 +207,10 @@ def hash_of_export(export: Export) -> str:
 def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
     """Names an evaluation: what was decoded under one key may be used under the same one only.
 
-    The batch size is not part of it, for outputs do not depend on it.
+    The batch size is not part of it, for outputs do not depend on it; nor where the dataset lies.
     """
     inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
-    selection = {name: value for name, value in to_dict(config.data).items() if name != "path"}
+    selection = {name: value for name, value in to_dict(config.data).items() if name != "dataset"}
     content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, selection, config.resamples, config.name]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -81,7 +81,7 @@ def make_dataset(path: Path) -> Path:
         writer.add(Recording("bad-long", " ".join(SPOKEN * 3), language="en"), speak(SPOKEN)[0])
         writer.add(Recording("bad-shuffled", " ".join(sorted(SPOKEN)), language="en"), speak(SPOKEN)[0])
         writer.add(Recording("bad-silent", None, language="en"), speak(SPOKEN)[0])
-        writer.add(Recording("kept", "quick brown fox", timed, "en", excluded=[(0.5, 1.0)]), speak(SPOKEN[1:4])[0])
+        writer.add(Recording("kept", "quick brown fox", timed, "en", excluded=[(0.0, 0.1)]), speak(SPOKEN[1:4])[0])
         marks = "The \u2013 quick, well-bred 4711 fox!"
         writer.add(Recording("marks", marks, language="en"), speak("the quick well bred number fox".split())[0])
         writer.finish()
@@ -298,3 +298,33 @@ def test_the_untrained_recogniser_of_an_export_runs_and_refuses(config: script.C
     assert ended.returncode == 0, ended.stderr
     assert "aligned: 0 recordings" in ended.stdout and "not what was heard" in ended.stdout
     assert len((tmp_path / "out" / script.UNALIGNED).read_text().splitlines()) == 16
+
+
+def test_speech_in_excluded_stretches_is_not_mistaken_for_the_transcript(config: script.Config, tmp_path: Path) -> None:
+    first, foreign, last = phrase(1, 8), phrase(2, 30), phrase(3, 8)
+    sounds = [speak(words) for words in (first, foreign + last, last)]
+    lengths = [len(log_mel) / FEATURES.frames_per_second for log_mel, _ in sounds]
+    excluded = [(lengths[0], lengths[0] + lengths[1])]
+    with DatasetWriter(tmp_path / "data", FEATURES) as writer:
+        recording = Recording("a", " ".join(first + last), language="en", excluded=excluded)
+        writer.add(recording, np.concatenate([log_mel for log_mel, _ in sounds]))
+        writer.finish()
+    data = script.DataSettings(dataset=str(tmp_path / "data"))
+    words = run(config, tmp_path / "out", data=data).words(0)
+    assert words is not None and [word.word for word in words] == first + last
+    begins = [begin for begin, _ in sounds[0][1]] + [sum(lengths[:2]) + begin for begin, _ in sounds[2][1]]
+    assert [word.start for word in words] == pytest.approx([begin - 0.04 for begin in begins], abs=FRAME + 1e-3)
+
+
+def test_a_dataset_that_cannot_be_linked_is_refused_before_any_work(
+    config: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(config.data.dataset)
+    dataset.location = "s3://bucket/data"
+    monkeypatch.setattr(script, "open_dataset", lambda _: dataset)
+    monkeypatch.setattr(script, "transcribe", None)
+    with pytest.raises(DataError, match="s3://bucket/data is not a folder"):
+        run(config, tmp_path / "out")
+    nothing = script.DataSettings(dataset="s3://bucket/data", split="nothing")
+    with pytest.raises(DataError, match="no recording with split 'nothing'"):
+        script.align(replace(config, out="", words=str(tmp_path / "words.jsonl"), data=nothing), World())

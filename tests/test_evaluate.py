@@ -24,6 +24,7 @@ from bestrq.training.process import World
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
+from data.shards import open_dataset
 from data.tokenizer import CharTokenizer
 from data.writer import DatasetWriter
 from tests.gloo import run_distributed
@@ -185,3 +186,22 @@ def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> Non
     command = [sys.executable, script.__file__, "--export", "x", "--data.datset", "y"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and "data.dataset" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_dataset_in_object_storage_is_told_what_it_lacks(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, FeatureSettings()) as writer:
+        writer.add(Recording("a", split="test"), np.zeros((10, 80)))
+        writer.finish()
+    dataset = open_dataset(tmp_path)
+    dataset.location = "s3://bucket/data"
+    with pytest.raises(DataError, match="s3://bucket/data: 1 of 1 recordings have no transcript"):
+        script.select_recordings(dataset, script.DataSettings("s3://bucket/data"))
+
+
+def test_a_moved_dataset_is_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    first = evaluate(setup, tmp_path / "out")
+    (tmp_path / "moved").symlink_to(setup.data.dataset, target_is_directory=True)
+    monkeypatch.setattr(script, "transcribe", None)
+    assert (
+        evaluate(replace(setup, data=replace(setup.data, dataset=str(tmp_path / "moved"))), tmp_path / "out") == first
+    )
