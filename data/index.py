@@ -73,7 +73,8 @@ class Recording:
     split: str = "train"
     """'train', 'dev' or 'test'."""
     excluded: list[tuple[float, float]] | None = None
-    """(start, end) in seconds of stretches that are in the audio, but not trained on and not scored; None: none."""
+    """(start, end) in seconds of stretches that are in the audio, but not in `text`: no labelled training, no scoring
+    (pretraining, which needs no labels, takes them as any sound). None: none."""
 
     def __post_init__(self) -> None:
         if not self.id or self.id != self.id.strip() or not self.id.isprintable() or self.id == "__metadata__":

@@ -172,6 +172,10 @@ def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list
         return [Group(recordings, 1.0)]
     values, codes = dataset.labels("language")
     part_of = np.searchsorted(first, recordings, side="right") - 1
+    if any(weights):
+        for number in sorted(set(range(len(parts))) - set(np.unique(part_of).tolist())):
+            message = "data.mixture: none of the recordings of %s is among those chosen, its weight goes to the others"
+            logging.getLogger(__name__).warning(message, parts[number].name)
     key = part_of * len(values) + codes[recordings]
     found = np.unique(key).tolist()
     hours = {k: float(dataset.frames[recordings[key == k]].sum()) for k in found}

@@ -82,8 +82,11 @@ def supervised_crops(
         normalise: (text, language) -> label; a crop whose label is empty is left out.
         cutting: what happens to a word at a cut; by default `CuttingSettings()`.
     Raises:
-        DataError: recordings without a transcript (counted, the first named), or nothing is left.
+        DataError: recordings without a transcript (counted, the first named), limits that cannot be.
+        NoCrops: nothing is left.
     """
+    if not 0 < min_frames <= max_frames:
+        raise DataError(f"min_frames {min_frames} and max_frames {max_frames}: need 0 < min_frames <= max_frames")
     columns = array("q"), array("q"), array("q")  # 64-bit integers, which numpy then takes as they are
     labels: list[str] = []
     left_out: Counter[str] = Counter()

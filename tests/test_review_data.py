@@ -16,10 +16,11 @@ from data import skipped as skipped_module
 from data.errors import DataError
 from data.index import Recording
 from data.loader import LoaderSettings
-from data.mixture import DatasetGroup, MixedCrops
+from data.mixture import DatasetGroup, MixedCrops, groups
 from data.shards import Dataset, DatasetWriter, open_dataset
 from data.skipped import Skipped, merge_skipped, skipped_path, write_skipped
-from data.supervised import FixedCrops
+from data.supervised import FixedCrops, supervised_crops
+from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise
 
 
@@ -221,3 +222,28 @@ def test_a_batch_without_any_readable_segment_has_no_loss_and_finite_gradients()
     output.loss_sum.backward()
     assert float(output.loss_sum.detach()) == 0 and int(output.num_labels) == 0 and int(output.num_impossible) == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_crops_of_no_length_are_refused_and_not_cut_for_ever(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        writer.add(Recording("a", "word", [Word("word", 0.1, 0.2)]), noise(300))
+        writer.finish()
+    dataset = open_dataset(tmp_path)
+    settings = LoaderSettings(dataset=str(tmp_path), min_seconds=0.002, max_seconds=0.004)
+    with pytest.raises(DataError, match="max_frames 0"):
+        supervised_crops(dataset, dataset.select(), *settings.crop_frames(dataset))
+
+
+def test_a_weighted_dataset_without_any_chosen_recording_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datasets = []
+    for name, split in (("x", "train"), ("y", "test")):
+        with DatasetWriter(tmp_path / name, FEATURES, name=name) as writer:
+            writer.add(Recording("a", split=split), noise(200, len(datasets)))
+            writer.finish()
+        datasets.append(open_dataset(tmp_path / name))
+    group = DatasetGroup(datasets, [1.0, 1.0])
+    (only,) = groups(group, group.select("train"), 1.0)
+    assert only.weight == 1.0 and only.recordings.tolist() == [0]
+    assert "none of the recordings of y" in caplog.text
