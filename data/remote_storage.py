@@ -83,8 +83,10 @@ class RemoteStorage:
         size, version = self._info(name)
 
         def download(file: BinaryIO) -> None:
-            for start in range(0, size, _MOST_BYTES):
-                file.write(self._fetch(name, start, min(size, start + _MOST_BYTES)))
+            # The first byte apart: a server without ranges gives a whole file just as well, and would fail at the
+            # first crop, minutes later.
+            for start in (0, *range(1, size, _MOST_BYTES)):
+                file.write(self._fetch(name, start, min(size, start + _MOST_BYTES if start else 1)))
 
         return self._cache.copy(_hash(self._url(name)), version, name, size, download)
 

@@ -253,6 +253,15 @@ def test_a_server_without_ranges_is_refused_before_it_sends_the_file(server: Fla
         read(store, 0, 10)
 
 
+def test_a_server_without_ranges_is_refused_when_a_dataset_is_opened(tmp_path: Path) -> None:
+    """Not at the first crop: whole files are the index's right bytes."""
+    make_dataset(tmp_path / "set", [20, 30])
+    with FlakyServer({path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}) as server:
+        server.always = "whole"
+        with pytest.raises(DataError, match="the server must support ranges"):
+            open_dataset(server.url, storage=quick(tmp_path / "cache"))
+
+
 def test_a_size_larger_than_the_file_is_an_error(server: FlakyServer, tmp_path: Path) -> None:
     server.faults.append("inflated length")  # HEAD: 10 bytes more
     store = open_storage(server.url, quick(tmp_path))
@@ -452,7 +461,8 @@ def test_a_whole_file_is_fetched_once_a_node_by_processes_that_wait_for_each_oth
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
-    assert len(server.downloads()) == 1
+    asked = [bytes_ for _, _, bytes_ in server.downloads()]
+    assert asked == ["bytes=0-0", f"bytes=1-{len(DATA) - 1}"]
 
 
 def test_a_download_killed_in_its_middle_is_no_copy_and_the_next_one_is_whole(
