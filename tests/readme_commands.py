@@ -60,7 +60,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m data.shards inspect datasets/synthetic": Run(),
     "python -m data.shards verify datasets/synthetic": Run(),
     "sbatch --array=0-15 launch/prepare.sbatch mls --languages de,fr --out datasets/mls": Elsewhere(
-        "tests/test_prepare.py runs the script's parts, tests/test_corpora_mls.py the corpus"
+        "tests/test_slurm.py does it with another corpus, tests/test_corpora_mls.py reads this one"
     ),
     "python align.py --data.dataset datasets/train --model runs/base-120m-ctc/export --out datasets/train-timed": Run(
         "--device cpu"

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from data.corpora.synthetic import sources as synthetic_sources
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
+from data.prepare_cli import parse
 
 FEATURES = FeatureSettings()
 ALL_LANGUAGES = list(LANGUAGES)
@@ -454,3 +457,17 @@ def test_a_bad_manifest_line_is_named(tmp_path: Path, line: dict | str, complain
     manifest = write_lines(tmp_path / "m.json", {"audio_filepath": "a.wav", "duration": 0.1, "text": "fine"}, line)
     with pytest.raises(DataError, match=complaint):
         folder_sources(FolderSettings(manifest=str(manifest)))
+
+
+PAGES = sorted((Path(__file__).resolve().parent.parent / "docs" / "corpora").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_corpus_page_are_understood(page: Path) -> None:
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    commands = [
+        shlex.split(line, comments=True) for line in re.findall(r"^    python -m data.prepare (.*)", text, re.M)
+    ]
+    assert commands
+    for corpus, *arguments in commands:
+        parse(corpus, find_corpus(corpus), arguments)

@@ -168,8 +168,11 @@ def _explain(settings: HuggingFaceSettings, error: Exception) -> str:
     message = " ".join(str(error).split())[:500]
     if isinstance(error, ValueError) and "onfig" in message:
         return f"subset is {settings.subset!r} for {settings.dataset}: {message}"
+    cannot = f"dataset {settings.dataset}: cannot be opened ({type(error).__name__}: {message})."
+    if Path(settings.dataset).expanduser().is_dir() or Path(settings.dataset).is_absolute():
+        return f"{cannot} Give a folder of Parquet files or of save_to_disk; loose audio is for the corpus folder"
     return (
-        f"dataset {settings.dataset}: cannot be opened ({type(error).__name__}: {message}). Check the name; if it is "
+        f"{cannot} Check the name; if it is "
         "gated, accept its terms on its page and log in with `hf auth login` or set HF_TOKEN; where the hub is out "
         f"of reach, fetch it elsewhere with `hf download {settings.dataset} --repo-type dataset --local-dir DIR`, say "
         "--dataset DIR"
