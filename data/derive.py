@@ -38,16 +38,21 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
     if out.exists():
         raise DataError(f"{out} exists already: choose another folder, or delete it")
     temporary = out.with_name(f".{out.name}.tmp")  # a killed attempt's remains make room for the next
+    lock = out.with_name(f".{out.name}.lock")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(temporary, entries, name or out.name)
-        os.replace(temporary, out)
-        ix.sync_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with ix.locked(lock):
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                _write(temporary, entries, name or out.name)
+                os.replace(temporary, out)
+                ix.sync_folder(out.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}); nothing of it is left, the sources are whole") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return open_dataset(out)
 
 

@@ -130,6 +130,16 @@ def described(recording: Recording) -> dict[str, Any]:
         row["words"] = [Word(*word)._asdict() for word in recording.words]
     if recording.excluded is not None:
         row["excluded"] = [{"start": start, "end": end} for start, end in recording.excluded]
+    try:
+        for name in ("id", "text", *LABELS):
+            if name != "text" or row[name] is not None:
+                row[name].encode()
+        for word in row["words"] or ():
+            word["word"].encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise DataError(
+            f"recording {recording.id!r}: an id, text, word or label that is no Unicode text ({error})"
+        ) from None
     return row
 
 

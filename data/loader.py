@@ -93,7 +93,6 @@ class RowLoader:
         self.state = self.stream.start(state)
         self.draw_mask = draw_mask
         self.quarantined: dict[str, str] = {}  # recordings that this process could not read: what is wrong with them
-        dataset.statistics(0, settings.normalisation)  # loaded before workers fork: they share it
         if settings.num_workers:
             self._check_shared_memory()
 

@@ -137,7 +137,7 @@ class RowStream:
 
     def updates(self, state: DataState, rows: int) -> Iterator[tuple[list[Row], DataState]]:
         """The next `rows` rows from `state` on and the state after them, for ever."""
-        current = self.block(state.epoch, state.block)
+        current, empty = self.block(state.epoch, state.block), 0
         while True:
             taken: list[Row] = []
             while len(taken) < rows:
@@ -148,4 +148,7 @@ class RowStream:
                     epoch, block = divmod(state.epoch * self.blocks + state.block + 1, self.blocks)
                     state = dataclasses.replace(state, epoch=epoch, block=block, row=0)
                     current = self.block(epoch, block)
+                    empty = 0 if current else empty + 1
+                    if empty > 2 * self.blocks:  # two whole epochs, as long recordings are cut anew in each
+                        raise DataError("no crop has the min_seconds of data: lower it, or raise max_seconds")
             yield taken, state

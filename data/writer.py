@@ -92,6 +92,7 @@ class DatasetWriter:
             raise DataError(f"{self.path} is a finished dataset: choose another folder, or delete this one")
         if recording.id in self.done_ids:
             raise DataError(f"recording id {recording.id!r} was added twice; ids must be unique in a dataset")
+        described = ix.described(recording)  # before anything is written: it may not be storable
         values = np.ascontiguousarray(np.asarray(log_mel), dtype=np.float16)
         if values.ndim != 2 or values.shape[1] != self.features.num_mels or not len(values):
             raise DataError(
@@ -117,7 +118,7 @@ class DatasetWriter:
         self.data_bytes += len(data)
         self.header_used += header_bytes
         self.done_ids.add(recording.id)
-        row = ix.described(recording) | {
+        row = described | {
             "shard": self.shard,
             "offset": offset,
             "bytes": len(data),

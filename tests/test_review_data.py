@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, pad_labels
 from data import index as ix
 from data import skipped as skipped_module
+from data.damage import verify
+from data.derive import derive
 from data.errors import DataError
-from data.index import Recording
-from data.loader import LoaderSettings
+from data.index import Recording, locked
+from data.loader import LoaderSettings, RowLoader
 from data.mixture import DatasetGroup, MixedCrops, groups
+from data.order import CropOrder
 from data.shards import Dataset, DatasetWriter, open_dataset
 from data.skipped import Skipped, merge_skipped, skipped_path, write_skipped
 from data.supervised import FixedCrops, supervised_crops
@@ -247,3 +251,42 @@ def test_a_weighted_dataset_without_any_chosen_recording_is_told(
     (only,) = groups(group, group.select("train"), 1.0)
     assert only.weight == 1.0 and only.recordings.tolist() == [0]
     assert "none of the recordings of y" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"text": "\ud800"}, {"language": None}, {"words": [Word("\udfff", 0.0, 0.1)]}, {"speaker": 7}]
+)
+def test_text_that_cannot_be_stored_names_its_recording_before_anything_is_written(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        writer.add(Recording("good"), noise(20))
+        with pytest.raises(DataError, match="recording 'bad': .* no Unicode text"):
+            writer.add(Recording("bad", **wrong), noise(20))
+        writer.finish()
+    assert len(open_dataset(tmp_path)) == 1 and not verify(open_dataset(tmp_path))
+
+
+def test_a_stream_without_a_single_row_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", [150])
+    settings = LoaderSettings(row_frames=100, rows=2, min_seconds=1.0, max_seconds=1.0, num_workers=0)
+    loader = RowLoader(dataset, NeverLongEnough(dataset.frames, 100, 100, 0), settings, multiple=4, row_gap=4)
+    with pytest.raises(DataError, match="no crop has the min_seconds"):
+        next(iter(loader))
+
+
+class NeverLongEnough(CropOrder):
+    """As a recording of less than two crops is when a cut falls into its middle."""
+
+    def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        recording, start, stop = super()._cut(epoch, item)
+        return recording, start, np.minimum(stop, start + 75)
+
+
+def test_a_dataset_is_derived_by_one_process_at_a_time(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", [100, 100])
+    entries = [(dataset, i, dataset.recording(i)) for i in range(2)]
+    with locked(tmp_path / ".out.lock"), pytest.raises(DataError, match="another process is writing"):
+        derive(tmp_path / "out", entries)
+    assert len(derive(tmp_path / "out", entries)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
