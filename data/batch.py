@@ -18,9 +18,14 @@ from data.errors import DataError
 from data.order import CropTable
 from data.rows import DataState, Row
 from data.shards import Dataset, Normalisation
+from data.storage import StorageError
 
 DrawMask = Callable[[np.random.Generator, int], np.ndarray]
 """(generator of the segment, its frames) -> bool [frames], True where the input is to be hidden."""
+
+
+Crop = tuple[int, int, int, int]
+"""(recording, first frame, frame after the last, row of the crop table)"""
 
 
 @dataclass
@@ -39,10 +44,17 @@ class Batch:
     """bool [R, F], as the loader's callable drew it; None where it has none."""
     text: list[list[str]]
     """Transcript of every used segment of every row, "" where there is none."""
-    ids: list[list[str]]
-    """'recording:start-stop' (frames) of every used segment."""
+    crops: list[list[Crop]]
+    """Of every used segment of every row."""
     state: DataState
     """Where the next update begins: what a checkpoint stores."""
+    dataset: Dataset
+    """Where the recordings are."""
+
+    @property
+    def ids(self) -> list[list[str]]:
+        """'recording:start-stop' (frames) of every used segment. Looked up only here: few are ever asked for."""
+        return [[f"{self.dataset.id(crop[0])}:{crop[1]}-{crop[2]}" for crop in row] for row in self.crops]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device."""
@@ -67,9 +79,8 @@ class Reading:
     segments: np.ndarray
     """int64 [3, R, S]: start, length and seed."""
     mask: np.ndarray | None
-    ids: list[list[str]]
-    items: list[list[int]]
-    """Row of the crop table that every used segment comes from."""
+    crops: list[list[Crop]]
+    """Of every used segment."""
     bad: dict[str, str]
     """Recordings that could not be read, others were taken instead: what is wrong with each."""
 
@@ -97,15 +108,15 @@ class SharedRows:
 
 
 SUBSTITUTES = 16
-Crop = tuple[int, int, int, int]
-"""(recording, start, stop, item)"""
 
 
 class RowReader:
     """`reader[job]` reads, normalises and places the rows of a job. Runs in workers.
 
     A crop that cannot be read, even at a second attempt, is replaced by one that its seed determines, so any process
-    replaces it alike; where SUBSTITUTES of them do not fit or cannot be read either, its place stays empty.
+    replaces it alike; where SUBSTITUTES of them do not fit or cannot be read either, its place stays empty. A storage
+    that answers for neither of two crops, each tried as often as its settings say, is no matter of a recording: then
+    the answer is a DataError.
 
     Args:
         crops: the order, where substitutes come from.
@@ -131,43 +142,44 @@ class RowReader:
         self.normalisation, self.verify_checksums, self.buffers = normalisation, verify_checksums, buffers
         self._scratch = np.empty(shape[1:], np.float16)
 
-    def __getitem__(self, job: Job) -> Reading:
-        if job.slot is not None:
-            return self._fill(self.buffers[job.slot], job, keep=False)
-        log_mel = torch.empty(self.shape) if get_worker_info() is None else _new_shared(self.shape)
-        return self._fill(log_mel, job, keep=True)
+    def __getitem__(self, job: Job) -> Reading | DataError:
+        try:
+            if job.slot is not None:
+                return self._fill(self.buffers[job.slot], job, keep=False)
+            log_mel = torch.empty(self.shape) if get_worker_info() is None else _new_shared(self.shape)
+            return self._fill(log_mel, job, keep=True)
+        except DataError as error:
+            return error  # raised in the main process, without a worker's traceback around it
 
     def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
         mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
         segments = np.zeros((3, len(job.rows), self.max_segments), np.int64)
-        reading = Reading(log_mel if keep else None, segments, mask, [], [], {})
+        reading = Reading(log_mel if keep else None, segments, mask, [], {})
         for number, row in enumerate(job.rows):
             crops, end = row.crops, 0
-            ids, items = [], []
+            placed = []
             columns = (row.begin, crops.recording, crops.start, crops.stop, crops.seed, crops.item)
             for slot, (begin, *crop, seed, item) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
                 log_mel[number, end:begin] = 0
-                placed = self._place(
-                    log_mel[number, begin : begin + crop[2] - crop[1]], (*crop, item), seed, reading.bad
-                )
+                room = log_mel[number, begin : begin + crop[2] - crop[1]]
+                found = self._place(room, (*crop, item), seed, reading.bad)
                 end = begin
-                if placed is None:
+                if found is None:
                     continue
-                recording, start, stop, item = placed
-                end = begin + stop - start
-                segments[:, number, slot] = begin, stop - start, seed
+                frames = found[2] - found[1]
+                end = begin + frames
+                segments[:, number, slot] = begin, frames, seed
                 if mask is not None and self.draw_mask is not None:
-                    mask[number, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), stop - start)
-                ids.append(f"{self.dataset.id(recording)}:{start}-{stop}")
-                items.append(item)
+                    mask[number, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), frames)
+                placed.append(found)
             log_mel[number, end:] = 0
-            reading.ids.append(ids)
-            reading.items.append(items)
+            reading.crops.append(placed)
         return reading
 
     def _place(self, out: Tensor, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
         """Read the crop, or a substitute, into the front of `out` [frames, M]; which one it was, None for neither."""
         substitutes = (self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))
+        unanswered = 0
         for candidate in itertools.chain([crop], substitutes):
             if candidate is not None:
                 recording, start, stop, _ = candidate
@@ -175,13 +187,18 @@ class RowReader:
                     self._read(out[: stop - start], recording, start, stop)
                     return candidate
                 except DataError as error:
+                    unanswered += isinstance(error.__cause__, StorageError)
+                    if unanswered == 2:
+                        raise DataError(f"the storage does not answer: {error}") from error
                     bad[self.dataset.id(recording)] = str(error)
         return None
 
     def _read(self, out: Tensor, recording: int, start: int, stop: int) -> None:
         try:
             self._read_once(out, recording, start, stop)
-        except DataError:
+        except DataError as error:
+            if isinstance(error.__cause__, StorageError):
+                raise  # it was tried as often as it may be
             self.dataset.forget(recording, start, stop)  # what a cache holds may be what is damaged
             self._read_once(out, recording, start, stop)
 

@@ -138,16 +138,18 @@ class RowLoader:
                 yield Job(plan.rows, slot)
 
         for reading in self._readings(reader, jobs()):
+            if isinstance(reading, DataError):
+                raise reading
             plan, slot = pending.popleft()
             self._quarantine(reading.bad)
             log_mel = reading.log_mel if slot is None else shared.tensor(slot)
             assert log_mel is not None
             start, length, seed = torch.from_numpy(reading.segments)
             mask = None if reading.mask is None else torch.from_numpy(reading.mask)
-            text = [[self.crops.text(item) for item in items] for items in reading.items]
-            yield Batch(log_mel, start, length, seed, mask, text, reading.ids, plan.state)
+            text = [[self.crops.text(item) for *_, item in row] for row in reading.crops]
+            yield Batch(log_mel, start, length, seed, mask, text, reading.crops, plan.state, self.dataset)
 
-    def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading]:
+    def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading | DataError]:
         """Answers in the order of the jobs."""
         s = self.settings
         if s.num_workers == 0:

@@ -242,7 +242,7 @@ class Dataset:
         flat = out.view(-1)
         # The quickest pass that any NaN or infinity survives; normalised float16 cannot overflow it otherwise.
         if not math.isfinite(torch.dot(flat, flat)):
-            raise DataError(f"{self.where(recording)}: NaN or infinite values; {DAMAGED}")
+            raise DataError(f"{self.where(recording)}: damaged (NaN or infinite values); {DAMAGED}")
 
     def bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
         """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""

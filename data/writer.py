@@ -224,7 +224,10 @@ class DatasetWriter:
                 "(there != now). Use the same features or another folder"
             )
         if fields.get("layout") != self.layout:
-            raise DataError(f"{self.path} was begun with the layout {fields.get('layout')!r}, not {self.layout!r}")
+            raise DataError(
+                f"{self.path} was begun with the layout {fields.get('layout')!r}, not {self.layout!r}: give that one, "
+                "or choose another folder"
+            )
         if fields.get("parts", self.parts) != self.parts:
             raise DataError(
                 f"{self.path} was begun in {fields['parts']} parts, not {self.parts}: give the same number, or choose "

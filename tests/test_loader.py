@@ -22,6 +22,7 @@ from data.index import shard_name
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.order import CropTable
 from data.shards import Dataset, open_dataset
+from data.storage import StorageError
 from data.supervised import FixedCrops
 from tests.made_datasets import make_dataset
 
@@ -276,6 +277,22 @@ def test_where_nothing_can_be_read_rows_are_empty_until_the_limit(tmp_path: Path
     assert batch.segment_length.sum() == 0 and not batch.log_mel.any() and not any(map(len, batch.ids))
     with pytest.raises(DataError, match="3 recordings cannot be read"):
         next(iter(loader(open_dataset(dataset.path), replace(SETTINGS, rows=2, max_quarantined=2))))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_storage_that_does_not_answer_ends_the_run_and_condemns_no_recording(
+    tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path / "set", LENGTHS)
+
+    def unanswered(*_: object) -> None:
+        raise StorageError("https://there/shard: failed 6 times; the last time TimeoutError")
+
+    monkeypatch.setattr(dataset.storage, "read_into", unanswered)
+    stopped = loader(dataset, replace(SETTINGS, num_workers=num_workers, max_quarantined=10**6))
+    with pytest.raises(DataError, match="the storage does not answer: .*failed 6 times"):
+        next(iter(stopped))
+    assert not stopped.quarantined
 
 
 def test_the_loader_leaves_the_global_generator_alone(dataset: Dataset) -> None:
