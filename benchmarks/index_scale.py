@@ -137,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (folder / ix.DATASET_FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_dataset(folder, options.recordings, options.seed)
+            os.sync()  # or the disk would be busy with what was just written
         # In a process of its own: what the writing left behind in this one is not the reader's.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             figures = pool.submit(measure, folder, options).result()

@@ -1,4 +1,4 @@
-"""Memory of a process and its children, as Linux counts it."""
+"""Memory and processor time of a process and its children, as Linux counts them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def memory(pids: Sequence[int], field: str) -> int:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
     return total
+
+
+def processor_seconds(pids: Sequence[int]) -> float:
+    """User and system time of processes together, from /proc/PID/stat."""
+    fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(of[11]) + int(of[12]) for of in fields) / os.sysconf("SC_CLK_TCK")

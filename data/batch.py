@@ -79,6 +79,7 @@ class Reading:
     segments: np.ndarray
     """int64 [3, R, S]: start, length and seed."""
     mask: np.ndarray | None
+    """uint8: bool [R, F], eight values a byte, since it goes through a pipe."""
     crops: list[list[Crop]]
     """Of every used segment."""
     bad: dict[str, str]
@@ -154,7 +155,8 @@ class RowReader:
     def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
         mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
         segments = np.zeros((3, len(job.rows), self.max_segments), np.int64)
-        reading = Reading(log_mel if keep else None, segments, mask, [], {})
+        crops_of_rows: list[list[Crop]] = []
+        bad: dict[str, str] = {}
         for number, row in enumerate(job.rows):
             crops, end = row.crops, 0
             placed = []
@@ -162,7 +164,7 @@ class RowReader:
             for slot, (begin, *crop, seed, item) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
                 log_mel[number, end:begin] = 0
                 room = log_mel[number, begin : begin + crop[2] - crop[1]]
-                found = self._place(room, (*crop, item), seed, reading.bad)
+                found = self._place(room, (*crop, item), seed, bad)
                 end = begin
                 if found is None:
                     continue
@@ -173,8 +175,9 @@ class RowReader:
                     mask[number, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), frames)
                 placed.append(found)
             log_mel[number, end:] = 0
-            reading.crops.append(placed)
-        return reading
+            crops_of_rows.append(placed)
+        packed = None if mask is None else np.packbits(mask)
+        return Reading(log_mel if keep else None, segments, packed, crops_of_rows, bad)
 
     def _place(self, out: Tensor, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
         """Read the crop, or a substitute, into the front of `out` [frames, M]; which one it was, None for neither."""

@@ -6,6 +6,7 @@ A plan says everything about a batch, so which worker makes it, or whether there
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.batch import Batch, DrawMask, Job, Reading, RowReader, SharedRows
@@ -145,7 +148,7 @@ class RowLoader:
             log_mel = reading.log_mel if slot is None else shared.tensor(slot)
             assert log_mel is not None
             start, length, seed = torch.from_numpy(reading.segments)
-            mask = None if reading.mask is None else torch.from_numpy(reading.mask)
+            mask = None if reading.mask is None else _unpacked(reading.mask, log_mel.shape[:2])
             text = [[self.crops.text(item) for *_, item in row] for row in reading.crops]
             yield Batch(log_mel, start, length, seed, mask, text, reading.crops, plan.state, self.dataset)
 
@@ -196,6 +199,11 @@ class RowLoader:
                 f"data.num_workers {s.num_workers} x prefetch {s.prefetch} needs {need >> 20} MiB of shared "
                 f"memory, /dev/shm has {free >> 20}: lower them, or enlarge it (docker run --shm-size)"
             )
+
+
+def _unpacked(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """bool [R, F] of what np.packbits made of it."""
+    return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(np.bool_))
 
 
 def _begin_worker(_: int) -> None:
