@@ -107,6 +107,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         begin = time.perf_counter()
         next(iter(restored))
         first_batch.append(time.perf_counter() - begin)
+    del there, restored
     batches = iter(RowLoader(dataset, crops, settings, multiple=4, row_gap=4))
     for _ in range(options.batches):
         next(batches)

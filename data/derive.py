@@ -17,7 +17,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import difference
 from data.index import Recording
-from data.index_file import write_dataset, write_rows
+from data.index_merge import write_dataset, write_rows
 from data.shards import Dataset, open_dataset
 
 Entry = tuple[Dataset, int, Recording]

@@ -290,6 +290,7 @@ def open_dataset(
     dataset = Dataset(store, fields)
     if check and "://" not in dataset.location:
         check_files(dataset)
+    dataset.index.release()
     return dataset
 
 

@@ -26,7 +26,7 @@ from data import index as ix
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.index import Recording
-from data.index_file import read_rows, write_dataset, write_rows
+from data.index_merge import read_rows, write_dataset, write_rows
 from data.sound import shard_header, stored
 
 MAX_SHARD_BYTES = 2_000_000_000
