@@ -1,8 +1,8 @@
 """Activation checkpointing: a block keeps less for the backward pass and computes the rest a second time there.
 
-Source: Chen et al., Training deep nets with sublinear memory cost, arXiv 1604.06174; the selective kind after Korthikanti
-et al., Reducing activation recomputation in large transformer models, arXiv 2205.05198. What each mode keeps, in bytes,
-and what it costs, in time, stands in docs/memory.md.
+Source: Chen et al., Training deep nets with sublinear memory cost, arXiv 1604.06174; the selective kind after
+Korthikanti et al., Reducing activation recomputation in large transformer models, arXiv 2205.05198. What each mode
+keeps, in bytes, and what it costs, in time, stands in docs/memory.md.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 MODES = ("none", "selective", "full")
-"""none keeps all; selective keeps the outputs of `KEPT` and computes the elementwise rest again; full keeps the input"""
+"""none keeps all; selective the outputs of `KEPT`, and computes the elementwise rest again; full a block's input"""
 
 _aten = torch.ops.aten
 KEPT: list[Any] = [
@@ -36,8 +36,8 @@ def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
     """`block(x, *args)`, with what `mode` says kept for the backward pass; the gradients are the same, to the bit.
 
     Works around a block that FSDP2 shards, and inside DDP. The generators are set back for the second computation, so
-    it draws the same dropout. But a module with a memory of its batches (batch norm) would see each batch twice. Without
-    gradients there is nothing to keep, and `mode` says nothing.
+    it draws the same dropout. But a module with a memory of its batches (batch norm) would see each batch twice.
+    Without gradients there is nothing to keep, and `mode` says nothing.
 
     Args:
         mode: one of `MODES`.
