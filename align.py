@@ -217,7 +217,7 @@ def align_recordings(
     """This rank's recordings, each as soon as it is aligned: its number, and `words` or a `reason`."""
     frames_per_second = dataset.features.frames_per_second
     model = recogniser.model.to(world.device)
-    factor = model.encoder.settings.subsampling_factor
+    factor = model.encoder.settings.stride
     vocab_size = recogniser.tokenizer.vocab_size
 
     def read_mel(recording: int, start: int, stop: int) -> Tensor:

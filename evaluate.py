@@ -272,7 +272,7 @@ def decode(
         model,
         sources,
         config.inference,
-        model.encoder.settings.subsampling_factor,
+        model.encoder.settings.stride,
         frames_per_second,
         world.device,
         reduce=lambda log_probs: log_probs.argmax(dim=-1),

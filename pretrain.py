@@ -75,6 +75,8 @@ FREE_FIELDS = (
     "accumulation",
     "checkpoint",
     "distributed",
+    "encoder.activation_checkpointing",
+    "encoder.backend",
     "guard.max_bad_updates",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "run.folder",
@@ -87,11 +89,11 @@ def train(config: Config) -> None:
     dataset = config.data.open()
     run = RunFolder(config.run.folder)
     run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
-    subsampling_factor = config.encoder.subsampling_factor
+    stride = config.encoder.stride
 
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
     model = BestRQ(config.encoder, config.quantizer).to(world.device)
-    quantizer = RandomProjectionQuantizer(config.quantizer, subsampling_factor * config.encoder.num_mels)
+    quantizer = RandomProjectionQuantizer(config.quantizer, stride * config.encoder.num_mels)
     quantizer.to(world.device)
     flops_per_row = model_flops(model, config, config.data.crop_frames(dataset)[0], world)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
@@ -113,8 +115,8 @@ def train(config: Config) -> None:
         dataset,
         config.data.crop_order(dataset),
         config.data,
-        multiple=subsampling_factor,
-        row_gap=model.encoder.row_gap,
+        multiple=config.encoder.row_multiple,
+        row_gap=config.encoder.row_gap,
         rank=world.rank,
         world_size=world.size,
         accumulation=config.accumulation,
@@ -140,7 +142,7 @@ def train(config: Config) -> None:
             micro_batches = next(batches)
         step += 1
         seed_step(config.run.seed, step, world.rank)
-        micro_rows = [masked_rows(batch, quantizer, subsampling_factor, config, world) for batch in micro_batches]
+        micro_rows = [masked_rows(batch, quantizer, stride, config, world) for batch in micro_batches]
         num_targets = sum(rows.targets.numel() for rows in micro_rows)
         global_targets = world.sum(torch.tensor(num_targets, device=world.device)).clamp(min=1)
 
@@ -200,7 +202,7 @@ def train(config: Config) -> None:
 
 
 def masked_rows(
-    batch: Batch, quantizer: RandomProjectionQuantizer, subsampling_factor: int, config: Config, world: World
+    batch: Batch, quantizer: RandomProjectionQuantizer, stride: int, config: Config, world: World
 ) -> MaskedRows:
     """A batch on the device, with its targets, and noise in place of the masked frames."""
     assert batch.mask is not None
@@ -211,7 +213,7 @@ def masked_rows(
         batch.segment_length,
         batch.segment_seed,
         quantizer,
-        subsampling_factor,
+        stride,
         config.masking.noise_std,
     )
 
@@ -330,10 +332,10 @@ normalised per {config.data.normalisation}). Fine-tune it: `python finetune_ctc.
 def model_flops(model: BestRQ, config: Config, longest: int, world: World) -> int:
     """FLOPs of a forward and backward pass of one row, full of segments of the `longest` length, in mel frames."""
     frames = config.data.row_frames
-    longest -= longest % config.encoder.subsampling_factor
+    longest -= longest % config.encoder.row_multiple
     starts = torch.arange(0, frames - longest + 1, longest).unsqueeze(0)
     lengths = torch.full_like(starts, longest)
-    targets = torch.zeros(frames // config.encoder.subsampling_factor // 3, config.quantizer.num_codebooks)
+    targets = torch.zeros(frames // config.encoder.stride // 3, config.quantizer.num_codebooks)
     inputs = (torch.zeros(1, frames, config.encoder.num_mels), starts, lengths)
     target_frames = torch.arange(len(targets))
 

@@ -33,7 +33,6 @@ from benchmarks.pretraining_systems import (
     make_utterances,
     speechbrain_batches,
 )
-from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from data.packing import pack_rows
 
@@ -81,7 +80,7 @@ def main() -> None:
     seconds = sum(map(len, utterances)) / FRAMES_PER_SECOND
     row_frames = round(args.row_seconds * FRAMES_PER_SECOND) // 4 * 4
     lengths = [len(u) for u in utterances]
-    rows = pack_rows(lengths, row_frames, ConformerEncoder.row_gap, 4, max_segments=args.utterances)
+    rows = pack_rows(lengths, row_frames, PRESETS["bestrq-94m"].row_gap, 4, max_segments=args.utterances)
     fill = sum(lengths) / (len(rows) * row_frames)
     batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
     ours = make_ours([collate(batch, utterances, row_frames, seed) for seed, batch in enumerate(batches)])

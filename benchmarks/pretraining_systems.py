@@ -83,7 +83,7 @@ def make_ours(batches: list[PackedRows]) -> System:
     settings = replace(PRESETS["bestrq-94m"], dropout=DROPOUT, attention_dropout=DROPOUT)
     masking = MaskingSettings()
     quantizer_settings = QuantizerSettings()
-    quantizer = RandomProjectionQuantizer(quantizer_settings, settings.subsampling_factor * NUM_MELS)
+    quantizer = RandomProjectionQuantizer(quantizer_settings, settings.stride * NUM_MELS)
     model = BestRQ(settings, quantizer_settings).train()
     optimizer = adamw(model)
 
@@ -91,7 +91,7 @@ def make_ours(batches: list[PackedRows]) -> System:
         return [
             mask_rows(
                 b.log_mel, b.mask, b.segment_start, b.segment_length, b.segment_seed, quantizer,
-                settings.subsampling_factor, masking.noise_std,
+                settings.stride, masking.noise_std,
             )
             for b in batches
         ]  # fmt: skip

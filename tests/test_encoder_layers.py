@@ -8,19 +8,10 @@ from hypothesis import strategies as st
 
 from bestrq.model import dropout as dropout_module
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.model.convolution import convolve_in_segments
 from bestrq.model.dropout import Dropout, drop_threshold, keep_scale, random_words
-from bestrq.model.layout import RowLayout, make_layout
 from bestrq.model.norms import LayerNorm, make_norm
-
-
-def make(starts: list[list[int]], lengths: list[list[int]], frames: int, reach: int = 3) -> RowLayout:
-    return make_layout(
-        torch.tensor(starts), torch.tensor(lengths), frames,
-        subsampling_factor=4, reach=reach, rotary_dim=4, rotary_theta=1e4,
-        device=torch.device("cpu"), dtype=torch.float64,
-    )  # fmt: skip
-
+from bestrq.model.settings import StageSettings
+from tests.layouts import row_layout
 
 # ---- dropout
 
@@ -99,32 +90,6 @@ def test_dropout_does_nothing_in_evaluation_or_at_share_zero(monkeypatch: pytest
         assert torch.equal(drop(x), x) and torch.equal(drop.add(x, y, 0.5), x + 0.5 * y)
 
 
-# ---- convolution
-
-
-@pytest.mark.parametrize("kernel_size", [1, 5, 31])
-def test_convolution_in_segments_is_a_plain_convolution_of_each(kernel_size: int) -> None:
-    torch.manual_seed(0)
-    layout = make([[0, 44, 0], [80, 0, 52]], [[40, 37, 0], [8, 50, 24]], 120, reach=kernel_size // 2)
-    x = torch.randn(2, 30, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 1, kernel_size, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    ours = convolve_in_segments(x, weight, bias, layout)
-    plain = torch.zeros_like(ours)
-    for start, stop in layout.segments:
-        row, start, stop = start // 30, start % 30, (stop - 1) % 30 + 1
-        part = F.conv1d(x[row, start:stop].T, weight, bias, padding=kernel_size // 2, groups=6).T
-        plain = plain.index_put((torch.full((stop - start,), row), torch.arange(start, stop)), part)
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    grad = torch.randn_like(ours)
-    for a, b in zip(
-        torch.autograd.grad(ours, (x, weight, bias), grad),
-        torch.autograd.grad(plain, (x, weight, bias), grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
 # ---- layout
 
 
@@ -140,40 +105,53 @@ def test_spread_segments_keep_their_reach_apart_whatever_the_order_of_the_slots(
         row_starts, end = [], 0
         for length in row:
             row_starts.append(end)
-            end = -(-(end + length + ConformerEncoder.row_gap) // 4) * 4
+            end = -(-(end + length + 4) // 4) * 4
         pairs = data.draw(st.permutations([*zip(row_starts, row, strict=True), *[(0, 0)] * (4 - len(row))]))
         starts.append([start for start, _ in pairs])
         lengths.append([length for _, length in pairs])
-    layout = make(starts, lengths, frames, reach)
-    assert int(layout.valid.sum()) == sum(-(-n // 4) for row in rows for n in row) == len(layout.frame)
+    layout = row_layout(starts, lengths, frames, kernel_size=2 * reach + 1)
+    stage = layout.output
+    spread = stage.convolution
+    assert int(stage.valid.sum()) == sum(-(-n // 4) for row in rows for n in row) == len(spread.frame)
     assert int(layout.valid_mel.sum()) == sum(n for row in rows for n in row)
-    assert int(layout.valid_half.sum()) == sum(-(-n // 2) for row in rows for n in row)
-    assert torch.equal(layout.valid.flatten().nonzero().squeeze(1), layout.frame)
-    segment_of = torch.full((layout.valid.numel(),), -1)
-    for number, (start, stop) in enumerate(layout.segments):
+    assert [int(valid.sum()) for valid in layout.valid_after] == [sum(-(-n // 2) for row in rows for n in row)]
+    assert torch.equal(stage.valid.flatten().nonzero().squeeze(1), spread.frame)
+    segment_of = torch.full((stage.valid.numel(),), -1)
+    for number, (start, stop) in enumerate(stage.attention.segments):
         segment_of[start:stop] = number
-    row_of_slot, place = layout.slot // layout.num_spread, layout.slot % layout.num_spread
-    assert torch.equal(row_of_slot, layout.frame // 100)
-    previous, here = segment_of[layout.frame[:-1]], segment_of[layout.frame[1:]]
+    row_of_slot, place = spread.slot // spread.num_spread, spread.slot % spread.num_spread
+    assert torch.equal(row_of_slot, spread.frame // 100)
+    previous, here = segment_of[spread.frame[:-1]], segment_of[spread.frame[1:]]
     distance, same_row = place.diff(), row_of_slot.diff() == 0
     assert (distance[previous == here] == 1).all()
     assert (distance[(previous != here) & same_row] > reach).all()
 
 
-def test_positions_count_from_the_start_of_each_segment() -> None:
-    layout = make([[0, 44]], [[40, 37]], 100)
-    assert layout.rotary_phase is not None
-    for start, stop in layout.segments:
-        angles = layout.rotary_phase[0, start:stop].angle()
-        torch.testing.assert_close(angles[:, 1], torch.arange(stop - start, dtype=torch.float64) * 1e4**-0.5)
+@pytest.mark.parametrize("interpolation", [1.0, 4.0])
+def test_positions_count_from_the_start_of_each_segment(interpolation: float) -> None:
+    stage = row_layout([[0, 44]], [[40, 37]], 100, rotary_interpolation=interpolation).output
+    phase = stage.attention.rotary_phase
+    assert phase is not None
+    for start, stop in stage.attention.segments:
+        position = torch.arange(stop - start)
+        assert torch.equal(stage.position[0, start:stop], position)
+        expected = position.double() / interpolation * 1e4**-0.5
+        torch.testing.assert_close(phase[0, start:stop, 1].angle(), expected)
 
 
-@pytest.mark.parametrize(
-    "start, length, frames, word", [(0, 8, 42, "multiple"), (6, 8, 40, "multiples"), (36, 8, 40, "ends behind")]
-)
+def test_stages_of_an_efficient_conformer_halve_the_frames_of_every_segment() -> None:
+    earlier = [StageSettings(1, 8, 2, 8, group_size=3), StageSettings(1, 8, 2, 8)]
+    layout = row_layout([[0, 96]], [[90, 53]], 200, earlier_stages=earlier)  # rows are filled up to 240
+    assert [stage.valid.shape[1] for stage in layout.stages] == [60, 30, 15]
+    assert [stage.segment_start[0].tolist() for stage in layout.stages] == [[0, 24], [0, 12], [0, 6]]
+    assert [stage.segment_length[0].tolist() for stage in layout.stages] == [[23, 14], [12, 7], [6, 4]]
+    assert layout.stages[0].attention.segments == [(0, 8), (8, 13)]  # in groups of three frames
+
+
+@pytest.mark.parametrize("start, length, frames, word", [(6, 8, 40, "multiples"), (36, 8, 40, "ends behind")])
 def test_impossible_rows_are_refused(start: int, length: int, frames: int, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        make([[start]], [[length]], frames)
+        row_layout([[start]], [[length]], frames)
 
 
 # ---- norms and the whole

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bestrq.model import attention
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.model.layout import RowLayout, attention_mask
 
 TOLERANCE = 1e-9
 VARIANTS = {
@@ -36,16 +34,6 @@ class Result:
     parameter_grads: list[Tensor]
 
 
-def with_mask(layout: RowLayout) -> RowLayout:
-    """The same layout as on CUDA, where one call with a mask takes the place of the loop over segments."""
-    owner = torch.zeros_like(layout.valid, dtype=torch.int64)
-    for row, (starts, lengths) in enumerate(zip(layout.segment_start, layout.segment_length, strict=True)):
-        for slot, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-            owner[row, start : start + length] = slot
-    layout.attention_mask = attention_mask(layout.valid, owner, layout.segment_start.shape[1])
-    return layout
-
-
 def run(
     encoder: ConformerEncoder,
     utterance: Tensor,
@@ -53,7 +41,7 @@ def run(
     slots: list[tuple[int, int]],
     num_rows: int,
     frames: int,
-    use_mask: bool = False,
+    backend: str = "segments",
 ) -> Result:
     """Encode `utterance` as the first of `slots` (start, length) in `row`; everything else, gaps included, is noise.
 
@@ -68,9 +56,7 @@ def run(
     for r in range(num_rows):  # the other rows hold the same segments in another order
         ordered = slots if r == row else slots[1:] + slots[:1]
         segment_start[r], segment_length[r] = torch.tensor(ordered).T
-    layout = encoder.layout(segment_start, segment_length, frames)
-    if use_mask:
-        layout = with_mask(layout)
+    layout = encoder.layout(segment_start, segment_length, frames, backend)
     outputs = encoder(log_mel, layout)[row, start // 4 : start // 4 + -(-length // 4)]
     weight = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     loss = (outputs * weight).sum()
@@ -97,17 +83,17 @@ def assert_same(a: Result, b: Result) -> None:
         torch.testing.assert_close(x, y, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("use_mask", [False, True], ids=["loop", "mask"])
+@pytest.mark.parametrize("backend", ["segments", "dense"])
 @pytest.mark.parametrize("length", [37, 38, 39, 40])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_utterance_alone_padded_and_packed_gives_the_same(variant: str, length: int, use_mask: bool) -> None:
+def test_utterance_alone_padded_and_packed_gives_the_same(variant: str, length: int, backend: str) -> None:
     encoder = make_encoder(**VARIANTS[variant])
     utterance = torch.randn(length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    gap = encoder.row_gap
+    gap = encoder.settings.row_gap
     behind = -(-(44 + length + gap) // 4) * 4
-    alone = run(encoder, utterance, 0, [(0, length)], 1, -(-length // 4) * 4, use_mask)
-    padded = run(encoder, utterance, 0, [(0, length)], 1, 100, use_mask)
-    packed = run(encoder, utterance, 1, [(44, length), (0, 40), (behind, 30), (0, 0)], 2, 132, use_mask)
+    alone = run(encoder, utterance, 0, [(0, length)], 1, -(-length // 4) * 4, backend)
+    padded = run(encoder, utterance, 0, [(0, length)], 1, 100, backend)
+    packed = run(encoder, utterance, 1, [(44, length), (0, 40), (behind, 30), (0, 0)], 2, 132, backend)
     assert alone.outputs.abs().min() > 0 and all(grad.abs().max() > 0 for grad in alone.parameter_grads[:4])
     assert_same(alone, padded)
     assert_same(alone, packed)
@@ -117,27 +103,5 @@ def test_gaps_and_unused_rows_come_out_as_zeros() -> None:
     encoder = make_encoder()
     layout = encoder.layout(torch.tensor([[8], [0]]), torch.tensor([[21], [0]]), 48)
     outputs = encoder(torch.randn(2, 48, 8, dtype=torch.float64), layout)
-    assert outputs[~layout.valid].abs().max() == 0
-    assert outputs[layout.valid].abs().min() > 0 and int(layout.valid.sum()) == 6
-
-
-def test_loop_and_mask_agree_over_whole_rows_forward_and_backward() -> None:
-    torch.manual_seed(0)
-    encoder = make_encoder()
-    layout = encoder.layout(torch.tensor([[0, 40, 0], [60, 0, 0]]), torch.tensor([[33, 55, 0], [40, 52, 0]]), 100)
-    qkv = torch.randn(2, 25, 3, 2, 8, dtype=torch.float64, requires_grad=True)
-    loop = attention.attend_in_segments(qkv, layout, 0.0)
-    masked = attention.attend_with_mask(qkv, with_mask(layout), 0.0)
-    where = layout.valid[..., None, None]
-    weight = torch.randn(masked.shape, dtype=torch.float64) * where
-    (loop_grad,) = torch.autograd.grad((loop * weight).sum(), qkv)
-    (mask_grad,) = torch.autograd.grad((masked * weight).sum(), qkv)
-    torch.testing.assert_close(loop, masked * where, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(loop_grad, mask_grad, rtol=1e-12, atol=1e-12)
-
-
-def test_rows_where_every_segment_shares_one_slot_mask_their_padding_only() -> None:
-    valid = torch.tensor([[True, True, False], [False, False, False]])
-    mask = attention_mask(valid, torch.zeros(2, 3, dtype=torch.int64), 1)
-    assert mask.shape == (2, 1, 1, 3)
-    assert mask[0, 0, 0].tolist() == [True, True, False] and mask[1].all()
+    assert outputs[~layout.output.valid].abs().max() == 0
+    assert outputs[layout.output.valid].abs().min() > 0 and int(layout.output.valid.sum()) == 6

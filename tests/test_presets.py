@@ -8,9 +8,22 @@ import torch
 from bestrq.config import ConfigError
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
-from bestrq.model.settings import EncoderSettings
+from bestrq.model.settings import EncoderSettings, StageSettings
 
-NUM_PARAMETERS = {"quickstart": 3_002_320, "base-120m": 118_252_672, "bestrq-94m": 85_683_200}
+NUM_PARAMETERS = {
+    "quickstart": 3_002_320,
+    "conformer-s": 8_374_464,
+    "conformer-m": 26_270_720,
+    "conformer-l": 110_637_568,
+    "base-120m": 118_252_672,
+    "bestrq-94m": 85_683_200,
+    "fast-115m": 104_288_256,
+    "large-600m": 582_534_144,
+    "xl-1.1b": 1_017_363_456,
+    "efficient-13m": 12_511_488,
+    "efficient-31m": 28_291_336,
+    "efficient-126m": 112_784_912,
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -42,15 +55,31 @@ def test_settings_cannot_be_changed_behind_a_preset() -> None:
         ("num_layers", 0),
         ("num_heads", 5),
         ("num_heads", 144),
+        ("num_kv_heads", 3),
+        ("num_kv_heads", -1),
+        ("feedforward", "relu"),
+        ("group_size", 0),
         ("kernel_size", 8),
         ("kernel_size", -3),
+        ("convolution_norm", "group_norm"),
+        ("norm", "batch_norm"),
+        ("subsampling", "max_pool"),
         ("subsampling_factor", 8),
-        ("dropout", 1.0),
-        ("attention_dropout", -0.1),
+        ("mask", "full"),
+        ("window", 0),
+        ("chunk_size", 0),
+        ("left_chunks", -2),
+        ("dynamic_chunks", True),
         ("position", "sinus"),
         ("rotary_theta", 0.0),
-        ("norm", "batch_norm"),
-        ("backend", "flex"),
+        ("rotary_interpolation", -1.0),
+        ("relative_buckets", 30),
+        ("relative_max_distance", 16),
+        ("dropout", 1.0),
+        ("attention_dropout", -0.1),
+        ("layer_drop", 1.0),
+        ("activation_checkpointing", "some"),
+        ("backend", "flash"),
     ],
 )
 def test_impossible_setting_names_field_value_and_fix(field: str, value: object) -> None:
@@ -58,3 +87,25 @@ def test_impossible_setting_names_field_value_and_fix(field: str, value: object)
         EncoderSettings(**{field: value})  # type: ignore[arg-type]
     message = str(error.value)
     assert f"encoder.{field}" in message and repr(value) in message and ("give" in message or "choose" in message)
+
+
+@pytest.mark.parametrize(
+    "field, settings",
+    [
+        ("attention_dropout", {"backend": "flex"}),
+        ("activation_checkpointing", {"convolution_norm": "batch_norm", "activation_checkpointing": "full"}),
+        ("group_size", {"mask": "causal", "group_size": 2}),
+        ("window", {"mask": "window", "window": 7, "group_size": 2}),
+        ("chunk_size", {"mask": "chunk", "chunk_size": 6, "earlier_stages": [StageSettings(group_size=4)]}),
+        ("earlier_stages", {"earlier_stages": [StageSettings(num_heads=7)]}),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(field: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"encoder.{field}"):
+        EncoderSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_targets_follow_the_total_stride() -> None:
+    efficient = PRESETS["efficient-13m"]
+    assert (efficient.subsampling_factor, efficient.stride, efficient.row_multiple) == (2, 8, 24)
+    assert (PRESETS["fast-115m"].stride, PRESETS["fast-115m"].row_multiple) == (8, 8)

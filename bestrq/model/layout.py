@@ -1,20 +1,76 @@
 """Where the segments of a batch of packed rows lie: worked out once a batch, shared by all layers.
 
-`R` rows of `T` encoder frames hold up to `S` segments each; what lies between and after them is a gap. Inside the
-convolution module the segments are spread apart by the reach of its kernel, so that no output sees two segments.
+`R` rows of `T` encoder frames hold up to `S` segments each; what lies between and after them is a gap. Attention keeps
+segments apart by the interval of keys that each frame may see; inside the convolution module the segments are spread
+apart by the reach of its kernel, so that no output sees two segments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bestrq.model.attention.backends import Plan, choose_backend, make_plan
+from bestrq.model.masks import Mask
+from bestrq.model.masks.causal import CausalMask
+from bestrq.model.masks.chunk import ChunkMask, draw_chunk_size
+from bestrq.model.masks.segment import SegmentMask
+from bestrq.model.masks.window import WindowMask
 from bestrq.model.positions import rotary_phase
+from bestrq.model.settings import EncoderSettings
 
 
 @dataclass
-class RowLayout:
-    """The segments of a batch, in encoder frames, and what the layers need to keep them apart."""
+class Segments:
+    """The segments of a batch at one frame rate."""
+
+    start: Tensor
+    """int64 [R, S]; 0 in unused slots"""
+    length: Tensor
+    """int64 [R, S]; 0 marks an unused slot"""
+    num_frames: int
+    """T of a row"""
+
+    def coarser(self, factor: int) -> "Segments":
+        """The same where one frame takes the place of `factor`; the last frame of a segment may stand for fewer."""
+        return Segments(self.start // factor, -(-self.length // factor), self.num_frames // factor)
+
+
+@dataclass
+class ConvolutionLayout:
+    """How the convolution modules of a stage spread the segments apart."""
+
+    frame: Tensor
+    """int64 [N]: index row * T + t of every valid frame, ascending"""
+    slot: Tensor
+    """int64 [N]: where that frame lies among the `num_spread` rows x slots of the spread-out segments"""
+    num_spread: int
+    """slots in a row of spread-out segments: T + (S - 1) * reach"""
+
+
+@dataclass
+class AttentionLayout:
+    """What may attend to what; in frames of attention, which are groups of frames with `group_size` above 1."""
+
+    segments: list[tuple[int, int]]
+    """(start, stop) of every segment, in frames of the flattened [R * T]: plain numbers, for loops on the CPU"""
+    mask: Mask
+    """keys that a query sees, in frames from the start of its segment"""
+    first_key: Tensor
+    """int64 [R, T]: the first frame of the row that a frame attends to; a frame of a gap attends to itself alone"""
+    stop_key: Tensor
+    """int64 [R, T]: the frame behind the last one; neither ever falls along a row"""
+    rotary_phase: Tensor | None
+    """complex [R, T, d / 2]: `positions.rotary_phase` counted from the start of the segment, or None"""
+    backend: str
+    """a key of `attention.module.ATTEND`"""
+    plan: Plan
+    """what the backend made of it: see `attention.backends`"""
+
+
+@dataclass
+class StageLayout:
+    """The segments of a batch at the frame rate of one stage of blocks."""
 
     segment_start: Tensor
     """int64 [R, S]; 0 in unused slots"""
@@ -22,109 +78,148 @@ class RowLayout:
     """int64 [R, S]; 0 marks an unused slot"""
     valid: Tensor
     """bool [R, T]: False in gaps and padding"""
+    position: Tensor
+    """int64 [R, T]: frames since the start of the segment; 0 in gaps"""
+    convolution: ConvolutionLayout
+    attention: AttentionLayout
+
+
+@dataclass
+class RowLayout:
+    """The segments of a batch, from mel frames to the output."""
+
     valid_mel: Tensor
-    """bool [R, F]: the same in mel frames"""
-    valid_half: Tensor
-    """bool [R, F / 2]: the same after the first subsampling convolution"""
-    frame: Tensor
-    """int64 [N]: index row * T + t of every valid frame, ascending"""
-    slot: Tensor
-    """int64 [N]: where that frame lies among the `num_spread` rows x slots of the spread-out segments"""
-    num_spread: int
-    """slots in a row of spread-out segments: T + (S - 1) * reach"""
-    segments: list[tuple[int, int]]
-    """(start, stop) of every segment, in frames of the flattened [R * T]: plain numbers, for loops on the CPU"""
-    attention_mask: Tensor | None
-    """bool [R, 1, T, T] or [R, 1, 1, T], True where a frame may attend; None on the CPU, which loops over segments"""
-    rotary_phase: Tensor | None
-    """complex [R, T, head width / 2]: `positions.rotary_phase` counted from the start of the segment, or None"""
+    """bool [R, F]: False in gaps and padding"""
+    valid_after: list[Tensor]
+    """bool [R, F / 2^k] for k = 1, 2, ... below the subsampling factor: the same after k halvings of the rate"""
+    stages: list[StageLayout]
+    """one a stage, first to last"""
 
-
-def _mark(start: Tensor, length: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-    """Valid frames, bool `[R, n]`, and the segment slot of each, int64 `[R, n]`, from int64 `[R, S]`."""
-    frame = torch.arange(num_frames, device=start.device)
-    inside = (frame >= start[..., None]) & (frame < (start + length)[..., None])  # [R, S, n]
-    return inside.any(dim=1), inside.to(torch.uint8).argmax(dim=1)
+    @property
+    def output(self) -> StageLayout:
+        """The last stage: the frames that come out."""
+        return self.stages[-1]
 
 
 def make_layout(
-    segment_start: Tensor,
-    segment_length: Tensor,
-    num_frames: int,
-    *,
-    subsampling_factor: int,
-    reach: int,
-    rotary_dim: int | None,
-    rotary_theta: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> RowLayout:
-    """Lay out rows of `num_frames` mel frames.
+    segments: Segments, settings: EncoderSettings, *, training: bool, device: torch.device, dtype: torch.dtype,
+    backend: str | None = None,
+) -> RowLayout:  # fmt: skip
+    """Lay out rows of mel frames.
 
     Args:
-        segment_start, segment_length: int64 `[R, S]` in mel frames, best on the CPU: the plain numbers are read there.
-        reach: encoder frames that the depthwise convolution sees to either side.
-        rotary_dim: width of a head, or None for no positions.
+        segments: in mel frames, best on the CPU: the plain numbers are read there.
+        training: draw the chunk size of dynamic chunk training.
         device: where the encoder is.
         dtype: of its parameters; float64 gives float64 angles.
+        backend: a key of `attention.module.ATTEND` in place of the one that `choose_backend` takes.
+
+    Raises:
+        ValueError: a segment starts off the grid or ends behind its row.
     """
-    factor = subsampling_factor
-    if num_frames % factor:
-        raise ValueError(f"rows of {num_frames} mel frames: give a multiple of the subsampling factor {factor}")
-    segment_start, segment_length = segment_start.cpu(), segment_length.cpu()
-    if bool((segment_start % factor).any()):
-        raise ValueError(f"segment_start must be multiples of the subsampling factor {factor}")
-    if bool((segment_start + segment_length > num_frames).any()):
-        raise ValueError(f"a segment ends behind its row of {num_frames} mel frames")
+    multiple = settings.row_multiple
+    segments = Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
+    if bool((segments.start % multiple).any()):
+        raise ValueError(f"segment_start must be multiples of {multiple}")
+    if bool((segments.start + segments.length > segments.num_frames).any()):
+        raise ValueError(f"a segment ends behind its row of {segments.num_frames} mel frames")
+    segments = replace(segments, num_frames=-(-segments.num_frames // multiple) * multiple)
 
-    rows = num_frames // factor
-    start, length = segment_start // factor, (segment_length + factor - 1) // factor
-    valid, segment = _mark(start, length, rows)
-    valid_mel, _ = _mark(segment_start, segment_length, num_frames)
-    valid_half, _ = _mark(segment_start // 2, (segment_length + 1) // 2, num_frames // 2)
-
-    num_rows, num_segments = start.shape
-    num_spread = rows + (num_segments - 1) * reach
-    # Slots are numbered in order of their start, whatever the order in the batch: a later segment moves further.
-    order = torch.where(length > 0, start, num_frames).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    row, time = valid.nonzero(as_tuple=True)
-    here = segment[row, time]
-    position = torch.zeros_like(segment)
-    position[row, time] = time - start[row, here]
-    slot = row * num_spread + time + order[row, here] * reach
-    phase = None if rotary_dim is None else rotary_phase(position, rotary_dim, rotary_theta, dtype).to(device)
-    segments = [
-        (int(r * rows + start[r, s]), int(r * rows + start[r, s] + length[r, s]))
-        for r in range(num_rows)
-        for s in range(num_segments)
-        if length[r, s] > 0
-    ]
+    mask_settings = settings
+    if training and settings.dynamic_chunks:
+        groups = [stage.group_size << number for number, stage in enumerate(settings.stages)]
+        size = draw_chunk_size(settings.chunk_size, max(groups))
+        mask_settings = replace(settings, mask="segment") if size is None else replace(settings, chunk_size=size)
+    halvings = range(1, settings.subsampling_factor.bit_length() - 1)
+    stages = []
+    for number, stage in enumerate(settings.stages):
+        stage_segments = segments.coarser(settings.subsampling_factor << number)
+        mask = make_mask(mask_settings, stage.group_size << number)
+        stages.append(_stage_layout(stage_segments, stage, mask, device, dtype, backend))
     return RowLayout(
-        segment_start=start.to(device),
-        segment_length=length.to(device),
-        valid=valid.to(device),
-        valid_mel=valid_mel.to(device),
-        valid_half=valid_half.to(device),
-        frame=(row * rows + time).to(device),
-        slot=slot.to(device),
-        num_spread=num_spread,
-        segments=segments,
-        attention_mask=None if device.type == "cpu" else attention_mask(valid, segment, num_segments).to(device),
-        rotary_phase=phase,
+        valid_mel=_mark(segments)[0].to(device),
+        valid_after=[_mark(segments.coarser(2**k))[0].to(device) for k in halvings],
+        stages=stages,
     )
 
 
-def attention_mask(valid: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Which frames may attend to which: bool `[R, 1, T, T]`, or `[R, 1, 1, T]` for rows of one segment at most.
+def make_mask(settings: EncoderSettings, unit: int) -> Mask:
+    """The mask that `settings.mask` names, where a frame of attention is `unit` frames of the first stage."""
+    if settings.mask == "window":
+        return WindowMask(settings.window // unit)
+    if settings.mask == "chunk":
+        return ChunkMask(settings.chunk_size // unit, settings.left_chunks)
+    return CausalMask() if settings.mask == "causal" else SegmentMask()
 
-    A softmax over nothing would be NaN, so frames of a gap attend to something: among several segments to each other,
-    in an empty row to all of it. Nobody reads what they make of it.
 
-    Args:
-        valid: bool `[R, T]`.
-        segment: int64 `[R, T]`, the slot of every valid frame.
-    """
-    if num_segments == 1:
-        return (valid | ~valid.any(dim=1, keepdim=True))[:, None, None, :]
-    owner = torch.where(valid, segment, -1)
-    return owner[:, None, :, None] == owner[:, None, None, :]
+def _mark(segments: Segments) -> tuple[Tensor, Tensor]:
+    """Valid frames, bool `[R, T]`, and the segment slot of each, int64 `[R, T]`."""
+    frame = torch.arange(segments.num_frames)
+    start, stop = segments.start[..., None], (segments.start + segments.length)[..., None]
+    inside = (frame >= start) & (frame < stop)  # [R, S, T]
+    return inside.any(dim=1), inside.to(torch.uint8).argmax(dim=1)
+
+
+def _stage_layout(
+    segments: Segments,
+    stage: EncoderSettings,
+    mask: Mask,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> StageLayout:
+    valid, owner = _mark(segments)
+    frame = torch.arange(segments.num_frames)
+    position = torch.where(valid, frame - segments.start.gather(1, owner), 0)
+    reach = stage.kernel_size - 1 if stage.causal_convolution else stage.kernel_size // 2
+    return StageLayout(
+        segment_start=segments.start.to(device),
+        segment_length=segments.length.to(device),
+        valid=valid.to(device),
+        position=position.to(device),
+        convolution=_convolution_layout(segments, valid, owner, reach, device),
+        attention=_attention_layout(segments.coarser(stage.group_size), stage, mask, device, dtype, backend),
+    )
+
+
+def _convolution_layout(
+    segments: Segments, valid: Tensor, owner: Tensor, reach: int, device: torch.device
+) -> ConvolutionLayout:
+    num_segments, num_frames = segments.start.shape[1], segments.num_frames
+    num_spread = num_frames + (num_segments - 1) * reach
+    # Slots are numbered in order of their start, whatever the order in the batch: a later segment moves further.
+    order = torch.where(segments.length > 0, segments.start, num_frames).argsort(dim=1, stable=True)
+    order = order.argsort(dim=1, stable=True)
+    row, time = valid.nonzero(as_tuple=True)
+    slot = row * num_spread + time + order[row, owner[row, time]] * reach
+    return ConvolutionLayout((row * num_frames + time).to(device), slot.to(device), num_spread)
+
+
+def _attention_layout(
+    segments: Segments,
+    stage: EncoderSettings,
+    mask: Mask,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> AttentionLayout:
+    valid, owner = _mark(segments)
+    frame = torch.arange(segments.num_frames)
+    start, length = segments.start.gather(1, owner), segments.length.gather(1, owner)
+    position = torch.where(valid, frame - start, 0)
+    first, stop = mask(position)
+    first_key = torch.where(valid, start + first.clamp(min=0), frame).to(device)
+    stop_key = torch.where(valid, start + stop.minimum(length), frame + 1).to(device)
+    phase = None
+    if stage.position == "rotary":
+        scaled = position.double() / stage.rotary_interpolation
+        phase = rotary_phase(scaled, stage.head_dim, stage.rotary_theta, dtype).to(device)
+    spans = [
+        (r * segments.num_frames + start, r * segments.num_frames + start + length)
+        for r, row in enumerate(zip(segments.start.tolist(), segments.length.tolist(), strict=True))
+        for start, length in zip(*row, strict=True)
+        if length > 0
+    ]
+    backend = backend or choose_backend(stage.backend, device, segments.num_frames, mask.reach)
+    plan = make_plan(backend, first_key, stop_key, mask.reach)
+    return AttentionLayout(spans, mask, first_key, stop_key, phase, backend, plan)

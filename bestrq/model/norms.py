@@ -1,13 +1,19 @@
 """The one place where norms are made."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:  # NVIDIA's Apex, which is not on PyPI; the package of that name there has no such module.
-    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
 except ImportError:
-    fused_layer_norm_affine = None
+    fused_layer_norm_affine = fused_rms_norm_affine = None
+
+EPS = 1e-5
+"""added to the variance (the mean square in RMSNorm) before the root, in every norm"""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -24,8 +30,122 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation over the last dimension; Apex's kernel as with `LayerNorm`. Has `weight` only.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)  # torch has a fused kernel for equal dtypes only
+        if fused_rms_norm_affine is not None and x.is_cuda:
+            with torch.autocast("cuda", enabled=False):
+                return fused_rms_norm_affine(x, weight, self.normalized_shape, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 def make_norm(kind: str, dim: int) -> nn.Module:
-    """The norm that `EncoderSettings.norm` names, over `dim` features."""
-    if kind != "layer_norm":
-        raise ValueError(f"norm {kind!r}: give 'layer_norm'")
-    return LayerNorm(dim)
+    """The norm that `EncoderSettings.norm` names, 'layer_norm' or 'rms_norm', over the last of `[..., dim]`."""
+    if kind == "layer_norm":
+        return LayerNorm(dim, eps=EPS)
+    if kind == "rms_norm":
+        return RMSNorm(dim, eps=EPS)
+    raise ValueError(f"norm {kind!r}: give 'layer_norm' or 'rms_norm'")
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation `[R, T, D] -> [R, T, D]` over the valid frames of all processes; zero elsewhere.
+
+    In training, mean and variance are those of the valid frames of this batch on every rank (one collective forward
+    and one backward, whether or not a rank has such frames) and, by `momentum`, enter the running ones, which
+    evaluation uses. Statistics are float32 at least. State has the names of `torch.nn.BatchNorm1d`, and the numbers
+    are what that makes of the valid frames alone. A batch of fewer than two valid frames has no variance and leaves
+    the running statistics as they are. Gradient accumulation normalises each micro-batch by itself, and a forward pass
+    repeated by activation checkpointing would count twice.
+
+    Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, dim: int, eps: float = EPS, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Normalise the frames of `x` `[R, T, D]` that `valid`, bool `[R, T]`, marks; any dtype, kept."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        keep = valid[..., None]
+        if self.training:
+            normalised, count, mean, variance = _NormaliseOverRanks.apply(wide, keep.to(wide.dtype), self.eps)
+            self._track(count, mean, variance)
+        else:
+            normalised = (wide - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
+        return (normalised * self.weight + self.bias).masked_fill(~keep, 0.0).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics; no branch on `count`, which would wait for the device."""
+        several = count > 1
+        share = self.momentum * several.to(mean.dtype)
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        self.running_mean.add_((share * (mean - self.running_mean)).to(self.running_mean.dtype))
+        self.running_var.add_((share * (unbiased - self.running_var)).to(self.running_var.dtype))
+        self.num_batches_tracked.add_(several)
+
+
+class _NormaliseOverRanks(torch.autograd.Function):
+    """`[R, T, D]` less its mean, by its standard deviation, over the frames of all ranks where `keep` `[R, T, 1]` is 1.
+
+    Returns the normalised frames (zero where `keep` is 0), and without gradients the count, mean and biased variance.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Squared deviations from each rank's own mean, joined afterwards: a sum of squares less the square of a sum
+        # would lose all digits where the mean is large.
+        count = keep.sum()
+        mean = (x * keep).sum((0, 1)) / count.clamp(min=1)
+        squares = ((x - mean) * keep).square().sum((0, 1))
+        counts, means, squares_of_ranks = _gather(torch.cat([count[None], mean, squares])).split(
+            [1, len(mean), len(mean)], dim=1
+        )
+        count = counts.sum()
+        total = count.clamp(min=1)
+        mean = (counts * means).sum(0) / total
+        variance = (squares_of_ranks + counts * (means - mean).square()).sum(0) / total
+        scale = torch.rsqrt(variance + eps)
+        normalised = (x - mean) * scale * keep
+        ctx.save_for_backward(normalised, keep, scale, total)
+        ctx.mark_non_differentiable(count, mean, variance)
+        return normalised, count, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normalised, keep, scale, total = ctx.saved_tensors
+        grad = grads[0] * keep
+        sums = torch.cat([grad.sum((0, 1)), (grad * normalised).sum((0, 1))])
+        if _num_ranks() > 1:
+            dist.all_reduce(sums)
+        mean, slope = (sums / total).chunk(2)
+        return (grad - mean - normalised * slope) * scale * keep, None, None
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather(x: Tensor) -> Tensor:
+    """`[n]` of every rank, `[ranks, n]`."""
+    if _num_ranks() == 1:
+        return x[None]
+    gathered = x.new_empty(_num_ranks() * len(x))
+    dist.all_gather_into_tensor(gathered, x)
+    return gathered.view(-1, len(x))

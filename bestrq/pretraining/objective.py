@@ -32,7 +32,7 @@ class MaskedRows:
     """int64 [N, C] codes"""
 
 
-def target_frame_mask(mask: Tensor, segment_start: Tensor, segment_length: Tensor, subsampling_factor: int) -> Tensor:
+def target_frame_mask(mask: Tensor, segment_start: Tensor, segment_length: Tensor, stride: int) -> Tensor:
     """Encoder frames that have a target, bool `[R, T]`: all mel frames of their stack lie in a segment and are masked.
 
     A segment's last, incomplete stack has no target. Gaps are never masked, so they never have one.
@@ -42,7 +42,7 @@ def target_frame_mask(mask: Tensor, segment_start: Tensor, segment_length: Tenso
     for row, slot in segment_length.nonzero().tolist():
         start, length = int(segment_start[row, slot]), int(segment_length[row, slot])
         inside[row, start : start + length] = True
-    return (mask & inside).view(rows, frames // subsampling_factor, subsampling_factor).all(dim=-1)
+    return (mask & inside).view(rows, frames // stride, stride).all(dim=-1)
 
 
 def mask_rows(
@@ -52,7 +52,7 @@ def mask_rows(
     segment_length: Tensor,
     segment_seed: Tensor,
     quantizer: RandomProjectionQuantizer,
-    subsampling_factor: int,
+    stride: int,
     noise_std: float,
 ) -> MaskedRows:
     """Codes of the clean features, and the features with their masked frames replaced by noise.
@@ -62,9 +62,9 @@ def mask_rows(
         mask: bool `[R, F]`.
         segment_start, segment_length, segment_seed: int64 `[R, S]` on the CPU.
     """
-    has_target = target_frame_mask(mask, segment_start, segment_length, subsampling_factor)
+    has_target = target_frame_mask(mask, segment_start, segment_length, stride)
     target_frames = has_target.flatten().nonzero().squeeze(1)
-    stacks = stack_frames(log_mel, subsampling_factor).flatten(0, 1)[target_frames]
+    stacks = stack_frames(log_mel, stride).flatten(0, 1)[target_frames]
     noisy = fill_with_noise(log_mel, mask, segment_start, segment_length, segment_seed, noise_std)
     return MaskedRows(noisy, segment_start, segment_length, target_frames, quantizer(stacks))
 

@@ -37,15 +37,15 @@ class QuantizerSettings:
                 raise ConfigError(f"quantizer.{name} is {getattr(self, name)}: give at least 1")
 
 
-def stack_frames(log_mel: Tensor, subsampling_factor: int) -> Tensor:
-    """Join each `subsampling_factor` consecutive mel frames: `[R, F, M]` -> `[R, T, subsampling_factor * M]`.
+def stack_frames(log_mel: Tensor, stride: int) -> Tensor:
+    """Join each `stride` consecutive mel frames: `[R, F, M]` -> `[R, T, stride * M]`.
 
     Stack t holds the mel frames of encoder frame t, because segments start at multiples of the factor.
     """
     rows, frames, num_mels = log_mel.shape
-    if frames % subsampling_factor:
-        raise ConfigError(f"row_frames is {frames}: give a multiple of the subsampling factor {subsampling_factor}")
-    return log_mel.reshape(rows, frames // subsampling_factor, subsampling_factor * num_mels)
+    if frames % stride:
+        raise ConfigError(f"row_frames is {frames}: give a multiple of the encoder's stride {stride}")
+    return log_mel.reshape(rows, frames // stride, stride * num_mels)
 
 
 class RandomProjectionQuantizer(nn.Module):

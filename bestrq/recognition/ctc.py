@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.config import ConfigError, to_dict
+from bestrq.config import ConfigError, from_dict, to_dict
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.settings import FREE_ENCODER_FIELDS
 from bestrq.recognition.decoding import BLANK
 from bestrq.training.export import Export, read_export
 
@@ -123,7 +124,7 @@ class CTCModel(nn.Module):
         log_probs = self._log_probs(log_mel, segment_start, segment_length, train_encoder)
         num_frames = log_probs.shape[1]
         index, lengths = segment_frames(
-            segment_start, segment_length, self.encoder.settings.subsampling_factor, num_frames
+            segment_start, segment_length, self.encoder.settings.stride, num_frames
         )
         device = log_probs.device
         lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
@@ -170,17 +171,19 @@ def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: in
 
 
 def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
-    """An export's encoder, its tensors under `encoder.`, checked to be one of these settings; dropout may differ.
+    """An export's encoder, its tensors under `encoder.`, checked to be one of these settings; `FREE_ENCODER_FIELDS` may
+    differ.
 
     Raises:
         ConfigError: there is no export, or naming the field or tensor that differs.
     """
     pretrained = read_export(folder)
-    theirs, ours = pretrained.config.get("encoder", {}), to_dict(settings)
+    # Through EncoderSettings, so that an export older than a field has that field's default.
+    theirs, ours = to_dict(from_dict(EncoderSettings, pretrained.config.get("encoder", {}))), to_dict(settings)
     differing = [
-        f"encoder.{name} is {ours[name]!r}, in the export {theirs.get(name)!r}"
+        f"encoder.{name} is {ours[name]!r}, in the export {theirs[name]!r}"
         for name in ours
-        if name not in ("dropout", "attention_dropout") and ours[name] != theirs.get(name)
+        if name not in FREE_ENCODER_FIELDS and ours[name] != theirs[name]
     ]
     if differing:
         raise ConfigError(f"{folder} holds another encoder: {'; '.join(differing)}")

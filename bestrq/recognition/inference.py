@@ -120,7 +120,7 @@ def transcribe(
 
     Args:
         model: in evaluation mode, on `device`.
-        factor: mel frames of an encoder frame (`encoder.settings.subsampling_factor`).
+        factor: mel frames of an encoder frame (`encoder.settings.stride`).
         frames_per_second: mel frames of a second.
         reduce: what is kept of log-probabilities `[n, V]` before they leave the device, `[n, ...]`; greedy decoding
             needs only `lambda log_probs: log_probs.argmax(-1)`.

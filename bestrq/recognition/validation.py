@@ -80,7 +80,7 @@ def validate(
         model,
         [recording.source for recording in mine],
         settings,
-        model.encoder.settings.subsampling_factor,
+        model.encoder.settings.stride,
         frames_per_second,
         world.device,
         reduce=lambda log_probs: log_probs.argmax(dim=-1),

@@ -1,0 +1,53 @@
+"""Which way attention is reckoned: chosen once a batch, when its rows are laid out.
+
+All of them take joint queries, keys and values `[R, T, H + 2 * KV, d]` and give `[R, T, H, d]`; what they give for
+frames of a gap means nothing, but is finite. Queries, keys and values are turned by the rotary phase, scores are
+scaled by 1 / sqrt(d), then a learned bias is added where there is one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from bestrq.model.attention.flex import make_block_mask
+from bestrq.model.attention.sdpa import make_band_mask, make_dense_mask
+
+Plan = Tensor | BlockMask | None
+Reach = tuple[int | None, int | None]
+
+BACKENDS = ("segments", "dense", "bands", "flex", "reference")
+
+
+def choose_backend(setting: str, device: torch.device, num_frames: int, reach: Reach) -> str:
+    """The one place that chooses: by `EncoderSettings.backend`, the device, and how far frames see.
+
+    Args:
+        num_frames: frames T in a row.
+        reach: frames seen before and behind; None without bound.
+    """
+    if device.type == "cpu":
+        return "segments"
+    if setting == "flex":
+        return "flex"
+    before, behind = reach
+    return "dense" if before is None or behind is None or 2 * (before + behind) >= num_frames else "bands"
+
+
+def make_plan(backend: str, first_key: Tensor, stop_key: Tensor, reach: Reach) -> Plan:
+    """What `backend` needs to know of a batch, shared by all layers.
+
+    Args:
+        first_key, stop_key: int64 `[R, T]`: the interval of frames of its row that a frame attends to.
+    """
+    if backend == "dense":
+        return make_dense_mask(first_key, stop_key)
+    if backend == "bands":
+        before, behind = reach
+        if before is None or behind is None:
+            raise ValueError(f"backend 'bands' with a reach of {reach}: it needs a bounded one")
+        return make_band_mask(first_key, stop_key, before, behind)
+    if backend == "flex":
+        return make_block_mask(first_key, stop_key)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}: give one of {', '.join(BACKENDS)}")
+    return None
