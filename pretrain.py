@@ -343,7 +343,10 @@ def model_flops(model: BestRQ, config: Config, longest: int, world: World) -> in
         arguments = (inputs[0].to(world.device), *inputs[1:], target_frames.to(world.device))
         return model(*arguments, targets.long().to(world.device))[0]
 
-    return count_flops(loss)
+    model.eval()  # counting must not draw dropout, nor feed zeros to the statistics of a batch norm
+    flops = count_flops(loss)
+    model.train()
+    return flops
 
 
 def describe(config: Config, model: BestRQ, dataset: Dataset, world: World, step: int) -> str:

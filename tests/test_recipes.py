@@ -13,6 +13,7 @@ from tiny import DATA, ENCODER, RUN, make_dataset
 
 from bestrq.config import parse
 from bestrq.model.presets import PRESETS
+from bestrq.model.settings import FREE_ENCODER_FIELDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -54,8 +55,8 @@ def test_recipe_has_the_shape_of_its_preset(recipe: Path) -> None:
     """quickstart-ctc and quickstart-pretrain have the encoder of the preset quickstart, and so on."""
     config = parse(script_of(recipe).Config, ["--config", str(recipe)])
     preset = next(encoder for name, encoder in PRESETS.items() if recipe.stem.startswith(name))
-    rates = {"dropout": preset.dropout, "attention_dropout": preset.attention_dropout}
-    assert dataclasses.replace(config.encoder, **rates) == preset
+    free = {name: getattr(preset, name) for name in FREE_ENCODER_FIELDS}
+    assert dataclasses.replace(config.encoder, **free) == preset
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -123,9 +123,7 @@ class CTCModel(nn.Module):
         # Not log_probs itself: under FSDP2 that one gathers the weights, which this call has done already.
         log_probs = self._log_probs(log_mel, segment_start, segment_length, train_encoder)
         num_frames = log_probs.shape[1]
-        index, lengths = segment_frames(
-            segment_start, segment_length, self.encoder.settings.stride, num_frames
-        )
+        index, lengths = segment_frames(segment_start, segment_length, self.encoder.settings.stride, num_frames)
         device = log_probs.device
         lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
         segments = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
