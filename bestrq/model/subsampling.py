@@ -1,7 +1,8 @@
 """From mel frames to encoder frames: three ways to make one of 2, 4 or 8.
 
 Rows are packed (see `RowLayout`): what a module makes of the frames behind a segment, its bias if nothing else, must
-not reach the next convolution, so all of them see zeros in the gaps, each at its own resolution.
+not reach the next convolution, so all of them see zeros in the gaps, each at its own resolution: after k halvings a
+frame exists where the first of its 2^k mel frames does, as segments start at multiples of the factor.
 """
 
 from typing import Any
@@ -45,7 +46,7 @@ class Convolutional(nn.Module):
         self.out = nn.Linear(_halve(num_mels, 2) * channels, dim)
 
     def forward(self, log_mel: Tensor, layout: RowLayout) -> Tensor:
-        x = convolve_mel(log_mel, layout.valid_mel, layout.valid_after[0], self.conv1, ahead=not self.causal)
+        x = convolve_mel(log_mel, layout.valid_mel, self.conv1, ahead=not self.causal)
         x = F.relu(self.conv2(x.permute(0, 3, 1, 2)), inplace=True)  # [R, channels, F / 4, M / 4]
         return self.out(x.permute(0, 2, 3, 1).flatten(2))
 
@@ -71,16 +72,15 @@ class Striding(nn.Module):
         self.out = nn.Linear(_halve(num_mels, halvings) * channels, dim)
 
     def forward(self, log_mel: Tensor, layout: RowLayout) -> Tensor:
-        last = len(self.depthwise) - 1
-        centred = not self.causal
+        halvings, centred = len(self.depthwise) + 1, not self.causal
         x = convolve_mel(
-            log_mel, layout.valid_mel, layout.valid_after[0], self.conv1, centred, zeros_behind=centred and last > 0
+            log_mel, layout.valid_mel, self.conv1, ahead=centred and halvings > 1, zeros_behind=centred and halvings > 2
         )
-        for number, (convolution, pointwise) in enumerate(zip(self.depthwise, self.pointwise, strict=True)):
+        for number, (convolution, pointwise) in enumerate(zip(self.depthwise, self.pointwise, strict=True), start=2):
             assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
             x = F.relu(pointwise(halve_depthwise(x, convolution.weight, convolution.bias)), inplace=True)
-            if number < last:
-                x = x * layout.valid_after[number + 1][..., None, None].to(x.dtype)
+            if number < halvings:
+                x = x * layout.valid_mel[:, :: 2**number, None, None].to(x.dtype)
         return self.out(x.flatten(2))
 
 
@@ -103,7 +103,7 @@ def _halve(num_bins: int, times: int) -> int:
 
 
 def convolve_mel(
-    log_mel: Tensor, valid_mel: Tensor, valid_half: Tensor, linear: nn.Linear, ahead: bool, zeros_behind: bool = False
+    log_mel: Tensor, valid_mel: Tensor, linear: nn.Linear, ahead: bool, zeros_behind: bool = False
 ) -> Tensor:
     """The first 3 x 3 convolution of stride 2 and its ReLU: `[R, F, M] -> [R, F / 2, M / 2, channels]`, zero in gaps.
 
@@ -113,14 +113,13 @@ def convolve_mel(
 
     Args:
         valid_mel: bool `[R, F]`.
-        valid_half: bool `[R, F / 2]`.
         linear: from 9, of time x frequency, to `channels`.
         ahead: see the mel frame behind the two, not the one before.
         zeros_behind: give F / 2 + 1 frames, the last of zeros.
     """
     x = log_mel * valid_mel[..., None].to(log_mel.dtype)
     x = F.pad(x, (1, 1, 0, 1) if ahead else (1, 1, 1, 0)).unfold(1, 3, 2).unfold(2, 3, 2).flatten(-2)
-    x = F.pad(x, (0, 1), value=1.0) * valid_half[..., None, None].to(x.dtype)  # [R, F / 2, M / 2, 10]
+    x = F.pad(x, (0, 1), value=1.0) * valid_mel[:, ::2, None, None].to(x.dtype)  # [R, F / 2, M / 2, 10]
     if zeros_behind:
         x = F.pad(x, (0, 0, 0, 0, 0, 1))
     weight = torch.cat([linear.weight, linear.bias[:, None]], dim=1)
