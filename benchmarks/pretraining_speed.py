@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.matmul_rate import matmul_rate
 from benchmarks.pretraining_systems import (
     FRAMES_PER_SECOND,
     collate,
@@ -43,25 +44,6 @@ def timed(function: Callable[[], float]) -> float:
     if loss != loss:
         raise RuntimeError("the loss is not a number: these timings mean nothing")
     return time.perf_counter() - begin
-
-
-def matmul_rate(frames: int) -> float:
-    """FLOP/s of plain bf16 products: forward, input gradient and weight gradient of each linear map of a block."""
-    settings = PRESETS["bestrq-94m"]
-    dim, hidden = settings.dim, settings.feedforward_dim
-    flops = seconds = 0.0
-    for inputs, outputs in ((dim, hidden), (hidden, dim), (dim, 3 * dim), (dim, dim), (dim, 2 * dim)):
-        x, w, g = (torch.randn(shape).bfloat16() for shape in ((frames, inputs), (outputs, inputs), (frames, outputs)))
-        for product in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
-            product()
-            times = []
-            for _ in range(5):
-                begin = time.perf_counter()
-                product()
-                times.append(time.perf_counter() - begin)
-            seconds += statistics.median(times)
-            flops += 2 * frames * inputs * outputs
-    return flops / seconds
 
 
 def main() -> None:
@@ -101,11 +83,11 @@ def main() -> None:
     for system in systems.values():  # warm up
         system.step()
     times: dict[str, list[float]] = {name: [] for name in systems}
-    rates = [matmul_rate(args.rows * row_frames // 4)]
+    rates = [matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4)]
     for repeat in range(args.repeats):
         for name, system in systems.items():
             times[name].append(timed(system.step))
-        rates.append(matmul_rate(args.rows * row_frames // 4))
+        rates.append(matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4))
         print(f"{repeat}: " + ", ".join(f"{n} {seconds / t[-1]:.2f} audio-s/s" for n, t in times.items()), flush=True)
 
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,224 @@
+"""Forward and backward passes of our encoders beside five others of the same size, in bf16 autocast, alternating.
+
+    python -m benchmarks.encoder_speed        # needs requirements-benchmarks.txt
+
+Two presets: `base-120m` (25 frames a second) and `fast-115m` (12.5). Every system has its width, layers, heads,
+feed-forward width, kernel and dropout (see benchmarks.encoder_peers for what stays different); the counts of parameters
+are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks alone, on the
+same bf16 input, which is what a front end's last linear map gives under autocast. For the 8x preset our whole encoder
+and the whole Parakeet encoder, each with its striding subsampling, are timed on log-mel besides ("whole").
+
+Two workloads, about the same number of frames at a time for all, drawn from the same pool of lengths:
+
+    mixed    2 to 17 s, uniform. Ours packs them into rows of 20 s (data.packing); the others get batches of similar
+             length, as their bucketing samplers make them, padded, with lengths or masks given
+    equal    utterances of 10 s: nothing to pack, nothing to pad
+
+A pass takes batches at even distances from the shortest to the longest; ours takes rows so. Masks and layouts are made
+inside the clock. Speed is in seconds of real audio, not padding, per second. The systems alternate batch by batch; of
+every batch the fastest of the repeats counts, for all alike, as whatever else runs on a machine only ever adds. One
+line of JSON is the last:
+
+    ratio_to_best_peer_mixed, _equal   ours / the fastest other, the smallest over the presets
+    matmul_share                       our model FLOPs per second as a share of the rate of plain bf16 matrix products
+                                       of the same shapes, measured between the batches; the smallest there is.
+                                       Model FLOPs are three times those of the forward pass
+    PRESET_WORKLOAD_...                each preset's own: its ratio, and every system's audio-seconds per second
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.encoder_batches import (
+    FRAMES_PER_SECOND,
+    ROW,
+    Batch,
+    as_log_mel,
+    draw_lengths,
+    packed_batches,
+    padded_batches,
+)
+from benchmarks.encoder_peers import PEERS, Encoder, make_parakeet
+from benchmarks.matmul_rate import matmul_rate
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.presets import PRESETS
+
+OURS = "ours"
+PRESET_NAMES = ["base-120m", "fast-115m"]
+WORKLOADS = ["mixed", "equal"]
+
+
+@dataclass(frozen=True)
+class System:
+    """An encoder and the batches of one workload."""
+
+    model: nn.Module
+    forward: Callable[[Batch], Tensor]
+    batches: list[Batch]
+    rate: float
+    """frames of the batches in a second"""
+
+    @property
+    def seconds(self) -> float:
+        """Real audio of the batches."""
+        return sum(batch.frames for batch in self.batches) / self.rate
+
+
+def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
+    """Ours, on packed rows: the one place that knows how it is called."""
+    encoder = ConformerEncoder(settings).train()
+    factor = settings.subsampling_factor
+
+    def run_blocks(batch: Batch) -> Tensor:
+        layout = encoder.layout(batch.start * factor, batch.length * factor, batch.x.shape[1] * factor)
+        x = batch.x
+        for block in encoder.blocks:
+            x = block(x, layout.stages[0])
+        return x
+
+    def run_whole(batch: Batch) -> Tensor:
+        return encoder(batch.x, encoder.layout(batch.start, batch.length, batch.x.shape[1]))
+
+    return Encoder(encoder, run_whole) if whole else Encoder(encoder.blocks, run_blocks)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who is compared with whom: one preset, as blocks alone or as whole encoders."""
+
+    settings: EncoderSettings
+    whole: bool
+    encoders: dict[str, Encoder]
+
+    def systems(self, workload: str, args: argparse.Namespace) -> dict[str, System]:
+        """Every encoder with its own batches of a workload."""
+        settings, stride = self.settings, self.settings.stride
+        # The same number of encoder frames at a time at either stride.
+        batch_frames = round(args.batch_seconds * FRAMES_PER_SECOND / 4)
+        batch_seconds = batch_frames * stride / FRAMES_PER_SECOND
+        count = max(2 if workload == "mixed" else 1, round(args.seconds_of_audio / batch_seconds))
+        lengths = draw_lengths(workload, stride)
+        row = max(lengths) if workload == "equal" else round(ROW * FRAMES_PER_SECOND / stride)
+        packed = packed_batches(lengths, row, settings, batch_frames, count)
+        padded = padded_batches(lengths, batch_frames, count, settings.dim)
+        rate = FRAMES_PER_SECOND / stride
+        if self.whole:
+            packed, padded = ([as_log_mel(batch, settings) for batch in batches] for batches in (packed, padded))
+            rate = FRAMES_PER_SECOND
+        return {
+            name: System(encoder.model, encoder.forward, packed if name == OURS else padded, rate)
+            for name, encoder in self.encoders.items()
+        }
+
+
+def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
+    """All systems as blocks, or ours and Parakeet as whole encoders."""
+    settings = replace(PRESETS[preset], dropout=args.dropout, attention_dropout=args.dropout)
+    settings = replace(settings, num_layers=args.layers or settings.num_layers)
+    encoders = {OURS: our_encoder(settings, whole)}
+    for name in args.systems:
+        if not whole:
+            encoders[name] = PEERS[name](settings, args.dropout)
+        elif name == "parakeet":
+            encoders[name] = make_parakeet(settings, args.dropout, front_end=True)
+    for name, encoder in encoders.items():
+        count = sum(p.numel() for p in encoder.model.train().parameters())
+        print(f"{preset} {'whole' if whole else 'blocks'}, {name}: {count / 1e6:.1f} M parameters")
+    return Contest(settings, whole, encoders)
+
+
+def one_step(system: System, batch: Batch) -> float:
+    """Seconds of forward and backward of one batch, the gradient of a front end's output included."""
+    x = batch.x.detach().requires_grad_(batch.x.dtype == torch.bfloat16)
+    begin = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = system.forward(replace(batch, x=x))
+    seconds = time.perf_counter() - begin
+    gradient = torch.randn_like(out)
+    begin = time.perf_counter()
+    out.backward(gradient)
+    seconds += time.perf_counter() - begin
+    system.model.zero_grad(set_to_none=True)
+    if not bool(out.isfinite().all()):
+        raise RuntimeError("an output is not finite: these timings mean nothing")
+    return seconds
+
+
+def model_flops(system: System) -> float:
+    """Three times the FLOPs of the forward passes: in backward the counter mistakes depthwise convolutions."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+        for batch in system.batches:
+            system.forward(batch)
+    return 3.0 * counter.get_total_flops()
+
+
+def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[str, float]:
+    """Audio-seconds per second of every system (by name), and ours' `ratio` and `matmul_share`."""
+    systems = contest.systems(workload, args)
+    for name, system in systems.items():
+        fill = sum(b.frames for b in system.batches) / sum(b.size for b in system.batches)
+        shapes = ", ".join("x".join(map(str, b.x.shape[:2])) for b in system.batches)
+        print(f"  {name}: {system.seconds:.0f} s, fill {fill:.3f}, batches {shapes}")
+        for batch in system.batches:
+            one_step(system, batch)
+    flops, rates = model_flops(systems[OURS]), []
+    # Per system a list of passes, each with the seconds of its batches.
+    times: dict[str, list[list[float]]] = {name: [[] for _ in range(args.repeats)] for name in systems}
+    for repeat in range(args.repeats):
+        for i in range(len(systems[OURS].batches)):
+            for name, system in systems.items():
+                times[name][repeat].append(one_step(system, system.batches[i]))
+            rates.append(matmul_rate(contest.settings, 1000))
+        speeds = (f"{n} {systems[n].seconds / sum(t[repeat]):.2f}" for n, t in times.items())
+        print(f"  {repeat}: audio-s/s " + ", ".join(speeds), flush=True)
+    best = {name: sum(map(min, zip(*passes, strict=True))) for name, passes in times.items()}
+    result = {name: systems[name].seconds / seconds for name, seconds in best.items()}
+    others = [speed for name, speed in result.items() if name != OURS]
+    if others:
+        result["ratio"] = result[OURS] / max(others)
+    result["matmul_share"] = flops / best[OURS] / max(rates)
+    result["matmul_gflops"] = max(rates) / 1e9
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESET_NAMES, default=PRESET_NAMES)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
+    parser.add_argument("--systems", nargs="*", choices=sorted(PEERS), default=list(PEERS), help="the others")
+    parser.add_argument("--seconds-of-audio", type=float, default=40.0, help="in a pass; at least two mixed batches")
+    parser.add_argument("--batch-seconds", type=float, default=40.0, help="in a batch at 25 frames a second")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=0, help="instead of the preset's number")
+    parser.add_argument("--dropout", type=float, default=0.1, help="everywhere, attention weights included")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    result: dict[str, float] = {}
+    for preset in args.preset:
+        for whole in (False, True) if PRESETS[preset].stride == 8 and "parakeet" in args.systems else (False,):
+            contest, prefix = make_contest(preset, whole, args), f"{preset}_whole" if whole else preset
+            for workload in args.workload:
+                print(f"{prefix}, {workload}")
+                compared = compare(contest, workload, args)
+                result |= {f"{prefix}_{workload}_{key}": value for key, value in compared.items()}
+    for workload in args.workload:
+        ratios = [value for key, value in result.items() if key.endswith(f"_{workload}_ratio")]
+        if ratios:
+            result[f"ratio_to_best_peer_{workload}"] = min(ratios)
+    result["matmul_share"] = min(value for key, value in result.items() if key.endswith("_matmul_share"))
+    print(json.dumps({key: round(value, 4) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The machine's rate of plain bf16 matrix products of a Conformer's shapes: what a model's FLOPs are held against."""
+
+import statistics
+import time
+
+import torch
+
+from bestrq.model.settings import EncoderSettings
+
+
+def matmul_rate(settings: EncoderSettings, frames: int) -> float:
+    """FLOP/s of plain bf16 products: forward, input gradient and weight gradient of each linear map of a block."""
+    dim, hidden = settings.dim, settings.feedforward_dim
+    flops = seconds = 0.0
+    for inputs, outputs in ((dim, hidden), (hidden, dim), (dim, 3 * dim), (dim, dim), (dim, 2 * dim)):
+        x, w, g = (torch.randn(shape).bfloat16() for shape in ((frames, inputs), (outputs, inputs), (frames, outputs)))
+        for product in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
+            product()
+            times = []
+            for _ in range(5):
+                begin = time.perf_counter()
+                product()
+                times.append(time.perf_counter() - begin)
+            seconds += statistics.median(times)
+            flops += 2 * frames * inputs * outputs
+    return flops / seconds
