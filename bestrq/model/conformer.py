@@ -134,8 +134,10 @@ class ConformerEncoder(nn.Module):
 
         T is F / `settings.stride`, rounded up: rows off the grid of `settings.row_multiple` are filled up to it.
         """
-        num_frames = -(-log_mel.shape[1] // self.settings.stride)
-        x = self.subsampling(F.pad(log_mel, (0, 0, 0, layout.valid_mel.shape[1] - log_mel.shape[1])), layout)
+        num_frames, missing = -(-log_mel.shape[1] // self.settings.stride), layout.valid_mel.shape[1] - log_mel.shape[1]
+        if not 0 <= missing < self.settings.row_multiple:
+            raise ValueError(f"rows of {log_mel.shape[1]} mel frames, laid out as {layout.valid_mel.shape[1]}")
+        x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
         if self.fourier is not None:
             x = x + self.fourier(layout.stages[0].position)
         x = self.dropout(x)

@@ -5,6 +5,7 @@ segments apart by the interval of keys that each frame may see; inside the convo
 apart by the reach of its kernel, so that no output sees two segments.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,7 +116,7 @@ def make_layout(
         backend: a key of `attention.module.ATTEND` in place of the one that `choose_backend` takes.
 
     Raises:
-        ValueError: a segment starts off the grid or ends behind its row.
+        ValueError: a segment starts off the grid, ends behind its row, or lies too close to the one before.
     """
     multiple = settings.row_multiple
     segments = Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
@@ -123,13 +124,15 @@ def make_layout(
         raise ValueError(f"segment_start must be multiples of {multiple}")
     if bool((segments.start + segments.length > segments.num_frames).any()):
         raise ValueError(f"a segment ends behind its row of {segments.num_frames} mel frames")
+    _check_gaps(segments, settings.subsampling_factor // 2)
     segments = replace(segments, num_frames=-(-segments.num_frames // multiple) * multiple)
 
     mask_settings = settings
     if training and settings.dynamic_chunks:
-        groups = [stage.group_size << number for number, stage in enumerate(settings.stages)]
-        size = draw_chunk_size(settings.chunk_size, max(groups))
-        mask_settings = replace(settings, mask="segment") if size is None else replace(settings, chunk_size=size)
+        unit = math.lcm(*(stage.group_size << number for number, stage in enumerate(settings.stages)))
+        size = draw_chunk_size(settings.chunk_size, unit)
+        drawn = {"mask": "segment"} if size is None else {"chunk_size": size}
+        mask_settings = replace(settings, dynamic_chunks=False, **drawn)
     halvings = range(1, settings.subsampling_factor.bit_length() - 1)
     stages = []
     for number, stage in enumerate(settings.stages):
@@ -150,6 +153,15 @@ def make_mask(settings: EncoderSettings, unit: int) -> Mask:
     if settings.mask == "chunk":
         return ChunkMask(settings.chunk_size // unit, settings.left_chunks)
     return CausalMask() if settings.mask == "causal" else SegmentMask()
+
+
+def _check_gaps(segments: Segments, reach: int) -> None:
+    """Within its reach the subsampling would carry one segment into the next, which no loss would show."""
+    unused = segments.length == 0
+    start, order = segments.start.masked_fill(unused, segments.num_frames + reach).sort(dim=1)
+    stop = start + segments.length.gather(1, order)
+    if bool(((start[:, 1:] < stop[:, :-1] + reach) & ~unused.gather(1, order)[:, 1:]).any()):
+        raise ValueError(f"two segments of a row lie less than {reach} mel frames apart: give settings.row_gap")
 
 
 def _mark(segments: Segments) -> tuple[Tensor, Tensor]:
