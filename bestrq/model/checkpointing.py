@@ -47,8 +47,10 @@ def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
         raise ValueError(f"activation checkpointing {mode!r}: give one of {', '.join(map(repr, MODES))}")
     if mode == "none" or not torch.is_grad_enabled():
         return block(x, *args)
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if mode == "selective" else {}
-    return checkpoint(_call, block, x, *args, use_reentrant=False, **contexts)
+    if mode == "full":
+        return checkpoint(_call, block, x, *args, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, KEPT)
+    return checkpoint(_call, block, x, *args, use_reentrant=False, context_fn=contexts)
 
 
 def _call(block: nn.Module, x: Tensor, *args: Any) -> Tensor:

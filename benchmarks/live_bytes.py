@@ -1,0 +1,86 @@
+"""Bytes of tensors alive: counted operation by operation, on the CPU, or on a GPU that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, until they are freed. What was there before is not counted.
+
+    Unlike hooks on what autograd saves, it sees what a checkpoint keeps beside the graph, and each storage once,
+    however many views of it are kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, tuple[int, str]] = {}
+        """by storage: bytes, and the operation, dtype and shape that made it"""
+        self.output: Tensor | None = None
+        """what is to stay alive with the counter"""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in known | self.alive.keys():
+                made = f"{func} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                self.alive[id(storage)] = (storage.nbytes(), made)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, id(storage))
+        return out
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key)[0]
+
+    def inventory(self) -> list[tuple[int, int, str]]:
+        """(total bytes, how many, made by) of what is alive, the largest first."""
+        count = Counter(self.alive.values())
+        return sorted(((size * n, n, made) for (size, made), n in count.items()), reverse=True)
+
+
+@contextlib.contextmanager
+def imagined_gpu() -> Iterator[FakeTensorMode]:
+    """Tensors with device 'cuda' and no contents: the code takes its CUDA path, operations only reckon shapes.
+
+    Forward only. Attention goes to the fused kernel that a GPU would take, without its additive mask.
+    """
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, **_: Any
+    ) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout)[0]
+
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+    ):
+        yield mode
+
+
+def on_gpu(value: Any) -> Any:
+    """The same tensor, or dataclass or list of tensors, on the imagined GPU; call it inside `imagined_gpu`."""
+    if isinstance(value, list):
+        return [on_gpu(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: on_gpu(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **fields)
+    return tree_map_only(
+        Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"), value
+    )
