@@ -1,107 +1,162 @@
-"""An utterance's outputs, loss and gradients do not depend on its neighbours, its row, or the padding (float64)."""
+"""An utterance's outputs and gradients do not depend on its neighbours, its row, or the padding (float64).
 
-from dataclasses import dataclass
+For every allowed combination of backend, position, mask, norm of the convolution module, subsampling and shared heads:
+outputs. For combinations in which every three values of those and of norm, gate, causal convolution and stages occur:
+outputs, gradients of the input and gradients of the parameters.
+"""
+
+from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
-from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.conformer import ConformerEncoder
+from tests.variants import CHOICES, Case, Segment, all_cases, covering_cases, encode, make_encoder
 
 TOLERANCE = 1e-9
-VARIANTS = {
-    "rotary": {},
-    "no positions": {"position": "none"},
-    "kernel 31": {"kernel_size": 31},
-    "kernel 1": {"kernel_size": 1},
-}
+PRODUCT = ("backend", "position", "mask", "convolution_norm", "subsampling", "heads")
+Item = tuple[int, int | None]
+"""length in mel frames, and which utterance; None for noise"""
 
 
-def make_encoder(**changes: object) -> ConformerEncoder:
-    settings = {"num_mels": 8, "dim": 16, "num_layers": 2, "num_heads": 2, "feedforward_dim": 24, "kernel_size": 7}
-    torch.manual_seed(3)
-    encoder = ConformerEncoder(EncoderSettings(**{**settings, "subsampling_channels": 4, **changes}))  # type: ignore
-    for parameter in encoder.parameters():  # no zero biases: what leaks through a bias must show
-        torch.nn.init.normal_(parameter, std=0.3)
-    return encoder.double().eval()
+def in_row(encoder: ConformerEncoder, row: int, items: list[Item], order: list[int] | None = None) -> list[Segment]:
+    """One segment behind the other, as close as they may stand; listed in this order."""
+    segments, end = [], -encoder.settings.row_gap
+    for length, utterance in items:
+        start = -(-(end + encoder.settings.row_gap) // encoder.settings.row_multiple) * encoder.settings.row_multiple
+        segments.append(Segment(row, start, length, utterance))
+        end = start + length
+    return [segments[i] for i in order or range(len(segments))]
 
 
-@dataclass
-class Result:
-    outputs: Tensor
-    loss: Tensor
-    input_grad: Tensor
-    parameter_grads: list[Tensor]
+def ends(segments: list[Segment]) -> int:
+    return max(segment.start + segment.length for segment in segments)
 
 
-def run(
-    encoder: ConformerEncoder,
-    utterance: Tensor,
-    row: int,
-    slots: list[tuple[int, int]],
-    num_rows: int,
-    frames: int,
-    backend: str = "segments",
-) -> Result:
-    """Encode `utterance` as the first of `slots` (start, length) in `row`; everything else, gaps included, is noise.
-
-    The loss reads the utterance's frames only.
-    """
-    noise = torch.Generator().manual_seed(99)
-    log_mel = torch.randn(num_rows, frames, 8, dtype=torch.float64, generator=noise) * 5
-    start, length = slots[0]
-    log_mel[row, start : start + length] = utterance
-    log_mel.requires_grad_()
-    segment_start, segment_length = (torch.zeros(num_rows, len(slots), dtype=torch.int64) for _ in range(2))
-    for r in range(num_rows):  # the other rows hold the same segments in another order
-        ordered = slots if r == row else slots[1:] + slots[:1]
-        segment_start[r], segment_length[r] = torch.tensor(ordered).T
-    layout = encoder.layout(segment_start, segment_length, frames, backend)
-    outputs = encoder(log_mel, layout)[row, start // 4 : start // 4 + -(-length // 4)]
-    weight = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    loss = (outputs * weight).sum()
-    encoder.zero_grad()
-    loss.backward()
-    assert log_mel.grad is not None
-    rest = log_mel.grad.clone()
-    rest[row, start : start + length] = 0
-    assert rest.abs().max() == 0, "the loss of one utterance depends on frames outside it"
-    return Result(
-        outputs.detach(),
-        loss.detach(),
-        log_mel.grad[row, start : start + length],
-        [p.grad.clone() for p in encoder.parameters() if p.grad is not None],
-    )
+def assert_packing_changes_nothing(case: Case, lengths: list[int], grads: bool, **changes: object) -> None:
+    """Three utterances: each alone in a row of its length; all between noise, with an all-gap row; in other rows."""
+    encoder, backend = make_encoder(case, **changes), case.get("backend", "segments")
+    stride = encoder.settings.stride
+    a, b, c = ((length, number) for number, length in enumerate(lengths))
+    alone = [encode(encoder, backend, [Segment(0, 0, *item)], 1, item[0], grads) for item in (a, b, c)]
+    expected = [run.outputs[0] for run in alone] + [grad for run in alone for grad in run.input_grads]
+    if grads:
+        expected += [torch.stack(of).sum(dim=0) for of in zip(*(run.parameter_grads for run in alone), strict=True)]
+    packed = in_row(encoder, 0, [(5 * stride - 1, None), c, (7, None), a], order=[3, 1, 0, 2])
+    packed += in_row(encoder, 2, [b, (stride + 1, None)])
+    moved = in_row(encoder, 0, [a, b], order=[1, 0]) + in_row(encoder, 1, [(51 * stride, None), c])
+    for segments, rows, frames in ((packed, 3, ends(packed)), (moved, 2, ends(moved) + 9 * stride + 1)):
+        run = encode(encoder, backend, segments, rows, frames, grads)
+        assert run.elsewhere == 0, f"{case}: frames outside the utterances have gradients"
+        got = [*run.outputs, *run.input_grads, *run.parameter_grads]
+        for ours, exact in zip(got, expected, strict=True):
+            torch.testing.assert_close(
+                ours, exact, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{case}, {lengths}: {text}"
+            )
+    assert all(run.outputs[0].abs().min() > 0 for run in alone)
+    if grads:
+        assert min(float(grad.abs().max()) for grad in expected[4:]) > 0  # a single frame may meet dead ReLUs alone
 
 
-def assert_same(a: Result, b: Result) -> None:
-    for x, y in zip(
-        (a.outputs, a.loss, a.input_grad, *a.parameter_grads),
-        (b.outputs, b.loss, b.input_grad, *b.parameter_grads),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y, rtol=TOLERANCE, atol=TOLERANCE)
+def awkward_lengths(case: Case, number: int) -> list[int]:
+    """One mel frame; one of every length modulo the stride, by number; one that reaches over a block of bands."""
+    stride = 2 * int(case["subsampling"].split()[1])
+    return [1, 5 * stride + number % stride, 13 * stride - number % 3]
 
 
-@pytest.mark.parametrize("backend", ["segments", "dense"])
-@pytest.mark.parametrize("length", [37, 38, 39, 40])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_utterance_alone_padded_and_packed_gives_the_same(variant: str, length: int, backend: str) -> None:
-    encoder = make_encoder(**VARIANTS[variant])
-    utterance = torch.randn(length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    gap = encoder.settings.row_gap
-    behind = -(-(44 + length + gap) // 4) * 4
-    alone = run(encoder, utterance, 0, [(0, length)], 1, -(-length // 4) * 4, backend)
-    padded = run(encoder, utterance, 0, [(0, length)], 1, 100, backend)
-    packed = run(encoder, utterance, 1, [(44, length), (0, 40), (behind, 30), (0, 0)], 2, 132, backend)
-    assert alone.outputs.abs().min() > 0 and all(grad.abs().max() > 0 for grad in alone.parameter_grads[:4])
-    assert_same(alone, padded)
-    assert_same(alone, packed)
+def test_every_three_choices_that_are_allowed_together_meet_in_a_case() -> None:
+    cases = covering_cases(3)
+    met = {
+        tuple((factor, case[factor]) for factor in factors) for case in cases for factors in combinations(CHOICES, 3)
+    }
+    for factors in combinations(CHOICES, 3):
+        for wanted in all_cases(*factors):
+            assert tuple(wanted.items()) in met
+    assert len(cases) < 150 and all(set(case) == set(CHOICES) for case in cases)
 
 
-def test_gaps_and_unused_rows_come_out_as_zeros() -> None:
-    encoder = make_encoder()
-    layout = encoder.layout(torch.tensor([[8], [0]]), torch.tensor([[21], [0]]), 48)
-    outputs = encoder(torch.randn(2, 48, 8, dtype=torch.float64), layout)
+@pytest.mark.parametrize("part", range(6))
+def test_utterances_alone_packed_and_moved_have_the_same_outputs_and_gradients(part: int) -> None:
+    for number, case in list(enumerate(covering_cases(3)))[part::6]:
+        assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=True)
+
+
+@pytest.mark.parametrize("position", CHOICES["position"])
+@pytest.mark.parametrize("backend", CHOICES["backend"])
+def test_every_combination_of_the_main_choices_has_the_same_outputs_alone_packed_and_moved(
+    backend: str, position: str
+) -> None:
+    for number, case in enumerate(all_cases(*PRODUCT)):
+        if (case["backend"], case["position"]) == (backend, position):
+            assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=False)
+
+
+@pytest.mark.parametrize("convolution", CHOICES["convolution"])
+@pytest.mark.parametrize("subsampling", CHOICES["subsampling"])
+def test_all_lengths_modulo_the_stride_stand_side_by_side(subsampling: str, convolution: str) -> None:
+    encoder = make_encoder({"subsampling": subsampling, "convolution": convolution, "norm": "rms_norm"})
+    stride = encoder.settings.stride
+    items: list[Item] = [(3 * stride + rest, rest) for rest in range(stride)]
+    run = encode(encoder, "segments", row := in_row(encoder, 0, items), 1, ends(row))
+    for number, (length, _) in enumerate(items):
+        alone = encode(encoder, "segments", [Segment(0, 0, length, number)], 1, length)
+        torch.testing.assert_close(run.outputs[number], alone.outputs[0], rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(run.input_grads[number], alone.input_grads[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", CHOICES["mask"])
+@pytest.mark.parametrize("backend", CHOICES["backend"])
+def test_segments_that_begin_or_end_at_the_edge_of_a_block(backend: str, mask: str) -> None:
+    """Blocks of 64 frames in bands, of 128 in FlexAttention."""
+    if backend == "bands" and mask in ("segment", "causal"):
+        pytest.skip("bands need a mask that is bounded")
+    encoder = make_encoder({"mask": mask, "position": "relative", "heads": "shared", "subsampling": "stacking 4"})
+    lengths = [4 * 64, 4 * 63 - 1, 1]
+    alone = [encode(encoder, backend, [Segment(0, 0, n, number)], 1, n) for number, n in enumerate(lengths)]
+    ending = [Segment(0, 0, lengths[0], 0), Segment(0, 4 * 65, lengths[1], 1), Segment(1, 4 * 127, 1, 2)]
+    beginning = [Segment(0, 4 * 64, lengths[0], 0), Segment(1, 4, lengths[1], 1), Segment(0, 4 * 192, 1, 2)]
+    beginning += [Segment(0, 0, 4 * 63, None), Segment(1, 4 * 128, 4, None)]
+    for segments in (ending, [s for s in beginning if s.start != 4 * 192], beginning[1:2] + beginning[2:3]):
+        run = encode(encoder, backend, segments, 2, 4 * 193)
+        numbers = sorted(s.utterance for s in segments if s.utterance is not None)
+        for number, output, grad in zip(numbers, run.outputs, run.input_grads, strict=True):
+            torch.testing.assert_close(output, alone[number].outputs[0], rtol=TOLERANCE, atol=TOLERANCE)
+            torch.testing.assert_close(grad, alone[number].input_grads[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("convolution", CHOICES["convolution"])
+@pytest.mark.parametrize("stages", CHOICES["stages"])
+@pytest.mark.parametrize("kernel_size", [1, 31])
+def test_kernels_that_see_one_frame_or_reach_over_whole_segments(
+    kernel_size: int, stages: str, convolution: str
+) -> None:
+    case = {"stages": stages, "convolution": convolution, "subsampling": "striding 2"}
+    assert_packing_changes_nothing(case, [1, 37, 52], grads=True, kernel_size=kernel_size, num_layers=2)
+
+
+@pytest.mark.parametrize("stages", CHOICES["stages"])
+def test_gaps_and_unused_rows_come_out_as_zeros(stages: str) -> None:
+    encoder = make_encoder({"stages": stages})
+    layout = encoder.layout(torch.tensor([[24], [0]]), torch.tensor([[21], [0]]), 72)
+    outputs: Tensor = encoder(torch.randn(2, 72, 4, dtype=torch.float64), layout)
+    stride = encoder.settings.stride
     assert outputs[~layout.output.valid].abs().max() == 0
-    assert outputs[layout.output.valid].abs().min() > 0 and int(layout.output.valid.sum()) == 6
+    assert outputs[layout.output.valid].abs().min() > 0 and int(layout.output.valid.sum()) == -(-21 // stride)
+
+
+def test_rows_that_are_not_those_of_the_layout_are_refused() -> None:
+    encoder = make_encoder({})
+    layout = encoder.layout(torch.tensor([[0]]), torch.tensor([[21]]), 24)
+    for frames in (20, 28):
+        with pytest.raises(ValueError, match=f"rows of {frames} mel frames, laid out as 24"):
+            encoder(torch.randn(1, frames, 4, dtype=torch.float64), layout)
+
+
+def test_segments_that_the_subsampling_would_mix_are_refused_and_those_just_apart_are_not() -> None:
+    encoder = make_encoder({"subsampling": "striding 8"})
+    lengths = torch.tensor([[20, 20, 0], [8, 20, 0]])
+    encoder.layout(torch.tensor([[24, 0, 0], [32, 0, 0]]), lengths, 64)
+    for start in (16, 0):
+        with pytest.raises(ValueError, match="less than 4 mel frames apart"):
+            encoder.layout(torch.tensor([[start, 0, 0], [32, 0, 0]]), lengths, 64)

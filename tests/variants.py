@@ -1,0 +1,169 @@
+"""Tiny encoders of every allowed combination of choices, and packed rows of noise to try them on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.norms import MaskedBatchNorm
+from bestrq.model.settings import StageSettings
+
+MELS = 4
+TINY = {
+    "num_mels": MELS, "dim": 8, "num_layers": 1, "num_heads": 2, "feedforward_dim": 6, "kernel_size": 7,
+    "subsampling_channels": 4, "relative_buckets": 8, "relative_max_distance": 12,
+}  # fmt: skip
+CHOICES: dict[str, dict[str, dict[str, Any]]] = {
+    "backend": {"segments": {}, "dense": {}, "bands": {}},
+    "position": {name: {"position": name} for name in ("rotary", "relative", "fourier", "none")},
+    "mask": {
+        "segment": {"mask": "segment"},
+        "window": {"mask": "window", "window": 6},
+        "causal": {"mask": "causal"},
+        "chunk": {"mask": "chunk", "chunk_size": 6, "left_chunks": 1},
+    },
+    "convolution_norm": {name: {"convolution_norm": name} for name in ("layer_norm", "rms_norm", "batch_norm")},
+    "subsampling": {
+        f"{name} {factor}": {"subsampling": name, "subsampling_factor": factor}
+        for name, factor in (("convolutional", 4), ("striding", 2), ("striding", 4), ("striding", 8), ("stacking", 4))
+    },
+    "heads": {"all": {}, "shared": {"num_kv_heads": 1}},
+    "norm": {name: {"norm": name} for name in ("layer_norm", "rms_norm")},
+    "feedforward": {name: {"feedforward": name} for name in ("silu", "swiglu")},
+    "convolution": {"centred": {}, "causal": {"causal_convolution": True}},
+    "stages": {
+        "one": {},
+        "grouped": {"group_size": 3},
+        "two": {"earlier_stages": [StageSettings(1, 4, 2, 6, group_size=3)]},
+    },
+}
+"""factor -> name of a value -> settings"""
+
+Case = dict[str, str]
+"""factor -> name of its value"""
+
+
+def allowed(case: Case) -> bool:
+    """Whether the values chosen so far may stand together."""
+    unbounded = case.get("mask") in ("segment", "causal")
+    groups = case.get("stages", "one") != "one"
+    return not (case.get("backend") == "bands" and unbounded) and not (case.get("mask") == "causal" and groups)
+
+
+def all_cases(*factors: str) -> Iterator[Case]:
+    """Every allowed combination of the values of these factors."""
+    for values in product(*(CHOICES[factor] for factor in factors)):
+        case = dict(zip(factors, values, strict=True))
+        if allowed(case):
+            yield case
+
+
+def covering_cases(strength: int) -> list[Case]:
+    """Cases in which every allowed combination of values of any `strength` factors occurs; greedy, deterministic."""
+    wanted = {
+        tuple(case.items()): None for factors in combinations(CHOICES, strength) for case in all_cases(*factors)
+    }  # a dict, as a set that keeps its order
+    cases = []
+    while wanted:
+        case = dict(next(iter(wanted)))
+        for factor in CHOICES:
+            if factor in case:
+                continue
+            tried = [t for value in CHOICES[factor] if allowed(t := {**case, factor: value})]
+            case = max(tried, key=lambda t: sum(met in wanted for met in _met(t, strength, factor)))
+        case = {factor: case[factor] for factor in CHOICES}
+        for met in _met(case, strength):
+            wanted.pop(met, None)
+        cases.append(case)
+    return cases
+
+
+def _met(case: Case, strength: int, factor: str | None = None) -> Iterator[tuple[tuple[str, str], ...]]:
+    """The combinations of `strength` values of a case, in the order of `CHOICES`; those with `factor` alone."""
+    for factors in combinations([f for f in CHOICES if f in case], strength):
+        if factor is None or factor in factors:
+            yield tuple((f, case[f]) for f in factors)
+
+
+def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
+    """A float64 encoder in evaluation mode; no parameter is 0 or 1, so that what leaks through a bias shows."""
+    settings: dict[str, Any] = dict(TINY)
+    for factor, value in case.items():
+        settings.update(CHOICES[factor][value])
+    torch.manual_seed(3)
+    encoder = ConformerEncoder(EncoderSettings(**{**settings, **changes})).double().eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    for module in encoder.modules():
+        if isinstance(module, MaskedBatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return encoder
+
+
+@dataclass
+class Segment:
+    """Where an utterance, or noise, lies: in mel frames."""
+
+    row: int
+    start: int
+    length: int
+    utterance: int | None
+    """which one; None for a neighbour of noise"""
+
+
+@dataclass
+class Result:
+    """What a loss on the utterances' frames alone makes of them."""
+
+    outputs: list[Tensor]
+    """[T, D] of each utterance"""
+    input_grads: list[Tensor]
+    """[F, M] of each utterance"""
+    parameter_grads: list[Tensor]
+    """summed over the utterances"""
+    elsewhere: float
+    """the largest input gradient outside the utterances"""
+
+
+def utterance(number: int, length: int) -> Tensor:
+    return torch.randn(length, MELS, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+
+
+def encode(
+    encoder: ConformerEncoder, backend: str, segments: list[Segment], rows: int, frames: int, grads: bool = True
+) -> Result:
+    """Encode rows that hold these segments; gaps and everything else are loud noise, different at every call.
+
+    The slots stand in the order given, with an unused one before each row's second.
+    """
+    log_mel = 5 * torch.randn(rows, frames, MELS, dtype=torch.float64)
+    slots: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+    wanted = sorted((s for s in segments if s.utterance is not None), key=lambda s: s.utterance or 0)
+    for segment in segments:
+        if segment.utterance is not None:
+            inside = slice(segment.start, segment.start + segment.length)
+            log_mel[segment.row, inside] = utterance(segment.utterance, segment.length)
+        slots[segment.row] += [(segment.start, segment.length), (0, 0)]
+    width = max(1, *(len(row) for row in slots))
+    table = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in slots])
+    with torch.set_grad_enabled(grads):
+        outputs = encoder(log_mel.requires_grad_(grads), encoder.layout(table[..., 0], table[..., 1], frames, backend))
+    stride = encoder.settings.stride
+    ours = [outputs[s.row, s.start // stride : s.start // stride + -(-s.length // stride)] for s in wanted]
+    result = Result([output.detach() for output in ours], [], [], 0.0)
+    if grads:
+        loss = torch.zeros((), dtype=torch.float64)
+        for segment, output in zip(wanted, ours, strict=True):
+            generator = torch.Generator().manual_seed(100 + (segment.utterance or 0))
+            loss = loss + (output * torch.randn(output.shape, dtype=torch.float64, generator=generator)).sum()
+        grad, *result.parameter_grads = torch.autograd.grad(loss, [log_mel, *encoder.parameters()])
+        for s in wanted:
+            result.input_grads.append(grad[s.row, s.start : s.start + s.length].clone())
+            grad[s.row, s.start : s.start + s.length] = 0
+        result.elsewhere = float(grad.abs().max())
+    return result
