@@ -8,6 +8,7 @@ scaled by 1 / sqrt(d), then a learned bias is added where there is one.
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bestrq.model.attention.flex import make_block_mask
 from bestrq.model.attention.sdpa import make_band_mask, make_dense_mask
@@ -27,7 +28,8 @@ def choose_backend(setting: str, device: torch.device, num_frames: int, reach: R
     """
     if device.type == "cpu":
         return "segments"
-    if setting == "flex":
+    # Under a mode that looks at every operation (torch's counter of FLOPs), compiled kernels do not run.
+    if setting == "flex" and _get_current_dispatch_mode() is None:
         return "flex"
     before, behind = reach
     return "dense" if before is None or behind is None or 2 * (before + behind) >= num_frames else "bands"

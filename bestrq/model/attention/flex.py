@@ -2,7 +2,13 @@
 
 The block mask is built from the intervals of keys, without a pass over all pairs of frames, so an hour costs memory
 linear in its length. Rows are padded to whole blocks: lengths that are not a multiple of the block are where the
-backward pass of FlexAttention went wrong before (pytorch issue 153799).
+backward pass of FlexAttention went wrong before (pytorch issue 153799). Heads are padded to `MIN_HEAD_DIM`; the kernels
+themselves fill widths up to a power of two, and take float32, bfloat16 and float16.
+
+What holds of torch 2.14 and must be looked at again with another: fresh closures every batch and layer, over tensors of
+the same shape, find the compiled kernel again and are let go of; a learned bias gets its gradient if it is indexed
+once; DDP and FSDP2 change nothing; under activation checkpointing the kernel runs a second time, 'selective' or not,
+since a compiled kernel is not an operation that the policy sees. All that is in tests/test_flex.py.
 """
 
 from functools import cache
@@ -22,10 +28,30 @@ BLOCK = 128
 """frames in a block of the mask, queries and keys"""
 
 
+MIN_HEAD_DIM = 16
+"""the narrowest product of Triton's on NVIDIA; narrower heads are filled up with zeros"""
+MAX_KERNELS = 64
+"""compiled at most a process: a stage of the encoder and a row length of a curriculum take one each. Behind it torch
+would fall back to a version that holds all scores, so it is an error"""
+
+
 @cache
-def compiled_flex_attention() -> Any:
-    """Compiled once a process, for fixed shapes: rows always have the same number of frames."""
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_flex_attention(training: bool, backend: Any = "inductor") -> Any:
+    """`flex_attention` compiled once a process: in training for fixed shapes, as its rows always have the same.
+
+    Without gradients, the second shape compiles for any: recordings to evaluate are of any length and number.
+
+    Args:
+        backend: torch.compile's, for tests.
+    """
+    return torch.compile(  # type: ignore[call-overload]  # torch's overloads lack the last two
+        flex_attention,
+        backend=backend,
+        fullgraph=True,
+        dynamic=False if training else None,
+        recompile_limit=MAX_KERNELS,
+        isolate_recompiles=True,
+    )
 
 
 def make_block_mask(first_key: Tensor, stop_key: Tensor) -> BlockMask:
@@ -77,19 +103,22 @@ def attend_flex(
         attention: in place of the compiled kernel, for tests.
     """
     assert isinstance(layout.plan, BlockMask) and dropout == 0.0
-    frames = qkv.shape[1]
-    q, k, v = (
-        F.pad(x, (0, 0, 0, -frames % BLOCK)) for x in split_heads(qkv, num_heads, layout.rotary_phase)
-    )  # [R, heads, blocks * BLOCK, d]
+    frames, head_dim = qkv.shape[1], qkv.shape[3]
+    padding = (0, max(0, MIN_HEAD_DIM - head_dim), 0, -frames % BLOCK)
+    q, k, v = split_heads(qkv, num_heads, layout.rotary_phase)
+    if any(padding):
+        q, k, v = (F.pad(x, padding) for x in (q, k, v))
     score_mod = None
     if bias is not None:
         reach = bias.shape[1] // 2
-        table = bias.float().contiguous()
+        table = bias.to(torch.promote_types(bias.dtype, torch.float32)).contiguous()
 
+        # One look into the table: of two, torch 2.14 cannot add up the gradients. They sum in float32, in any order.
         def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + table[head, (key - query).clamp(-reach, reach) + reach]
 
-    out = (attention or compiled_flex_attention())(
-        q, k, v, score_mod=score_mod, block_mask=layout.plan, enable_gqa=q.shape[1] != k.shape[1]
+    attention = attention or compiled_flex_attention(torch.is_grad_enabled())
+    out = attention(
+        q, k, v, score_mod=score_mod, block_mask=layout.plan, scale=head_dim**-0.5, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)[:, :frames]
+    return out[:, :, :frames, :head_dim].transpose(1, 2)
