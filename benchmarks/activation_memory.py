@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--preset", default="base-120m", choices=sorted(PRESETS))
     parser.add_argument("--layers", type=int, default=4, help="blocks; all of them are alike")
     parser.add_argument("--shapes", nargs="+", default=["1x60", "4x15"], help="rows x seconds; the last one is timed")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fit", choices=["cpu", "cuda"], help="print the coefficients counted for a device")
     parser.add_argument("--inventory", choices=["cpu", "cuda"], help="print what one block keeps on a device")
     parser.add_argument("--table", action="store_true", help="print what fits on a GPU")
