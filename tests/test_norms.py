@@ -169,3 +169,14 @@ def test_batch_norm_gradients_are_those_of_its_outputs() -> None:
     x, valid = make_batch([4, 3], 4)
     x = torch.where(valid[..., None], x, 0.0).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: F.silu(norm(x, valid)), (x,))
+
+
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics_as_they_are() -> None:
+    norm = MaskedBatchNorm(3)
+    norm(torch.randn(1, 8, 3), torch.ones(1, 8, dtype=torch.bool))
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(1, 8, 3)
+        x[0, 2, 1] = bad
+        norm(x, torch.ones(1, 8, dtype=torch.bool))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())

@@ -91,8 +91,6 @@ class RowLayout:
 
     valid_mel: Tensor
     """bool [R, F]: False in gaps and padding"""
-    valid_after: list[Tensor]
-    """bool [R, F / 2^k] for k = 1, 2, ... below the subsampling factor: the same after k halvings of the rate"""
     stages: list[StageLayout]
     """one a stage, first to last"""
 
@@ -133,7 +131,6 @@ def make_layout(
         size = draw_chunk_size(settings.chunk_size, unit)
         drawn = {"mask": "segment"} if size is None else {"chunk_size": size}
         mask_settings = replace(settings, dynamic_chunks=False, **drawn)
-    halvings = range(1, settings.subsampling_factor.bit_length() - 1)
     stages = []
     for number, stage in enumerate(settings.stages):
         stage_segments = segments.coarser(settings.subsampling_factor << number)
@@ -141,7 +138,6 @@ def make_layout(
         stages.append(_stage_layout(stage_segments, stage, mask, device, dtype, backend))
     return RowLayout(
         valid_mel=_mark(segments)[0].to(device),
-        valid_after=[_mark(segments.coarser(2**k))[0].to(device) for k in halvings],
         stages=stages,
     )
 

@@ -59,9 +59,10 @@ class MaskedBatchNorm(nn.Module):
     In training, mean and variance are those of the valid frames of this batch on every rank (one collective forward
     and one backward, whether or not a rank has such frames) and, by `momentum`, enter the running ones, which
     evaluation uses. Statistics are float32 at least. State has the names of `torch.nn.BatchNorm1d`, and the numbers
-    are what that makes of the valid frames alone. A batch of fewer than two valid frames has no variance and leaves
-    the running statistics as they are. Gradient accumulation normalises each micro-batch by itself, and a forward pass
-    repeated by activation checkpointing would count twice.
+    are what that makes of the valid frames alone. A batch of fewer than two valid frames has no variance, and one with
+    an infinite value must not spoil the run that skips its update: both leave the running statistics as they are.
+    Gradient accumulation normalises each micro-batch by itself, and a forward pass repeated by activation checkpointing
+    would count twice.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1.
     """
@@ -93,12 +94,11 @@ class MaskedBatchNorm(nn.Module):
     @torch.no_grad()
     def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics; no branch on `count`, which would wait for the device."""
-        several = count > 1
-        share = self.momentum * several.to(mean.dtype)
         unbiased = variance * (count / (count - 1).clamp(min=1))
-        self.running_mean.add_((share * (mean - self.running_mean)).to(self.running_mean.dtype))
-        self.running_var.add_((share * (unbiased - self.running_var)).to(self.running_var.dtype))
-        self.num_batches_tracked.add_(several)
+        usable = (count > 1) & mean.isfinite().all() & unbiased.isfinite().all()
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.copy_(torch.where(usable, running + self.momentum * (new - running), running))
+        self.num_batches_tracked.add_(usable)
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
