@@ -39,18 +39,18 @@ PRESETS: dict[str, EncoderSettings] = {
     ),
     # Efficient Conformer, CTC: Burchi and Vielzeuf, arXiv 2109.01163, table 2.
     "efficient-13m": EncoderSettings(
-        dim=240, num_layers=5, num_heads=4, feedforward_dim=960, kernel_size=15, subsampling="striding", position="relative",
-        subsampling_factor=2, subsampling_channels=120,
+        dim=240, num_layers=5, num_heads=4, feedforward_dim=960, kernel_size=15, subsampling="striding",
+        position="relative", subsampling_factor=2, subsampling_channels=120,
         earlier_stages=[StageSettings(5, 120, 4, 480, group_size=3), StageSettings(5, 168, 4, 672)],
     ),
     "efficient-31m": EncoderSettings(
-        dim=360, num_layers=5, num_heads=4, feedforward_dim=1440, kernel_size=15, subsampling="striding", position="relative",
-        subsampling_factor=2, subsampling_channels=180,
+        dim=360, num_layers=5, num_heads=4, feedforward_dim=1440, kernel_size=15, subsampling="striding",
+        position="relative", subsampling_factor=2, subsampling_channels=180,
         earlier_stages=[StageSettings(5, 180, 4, 720, group_size=3), StageSettings(5, 256, 4, 1024)],
     ),
     "efficient-126m": EncoderSettings(
-        dim=720, num_layers=5, num_heads=8, feedforward_dim=2880, kernel_size=15, subsampling="striding", position="relative",
-        subsampling_factor=2, subsampling_channels=360,
+        dim=720, num_layers=5, num_heads=8, feedforward_dim=2880, kernel_size=15, subsampling="striding",
+        position="relative", subsampling_factor=2, subsampling_channels=360,
         earlier_stages=[StageSettings(5, 360, 8, 1440, group_size=3), StageSettings(5, 512, 8, 2048)],
     ),
 }  # fmt: skip

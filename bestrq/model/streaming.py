@@ -40,7 +40,7 @@ def start_stream(encoder: ConformerEncoder) -> StreamState:
         if getattr(settings, name) != value:
             raise ConfigError(f"encoder.{name} is {getattr(settings, name)!r}: streaming needs {value!r}")
     if encoder.training:
-        raise ValueError("the encoder is in training mode: call eval() before streaming")
+        raise ValueError("the encoder is in training mode: put it into evaluation mode before streaming")
     heads = settings.num_kv_heads or settings.num_heads
     nothing = parameter.new_zeros(1, heads, 0, settings.head_dim)
     return StreamState(
