@@ -186,6 +186,15 @@ def test_recordings_of_any_length_and_number_compile_for_few_shapes() -> None:
     assert calls.count("compile forward") <= 4 and calls.count("forward") == 15
 
 
+def test_one_kernel_too_many_is_an_error_not_a_fallback_that_holds_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "MAX_KERNELS", 2)
+    compiled = compiled_flex_attention(True, counting([]))
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for length in (20, 130, 300):
+            layout = stage_layout([length], backend="flex", dtype=torch.float32).attention
+            attend_flex(torch.randn(1, length + 1, 6, 4), 2, layout, None, 0.0, compiled)
+
+
 SMALL: dict[str, Any] = {
     "num_mels": 8, "dim": 16, "num_layers": 2, "num_heads": 2, "feedforward_dim": 24, "kernel_size": 7,
     "subsampling_channels": 4, "dropout": 0.0, "attention_dropout": 0.0, "backend": "flex",
