@@ -18,6 +18,6 @@ class CausalMask:
 
 
 if __name__ == "__main__":
-    from bestrq.model.masks.draw import draw
+    from bestrq.model.masks.draw import main
 
-    draw(CausalMask)
+    main(CausalMask)

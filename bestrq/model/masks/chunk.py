@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bestrq.config import ConfigError
 from bestrq.model.masks import Frames
 
 
@@ -19,6 +20,10 @@ class ChunkMask:
     """frames in a chunk"""
     left_chunks: int = 1
     """chunks seen before the query's own; -1 for all"""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.left_chunks < -1:
+            raise ConfigError(f"{self}: give a size of 1 or more, and left_chunks of 0 or more, or -1 for all")
 
     def __call__(self, query: Frames) -> tuple[Frames, Frames]:
         chunk = query // self.size
@@ -42,6 +47,6 @@ def draw_chunk_size(largest: int, multiple: int) -> int | None:
 
 
 if __name__ == "__main__":
-    from bestrq.model.masks.draw import draw
+    from bestrq.model.masks.draw import main
 
-    draw(ChunkMask)
+    main(ChunkMask)

@@ -2,10 +2,13 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
+from bestrq.config import run_main
 from bestrq.model.masks import dense
 
 
@@ -26,9 +29,10 @@ def save_picture(seen: Tensor, title: str, path: Path) -> None:
 
 def draw(kind: type, argv: list[str] | None = None) -> None:
     """Command line of one mask: its own fields, the length of the segment and where to save a picture."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=f"Draw {kind.__name__}: {kind.__doc__}")
     parser.add_class_arguments(kind, as_group=False)
-    parser.add_argument("--length", type=int, default=16, help="frames in the segment")
+    parser.add_argument("--length", type=PositiveInt, default=16, help="frames in the segment")
     parser.add_argument("--out", type=str, default="", help="PNG or SVG to write instead of text")
     args = parser.parse_args(argv)
     mask = kind(**{field.name: args[field.name] for field in fields(kind)})
@@ -37,3 +41,8 @@ def draw(kind: type, argv: list[str] | None = None) -> None:
         save_picture(seen, repr(mask), Path(args.out))
     else:
         print(as_text(seen))
+
+
+def main(kind: type) -> NoReturn:
+    """`draw` as a program."""
+    run_main(lambda: draw(kind))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bestrq.config import ConfigError
 from bestrq.model.masks import Frames
 
 
@@ -12,6 +13,10 @@ class WindowMask:
     frames: int = 3
     """frames seen to either side"""
 
+    def __post_init__(self) -> None:
+        if self.frames < 0:
+            raise ConfigError(f"frames {self.frames} of a window mask: give 0 or more")
+
     def __call__(self, query: Frames) -> tuple[Frames, Frames]:
         return query - self.frames, query + self.frames + 1
 
@@ -21,6 +26,6 @@ class WindowMask:
 
 
 if __name__ == "__main__":
-    from bestrq.model.masks.draw import draw
+    from bestrq.model.masks.draw import main
 
-    draw(WindowMask)
+    main(WindowMask)
