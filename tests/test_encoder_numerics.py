@@ -61,14 +61,14 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 def assert_within_budget(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], factor: float = 1.5) -> None:
     """Outputs, the input's gradient and all parameters' gradients together: `factor` times the error of `plain`.
 
-    And each parameter's by itself thrice that, where its error is not chance: above a thousandth of the whole.
+    And each matrix's by itself twice the error of `plain`; a vector's error, of few numbers, is more of a chance.
     """
     for part in (slice(0, 1), slice(1, 2), slice(2, None)):
         assert distance(ours[part], exact[part]) <= factor * distance(plain[part], exact[part])
     whole = distance(plain[2:], exact[2:])
     for mine, reference, truth in zip(ours[2:], plain[2:], exact[2:], strict=True):
         error, allowed = distance([mine], [truth]), distance([reference], [truth])
-        assert error <= 3 * factor * allowed or error < 1e-3 * whole
+        assert error <= (2 if truth.ndim > 1 else 6) * allowed or error < 1e-3 * whole
 
 
 @pytest.mark.parametrize("norm", NORMS)

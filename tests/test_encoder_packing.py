@@ -92,6 +92,20 @@ def test_every_combination_of_the_main_choices_has_the_same_outputs_alone_packed
             assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=False)
 
 
+def test_a_block_does_not_see_what_earlier_ones_left_in_gaps() -> None:
+    for case in covering_cases(2):
+        encoder = make_encoder(case)
+        rows = in_row(encoder, 0, [(5 * encoder.settings.stride - 1, None), (3, None), (encoder.settings.stride, None)])
+        start, length = torch.tensor([[s.start for s in rows], [0, 0, 0]]), torch.tensor([[s.length for s in rows]] * 2)
+        layout = encoder.layout(start, length * torch.tensor([[1], [0]]), ends(rows), case["backend"])
+        valid, block = layout.stages[0].valid, encoder.blocks[0]
+        x = torch.randn(*valid.shape, block.attention.qkv.in_features, dtype=torch.float64)  # type: ignore[union-attr]
+        other = torch.where(valid[..., None], x, 5 * torch.randn_like(x))
+        outputs = [block(frames, layout.stages[0]) for frames in (x, other)]
+        kept = layout.output.valid if case["stages"] == "two" else valid
+        torch.testing.assert_close(outputs[0][kept], outputs[1][kept], rtol=TOLERANCE, atol=TOLERANCE, msg=str(case))
+
+
 @pytest.mark.parametrize("convolution", CHOICES["convolution"])
 @pytest.mark.parametrize("subsampling", CHOICES["subsampling"])
 def test_all_lengths_modulo_the_stride_stand_side_by_side(subsampling: str, convolution: str) -> None:

@@ -14,6 +14,7 @@ from bestrq.model.attention.module import SelfAttention
 from bestrq.model.checkpointing import run_block
 from bestrq.model.convolution import ConvolutionModule
 from bestrq.model.dropout import Dropout
+from bestrq.model.initialisation import initialise_blocks, initialise_subsampling
 from bestrq.model.layout import RowLayout, Segments, StageLayout, make_layout
 from bestrq.model.norms import make_norm
 from bestrq.model.positions import FourierPositions
@@ -106,6 +107,8 @@ class ConformerEncoder(nn.Module):
             blocks += [ConformerBlock(stage) for _ in range(stage.num_layers - 1)]
             blocks.append(ConformerBlock(stage, None if following is None else following.dim))
         self.blocks = nn.ModuleList(blocks)
+        initialise_subsampling(self.subsampling)
+        initialise_blocks(blocks)
         self.stage_of_block = [number for number, stage in enumerate(stages) for _ in range(stage.num_layers)]
 
     def layout(
