@@ -172,6 +172,16 @@ def test_fifty_batches_train_without_compiling_again(device: str) -> None:
     assert compiled[-1] == compiled[0] > 0
 
 
+def make_encoder(settings: EncoderSettings) -> ConformerEncoder:
+    """Biases of relative positions are not 0, as they are at first."""
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(settings)
+    for name, parameter in encoder.named_parameters():
+        if "relative_bias" in name:
+            nn.init.normal_(parameter)
+    return encoder
+
+
 def losses_of(encoder: ConformerEncoder, device: str, backend: str | None, bfloat16: bool) -> tuple[Tensor, Tensor]:
     """A scalar of the outputs of packed rows, and the norms of the gradients of all parameters."""
     encoder.to(device).zero_grad()
@@ -201,16 +211,12 @@ def test_presets_train_in_bfloat16_by_sdpa_and_flex_as_in_float32_on_the_cpu(
     settings = replace(
         settings, num_layers=1, earlier_stages=stages, dropout=0.0, attention_dropout=0.0, activation_checkpointing=mode
     )
-    torch.manual_seed(0)
-    encoder = ConformerEncoder(settings)
-    for name, parameter in encoder.named_parameters():
-        if "relative_bias" in name:
-            nn.init.normal_(parameter)
+    encoder = make_encoder(settings)
     loss, grads = losses_of(encoder, "cpu", "segments", False)
     for backend in ("dense", "flex"):
         ours, our_grads = losses_of(encoder, device, backend, True)
         assert float(ours) == pytest.approx(float(loss), rel=3e-2)
-        assert float((our_grads - grads).norm()) <= 3e-2 * float(grads.norm())
+        assert bool(((our_grads - grads).abs() <= 0.1 * grads + 1e-3 * grads.max()).all())
 
 
 @pytest.mark.parametrize(
@@ -228,8 +234,7 @@ def test_encoder_gives_the_outputs_gradients_and_statistics_of_the_cpu_in_float6
     )
     results = []
     for place, backend in (("cpu", "reference"), (device, None)):
-        torch.manual_seed(0)
-        encoder = ConformerEncoder(settings).double()
+        encoder = make_encoder(settings).double()
         loss, grads = losses_of(encoder, place, backend, False)
         results.append([loss, grads, *(b.cpu() for b in encoder.buffers())])
     torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-8)

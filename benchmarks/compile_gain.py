@@ -1,0 +1,126 @@
+"""What torch.compile brings and costs on this machine, module by module, forward and backward in bf16 autocast.
+
+    python -m benchmarks.compile_gain         # needs a C++ compiler on a CPU
+
+Modules of `base-120m` in training mode, dropout included, on packed rows of one fixed shape. Each is timed as it is and
+compiled (`torch.compile(module, dynamic=False)`), in turns; the fastest of the repeats counts. Compilation is timed
+without torch's caches on disk: what the first pass takes above a later one. Where Dynamo cannot trace something, the
+graph breaks and the rest runs as it is: graphs and breaks are counted. Two things are kept out of the graphs: the loop
+of attention over segments, which would compile anew for every length, and dropout's random numbers, whose 64-bit
+arithmetic is an OverflowError in torch 2.14's code for CPUs; `--dropout 0` shows what compiling brings where there is
+none. One line of JSON is the last:
+
+    MODULE_eager, MODULE_compiled    seconds of a forward and backward pass
+    MODULE_gain                      eager / compiled: above 1, compiling pays
+    MODULE_compile_seconds           once a process
+    MODULE_graphs, MODULE_breaks     graphs compiled, and places where tracing stopped
+    block_updates_to_pay             passes after which a compiled block has earned its compilation; -1 for never
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from bestrq.model import dropout
+from bestrq.model.attention.module import ATTEND
+from bestrq.model.conformer import ConformerBlock, ConformerEncoder
+from bestrq.model.presets import PRESETS
+
+GAP = 1
+"""encoder frames between two segments"""
+
+
+def passes(module: Callable[..., Tensor], weights: nn.Module, x: Tensor, *layout: object) -> float:
+    """Seconds of a forward and backward pass, the input's gradient included where it is not the log-mel."""
+    x = x.detach().requires_grad_(x.dtype == torch.bfloat16)
+    begin = time.perf_counter()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out = module(x, *layout)
+    out.backward(torch.ones_like(out))
+    seconds = time.perf_counter() - begin
+    weights.zero_grad(set_to_none=True)
+    if not bool(out.isfinite().all()):
+        raise RuntimeError("an output is not finite: these timings mean nothing")
+    return seconds
+
+
+def compare(module: nn.Module, repeats: int, x: Tensor, *layout: object) -> dict[str, float]:
+    """The figures of one module; see above."""
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(module, dynamic=False)
+    passes(module, module, x, *layout)
+    first = passes(compiled, module, x, *layout)
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    seconds: dict[str, list[float]] = {"eager": [], "compiled": []}
+    for _ in range(repeats):
+        seconds["eager"].append(passes(module, module, x, *layout))
+        seconds["compiled"].append(passes(compiled, module, x, *layout))
+    if counters["stats"]["unique_graphs"] != graphs:
+        raise RuntimeError("compiled again between the repeats: these timings mean nothing")
+    result = {name: min(times) for name, times in seconds.items()}
+    result["gain"] = result["eager"] / result["compiled"]
+    result["compile_seconds"] = first - result["compiled"]
+    return result | {"graphs": graphs, "breaks": breaks}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base-120m")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[310, 120, 347], help="encoder frames of a row")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.1, help="everywhere, attention weights included")
+    parser.add_argument("--repeats", type=int, default=7)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch._inductor.config.force_disable_caches = True
+    torch.manual_seed(0)
+    dropout.random_words = torch.compiler.disable(dropout.random_words)
+    ATTEND["segments"] = torch.compiler.disable(ATTEND["segments"])
+    encoder = ConformerEncoder(replace(PRESETS[args.preset], dropout=args.dropout, attention_dropout=args.dropout))
+    settings, stride = encoder.settings, encoder.settings.stride
+    length = torch.tensor([args.lengths] * args.rows)
+    start = length.cumsum(dim=1) - length + GAP * torch.arange(len(args.lengths))
+    frames = int(start[0, -1] + length[0, -1]) + GAP
+    layout = encoder.layout(start * stride, length * stride, frames * stride)
+    stage, block = layout.output, encoder.blocks[-1]
+    assert isinstance(block, ConformerBlock)
+    x = torch.randn(args.rows, frames, settings.dim).bfloat16()
+    log_mel = torch.randn(args.rows, frames * stride, settings.num_mels)
+    modules: dict[str, tuple[nn.Module, Tensor, tuple[object, ...]]] = {
+        "norm": (block.norm, x, ()),
+        "feedforward": (block.feedforward_in, x, ()),
+        "attention": (block.attention, x, (stage,)),
+        "convolution": (block.convolution, x, (stage,)),
+        "block": (block, x, (stage,)),
+        "subsampling": (encoder.subsampling, log_mel, (layout,)),
+    }
+    print(
+        f"{args.preset}: {args.rows} rows of {frames} frames, {torch.get_num_threads()} threads, dropout {args.dropout}"
+    )
+    print(f"{'module':12} {'eager':>8} {'compiled':>8} {'gain':>6} {'compiling':>9}  graphs, breaks")
+    results: dict[str, float] = {}
+    for name, (module, inputs, others) in modules.items():
+        r = compare(module, args.repeats, inputs, *others)
+        print(
+            f"{name:12} {1e3 * r['eager']:5.1f} ms {1e3 * r['compiled']:5.1f} ms {r['gain']:6.2f} "
+            f"{r['compile_seconds']:7.1f} s  {r['graphs']:.0f}, {r['breaks']:.0f}",
+            flush=True,
+        )
+        results |= {f"{name}_{key}": value for key, value in r.items()}
+    saved = results["block_eager"] - results["block_compiled"]
+    results["block_updates_to_pay"] = results["block_compile_seconds"] / saved if saved > 0 else -1
+    print(json.dumps({key: round(value, 4) for key, value in results.items()}))
+
+
+if __name__ == "__main__":
+    main()
