@@ -216,7 +216,7 @@ def test_presets_train_in_bfloat16_by_sdpa_and_flex_as_in_float32_on_the_cpu(
     for backend in ("dense", "flex"):
         ours, our_grads = losses_of(encoder, device, backend, True)
         assert float(ours) == pytest.approx(float(loss), rel=3e-2)
-        assert bool(((our_grads - grads).abs() <= 0.1 * grads + 1e-3 * grads.max()).all())
+        assert bool(((our_grads - grads).abs() <= 0.2 * grads + 1e-5 * grads.max()).all())
 
 
 @pytest.mark.parametrize(
