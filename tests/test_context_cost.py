@@ -28,4 +28,4 @@ def test_a_cell_has_a_time_and_a_peak_that_grows_with_what_is_kept_for_training(
             process.submit(measure, Cell("window", mode, 30, 2, settings), 1, 1).result()
             for mode in ("forward", "train")
         )
-    assert forward.milliseconds > 0 and 0 < forward.megabytes < train.megabytes
+    assert forward.milliseconds > 0 and 0 < 2 * forward.megabytes < train.megabytes
