@@ -12,9 +12,10 @@ preset's are enough to see what context costs; how many it were stands in the re
 Ours are `window` (`--window` frames to either side) and `full`. The others are Conformers of the same size that people
 train, which know full attention only; they get our subsampling in front, as they have none for log-mel. A cell has a
 process of its own, so its peak is its own: memory is the highest resident size during a pass, less that before it
-(weights and input, after a warm-up). Cells go round by round, all systems in turn; the fastest pass counts, and the
-highest peak. Cells that would take longer or more memory than a small machine has are left out by `--full-limit`,
-`--train-limit` and `--other-limit`, and listed. One line of JSON is the last; of its keys
+(weights and input, after a warm-up). Freed memory is kept, as our scripts keep it, for all alike. Cells go round by
+round, all systems in turn; the fastest pass counts, and the highest peak. Cells that would take longer or more memory
+than a small machine has are left out by `--full-limit`, `--train-limit` and `--other-limit`, and listed. One line of
+JSON is the last; of its keys
 
     windowed_cost_60min_over_10s      time of an hour over that of 10 s, windowed, per second of audio, forward
     windowed_memory_60min_over_10s    the same of peak memory
@@ -40,6 +41,7 @@ from benchmarks.encoder_peers import PEERS
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
+from bestrq.training.process import keep_freed_memory
 
 OURS = ["window", "full"]
 PASSES = ["forward", "train"]
@@ -109,6 +111,7 @@ def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:
 def measure(cell: Cell, repeats: int, threads: int) -> Cost:
     """Run a cell: in a process of its own, for the memory."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     model, forward = make_forward(cell)
     training = cell.mode == "train"
