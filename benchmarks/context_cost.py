@@ -163,7 +163,7 @@ def save_plot(cells: list[Cell], costs: dict[str, Cost], path: Path) -> None:
     """Time and memory over the duration, both logarithmic; a line a system and pass."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     lines = dict.fromkeys((cell.system, cell.mode) for cell in cells)
     for axes, (field, label) in zip(
@@ -177,7 +177,7 @@ def save_plot(cells: list[Cell], costs: dict[str, Cost], path: Path) -> None:
             )
         axes.set(xscale="log", yscale="log", xlabel="seconds of a segment", ylabel=label)
         axes.grid(True, which="both", alpha=0.3)
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path)
 
 

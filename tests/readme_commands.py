@@ -66,6 +66,13 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "--device cpu"
     ),
     "python -m benchmarks.pretraining_speed": Run("--only-ours --utterances 2 --row-seconds 20 --rows 1 --repeats 1"),
+    "python -m benchmarks.encoder_speed": Run(
+        "--systems --preset base-120m --workload equal --layers 1 --seconds-of-audio 10 --batch-seconds 10 --repeats 1"
+    ),
+    "python -m benchmarks.context_cost": Run(
+        "--preset quickstart --layers 1 --systems window full --durations 2 4 --batch-seconds 4 --repeats 1"
+    ),
+    "python -m benchmarks.activation_memory": Run("--preset quickstart --layers 1 --shapes 1x2 --repeats 1"),
     "python -m benchmarks.loader_speed": Run(
         "--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1 --growth-batches 20"
     ),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestrq.model import conformer
 from bestrq.model import dropout as dropout_module
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.dropout import Dropout, drop_threshold, keep_scale, random_words
@@ -199,3 +200,22 @@ def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
     for a, b in zip(got_grads, grads, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
+
+
+def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(
+        EncoderSettings(dim=32, num_layers=2, num_heads=2, feedforward_dim=48, subsampling_channels=8)
+    )
+    encoder.double().eval()
+    log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
+    layout = encoder.layout(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200)
+    whole = encoder(log_mel, layout)
+    monkeypatch.setattr(conformer, "SLICE", 7)
+    hidden: list[int] = []
+    for block in encoder.blocks:
+        block.feedforward_in.hidden.register_forward_hook(lambda *call: hidden.append(call[2].numel()))
+    with torch.no_grad():
+        sliced = encoder(log_mel, layout)
+    torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=1e-12)
+    assert max(hidden) == 7 * 48, "the hidden units of all frames stood at once"

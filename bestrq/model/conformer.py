@@ -24,6 +24,21 @@ from bestrq.model.subsampling import make_subsampling
 __all__ = ["ConformerBlock", "ConformerEncoder", "EncoderSettings"]
 
 
+SLICE = 8192
+"""frames that go through a feed-forward module at once where no gradient is needed"""
+
+
+def framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function`, which treats every frame of `[R, T, D]` by itself, in slices where nothing is kept for a gradient.
+
+    The hidden units of an hour would take several times the memory of the frames themselves, and its time to map.
+    """
+    rows, frames, _ = x.shape
+    if torch.is_grad_enabled() or rows * frames <= SLICE:
+        return function(x)
+    return torch.cat([function(part) for part in x.flatten(0, 1).split(SLICE)]).unflatten(0, (rows, frames))
+
+
 class FeedForward(nn.Module):
     """Two linear maps with SiLU and dropout between, `[R, T, D] -> [R, T, D]`.
 
@@ -84,12 +99,12 @@ class ConformerBlock(nn.Module):
         self, x: Tensor, attention: Callable[[Tensor], Tensor], convolution: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The block around its two modules that look at other frames."""
-        x = self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5)
+        x = framewise(lambda x: self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5), x)
         x = self.dropout.add(x, attention(self.attention_norm(x)))
         convolved = convolution(self.convolution_norm(x))
         x = self.dropout.add(x if self.shortcut is None else self.shortcut(x[:, ::2]), convolved)
-        x = self.dropout.add(x, self.feedforward_out(self.feedforward_out_norm(x)), 0.5)
-        return self.norm(x)
+        out, norm = self.feedforward_out, self.feedforward_out_norm
+        return framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
 
 
 class ConformerEncoder(nn.Module):
