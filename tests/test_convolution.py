@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bestrq.model.convolution import ConvolutionModule, convolve_in_segments
+from bestrq.model.convolution import ConvolutionModule, convolve_in_segments, depthwise
 from bestrq.model.norms import MaskedBatchNorm
 
 Rows = list[list[tuple[int, int]]]
@@ -154,3 +154,11 @@ def test_parameter_names_of_a_checkpoint_do_not_depend_on_the_variant() -> None:
     for causal, stride in VARIANTS:
         module = make_module(norm="batch_norm", causal=causal, stride=stride)
         assert {name for name, _ in module.named_parameters()} == expected
+
+
+def test_the_gradient_of_the_depthwise_weight_has_the_weights_strides() -> None:
+    """DDP would warn of others at every start, and copy."""
+    weight = torch.randn(6, 1, 5, requires_grad=True)
+    out = depthwise(torch.randn(2, 9, 6), weight, torch.zeros(6), 2)
+    out.sum().backward()
+    assert weight.grad is not None and weight.grad.stride() == weight.stride()

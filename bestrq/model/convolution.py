@@ -148,4 +148,6 @@ class _ChannelsLastDepthwise(torch.autograd.Function):
             grad[:, :, None].permute(0, 3, 1, 2), x[:, :, None].permute(0, 3, 1, 2), weight[..., None], (dim,),
             (1, 1), (ctx.padding, 0), (1, 1), False, (0, 0), dim, (False, True, True),
         )  # fmt: skip
-        return line[0][:, :, 0].mT, column[1][..., 0], column[2], None
+        # In the weight's own strides: DDP compares them with its buckets', those of dimensions of size 1 too.
+        weight_grad = torch.empty_like(weight).copy_(column[1][..., 0])
+        return line[0][:, :, 0].mT, weight_grad, column[2], None
