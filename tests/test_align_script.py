@@ -38,7 +38,7 @@ SPOKEN = "the quick brown fox jumps over the lazy dog while seven wizards mix po
 class Ears:
     """Hears label v of an encoder frame where mel bin v is loud: a recogniser that makes no mistakes."""
 
-    encoder = SimpleNamespace(settings=SimpleNamespace(subsampling_factor=4))
+    encoder = SimpleNamespace(settings=SimpleNamespace(stride=4))
 
     def to(self, device: Any) -> "Ears":
         return self
