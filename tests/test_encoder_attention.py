@@ -10,7 +10,7 @@ from bestrq.model.attention import segments
 from bestrq.model.attention.module import ATTEND, group_frames, ungroup_frames
 from bestrq.model.attention.sdpa import split_heads
 from bestrq.model.layout import AttentionLayout, StageLayout
-from tests.layouts import stage_layout
+from tests.layouts import row_layout, stage_layout
 
 HEADS = 4
 MASKS: dict[str, dict[str, object]] = {
@@ -187,3 +187,18 @@ def test_frames_of_gaps_attend_to_themselves_alone() -> None:
     first, stop = layout.first_key[0].tolist(), layout.stop_key[0].tolist()
     assert first == [0] * 5 + [5, 6] + [7] * 3 + [10, 11]
     assert stop == [5] * 5 + [6, 7] + [10] * 3 + [11, 12]
+
+
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_rows_of_one_segment_mask_their_padding_only(position: str) -> None:
+    """A mask a query would be quadratic in the length of a row that one recording fills; an empty row stays finite."""
+    shape = {"dim": HEADS * 6, "num_heads": HEADS, "position": position}
+    layouts = {
+        b: row_layout([[0], [8], [0]], [[100], [61], [0]], 120, backend=b, **shape) for b in ("dense", "reference")
+    }
+    plan = layouts["dense"].output.attention.plan
+    assert isinstance(plan, Tensor) and plan.shape == (3, 1, 1, 30) and plan[2].all()
+    qkv, bias = inputs(layouts["dense"].output, 2, position == "relative")
+    ours, exact = (results(layout.output, qkv, bias, name) for name, layout in layouts.items())
+    for mine, truth in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)

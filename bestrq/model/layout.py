@@ -160,12 +160,13 @@ def _check_gaps(segments: Segments, reach: int) -> None:
         raise ValueError(f"two segments of a row lie less than {reach} mel frames apart: give settings.row_gap")
 
 
-def _mark(segments: Segments) -> tuple[Tensor, Tensor]:
-    """Valid frames, bool `[R, T]`, and the segment slot of each, int64 `[R, T]`."""
+def _mark(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every frame `[R, T]`: whether it is valid (bool), its slot, and its position in the segment (int64)."""
     frame = torch.arange(segments.num_frames)
     start, stop = segments.start[..., None], (segments.start + segments.length)[..., None]
     inside = (frame >= start) & (frame < stop)  # [R, S, T]
-    return inside.any(dim=1), inside.to(torch.uint8).argmax(dim=1)
+    valid, owner = inside.any(dim=1), inside.to(torch.uint8).argmax(dim=1)
+    return valid, owner, torch.where(valid, frame - segments.start.gather(1, owner), 0)
 
 
 def _stage_layout(
@@ -176,9 +177,7 @@ def _stage_layout(
     dtype: torch.dtype,
     backend: str | None,
 ) -> StageLayout:
-    valid, owner = _mark(segments)
-    frame = torch.arange(segments.num_frames)
-    position = torch.where(valid, frame - segments.start.gather(1, owner), 0)
+    valid, owner, position = _mark(segments)
     reach = stage.kernel_size - 1 if stage.causal_convolution else stage.kernel_size // 2
     return StageLayout(
         segment_start=segments.start.to(device),
@@ -211,10 +210,9 @@ def _attention_layout(
     dtype: torch.dtype,
     backend: str | None,
 ) -> AttentionLayout:
-    valid, owner = _mark(segments)
+    valid, owner, position = _mark(segments)
     frame = torch.arange(segments.num_frames)
     start, length = segments.start.gather(1, owner), segments.length.gather(1, owner)
-    position = torch.where(valid, frame - start, 0)
     first, stop = mask(position)
     first_key = torch.where(valid, start + first.clamp(min=0), frame).to(device)
     stop_key = torch.where(valid, start + stop.minimum(length), frame + 1).to(device)
@@ -229,5 +227,6 @@ def _attention_layout(
         if length > 0
     ]
     backend = backend or choose_backend(stage.backend, device, segments.num_frames, mask.reach)
-    plan = make_plan(backend, first_key, stop_key, mask.reach)
+    only_segment = valid.to(device) if segments.start.shape[1] == 1 else None
+    plan = make_plan(backend, first_key, stop_key, mask.reach, only_segment)
     return AttentionLayout(spans, mask, first_key, stop_key, phase, backend, plan)

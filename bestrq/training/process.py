@@ -206,8 +206,8 @@ def start_world(settings: DistributedSettings) -> World:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors; does nothing with another C library.
 
-    By itself it maps every tensor above 32 MB anew, and the system zeroes its pages at the first touch: a third of the
-    time of an encoder on an hour of sound (`python -m benchmarks.context_cost`).
+    By itself it maps every tensor above 32 MB anew, and the system zeroes its pages at the first touch: a quarter of
+    the time of an encoder on an hour of sound, for which it pays in memory (`python -m benchmarks.context_cost`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bestrq.model.attention.flex import make_block_mask
-from bestrq.model.attention.sdpa import make_band_mask, make_dense_mask
+from bestrq.model.attention.sdpa import make_band_mask, make_dense_mask, make_padding_mask
 
 Plan = Tensor | BlockMask | None
 Reach = tuple[int | None, int | None]
@@ -35,13 +35,19 @@ def choose_backend(setting: str, device: torch.device, num_frames: int, reach: R
     return "dense" if before is None or behind is None or 2 * (before + behind) >= num_frames else "bands"
 
 
-def make_plan(backend: str, first_key: Tensor, stop_key: Tensor, reach: Reach) -> Plan:
+def make_plan(
+    backend: str, first_key: Tensor, stop_key: Tensor, reach: Reach, only_segment: Tensor | None = None
+) -> Plan:
     """What `backend` needs to know of a batch, shared by all layers.
 
     Args:
         first_key, stop_key: int64 `[R, T]`: the interval of frames of its row that a frame attends to.
+        only_segment: bool `[R, T]`, the frames of the one segment that a row may hold, where rows hold no more; else
+            None.
     """
     if backend == "dense":
+        if only_segment is not None and reach == (None, None):
+            return make_padding_mask(only_segment)
         return make_dense_mask(first_key, stop_key)
     if backend == "bands":
         before, behind = reach

@@ -22,6 +22,15 @@ def make_dense_mask(first_key: Tensor, stop_key: Tensor) -> Tensor:
     return ((key >= first_key[..., None]) & (key < stop_key[..., None]))[:, None]
 
 
+def make_padding_mask(valid: Tensor) -> Tensor:
+    """bool `[R, 1, 1, T]` from bool `[R, T]`, for rows of one segment at most, all of which is seen.
+
+    Linear in the length, where a mask a query would take 8 GB for an hour. A softmax over nothing would be NaN: in an
+    empty row all frames are seen. What frames of a gap make of the segment nobody reads.
+    """
+    return (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
+
+
 def make_band_mask(first_key: Tensor, stop_key: Tensor, before: int, behind: int) -> Tensor:
     """bool `[R, 1, blocks, block, keys]` of blocks of queries, and the keys from `before` their first to `behind` their
     last, from int64 `[R, T]`. Blocks are as long as what else they see, but 64 at least."""
