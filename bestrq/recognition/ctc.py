@@ -73,6 +73,46 @@ def frames_needed(labels: Tensor, label_lengths: Tensor) -> Tensor:
     return label_lengths + repeated.sum(dim=1)
 
 
+def frame_log_probs(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Log-probabilities `[..., V]` of a linear head, at least float32 under any autocast: bfloat16 log-probabilities
+    of a few nats are off by 1 %."""
+    logits = head(hidden)
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    segment_start: Tensor,
+    segment_length: Tensor,
+    stride: int,
+    labels: Tensor,
+    label_lengths: Tensor,
+) -> CTCOutput:
+    """The CTC loss of N segments, each over its own frames of the rows `[R, T, V]`; see `CTCModel.forward`.
+
+    stride: mel frames of an encoder frame.
+    """
+    index, lengths = segment_frames(segment_start, segment_length, stride, log_probs.shape[1])
+    device = log_probs.device
+    lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
+    segments = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
+    possible = lengths >= frames_needed(labels, label_lengths)
+    # Impossible segments have an infinite loss; zero_infinity takes them and their gradients out.
+    # Where no segment could be read, ctc_loss would refuse; the sum of nothing keeps the graph, which DDP needs.
+    loss_sum = (
+        F.ctc_loss(segments.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True)
+        if len(lengths)
+        else segments.sum()
+    )
+    return CTCOutput(
+        loss_sum=loss_sum,
+        num_labels=(label_lengths * possible).sum(),
+        num_impossible=(~possible).sum(),
+        best_ids=segments.detach().argmax(dim=-1),
+        num_frames=lengths,
+    )
+
+
 class CTCModel(nn.Module):
     """`ConformerEncoder` and a linear head of V outputs."""
 
@@ -92,9 +132,7 @@ class CTCModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
             layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
             hidden = self.encoder(log_mel, layout)
-        logits = self.head(hidden)
-        # At least float32 under any autocast: bfloat16 log-probabilities of a few nats are off by 1 %.
-        return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        return frame_log_probs(self.head, hidden)
 
     def forward(
         self,
@@ -122,28 +160,8 @@ class CTCModel(nn.Module):
         """
         # Not log_probs itself: under FSDP2 that one gathers the weights, which this call has done already.
         log_probs = self._log_probs(log_mel, segment_start, segment_length, train_encoder)
-        num_frames = log_probs.shape[1]
-        index, lengths = segment_frames(segment_start, segment_length, self.encoder.settings.stride, num_frames)
-        device = log_probs.device
-        lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
-        segments = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
-        possible = lengths >= frames_needed(labels, label_lengths)
-        # Impossible segments have an infinite loss; zero_infinity takes them and their gradients out.
-        # Where no segment could be read, ctc_loss would refuse; the sum of nothing keeps the graph, which DDP needs.
-        loss_sum = (
-            F.ctc_loss(
-                segments.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True
-            )
-            if len(lengths)
-            else segments.sum()
-        )
-        return CTCOutput(
-            loss_sum=loss_sum,
-            num_labels=(label_lengths * possible).sum(),
-            num_impossible=(~possible).sum(),
-            best_ids=segments.detach().argmax(dim=-1),
-            num_frames=lengths,
-        )
+        stride = self.encoder.settings.stride
+        return ctc_loss(log_probs, segment_start, segment_length, stride, labels, label_lengths)
 
 
 def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: int) -> None:

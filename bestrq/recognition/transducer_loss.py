@@ -1,0 +1,287 @@
+"""The transducer loss without ever holding the joint network's outputs of a whole lattice.
+
+Of the V outputs at a cell (t, u) of the lattice the loss needs two numbers: the log-probability of the blank, and that
+of the next label. They are computed over slices of time, as many frames as a byte budget allows, and once more in the
+backward pass: no `[T, U, V]` tensor exists. The sum over all alignments is then torchaudio's `rnnt_loss` for a
+vocabulary of two. Segments have their own lengths: the joint network sees no padding, neither in time nor in labels.
+
+Source: Graves 2012, arXiv 1211.3711; FastEmit: Yu et al. 2021, arXiv 2010.11148.
+
+N segments, T_s frames and U_s labels of segment s, J joint width, V vocabulary. Label 0 is the blank.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor
+
+from bestrq.config import ConfigError
+from bestrq.recognition.decoding import BLANK
+
+IMPOSSIBLE = -1e30
+"""log-probability of an arc outside a band; minus infinity would make NaN of gradients"""
+
+
+@dataclass(frozen=True)
+class Lattices:
+    """The lattices of a batch. Their frames, states (0 to U_s labels emitted) and cells lie end to end.
+
+    With `first_state`, a frame sees a band of states only, which begins there: see `pruning`.
+    """
+
+    num_frames: Sequence[int]
+    """T_s of every segment, 1 or more"""
+    labels: Sequence[Tensor]
+    """int64 [U_s] of every segment, in 1 .. V - 1, on the joint network's device"""
+    first_state: Sequence[Tensor] | None = None
+    """int64 [T_s] of every segment, on that device; None: every frame sees all U_s + 1 states"""
+    widths: Sequence[int] | None = None
+    """states of every segment's bands, where there are bands"""
+
+    def num_states(self, segment: int) -> int:
+        return len(self.labels[segment]) + 1
+
+    def width(self, segment: int) -> int:
+        """States that every frame of a segment sees."""
+        return self.num_states(segment) if self.widths is None else self.widths[segment]
+
+    @property
+    def cells(self) -> list[int]:
+        """Cells of every segment: frames times the states that each sees."""
+        return [frames * self.width(segment) for segment, frames in enumerate(self.num_frames)]
+
+
+def check_labels(labels: Tensor, label_lengths: Tensor, vocab_size: int) -> None:
+    """Refuse labels that no lattice can hold; `[N, U]` and `[N]`, on the CPU.
+
+    Raises:
+        ConfigError: a label is the blank or outside the vocabulary; naming it and its segment.
+    """
+    used = torch.arange(labels.shape[1]) < label_lengths[:, None]
+    wrong = (used & ((labels <= BLANK) | (labels >= vocab_size))).nonzero()
+    if len(wrong):
+        segment, position = wrong[0].tolist()
+        raise ConfigError(
+            f"label {int(labels[segment, position])} at position {position} of segment {segment}: the vocabulary has "
+            f"labels 1 to {vocab_size - 1}, and 0 is the blank; use the tokenizer that the model was made for"
+        )
+
+
+def bytes_of_cell(joint_dim: int, vocab_size: int, itemsize: int) -> int:
+    """Bytes that a cell takes at the peak of the backward pass, while its slice is computed."""
+    # Hidden units, their gradient before and after tanh; logits as computed, in at least float32, and their gradient.
+    wide = max(itemsize, 4)
+    return 3 * joint_dim * itemsize + 2 * vocab_size * wide + (vocab_size * itemsize if itemsize < wide else 0)
+
+
+def frames_of_slice(lattices: Lattices, joint_dim: int, vocab_size: int, itemsize: int, budget: int) -> list[int]:
+    """Frames of every segment that may be computed at once, 1 or more.
+
+    Raises:
+        ConfigError: a single frame takes more than `budget` bytes; the message has the smallest budget that works.
+    """
+    cell = bytes_of_cell(joint_dim, vocab_size, itemsize)
+    widths = [lattices.width(segment) for segment in range(len(lattices.labels))]
+    needed = max(widths, default=0) * cell
+    if needed > budget:
+        raise ConfigError(
+            f"transducer.slice_bytes is {budget}: one frame of a segment of {max(map(len, lattices.labels))} labels "
+            f"takes {needed} bytes; give {needed} or more, or cut shorter segments (data.max_seconds)"
+        )
+    return [budget // (width * cell) for width in widths]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Some frames of one segment's lattice."""
+
+    frames: slice
+    """of the frames of all segments"""
+    states: slice
+    """of the states of all segments: those of this one"""
+    cells: slice
+    """of the cells of all segments, a segment's frame after frame"""
+    labels: Tensor
+    """int64 [U + 1]: the label behind every state; 0 behind the last, which has none"""
+    seen: Tensor | None
+    """int64 [t, W]: the states that every frame sees, or None for all"""
+
+    def joint(self, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden units `[t, W, J]` and logits `[t, W, V]`."""
+        states = predicted[self.states]
+        hidden = (encoded[self.frames, None] + (states if self.seen is None else states[self.seen])).tanh_()
+        return hidden, F.linear(hidden, weight, bias)
+
+    def next_label(self, num_frames: int) -> Tensor:
+        """int64 `[t, W, 1]`; 0 where there is none."""
+        labels = self.labels.expand(num_frames, -1) if self.seen is None else self.labels[self.seen]
+        return labels[..., None]
+
+
+def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]:
+    vocab_size, joint_dim = weight.shape
+    frame = state = cell = 0
+    sizes = frames_of_slice(lattices, joint_dim, vocab_size, weight.element_size(), budget)
+    for segment, (frames, size) in enumerate(zip(lattices.num_frames, sizes, strict=True)):
+        states, width = lattices.num_states(segment), lattices.width(segment)
+        labels = F.pad(lattices.labels[segment], (0, 1), value=BLANK)
+        for first in range(0, frames, size):
+            stop = min(first + size, frames)
+            seen = None
+            if lattices.first_state is not None and width < states:
+                seen = lattices.first_state[segment][first:stop, None] + torch.arange(width, device=labels.device)
+            cells = slice(cell + first * width, cell + stop * width)
+            yield _Slice(slice(frame + first, frame + stop), slice(state, state + states), cells, labels, seen)
+        frame, state, cell = frame + frames, state + states, cell + frames * width
+
+
+class _ArcScores(torch.autograd.Function):
+    """Joint network and log-softmax; of a cell, only the log-probabilities of blank and next label are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, lattices: Lattices, budget: int
+    ) -> Tensor:
+        ctx.lattices, ctx.budget = lattices, budget
+        wide = torch.promote_types(encoded.dtype, torch.float32)
+        arcs = encoded.new_empty(sum(lattices.cells), 2, dtype=wide)
+        normaliser = arcs.new_empty(len(arcs))
+        for part in _slices(lattices, weight, budget):
+            logits = part.joint(encoded, predicted, weight, bias)[1].to(wide)
+            label = part.next_label(len(logits))
+            log_sum = logits.logsumexp(dim=-1)
+            normaliser[part.cells] = log_sum.flatten()
+            arcs[part.cells, 0] = (logits[..., BLANK] - log_sum).flatten()
+            # Behind the last label there is none: its arc is never used, but must be finite.
+            arcs[part.cells, 1] = (logits.gather(-1, label).squeeze(-1) - log_sum).flatten()
+        ctx.save_for_backward(encoded, predicted, weight, bias, normaliser)
+        return arcs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        encoded, predicted, weight, bias, normaliser = ctx.saved_tensors
+        wide = normaliser.dtype
+        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (encoded, predicted, weight, bias)]
+        grad_encoded, grad_predicted, grad_weight, grad_bias = totals
+        for part in _slices(ctx.lattices, weight, ctx.budget):
+            hidden, logits = part.joint(encoded, predicted, weight, bias)
+            label = part.next_label(len(logits))
+            grad_blank, grad_label = grads[0][part.cells].view(*logits.shape[:2], 2).unbind(-1)
+            grad_label = grad_label * (label.squeeze(-1) != BLANK)
+            # d log p(k) / d logits = onehot(k) - softmax
+            grad_logits = logits.to(wide).sub_(normaliser[part.cells].view(logits.shape[:2])[..., None]).exp_()
+            grad_logits.mul_(-(grad_blank + grad_label)[..., None])
+            grad_logits[..., BLANK] += grad_blank
+            grad_logits.scatter_add_(-1, label, grad_label[..., None])
+            flat = grad_logits.flatten(0, 1)
+            grad_bias += flat.sum(dim=0)
+            flat = flat.to(hidden.dtype)
+            grad_weight += flat.mT @ hidden.flatten(0, 1)
+            grad_hidden = torch.ops.aten.tanh_backward((flat @ weight).view_as(hidden), hidden)
+            grad_encoded[part.frames] += grad_hidden.sum(dim=1, dtype=wide)
+            if part.seen is None:
+                grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
+            else:
+                grad_predicted[part.states].index_add_(0, part.seen.flatten(), grad_hidden.flatten(0, 1).to(wide))
+        return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors[:4], strict=True)), None, None
+
+
+def transducer_loss(
+    encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, lattices: Lattices, slice_bytes: int,
+    fast_emit: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Minus the log-probability of every segment's labels, in nats: float32 `[N]` (float64 for float64).
+
+    Beside the slices, a cell takes about 24 bytes in all: two log-probabilities, a normaliser, and what torchaudio
+    keeps for its backward pass.
+
+    Args:
+        encoded: `[sum T_s, J]`, the encoder's part of the joint network's hidden units, segment after segment.
+        predicted: `[sum (U_s + 1), J]`, the prediction network's part, in the same dtype.
+        weight, bias: `[V, J]` and `[V]`, of the joint network's output, in that dtype too.
+        slice_bytes: what the computation of a slice may take.
+        fast_emit: the share by which gradients of labels are made larger, so that the model emits earlier. The loss's
+            value stays as it is.
+
+    Raises:
+        ConfigError: `slice_bytes` is too small for a single frame; naming the smallest that works.
+    """
+    arcs = _ArcScores.apply(encoded, predicted, weight, bias, lattices, slice_bytes)
+    return sum_over_alignments(arcs, lattices, fast_emit)
+
+
+def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0) -> Tensor:
+    """Minus the log of the summed probability of all alignments, `[N]`, from log-probabilities (blank, next label)
+    of all cells `[cells, 2]`: see `transducer_loss`."""
+    if fast_emit:
+        faster = arcs * arcs.new_tensor([1.0, 1.0 + fast_emit])
+        arcs = faster + (arcs - faster).detach()
+    parts = [_whole_lattice(part, lattices, segment) for segment, part in enumerate(arcs.split(lattices.cells))]
+    losses = [arcs[:0, 0]]  # of no segment: what keeps the graph, which DDP needs
+    order = sorted(range(len(parts)), key=lambda segment: parts[segment].shape)
+    groups = list(_alike([parts[segment].shape for segment in order]))
+    for group in groups:
+        losses.append(_sum_over_alignments([parts[segment] for segment in order[group]]))
+    return torch.cat(losses)[torch.tensor(order, dtype=torch.int64).argsort().to(arcs.device)]
+
+
+def _whole_lattice(part: Tensor, lattices: Lattices, segment: int) -> Tensor:
+    """`[T, U + 1, 2]` of one segment; outside of its band, nothing is possible."""
+    frames, states, width = lattices.num_frames[segment], lattices.num_states(segment), lattices.width(segment)
+    part = part.view(frames, width, 2)
+    if lattices.first_state is None or width == states:
+        return part
+    seen = lattices.first_state[segment][:, None] + torch.arange(width, device=part.device)
+    whole = part.new_full((frames, states, 2), IMPOSSIBLE)
+    return whole.scatter(1, seen[..., None].expand(-1, -1, 2), part)
+
+
+def _alike(shapes: Sequence[Sequence[int]], waste: float = 1.25) -> Iterator[slice]:
+    """Runs of sorted shapes that may be padded to one, which then is at most `waste` times their sum."""
+    begin, most_states, used = 0, 0, 0
+    for end, (frames, states, _) in enumerate(shapes):
+        most_states, used = max(most_states, states), used + frames * states
+        if frames * most_states * (end + 1 - begin) > waste * used:
+            yield slice(begin, end)
+            begin, most_states, used = end, states, frames * states
+    if shapes:
+        yield slice(begin, len(shapes))
+
+
+def _sum_over_alignments(parts: Sequence[Tensor]) -> Tensor:
+    """`[n]` for n lattices `[T, U + 1, 2]` of similar sizes."""
+    if parts[0].dtype == torch.float64:  # torchaudio knows float32 alone
+        return torch.stack([sum_by_diagonals(part) for part in parts])
+    most = [max(part.shape[axis] for part in parts) for axis in (0, 1)]
+    padded = torch.stack(
+        [F.pad(part, (0, 0, 0, most[1] - part.shape[1], 0, most[0] - part.shape[0])) for part in parts]
+    )
+    sizes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int32).to(padded.device)
+    targets = torch.ones(len(parts), most[1] - 1, dtype=torch.int32, device=padded.device)
+    return torchaudio.functional.rnnt_loss(
+        padded, targets, sizes[:, 0].contiguous(), sizes[:, 1] - 1, blank=BLANK, reduction="none",
+        fused_log_softmax=False,
+    )  # fmt: skip
+
+
+def sum_by_diagonals(lattice: Tensor) -> Tensor:
+    """The same for one lattice `[T, U + 1, 2]` in plain torch: Graves 2012, equation 16.
+
+    Cell (t, u) is entered from (t - 1, u) by a blank and from (t, u - 1) by a label: both are on the diagonal before.
+    """
+    blank, label = lattice.unbind(-1)
+    frames, states = blank.shape
+    state = torch.arange(states, device=lattice.device)
+    alpha = torch.where(state == 0, 0.0, IMPOSSIBLE).to(lattice.dtype)
+    for diagonal in range(1, frames + states - 1):
+        frame = diagonal - 1 - state  # of the states on the diagonal before
+        outside = (frame < 0) | (frame >= frames)
+        frame = frame.clamp(0, frames - 1)
+        stay = (alpha + blank[frame, state]).masked_fill(outside, IMPOSSIBLE)
+        emit = (alpha + label[frame, state]).masked_fill(outside, IMPOSSIBLE)
+        alpha = torch.logaddexp(stay, F.pad(emit[:-1], (1, 0), value=IMPOSSIBLE))
+    return -(alpha[-1] + blank[-1, -1])
