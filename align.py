@@ -33,8 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.config import ConfigError, parse, run_main, to_dict
-from bestrq.recognition.alignment import AlignmentSettings, LogProbSpool, align_words, refusal, word_times
-from bestrq.recognition.inference import InferenceSettings, Source, transcribe
+from bestrq.recognition.alignment import (
+    AlignmentSettings,
+    LogProbSpool,
+    align_words,
+    blank_excluded,
+    refusal,
+    word_times,
+)
+from bestrq.recognition.decoding import BLANK
+from bestrq.recognition.inference import InferenceSettings, Source, excluded_frames, transcribe
 from bestrq.recognition.pieces import STAR, Transcript
 from bestrq.training.export import read_export
 from bestrq.training.process import DistributedSettings, World, start_world
@@ -45,7 +53,7 @@ from data.index import replace_file
 from data.shards import Dataset, open_dataset
 from data.tokenizer import Tokenizer
 from data.transcripts import Word, label_text
-from evaluate import Recogniser, hash_of_export, load_recogniser, share_out
+from recogniser import Recogniser, ctc_outputs, hash_of_export, load_recogniser, share_out
 
 FORMAT_VERSION = 1
 SUMMARY, UNALIGNED = "alignment.json", "unaligned.jsonl"
@@ -68,7 +76,7 @@ class Config:
     """Word times from an exported CTC recogniser."""
 
     model: str = ""
-    """folder of the recogniser, RUN_FOLDER/export of finetune_ctc.py"""
+    """folder of the recogniser, RUN_FOLDER/export of finetune_ctc.py, or of finetune_rnnt.py with a CTC head"""
     out: str = ""
     """folder of the new dataset, which must not exist"""
     words: str = ""
@@ -99,6 +107,7 @@ def align(config: Config, world: World) -> None:
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.model)
     recogniser = load_recogniser(export)
+    ctc_outputs(recogniser, config.model)  # an error now, where there are none
     dataset = open_dataset(config.data.dataset)
     if different := difference(recogniser.features, dataset.features):
         raise ConfigError(
@@ -217,6 +226,7 @@ def align_recordings(
     """This rank's recordings, each as soon as it is aligned: its number, and `words` or a `reason`."""
     frames_per_second = dataset.features.frames_per_second
     model = recogniser.model.to(world.device)
+    log_probs = ctc_outputs(recogniser, config.model)
     factor = model.encoder.settings.stride
     vocab_size = recogniser.tokenizer.vocab_size
 
@@ -227,7 +237,7 @@ def align_recordings(
     sources = [Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or ()) for i in mine]
     spool = LogProbSpool(vocab_size)
     outputs = transcribe(
-        model, sources, config.inference, factor, frames_per_second, world.device, reduce=spool.keep
+        log_probs, sources, config.inference, factor, frames_per_second, world.device, reduce=spool.keep
     )  # fmt: skip
     total = round(sum(source.num_frames for source in sources) / frames_per_second)
     label = "aligning" if world.size == 1 else f"aligning (process 1 of {world.size})"
@@ -239,7 +249,10 @@ def align_recordings(
             transcript = labels_of(words, recogniser.tokenizer, dataset.language(i))
             duration = sources[index].num_frames / frames_per_second
             if len(transcript.ids):
-                placed = align_words(spool.read, best.numpy(), transcript, vocab_size, config.alignment)
+                excluded = excluded_frames(sources[index], len(best), frames_per_second / factor)
+                read = blank_excluded(spool.read, excluded.numpy())
+                best = best.masked_fill(excluded, BLANK)
+                placed = align_words(read, best.numpy(), transcript, vocab_size, config.alignment)
                 reason = refusal(placed, transcript, len(best), config.alignment)
                 times = word_times(placed, factor / frames_per_second, duration, config.alignment)
                 columns = (column.round(3).tolist() for column in (*times, placed.confidence))

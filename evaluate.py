@@ -25,26 +25,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bestrq.config import ConfigError, from_dict, parse, run_main, to_dict
+from bestrq.config import ConfigError, parse, run_main, to_dict
 from bestrq.files import write_file
-from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition import report
-from bestrq.recognition.ctc import CTCModel
-from bestrq.recognition.decoding import greedy_ctc
-from bestrq.recognition.inference import InferenceSettings, Source, transcribe
+from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
+from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
 from bestrq.recognition.sections import facts_section, results_section, transcripts_section
-from bestrq.training.export import Export, read_export
+from bestrq.training.export import read_export
 from bestrq.training.process import DistributedSettings, World, start_world
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
-from data.tokenizer import Tokenizer, load_tokenizer
+from recogniser import Recogniser, hash_of_export, hash_of_file, load_recogniser, make_decoder, share_out
 
 FORMAT_VERSION = 1
 RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
@@ -70,10 +67,10 @@ class DataSettings:
 
 @dataclass
 class Config:
-    """Evaluation of an exported CTC recogniser on whole recordings."""
+    """Evaluation of an exported recogniser on whole recordings."""
 
     export: str = ""
-    """folder of the model, RUN_FOLDER/export of finetune_ctc.py"""
+    """folder of the model, RUN_FOLDER/export of finetune_ctc.py or finetune_rnnt.py"""
     out: str = "results"
     """folder for the results; decoded recordings are kept there while the evaluation lasts"""
     name: str = ""
@@ -82,6 +79,8 @@ class Config:
     """recordings"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     """context, overlap, batches, precision"""
+    decoder: DecoderSettings = field(default_factory=DecoderSettings)
+    """greedy or beam, CTC or transducer, language model"""
     resamples: int = 10_000
     """bootstrap resamples of the intervals"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -97,21 +96,12 @@ class Config:
             raise ConfigError(f"resamples = {self.resamples}: give at least 100, or an interval means nothing")
 
 
-@dataclass(frozen=True)
-class Recogniser:
-    """A model ready to decode, with what it must be fed."""
-
-    model: CTCModel
-    tokenizer: Tokenizer
-    features: FeatureSettings
-    normalisation: Literal["recording", "dataset"]
-
-
 def evaluate(config: Config, world: World) -> None:
     """The whole evaluation, as every process runs it."""
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.export)
     recogniser = load_recogniser(export)
+    decoder = make_decoder(recogniser, config.decoder, config.export)
     dataset = open_dataset(config.data.dataset)
     check_features(recogniser.features, dataset, config)
     recordings = select_recordings(dataset, config.data)
@@ -130,13 +120,13 @@ def evaluate(config: Config, world: World) -> None:
         left = [i for i in recordings if dataset.id(i) not in done]
         if done and world.is_main:
             print(f"going on: {len(done)} of {len(recordings)} recordings are decoded already")
-        decoded = decode(recogniser, dataset, share_out(left, dataset.frames, world), config, world, out, key)
+        decoded = decode(recogniser, decoder, dataset, share_out(left, dataset.frames, world), config, world, out, key)
         hypotheses = done | {id: text for part in gather_json(world, decoded) for id, text in part.items()}
         seconds = world.max(time.perf_counter() - begin)
         if world.is_main:
             scores = score(dataset, recordings, hypotheses)
             audio = sum(int(dataset.frames[i]) for i in left) / dataset.features.frames_per_second
-            results = describe(config, export_hash, key, dataset, scores, audio, seconds, world)
+            results = describe(config, export_hash, key, decoder, dataset, scores, audio, seconds, world)
             write_results(out, results, config)
     elif world.is_main:
         print(f"{out / RESULTS} holds this evaluation already; remove it to evaluate again")
@@ -144,31 +134,6 @@ def evaluate(config: Config, world: World) -> None:
         print_table(results)
         print(f"results: {out / RESULTS}, {out / TABLE}; report: {out / REPORT}")
     world.barrier()
-
-
-def load_recogniser(export: Export) -> Recogniser:
-    """The model of an export of finetune_ctc.py, on the CPU, in evaluation mode."""
-    config = export.config
-    if config.get("kind") != "ctc":
-        raise ConfigError(
-            f"{export.path} holds a model of kind {config.get('kind')!r}, not a CTC recogniser: "
-            "give the export of finetune_ctc.py"
-        )
-    missing = [name for name in ("encoder", "vocab_size", "features", "normalisation") if name not in config]
-    if missing:
-        raise ConfigError(f"{export.path / 'config.json'} lacks {', '.join(missing)}: export the model again")
-    tokenizer = load_tokenizer(export.path)
-    if tokenizer.vocab_size != config["vocab_size"]:
-        raise ConfigError(
-            f"{export.path}: the tokenizer has {tokenizer.vocab_size} labels, the model {config['vocab_size']}: "
-            "one of them is another model's"
-        )
-    model = CTCModel(from_dict(EncoderSettings, config["encoder"]), config["vocab_size"])
-    try:
-        model.load_state_dict(export.tensors)
-    except RuntimeError as error:
-        raise ConfigError(f"{export.path / 'model.safetensors'} does not fit its config.json: {error}") from error
-    return Recogniser(model.eval(), tokenizer, FeatureSettings.from_dict(config["features"]), config["normalisation"])
 
 
 def check_features(features: FeatureSettings, dataset: Dataset, config: Config) -> None:
@@ -193,17 +158,6 @@ def select_recordings(dataset: Dataset, settings: DataSettings) -> list[int]:
     return chosen
 
 
-def hash_of_export(export: Export) -> str:
-    """SHA-256 (hex) of what decides the outputs: weights, settings, tokenizer; not the model card."""
-    digest = hashlib.sha256()
-    for path in sorted(export.path.iterdir()):
-        if path.name != "README.md":
-            digest.update(path.name.encode() + b"\0")
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
     """Names an evaluation: what was decoded under one key may be used under the same one only.
 
@@ -211,7 +165,11 @@ def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
     """
     inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
     selection = {name: value for name, value in to_dict(config.data).items() if name != "dataset"}
-    content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, selection, config.resamples, config.name]
+    decoder = to_dict(config.decoder)
+    if config.decoder.language_model:
+        decoder["language_model"] = hash_of_file(config.decoder.language_model)
+    content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, decoder, selection, config.resamples]
+    content.append(config.name)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -245,22 +203,11 @@ def collect_partial(out: Path, key: str) -> dict[str, str]:
     return done
 
 
-def share_out(recordings: Sequence[int], frames: np.ndarray, world: World) -> list[int]:
-    """This rank's part: the longest first, each to the rank with the least to do; a pure function of the lengths."""
-    loads = np.zeros(world.size, np.int64)
-    mine = []
-    for i in sorted(recordings, key=lambda i: (-int(frames[i]), i)):
-        rank = int(loads.argmin())
-        loads[rank] += frames[i]
-        if rank == world.rank:
-            mine.append(i)
-    return mine
-
-
 def decode(
-    recogniser: Recogniser, dataset: Dataset, mine: list[int], config: Config, world: World, out: Path, key: str
-) -> dict[str, str]:
-    """Greedy transcripts of this rank's recordings by id, each appended to a file as soon as it is there."""
+    recogniser: Recogniser, decoder: Decoder, dataset: Dataset, mine: list[int], config: Config, world: World,
+    out: Path, key: str,
+) -> dict[str, str]:  # fmt: skip
+    """Transcripts of this rank's recordings by id, each appended to a file as soon as it is there."""
     frames_per_second = dataset.features.frames_per_second
     model = recogniser.model.to(world.device)
 
@@ -268,14 +215,8 @@ def decode(
         return torch.from_numpy(dataset.read_normalised(recording, start, stop, recogniser.normalisation))
 
     sources = [Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or ()) for i in mine]
-    outputs = transcribe(
-        model,
-        sources,
-        config.inference,
-        model.encoder.settings.stride,
-        frames_per_second,
-        world.device,
-        reduce=lambda log_probs: log_probs.argmax(dim=-1),
+    found = decode_recordings(
+        decoder, sources, config.inference, model.encoder.settings.stride, frames_per_second, world.device
     )
     total = round(sum(source.num_frames for source in sources) / frames_per_second)
     label = "decoding" if world.size == 1 else f"decoding (process 1 of {world.size})"
@@ -286,10 +227,9 @@ def decode(
         open(out / f"partial-{world.rank:05d}.jsonl", "a", buffering=1) as file,
         tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar,
     ):
-        for index, ids in outputs:
-            [tokens] = greedy_ctc(ids[None], torch.tensor([len(ids)]))
+        for index, tokens in found:
             id = dataset.id(mine[index])
-            decoded[id] = recogniser.tokenizer.decode(tokens)
+            decoded[id] = recogniser.tokenizer.decode(tokens.ids)
             file.write(json.dumps({"key": key, "id": id, "hypothesis": decoded[id]}) + "\n")
             bar.update(round(sources[index].num_frames / frames_per_second))
     return decoded
@@ -320,8 +260,8 @@ def score(dataset: Dataset, recordings: Sequence[int], hypotheses: Mapping[str, 
 
 
 def describe(
-    config: Config, export_hash: str, key: str, dataset: Dataset, scores: list[RecordingScore], audio: float,
-    seconds: float, world: World,
+    config: Config, export_hash: str, key: str, decoder: Decoder, dataset: Dataset, scores: list[RecordingScore],
+    audio: float, seconds: float, world: World,
 ) -> dict[str, Any]:  # fmt: skip
     """results.json. `audio` and `seconds` are of this start alone, so that the speed is right after a stop too."""
     totals = score_by_language(scores, config.resamples)
@@ -339,6 +279,7 @@ def describe(
             "feature_hash": dataset.features.hash(),
         },
         "inference": to_dict(config.inference),
+        "decoder": {**to_dict(config.decoder), "description": decoder.description},
         "command": shlex.join(["python", *sys.argv]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "jiwer", "whisper-normalizer")},
         "world_size": world.size,
@@ -360,7 +301,8 @@ def write_results(out: Path, results: dict[str, Any], config: Config) -> None:
     context = f"{config.inference.context_seconds:g} s" if config.inference.context_seconds else "the whole recording"
     lead = (
         f"{results['name']} on {total['num_recordings']:,} recordings of {results['dataset']['name']} "
-        f"({config.data.dataset}), split {config.data.split}. Greedy CTC, no language model; context {context}."
+        f"({config.data.dataset}), split {config.data.split}. "
+        f"Decoding: {results['decoder']['description']}; context {context}."
     )
     cards = {
         "WER": report.percent(total["wer"]),

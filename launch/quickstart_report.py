@@ -94,10 +94,10 @@ def fine_tuning_section(systems: Results) -> report.Section:
     def lines(key: str) -> dict[str, charts.Series | None]:
         return {name: series(one, key) for name, one in rows.items()}
 
-    figures = curve("CTC loss in training", lines("loss"), "nats a label")
+    figures = curve("Loss in training", lines("loss"), "nats a label")
     figures += curve("CER on the dev set", lines("dev_cer"), "CER")
     body = report.chart_grid(figures) if figures else report.paragraph("No metrics were recorded.", "note")
-    return report.Section("Fine-tuning with CTC", body)
+    return report.Section("Fine-tuning", body)
 
 
 def parse_systems(values: Sequence[str]) -> dict[str, Path]:
@@ -121,9 +121,10 @@ def main() -> None:
     cards = {f"CER, {name}": report.percent(total["cer"]) for name, total in totals.items()}
     cards |= {f"WER, {name}": report.percent(total["wer"]) for name, total in totals.items()}
     total, split = next(iter(totals.values())), next(iter(systems.values()))["dataset"]["split"]
+    decoding = "; ".join(f"{name}: {results['decoder']['description']}" for name, results in systems.items())
     lead = (
         f"{len(systems)} {'systems' if len(systems) > 1 else 'system'} on {total['num_recordings']:,} recordings, "
-        f"{total['seconds'] / 60:.1f} minutes, of the {split} split; greedy CTC decoding, no language model."
+        f"{total['seconds'] / 60:.1f} minutes, of the {split} split. Decoding: {decoding}."
     )
     sections = [results_section(systems)]
     if arguments.pretrain is not None:

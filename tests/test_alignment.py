@@ -24,7 +24,7 @@ from bestrq.recognition.alignment import (
     word_times,
 )
 from bestrq.recognition.anchors import match_labels
-from bestrq.recognition.inference import InferenceSettings, Source, recording_log_probs, transcribe
+from bestrq.recognition.inference import InferenceSettings, Source, transcribe
 from bestrq.recognition.pieces import STAR, Transcript, plan_pieces
 from tests.test_inference import FACTOR, LocalModel, recording
 
@@ -397,9 +397,9 @@ def test_the_spool_holds_one_recording_at_a_time(monkeypatch: pytest.MonkeyPatch
     spool = LogProbSpool(5)
     outputs: Callable[..., Any] = transcribe
     seen = []
-    for index, best in outputs(LocalModel(), [s for _, s in pairs], how, FACTOR, 1.0, reduce=spool.keep):
+    for index, best in outputs(LocalModel().log_probs, [s for _, s in pairs], how, FACTOR, 1.0, reduce=spool.keep):
         source: Source = pairs[index][1]
-        whole = recording_log_probs(LocalModel(), source.read_mel, source.num_frames, how, FACTOR, 1.0)
+        [(_, whole)] = transcribe(LocalModel().log_probs, [source], how, FACTOR, 1.0)
         np.testing.assert_allclose(spool.read(0, len(best)), whole.half().float(), rtol=1e-3)
         middle = len(best) // 2
         np.testing.assert_array_equal(spool.read(middle, len(best)), spool.read(0, len(best))[middle:])

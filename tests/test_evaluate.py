@@ -98,7 +98,7 @@ def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_pat
 
 def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path)
-    monkeypatch.setattr(script, "transcribe", None)
+    monkeypatch.setattr(script, "decode_recordings", None)
     assert evaluate(setup, tmp_path) == first
 
 
@@ -113,8 +113,8 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(setup: script.Confi
             yield output
         decoded.append(len(sources))
 
-    original = script.transcribe
-    monkeypatch.setattr(script, "transcribe", interrupted)
+    original = script.decode_recordings
+    monkeypatch.setattr(script, "decode_recordings", interrupted)
     out = tmp_path / "broken"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -166,7 +166,7 @@ def test_other_features_are_an_error_that_names_the_field(setup: script.Config, 
 def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     pretrained = make_export(tmp_path / "run" / "export", FeatureSettings(), kind="pretrained")
-    with pytest.raises(ConfigError, match="not a CTC recogniser: give the export of finetune_ctc.py"):
+    with pytest.raises(ConfigError, match="not a recogniser: give the export of finetune_ctc.py or finetune_rnnt.py"):
         evaluate(replace(setup, export=str(pretrained)), tmp_path)
     with pytest.raises(DataError, match="no recording with split 'tset'"):
         evaluate(replace(setup, data=replace(setup.data, split="tset")), tmp_path)
@@ -201,7 +201,7 @@ def test_a_dataset_in_object_storage_is_told_what_it_lacks(tmp_path: Path) -> No
 def test_a_moved_dataset_is_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path / "out")
     (tmp_path / "moved").symlink_to(setup.data.dataset, target_is_directory=True)
-    monkeypatch.setattr(script, "transcribe", None)
+    monkeypatch.setattr(script, "decode_recordings", None)
     assert (
         evaluate(replace(setup, data=replace(setup.data, dataset=str(tmp_path / "moved"))), tmp_path / "out") == first
     )

@@ -8,11 +8,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bestrq.config import ConfigError
-from bestrq.recognition.inference import InferenceSettings, Source, plan_windows, recording_log_probs, transcribe
+from bestrq.recognition.inference import (
+    InferenceSettings,
+    Outputs,
+    Source,
+    excluded_frames,
+    plan_windows,
+    transcribe,
+)
 
 FACTOR = 4
 REACH = 3
 """encoder frames to each side that LocalModel sees"""
+
+
+def outputs_of(outputs: Outputs, source: Source, how: InferenceSettings, frames_per_second: float = 1.0) -> Tensor:
+    """Outputs of one recording."""
+    [(_, output)] = transcribe(outputs, [source], how, FACTOR, frames_per_second)
+    return output
 
 
 class LocalModel:
@@ -71,20 +84,20 @@ def test_windows_keep_their_centre_and_the_last_one_is_full() -> None:
 @pytest.mark.parametrize("num_frames", range(400, 420))
 def test_windows_equal_the_whole_recording_where_the_model_sees_no_further_than_the_margin(num_frames: int) -> None:
     log_mel, source = recording(num_frames)
-    whole = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(0), FACTOR, 1.0)
-    assert whole.shape == (-(-num_frames // FACTOR), 5)
-    windowed = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(100), FACTOR, 1.0)
-    assert torch.allclose(windowed, whole, rtol=0, atol=1e-12)
-    no_margin = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(100, overlap=0.0), FACTOR, 1.0)
-    assert not torch.allclose(no_margin, whole, rtol=0, atol=1e-3)
+    at_once = outputs_of(LocalModel().log_probs, source, settings(0))
+    assert at_once.shape == (-(-num_frames // FACTOR), 5)
+    windowed = outputs_of(LocalModel().log_probs, source, settings(100))
+    assert torch.allclose(windowed, at_once, rtol=0, atol=1e-12)
+    no_margin = outputs_of(LocalModel().log_probs, source, settings(100, overlap=0.0))
+    assert not torch.allclose(no_margin, at_once, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_frames", [1, 3, 4, 5, 97, 100, 103])
 def test_a_window_as_long_as_the_recording_is_the_whole_recording_bit_for_bit(num_frames: int) -> None:
     _, source = recording(num_frames)
-    whole = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(0), FACTOR, 1.0)
-    window = recording_log_probs(LocalModel(), source.read_mel, num_frames, settings(103), FACTOR, 1.0)
-    assert torch.equal(whole, window)
+    at_once = outputs_of(LocalModel().log_probs, source, settings(0))
+    window = outputs_of(LocalModel().log_probs, source, settings(103))
+    assert torch.equal(at_once, window)
     assert plan_windows(num_frames, 103, 0.25, FACTOR) == plan_windows(num_frames, 0, 0.25, FACTOR)
 
 
@@ -94,7 +107,7 @@ def test_outputs_do_not_depend_on_the_batch_and_batches_keep_to_the_budget() -> 
     outputs = {}
     for budget in (1, 130, 300, 100_000):
         model = LocalModel()
-        outputs[budget] = dict(transcribe(model, sources, settings(100, batch=budget), FACTOR, 1.0))
+        outputs[budget] = dict(transcribe(model.log_probs, sources, settings(100, batch=budget), FACTOR, 1.0))
         assert list(outputs[budget]) == list(range(len(sources)))
         assert all(rows * frames <= max(budget, 100) for rows, frames in model.batches)
     assert len(model.batches) == 1
@@ -113,7 +126,7 @@ def test_a_long_recording_is_read_in_windows_and_given_back_when_done() -> None:
         return log_mel[start:stop]
 
     results = transcribe(
-        LocalModel(), [Source(40, read), Source(1000, read)], settings(100, batch=100), FACTOR, 1.0,
+        LocalModel().log_probs, [Source(40, read), Source(1000, read)], settings(100, batch=100), FACTOR, 1.0,
         reduce=lambda log_probs: log_probs.argmax(dim=-1),
     )  # fmt: skip
     index, ids = next(results)
@@ -131,21 +144,13 @@ def test_bad_settings_name_the_field() -> None:
     with pytest.raises(ConfigError, match="inference.batch_seconds = 0"):
         InferenceSettings(batch_seconds=0)
     with pytest.raises(ConfigError, match="less than an encoder frame"):
-        recording_log_probs(LocalModel(), recording(9)[1].read_mel, 9, settings(2), FACTOR, 1.0)
+        outputs_of(LocalModel().log_probs, recording(9)[1], settings(2))
 
 
-def test_what_is_excluded_is_blank_and_nothing_else_changes() -> None:
-    class Random:
-        def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-            return log_mel.reshape(len(log_mel), -1, 4, 5).mean(dim=2).log_softmax(dim=-1)
-
-    mel = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
-    settings = InferenceSettings(context_seconds=1.0, overlap=0.5)
-    plain = recording_log_probs(Random(), lambda a, b: mel[a:b], 400, settings, 4, 100.0)
-    source = Source(400, lambda a, b: mel[a:b], [(0.0, 0.1), (1.42, 2.0), (3.99, 9.0)])
-    [(_, excluded)] = transcribe(Random(), [source], settings, 4, 100.0)
+def test_frames_are_excluded_whose_middle_is() -> None:
+    source = Source(400, lambda start, stop: torch.zeros(stop - start, 5), [(0.0, 0.1), (1.42, 2.0), (3.99, 9.0)])
+    excluded = excluded_frames(source, 100, 25.0)
     # Encoder frame t stands for 40 t to 40 t + 40 ms.
-    blank = [t for t in range(100) if 0.04 * t + 0.02 < 0.1 or 1.42 <= 0.04 * t + 0.02 < 2.0 or 0.04 * t + 0.02 >= 3.99]
-    kept = [t for t in range(100) if t not in blank]
-    assert torch.equal(excluded[kept], plain[kept]) and len(blank) == 2 + 15
-    assert (excluded[blank].argmax(dim=-1) == 0).all() and (excluded[blank][:, 0] == 0).all()
+    middle = [0.04 * t + 0.02 for t in range(100)]
+    assert excluded.tolist() == [m < 0.1 or 1.42 <= m < 2.0 or m >= 3.99 for m in middle]
+    assert int(excluded.sum()) == 2 + 15

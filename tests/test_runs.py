@@ -1,4 +1,4 @@
-"""The two training loops as a whole: resume, worlds, accumulation. All equalities are on the real scripts."""
+"""The training loops as a whole: resume, worlds, accumulation. All equalities are on the real scripts."""
 
 import json
 import re
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_ctc
+import finetune_rnnt
 import pretrain
 from bestrq.config import ConfigError, parse
 from bestrq.pretraining.objective import mask_rows
@@ -25,10 +26,16 @@ from tests.gloo import run_distributed
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
 STEPS = 5
-SCRIPTS = {"pretrain": pretrain, "finetune_ctc": finetune_ctc}
+SCRIPTS = {"pretrain": pretrain, "finetune_ctc": finetune_ctc, "finetune_rnnt": finetune_rnnt}
+FINE_TUNING = ["--validation.every_steps=2", "--finetune.freeze_encoder_steps=1", "--checkpoint.keep_last=9"]
 SPECIAL = {
     "pretrain": ["--quantizer.codebook_size=64", "--quantizer.num_codebooks=2", "--checkpoint.every_steps=2"],
-    "finetune_ctc": ["--validation.every_steps=2", "--finetune.freeze_encoder_steps=1", "--checkpoint.keep_last=9"],
+    "finetune_ctc": FINE_TUNING,
+    "finetune_rnnt": [
+        *FINE_TUNING,
+        *("--transducer.prediction=lstm", "--transducer.prediction_dim=12", "--transducer.joint_dim=10"),
+        *("--transducer.ctc_weight=0.3", "--transducer.prune_range=6", "--transducer.slice_bytes=20000"),
+    ],
 }
 
 
@@ -158,8 +165,10 @@ def run_in_world(world, script: str, options: list[str]) -> None:
 def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(script, world_size, more, dataset, tmp_path):
     """Losses of ten updates agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
     no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0", "--run.steps=10"]
-    if script == "finetune_ctc":
+    if script != "pretrain":
         no_dropout.append("--finetune.freeze_encoder_steps=0")
+    if script == "finetune_rnnt":
+        no_dropout.append("--transducer.dropout=0")
     reference, folder = tmp_path / "one", tmp_path / "spread"
     run(script, dataset, reference, *no_dropout)
     options = arguments(script, dataset, folder, *no_dropout, *more)
@@ -244,12 +253,23 @@ def test_labels_outside_the_tokenizer_are_refused_before_training(dataset, tmp_p
     assert not (tmp_path / "other/checkpoints").exists()
 
 
-def test_fine_tuning_starts_from_the_pretrained_encoder(dataset, undisturbed, tmp_path):
+@pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
+@pytest.mark.parametrize("start", ["export", "checkpoints/step-00000005"])
+def test_fine_tuning_starts_from_the_pretrained_encoder(script, start, dataset, undisturbed, tmp_path):
     """With a learning rate of nearly nothing the encoder stays what the export holds, but for the fresh top block."""
-    export = undisturbed["pretrain"] / "export"
-    options = [f"--finetune.init={export}", "--finetune.reinitialise_top_blocks=1", "--optimizer.learning_rate=1e-12"]
-    run("finetune_ctc", dataset, tmp_path / "run", *options)
-    before, after = load_file(export / "model.safetensors"), final_weights(tmp_path / "run")
+    init = undisturbed["pretrain"] / start
+    options = [f"--finetune.init={init}", "--finetune.reinitialise_top_blocks=1", "--optimizer.learning_rate=1e-12"]
+    run(script, dataset, tmp_path / "run", *options)
+    before, after = load_file(undisturbed["pretrain"] / "export/model.safetensors"), final_weights(tmp_path / "run")
     for name, tensor in before.items():
         is_fresh = name.startswith("encoder.blocks.1.")
         assert torch.allclose(after[name], tensor, atol=1e-6) != is_fresh, name
+
+
+def test_a_budget_too_small_for_a_frame_is_refused_before_training_and_the_one_it_names_works(dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"transducer.slice_bytes is 100: .*; give \d+ or more") as found:
+        run("finetune_rnnt", dataset, tmp_path / "run", "--transducer.slice_bytes=100")
+    assert not (tmp_path / "run/checkpoints").exists()
+    smallest = re.search(r"give (\d+) or more", str(found.value))
+    assert smallest is not None
+    run("finetune_rnnt", dataset, tmp_path / "run", f"--transducer.slice_bytes={smallest[1]}", "--run.steps=2")

@@ -114,6 +114,20 @@ class LogProbSpool:
         self._file.truncate()
 
 
+def blank_excluded(
+    read: Callable[[int, int], NDArray[np.float32]], excluded: NDArray[np.bool_]
+) -> Callable[[int, int], NDArray[np.float32]]:
+    """`read` of log-probabilities `[n, V]`, where the excluded frames are surely blank: bool `[T]`."""
+
+    def blanked(start: int, stop: int) -> NDArray[np.float32]:
+        log_probs = read(start, stop)
+        log_probs[excluded[start:stop]] = _LOWEST
+        log_probs[excluded[start:stop], BLANK] = 0.0
+        return log_probs
+
+    return blanked
+
+
 def align_words(
     read: Callable[[int, int], NDArray[np.float32]],
     best: Labels,

@@ -17,7 +17,7 @@ from bestrq.config import ConfigError, from_dict, to_dict
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import FREE_ENCODER_FIELDS
 from bestrq.recognition.decoding import BLANK
-from bestrq.training.export import Export, read_export
+from bestrq.training.export import Export, read_trained
 
 
 @dataclass
@@ -187,13 +187,13 @@ def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: in
 
 
 def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
-    """An export's encoder, its tensors under `encoder.`, checked to be one of these settings; `FREE_ENCODER_FIELDS` may
-    differ.
+    """The encoder of an export or a checkpoint, its tensors under `encoder.`, checked to be one of these settings;
+    `FREE_ENCODER_FIELDS` may differ.
 
     Raises:
         ConfigError: there is no export, or naming the field or tensor that differs.
     """
-    pretrained = read_export(folder)
+    pretrained = read_trained(folder)
     # Through EncoderSettings, so that an export older than a field has that field's default.
     theirs, ours = to_dict(from_dict(EncoderSettings, pretrained.config.get("encoder", {}))), to_dict(settings)
     differing = [

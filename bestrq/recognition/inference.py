@@ -4,12 +4,12 @@ A recording longer than the context is cut into overlapping windows, and of ever
 frame near a window's edge has seen little of its surroundings, and the next window sees more. Each encoder frame is
 written exactly once. Windows of one or of many recordings share a batch, each in a row of its own.
 
-R rows, F mel frames in a row, M mel bins, T encoder frames, V vocabulary.
+R rows, F mel frames in a row, M mel bins, T encoder frames, V vocabulary, S segment slots.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,11 +41,8 @@ class InferenceSettings:
             raise ConfigError(f"inference.batch_seconds = {self.batch_seconds}: choose a positive number of seconds")
 
 
-class RowModel(Protocol):
-    """What is needed of a model; `CTCModel` is one."""
-
-    def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-        """Log-probabilities `[R, T, V]`."""
+Outputs = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""log-mel `[R, F, M]`, segment starts and lengths `[R, S]`, to what a model gives of every frame, `[R, T, ...]`"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Source:
     read_mel: Callable[[int, int], Tensor]
     """normalised log-mel of the frames from a start to a stop, float32 `[stop - start, M]`"""
     excluded: Sequence[tuple[float, float]] = ()
-    """stretches (start, end) in seconds that are heard but not scored: their outputs are blank"""
+    """stretches (start, end) in seconds that are heard but not scored: see `excluded_frames`"""
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,13 @@ def plan_windows(num_frames: int, context: int, overlap: float, factor: int) -> 
 
 @torch.no_grad()
 def transcribe(
-    model: RowModel,
+    outputs: Outputs,
     sources: Sequence[Source],
     settings: InferenceSettings,
     factor: int,
     frames_per_second: float,
     device: torch.device | str = "cpu",
-    reduce: Callable[[Tensor], Tensor] = lambda log_probs: log_probs,
+    reduce: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> Iterator[tuple[int, Tensor]]:
     """Outputs of whole recordings, each as soon as its last window is done.
 
@@ -119,14 +116,14 @@ def transcribe(
     longer than the context. Put recordings of similar length side by side: rows of a batch are padded to the longest.
 
     Args:
-        model: in evaluation mode, on `device`.
+        outputs: such as `CTCModel.log_probs` of a model in evaluation mode, on `device`.
         factor: mel frames of an encoder frame (`encoder.settings.stride`).
         frames_per_second: mel frames of a second.
-        reduce: what is kept of log-probabilities `[n, V]` before they leave the device, `[n, ...]`; greedy decoding
-            needs only `lambda log_probs: log_probs.argmax(-1)`.
+        reduce: what is kept of a window's outputs `[n, ...]` before they leave the device, `[n, ...]`; called in the
+            order of windows and sources. Greedy CTC needs only `lambda log_probs: log_probs.argmax(-1)`.
 
     Yields:
-        index of the source, and its output on the CPU: float32 `[T, V]`, T = ceil(num_frames / factor), or reduced.
+        index of the source, and its outputs on the CPU, T = ceil(num_frames / factor) of them, reduced.
     """
     context = round(settings.context_seconds * frames_per_second)
     if settings.context_seconds and context < factor:
@@ -136,42 +133,25 @@ def transcribe(
         )
     parts: dict[int, list[Tensor]] = {}
     for batch in _batches(sources, context, settings, factor, frames_per_second):
-        outputs = _run_windows(model, sources, batch, settings, factor, device)
-        for (index, window, is_last), output in zip(batch, outputs, strict=True):
+        rows = _run_windows(outputs, sources, batch, settings, factor, device)
+        for (index, window, is_last), row in zip(batch, rows, strict=True):
             offset = window.start // factor
-            kept = output[window.keep_start - offset : window.keep_stop - offset]
-            kept = _blanked(kept, window.keep_start, sources[index].excluded, frames_per_second / factor)
+            kept = row[window.keep_start - offset : window.keep_stop - offset]
             parts.setdefault(index, []).append(reduce(kept).cpu())
             if is_last:
                 yield index, torch.cat(parts.pop(index))
 
 
-def recording_log_probs(
-    model: RowModel,
-    read_mel: Callable[[int, int], Tensor],
-    num_frames: int,
-    settings: InferenceSettings,
-    factor: int,
-    frames_per_second: float,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Log-probabilities of one recording, float32 `[T, V]` on the CPU: see `transcribe`."""
-    source = Source(num_frames, read_mel)
-    [(_, log_probs)] = transcribe(model, [source], settings, factor, frames_per_second, device)
-    return log_probs
+def excluded_frames(source: Source, num_frames: int, frames_per_second: float) -> Tensor:
+    """Which of a source's encoder frames have their middle in an excluded stretch: bool `[num_frames]`.
 
-
-def _blanked(log_probs: Tensor, first: int, excluded: Sequence[tuple[float, float]], rate: float) -> Tensor:
-    """Log-probabilities `[n, V]` of encoder frames from `first` on, blank (label 0) where a frame's middle is excluded.
-
-    rate: encoder frames of a second.
+    frames_per_second: encoder frames of a second.
     """
-    seconds = (first + 0.5 + torch.arange(len(log_probs), device=log_probs.device)) / rate
-    for start, end in excluded:
-        inside = (seconds >= start) & (seconds < end)
-        log_probs = log_probs.masked_fill(inside[:, None], -torch.inf)
-        log_probs[:, 0] = log_probs[:, 0].masked_fill(inside, 0.0)
-    return log_probs
+    seconds = (0.5 + torch.arange(num_frames)) / frames_per_second
+    inside = torch.zeros(num_frames, dtype=torch.bool)
+    for start, end in source.excluded:
+        inside |= (seconds >= start) & (seconds < end)
+    return inside
 
 
 Task = tuple[int, Window, bool]
@@ -199,14 +179,14 @@ def _batches(
 
 
 def _run_windows(
-    model: RowModel,
+    outputs: Outputs,
     sources: Sequence[Source],
     batch: list[Task],
     settings: InferenceSettings,
     factor: int,
     device: torch.device | str,
 ) -> Tensor:
-    """Log-probabilities of the windows, `[R, T, V]` on the device; frames after a window's end mean nothing."""
+    """Outputs of the windows, `[R, T, ...]` on the device; frames after a window's end mean nothing."""
     mels = [sources[index].read_mel(window.start, window.stop) for index, window, _ in batch]
     lengths = torch.tensor([[len(mel)] for mel in mels])
     row_frames = -(-int(lengths.max()) // factor) * factor
@@ -215,4 +195,4 @@ def _run_windows(
         row[: len(mel)] = mel
     use_bfloat16 = settings.precision == "bfloat16"
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=use_bfloat16):
-        return model.log_probs(rows.to(device), torch.zeros_like(lengths), lengths)
+        return outputs(rows.to(device), torch.zeros_like(lengths), lengths)

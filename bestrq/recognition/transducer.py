@@ -20,7 +20,8 @@ from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.recognition.ctc import ctc_loss, frame_log_probs, segment_frames
 from bestrq.recognition.prediction import LSTMPrediction, State, StatelessPrediction
 from bestrq.recognition.pruning import SimpleJoint
-from bestrq.recognition.transducer_loss import Lattices, check_labels, transducer_loss
+from bestrq.recognition.transducer_loss import Lattices, check_labels, frames_of_slice, transducer_loss
+from bestrq.recognition.transducer_search import GreedyState, greedy_search
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class TransducerSettings:
             raise ConfigError(f"transducer.prune_range is {self.prune_range}: give 2 or more, or 0 for all states")
 
 
+def check_slice_bytes(settings: TransducerSettings, vocab_size: int, most_labels: int, itemsize: int) -> None:
+    """Raise ConfigError, with the smallest value that works, where `slice_bytes` will be too small for a segment of
+    `most_labels` labels, before any training. itemsize: bytes of a number in the products, 2 or 4."""
+    labels = [torch.zeros(most_labels, dtype=torch.int64)]
+    widths = [min(settings.prune_range, most_labels + 1)] if settings.prune_range else None
+    lattices = Lattices([most_labels + 1], labels, widths=widths)
+    frames_of_slice(lattices, settings.joint_dim, vocab_size, itemsize, settings.slice_bytes)
+
+
 @dataclass
 class TransducerOutput:
     """Sums over the segments of a batch, in nats: the step divides by the labels of all ranks and micro-batches."""
@@ -93,8 +103,7 @@ class Joint(nn.Module):
 class TransducerModel(nn.Module):
     """`ConformerEncoder`, prediction network and joint network.
 
-    A search needs `encode`, `start`, `predict` and `joint` of it; under FSDP2, methods that are called from outside
-    need `torch.distributed.fsdp.register_fsdp_forward_method`.
+    Under FSDP2, methods that are called from outside need `torch.distributed.fsdp.register_fsdp_forward_method`.
     """
 
     def __init__(self, encoder: EncoderSettings, settings: TransducerSettings, vocab_size: int) -> None:
@@ -134,6 +143,10 @@ class TransducerModel(nn.Module):
         """What the joint network adds after one more label each, int64 `[N]`: `[N, J]`; and the state after it."""
         predicted, state = self.prediction.step(label, state)
         return self.joint.prediction_projection(predicted), state
+
+    def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState:
+        """`greedy_search` of this model; a method, so that FSDP2 can gather the weights around it."""
+        return greedy_search(self, encoded, lengths, max_symbols)
 
     def _hidden(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
         return self.encoder(log_mel, self.encoder.layout(segment_start, segment_length, log_mel.shape[1]))

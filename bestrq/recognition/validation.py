@@ -8,9 +8,10 @@ import torch
 
 from bestrq.config import ConfigError
 from bestrq.recognition.ctc import CTCModel
-from bestrq.recognition.decoding import greedy_ctc
-from bestrq.recognition.inference import InferenceSettings, Source, transcribe
+from bestrq.recognition.decoders import Decoder, decode_recordings
+from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.scoring import score_recording
+from bestrq.recognition.transducer import TransducerModel
 from bestrq.training.process import World
 
 
@@ -46,7 +47,7 @@ class Heldout:
 
 @dataclass(frozen=True)
 class Validation:
-    """Corpus rates of greedy decoding over all ranks, and one recording to look at."""
+    """Corpus rates over all ranks, and one recording to look at."""
 
     wer: float
     cer: float
@@ -55,9 +56,10 @@ class Validation:
 
 
 def validate(
-    model: CTCModel,
+    model: CTCModel | TransducerModel,
+    decoder: Decoder,
     recordings: Sequence[Heldout],
-    decode: Callable[[list[int]], str],
+    text_of: Callable[[list[int]], str],
     settings: InferenceSettings,
     frames_per_second: float,
     world: World,
@@ -69,25 +71,18 @@ def validate(
 
     Args:
         recordings: the same on all ranks, of similar length side by side.
-        decode: token ids to text.
+        decoder: of the model.
+        text_of: token ids to text.
     """
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     mine = list(recordings) if sharded else list(recordings[world.rank :: world.size])
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)
     reference = hypothesis = ""
     model.eval()
-    outputs = transcribe(
-        model,
-        [recording.source for recording in mine],
-        settings,
-        model.encoder.settings.stride,
-        frames_per_second,
-        world.device,
-        reduce=lambda log_probs: log_probs.argmax(dim=-1),
-    )
-    for index, ids in outputs:
-        (tokens,) = greedy_ctc(ids.unsqueeze(0), torch.tensor([len(ids)]))
-        score = score_recording(mine[index].id, mine[index].reference, decode(tokens), mine[index].language)
+    sources = [recording.source for recording in mine]
+    stride = model.encoder.settings.stride
+    for index, tokens in decode_recordings(decoder, sources, settings, stride, frames_per_second, world.device):
+        score = score_recording(mine[index].id, mine[index].reference, text_of(tokens.ids), mine[index].language)
         words, characters = score.words, score.characters
         totals = [words.errors, words.reference_length, characters.errors, characters.reference_length]
         counts += torch.tensor(totals, dtype=torch.float64, device=world.device)

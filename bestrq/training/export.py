@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bestrq.config import ConfigError
+from bestrq.config import ConfigError, load_yaml
 from bestrq.files import sync
+from bestrq.training.checkpoint import read_tensors, verify_checkpoint
 
 OWN_FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -107,3 +108,22 @@ def _recover(folder: Path) -> None:
     if not folder.exists() and _old(folder).exists():
         os.rename(_old(folder), folder)
     shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def read_trained(folder: str | Path) -> Export:
+    """An export; or a checkpoint (RUN_FOLDER/checkpoints/step-...), read like one, with the settings of its run.
+
+    Raises ConfigError naming the file that is missing or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "state.json").exists():
+        return read_export(folder)
+    if problem := verify_checkpoint(folder):
+        raise ConfigError(f"{folder} cannot be used: {problem}; choose another checkpoint of the run")
+    settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
+    try:
+        features = json.loads((folder / "state.json").read_text())["state"]["features"]
+        config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: its run has no {error} of an encoder; give RUN_FOLDER/export") from error
+    return Export(folder, read_tensors(folder / "model.safetensors"), {**config, "features": features})

@@ -1,0 +1,199 @@
+"""RNN-T fine-tuning of a Conformer encoder, pretrained or from scratch: the whole loop.
+
+    python finetune_rnnt.py --config configs/quickstart-rnnt.yaml --finetune.init runs/quickstart/pretrain/export
+    torchrun --nproc-per-node 8 finetune_rnnt.py --config configs/base-120m-rnnt.yaml --run.folder runs/base-120m-rnnt
+    sbatch -N 2 launch/finetune.sbatch finetune_rnnt.py --config configs/base-120m-rnnt.yaml --run.folder runs/base-120m-rnnt
+
+The same command continues an interrupted run, bit for bit on a CPU. A file named STOP in the run folder, SIGTERM or
+Ctrl-C makes it save and leave at the next step. RUN_FOLDER/export holds the model that was best on the dev split.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from bestrq.config import parse, run_main, to_dict
+from bestrq.recognition.ctc import pad_labels, reinitialise_top_blocks
+from bestrq.recognition.decoders import DecoderSettings, TransducerDecoder
+from bestrq.recognition.spec_augment import spec_augment
+from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
+from bestrq.recognition.validation import validate
+from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
+from bestrq.training.meters import MetricsLog, Throughput, console_line
+from bestrq.training.optimizer import build_optimizer, set_learning_rates
+from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
+from bestrq.training.run_folder import RunFolder
+from bestrq.training.stop import StopRequest
+from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
+from data.errors import DataError
+from data.loader import DataState, RowLoader
+from finetuning import (
+    FREE_FIELDS,
+    Best,
+    FinetuneConfig,
+    describe,
+    export,
+    heldout_recordings,
+    labelled_crops,
+    read_init,
+    run_tokenizer,
+    save,
+)
+
+
+@dataclass
+class Config(FinetuneConfig):
+    """RNN-T fine-tuning."""
+
+    transducer: TransducerSettings = field(default_factory=TransducerSettings)
+    """prediction and joint network, and their loss"""
+
+
+def train(config: Config) -> None:
+    world = start_world(config.distributed)
+    dataset = config.data.open()
+    frames_per_second = dataset.features.frames_per_second
+    init = read_init(config, dataset) if config.finetune.init else None
+    crops = labelled_crops(dataset, config)
+    heldout = heldout_recordings(dataset, config)
+    run = RunFolder(config.run.folder)
+    run.start(config, world, free=(*FREE_FIELDS, "transducer.slice_bytes"), fingerprints=dataset.identity())
+    tokenizer = run_tokenizer(run, crops, config.finetune, world)
+    labels_of = {text: tokenizer.encode(text) for text in crops.texts}  # all of them now: an error costs no training
+    itemsize = 2 if config.distributed.precision == "bfloat16" else 4
+    check_slice_bytes(config.transducer, tokenizer.vocab_size, max(map(len, labels_of.values())), itemsize)
+    torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
+    model = TransducerModel(config.encoder, config.transducer, tokenizer.vocab_size).to(world.device)
+    if init is not None:
+        model.load_state_dict(init.tensors, strict=False)  # checked: only what stands on it is missing
+        reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
+    frozen_steps = config.finetune.freeze_encoder_steps
+    parallel_model = parallelise(
+        model, model.encoder.blocks, world, config.distributed, find_unused_parameters=frozen_steps > 0
+    )
+    for name in ("encode", "greedy"):  # validation calls them; does nothing but under FSDP2
+        register_fsdp_forward_method(model, name)
+    learning_rate = config.finetune.encoder_learning_rate or config.optimizer.learning_rate
+    encoder_settings = replace(config.optimizer, learning_rate=learning_rate, frozen_steps=frozen_steps)
+    on_top = [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
+    optimizer = build_optimizer([(model.encoder.named_parameters(), encoder_settings), (on_top, config.optimizer)])
+
+    # The state of a run: a step, the data's three integers, the best validation so far, tensors.
+    step, data_state, best = 0, None, Best()
+    latest = latest_checkpoint(run.checkpoints, world)
+    if latest is not None:
+        checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
+        step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
+        best = Best(**checkpoint.state["best"])
+
+    loader = RowLoader(
+        dataset,
+        crops,
+        config.data,
+        multiple=config.encoder.row_multiple,
+        row_gap=config.encoder.row_gap,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.accumulation,
+        state=data_state,
+    )
+    guard = UpdateGuard(config.guard)
+    metrics = MetricsLog(run, step, world)
+    throughput = Throughput(world, config.run.steps)
+    stop = StopRequest(run.path)
+    if world.is_main:
+        print(describe(config, model, crops, dataset, world, step), flush=True)
+
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)  # over the log interval, this rank's
+    batches = iter(loader)
+    while step < config.run.steps and not stop.agreed(world):
+        with throughput.waiting():
+            micro_batches = next(batches)
+        step += 1
+        seed_step(config.run.seed, step, world.rank)
+        micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
+        num_labels = sum(int(lengths.sum()) for _, lengths in micro_labels)
+        global_labels = world.sum(torch.tensor(num_labels, device=world.device)).clamp(min=1)
+
+        encoder_rate, decoder_rate = set_learning_rates(optimizer, step, config.run.steps)
+        loss_sum = torch.zeros((), device=world.device)
+        for i, (batch, (labels, label_lengths)) in enumerate(zip(micro_batches, micro_labels, strict=True)):
+            segments = batch.segment_start, batch.segment_length
+            log_mel = batch.log_mel.to(world.device, non_blocking=True)
+            log_mel = spec_augment(log_mel, *segments, batch.segment_seed, config.spec_augment)
+            with gradient_sync(parallel_model, i == len(micro_batches) - 1):
+                with autocast(world, config.distributed):
+                    output = parallel_model(
+                        log_mel, *segments, labels, label_lengths, train_encoder=step > frozen_steps
+                    )
+                (output.loss_sum / global_labels).backward()
+            loss_sum += output.loss_sum.detach()
+            frames = [float(batch.segment_length.sum()), float(batch.log_mel.shape[0] * batch.log_mel.shape[1])]
+            losses = [float(output.loss_sum.detach()), float(output.transducer_sum), float(output.ctc_sum)]
+            counts = [*losses, float(label_lengths.sum()), *frames]
+            sums += torch.tensor(counts, dtype=torch.float64, device=world.device)
+        update = guard.apply_update(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
+        if not update.applied:
+            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+            report_skipped_update(step, loss_sum, samples, world)
+        audio_frames = sum(int(batch.segment_length.sum()) for batch in micro_batches)
+        throughput.count(audio_frames / frames_per_second)
+
+        is_last = step == config.run.steps
+        if step % config.run.log_every == 0 or is_last or update.spike:
+            quarantined = int(world.sum(torch.tensor(len(loader.quarantined), device=world.device)))
+            values = {"learning_rate": decoder_rate, "encoder_learning_rate": encoder_rate, "quarantined": quarantined}
+            values |= {"grad_norm": update.grad_norm, "spike": update.spike}
+            values |= summarise(world.sum(sums).tolist()) | throughput.interval(step)
+            metrics.write(step, values)
+            sums.zero_()
+            if world.is_main:
+                print(console_line(step, config.run.steps, values), flush=True)
+        is_validation = step % config.validation.every_steps == 0 or is_last
+        if is_validation:
+            decoder = TransducerDecoder(model, DecoderSettings())
+            found = validate(model, decoder, heldout, tokenizer.decode, config.inference, frames_per_second, world)
+            rates = {"dev_wer": found.wer, "dev_cer": found.cer}
+            metrics.write(step, rates, kind="dev")
+            if world.is_main:
+                print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
+                print(f"    said:  {found.reference}\n    heard: {found.hypothesis}", flush=True)
+            if rates[f"dev_{config.validation.best_by}"] < best.rate:
+                best = Best(rates[f"dev_{config.validation.best_by}"], step)
+                transducer = to_dict(config.transducer)
+                export(
+                    run, step, parallel_model, tokenizer, rates, dataset, config, world, "rnnt", transducer=transducer
+                )  # fmt: skip
+        if is_validation or step % config.checkpoint.every_steps == 0:
+            save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
+
+    if step < config.run.steps:
+        save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
+        stop.leave_requeue_marker(world)
+        if world.is_main:
+            print(f"stopped after step {step} ({stop.reason}); the same command continues", flush=True)
+    elif world.is_main:
+        print(
+            f"done: best dev {config.validation.best_by} {best.rate:.2%} at step {best.step}: {run.export}", flush=True
+        )
+    metrics.close()
+    world.close()
+
+
+SUMS = ("loss", "transducer_loss", "ctc_loss", "labels", "frames", "row_frames")
+
+
+def summarise(sums: list[float]) -> dict[str, float]:
+    """Means over an interval and all ranks; losses are in nats a label."""
+    total = dict(zip(SUMS, sums, strict=True))
+    losses = {name: total[name] / max(total["labels"], 1) for name in ("loss", "transducer_loss", "ctc_loss")}
+    return {**losses, "row_fill": total["frames"] / max(total["row_frames"], 1)}
+
+
+def main() -> None:
+    train(parse(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main, user_errors=(DataError,))

@@ -1,0 +1,234 @@
+"""What the two fine-tuning scripts share: settings, crops, held-out recordings, tokenizer, checkpoint, export."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from bestrq.config import ConfigError, to_dict
+from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.ctc import read_pretrained_encoder
+from bestrq.recognition.inference import InferenceSettings, Source
+from bestrq.recognition.spec_augment import SpecAugmentSettings
+from bestrq.recognition.validation import Heldout, ValidationSettings
+from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
+from bestrq.training.export import Export, write_export
+from bestrq.training.optimizer import OptimizerSettings
+from bestrq.training.process import DistributedSettings, World, unwrap
+from bestrq.training.run_folder import RunFolder, RunSettings
+from bestrq.training.update import GuardSettings
+from data.cutting import CuttingSettings
+from data.errors import DataError
+from data.features import FeatureSettings, difference
+from data.loader import FREE_LOADER_FIELDS, LoaderSettings
+from data.order import CropTable
+from data.shards import Dataset, Normalisation
+from data.supervised import supervised_crops
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+
+
+@dataclass
+class FinetuneSettings:
+    """What is trained, and from where."""
+
+    init: str = ""
+    """export (or one checkpoint) of a pretrained encoder; empty trains from scratch"""
+    reinitialise_top_blocks: int = 0
+    """top blocks of the pretrained encoder that get fresh weights: they have specialised on predicting codes"""
+    freeze_encoder_steps: int = 0
+    """first updates that train the head alone"""
+    encoder_learning_rate: float = 0.0
+    """learning rate of the encoder; 0 takes optimizer.learning_rate, which is the head's"""
+    tokenizer: Literal["char", "bpe"] = "char"
+    """characters, or SentencePiece byte pairs"""
+    vocab_size: int = 512
+    """ids of the bpe tokenizer, the blank included"""
+    language: str = ""
+    """train and validate on this language only; empty takes all"""
+    label_minutes: float = 0.0
+    """train on this much audio only, chosen at random by data.seed; 0 takes all"""
+
+    def __post_init__(self) -> None:
+        for name in ("reinitialise_top_blocks", "freeze_encoder_steps", "encoder_learning_rate", "label_minutes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"finetune.{name} is {getattr(self, name)}: give 0 or more")
+        if self.reinitialise_top_blocks and not self.init:
+            raise ConfigError(
+                f"finetune.reinitialise_top_blocks is {self.reinitialise_top_blocks}, but finetune.init is empty: "
+                "all blocks are fresh already, give 0"
+            )
+
+
+@dataclass
+class FinetuneConfig:
+    """What every fine-tuning has; a script adds its own."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    """folder, length and seed"""
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    """start, tokenizer and labels"""
+    data: LoaderSettings = field(default_factory=LoaderSettings)
+    """dataset, rows and packing"""
+    cutting: CuttingSettings = field(default_factory=CuttingSettings)
+    """words at the cuts of long recordings"""
+    accumulation: int = 1
+    """micro-batches an update: divides the rows that a process holds at once"""
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    """the Conformer; with finetune.init its shape must be the export's, its dropout may differ"""
+    spec_augment: SpecAugmentSettings = field(default_factory=SpecAugmentSettings)
+    """masks on the training features"""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """AdamW and its schedule"""
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    """held-out error rates"""
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
+    """how held-out recordings are cut and batched"""
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    """what to do about bad numbers"""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """when to save, and what to keep"""
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    """processes, devices and precision"""
+
+
+# What may change between two starts of one run: nothing here alters which updates are made.
+FREE_FIELDS = (
+    "accumulation",
+    "checkpoint",
+    "distributed",
+    "encoder.activation_checkpointing",
+    "encoder.backend",
+    "guard.max_bad_updates",
+    *(f"data.{name}" for name in FREE_LOADER_FIELDS),
+    "inference.batch_seconds",
+    "run.folder",
+    "run.log_every",
+)
+
+
+@dataclass
+class Best:
+    """The best validation so far; its step is 0 before the first."""
+
+    rate: float = math.inf
+    step: int = 0
+
+
+def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
+    """The pretrained encoder, checked against the settings and the dataset. Raises ConfigError naming what differs."""
+    pretrained = read_pretrained_encoder(config.finetune.init, config.encoder)
+    theirs, ours = pretrained.config.get("normalisation"), config.data.normalisation
+    differing = difference(dataset.features, FeatureSettings.from_dict(pretrained.config.get("features", {})))
+    if theirs != ours:
+        differing.append(f"data.normalisation: {ours!r} != {theirs!r}")
+    if differing:
+        raise ConfigError(f"finetune.init {config.finetune.init} does not fit (ours != the export's): {differing}")
+    return pretrained
+
+
+def labelled_crops(dataset: Dataset, config: FinetuneConfig) -> CropTable:
+    """Training crops with their label texts; of `label_minutes`, whole recordings chosen by the seed."""
+    recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
+    told = np.array([dataset.text(int(i)) is not None for i in recordings])
+    if 0 < told.sum() < len(told):
+        print(f"left out: {len(told) - told.sum()} of {len(told)} recordings, which have no transcript")
+        recordings = recordings[told]
+    if config.finetune.label_minutes:
+        shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
+        minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
+        recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
+    cut = partial(supervised_crops, dataset, cutting=config.cutting)
+    lengths = config.data.crop_frames(dataset)
+    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
+
+
+def heldout_recordings(dataset: Dataset, config: FinetuneConfig) -> list[Heldout]:
+    """The held-out recordings that have a transcript, longest first. Raises DataError if there are none."""
+    selected = dataset.select(split=config.validation.split, language=config.finetune.language or None)
+    recordings = [int(i) for i in selected if dataset.text(int(i))]
+    if not recordings:
+        raise DataError(
+            f"validation.split {config.validation.split!r} of {dataset.location}: no recording has a transcript"
+        )
+    recordings = recordings[: config.validation.max_recordings or None]
+    read = partial(read_mel, dataset, config.data.normalisation)
+    heldout = []
+    for i in sorted(recordings, key=lambda i: (-int(dataset.frames[i]), i)):
+        source = Source(int(dataset.frames[i]), partial(read, i), dataset.excluded(i) or ())
+        heldout.append(Heldout(dataset.id(i), source, dataset.text(i) or "", dataset.language(i)))
+    return heldout
+
+
+def read_mel(dataset: Dataset, normalisation: Normalisation, recording: int, start: int, stop: int) -> torch.Tensor:
+    """Normalised frames of a recording, float32 [stop - start, M]."""
+    return torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation=normalisation))
+
+
+def run_tokenizer(run: RunFolder, crops: CropTable, settings: FinetuneSettings, world: World) -> Tokenizer:
+    """The run's tokenizer: trained on the training texts at the first start, read from the run folder after it."""
+    folder = run.path / "tokenizer"
+    problem = ""
+    if world.is_main and not folder.is_dir():
+        try:
+            if settings.tokenizer == "bpe":
+                BPETokenizer.train(crops.texts, settings.vocab_size).save(folder)
+            else:
+                CharTokenizer.train(crops.texts).save(folder)
+        except DataError as error:  # told to all: the others would wait for rank 0 in vain
+            problem = str(error)
+    if problem := world.broadcast(problem):
+        raise DataError(problem)
+    return load_tokenizer(folder)
+
+
+def save(run, step, model, optimizer, data_state, best, dataset, config, world) -> None:
+    """A checkpoint; all but the last ones and the best are deleted."""
+    state = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
+    state["features"] = dataset.features.to_dict()
+    save_checkpoint(run.checkpoints, step, model, optimizer, state, world)
+    prune_checkpoints(run.checkpoints, config.checkpoint.keep_last, best.step, world)
+
+
+TITLES = {"ctc": "CTC recogniser", "rnnt": "RNN-T recogniser"}
+
+
+def export(run, step, model, tokenizer, rates, dataset, config, world, kind, **description: Any) -> None:
+    """What evaluate.py needs: the whole model, its settings, tokenizer, features. kind: a key of `TITLES`."""
+    whole = gather_model(model, world)
+    if world.is_main:
+        description |= {
+            "kind": kind,
+            "step": step,
+            "encoder": to_dict(config.encoder),
+            "vocab_size": tokenizer.vocab_size,
+            "features": dataset.features.to_dict(),
+            "feature_hash": dataset.features.hash(),
+            "normalisation": config.data.normalisation,
+            **rates,
+        }
+        files = {path.name: path.read_bytes() for path in (run.path / "tokenizer").iterdir()}
+        card = f"""# {TITLES[kind]}
+
+{config.encoder.num_layers} Conformer layers of width {config.encoder.dim}, {tokenizer.vocab_size} labels, trained on
+`{dataset.location}` from {config.finetune.init or "scratch"}. Update {step}: WER {rates["dev_wer"]:.2%},
+CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate it:
+`python evaluate.py --export THIS_FOLDER --data.dataset DATASET`.
+"""
+        write_export(run.export, whole, description, card, files)
+    world.barrier()
+
+
+def describe(config: FinetuneConfig, model: nn.Module, crops: CropTable, dataset: Dataset, world: World, step: int
+             ) -> str:  # fmt: skip
+    """The first line of the console."""
+    millions = sum(parameter.numel() for parameter in unwrap(model).parameters()) / 1e6
+    hours = crops.mean_frames * len(crops) / dataset.features.frames_per_second / 3600
+    start = f"continuing after step {step}" if step else "starting"
+    return (
+        f"{start}: {millions:.1f} M parameters from {config.finetune.init or 'scratch'}, {world.size} process(es) on "
+        f"{world.device.type}, {hours:.2f} h of labels in {dataset.location}, run {config.run.folder}"
+    )

@@ -1,0 +1,120 @@
+"""An export made ready to decode: what evaluate.py, align.py and language_model.py share.
+
+Exports of finetune_ctc.py hold a CTC model, those of finetune_rnnt.py a transducer, perhaps with a CTC head beside.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from bestrq.config import ConfigError, from_dict
+from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.ctc import CTCModel
+from bestrq.recognition.decoders import Decoder, DecoderSettings, GreedyCTC, TransducerDecoder
+from bestrq.recognition.inference import Outputs
+from bestrq.recognition.ngram import read_arpa
+from bestrq.recognition.transducer import TransducerModel, TransducerSettings
+from bestrq.training.export import Export
+from bestrq.training.process import World
+from data.features import FeatureSettings
+from data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A model in evaluation mode, with what it must be fed."""
+
+    model: CTCModel | TransducerModel
+    tokenizer: Tokenizer
+    features: FeatureSettings
+    normalisation: Literal["recording", "dataset"]
+
+
+def load_recogniser(export: Export) -> Recogniser:
+    """The model of an export, on the CPU. Raises ConfigError when it is no recogniser, or is damaged."""
+    config = export.config
+    kind = config.get("kind")
+    if kind not in ("ctc", "rnnt"):
+        raise ConfigError(
+            f"{export.path} holds a model of kind {kind!r}, not a recogniser: "
+            "give the export of finetune_ctc.py or finetune_rnnt.py"
+        )
+    wanted = ("encoder", "vocab_size", "features", "normalisation", *(["transducer"] if kind == "rnnt" else []))
+    missing = [name for name in wanted if name not in config]
+    if missing:
+        raise ConfigError(f"{export.path / 'config.json'} lacks {', '.join(missing)}: export the model again")
+    tokenizer = load_tokenizer(export.path)
+    if tokenizer.vocab_size != config["vocab_size"]:
+        raise ConfigError(
+            f"{export.path}: the tokenizer has {tokenizer.vocab_size} labels, the model {config['vocab_size']}: "
+            "one of them is another model's"
+        )
+    encoder = from_dict(EncoderSettings, config["encoder"])
+    model: CTCModel | TransducerModel
+    if kind == "rnnt":
+        model = TransducerModel(encoder, from_dict(TransducerSettings, config["transducer"]), config["vocab_size"])
+    else:
+        model = CTCModel(encoder, config["vocab_size"])
+    try:
+        model.load_state_dict(export.tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"{export.path / 'model.safetensors'} does not fit its config.json: {error}") from error
+    return Recogniser(model.eval(), tokenizer, FeatureSettings.from_dict(config["features"]), config["normalisation"])
+
+
+def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str) -> Decoder:
+    """The decoder that is asked for. Raises ConfigError where the model of the folder `export` has none such."""
+    model = recogniser.model
+    if isinstance(model, TransducerModel) and settings.head != "ctc":
+        path, pieces = settings.language_model, recogniser.tokenizer.pieces
+        return TransducerDecoder(model, settings, read_arpa(path, pieces) if path else None)
+    if settings.head == "rnnt":
+        raise ConfigError(
+            f"decoder.head is 'rnnt', but {export} holds a CTC model only: give an export of finetune_rnnt.py"
+        )
+    if settings.beam > 1:
+        raise ConfigError(f"decoder.beam is {settings.beam}, but {export} is decoded by CTC, greedily: give 1")
+    return GreedyCTC(ctc_outputs(recogniser, export))
+
+
+def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:
+    """The function that gives a model's CTC log-probabilities `[R, T, V]`. Raises ConfigError where it has none."""
+    if not isinstance(recogniser.model, TransducerModel):
+        return recogniser.model.log_probs
+    if recogniser.model.ctc_head is None:
+        raise ConfigError(
+            f"{export} holds a transducer without a CTC head: train it with transducer.ctc_weight above 0, "
+            "or give an export of finetune_ctc.py"
+        )
+    return recogniser.model.ctc_log_probs
+
+
+def hash_of_export(export: Export) -> str:
+    """SHA-256 (hex) of what decides the outputs: weights, settings, tokenizer; not the model card."""
+    digest = hashlib.sha256()
+    for path in sorted(export.path.iterdir()):
+        if path.name != "README.md":
+            digest.update(path.name.encode() + b"\0" + bytes.fromhex(hash_of_file(path)))
+    return digest.hexdigest()
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def share_out(recordings: Sequence[int], frames: np.ndarray, world: World) -> list[int]:
+    """This rank's part: the longest first, each to the rank with the least to do; a pure function of the lengths."""
+    loads = np.zeros(world.size, np.int64)
+    mine = []
+    for i in sorted(recordings, key=lambda i: (-int(frames[i]), i)):
+        rank = int(loads.argmin())
+        loads[rank] += frames[i]
+        if rank == world.rank:
+            mine.append(i)
+    return mine

@@ -1,0 +1,110 @@
+"""The RNN-T stage from end to end: it learns, its export decodes in every way, and mistakes are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import align
+import evaluate
+import finetune_ctc
+import finetune_rnnt
+from bestrq.config import ConfigError, parse
+from bestrq.training.process import World
+from data.features import FeatureSettings
+from data.index import Recording
+from data.writer import DatasetWriter
+from tests.tiny import DATA, ENCODER, RUN
+
+SMALL = ["--transducer.prediction=lstm", "--transducer.prediction_dim=32", "--transducer.joint_dim=32"]
+CALM = ["--encoder.dropout=0", "--encoder.attention_dropout=0", "--data.num_workers=0", "--data.max_seconds=9"]
+PLAIN = ["--spec_augment.num_freq_masks=0", "--spec_augment.num_time_masks=0", "--validation.split=train"]
+WORDS = "ana bela cid dora".split()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One recording with four words, and one in which nothing is said."""
+    path = tmp_path_factory.mktemp("data") / "one"
+    generator = np.random.default_rng(0)
+    features = FeatureSettings()
+    sounds = generator.normal(size=(len(WORDS), 50, features.num_mels)) * 2
+    times = [(word, i / 2, (i + 1) / 2) for i, word in enumerate(WORDS)]
+    with DatasetWriter(path, features) as writer:
+        writer.add(
+            Recording("said", " ".join(WORDS), times, language="en", split="train"),
+            np.concatenate(list(sounds)).astype(np.float32),
+        )
+        writer.add(Recording("unsaid", "", [], language="en", split="train"), np.zeros((150, features.num_mels)))
+        writer.finish()
+    return path
+
+
+def train(script: Any, dataset: Path, folder: Path, *more: str) -> None:
+    places = [f"--data.dataset={dataset}", f"--run.folder={folder}"]
+    script.train(parse(script.Config, [*ENCODER, *DATA, *RUN, *CALM, *PLAIN, *places, *more]))
+
+
+@pytest.fixture(scope="module")
+def hybrid(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has seen this one recording again and again."""
+    folder = tmp_path_factory.mktemp("hybrid") / "run"
+    steps = ["--run.steps=120", "--validation.every_steps=120", "--checkpoint.every_steps=120", "--run.log_every=20"]
+    rate = ["--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=10", "--optimizer.clip_norm=1"]
+    train(finetune_rnnt, dataset, folder, *SMALL, *steps, *rate, "--transducer.ctc_weight=0.5")
+    return folder
+
+
+def decode(run: Path, dataset: Path, out: Path, *more: str) -> dict[str, Any]:
+    places = [f"--export={run / 'export'}", f"--data.dataset={dataset}", f"--out={out}", "--data.split=train"]
+    evaluate.evaluate(parse(evaluate.Config, [*places, "--device=cpu", "--resamples=100", *more]), World())
+    return json.loads((out / "results.json").read_text())
+
+
+def test_one_recording_is_learned_from_scratch_to_the_last_word(hybrid: Path) -> None:
+    lines = [json.loads(line) for line in (hybrid / "metrics.jsonl").read_text().splitlines()]
+    assert [line["dev_wer"] for line in lines if line["kind"] == "dev"] == [0.0]
+    losses = [line["transducer_loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < 0.1 < 2 < losses[0]
+
+
+def test_every_decoder_of_a_hybrid_agrees_on_what_it_has_learned(hybrid: Path, dataset: Path, tmp_path: Path) -> None:
+    ways = {"rnnt": (), "ctc": ("--decoder.head=ctc",), "beam": ("--decoder.beam=4",)}
+    for name, options in ways.items():
+        results = decode(hybrid, dataset, tmp_path / name, *options)
+        assert {row["id"]: row["hypothesis"] for row in results["recordings"]} == {
+            "said": " ".join(WORDS),
+            "unsaid": "",
+        }, name
+        assert ("transducer" in results["decoder"]["description"]) == (name != "ctc")
+
+
+def test_the_key_of_an_evaluation_tells_decoders_apart(hybrid: Path, dataset: Path, tmp_path: Path) -> None:
+    first = decode(hybrid, dataset, tmp_path)
+    assert decode(hybrid, dataset, tmp_path)["key"] == first["key"]
+    assert decode(hybrid, dataset, tmp_path, "--decoder.max_symbols=3")["key"] != first["key"]
+
+
+def test_the_ctc_head_of_a_hybrid_aligns(hybrid: Path, dataset: Path, tmp_path: Path) -> None:
+    options = [f"--model={hybrid / 'export'}", f"--data.dataset={dataset}", f"--words={tmp_path / 'words.jsonl'}"]
+    align.align(parse(align.Config, [*options, "--device=cpu", "--realign=true"]), World())
+    [line] = (tmp_path / "words.jsonl").read_text().splitlines()
+    found = json.loads(line)["words"]
+    assert [word[0] for word in found] == WORDS
+    assert all(abs(word[1] - i / 2) < 0.25 for i, word in enumerate(found))
+
+
+def test_heads_that_an_export_has_not_are_refused_by_name(hybrid: Path, dataset: Path, tmp_path: Path) -> None:
+    train(finetune_ctc, dataset, tmp_path / "ctc", "--run.steps=1")
+    train(finetune_rnnt, dataset, tmp_path / "rnnt", *SMALL, "--run.steps=1")
+    with pytest.raises(ConfigError, match=r"decoder.head is 'rnnt', but .* holds a CTC model only"):
+        decode(tmp_path / "ctc", dataset, tmp_path / "out", "--decoder.head=rnnt")
+    with pytest.raises(ConfigError, match=r"decoder.beam is 4, but .* is decoded by CTC"):
+        decode(tmp_path / "ctc", dataset, tmp_path / "out", "--decoder.beam=4")
+    with pytest.raises(ConfigError, match=r"a transducer without a CTC head"):
+        decode(tmp_path / "rnnt", dataset, tmp_path / "out", "--decoder.head=ctc")
+    with pytest.raises(ConfigError, match=r"decoder.language_model is given, but decoder.beam is 1"):
+        decode(hybrid, dataset, tmp_path / "out", "--decoder.language_model=lm.arpa")
+    assert not (tmp_path / "out").exists()
