@@ -19,6 +19,7 @@ from data.index import read_json, replace_file, write_json
 BLANK = 0
 TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
+SPACE_MARK = "\u2581"  # what SentencePiece writes a space as
 UNKNOWN_MARK = "\u2047"  # what a replaced character is written as: a double question mark
 
 
@@ -28,6 +29,14 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of ids, the blank (0) included."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """How every id is written in text files where tokens are separated by spaces: distinct, without white space.
+
+        The blank is "<blank>", the id of unknown characters "<unk>", a space is U+2581 (SentencePiece's mark); other
+        characters that cannot be printed are written as in "<U+00A0>".
+        """
 
     def encode(self, text: str) -> list[int]:
         """Ids in 1 .. vocab_size - 1. Raises DataError for characters that the tokenizer does not know."""
@@ -65,6 +74,14 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         return 1 + len(self.characters) + self.replace_unknown
+
+    @property
+    def pieces(self) -> list[str]:
+        # The mark itself may be a character of the texts: only the space is written as the mark.
+        written = [
+            f"<U+{ord(c):04X}>" if c == SPACE_MARK else _printable(c.replace(" ", SPACE_MARK)) for c in self.characters
+        ]
+        return ["<blank>", *written, *["<unk>"] * self.replace_unknown]
 
     def encode(self, text: str) -> list[int]:
         unknown = self.vocab_size - 1 if self.replace_unknown else BLANK
@@ -126,6 +143,11 @@ class BPETokenizer:
     def vocab_size(self) -> int:
         return 1 + self._processor.get_piece_size()
 
+    @property
+    def pieces(self) -> list[str]:
+        written = (self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size()))
+        return ["<blank>", *map(_printable, written)]
+
     def encode(self, text: str) -> list[int]:
         ids = self._processor.encode(text)
         unknown = self._processor.unk_id()
@@ -164,6 +186,10 @@ def _save(folder: Path, fields: dict[str, object], model: bytes | None = None) -
         with replace_file(folder / MODEL_FILE) as file:
             file.write(model)
     write_json(folder / TOKENIZER_FILE, fields)
+
+
+def _printable(piece: str) -> str:
+    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in piece)
 
 
 def _raise_unknown(text: str, known: Iterable[str]) -> None:

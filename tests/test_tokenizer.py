@@ -56,6 +56,25 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: CharTokenizer | BPETokenizer, 
     assert all(loaded.encode(text) == tokenizer.encode(text) for text in TEXTS)
 
 
+@pytest.mark.parametrize("replace_unknown", [False, True])
+def test_pieces_name_every_id_in_a_file_of_tokens_separated_by_spaces(replace_unknown: bool) -> None:
+    odd = [*TEXTS, "a\u00a0b \u2028c\u2581d\u3000"]
+    for known in (CharTokenizer.train(odd, replace_unknown), BPETokenizer.train(odd, 60, replace_unknown)):
+        pieces = known.pieces
+        assert len(set(pieces)) == len(pieces) == known.vocab_size
+        assert all(piece.split() == [piece] for piece in pieces)
+        assert pieces[BLANK] == "<blank>" and "\u2581" in "".join(pieces)
+        written = " ".join(pieces[i] for i in known.encode("the cat"))
+        assert written.replace(" ", "").removeprefix("\u2581") == "the\u2581cat"
+        if replace_unknown:
+            assert pieces.index("<unk>") in known.encode("\u03bb")
+
+
+def test_pieces_of_characters_that_a_file_cannot_hold_are_their_code_points() -> None:
+    pieces = CharTokenizer([" ", "a", "\u2581", "\u00a0", "\n", "\ud800"]).pieces
+    assert pieces == ["<blank>", "\u2581", "a", "<U+2581>", "<U+00A0>", "<U+000A>", "<U+D800>"]
+
+
 def test_bpe_has_the_vocabulary_asked_for_and_training_repeats() -> None:
     assert BPETokenizer.train(TEXTS, 60).vocab_size == 60
     assert BPETokenizer.train(TEXTS, 60).model == BPETokenizer.train(TEXTS, 60).model
