@@ -73,9 +73,10 @@ def check_labels(labels: Tensor, label_lengths: Tensor, vocab_size: int) -> None
 
 def bytes_of_cell(joint_dim: int, vocab_size: int, itemsize: int) -> int:
     """Bytes that a cell takes at the peak of the backward pass, while its slice is computed."""
-    # Hidden units, their gradient before and after tanh; logits as computed, in at least float32, and their gradient.
+    # Hidden units, their gradient, and that before tanh or wide for its sums; logits as computed, in at least float32,
+    # and their gradient.
     wide = max(itemsize, 4)
-    return 3 * joint_dim * itemsize + 2 * vocab_size * wide + (vocab_size * itemsize if itemsize < wide else 0)
+    return joint_dim * (2 * itemsize + wide) + 2 * vocab_size * wide + (vocab_size * itemsize if itemsize < wide else 0)
 
 
 def frames_of_slice(lattices: Lattices, joint_dim: int, vocab_size: int, itemsize: int, budget: int) -> list[int]:
@@ -187,6 +188,7 @@ class _ArcScores(torch.autograd.Function):
                 grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
             else:
                 grad_predicted[part.states].index_add_(0, part.seen.flatten(), grad_hidden.flatten(0, 1).to(wide))
+            del hidden, logits, grad_logits, flat, grad_hidden  # the next slice would come beside them
         return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors[:4], strict=True)), None, None
 
 
