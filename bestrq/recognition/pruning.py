@@ -41,7 +41,8 @@ class SimpleJoint(nn.Module):
         acoustic, language = self.encoder_output(frames).to(wide), self.prediction_output(predicted).to(wide)
         states = [len(labels) + 1 for labels in lattices.labels]
         parts = zip(acoustic.split(list(lattices.num_frames)), language.split(states), lattices.labels, strict=True)
-        arcs = torch.cat([acoustic.new_zeros(0, 2), *(simple_arcs(*part).flatten(0, 1) for part in parts)])
+        nothing = acoustic[:0, :2] + language[:0, :2]  # of no segments: what keeps the graph, which DDP needs
+        arcs = torch.cat([nothing, *(simple_arcs(*part).flatten(0, 1) for part in parts)])
         losses = sum_over_alignments(arcs, lattices)
         # The gradient of the loss by an arc's log-probability is minus the probability that an alignment takes it.
         with torch.enable_grad():
