@@ -2,7 +2,7 @@
 
     python finetune_ctc.py --config configs/quickstart-ctc.yaml --finetune.init runs/quickstart/pretrain/export
     torchrun --nproc-per-node 8 finetune_ctc.py --config configs/base-120m-ctc.yaml --run.folder runs/base-120m-ctc
-    sbatch -N 2 launch/finetune.sbatch finetune_ctc.py --config configs/base-120m-ctc.yaml --run.folder runs/base-120m-ctc
+    sbatch -N 2 launch/finetune.sbatch finetune_ctc.py --config configs/base-120m-ctc.yaml --run.folder runs/base
 
 The same command continues an interrupted run, bit for bit on a CPU. A file named STOP in the run folder, SIGTERM or
 Ctrl-C makes it save and leave at the next step. RUN_FOLDER/export holds the model that was best on the dev split.

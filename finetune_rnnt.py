@@ -2,7 +2,7 @@
 
     python finetune_rnnt.py --config configs/quickstart-rnnt.yaml --finetune.init runs/quickstart/pretrain/export
     torchrun --nproc-per-node 8 finetune_rnnt.py --config configs/base-120m-rnnt.yaml --run.folder runs/base-120m-rnnt
-    sbatch -N 2 launch/finetune.sbatch finetune_rnnt.py --config configs/base-120m-rnnt.yaml --run.folder runs/base-120m-rnnt
+    sbatch -N 2 launch/finetune.sbatch finetune_rnnt.py --config configs/base-120m-rnnt.yaml --run.folder runs/base
 
 The same command continues an interrupted run, bit for bit on a CPU. A file named STOP in the run folder, SIGTERM or
 Ctrl-C makes it save and leave at the next step. RUN_FOLDER/export holds the model that was best on the dev split.
