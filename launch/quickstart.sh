@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# The whole road on a laptop: speech -> shards -> BEST-RQ pretraining -> CTC fine-tuning -> word error rate -> report.
+# The whole road on a laptop: speech -> shards -> BEST-RQ pretraining -> fine-tuning -> word error rate -> report.
 #
 #   bash launch/quickstart.sh                    on synthetic speech, made on the spot (about 8 minutes on 2 cores)
 #   bash launch/quickstart.sh --corpus fillets   on real speech: the Fish Fillets voices of Debian, Czech and Dutch
+#   bash launch/quickstart.sh --head rnnt        RNN-T beside CTC, both from the pretrained encoder, and its decoders
 #   bash launch/quickstart.sh --folder DIR       keep everything in DIR (default: runs/quickstart-CORPUS)
 #
-# Corpora: synthetic (default), fillets. Makes .venv and installs requirements.txt first. Finished steps are skipped,
+# Corpora: synthetic (default), fillets. Heads: ctc (default: pretrained beside scratch), rnnt. Makes .venv and installs requirements.txt first. Finished steps are skipped,
 # interrupted ones continue: after Ctrl-C, or on another day, run the same command again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-corpus=synthetic folder="" tiny=() again="${*:+ $*}"
+corpus=synthetic head=ctc folder="" tiny=() again="${*:+ $*}"
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help)
             sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
             exit 0
             ;;
-        --corpus | --folder)
+        --corpus | --head | --folder)
             [ $# -ge 2 ] || { printf 'error: %s needs a value; --help shows how\n' "$1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift 2
@@ -35,18 +36,19 @@ done
 folder=${folder:-runs/quickstart-$corpus}
 case "$corpus" in
     synthetic)
-        prepare=(synthetic --test_utterances 120) labels=(--finetune.language es --finetune.label_minutes 15) language=(--data.language es) from_pretrained=(--finetune.reinitialise_top_blocks 4)
+        prepare=(synthetic --test_utterances 120) language=es minutes=15
         [ ${#tiny[@]} -eq 0 ] || prepare+=(--train_hours 0.1 --dev_utterances 4 --test_utterances 4 --test_long_recordings 1 --long_minutes 0.5)
         ;;
-    fillets)
-        prepare=(fillets) labels=(--finetune.language cs --finetune.label_minutes 30) language=(--data.language cs)
-        from_pretrained=(--finetune.reinitialise_top_blocks 4)
-        ;;
+    fillets) prepare=(fillets) language=cs minutes=30 ;;
     *)
         printf "error: unknown corpus '%s'. The quickstart knows: synthetic, fillets\n" "$corpus" >&2
         exit 2
         ;;
 esac
+[[ "$head" = ctc || "$head" = rnnt ]] || {
+    printf "error: unknown head '%s'. The quickstart knows: ctc, rnnt\n" "$head" >&2
+    exit 2
+}
 
 bash launch/setup.sh
 python=.venv/bin/python
@@ -70,20 +72,37 @@ headline "Pretraining with BEST-RQ"
 train pretrain.py --config configs/quickstart-pretrain.yaml --data.dataset "$dataset" \
     --run.folder "$folder/pretrain" "${tiny[@]}"
 
-for system in pretrained scratch; do
-    headline "CTC fine-tuning: $system"
-    init=()
-    [ "$system" = scratch ] || init=(--finetune.init "$folder/pretrain/export" "${from_pretrained[@]}")
-    train finetune_ctc.py --config configs/quickstart-ctc.yaml --data.dataset "$dataset" \
-        --run.folder "$folder/$system" "${labels[@]}" "${init[@]}" "${tiny[@]}"
-done
+fine_tune() { # NAME HEAD more arguments
+    headline "Fine-tuning with ${2^^}: $1"
+    train "finetune_$2.py" --config "configs/quickstart-$2.yaml" --data.dataset "$dataset" --run.folder "$folder/$1" \
+        --finetune.language "$language" --finetune.label_minutes "$minutes" "${@:3}" "${tiny[@]}"
+}
 
-for system in pretrained scratch; do
-    headline "Evaluation on whole recordings: $system"
-    $python evaluate.py --export "$folder/$system/export" --data.dataset "$dataset" --data.split test "${language[@]}" \
-        --inference.context_seconds 10 --name "$system" --out "$folder/results/$system"
-done
+evaluated=()
+evaluate() { # NAME EXPORT more arguments
+    headline "Evaluation on whole recordings: $1"
+    $python evaluate.py --export "$folder/$2/export" --data.dataset "$dataset" --data.split test \
+        --data.language "$language" --inference.context_seconds 10 --name "$1" --out "$folder/results/$1" "${@:3}"
+    evaluated+=("$1=$folder/results/$1")
+}
+
+from_pretrained=(--finetune.init "$folder/pretrain/export" --finetune.reinitialise_top_blocks 4)
+fine_tune pretrained ctc "${from_pretrained[@]}"
+if [ "$head" = ctc ]; then
+    fine_tune scratch ctc
+    evaluate pretrained pretrained
+    evaluate scratch scratch
+else
+    fine_tune rnnt rnnt "${from_pretrained[@]}"
+    headline "A language model of the transcripts"
+    $python language_model.py --export "$folder/rnnt/export" --data.dataset "$dataset" --data.language "$language" \
+        --out "$folder/lm.arpa"
+    evaluate pretrained pretrained
+    evaluate rnnt rnnt
+    evaluate rnnt-beam rnnt --decoder.beam 4
+    evaluate rnnt-beam-lm rnnt --decoder.beam 4 --decoder.language_model "$folder/lm.arpa"
+    evaluate rnnt-ctc-head rnnt --decoder.head ctc
+fi
 
 headline "Report"
-$python launch/quickstart_report.py --pretrain "$folder/pretrain" \
-    --systems "pretrained=$folder/results/pretrained" "scratch=$folder/results/scratch" --out "$folder/report.html"
+$python launch/quickstart_report.py --pretrain "$folder/pretrain" --systems "${evaluated[@]}" --out "$folder/report.html"
