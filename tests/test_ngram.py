@@ -136,6 +136,9 @@ def test_a_context_is_the_beginning_only_when_it_is_shorter_than_the_history(tmp
     assert torch.equal(model.log_probs((3, 4, 1, 2)), model.log_probs((1, 2)))
     assert not torch.equal(model.log_probs((1,)), model.log_probs((3, 1)))
     assert model.log_probs((1,))[2] == pytest.approx(-0.1 * math.log(10))
+    # Some tools write a weight for the longest n-grams too, which nothing backs off to.
+    weighted = read_arpa(write(tmp_path / "weighted.arpa", ARPA.replace("<s> a b\n", "<s> a b 0.7\n")), PIECES)
+    assert torch.equal(weighted.log_probs((1, 2)), model.log_probs((1, 2)))
 
 
 def test_the_blank_is_never_predicted_and_what_is_not_listed_has_the_probability_of_unk(tmp_path: Path) -> None:
