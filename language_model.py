@@ -72,8 +72,11 @@ def build(config: Config) -> None:
         dataset = open_dataset(config.data.dataset)
         train += encode(transcripts(dataset, config.data.split, config.data.language), tokenizer, config.data.split)
         if config.heldout_split:
-            held = transcripts(dataset, config.heldout_split, config.data.language)
-            heldout += encode(held, tokenizer, config.heldout_split)
+            try:
+                held = transcripts(dataset, config.heldout_split, config.data.language)
+                heldout += encode(held, tokenizer, config.heldout_split)
+            except DataError as error:
+                raise ConfigError(f"heldout_split = {config.heldout_split}: {error}; '' measures none") from error
     if config.texts:
         train += encode(lines(config.texts, config.data.language), tokenizer, config.texts)
     out = Path(config.out)

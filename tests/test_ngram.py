@@ -339,7 +339,7 @@ def test_texts_are_normalised_added_and_left_out_when_the_recogniser_cannot_writ
         ({"data": script.DataSettings()}, "data.dataset is missing: give it as --data.dataset FOLDER, or --texts"),
         ({"order": 0}, "order = 0: give 1 to 10"),
         ({"heldout_split": "train"}, "heldout_split = train is trained on: give another split"),
-        ({"heldout_split": "none"}, "no recording with split 'none'; there are"),
+        ({"heldout_split": "none"}, "heldout_split = none: .*no recording with split 'none'; there are"),
         ({"export": "nowhere"}, "nowhere holds no tokenizer.json"),
         ({"texts": "nowhere.txt"}, "texts = nowhere.txt: cannot be read as UTF-8 text"),
         ({"out": "/proc/nowhere/lm.arpa"}, "out = /proc/nowhere/lm.arpa: cannot write this file"),
