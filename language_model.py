@@ -37,7 +37,7 @@ class Config:
     """An n-gram language model over a recogniser's tokens."""
 
     export: str = ""
-    """folder of the recogniser, RUN_FOLDER/export of finetune_ctc.py; only its tokenizer is read"""
+    """folder of the recogniser, RUN_FOLDER/export of a fine-tuning script; only its tokenizer is read"""
     out: str = "lm.arpa"
     """the ARPA file; gzipped if it ends in .gz"""
     order: int = 4
