@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 import finetune_ctc
+import finetune_rnnt
 import pretrain
 from bestrq.config import parse
 from bestrq.model import norms
@@ -253,7 +254,9 @@ def test_norms_of_apex_are_those_of_torch(device: str, kind: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("device", "script"), [on("cuda", pretrain), on("cuda", finetune_ctc)], ids=["pretrain", "finetune_ctc"]
+    ("device", "script"),
+    [on("cuda", pretrain), on("cuda", finetune_ctc), on("cuda", finetune_rnnt)],
+    ids=["pretrain", "finetune_ctc", "finetune_rnnt"],
 )
 def test_scripts_follow_the_cpu_in_float32_and_run_in_bfloat16(device: str, script: Any, tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "data", recordings=30)
@@ -263,7 +266,9 @@ def test_scripts_follow_the_cpu_in_float32_and_run_in_bfloat16(device: str, scri
         choices = [f"--distributed.device={place}", f"--distributed.precision={precision}", "--masking.noise_std=0"]
         options = [*ENCODER, *DATA, *RUN, "--run.steps=4", f"--data.dataset={dataset}", f"--run.folder={folder}"]
         options += ["--encoder.dropout=0", "--encoder.attention_dropout=0", *choices]
-        if script is finetune_ctc:
+        if script is finetune_rnnt:
+            options += ["--transducer.dropout=0", "--transducer.prune_range=6", "--transducer.ctc_weight=0.3"]
+        if script is not pretrain:
             options.remove("--masking.noise_std=0")  # noise is drawn on the device: another generator there
         script.train(parse(script.Config, options))
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
