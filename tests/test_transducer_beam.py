@@ -67,7 +67,8 @@ def sum_over_alignments(
 
     totals: dict[tuple[int, ...], list[float]] = {}
     for alignment in itertools.product(of_frame, repeat=len(encoded)):
-        score, emitted = 0.0, ()
+        score = 0.0
+        emitted: tuple[int, ...] = ()
         for frame, here in enumerate(alignment):
             for output in (*here, 0):
                 score += float(log_probs(emitted)[frame, output])
