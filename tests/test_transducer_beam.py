@@ -159,10 +159,9 @@ def test_what_is_found_does_not_depend_on_the_batch(kind: str, fused: bool) -> N
         for n, length in enumerate(LENGTHS.tolist())
     ]
     assert_equal(hypotheses(together), alone)
-    behind = torch.arange(16) >= LENGTHS[:, None]
-    assert_equal(
-        hypotheses(beam_search(model, encoded.masked_fill(behind[..., None], 9e9), LENGTHS, 4, 2, *fusion)), alone
-    )
+    used = torch.arange(16)[:, None] < LENGTHS[:, None, None]
+    other = torch.where(used, encoded, random_frames(len(LENGTHS), 16, seed=1))
+    assert_equal(hypotheses(beam_search(model, other, LENGTHS, 4, 2, *fusion)), alone)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -183,13 +182,16 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str, fused: bool) 
         assert_equal(hypotheses(state), hypotheses(whole))
 
 
-def test_a_state_stays_as_it_is_when_the_search_goes_on() -> None:
-    model, encoded = TableTransducer(), random_frames(2, 12)
+@pytest.mark.parametrize("width", [1, 3])
+@KINDS
+def test_a_state_stays_as_it_is_when_the_search_goes_on(kind: str, width: int) -> None:
+    model, encoded = make_any(kind), random_frames(2, 12)
     half = torch.tensor([6, 6])
-    state = beam_search(model, encoded[:, :6], half, 3, 2)
-    before = hypotheses(state)
-    first, second = (beam_search(model, encoded[:, 6:], half, 3, 2, state=state) for _ in range(2))
+    state = beam_search(model, encoded[:, :6], half, width, 2)
+    before, kept = hypotheses(state), [part.clone() for part in (state.predicted, *state.prediction)]
+    first, second = (beam_search(model, encoded[:, 6:], half, width, 2, state=state) for _ in range(2))
     assert hypotheses(state) == before and hypotheses(first) == hypotheses(second) != before
+    assert all(torch.equal(*pair) for pair in zip((state.predicted, *state.prediction), kept, strict=True))
 
 
 @KINDS

@@ -1,5 +1,6 @@
 """Greedy search of a transducer against its definition, frame by frame; chunks, batches, times, streaming."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -82,17 +83,23 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str) -> None:
         assert chunked.num_frames.tolist() == LENGTHS.tolist()
 
 
-def test_a_state_stays_as_it_is_when_the_search_goes_on() -> None:
-    model, encoded = TableTransducer(), random_frames(2, 20)
+@KINDS
+def test_a_state_stays_as_it_is_when_the_search_goes_on(kind: str) -> None:
+    model, encoded = make_any(kind), random_frames(2, 20)
     state = greedy_search(model, encoded[:, :10], torch.tensor([10, 10]), 2)
+    before = copy.deepcopy(state)
     twice = [greedy_search(model, encoded[:, 10:], torch.tensor([10, 10]), 2, state) for _ in range(2)]
     assert twice[0].found == twice[1].found and len(twice[0].tokens(0).ids) > len(state.tokens(0).ids)
+    assert state.found == before.found
+    tensors, kept = ((one.predicted, one.num_frames, *one.prediction) for one in (state, before))
+    assert all(torch.equal(*pair) for pair in zip(tensors, kept, strict=True))
 
 
 def test_what_lies_behind_a_sequence_is_ignored() -> None:
     model, encoded = TableTransducer(), random_frames(len(LENGTHS), 24)
-    behind = torch.arange(24) >= LENGTHS[:, None]
-    found = [greedy_search(model, encoded.masked_fill(behind[..., None], fill), LENGTHS, 3).found for fill in (0, 9e9)]
+    used = torch.arange(24)[:, None] < LENGTHS[:, None, None]
+    other = torch.where(used, encoded, random_frames(len(LENGTHS), 24, seed=1))
+    found = [greedy_search(model, frames, LENGTHS, 3).found for frames in (encoded, other)]
     assert found[0] == found[1] and found[0][1].ids == []
 
 

@@ -52,8 +52,8 @@ class Hypothesis:
     """What may have been said."""
 
     tokens: TimedTokens
-    """`first_frame` and `last_frame` are the frame that emitted a token, over all chunks; where alignments
-    were merged, by the likelier of them"""
+    """`first_frame` and `last_frame` are the frame that emitted a token, over all chunks; of alignments that
+    became one, the likelier's"""
     score: float
     """natural log-probability, with what language model and bonus have added"""
 
