@@ -75,6 +75,17 @@ def test_simple_arcs_of_outputs_hundreds_apart_are_finite_with_their_gradients()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(arcs.sum(), (acoustic, language)))
 
 
+def test_simple_arcs_are_float32_under_bfloat16_autocast() -> None:
+    torch.manual_seed(0)
+    acoustic, language = torch.randn(30, 200, requires_grad=True), torch.randn(9, 200)
+    arcs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            arcs.append(simple_arcs(acoustic, language, torch.arange(1, 9)))
+    assert_same([arcs[1]], [arcs[0]], 1e-6)
+    assert_same(*(torch.autograd.grad(one.sum(), acoustic) for one in arcs), 1e-4)
+
+
 def test_the_small_networks_loss_and_gradients_equal_those_of_all_alignments() -> None:
     network, frames, predicted, lattices, arcs = simple_parts()
     wanted = torch.stack([brute_force_loss(part) for part in arcs])
