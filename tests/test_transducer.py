@@ -159,7 +159,6 @@ def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
     assert int(wanted.num_impossible) == 2  # which CTC leaves out and the transducer does not
     assert_same([output.ctc_sum], [wanted.loss_sum.detach()], 1e-9)
     assert_same([output.loss_sum.detach()], [output.transducer_sum + 0.3 * output.ctc_sum], 1e-9)
-    parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(("encoder.", "ctc_"))]
     plain = make_model("lstm-hybrid", ctc_weight=0.0)
     plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "ctc_head" not in name})
     run(model, ROWS).loss_sum.backward()
@@ -172,7 +171,6 @@ def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
         if name in others:
             expected = expected + others[name].grad
         torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-9, msg=name)
-    assert len(parameters) == len(list(ctc.parameters()))
     log_mel, start, length, *_ = batch(ROWS, 48)
     assert_same([model.ctc_log_probs(log_mel, start, length)], [ctc.log_probs(log_mel, start, length)], 1e-12)
 
