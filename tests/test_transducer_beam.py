@@ -262,7 +262,7 @@ def test_sequences_that_no_hypothesis_begins_with_are_forgotten() -> None:
 
 def test_what_cannot_be_searched_is_refused() -> None:
     model, encoded, lengths = TableTransducer(), random_frames(2, 5), torch.tensor([5, 5])
-    with pytest.raises(ConfigError, match="decoder.width is 0"):
+    with pytest.raises(ConfigError, match="decoder.beam is 0"):
         beam_search(model, encoded, lengths, 0, 1)
     with pytest.raises(ConfigError, match="decoder.max_symbols is 0"):
         beam_search(model, encoded, lengths, 2, 0)

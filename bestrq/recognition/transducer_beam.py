@@ -171,7 +171,7 @@ def beam_search(
     """
     check_search(encoded, lengths, max_symbols)
     if width < 1:
-        raise ConfigError(f"decoder.width is {width}: give 1 or more hypotheses")
+        raise ConfigError(f"decoder.beam is {width}: give 1 or more hypotheses")
     state = _start(model, encoded, width) if state is None else state
     if state.scores.shape != (len(encoded), width):
         raise ValueError(f"the state is of {tuple(state.scores.shape)} hypotheses, here are {(len(encoded), width)}")
