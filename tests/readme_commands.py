@@ -42,6 +42,7 @@ TWO_PROCESSES = {"--nproc-per-node 8": "--nproc-per-node 2"}
 COMMANDS: dict[str, Run | Elsewhere] = {
     "bash launch/quickstart.sh": Run("--tiny"),
     "bash launch/quickstart.sh --corpus fillets": Elsewhere("fetches 100 MB; tests/test_corpora.py reads a small copy"),
+    "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
     "bash launch/test.sh": Elsewhere("this is what it runs"),
     "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
         exchange={"/data/speech": SPEECH_FOLDER}
@@ -53,6 +54,11 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "--finetune.init runs/base-120m/export": Run(f"{TINY_RUN} --finetune.vocab_size=20", TWO_PROCESSES),
     "python evaluate.py --export runs/base-120m-ctc/export --data.dataset datasets/train --data.split test "
     "--out results/base": Run("--device cpu"),
+    "torchrun --nproc-per-node 8 finetune_rnnt.py --config configs/base-120m-rnnt.yaml "
+    "--finetune.init runs/base-120m/export": Run(f"{TINY_RUN} --finetune.vocab_size=20", TWO_PROCESSES),
+    "python language_model.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out lm.arpa": Run(),
+    "python evaluate.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out results/rnnt "
+    "--decoder.beam 4 --decoder.language_model lm.arpa": Run("--device cpu"),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
         "tests/test_slurm.py does it, on two nodes"
     ),
@@ -73,6 +79,10 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "--preset quickstart --layers 1 --systems window full --durations 2 4 --batch-seconds 4 --repeats 1"
     ),
     "python -m benchmarks.activation_memory": Run("--preset quickstart --layers 1 --shapes 1x2 --repeats 1"),
+    "python -m benchmarks.rnnt_loss": Run(
+        "--systems ours torchaudio --segments 2 --frames 20 --labels 5 --vocab-sizes 16 --joint-dim 8 "
+        "--repeats 1 --rounds 1"
+    ),
     "python -m benchmarks.loader_speed": Run(
         "--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1 --growth-batches 20"
     ),
