@@ -11,7 +11,7 @@ N segments, T_s frames and U_s labels of segment s, J joint width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from bestrq.recognition.decoding import BLANK
 
 IMPOSSIBLE = -1e30
 """log-probability of an arc outside a band; minus infinity would make NaN of gradients"""
+
+CACHE_BYTES = 8 * 2**20
+"""what a slice takes at most on the CPU, where one that stays in the cache is the fastest"""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,7 @@ def check_labels(labels: Tensor, label_lengths: Tensor, vocab_size: int) -> None
 
 def bytes_of_cell(joint_dim: int, vocab_size: int, itemsize: int) -> int:
     """Bytes that a cell takes at the peak of the backward pass, while its slice is computed."""
-    # Hidden units, their gradient, and that before tanh or wide for its sums; logits as computed, in at least float32,
-    # and their gradient.
+    # Hidden units, their gradient, and that before tanh or wide; logits as computed, at least float32, and gradient.
     wide = max(itemsize, 4)
     return joint_dim * (2 * itemsize + wide) + 2 * vocab_size * wide + (vocab_size * itemsize if itemsize < wide else 0)
 
@@ -103,24 +105,25 @@ class _Slice:
     frames: slice
     """of the frames of all segments"""
     states: slice
-    """of the states of all segments: those of this one"""
+    """of the states of all segments: those that all frames see; with bands all of this segment"""
     cells: slice
     """of the cells of all segments, a segment's frame after frame"""
     labels: Tensor
-    """int64 [U + 1]: the label behind every state; 0 behind the last, which has none"""
+    """int64 [W], or with bands [t, W]: the label behind every state; 0 behind the last, which has none"""
     seen: Tensor | None
-    """int64 [t, W]: the states that every frame sees, or None for all"""
+    """int64 [t, W]: the states of every frame's band; None without bands"""
 
-    def joint(self, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden units `[t, W, J]` and logits `[t, W, V]`."""
+    def hidden(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        """Hidden units `[t, W, J]`."""
         states = predicted[self.states]
-        hidden = (encoded[self.frames, None] + (states if self.seen is None else states[self.seen])).tanh_()
-        return hidden, F.linear(hidden, weight, bias)
+        return (encoded[self.frames, None] + (states if self.seen is None else states[self.seen])).tanh_()
 
-    def next_label(self, num_frames: int) -> Tensor:
-        """int64 `[t, W, 1]`; 0 where there is none."""
-        labels = self.labels.expand(num_frames, -1) if self.seen is None else self.labels[self.seen]
-        return labels[..., None]
+    def narrowed(self, first: int, stop: int) -> "_Slice":
+        """Of the W states of every frame those in first .. stop - 1; `cells` stay as they were."""
+        if self.seen is not None:
+            return replace(self, labels=self.labels[:, first:stop], seen=self.seen[:, first:stop])
+        states = slice(self.states.start + first, self.states.start + stop)
+        return replace(self, labels=self.labels[first:stop], states=states)
 
 
 def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]:
@@ -129,6 +132,8 @@ def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]
     sizes = frames_of_slice(lattices, joint_dim, vocab_size, weight.element_size(), budget)
     for segment, (frames, size) in enumerate(zip(lattices.num_frames, sizes, strict=True)):
         states, width = lattices.num_states(segment), lattices.width(segment)
+        if weight.device.type == "cpu":
+            size = min(size, max(1, size * CACHE_BYTES // budget))
         labels = F.pad(lattices.labels[segment], (0, 1), value=BLANK)
         for first in range(0, frames, size):
             stop = min(first + size, frames)
@@ -136,8 +141,19 @@ def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]
             if lattices.first_state is not None and width < states:
                 seen = lattices.first_state[segment][first:stop, None] + torch.arange(width, device=labels.device)
             cells = slice(cell + first * width, cell + stop * width)
-            yield _Slice(slice(frame + first, frame + stop), slice(state, state + states), cells, labels, seen)
+            behind = labels if seen is None else labels[seen]
+            yield _Slice(slice(frame + first, frame + stop), slice(state, state + states), cells, behind, seen)
         frame, state, cell = frame + frames, state + states, cell + frames * width
+
+
+def _passed(flow: Tensor) -> tuple[int, int]:
+    """First state, and the one behind the last, of those through which a slice's alignments pass, from the gradients
+    `[t, W]` of its cells: what a frame has outside is less than a rounding error of its own."""
+    least = flow.amax() * torch.finfo(flow.dtype).eps / flow.shape[1]
+    passed = (
+        (~(flow < least)).any(dim=0).nonzero()
+    )  # a NaN counts: it must reach the gradients, where the step looks for it
+    return int(passed[0]), int(passed[-1]) + 1
 
 
 class _ArcScores(torch.autograd.Function):
@@ -150,37 +166,34 @@ class _ArcScores(torch.autograd.Function):
         ctx.lattices, ctx.budget = lattices, budget
         wide = torch.promote_types(encoded.dtype, torch.float32)
         arcs = encoded.new_empty(sum(lattices.cells), 2, dtype=wide)
-        normaliser = arcs.new_empty(len(arcs))
         for part in _slices(lattices, weight, budget):
-            logits = part.joint(encoded, predicted, weight, bias)[1].to(wide)
-            label = part.next_label(len(logits))
-            log_sum = logits.logsumexp(dim=-1)
-            normaliser[part.cells] = log_sum.flatten()
-            arcs[part.cells, 0] = (logits[..., BLANK] - log_sum).flatten()
+            log_probs = F.linear(part.hidden(encoded, predicted), weight, bias).to(wide).log_softmax(dim=-1)
+            arcs[part.cells, 0] = log_probs[..., BLANK].flatten()
             # Behind the last label there is none: its arc is never used, but must be finite.
-            arcs[part.cells, 1] = (logits.gather(-1, label).squeeze(-1) - log_sum).flatten()
-        ctx.save_for_backward(encoded, predicted, weight, bias, normaliser)
+            arcs[part.cells, 1] = log_probs.gather(-1, part.labels.expand(log_probs.shape[:2])[..., None]).flatten()
+            del log_probs  # the next slice would come beside them
+        ctx.save_for_backward(encoded, predicted, weight, bias)
         return arcs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        encoded, predicted, weight, bias, normaliser = ctx.saved_tensors
-        wide = normaliser.dtype
-        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (encoded, predicted, weight, bias)]
+        encoded, predicted, weight, bias = ctx.saved_tensors
+        wide = grads[0].dtype
+        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in ctx.saved_tensors]
         grad_encoded, grad_predicted, grad_weight, grad_bias = totals
         for part in _slices(ctx.lattices, weight, ctx.budget):
-            hidden, logits = part.joint(encoded, predicted, weight, bias)
-            label = part.next_label(len(logits))
-            grad_blank, grad_label = grads[0][part.cells].view(*logits.shape[:2], 2).unbind(-1)
-            grad_label = grad_label * (label.squeeze(-1) != BLANK)
+            grad = grads[0][part.cells].view(-1, part.labels.shape[-1], 2)
+            first, stop = _passed(grad.abs().sum(dim=-1))
+            part, (grad_blank, grad_label) = part.narrowed(first, stop), grad[:, first:stop].unbind(-1)
+            grad_label = grad_label * (part.labels != BLANK)
+            hidden = part.hidden(encoded, predicted)
             # d log p(k) / d logits = onehot(k) - softmax
-            grad_logits = logits.to(wide).sub_(normaliser[part.cells].view(logits.shape[:2])[..., None]).exp_()
+            grad_logits = F.linear(hidden, weight, bias).to(wide).softmax(dim=-1)
             grad_logits.mul_(-(grad_blank + grad_label)[..., None])
             grad_logits[..., BLANK] += grad_blank
-            grad_logits.scatter_add_(-1, label, grad_label[..., None])
-            flat = grad_logits.flatten(0, 1)
-            grad_bias += flat.sum(dim=0)
-            flat = flat.to(hidden.dtype)
+            grad_logits.scatter_add_(-1, part.labels.expand_as(grad_label)[..., None], grad_label[..., None])
+            grad_bias += grad_logits.sum(dim=(0, 1))
+            flat = grad_logits.flatten(0, 1).to(hidden.dtype)
             grad_weight += flat.mT @ hidden.flatten(0, 1)
             grad_hidden = torch.ops.aten.tanh_backward((flat @ weight).view_as(hidden), hidden)
             grad_encoded[part.frames] += grad_hidden.sum(dim=1, dtype=wide)
@@ -188,8 +201,8 @@ class _ArcScores(torch.autograd.Function):
                 grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
             else:
                 grad_predicted[part.states].index_add_(0, part.seen.flatten(), grad_hidden.flatten(0, 1).to(wide))
-            del hidden, logits, grad_logits, flat, grad_hidden  # the next slice would come beside them
-        return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors[:4], strict=True)), None, None
+            del hidden, grad_logits, flat, grad_hidden  # the next slice would come beside them
+        return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None
 
 
 def transducer_loss(
@@ -198,8 +211,8 @@ def transducer_loss(
 ) -> Tensor:  # fmt: skip
     """Minus the log-probability of every segment's labels, in nats: float32 `[N]` (float64 for float64).
 
-    Beside the slices, a cell takes about 24 bytes in all: two log-probabilities, a normaliser, and what torchaudio
-    keeps for its backward pass.
+    Beside the slices, a cell takes up to 32 bytes, of which 8, the gradients of its two log-probabilities, are kept
+    from the forward to the backward pass.
 
     Args:
         encoded: `[sum T_s, J]`, the encoder's part of the joint network's hidden units, segment after segment.
@@ -219,14 +232,13 @@ def transducer_loss(
 def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0) -> Tensor:
     """Minus the log of the summed probability of all alignments, `[N]`, from log-probabilities (blank, next label)
     of all cells `[cells, 2]`: see `transducer_loss`."""
-    if fast_emit:
-        faster = arcs * arcs.new_tensor([1.0, 1.0 + fast_emit])
-        arcs = faster + (arcs - faster).detach()
+    if fast_emit and arcs.requires_grad:
+        arcs = arcs.view_as(arcs)  # the hook is of this use alone
+        arcs.register_hook(lambda grad: grad * grad.new_tensor([1.0, 1.0 + fast_emit]))
     parts = [_whole_lattice(part, lattices, segment) for segment, part in enumerate(arcs.split(lattices.cells))]
     losses = [arcs[:0, 0]]  # of no segment: what keeps the graph, which DDP needs
     order = sorted(range(len(parts)), key=lambda segment: parts[segment].shape)
-    groups = list(_alike([parts[segment].shape for segment in order]))
-    for group in groups:
+    for group in _alike([parts[segment].shape for segment in order]):
         losses.append(_sum_over_alignments([parts[segment] for segment in order[group]]))
     return torch.cat(losses)[torch.tensor(order, dtype=torch.int64).argsort().to(arcs.device)]
 
@@ -259,9 +271,10 @@ def _sum_over_alignments(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].dtype == torch.float64:  # torchaudio knows float32 alone
         return torch.stack([sum_by_diagonals(part) for part in parts])
     most = [max(part.shape[axis] for part in parts) for axis in (0, 1)]
-    padded = torch.stack(
-        [F.pad(part, (0, 0, 0, most[1] - part.shape[1], 0, most[0] - part.shape[0])) for part in parts]
-    )
+    padded = parts[0][None]  # a lattice alone is not copied: it may be long
+    if len(parts) > 1:
+        rest = [(most[1] - part.shape[1], most[0] - part.shape[0]) for part in parts]
+        padded = torch.stack([F.pad(part, (0, 0, 0, u, 0, t)) for part, (u, t) in zip(parts, rest, strict=True)])
     sizes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int32).to(padded.device)
     targets = torch.ones(len(parts), most[1] - 1, dtype=torch.int32, device=padded.device)
     return torchaudio.functional.rnnt_loss(

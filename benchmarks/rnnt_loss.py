@@ -1,0 +1,283 @@
+"""The transducer loss beside others: time and peak memory of loss and all gradients, from what the joint network adds.
+
+    python -m benchmarks.rnnt_loss        # the others: benchmarks.rnnt_loss_peers tells how to get them
+
+A pass goes from the projected frames `[B, T, J]` and states `[B, U + 1, J]` through the joint network (add, tanh,
+output matrix) to the summed loss, and back to the gradients of both and of the output's weights. `ours` computes the
+whole lattice in slices, `ours_pruned` only bands of `--band` states that a small joint network chooses, whose loss and
+gradients are included; `fast_rnnt_pruned` does the same. All others are given the outputs of the whole lattice. In
+bfloat16 all run under autocast; losses are float32. Inputs are random and the same for all, losses have to agree.
+
+Our backward pass leaves out states that no alignment passes with a weight above rounding errors: `ours_states_share`
+tells which share of the cells is left. It falls as a model learns; random inputs are near the worst. `ours_all_cells`
+is ours without that.
+
+Every system has a process of its own; rounds go over the systems in turn. Memory is the highest resident size during
+the first pass (after a warm-up on a small problem), less that before it, inputs and weights included there. The
+fastest pass counts, and the highest peak. Address space may grow by `--budget-gb` only, for all alike: what needs more
+"does not fit". At vocabulary sizes after the first only ours and torchaudio run, in float32. `warprnnt_numba` takes
+minutes at the full size and runs where --systems names it. One line of JSON is the last:
+
+    memory_ratio_to_torchaudio         ours / theirs, peak, at the first vocabulary size in float32
+    time_ratio_to_torchaudio           the same of time; processor_ratio_to_torchaudio: of processor time, which other
+                                       programs on the machine disturb less (take --threads 1 there)
+    pruned_gain                        processor time of ours / that of ours_pruned, there
+    matmul_share                       the least processor time of the matrix products (4 of every cell, at the rate of
+                                       plain products of the same shapes) as a share of that of ours_all_cells, there
+    DTYPE_V_SYSTEM_seconds             each system's own; also _processor_seconds and _peak_mb; null: does not fit
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.context_cost import forget_peak, resident_bytes
+from benchmarks.rnnt_loss_peers import PEERS, Problem, missing
+from bestrq.recognition import transducer_loss as ours
+from bestrq.recognition.pruning import SimpleJoint
+from bestrq.recognition.transducer import TransducerSettings
+from bestrq.recognition.transducer_loss import Lattices, transducer_loss
+from bestrq.training.process import keep_freed_memory
+
+OURS = ["ours", "ours_all_cells", "ours_pruned"]
+OUT_OF_MEMORY = ["memory", "aten::empty", "aten::zeros", "aten::new_"]
+"""in errors of torch, and of torchaudio, which names the call that made no tensor"""
+FRAMES_PER_SECOND = 25
+"""of an encoder with subsampling by 4"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement."""
+
+    system: str
+    dtype: str
+    vocab_size: int
+    segments: int
+    frames: int
+    labels: int
+    joint_dim: int
+    band: int
+    slice_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}_{self.vocab_size}_{self.system}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a pass."""
+
+    seconds: float
+    processor: float
+    """seconds of all threads together"""
+    megabytes: float
+    loss: float
+
+    def best(self, other: "Cost | None") -> "Cost":
+        """The fastest pass, and the highest peak."""
+        if other is None:
+            return self
+        seconds, processor = min(self.seconds, other.seconds), min(self.processor, other.processor)
+        return Cost(seconds, processor, max(self.megabytes, other.megabytes), self.loss)
+
+
+def draw_problem(cell: Cell, frames: int, labels: int) -> Problem:
+    """The same for all systems."""
+    torch.manual_seed(0)
+    output, acoustic, language = (nn.Linear(cell.joint_dim, cell.vocab_size) for _ in range(3))
+    encoded = torch.randn(cell.segments, frames, cell.joint_dim, requires_grad=True)
+    predicted = torch.randn(cell.segments, labels + 1, cell.joint_dim, requires_grad=True)
+    drawn = torch.randint(1, cell.vocab_size, (cell.segments, labels))
+    return Problem(encoded, predicted, drawn, output, acoustic, language, cell.band)
+
+
+def our_loss(problem: Problem, cell: Cell) -> Tensor:
+    """As `TransducerModel` computes it."""
+    frames, states = problem.encoded.flatten(0, 1), problem.predicted.flatten(0, 1)
+    lattices = Lattices([problem.encoded.shape[1]] * len(problem.labels), list(problem.labels))
+    simple_sum = frames.new_zeros(())
+    if cell.system == "ours_pruned":
+        simple = SimpleJoint(cell.joint_dim, cell.joint_dim, cell.vocab_size)
+        simple.encoder_output, simple.prediction_output = problem.acoustic, problem.language
+        losses, lattices = simple(frames, states, lattices, cell.band)
+        simple_sum = losses.sum()
+    dtype = getattr(torch, cell.dtype)
+    weight, bias = problem.output.weight.to(dtype), problem.output.bias.to(dtype)
+    losses = transducer_loss(frames.to(dtype), states.to(dtype), weight, bias, lattices, cell.slice_bytes)
+    return losses.sum() + simple_sum
+
+
+def one_pass(cell: Cell, frames: int, labels: int) -> Cost:
+    """Loss and all gradients of a problem of that size."""
+    problem = draw_problem(cell, frames, labels)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bfloat16")
+    forget_peak()
+    before, begin, processor = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    with autocast:
+        loss = our_loss(problem, cell) if cell.system in OURS else PEERS[cell.system](problem)
+    loss.backward()
+    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+    return Cost(seconds, processor, (resident_bytes("VmHWM") - before) / 1e6, loss.item())
+
+
+def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
+    """In a process of its own; None where it needs more than `budget` bytes."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    everything = mock.patch.object(ours, "_passed", lambda flow: (0, flow.shape[1]))
+    if cell.system == "ours_all_cells":
+        everything.start()
+    one_pass(cell, 2, 2)
+    resource.setrlimit(resource.RLIMIT_AS, (resident_bytes("VmSize") + budget, resource.RLIM_INFINITY))
+    try:
+        costs = [one_pass(cell, cell.frames, cell.labels) for _ in range(repeats)]
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in OUT_OF_MEMORY):
+            raise
+        return None
+    # From the second pass on, what the first left to the allocator is there already: its peak is the one to tell.
+    seconds, processor = min(cost.seconds for cost in costs), min(cost.processor for cost in costs)
+    return Cost(seconds, processor, costs[0].megabytes, costs[0].loss)
+
+
+def states_share(cell: Cell) -> float:
+    """Share of the cells that our backward pass computes."""
+    problem, shares = draw_problem(cell, cell.frames, cell.labels), []
+    passed = ours._passed
+
+    def counted(flow: Tensor) -> tuple[int, int]:
+        first, stop = passed(flow)
+        shares.append(((stop - first) * flow.shape[0], flow.numel()))
+        return first, stop
+
+    with mock.patch.object(ours, "_passed", counted):
+        our_loss(problem, cell).backward()
+    return sum(share for share, _ in shares) / sum(total for _, total in shares)
+
+
+def matmul_seconds(cell: Cell, rows: int = 1024) -> float:
+    """Least time of the matrix products of a pass: forward, again in backward, and its two gradients."""
+    dtype = getattr(torch, cell.dtype)
+    hidden, weight = (
+        torch.randn(rows, cell.joint_dim, dtype=dtype),
+        torch.randn(cell.vocab_size, cell.joint_dim).to(dtype),
+    )
+    logits, seconds = hidden @ weight.mT, 0.0
+    for times, product in (
+        (2, lambda: hidden @ weight.mT),
+        (1, lambda: logits @ weight),
+        (1, lambda: logits.mT @ hidden),
+    ):
+        best = float("inf")
+        for _ in range(10):
+            begin = time.process_time()
+            product()
+            best = min(best, time.process_time() - begin)
+        seconds += times * best
+    return seconds / rows * cell.segments * cell.frames * (cell.labels + 1)
+
+
+def plan(args: argparse.Namespace) -> list[Cell]:
+    """What runs, in the order of a round."""
+    cells = []
+    for number, vocab_size in enumerate(args.vocab_sizes):
+        for dtype in args.dtypes[: None if number == 0 else 1]:
+            for system in args.systems:
+                if number == 0 or system in ("ours", "torchaudio"):
+                    sizes = (args.segments, args.frames, args.labels, args.joint_dim, args.band)
+                    cells.append(Cell(system, dtype, vocab_size, *sizes, args.slice_bytes))
+    return cells
+
+
+def ratios(args: argparse.Namespace, costs: dict[str, Cost | None]) -> dict[str, float]:
+    """The keys that compare, of those that ran."""
+
+    def cost(system: str) -> Cost | None:
+        return costs.get(f"{args.dtypes[0]}_{args.vocab_sizes[0]}_{system}")
+
+    found, mine, theirs, pruned, whole = {}, *map(cost, ("ours", "torchaudio", "ours_pruned", "ours_all_cells"))
+    if mine and theirs:
+        found["memory_ratio_to_torchaudio"] = mine.megabytes / theirs.megabytes
+        found["time_ratio_to_torchaudio"] = mine.seconds / theirs.seconds
+        found["processor_ratio_to_torchaudio"] = mine.processor / theirs.processor
+    if mine and pruned:
+        found["pruned_gain"] = mine.processor / pruned.processor
+    first = plan(args)[0]
+    if whole:
+        found["matmul_share"] = matmul_seconds(first) / whole.processor
+    found["ours_states_share"] = states_share(first)
+    return found
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [*OURS, *(name for name in PEERS if name != "warprnnt_numba")]
+    parser.add_argument("--systems", nargs="+", choices=[*OURS, *PEERS], default=default)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--segments", type=int, default=8, help="B")
+    parser.add_argument("--frames", type=int, default=500, help="T, of a segment")
+    parser.add_argument("--labels", type=int, default=100, help="U, of a segment")
+    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[1024, 4096], help="V")
+    parser.add_argument("--joint-dim", type=int, default=512, help="J")
+    parser.add_argument("--band", type=int, default=5, help="states of a frame, where there is pruning")
+    parser.add_argument("--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="of ours")
+    parser.add_argument("--budget-gb", type=float, default=8.0, help="memory of a pass, for every system")
+    parser.add_argument("--repeats", type=int, default=2, help="passes of a system in a round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    reasons = {system: missing(system) for system in args.systems}
+    print(*filter(None, reasons.values()), sep="\n", end="\n" if any(reasons.values()) else "")
+    args.systems = [system for system, reason in reasons.items() if reason is None]
+    torch.set_num_threads(args.threads)
+    costs: dict[str, Cost | None] = {}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(args.rounds):
+        for cell in plan(args):
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                asked = process.submit(measure, cell, args.repeats, args.threads, int(args.budget_gb * 1e9))
+                cost = asked.result()
+            costs[cell.name] = cost.best(costs.get(cell.name)) if cost else None
+            found = (
+                f"{cost.seconds:8.2f} s {cost.processor:8.2f} CPU-s {cost.megabytes:9.1f} MB  loss {cost.loss:.2f}"
+                if cost
+                else "does not fit"
+            )
+            print(f"{cell.name:36} {found}", flush=True)
+    check_losses(costs)
+    result: dict[str, object] = {key: round(value, 4) for key, value in ratios(args, costs).items()}
+    result |= {"audio_seconds": args.segments * args.frames / FRAMES_PER_SECOND, "budget_gb": args.budget_gb}
+    for name, cost in costs.items():
+        result[f"{name}_seconds"] = round(cost.seconds, 4) if cost else None
+        result[f"{name}_processor_seconds"] = round(cost.processor, 4) if cost else None
+        result[f"{name}_peak_mb"] = round(cost.megabytes, 1) if cost else None
+    print(json.dumps(result))
+
+
+def check_losses(costs: dict[str, Cost | None]) -> None:
+    """Timings of different numbers mean nothing: all systems that see the whole lattice have the same loss."""
+    groups: dict[str, list[float]] = {}
+    for name, cost in costs.items():
+        if cost and not name.endswith("_pruned"):
+            groups.setdefault("_".join(name.split("_")[:2]), []).append(cost.loss)
+    for name, losses in groups.items():
+        if max(losses) > 1.01 * min(losses):
+            raise RuntimeError(f"{name}: the losses differ: {losses}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The other systems of benchmarks.rnnt_loss: transducer losses that users train with, on padded batches.
+
+All but the pruned one are given the joint network's outputs `[B, T, U + 1, V]` of the whole batch, as their users call
+them. Nothing is imported before a system is asked for. torchaudio is a requirement of ours; warprnnt_numba stands in
+requirements-benchmarks.txt; fast_rnnt's sources fetch pybind11 at their build and ask for a C++ standard that is too
+old for torch's headers, so `pip install fast_rnnt` needs a network and
+`FT_CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DFT_BUILD_TESTS=OFF -DCMAKE_CXX_STANDARD=20"`.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a transducer's loss is of. B segments, all of T frames and U labels; J joint width, V vocabulary."""
+
+    encoded: Tensor
+    """`[B, T, J]`"""
+    predicted: Tensor
+    """`[B, U + 1, J]`"""
+    labels: Tensor
+    """int64 `[B, U]`"""
+    output: nn.Linear
+    """from the hidden units of a cell to its V outputs"""
+    acoustic: nn.Linear
+    """from a frame to the V outputs of the small joint network, where there is pruning"""
+    language: nn.Linear
+    """the same from a state"""
+    band: int
+    """states that a frame keeps, where there is pruning"""
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Frames and labels of every segment, int32 `[B]`."""
+        full = torch.ones(len(self.labels), dtype=torch.int32)
+        return full * self.encoded.shape[1], full * self.labels.shape[1]
+
+    def joint(self) -> Tensor:
+        """The joint network's outputs, `[B, T, U + 1, V]` in float32."""
+        return self.output(torch.tanh(self.encoded[:, :, None] + self.predicted[:, None])).float()
+
+
+def torchaudio_loss(problem: Problem) -> Tensor:
+    """torchaudio.functional.rnnt_loss, log-softmax and its gradient inside."""
+    import torchaudio
+
+    frames, labels = problem.lengths()
+    return torchaudio.functional.rnnt_loss(
+        problem.joint(), problem.labels.int(), frames, labels, blank=0, reduction="sum", fused_log_softmax=True
+    )
+
+
+def warprnnt_numba_loss(problem: Problem) -> Tensor:
+    """The CPU loss that NeMo falls back to; in Python, cell after cell."""
+    loss = importlib.import_module("warprnnt_numba.rnnt_loss.rnnt_pytorch").rnnt_loss
+    frames, labels = problem.lengths()
+    return loss(problem.joint(), problem.labels.int(), frames, labels, blank=0, reduction="sum").sum()
+
+
+def _boundary(problem: Problem) -> Tensor:
+    """int64 `[B, 4]`: first state and frame, last state and frame."""
+    frames, labels = (length.long() for length in problem.lengths())
+    return torch.stack((frames * 0, frames * 0, labels, frames), dim=1)
+
+
+def fast_rnnt_loss(problem: Problem) -> Tensor:
+    """fast_rnnt.rnnt_loss, over the whole lattice."""
+    loss = importlib.import_module("fast_rnnt").rnnt_loss
+    return loss(problem.joint(), problem.labels, 0, boundary=_boundary(problem), reduction="sum")
+
+
+def fast_rnnt_pruned_loss(problem: Problem) -> Tensor:
+    """Its simple loss with the pruned loss in the bands which that gives, as its documentation has them."""
+    fast = importlib.import_module("fast_rnnt")
+    boundary, labels = _boundary(problem), problem.labels
+    simple, (by_label, by_blank) = fast.rnnt_loss_simple(
+        lm=problem.language(problem.predicted).float(), am=problem.acoustic(problem.encoded).float(), symbols=labels,
+        termination_symbol=0, boundary=boundary, reduction="sum", return_grad=True,
+    )  # fmt: skip
+    ranges = fast.get_rnnt_prune_ranges(
+        px_grad=by_label, py_grad=by_blank, boundary=boundary, s_range=min(problem.band, labels.shape[1] + 1)
+    )
+    encoded, predicted = fast.do_rnnt_pruning(am=problem.encoded, lm=problem.predicted, ranges=ranges)
+    logits = problem.output(torch.tanh(encoded + predicted)).float()
+    pruned = fast.rnnt_loss_pruned(
+        logits=logits, symbols=labels, ranges=ranges, termination_symbol=0, boundary=boundary, reduction="sum"
+    )
+    return pruned + simple
+
+
+PEERS: dict[str, Callable[[Problem], Tensor]] = {
+    "torchaudio": torchaudio_loss,
+    "fast_rnnt": fast_rnnt_loss,
+    "fast_rnnt_pruned": fast_rnnt_pruned_loss,
+    "warprnnt_numba": warprnnt_numba_loss,
+}
+"""name -> the summed loss of a problem"""
+
+PACKAGES = {name: name.removesuffix("_pruned") for name in PEERS}
+"""what has to be installed for each"""
+
+
+def missing(system: str) -> str | None:
+    """Why a system cannot run here, and how to get it; None where it can."""
+    package = PACKAGES.get(system)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    how = "see benchmarks/rnnt_loss_peers.py" if package == "fast_rnnt" else "-r requirements-benchmarks.txt"
+    return f"{system} is left out: {package} is not installed (pip install {how})"

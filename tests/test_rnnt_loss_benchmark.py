@@ -1,0 +1,63 @@
+"""What benchmarks.rnnt_loss compares is comparable, and what does not fit or is not installed it says."""
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import rnnt_loss as benchmark
+from benchmarks.rnnt_loss_peers import PACKAGES, torchaudio_loss
+
+TINY = "--segments 2 --frames 30 --labels 6 --joint-dim 8 --rounds 1 --repeats 1 --threads 1"
+
+
+def cell(system: str, dtype: str = "float32") -> benchmark.Cell:
+    arguments = [*TINY.split(), "--vocab-sizes", "20", "--systems", system, "--dtypes", dtype]
+    return benchmark.plan(benchmark.parse_arguments(arguments))[0]
+
+
+def test_ours_and_torchaudio_have_the_same_loss_and_gradients_of_the_same_problem() -> None:
+    ours, theirs = (benchmark.draw_problem(cell("ours"), 30, 6) for _ in range(2))
+    losses = benchmark.our_loss(ours, cell("ours")), torchaudio_loss(theirs)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for mine, other in zip(
+        (ours.encoded, ours.predicted, *ours.output.parameters()),
+        (theirs.encoded, theirs.predicted, *theirs.output.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_that_differ_are_an_error() -> None:
+    cost = {
+        "float32_20_ours": benchmark.Cost(1.0, 1.0, 1.0, 100.0),
+        "float32_20_ours_pruned": benchmark.Cost(1.0, 1.0, 1.0, 300.0),
+    }
+    benchmark.check_losses({**cost, "float32_20_torchaudio": benchmark.Cost(1.0, 1.0, 1.0, 100.01)})
+    with pytest.raises(RuntimeError, match="differ"):
+        benchmark.check_losses({**cost, "float32_20_torchaudio": benchmark.Cost(1.0, 1.0, 1.0, 120.0)})
+
+
+def test_the_last_line_has_the_ratios_and_a_system_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PACKAGES, "fast_rnnt", "a_package_that_nobody_has")
+    arguments = "--vocab-sizes 20 --dtypes float32 --systems ours torchaudio fast_rnnt"
+    benchmark.main([*TINY.split(), *arguments.split()])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("fast_rnnt is left out: a_package_that_nobody_has is not installed")
+    result = json.loads(lines[-1])
+    assert result["time_ratio_to_torchaudio"] > 0 and result["float32_20_ours_seconds"] > 0
+    assert 0 < result["ours_states_share"] <= 1 and "float32_20_fast_rnnt_seconds" not in result
+
+
+def test_what_needs_more_memory_than_the_budget_does_not_fit() -> None:
+    # In a process of its own, whose address space is limited; its outputs and their gradient take 670 MB.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        large = replace(cell("torchaudio"), vocab_size=200_000)
+        assert process.submit(benchmark.measure, large, 1, 1, 400_000_000).result() is None
