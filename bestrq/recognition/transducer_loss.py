@@ -153,7 +153,8 @@ def _passed(flow: Tensor) -> tuple[int, int]:
     passed = (
         (~(flow < least)).any(dim=0).nonzero()
     )  # a NaN counts: it must reach the gradients, where the step looks for it
-    return int(passed[0]), int(passed[-1]) + 1
+    first, stop = int(passed[0]), int(passed[-1]) + 1
+    return first, min(first + -(-(stop - first) // 8) * 8, flow.shape[1])  # oneDNN makes and keeps code for every size
 
 
 class _ArcScores(torch.autograd.Function):
@@ -177,8 +178,7 @@ class _ArcScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        encoded, predicted, weight, bias = ctx.saved_tensors
-        wide = grads[0].dtype
+        (encoded, predicted, weight, bias), wide = ctx.saved_tensors, grads[0].dtype
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in ctx.saved_tensors]
         grad_encoded, grad_predicted, grad_weight, grad_bias = totals
         for part in _slices(ctx.lattices, weight, ctx.budget):
