@@ -132,16 +132,14 @@ def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]
     sizes = frames_of_slice(lattices, joint_dim, vocab_size, weight.element_size(), budget)
     for segment, (frames, size) in enumerate(zip(lattices.num_frames, sizes, strict=True)):
         states, width = lattices.num_states(segment), lattices.width(segment)
-        if weight.device.type == "cpu":
-            size = min(size, max(1, size * CACHE_BYTES // budget))
+        size = min(size, max(1, size * CACHE_BYTES // budget)) if weight.device.type == "cpu" else size
         labels = F.pad(lattices.labels[segment], (0, 1), value=BLANK)
         for first in range(0, frames, size):
             stop = min(first + size, frames)
             seen = None
             if lattices.first_state is not None and width < states:
                 seen = lattices.first_state[segment][first:stop, None] + torch.arange(width, device=labels.device)
-            cells = slice(cell + first * width, cell + stop * width)
-            behind = labels if seen is None else labels[seen]
+            cells, behind = slice(cell + first * width, cell + stop * width), labels if seen is None else labels[seen]
             yield _Slice(slice(frame + first, frame + stop), slice(state, state + states), cells, behind, seen)
         frame, state, cell = frame + frames, state + states, cell + frames * width
 
