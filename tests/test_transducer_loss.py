@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.live_bytes import LiveBytes
 from bestrq.config import ConfigError
 from bestrq.recognition.transducer_loss import (
     Lattices,
+    _passed,
     check_labels,
     sum_by_diagonals,
     sum_over_alignments,
@@ -157,7 +159,11 @@ def peak_bytes(frames: int, dtype: torch.dtype, joint: int, vocab: int, banded: 
 @pytest.mark.parametrize("banded", [False, True], ids=["whole", "banded"])
 @pytest.mark.parametrize(("joint", "vocab"), [(64, 256), (128, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_slice_stays_within_its_budget(dtype: torch.dtype, joint: int, vocab: int, banded: bool) -> None:
+def test_a_slice_stays_within_its_budget(
+    dtype: torch.dtype, joint: int, vocab: int, banded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Short slices would leave out more states, and so be smaller than they may be.
+    monkeypatch.setattr("bestrq.recognition.transducer_loss._passed", lambda flow: (0, flow.shape[1]))
     frames, slices, width = 20, 6, 31 if banded else 61
     least, more = (peak_bytes(frames, dtype, joint, vocab, banded, count) for count in (1, slices))
     assert more[0] - least[0] <= (slices - 1) * least[1]
@@ -217,3 +223,31 @@ def test_a_label_outside_the_vocabulary_is_named(wrong: int) -> None:
     with pytest.raises(ConfigError, match=f"label {wrong} at position 1 of segment 1: .* labels 1 to 4"):
         check_labels(labels, torch.tensor([2, 2]), 5)
     check_labels(labels, torch.tensor([2, 1]), 5)
+
+
+def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_their_rounding() -> None:
+    tensors, lattices = made_lattices([(300, 40)], torch.float32, 32, 48)
+    shares = []
+
+    def passed(flow: torch.Tensor) -> tuple[int, int]:
+        first, stop = _passed(flow)
+        shares.append((stop - first) / flow.shape[1])
+        return first, stop
+
+    smallest = smallest_budget(tensors, lattices)
+    with mock.patch("bestrq.recognition.transducer_loss._passed", passed):
+        got = loss_and_gradients(tensors, lattices, smallest)
+    with mock.patch("bestrq.recognition.transducer_loss._passed", lambda flow: (0, flow.shape[1])):
+        wanted = loss_and_gradients(tensors, lattices, smallest)
+    assert sum(shares) < 0.8 * len(shares)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).abs().max() <= 4 * torch.finfo(torch.float32).eps * other.abs().max()
+
+
+def test_a_gradient_that_is_not_finite_is_never_left_out() -> None:
+    flow = torch.zeros(2, 40)
+    flow[0, 20], flow[1, 30] = 1.0, torch.nan
+    assert _passed(flow) == (0, 40)  # against NaN nothing is small
+    flow[1, 30] = torch.inf
+    assert _passed(flow) == (30, 38)
+    assert _passed(torch.zeros(2, 40)) == (0, 40)
