@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.live_bytes import LiveBytes
 from bestrq.config import ConfigError
 from bestrq.recognition.tdt_loss import sum_over_durations, tdt_loss
 from bestrq.recognition.transducer_loss import Lattices, bytes_of_cell, sum_over_alignments
@@ -20,7 +20,7 @@ SEGMENTS = [(4, [1, 2]), (3, []), (1, [3, 3, 3]), (1, []), (2, [4, 1, 1]), (4, [
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def make_inputs(lattices: Lattices, outputs: int, dtype: torch.dtype = torch.float64) -> Inputs:
+def make_inputs(lattices: Lattices, outputs: int, dtype: torch.dtype = torch.float64, joint: int = JOINT) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     states = sum(len(labels) + 1 for labels in lattices.labels)
 
@@ -28,7 +28,7 @@ def make_inputs(lattices: Lattices, outputs: int, dtype: torch.dtype = torch.flo
         return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
 
     frames = sum(lattices.num_frames)
-    return parameter(frames, JOINT), parameter(states, JOINT), parameter(outputs, JOINT), parameter(outputs)
+    return parameter(frames, joint), parameter(states, joint), parameter(outputs, joint), parameter(outputs)
 
 
 def make_lattices(segments: Sequence[tuple[int, list[int]]], **bands: Any) -> Lattices:
@@ -200,28 +200,27 @@ def test_bfloat16_inputs_give_float32_losses_and_finite_gradients() -> None:
     assert all(grad.isfinite().all() for grad in with_gradients(result, inputs))
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any operation's result had."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.num_elements = max(self.num_elements, result.numel())
-        return result
+def peak_bytes(frames: int, states: int, joint: int, slices: int) -> int:
+    lattices = make_lattices([(frames, [1] * (states - 1))])
+    inputs = make_inputs(lattices, 256 + 3, torch.float32, joint)
+    live = LiveBytes()
+    with live:
+        budget = slices * states * bytes_of_cell(joint, 256 + 3, 4)
+        tdt_loss(*inputs, lattices, [0, 1, 2], budget).sum().backward()
+    return live.peak
 
 
-def test_no_tensor_holds_the_outputs_of_a_lattice() -> None:
-    durations, vocab_size = [0, 1, 2], 64
-    outputs = vocab_size + len(durations)
-    lattices = make_lattices([(40, [1] * 9)])
-    inputs = make_inputs(lattices, outputs, torch.float32)
-    with LargestTensor() as largest:
-        loss = tdt_loss(*inputs, lattices, durations, 20 * bytes_of_cell(JOINT, outputs, 4))
-        loss.sum().backward()
-    sheared = (40 + 9) * 10 * (2 + len(durations))
-    assert largest.num_elements == max(20 * outputs, sheared) < 40 * 10 * vocab_size / 8
+@pytest.mark.parametrize("joint", [16, 256])
+def test_a_slice_stays_within_its_budget(joint: int) -> None:
+    least, more = (peak_bytes(20, 21, joint, slices) for slices in (1, 6))
+    assert more - least <= 5 * 21 * bytes_of_cell(joint, 256 + 3, 4)
+
+
+def test_a_longer_lattice_costs_a_few_numbers_a_cell_and_never_the_vocabulary() -> None:
+    short, long = (peak_bytes(frames, 31, 32, 1) for frames in (40, 80))
+    # 4 + D that are kept, and twice 2 + D while gradients are computed, 8 bytes spare; outputs would take 1036.
+    of_frame = 31 * (4 * (4 + 3 + 2 * (2 + 3)) + 8) + 32 * 16
+    assert 0 < long - short <= 40 * of_frame
 
 
 def test_a_batch_of_no_segment_keeps_the_graph() -> None:

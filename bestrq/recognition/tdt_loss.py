@@ -52,7 +52,7 @@ def tdt_loss(
 ) -> Tensor:  # fmt: skip
     """Minus the log-probability of every segment's labels, in nats: float32 `[N]` (float64 for float64).
 
-    Beside the slices, a cell keeps 4 + D numbers, and takes about as many again while its gradients are computed.
+    Beside the slices, a cell keeps about 4 + D numbers, and takes 2 (2 + D) more while its gradients are computed.
 
     Args:
         encoded: `[sum T_s, J]`, the encoder's part of the joint network's hidden units, segment after segment.
@@ -92,6 +92,7 @@ class _ArcScores(torch.autograd.Function):
             # Behind the last label there is none: its arc is never used, but must be finite.
             arcs[part.cells, 1] = (tokens.gather(-1, part.next_label(len(logits))).squeeze(-1) - log_sum).flatten()
             arcs[part.cells, TOKENS:] = lasts.log_softmax(dim=-1).flatten(0, 1)
+            del logits, tokens, lasts, log_sum  # the next slice would come beside them
         ctx.save_for_backward(encoded, predicted, weight, bias, normaliser, arcs)
         return arcs
 
@@ -112,7 +113,8 @@ class _ArcScores(torch.autograd.Function):
             tokens[:, BLANK] += grad[:, 0]
             tokens.scatter_add_(1, label, grad[:, 1:TOKENS])
             share = arcs[part.cells, TOKENS:].exp()
-            torch.sub(grad[:, TOKENS:], share * grad[:, TOKENS:].sum(dim=1, keepdim=True), out=lasts)
+            torch.sub(grad[:, TOKENS:], share.mul_(grad[:, TOKENS:].sum(dim=1, keepdim=True)), out=lasts)
+            del logits, tokens, lasts, label, share
             grad_bias += flat.sum(dim=0)
             flat = flat.to(hidden.dtype)
             grad_weight += flat.mT @ hidden.flatten(0, 1)
@@ -122,6 +124,7 @@ class _ArcScores(torch.autograd.Function):
                 grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
             else:
                 grad_predicted[part.states].index_add_(0, part.seen.flatten(), grad_hidden.flatten(0, 1).to(wide))
+            del hidden, flat, grad_hidden
         return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors[:4], strict=True)), None, None, None
 
 
