@@ -1,5 +1,7 @@
 """Greedy search of a token-and-duration transducer against its definition, frame by frame; chunks and times."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny_transducer import VOCAB, TableTransducer, make_any, random_frames
@@ -92,7 +94,7 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str) -> None:
 def test_a_state_stays_as_it_was_when_the_search_goes_on() -> None:
     model, encoded = TableTransducer(OUTPUTS), random_frames(2, 12, OUTPUTS)
     state = tdt_greedy(model, encoded, torch.tensor([12, 12]), DURATIONS, 2)
-    tokens, ahead, predicted = state.tokens(0), state.ahead.clone(), state.predicted.clone()
+    tokens, ahead, predicted = deepcopy(state.tokens(0)), state.ahead.clone(), state.predicted.clone()
     tdt_greedy(model, encoded, torch.tensor([12, 12]), DURATIONS, 2, state)
     assert state.tokens(0) == tokens and len(tokens.ids) > 2
     assert torch.equal(state.ahead, ahead) and torch.equal(state.predicted, predicted)
