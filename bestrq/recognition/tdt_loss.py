@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from bestrq.config import ConfigError
-from bestrq.recognition.decoding import BLANK
-from bestrq.recognition.transducer_loss import IMPOSSIBLE, Lattices, _alike, _slices
+from bestrq.recognition.transducer_loss import IMPOSSIBLE, ArcScores, Lattices, alike
 
 TOKENS = 2
 """arcs of a cell before its durations: blank, next label"""
@@ -52,7 +51,7 @@ def tdt_loss(
 ) -> Tensor:  # fmt: skip
     """Minus the log-probability of every segment's labels, in nats: float32 `[N]` (float64 for float64).
 
-    Beside the slices, a cell keeps about 4 + D numbers, and takes 2 (2 + D) more while its gradients are computed.
+    Beside the slices, a cell keeps about 3 + D numbers, and takes 2 (2 + D) more while its gradients are computed.
 
     Args:
         encoded: `[sum T_s, J]`, the encoder's part of the joint network's hidden units, segment after segment.
@@ -67,65 +66,8 @@ def tdt_loss(
         ConfigError: `slice_bytes` is too small for a single frame, or `durations` leave a segment without alignment.
     """
     check_durations(durations)
-    arcs = _ArcScores.apply(encoded, predicted, weight, bias, lattices, len(durations), slice_bytes)
+    arcs = ArcScores.apply(encoded, predicted, weight, bias, lattices, slice_bytes, len(durations))
     return sum_over_durations(arcs, lattices, durations, sigma)
-
-
-class _ArcScores(torch.autograd.Function):
-    """Joint network and both log-softmaxes; of the tokens, only blank and next label are kept: `[cells, 2 + D]`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, lattices: Lattices,
-        num_durations: int, budget: int,
-    ) -> Tensor:  # fmt: skip
-        ctx.lattices, ctx.budget, ctx.vocab_size = lattices, budget, len(weight) - num_durations
-        wide = torch.promote_types(encoded.dtype, torch.float32)
-        arcs = encoded.new_empty(sum(lattices.cells), TOKENS + num_durations, dtype=wide)
-        normaliser = arcs.new_empty(len(arcs))
-        for part in _slices(lattices, weight, budget):
-            logits = part.joint(encoded, predicted, weight, bias)[1].to(wide)
-            tokens, lasts = logits.split((ctx.vocab_size, num_durations), dim=-1)
-            log_sum = tokens.logsumexp(dim=-1)
-            normaliser[part.cells] = log_sum.flatten()
-            arcs[part.cells, 0] = (tokens[..., BLANK] - log_sum).flatten()
-            # Behind the last label there is none: its arc is never used, but must be finite.
-            arcs[part.cells, 1] = (tokens.gather(-1, part.next_label(len(logits))).squeeze(-1) - log_sum).flatten()
-            arcs[part.cells, TOKENS:] = lasts.log_softmax(dim=-1).flatten(0, 1)
-            del logits, tokens, lasts, log_sum  # the next slice would come beside them
-        ctx.save_for_backward(encoded, predicted, weight, bias, normaliser, arcs)
-        return arcs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        encoded, predicted, weight, bias, normaliser, arcs = ctx.saved_tensors
-        wide = normaliser.dtype
-        totals = [torch.zeros_like(tensor, dtype=wide) for tensor in (encoded, predicted, weight, bias)]
-        grad_encoded, grad_predicted, grad_weight, grad_bias = totals
-        for part in _slices(ctx.lattices, weight, ctx.budget):
-            hidden, logits = part.joint(encoded, predicted, weight, bias)
-            flat = logits.flatten(0, 1).to(wide)
-            label = part.next_label(len(logits)).expand(*logits.shape[:2], 1).reshape(-1, 1)
-            grad = grads[0][part.cells]
-            # d log p(k) / d logits = onehot(k) - softmax, of tokens and of durations; both written over the logits
-            tokens, lasts = flat.split((ctx.vocab_size, len(weight) - ctx.vocab_size), dim=-1)
-            tokens.sub_(normaliser[part.cells, None]).exp_().mul_(-grad[:, :TOKENS].sum(dim=1, keepdim=True))
-            tokens[:, BLANK] += grad[:, 0]
-            tokens.scatter_add_(1, label, grad[:, 1:TOKENS])
-            share = arcs[part.cells, TOKENS:].exp()
-            torch.sub(grad[:, TOKENS:], share.mul_(grad[:, TOKENS:].sum(dim=1, keepdim=True)), out=lasts)
-            del logits, tokens, lasts, label, share
-            grad_bias += flat.sum(dim=0)
-            flat = flat.to(hidden.dtype)
-            grad_weight += flat.mT @ hidden.flatten(0, 1)
-            grad_hidden = torch.ops.aten.tanh_backward((flat @ weight).view_as(hidden), hidden)
-            grad_encoded[part.frames] += grad_hidden.sum(dim=1, dtype=wide)
-            if part.seen is None:
-                grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
-            else:
-                grad_predicted[part.states].index_add_(0, part.seen.flatten(), grad_hidden.flatten(0, 1).to(wide))
-            del hidden, flat, grad_hidden
-        return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors[:4], strict=True)), None, None, None
 
 
 def sum_over_durations(arcs: Tensor, lattices: Lattices, durations: Sequence[int], sigma: float = 0.0) -> Tensor:
@@ -170,7 +112,7 @@ def _groups(lattices: Lattices) -> list[list[int]]:
     """Segments whose lattices are padded to one size."""
     shapes = [(frames, lattices.num_states(segment), 0) for segment, frames in enumerate(lattices.num_frames)]
     order = sorted(range(len(shapes)), key=shapes.__getitem__)
-    return [order[group] for group in _alike([shapes[segment] for segment in order], WASTE)]
+    return [order[group] for group in alike([shapes[segment] for segment in order], WASTE)]
 
 
 def _of_segment(arcs: Tensor, lattices: Lattices, segment: int) -> Tensor:

@@ -155,22 +155,28 @@ def _passed(flow: Tensor) -> tuple[int, int]:
     return first, min(first + -(-(stop - first) // 8) * 8, flow.shape[1])  # oneDNN makes and keeps code for every size
 
 
-class _ArcScores(torch.autograd.Function):
-    """Joint network and log-softmax; of a cell, only the log-probabilities of blank and next label are kept."""
+class ArcScores(torch.autograd.Function):
+    """Joint network and log-softmax; of a cell's tokens, only the log-probabilities of blank and next label are kept,
+    and all of its D durations, the last outputs, which have a softmax of their own (none here: see `tdt_loss`)."""
 
     @staticmethod
     def forward(
-        ctx: Any, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, lattices: Lattices, budget: int
-    ) -> Tensor:
-        ctx.lattices, ctx.budget = lattices, budget
+        ctx: Any, encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor, lattices: Lattices, budget: int,
+        num_durations: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """`[cells, 2 + D]`, at least float32."""
+        ctx.lattices, ctx.budget, ctx.num_tokens = lattices, budget, len(weight) - num_durations
         wide = torch.promote_types(encoded.dtype, torch.float32)
-        arcs = encoded.new_empty(sum(lattices.cells), 2, dtype=wide)
+        arcs = encoded.new_empty(sum(lattices.cells), 2 + num_durations, dtype=wide)
         for part in _slices(lattices, weight, budget):
-            log_probs = F.linear(part.hidden(encoded, predicted), weight, bias).to(wide).log_softmax(dim=-1)
+            logits = F.linear(part.hidden(encoded, predicted), weight, bias).to(wide)
+            if num_durations:
+                arcs[part.cells, 2:] = logits[..., ctx.num_tokens :].log_softmax(dim=-1).flatten(0, 1)
+            log_probs = logits[..., : ctx.num_tokens].log_softmax(dim=-1)
             arcs[part.cells, 0] = log_probs[..., BLANK].flatten()
             # Behind the last label there is none: its arc is never used, but must be finite.
             arcs[part.cells, 1] = log_probs.gather(-1, part.labels.expand(log_probs.shape[:2])[..., None]).flatten()
-            del log_probs  # the next slice would come beside them
+            del logits, log_probs  # the next slice would come beside them
         ctx.save_for_backward(encoded, predicted, weight, bias)
         return arcs
 
@@ -180,16 +186,12 @@ class _ArcScores(torch.autograd.Function):
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in ctx.saved_tensors]
         grad_encoded, grad_predicted, grad_weight, grad_bias = totals
         for part in _slices(ctx.lattices, weight, ctx.budget):
-            grad = grads[0][part.cells].view(-1, part.labels.shape[-1], 2)
-            first, stop = _passed(grad.abs().sum(dim=-1))
-            part, (grad_blank, grad_label) = part.narrowed(first, stop), grad[:, first:stop].unbind(-1)
-            grad_label = grad_label * (part.labels != BLANK)
+            grad = grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1])
+            first, stop = _passed(grad[..., :2].abs().sum(dim=-1))
+            grad, part = grad[:, first:stop], part.narrowed(first, stop)
             hidden = part.hidden(encoded, predicted)
-            # d log p(k) / d logits = onehot(k) - softmax
-            grad_logits = F.linear(hidden, weight, bias).to(wide).softmax(dim=-1)
-            grad_logits.mul_(-(grad_blank + grad_label)[..., None])
-            grad_logits[..., BLANK] += grad_blank
-            grad_logits.scatter_add_(-1, part.labels.expand_as(grad_label)[..., None], grad_label[..., None])
+            grad_logits = F.linear(hidden, weight, bias).to(wide)
+            _log_softmax_backward_(grad_logits, grad, part.labels, ctx.num_tokens)
             grad_bias += grad_logits.sum(dim=(0, 1))
             flat = grad_logits.flatten(0, 1).to(hidden.dtype)
             grad_weight += flat.mT @ hidden.flatten(0, 1)
@@ -200,7 +202,20 @@ class _ArcScores(torch.autograd.Function):
             else:
                 grad_predicted[part.states].index_add_(0, part.seen.flatten(), grad_hidden.flatten(0, 1).to(wide))
             del hidden, grad_logits, flat, grad_hidden  # the next slice would come beside them
-        return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None
+        return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None, None
+
+
+def _log_softmax_backward_(logits: Tensor, grad: Tensor, labels: Tensor, num_tokens: int) -> None:
+    """Write over logits `[t, W, V + D]` their gradients, from those of arcs `[t, W, 2 + D]`."""
+    # d log p(k) / d logits = onehot(k) - softmax
+    tokens, durations = logits.split((num_tokens, logits.shape[-1] - num_tokens), dim=-1)
+    grad_label = grad[..., 1:2] * (labels != BLANK)[..., None]
+    torch.mul(tokens.softmax(dim=-1), -(grad[..., :1] + grad_label), out=tokens)
+    tokens[..., :1] += grad[..., :1]  # BLANK
+    tokens.scatter_add_(-1, labels.expand(grad.shape[:2])[..., None], grad_label)
+    if durations.shape[-1]:
+        torch.mul(durations.softmax(dim=-1), -grad[..., 2:].sum(dim=-1, keepdim=True), out=durations)
+        durations += grad[..., 2:]
 
 
 def transducer_loss(
@@ -223,7 +238,7 @@ def transducer_loss(
     Raises:
         ConfigError: `slice_bytes` is too small for a single frame; naming the smallest that works.
     """
-    arcs = _ArcScores.apply(encoded, predicted, weight, bias, lattices, slice_bytes)
+    arcs = ArcScores.apply(encoded, predicted, weight, bias, lattices, slice_bytes)
     return sum_over_alignments(arcs, lattices, fast_emit)
 
 
@@ -236,7 +251,7 @@ def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0
     parts = [_whole_lattice(part, lattices, segment) for segment, part in enumerate(arcs.split(lattices.cells))]
     losses = [arcs[:0, 0]]  # of no segment: what keeps the graph, which DDP needs
     order = sorted(range(len(parts)), key=lambda segment: parts[segment].shape)
-    for group in _alike([parts[segment].shape for segment in order]):
+    for group in alike([parts[segment].shape for segment in order]):
         losses.append(_sum_over_alignments([parts[segment] for segment in order[group]]))
     return torch.cat(losses)[torch.tensor(order, dtype=torch.int64).argsort().to(arcs.device)]
 
@@ -252,7 +267,7 @@ def _whole_lattice(part: Tensor, lattices: Lattices, segment: int) -> Tensor:
     return whole.scatter(1, seen[..., None].expand(-1, -1, 2), part)
 
 
-def _alike(shapes: Sequence[Sequence[int]], waste: float = 1.25) -> Iterator[slice]:
+def alike(shapes: Sequence[Sequence[int]], waste: float = 1.25) -> Iterator[slice]:
     """Runs of sorted shapes that may be padded to one, which then is at most `waste` times their sum."""
     begin, most_states, used = 0, 0, 0
     for end, (frames, states, _) in enumerate(shapes):
