@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bestrq.recognition.lattices import Lattices
 from bestrq.recognition.pruning import SimpleJoint, band_width, choose_band, simple_arcs
-from bestrq.recognition.transducer_loss import Lattices, sum_over_alignments, transducer_loss
+from bestrq.recognition.transducer_loss import sum_over_alignments, transducer_loss
 from tests.lattices import arcs_of, assert_same, brute_force_loss, joint_arcs, made_lattices
 
 ENOUGH = 2**40

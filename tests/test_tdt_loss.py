@@ -9,8 +9,9 @@ from torch import Tensor
 
 from benchmarks.live_bytes import LiveBytes
 from bestrq.config import ConfigError
+from bestrq.recognition.lattices import Lattices
 from bestrq.recognition.tdt_loss import sum_over_durations, tdt_loss
-from bestrq.recognition.transducer_loss import Lattices, bytes_of_cell, sum_over_alignments
+from bestrq.recognition.transducer_loss import bytes_of_cell, sum_over_alignments
 
 VOCAB, JOINT = 5, 4
 SEGMENTS = [(4, [1, 2]), (3, []), (1, [3, 3, 3]), (1, []), (2, [4, 1, 1]), (4, [2, 2]), (3, [1])]

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from benchmarks.live_bytes import LiveBytes
 from bestrq.config import ConfigError
+from bestrq.recognition.lattices import Lattices, check_labels
 from bestrq.recognition.transducer_loss import (
-    Lattices,
     _passed,
-    check_labels,
     sum_by_diagonals,
     sum_over_alignments,
     transducer_loss,

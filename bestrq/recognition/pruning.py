@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bestrq.recognition.decoding import BLANK
-from bestrq.recognition.transducer_loss import Lattices, sum_over_alignments
+from bestrq.recognition.lattices import Lattices
+from bestrq.recognition.transducer_loss import sum_over_alignments
 
 
 class SimpleJoint(nn.Module):

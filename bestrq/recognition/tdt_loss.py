@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bestrq.config import ConfigError
-from bestrq.recognition.transducer_loss import IMPOSSIBLE, ArcScores, Lattices, alike
+from bestrq.recognition.lattices import Lattices
+from bestrq.recognition.transducer_loss import IMPOSSIBLE, ArcScores, alike
 
 TOKENS = 2
 """arcs of a cell before its durations: blank, next label"""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from bestrq.config import ConfigError
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.recognition.ctc import ctc_loss, frame_log_probs, segment_frames
+from bestrq.recognition.lattices import Lattices, check_labels
 from bestrq.recognition.prediction import LSTMPrediction, State, StatelessPrediction
 from bestrq.recognition.pruning import SimpleJoint
-from bestrq.recognition.transducer_loss import Lattices, check_labels, frames_of_slice, transducer_loss
+from bestrq.recognition.transducer_loss import frames_of_slice, transducer_loss
 from bestrq.recognition.transducer_search import GreedyState, greedy_search
 
 
