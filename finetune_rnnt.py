@@ -34,6 +34,7 @@ from finetuning import (
     FinetuneConfig,
     describe,
     export,
+    heldout_inference,
     heldout_recordings,
     labelled_crops,
     read_init,
@@ -56,7 +57,7 @@ def train(config: Config) -> None:
     frames_per_second = dataset.features.frames_per_second
     init = read_init(config, dataset) if config.finetune.init else None
     crops = labelled_crops(dataset, config)
-    heldout = heldout_recordings(dataset, config)
+    heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
     run = RunFolder(config.run.folder)
     run.start(config, world, free=(*FREE_FIELDS, "transducer.slice_bytes"), fingerprints=dataset.identity())
     tokenizer = run_tokenizer(run, crops, config.finetune, world)
@@ -153,7 +154,7 @@ def train(config: Config) -> None:
         is_validation = step % config.validation.every_steps == 0 or is_last
         if is_validation:
             decoder = TransducerDecoder(model, DecoderSettings())
-            found = validate(model, decoder, heldout, tokenizer.decode, config.inference, frames_per_second, world)
+            found = validate(model, decoder, heldout, tokenizer.decode, inference, frames_per_second, world)
             rates = {"dev_wer": found.wer, "dev_cer": found.cer}
             metrics.write(step, rates, kind="dev")
             if world.is_main:

@@ -1,7 +1,7 @@
 """What the two fine-tuning scripts share: settings, crops, held-out recordings, tokenizer, checkpoint, export."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -166,6 +166,14 @@ def heldout_recordings(dataset: Dataset, config: FinetuneConfig) -> list[Heldout
 def read_mel(dataset: Dataset, normalisation: Normalisation, recording: int, start: int, stop: int) -> torch.Tensor:
     """Normalised frames of a recording, float32 [stop - start, M]."""
     return torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation=normalisation))
+
+
+def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings:
+    """`config.inference`; in bfloat16 where FSDP2 gathers the blocks' weights in it, for float32 does not fit these."""
+    sharded = world.size > 1 and config.distributed.strategy == "fsdp"
+    if sharded and config.distributed.precision == "bfloat16":
+        return replace(config.inference, precision="bfloat16")
+    return config.inference
 
 
 def run_tokenizer(run: RunFolder, crops: CropTable, settings: FinetuneSettings, world: World) -> Tokenizer:

@@ -182,6 +182,16 @@ def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(script
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
+def test_fsdp_in_bfloat16_trains_and_validates(script, dataset, tmp_path):
+    """The blocks' weights are bfloat16 there, in validation too."""
+    steps = ["--distributed.precision=bfloat16", "--run.steps=1"]
+    options = arguments(script, dataset, tmp_path / "run", *steps, "--distributed.strategy=fsdp")
+    run_distributed(run_in_world, 2, script, options)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "dev"] == [1]
+
+
 def test_a_run_continues_in_another_world_with_the_same_batches(dataset, undisturbed, tmp_path, monkeypatch):
     no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
     reference, folder = tmp_path / "one", tmp_path / "moved"
