@@ -81,7 +81,7 @@ def test_the_sum_by_diagonals_equals_that_of_all_alignments_with_its_gradients()
 
 
 def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary() -> None:
-    """Tolerance 1e-5 of the values, and of each gradient's norm."""
+    """To 1e-5; gradients lie within 1."""
     sizes = [(60, 20), (37, 11)]
     tensors, lattices = made_lattices(sizes, torch.float32, joint=16, vocab=50)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary()
     losses = torchaudio.functional.rnnt_loss(logits, targets, *lengths, blank=0, reduction="none")
     wanted = [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
     for one, other in zip(got, wanted, strict=True):
-        assert (one - other).norm() < 1e-5 * other.norm()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(30_000, 40), (300, 2000)], ids=["20-minutes", "2000-labels"])
@@ -162,7 +162,7 @@ def test_a_slice_stays_within_its_budget(
     dtype: torch.dtype, joint: int, vocab: int, banded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Short slices would leave out more states, and so be smaller than they may be.
-    monkeypatch.setattr("bestrq.recognition.transducer_loss._passed", lambda flow: (0, flow.shape[1]))
+    monkeypatch.setattr("bestrq.recognition.transducer_loss._passed", lambda flow: torch.tensor([0, flow.shape[1]]))
     frames, slices, width = 20, 6, 31 if banded else 61
     least, more = (peak_bytes(frames, dtype, joint, vocab, banded, count) for count in (1, slices))
     assert more[0] - least[0] <= (slices - 1) * least[1]
@@ -228,15 +228,15 @@ def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_thei
     tensors, lattices = made_lattices([(300, 40)], torch.float32, 32, 48)
     shares = []
 
-    def passed(flow: torch.Tensor) -> tuple[int, int]:
-        first, stop = _passed(flow)
-        shares.append((stop - first) / flow.shape[1])
-        return first, stop
+    def passed(flow: Tensor) -> Tensor:
+        span = _passed(flow)
+        shares.append(int(span.diff()) / flow.shape[1])
+        return span
 
     smallest = smallest_budget(tensors, lattices)
     with mock.patch("bestrq.recognition.transducer_loss._passed", passed):
         got = loss_and_gradients(tensors, lattices, smallest)
-    with mock.patch("bestrq.recognition.transducer_loss._passed", lambda flow: (0, flow.shape[1])):
+    with mock.patch("bestrq.recognition.transducer_loss._passed", lambda flow: torch.tensor([0, flow.shape[1]])):
         wanted = loss_and_gradients(tensors, lattices, smallest)
     assert sum(shares) < 0.8 * len(shares)
     for one, other in zip(got, wanted, strict=True):
@@ -246,7 +246,21 @@ def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_thei
 def test_a_gradient_that_is_not_finite_is_never_left_out() -> None:
     flow = torch.zeros(2, 40)
     flow[0, 20], flow[1, 30] = 1.0, torch.nan
-    assert _passed(flow) == (0, 40)  # against NaN nothing is small
+    assert _passed(flow).tolist() == [0, 40]  # against NaN nothing is small
     flow[1, 30] = torch.inf
-    assert _passed(flow) == (30, 38)
-    assert _passed(torch.zeros(2, 40)) == (0, 40)
+    assert _passed(flow).tolist() == [30, 38]
+    assert _passed(torch.zeros(2, 40)).tolist() == [0, 40]
+
+
+def test_float32_gradients_of_a_long_lattice_of_many_paths_follow_float64() -> None:
+    """Of every frame's blanks one is taken; torchaudio alone loses this along the lattice: its error is 0.7 % here."""
+    lattices = Lattices([2000], [torch.ones(200, dtype=torch.int64)])
+    arcs = torch.randn(2000 * 201, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 5
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = arcs.to(dtype).requires_grad_()
+        [loss] = sum_over_alignments(leaf, lattices)
+        grads.append(torch.autograd.grad(loss, leaf)[0].double())
+    assert (grads[1] - grads[0]).norm() < 2e-3 * grads[0].norm()
+    blanks = -grads[1][:, 0].view(2000, 201).sum(dim=1)
+    torch.testing.assert_close(blanks, torch.ones_like(blanks), rtol=0, atol=1e-5)

@@ -100,15 +100,16 @@ def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]
         frame, state, cell = frame + frames, state + states, cell + frames * width
 
 
-def _passed(flow: Tensor) -> tuple[int, int]:
-    """First state, and the one behind the last, of those through which a slice's alignments pass, from the gradients
-    `[t, W]` of its cells: what a frame has outside is less than a rounding error of its own."""
-    least = flow.amax() * torch.finfo(flow.dtype).eps / flow.shape[1]
-    passed = (
-        (~(flow < least)).any(dim=0).nonzero()
-    )  # a NaN counts: it must reach the gradients, where the step looks for it
-    first, stop = int(passed[0]), int(passed[-1]) + 1
-    return first, min(first + -(-(stop - first) // 8) * 8, flow.shape[1])  # oneDNN makes and keeps code for every size
+def _passed(flow: Tensor) -> Tensor:
+    """First state, and the one behind the last, int64 `[2]`, of those through which a slice's alignments pass, from the
+    gradients `[t, W]` of its cells: what a frame has outside is less than a rounding error of its own."""
+    num_states = flow.shape[1]
+    least = flow.amax() * torch.finfo(flow.dtype).eps / num_states
+    # Not "flow >= least": a NaN must reach the gradients, where the step looks for it.
+    passed = (~(flow < least)).any(dim=0).int()
+    first, stop = passed.argmax(), num_states - passed.flip(0).argmax()
+    eights = (stop - first + 7) // 8 * 8  # oneDNN makes and keeps code for every size
+    return torch.stack((first, (first + eights).clamp(max=num_states)))
 
 
 class ArcScores(torch.autograd.Function):
@@ -141,9 +142,12 @@ class ArcScores(torch.autograd.Function):
         (encoded, predicted, weight, bias), wide = ctx.saved_tensors, grads[0].dtype
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in ctx.saved_tensors]
         grad_encoded, grad_predicted, grad_weight, grad_bias = totals
-        for part in _slices(ctx.lattices, weight, ctx.budget):
-            grad = grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1])
-            first, stop = _passed(grad[..., :2].abs().sum(dim=-1))
+        parts = list(_slices(ctx.lattices, weight, ctx.budget))
+        grad_of = [grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1]) for part in parts]
+        # All of them in one transfer from the device, which would wait for each otherwise.
+        passed = [_passed(grad[..., :2].abs().sum(dim=-1)) for grad in grad_of]
+        spans = torch.stack(passed).tolist() if passed else []
+        for part, grad, (first, stop) in zip(parts, grad_of, spans, strict=True):
             grad, part = grad[:, first:stop], part.narrowed(first, stop)
             hidden = part.hidden(encoded, predicted)
             grad_logits = F.linear(hidden, weight, bias).to(wide)
@@ -246,10 +250,32 @@ def _sum_over_alignments(parts: Sequence[Tensor]) -> Tensor:
         padded = torch.stack([F.pad(part, (0, 0, 0, u, 0, t)) for part, (u, t) in zip(parts, rest, strict=True)])
     sizes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int32).to(padded.device)
     targets = torch.ones(len(parts), most[1] - 1, dtype=torch.int32, device=padded.device)
-    return torchaudio.functional.rnnt_loss(
-        padded, targets, sizes[:, 0].contiguous(), sizes[:, 1] - 1, blank=BLANK, reduction="none",
-        fused_log_softmax=False,
-    )  # fmt: skip
+    return _RNNTLoss.apply(padded, targets, sizes[:, 0].contiguous(), sizes[:, 1] - 1)
+
+
+class _RNNTLoss(torch.autograd.Function):
+    """torchaudio's, with its gradients set right.
+
+    Its float32 sums drift along a lattice whose paths are many: for 2,000 frames and 200 labels at random, gradients
+    were 0.7 % off. An alignment takes one blank of every frame, so a frame's blanks have probabilities that sum to 1:
+    divided by their sum, 0.1 % is left.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lattices: Tensor, targets: Tensor, num_frames: Tensor, num_labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = lattices.detach().requires_grad_()
+            losses = torchaudio.functional.rnnt_loss(
+                leaf, targets, num_frames, num_labels, blank=BLANK, reduction="none", fused_log_softmax=False
+            )
+            [grad] = torch.autograd.grad(losses.sum(), leaf)
+        blanks = -grad[..., BLANK].sum(dim=-1)[..., None, None]
+        ctx.save_for_backward(grad.div_(torch.where(blanks == 0, 1.0, blanks)))  # padding has none
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grads[0][:, None, None, None], None, None, None
 
 
 def sum_by_diagonals(lattice: Tensor) -> Tensor:
