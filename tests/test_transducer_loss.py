@@ -81,7 +81,7 @@ def test_the_sum_by_diagonals_equals_that_of_all_alignments_with_its_gradients()
 
 
 def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary() -> None:
-    """To 1e-5; gradients lie within 1."""
+    """To 2e-5 of each gradient's norm, for torchaudio's own are 1.4e-5 from those in float64, and ours 0.4e-5."""
     sizes = [(60, 20), (37, 11)]
     tensors, lattices = made_lattices(sizes, torch.float32, joint=16, vocab=50)
     with torch.no_grad():
@@ -97,7 +97,10 @@ def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary()
     losses = torchaudio.functional.rnnt_loss(logits, targets, *lengths, blank=0, reduction="none")
     wanted = [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
     for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert (one - other).norm() < 2e-5 * other.norm()
+    exact = loss_and_gradients([tensor.detach().double().requires_grad_() for tensor in tensors], lattices, 2**18)
+    for one, other in zip(got, exact, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("size", [(30_000, 40), (300, 2000)], ids=["20-minutes", "2000-labels"])
