@@ -70,6 +70,11 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
     """The decoder that is asked for. Raises ConfigError where the model of the folder `export` has none such."""
     model = recogniser.model
     if isinstance(model, TransducerModel) and settings.head != "ctc":
+        if model.settings.durations and settings.beam > 1:
+            raise ConfigError(
+                f"decoder.beam is {settings.beam}, but the transducer of {export} has durations (TDT), "
+                "which are decoded greedily: give 1"
+            )
         path, pieces = settings.language_model, recogniser.tokenizer.pieces
         return TransducerDecoder(model, settings, read_arpa(path, pieces) if path else None)
     if settings.head == "rnnt":

@@ -46,13 +46,15 @@ def train(script: Any, dataset: Path, folder: Path, *more: str) -> None:
     script.train(parse(script.Config, [*ENCODER, *DATA, *RUN, *CALM, *PLAIN, *places, *more]))
 
 
+STEPS = ["--run.steps=160", "--validation.every_steps=160", "--checkpoint.every_steps=160", "--run.log_every=40"]
+RATE = ["--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=10", "--optimizer.clip_norm=1"]
+
+
 @pytest.fixture(scope="module")
 def hybrid(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has seen this one recording again and again."""
     folder = tmp_path_factory.mktemp("hybrid") / "run"
-    steps = ["--run.steps=160", "--validation.every_steps=160", "--checkpoint.every_steps=160", "--run.log_every=40"]
-    rate = ["--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=10", "--optimizer.clip_norm=1"]
-    train(finetune_rnnt, dataset, folder, *SMALL, *steps, *rate, "--transducer.ctc_weight=1")
+    train(finetune_rnnt, dataset, folder, *SMALL, *STEPS, *RATE, "--transducer.ctc_weight=1")
     return folder
 
 
@@ -67,6 +69,14 @@ def test_one_recording_is_learned_from_scratch_to_the_last_word(hybrid: Path) ->
     assert [line["dev_wer"] for line in lines if line["kind"] == "dev"] == [0.0]
     losses = [line["transducer_loss"] for line in lines if line["kind"] == "train"]
     assert losses[-1] < 0.1 < 2 < losses[0]
+
+
+def test_a_transducer_with_durations_learns_it_too_and_passes_over_frames(dataset: Path, tmp_path: Path) -> None:
+    train(finetune_rnnt, dataset, tmp_path / "run", *SMALL, *STEPS, *RATE, "--transducer.durations=[0,1,2,4]")
+    [row] = decode(tmp_path / "run", dataset, tmp_path / "out")["recordings"]
+    assert row["hypothesis"] == " ".join(WORDS)
+    with pytest.raises(ConfigError, match=r"decoder.beam is 4, but the transducer of .* has durations"):
+        decode(tmp_path / "run", dataset, tmp_path / "beam", "--decoder.beam=4")
 
 
 def test_every_decoder_of_a_hybrid_agrees_on_what_it_has_learned(hybrid: Path, dataset: Path, tmp_path: Path) -> None:

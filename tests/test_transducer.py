@@ -23,6 +23,7 @@ ENCODER = EncoderSettings(
 KINDS: dict[str, dict[str, Any]] = {
     "stateless": {},
     "lstm-hybrid": {"prediction": "lstm", "ctc_weight": 0.3, "fast_emit": 0.1},
+    "durations": {"durations": [0, 1, 2], "prediction": "lstm"},
     "pruned": {"prune_range": 2, "ctc_weight": 0.3, "simple_weight": 0.7},
 }
 every_kind = pytest.mark.parametrize("kind", list(KINDS))

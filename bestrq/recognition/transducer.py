@@ -9,7 +9,7 @@ segment slots in a row, N segments of the whole batch, U label length. Label 0 i
 Graves 2012, "Sequence Transduction with Recurrent Neural Networks", arXiv 1211.3711.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ from bestrq.recognition.ctc import ctc_loss, frame_log_probs, segment_frames
 from bestrq.recognition.lattices import Lattices, check_labels
 from bestrq.recognition.prediction import LSTMPrediction, State, StatelessPrediction
 from bestrq.recognition.pruning import SimpleJoint
+from bestrq.recognition.tdt_loss import check_durations, tdt_loss
+from bestrq.recognition.tdt_search import TDTState, tdt_greedy
 from bestrq.recognition.transducer_loss import frames_of_slice, transducer_loss
 from bestrq.recognition.transducer_search import GreedyState, greedy_search
 
@@ -45,6 +47,11 @@ class TransducerSettings:
     """weight of the CTC loss of a linear head on the encoder, with which the model can decode too; 0: no such head"""
     fast_emit: float = 0.0
     """share by which gradients of labels are made larger, so that they are emitted earlier; around 0.005"""
+    durations: list[int] = field(default_factory=list)
+    """frames that an output may take, each with an output of its own (token-and-duration transducer), such as
+    [0, 1, 2, 3, 4]; empty: the plain transducer"""
+    sigma: float = 0.05
+    """with durations: taken from the log-probability of every token in training, so that longer durations pay"""
     prune_range: int = 0
     """states (labels so far) that the joint network sees at a frame, chosen by a joint network without a hidden
     layer; 0: all of them"""
@@ -57,11 +64,17 @@ class TransducerSettings:
         for name in ("context", "prediction_dim", "prediction_layers", "joint_dim", "slice_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"transducer.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("ctc_weight", "fast_emit", "simple_weight"):
+        for name in ("ctc_weight", "fast_emit", "simple_weight", "sigma"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"transducer.{name} is {getattr(self, name)}: give 0 or more")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"transducer.dropout is {self.dropout}: give a share from 0 to below 1")
+        if self.durations:
+            check_durations(self.durations)
+            if self.fast_emit:
+                raise ConfigError(
+                    f"transducer.fast_emit is {self.fast_emit}: give 0 with durations, it is for the plain transducer"
+                )
         if self.prune_range < 0 or self.prune_range == 1:
             raise ConfigError(f"transducer.prune_range is {self.prune_range}: give 2 or more, or 0 for all states")
 
@@ -72,7 +85,8 @@ def check_slice_bytes(settings: TransducerSettings, vocab_size: int, most_labels
     labels = [torch.zeros(most_labels, dtype=torch.int64)]
     widths = [min(settings.prune_range, most_labels + 1)] if settings.prune_range else None
     lattices = Lattices([most_labels + 1], labels, widths=widths)
-    frames_of_slice(lattices, settings.joint_dim, vocab_size, itemsize, settings.slice_bytes)
+    num_outputs = vocab_size + len(settings.durations)
+    frames_of_slice(lattices, settings.joint_dim, num_outputs, itemsize, settings.slice_bytes)
 
 
 @dataclass
@@ -88,17 +102,24 @@ class TransducerOutput:
 
 
 class Joint(nn.Module):
-    """The joint network: projections of both sides, added, tanh, and V outputs."""
+    """The joint network: projections of both sides, added, tanh, and V outputs; then D for durations, if any."""
 
-    def __init__(self, encoder_dim: int, prediction_dim: int, joint_dim: int, vocab_size: int) -> None:
+    def __init__(
+        self, encoder_dim: int, prediction_dim: int, joint_dim: int, vocab_size: int, num_durations: int
+    ) -> None:
         super().__init__()
+        self.vocab_size = vocab_size
         self.encoder_projection = nn.Linear(encoder_dim, joint_dim)
         self.prediction_projection = nn.Linear(prediction_dim, joint_dim, bias=False)
-        self.output = nn.Linear(joint_dim, vocab_size)
+        self.output = nn.Linear(joint_dim, vocab_size + num_durations)
 
     def forward(self, encoded: Tensor, predicted: Tensor) -> Tensor:
-        """Log-probabilities, at least float32, `[..., V]` of projected frames and states `[..., J]`."""
-        return frame_log_probs(self.output, torch.tanh(encoded + predicted))
+        """Log-probabilities, at least float32, `[..., V + D]` of projected frames and states `[..., J]`: those of the
+        outputs sum to 1, and those of the durations."""
+        logits = self.output(torch.tanh(encoded + predicted))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        tokens, durations = logits[..., : self.vocab_size], logits[..., self.vocab_size :]
+        return torch.cat((tokens.log_softmax(dim=-1), durations.log_softmax(dim=-1)), dim=-1)
 
 
 class TransducerModel(nn.Module):
@@ -118,7 +139,7 @@ class TransducerModel(nn.Module):
             self.prediction = LSTMPrediction(vocab_size, dim, settings.prediction_layers, dropout)
         else:
             self.prediction = StatelessPrediction(vocab_size, dim, settings.context, dropout)
-        self.joint = Joint(encoder.dim, dim, settings.joint_dim, vocab_size)
+        self.joint = Joint(encoder.dim, dim, settings.joint_dim, vocab_size, len(settings.durations))
         self.simple_joint = SimpleJoint(encoder.dim, dim, vocab_size) if settings.prune_range else None
         self.ctc_head = nn.Linear(encoder.dim, vocab_size) if settings.ctc_weight else None
 
@@ -145,8 +166,10 @@ class TransducerModel(nn.Module):
         predicted, state = self.prediction.step(label, state)
         return self.joint.prediction_projection(predicted), state
 
-    def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState:
-        """`greedy_search` of this model; a method, so that FSDP2 can gather the weights around it."""
+    def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState | TDTState:
+        """`greedy_search` or `tdt_greedy` of this model; a method, so that FSDP2 can gather the weights around it."""
+        if self.settings.durations:
+            return tdt_greedy(self, encoded, lengths, self.settings.durations, max_symbols)
         return greedy_search(self, encoded, lengths, max_symbols)
 
     def _hidden(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
@@ -195,9 +218,11 @@ class TransducerModel(nn.Module):
         encoded, predicted = self.joint.encoder_projection(frames), self.joint.prediction_projection(predicted)
         # The function below is its own autograd, where autocast does not reach: its dtypes are made equal here.
         weight, bias = self.joint.output.weight.to(encoded.dtype), self.joint.output.bias.to(encoded.dtype)
-        losses = transducer_loss(
-            encoded, predicted, weight, bias, lattices, self.settings.slice_bytes, self.settings.fast_emit
-        )
+        settings, joint = self.settings, (encoded, predicted, weight, bias, lattices)
+        if settings.durations:
+            losses = tdt_loss(*joint, settings.durations, settings.slice_bytes, settings.sigma)
+        else:
+            losses = transducer_loss(*joint, settings.slice_bytes, settings.fast_emit)
         transducer_sum = losses.sum()
         loss_sum = loss_sum + transducer_sum
         ctc_sum = torch.zeros_like(loss_sum)
