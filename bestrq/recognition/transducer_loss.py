@@ -184,8 +184,8 @@ def transducer_loss(
 ) -> Tensor:  # fmt: skip
     """Minus the log-probability of every segment's labels, in nats: float32 `[N]` (float64 for float64).
 
-    Beside the slices, a cell takes up to 32 bytes, of which 8, the gradients of its two log-probabilities, are kept
-    from the forward to the backward pass.
+    Beside the slices, a cell takes about 36 bytes (45 in lattices padded to one size) while alignments are summed, and
+    8 of them, the gradients of its two log-probabilities, until the backward pass.
 
     Args:
         encoded: `[sum T_s, J]`, the encoder's part of the joint network's hidden units, segment after segment.
