@@ -90,3 +90,12 @@ def test_dropout_is_of_training_alone(kind: str) -> None:
     network.eval()
     assert torch.equal(network(labels), network(labels))
     torch.testing.assert_close(network(labels), label_by_label(network, labels[0].tolist()), rtol=0, atol=1e-12)
+
+
+def test_an_lstm_is_computed_in_the_precision_of_its_weights_under_autocast() -> None:
+    network = make("lstm", 2).float()
+    labels = [torch.tensor([1, 2, 3, 4, 5, 6])]
+    wanted, wanted_step = network(labels), network.step(torch.tensor([3]), network.start(1))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(labels), wanted)
+        assert torch.equal(network.step(torch.tensor([3]), network.start(1))[0], wanted_step)

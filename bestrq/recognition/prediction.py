@@ -59,7 +59,7 @@ class LSTMPrediction(nn.Module):
     def forward(self, labels: Sequence[Tensor]) -> Tensor:
         """`[sum (U_s + 1), D]`, the states of a sequence after one another; labels int64 `[U_s]` each."""
         padded = nn.utils.rnn.pad_sequence([F.pad(one, (1, 0)) for one in labels], batch_first=True)
-        output, _ = self.lstm(self.embedding(padded))
+        output, _ = self._run(self.embedding(padded), None)
         return self.dropout(torch.cat([row[: len(one) + 1] for row, one in zip(output, labels, strict=True)]))
 
     def start(self, num_sequences: int) -> State:
@@ -70,5 +70,10 @@ class LSTMPrediction(nn.Module):
     def step(self, label: Tensor, state: State) -> tuple[Tensor, State]:
         """`[N, D]` after one more label each, int64 `[N]`; and the state after it."""
         before = tuple(tensor.transpose(0, 1).contiguous() for tensor in state)
-        output, after = self.lstm(self.embedding(label)[:, None], before)
+        output, after = self._run(self.embedding(label)[:, None], before)
         return self.dropout(output[:, 0]), tuple(tensor.transpose(0, 1) for tensor in after)
+
+    def _run(self, embedded: Tensor, before: State | None) -> tuple[Tensor, State]:
+        # On CUDA, autocast to bfloat16 runs cuDNN's LSTM in float16, where gradients that no scaler guards vanish.
+        with torch.autocast(embedded.device.type, enabled=False):
+            return self.lstm(embedded, before)
