@@ -93,3 +93,7 @@ def test_bad_settings_name_the_field() -> None:
         DecoderSettings(max_symbols=-1)
     with pytest.raises(ConfigError, match=r"decoder.beam is 4, but decoder.head is 'ctc'"):
         DecoderSettings(head="ctc", beam=4)
+    with pytest.raises(ConfigError, match=r"decoder.language_model is lm.arpa, but decoder.head is 'ctc'"):
+        DecoderSettings(head="ctc", language_model="lm.arpa")
+    with pytest.raises(ConfigError, match=r"decoder.label_bonus is given, but decoder.beam is 1 .*: give a beam"):
+        DecoderSettings(label_bonus=0.5)

@@ -41,10 +41,15 @@ class DecoderSettings:
         for name in ("beam", "max_symbols"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoder.{name} is {getattr(self, name)}: give 1 or more")
-        if self.language_model and self.beam == 1:
-            raise ConfigError("decoder.language_model is given, but decoder.beam is 1 (greedy): give a beam such as 8")
-        if self.head == "ctc" and self.beam > 1:
-            raise ConfigError(f"decoder.beam is {self.beam}, but decoder.head is 'ctc', which decodes greedily: give 1")
+        for name, unset in (("beam", 1), ("language_model", ""), ("label_bonus", 0.0)):
+            if self.head == "ctc" and getattr(self, name) != unset:
+                raise ConfigError(
+                    f"decoder.{name} is {getattr(self, name)}, but decoder.head is 'ctc', which decodes greedily: "
+                    f"give {unset!r}"
+                )
+        for name in ("language_model", "label_bonus"):
+            if getattr(self, name) and self.beam == 1:
+                raise ConfigError(f"decoder.{name} is given, but decoder.beam is 1 (greedy): give a beam such as 8")
 
 
 class Decoder(Protocol):
