@@ -131,7 +131,7 @@ def train(config: Config) -> None:
                 (output.loss_sum / global_labels).backward()
             loss_sum += output.loss_sum.detach()
             frames = [float(batch.segment_length.sum()), float(batch.log_mel.shape[0] * batch.log_mel.shape[1])]
-            losses = [float(output.loss_sum.detach()), float(output.transducer_sum), float(output.ctc_sum)]
+            losses = torch.stack((output.loss_sum.detach(), output.transducer_sum, output.ctc_sum)).tolist()
             counts = [*losses, float(label_lengths.sum()), *frames]
             sums += torch.tensor(counts, dtype=torch.float64, device=world.device)
         update = guard.apply_update(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)

@@ -205,7 +205,7 @@ class TransducerModel(nn.Module):
         index, lengths = segment_frames(segment_start, segment_length, stride, hidden.shape[1])
         used = torch.arange(index.shape[1]) < lengths[:, None]
         frames = hidden.flatten(0, 1).index_select(0, index[used].to(device))  # [sum T_s, D]
-        sequences = [row[:length].to(device) for row, length in zip(labels, label_lengths.tolist(), strict=True)]
+        sequences = [row[:n] for row, n in zip(labels.to(device), label_lengths.tolist(), strict=True)]  # one transfer
         # Of no segment at all: the states of an empty one, none of which is used, keep the graph, which DDP needs.
         predicted = self.prediction(sequences or [index.new_zeros(0, device=device)])
         predicted = predicted[: sum(len(one) + 1 for one in sequences)]
