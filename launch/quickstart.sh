@@ -6,8 +6,9 @@
 #   bash launch/quickstart.sh --head rnnt        RNN-T beside CTC, both from the pretrained encoder, and its decoders
 #   bash launch/quickstart.sh --folder DIR       keep everything in DIR (default: runs/quickstart-CORPUS)
 #
-# Corpora: synthetic (default), fillets. Heads: ctc (default: pretrained beside scratch), rnnt. Makes .venv and installs requirements.txt first. Finished steps are skipped,
-# interrupted ones continue: after Ctrl-C, or on another day, run the same command again.
+# Corpora: synthetic (default), fillets. Heads: ctc (default: from the pretrained encoder beside from scratch), rnnt.
+# Makes .venv and installs requirements.txt first. Finished steps are skipped, interrupted ones continue: after Ctrl-C,
+# or on another day, run the same command again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
