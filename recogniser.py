@@ -76,6 +76,8 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
                 "which are decoded greedily: give 1"
             )
         path, pieces = settings.language_model, recogniser.tokenizer.pieces
+        if path and not Path(path).is_file():
+            raise ConfigError(f"decoder.language_model is {path}: there is no such file; language_model.py makes one")
         return TransducerDecoder(model, settings, read_arpa(path, pieces) if path else None)
     if settings.head == "rnnt":
         raise ConfigError(

@@ -113,4 +113,6 @@ def test_heads_that_an_export_has_not_are_refused_by_name(hybrid: Path, dataset:
         decode(tmp_path / "rnnt", dataset, tmp_path / "out", "--decoder.head=ctc")
     with pytest.raises(ConfigError, match=r"decoder.language_model is given, but decoder.beam is 1"):
         decode(hybrid, dataset, tmp_path / "out", "--decoder.language_model=lm.arpa")
+    with pytest.raises(ConfigError, match=r"decoder.language_model is .*none.arpa: there is no such file"):
+        decode(hybrid, dataset, tmp_path / "out", "--decoder.beam=2", f"--decoder.language_model={tmp_path}/none.arpa")
     assert not (tmp_path / "out").exists()
