@@ -276,6 +276,12 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(script, start, dataset, 
         assert torch.allclose(after[name], tensor, atol=1e-6) != is_fresh, name
 
 
+def test_a_checkpoint_without_its_run_is_refused_with_what_to_give(dataset, undisturbed, tmp_path):
+    shutil.copytree(undisturbed["pretrain"] / "checkpoints/step-00000005", tmp_path / "loose")
+    with pytest.raises(ConfigError, match=r"loose is a checkpoint, .*; give it in its run folder, or an export"):
+        run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={tmp_path / 'loose'}")
+
+
 def test_a_budget_too_small_for_a_frame_is_refused_before_training_and_the_one_it_names_works(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"transducer.slice_bytes is 100: .*; give \d+ or more") as found:
         run("finetune_rnnt", dataset, tmp_path / "run", "--transducer.slice_bytes=100")

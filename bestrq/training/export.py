@@ -120,7 +120,13 @@ def read_trained(folder: str | Path) -> Export:
         return read_export(folder)
     if problem := verify_checkpoint(folder):
         raise ConfigError(f"{folder} cannot be used: {problem}; choose another checkpoint of the run")
-    settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
+    try:
+        settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} is a checkpoint, whose settings stand two folders above it: {error}; give it in its run folder, "
+            "or an export"
+        ) from error
     try:
         features = json.loads((folder / "state.json").read_text())["state"]["features"]
         config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
