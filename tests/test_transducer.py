@@ -1,5 +1,6 @@
 """The transducer model: its loss by enumeration, packing, accumulation, empty batches, CTC head, parallel modes."""
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from bestrq.config import ConfigError
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, pad_labels
-from bestrq.recognition.transducer import TransducerModel, TransducerOutput, TransducerSettings
+from bestrq.recognition.transducer import TransducerModel, TransducerOutput, TransducerSettings, check_slice_bytes
 from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise
 from tests.gloo import run_distributed
 from tests.lattices import arcs_of, assert_same, brute_force_loss
@@ -127,6 +128,17 @@ def test_slices_change_neither_loss_nor_gradients(kind: str, slice_bytes: int) -
     outputs = [(model, run(model, ROWS)) for model in (make_model(kind), make_model(kind, slice_bytes=slice_bytes))]
     assert_same([outputs[1][1].loss_sum], [outputs[0][1].loss_sum], 1e-9)
     assert_same(*(gradients(model, output.loss_sum) for model, output in outputs), 1e-9)
+
+
+@every_kind
+def test_a_budget_that_passes_the_check_before_training_is_enough_for_one_frame_of_all_labels(kind: str) -> None:
+    labels = [1, 2, 3, 4, 1, 2, 3]
+    with pytest.raises(ConfigError, match=r"give \d+ or more") as refused:
+        check_slice_bytes(make_model(kind, slice_bytes=1).settings, VOCAB, len(labels), itemsize=8)
+    smallest = int(re.findall(r"give (\d+) or more", str(refused.value))[0])
+    model = make_model(kind, slice_bytes=smallest)
+    check_slice_bytes(model.settings, VOCAB, len(labels), itemsize=8)
+    run(model, [[(0, FACTOR, labels)]]).loss_sum.backward()
 
 
 @every_kind

@@ -82,9 +82,8 @@ class TransducerSettings:
 def check_slice_bytes(settings: TransducerSettings, vocab_size: int, most_labels: int, itemsize: int) -> None:
     """Raise ConfigError, with the smallest value that works, where `slice_bytes` will be too small for a segment of
     `most_labels` labels, before any training. itemsize: bytes of a number in the products, 2 or 4."""
-    labels = [torch.zeros(most_labels, dtype=torch.int64)]
-    widths = [min(settings.prune_range, most_labels + 1)] if settings.prune_range else None
-    lattices = Lattices([most_labels + 1], labels, widths=widths)
+    # Without bands: of a segment of few frames, pruning keeps more states than prune_range, of a single one all.
+    lattices = Lattices([1], [torch.zeros(most_labels, dtype=torch.int64)])
     num_outputs = vocab_size + len(settings.durations)
     frames_of_slice(lattices, settings.joint_dim, num_outputs, itemsize, settings.slice_bytes)
 
