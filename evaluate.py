@@ -43,7 +43,7 @@ from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
 from recogniser import Recogniser, hash_of_export, hash_of_file, load_recogniser, make_decoder, share_out
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
 
 

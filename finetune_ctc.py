@@ -51,10 +51,11 @@ def train(config: Config) -> None:
     world = start_world(config.distributed)
     dataset = config.data.open()
     frames_per_second = dataset.features.frames_per_second
-    init = read_init(config, dataset) if config.finetune.init else None
+    run = RunFolder(config.run.folder)
+    latest = latest_checkpoint(run.checkpoints, world)
+    init = read_init(config, dataset) if config.finetune.init and latest is None else None
     crops = labelled_crops(dataset, config)
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
-    run = RunFolder(config.run.folder)
     run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
     tokenizer = run_tokenizer(run, crops, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in crops.texts}  # all of them now: an error costs no training
@@ -76,7 +77,6 @@ def train(config: Config) -> None:
 
     # The state of a run: a step, the data's three integers, the best validation so far, tensors.
     step, data_state, best = 0, None, Best()
-    latest = latest_checkpoint(run.checkpoints, world)
     if latest is not None:
         checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
         step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
@@ -152,7 +152,7 @@ def train(config: Config) -> None:
             metrics.write(step, rates, kind="dev")
             if world.is_main:
                 print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
-                print(f"    said:  {found.reference}\n    heard: {found.hypothesis}", flush=True)
+                print(f"    said:  {found.reference}\n    heard: {found.hypothesis[:200]}", flush=True)
             if rates[f"dev_{config.validation.best_by}"] < best.rate:
                 best = Best(rates[f"dev_{config.validation.best_by}"], step)
                 export(run, step, parallel_model, tokenizer, rates, dataset, config, world, kind="ctc")

@@ -44,7 +44,7 @@ def load_recogniser(export: Export) -> Recogniser:
             "give the export of finetune_ctc.py or finetune_rnnt.py"
         )
     wanted = ("encoder", "vocab_size", "features", "normalisation", *(["transducer"] if kind == "rnnt" else []))
-    missing = [name for name in wanted if name not in config]
+    missing = [name for name in wanted if config.get(name) is None]
     if missing:
         raise ConfigError(f"{export.path / 'config.json'} lacks {', '.join(missing)}: export the model again")
     tokenizer = load_tokenizer(export.path)

@@ -254,11 +254,19 @@ def test_norms_of_apex_are_those_of_torch(device: str, kind: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("device", "script"),
-    [on("cuda", pretrain), on("cuda", finetune_ctc), on("cuda", finetune_rnnt)],
-    ids=["pretrain", "finetune_ctc", "finetune_rnnt"],
+    ("device", "script", "head"),
+    [
+        on("cuda", pretrain, []),
+        on("cuda", finetune_ctc, []),
+        on("cuda", finetune_rnnt, ["--transducer.prune_range=6", "--transducer.ctc_weight=0.3"]),
+        on("cuda", finetune_rnnt, ["--transducer.prediction=lstm"]),
+        on("cuda", finetune_rnnt, ["--transducer.durations=[0,1,2]"]),
+    ],
+    ids=["pretrain", "ctc", "rnnt", "rnnt lstm", "tdt"],
 )
-def test_scripts_follow_the_cpu_in_float32_and_run_in_bfloat16(device: str, script: Any, tmp_path: Path) -> None:
+def test_scripts_follow_the_cpu_in_float32_and_run_in_bfloat16(
+    device: str, script: Any, head: list[str], tmp_path: Path
+) -> None:
     dataset = make_dataset(tmp_path / "data", recordings=30)
     losses = {}
     for place, precision in (("cpu", "float32"), (device, "float32"), (device, "bfloat16")):
@@ -267,7 +275,7 @@ def test_scripts_follow_the_cpu_in_float32_and_run_in_bfloat16(device: str, scri
         options = [*ENCODER, *DATA, *RUN, "--run.steps=4", f"--data.dataset={dataset}", f"--run.folder={folder}"]
         options += ["--encoder.dropout=0", "--encoder.attention_dropout=0", *choices]
         if script is finetune_rnnt:
-            options += ["--transducer.dropout=0", "--transducer.prune_range=6", "--transducer.ctc_weight=0.3"]
+            options += ["--transducer.dropout=0", *head]
         if script is not pretrain:
             options.remove("--masking.noise_std=0")  # noise is drawn on the device: another generator there
         script.train(parse(script.Config, options))

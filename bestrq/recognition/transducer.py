@@ -117,8 +117,9 @@ class Joint(nn.Module):
         outputs sum to 1, and those of the durations."""
         logits = self.output(torch.tanh(encoded + predicted))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        tokens, durations = logits[..., : self.vocab_size], logits[..., self.vocab_size :]
-        return torch.cat((tokens.log_softmax(dim=-1), durations.log_softmax(dim=-1)), dim=-1)
+        parts = logits.split((self.vocab_size, logits.shape[-1] - self.vocab_size), dim=-1)
+        log_probs = [part.log_softmax(dim=-1) for part in parts if part.shape[-1]]
+        return log_probs[0] if len(log_probs) == 1 else torch.cat(log_probs, dim=-1)
 
 
 class TransducerModel(nn.Module):
