@@ -282,6 +282,18 @@ def test_a_checkpoint_without_its_run_is_refused_with_what_to_give(dataset, undi
         run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={tmp_path / 'loose'}")
 
 
+def test_a_resumed_fine_tuning_needs_what_it_started_from_no_more(dataset, undisturbed, tmp_path, monkeypatch):
+    init = shutil.copytree(undisturbed["pretrain"] / "export", tmp_path / "export")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={init}")
+    shutil.rmtree(init)
+    run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={init}")
+    assert list_checkpoints(tmp_path / "run/checkpoints")[-1][0] == STEPS
+    with pytest.raises(ConfigError, match="there is no export at"):
+        run("finetune_ctc", dataset, tmp_path / "new", f"--finetune.init={init}")
+
+
 def test_a_budget_too_small_for_a_frame_is_refused_before_training_and_the_one_it_names_works(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"transducer.slice_bytes is 100: .*; give \d+ or more") as found:
         run("finetune_rnnt", dataset, tmp_path / "run", "--transducer.slice_bytes=100")
