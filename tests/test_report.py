@@ -86,6 +86,7 @@ def results(name: str, scores: list[RecordingScore], run: Path) -> dict:
         "export_hash": "ab" * 32,
         "command": f"python evaluate.py --name {HOSTILE}",
         "dataset": {"path": "datasets/x", "split": "test", "fingerprint": "cd" * 32, "feature_hash": "ef" * 32},
+        "decoder": {"description": f"greedy {HOSTILE}"},
         "versions": {"torch": "2"},
         "scores": {language: total.summary() for language, total in score_by_language(scores, 200).items()},
         "recordings": [one.row() for one in scores],
