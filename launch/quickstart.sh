@@ -101,7 +101,8 @@ else
     evaluate pretrained pretrained
     evaluate rnnt rnnt
     evaluate rnnt-beam rnnt --decoder.beam 4
-    evaluate rnnt-beam-lm rnnt --decoder.beam 4 --decoder.language_model "$folder/lm.arpa"
+    evaluate rnnt-beam-lm rnnt --decoder.beam 4 \
+        --decoder.language_model "$folder/lm.arpa" --decoder.label_bonus 0.5
     evaluate rnnt-ctc-head rnnt --decoder.head ctc
 fi
 
