@@ -1,18 +1,20 @@
 """Error rates against a hand-computed case and a brute force, normalisers, and bootstrap intervals."""
 
+import json
 import random
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 
+from bestrq.config import ConfigError
 from bestrq.recognition.decoding import greedy_ctc, greedy_ctc_timed
+from bestrq.recognition.normalisers import normalisers_used
 from bestrq.recognition.scoring import (
     ErrorCounts,
     Mark,
     align_words,
-    bootstrap_interval,
+    compare,
     score_by_language,
     score_corpus,
     score_recording,
@@ -78,6 +80,16 @@ def test_empty_corpus_and_empty_references_have_no_rate() -> None:
     ("cs", "e\u030c", "\u011b"),  # decomposed in, composed out
     ("hi", "\u0928\u092e\u0938\u094d\u0924\u0947\u0964", "\u0928\u092e\u0938\u094d\u0924\u0947"),  # vowel signs stay
     ("fr", "", ""),
+    ("fr", "C\u0152UR", "coeur"),
+    ("ro", "\u015ei \u0163ar\u0103", "\u0219i \u021bar\u0103"),
+    ("ro", "s\u0327i", "\u0219i"),  # a combining cedilla
+    ("ru", "\u0401\u043b\u043a\u0430", "\u0435\u043b\u043a\u0430"),
+    ("de-CH", "Stra\u00dfe", "strasse"),
+    ("tr", "I\u0130\u0131i", "\u0131i\u0131i"),
+    ("uk", "\u043f\u2019\u044f\u0442\u044c", "\u043f\u02bc\u044f\u0442\u044c"),
+    ("ar", "\u0623\u064e\u0628\u0640", "\u0627\u0628"),
+    ("he", "\u05e9\u05c1\u05b8", "\u05e9"),
+    ("ja", "\u6771\u4eac\u3002", "\u6771 \u4eac"),
 ])  # fmt: skip
 def test_normaliser_by_language(language: str, text: str, expected: str) -> None:
     assert text_normaliser(language)(text) == expected
@@ -90,34 +102,37 @@ def test_languages_are_scored_apart_and_together() -> None:
     assert [total.words.rate for total in totals.values()] == [0.0, 0.5, 0.25]
 
 
-def test_bootstrap_interval_is_that_of_a_plain_loop() -> None:
-    generator = np.random.default_rng(3)
-    lengths = generator.integers(5, 50, size=40)
-    errors = generator.binomial(lengths, 0.3)
-    low, high = bootstrap_interval(errors, lengths, num_resamples=20_000, seed=1)
-    draws = generator.integers(0, 40, size=(20_000, 40))
-    rates = errors[draws].sum(axis=1) / lengths[draws].sum(axis=1)
-    expected = np.quantile(rates, [0.025, 0.975])
-    assert np.allclose([low, high], expected, atol=0.003)
-    assert low < errors.sum() / lengths.sum() < high
+def test_a_language_without_rules_says_so_and_one_with_rules_names_them() -> None:
+    scores = [score_recording(str(i), "a", "a", language) for i, language in enumerate(["en", "xx", "", "ro-RO", "zh"])]
+    assert [score.normaliser for score in scores] == [
+        "whisper-english", "unicode", "unicode", "unicode+ro", "unicode+zh",
+    ]  # fmt: skip
+    used = normalisers_used((score.normaliser, score.language) for score in scores)
+    assert list(used) == ["unicode", "unicode+ro", "unicode+zh", "whisper-english"]
+    assert used["unicode"]["note"].endswith("not given, xx") and "note" not in used["unicode+ro"]
+    assert len(used["unicode+ro"]["rules"]) == 2 and json.dumps(used)
+    assert score_recording("1", "don't", "do not", "nl", choice="whisper-english").words.errors == 0
+    with pytest.raises(ConfigError, match="normaliser"):
+        text_normaliser("nl", "none")  # type: ignore[arg-type]
 
 
-def test_bootstrap_is_seeded_and_degenerate_cases_say_nothing() -> None:
-    errors, lengths = np.arange(20) ** 2 % 7, np.arange(20) + 7
-    assert bootstrap_interval(errors, lengths, 500, seed=4) == bootstrap_interval(errors, lengths, 500, seed=4)
-    assert bootstrap_interval(errors, lengths, 500, seed=4) != bootstrap_interval(errors, lengths, 500, seed=5)
-    assert bootstrap_interval(errors[:1], lengths[:1]) is None
-    assert bootstrap_interval(np.zeros(20), lengths, 100) == (0.0, 0.0)
+def test_a_language_without_spaces_counts_characters_once() -> None:
+    score = score_recording("1", "\u6211\u4eec\u662f", "\u6211\u662f", "zh")
+    assert score.words == score.characters == ErrorCounts(hits=2, deletions=1)
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        lengths = generator.integers(20, 60, size=60)
-        low, high = bootstrap_interval(generator.binomial(lengths, 0.2), lengths, 400, seed=trial)
-        covered += low <= 0.2 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+def test_two_systems_are_compared_only_on_the_same_texts() -> None:
+    first = [score_recording(str(i), "a b c d", "a b c x" if i % 3 else "a b c d", "nl") for i in range(30)]
+    second = [score_recording(str(i), "a b c d", "a x c d" if i % 4 else "a x y d", "nl") for i in range(30)]
+    comparison = compare(first, second[::-1])
+    assert comparison.wer is not None and comparison.wer.difference == (20 - 38) / 120
+    assert comparison.wer.interval is not None and comparison.wer.interval[1] < 0
+    assert comparison.wer.probability_first_better > 0.99 and comparison.matched_pairs.p_value < 0.001
+    assert json.dumps(comparison.summary(), allow_nan=False)
+    with pytest.raises(ConfigError, match="different recordings"):
+        compare(first, second[:-1])
+    with pytest.raises(ConfigError, match="two references"):
+        compare(first, [*second[:-1], score_recording("29", "a b", "a", "nl")])
 
 
 def test_aligned_words_give_back_both_texts() -> None:

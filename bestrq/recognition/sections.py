@@ -12,7 +12,7 @@ import numpy as np
 
 from bestrq.config import ConfigError
 from bestrq.recognition import charts, report
-from bestrq.recognition.scoring import bootstrap_interval
+from bestrq.recognition.significance import bootstrap_interval
 
 Results = Mapping[str, Mapping[str, Any]]
 """results.json by system: all of them on the same recordings"""
