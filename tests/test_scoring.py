@@ -107,6 +107,7 @@ def test_a_language_without_rules_says_so_and_one_with_rules_names_them() -> Non
     assert [score.normaliser for score in scores] == [
         "whisper-english", "unicode", "unicode", "unicode+ro", "unicode+zh",
     ]  # fmt: skip
+    assert scores[3].row()["normaliser"] == "unicode+ro"
     used = normalisers_used((score.normaliser, score.language) for score in scores)
     assert list(used) == ["unicode", "unicode+ro", "unicode+zh", "whisper-english"]
     assert used["unicode"]["note"].endswith("not given, xx") and "note" not in used["unicode+ro"]

@@ -86,6 +86,7 @@ def test_quantities_resampled_together_get_the_intervals_that_each_has_alone() -
     assert alone[0] != rate_intervals(errors, lengths, 500, seed=8)[0]
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_interval_that_says_nothing_is_none_and_no_error_is_no_crash() -> None:
     errors, lengths = np.arange(20) ** 2 % 7, np.arange(20) + 7
     for n in (0, 1, 2):
