@@ -83,8 +83,8 @@ def words_outside_ignored(segments: Sequence[ReferenceSegment], words: Sequence[
     """The words whose midpoint lies in no ignored segment, in their order."""
     ignored = np.array([(one.start, one.end) for one in segments if one.ignored]).reshape(-1, 2)
     middles = np.array([_midpoint(word) for word in words]).reshape(-1, 1)
-    hidden: np.ndarray = ((ignored[:, 0] <= middles) & (middles < ignored[:, 1])).any(axis=1)
-    return [word for word, is_hidden in zip(words, hidden.tolist(), strict=True) if not is_hidden]
+    hidden = np.any((ignored[:, 0] <= middles) & (middles < ignored[:, 1]), axis=1)
+    return [word for word, is_hidden in zip(words, hidden, strict=True) if not is_hidden]
 
 
 def score_segments(
