@@ -25,6 +25,7 @@ from data.cutting import CuttingSettings
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.loader import FREE_LOADER_FIELDS, LoaderSettings
+from data.mixture import DatasetGroup
 from data.order import CropTable
 from data.shards import Dataset, Normalisation
 from data.supervised import supervised_crops
@@ -201,6 +202,14 @@ def save(run, step, model, optimizer, data_state, best, dataset, config, world) 
     prune_checkpoints(run.checkpoints, config.checkpoint.keep_last, best.step, world)
 
 
+def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, Any]:
+    """What transcribe.py must know to normalise sound as training did, where the dataset has statistics of its own."""
+    if normalisation == "recording" or isinstance(dataset, DatasetGroup):
+        return {}
+    mean, inverse_std = dataset.statistics(0, normalisation)
+    return {"statistics": {"mean": mean.tolist(), "inverse_std": inverse_std.tolist()}}
+
+
 TITLES = {"ctc": "CTC recogniser", "rnnt": "RNN-T recogniser"}
 
 
@@ -216,6 +225,7 @@ def export(run, step, model, tokenizer, rates, dataset, config, world, kind, **d
             "features": dataset.features.to_dict(),
             "feature_hash": dataset.features.hash(),
             "normalisation": config.data.normalisation,
+            **statistics_of(dataset, config.data.normalisation),
             **rates,
         }
         files = {path.name: path.read_bytes() for path in (run.path / "tokenizer").iterdir()}

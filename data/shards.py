@@ -7,7 +7,6 @@ unpickled, and names in an index cannot reach outside the dataset's folder. See 
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import zlib
@@ -25,6 +24,7 @@ from data.damage import DAMAGED, check_files
 from data.errors import DataError
 from data.index import Recording
 from data.index_file import Index, statistics_range
+from data.normalisation import normalise_into, scale_of
 from data.sound import bytes_of, read_frames
 from data.storage import CutShort, Storage, StorageSettings, open_storage
 from data.transcripts import Word
@@ -33,8 +33,6 @@ from data.writer import DatasetWriter
 __all__ = ["Dataset", "DatasetWriter", "Normalisation", "Recording", "open_dataset"]
 
 Normalisation = Literal["recording", "dataset"]
-# A bin whose values hardly differ (silence, a band that telephone speech lacks) is centred, not blown up.
-SMALLEST_STD = 0.01
 
 
 class Dataset:
@@ -213,7 +211,7 @@ class Dataset:
             mean, std = self._mean, self._std
         else:
             mean, std = torch.from_numpy(self.mean_std(recording))
-        return mean, 1 / std.clamp(min=SMALLEST_STD)
+        return scale_of(mean, std)
 
     def read_normalised(
         self,
@@ -237,12 +235,10 @@ class Dataset:
     ) -> None:
         """Normalise float16 [n, M] of a recording into contiguous float32 [n, M]; DataError for non-finite values."""
         mean, inverse_std = self.statistics(recording, normalisation)
-        # torch converts float16 nine times as fast as numpy.
-        out.copy_(torch.from_numpy(values)).sub_(mean).mul_(inverse_std)
-        flat = out.view(-1)
-        # The quickest pass that any NaN or infinity survives; normalised float16 cannot overflow it otherwise.
-        if not math.isfinite(torch.dot(flat, flat)):
-            raise DataError(f"{self.where(recording)}: damaged (NaN or infinite values); {DAMAGED}")
+        try:
+            normalise_into(out, values, mean, inverse_std)
+        except DataError as error:
+            raise DataError(f"{self.where(recording)}: damaged ({error}); {DAMAGED}") from error
 
     def bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
         """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""

@@ -18,6 +18,8 @@ class TimedWord:
     """seconds"""
     end: float
     """seconds"""
+    confidence: float | None = None
+    """mean probability of its tokens, 0 to 1; None where it is not known"""
 
 
 def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: float) -> list[TimedWord]:
@@ -43,3 +45,28 @@ def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: f
                 words.append(TimedWord(part, first * seconds_per_frame, end))
                 inside = True
     return words
+
+
+def disjoint(words: Sequence[TimedWord], duration: int | None = None) -> list[tuple[int, int]]:
+    """Start and end of every word in whole milliseconds, so that none is empty and none overlaps the next.
+
+    Words of a transducer may begin in the same frame, and then have to share it: each begins at least 1 ms after the
+    one before it. A word that lasts into the next one ends where that begins.
+
+    Args:
+        words: sorted by start.
+        duration: milliseconds of the recording, at least one for every word: nothing ends after it.
+    """
+    starts: list[int] = []
+    for word in words:
+        starts.append(max(round(1000 * word.start), starts[-1] + 1 if starts else 0))
+    limit = duration
+    if limit is not None:  # from the end on, what has been pushed out of the recording is pushed back
+        for place in range(len(starts) - 1, -1, -1):
+            starts[place] = limit = min(starts[place], limit - 1)
+    times: list[tuple[int, int]] = []
+    for place, (start, word) in enumerate(zip(starts, words, strict=True)):
+        following = starts[place + 1] if place + 1 < len(starts) else duration
+        end = max(round(1000 * word.end), start + 1)
+        times.append((start, end if following is None else min(end, following)))
+    return times

@@ -1,0 +1,390 @@
+"""Audio files to text, with an exported recogniser.
+
+    python transcribe.py --export runs/ctc/export --audio talk.mp3
+    python transcribe.py --export runs/ctc/export --audio talks --out transcripts --formats txt,json,srt
+    torchrun --nproc-per-node 8 transcribe.py --export runs/ctc/export --audio talks --out transcripts
+
+--audio is a file that libsndfile reads, or a folder with such files at any depth. Without --out a line a recording goes
+to stdout, "path<TAB>text". With it, talks/day1/a.mp3 becomes transcripts/day1/a.txt and so on, in every format asked
+for: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
+
+A recording may last hours. The processes share the recordings out. After Ctrl-C the same command goes on where it was;
+finished recordings are done again only if the audio, the model or a setting has changed. Files that cannot be read are
+listed at the end and in failed.jsonl, the others are transcribed all the same; the exit status is then 1.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, TextIO
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bestrq.config import ConfigError, parse, run_main, to_dict
+from bestrq.files import write_file
+from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
+from bestrq.recognition.inference import InferenceSettings, Source
+from bestrq.recognition.subtitles import SubtitleSettings
+from bestrq.recognition.transcripts import WRITERS, TimedTranscript
+from bestrq.recognition.words import timed_words
+from bestrq.training.export import Export, read_export
+from bestrq.training.process import DistributedSettings, World, start_world
+from data.corpora.base import FileSource
+from data.errors import DataError
+from data.extraction import Extracted, Skipped, extract_all
+from data.features import FeatureSettings
+from data.index import Recording, statistics
+from data.normalisation import normalise_into, scale_of
+from recogniser import Recogniser, hash_of_export, hash_of_file, load_recogniser, make_decoder, share_out
+
+FORMAT_VERSION = 1
+AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
+                  ".wav")  # fmt: skip
+STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
+BATCHES_HELD = 16
+"""recordings of so many batches are held as features at a time, so that few batches are not full"""
+
+Statistics = tuple[Tensor, Tensor]
+"""mean and 1 / standard deviation of every bin, float32 [M] each"""
+
+
+@dataclass
+class Config:
+    """Transcription of audio files by an exported recogniser."""
+
+    export: str = ""
+    """folder of the model, RUN_FOLDER/export of finetune_ctc.py or finetune_rnnt.py"""
+    audio: str = ""
+    """audio file, or folder with audio files at any depth"""
+    out: str = ""
+    """folder for the transcripts; empty writes lines "path<TAB>text" to stdout"""
+    formats: str = "txt,json"
+    """which files are written, separated by commas: txt, json, ctm, srt, vtt, TextGrid"""
+    subtitles: SubtitleSettings = field(default_factory=SubtitleSettings)
+    """lines and pauses of srt and vtt"""
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
+    """context, overlap, batches, precision"""
+    decoder: DecoderSettings = field(default_factory=DecoderSettings)
+    """greedy or beam, CTC or transducer, language model"""
+    workers: int = 0
+    """processes, for every process, that read audio and compute features; 1 is the process itself, while the model
+    waits. 0 is that on a CPU, and as many as there are threads on a GPU"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is a GPU"""
+    threads: int = 0
+    """CPU threads of every process; 0 shares the cores among the processes of a machine"""
+
+    def __post_init__(self) -> None:
+        for name, what in (("export", "FOLDER"), ("audio", "FILE_OR_FOLDER")):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is missing: give it as --{name} {what}")
+        unknown = [name for name in self.format_names if name not in WRITERS]
+        if unknown or not self.format_names:
+            raise ConfigError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
+        if self.workers < 0:
+            raise ConfigError(f"workers = {self.workers}: give 1 or more, or 0 (automatic)")
+
+    @property
+    def format_names(self) -> list[str]:
+        return [name.strip() for name in self.formats.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """A file to transcribe."""
+
+    path: Path
+    name: str
+    """of its transcripts, relative to --out and without a suffix"""
+    seconds: float
+    """as the header says; 0 where it cannot be read"""
+    key: str
+    """names what its transcripts are made from"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file: a transcript, or the reason why there is none."""
+
+    file: AudioFile
+    transcript: TimedTranscript | None
+    reason: str = ""
+
+
+def transcribe(config: Config, world: World) -> int:
+    """The whole work, as every process runs it. Returns, on rank 0, the number of files that could not be read."""
+    # Everything that a user can get wrong comes before any work.
+    export = read_export(config.export)
+    recogniser = load_recogniser(export)
+    decoder = make_decoder(recogniser, config.decoder, config.export)
+    dataset_statistics = read_statistics(export, recogniser)
+    if world.size > 1 and not config.out:
+        raise ConfigError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
+    # By rank 0 alone: a network file system may show a new file to some first.
+    listed = list_audio(config.audio, key_of(config, hash_of_export(export))) if world.is_main else []
+    fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])
+    files = [AudioFile(**{**one, "path": Path(one["path"])}) for one in fields]
+    done = set(world.broadcast(finished_files(files, config) if world.is_main and config.out else []))
+    left = [number for number, file in enumerate(files) if file.name not in done]
+    if done and world.is_main:
+        print(f"going on: {len(done)} of {len(files)} files are transcribed already")
+    lengths = np.array([round(1000 * file.seconds) for file in files])
+    mine = [files[number] for number in share_out(left, lengths, world)]
+    failed: dict[str, str] = {}
+    with (
+        closing(outcomes(recogniser, decoder, dataset_statistics, mine, config, world)) as found,
+        open_log(config.out, world.rank) as log,
+    ):
+        for one in progress(found, mine, world):
+            if one.transcript is None:
+                failed[one.file.name] = one.reason
+            else:
+                write_transcript(one.file, one.transcript, config)
+            log.write(json.dumps({"name": one.file.name, "key": one.file.key, "reason": one.reason}) + "\n")
+    world.barrier()
+    if config.out and world.is_main:  # what the other processes met, too
+        entries = collect_state(Path(config.out))
+        failed = {file.name: entries[file.name]["reason"] for file in files if entries[file.name]["reason"]}
+        write_failed(Path(config.out), files, failed)
+        print(f"{len(files) - len(failed)} of {len(files)} files are transcribed: {config.out}")
+    if failed and world.is_main:
+        reasons = "".join(f"\n  {printable(name)}: {reason}" for name, reason in failed.items())
+        print(f"error: {len(failed)} of {len(files)} audio files could not be read:{reasons}", file=sys.stderr)
+    # A launcher that saw another rank fail would stop this one before it has told.
+    return len(failed) if world.is_main else 0
+
+
+def read_statistics(export: Export, recogniser: Recogniser) -> Statistics | None:
+    """Those of the training data, None where every recording has its own. Raises ConfigError where they are missing."""
+    if recogniser.normalisation == "recording":
+        return None
+    stored = export.config.get("statistics")
+    if not isinstance(stored, dict) or set(stored) != {"mean", "inverse_std"}:
+        raise ConfigError(
+            f"{export.path} was trained with data.normalisation 'dataset', but holds no statistics of its data (it is "
+            "an older export, or was trained on a mixture): prepare the audio with data.prepare and use evaluate.py"
+        )
+    return torch.tensor(stored["mean"]), torch.tensor(stored["inverse_std"])
+
+
+def key_of(config: Config, export_hash: str) -> str:
+    """Names how files are transcribed: outputs under one key are the same. Batches are no part of it."""
+    settings = {"inference": to_dict(config.inference), "decoder": to_dict(config.decoder)}
+    del settings["inference"]["batch_seconds"]
+    for name, value in settings["decoder"].items():  # a language model, a list of words: their content counts
+        if isinstance(value, str) and Path(value).is_file():
+            settings["decoder"][name] = hash_of_file(value)
+    subtitles = to_dict(config.subtitles) if {"srt", "vtt"} & set(config.format_names) else None
+    return json.dumps([FORMAT_VERSION, export_hash, settings, sorted(config.format_names), subtitles], sort_keys=True)
+
+
+def list_audio(audio: str, key: str) -> list[AudioFile]:
+    """The file, or all audio files below the folder, sorted. Raises ConfigError where there is none.
+
+    Files that differ in their suffix only keep it in the names of their transcripts.
+    """
+    root = Path(audio).expanduser()
+    if root.is_file():
+        paths, root = [root], root.parent
+    elif root.is_dir():
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    else:
+        raise ConfigError(f"audio = {audio}: there is no such file or folder")
+    if not paths:
+        raise ConfigError(f"audio = {audio}: no audio file in this folder; looked for {', '.join(AUDIO_SUFFIXES)}")
+    relative = [path.relative_to(root) for path in paths]
+    shared = Counter(path.with_suffix("") for path in relative)
+    names = [(path if shared[path.with_suffix("")] > 1 else path.with_suffix("")).as_posix() for path in relative]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"audio = {audio}: two files would both be written to {twice[0]!r}: rename one of them")
+    return [audio_file(path, name, key) for path, name in zip(paths, names, strict=True)]
+
+
+def audio_file(path: Path, name: str, key: str) -> AudioFile:
+    """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
+    state, seconds = path.stat(), 0.0
+    with suppress(soundfile.SoundFileError, RuntimeError, OSError):
+        header = soundfile.info(path)
+        seconds = header.frames / header.samplerate
+    content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
+    return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
+
+
+def outcomes(
+    recogniser: Recogniser, decoder: Decoder, dataset_statistics: Statistics | None, mine: Sequence[AudioFile],
+    config: Config, world: World,
+) -> Generator[Outcome, None, None]:  # fmt: skip
+    """Those of this rank's files, each as soon as it is there. Features of one group are in memory at a time."""
+    recogniser.model.to(world.device)
+    groups = in_groups(mine, BATCHES_HELD * config.inference.batch_seconds)
+    workers = config.workers or (1 if world.device.type == "cpu" else torch.get_num_threads())
+    with closing(read_features(groups, recogniser.features, workers)) as features:
+        for group in groups:
+            heard: dict[AudioFile, Source] = {}
+            for file in group:
+                result = next(features)
+                if isinstance(result, Skipped):
+                    yield Outcome(file, None, result.reason)
+                else:
+                    heard[file] = source_of(result.log_mel, dataset_statistics)
+                del result  # hours of features, while the next are read
+            yield from decode(recogniser, decoder, heard, config.inference, world)
+            del heard
+
+
+def decode(
+    recogniser: Recogniser, decoder: Decoder, heard: Mapping[AudioFile, Source], settings: InferenceSettings,
+    world: World,
+) -> Iterator[Outcome]:  # fmt: skip
+    """Transcripts of files whose features are in memory."""
+    files, sources = list(heard), list(heard.values())
+    rate, stride = recogniser.features.frames_per_second, recogniser.model.encoder.settings.stride
+    for index, tokens in decode_recordings(decoder, sources, settings, stride, rate, world.device):
+        words = timed_words(tokens, recogniser.tokenizer.pieces, stride / rate)
+        text = recogniser.tokenizer.decode(tokens.ids)
+        seconds = sources[index].num_frames / rate
+        yield Outcome(files[index], TimedTranscript(printable(files[index].name), seconds, text, words))
+
+
+def in_groups(files: Sequence[AudioFile], seconds: float) -> list[list[AudioFile]]:
+    """Files in their order, as many together as last for so long; at least one."""
+    groups: list[list[AudioFile]] = []
+    held = 0.0
+    for file in files:
+        if not groups or held + file.seconds > seconds:
+            groups.append([])
+            held = 0.0
+        groups[-1].append(file)
+        held += file.seconds
+    return groups
+
+
+def read_features(
+    groups: list[list[AudioFile]], features: FeatureSettings, workers: int
+) -> Generator[Extracted | Skipped, None, None]:
+    """Log-mel of every file in order, exactly as data.prepare computes it."""
+    sources = [[FileSource(Recording(str(number)), file.path) for number, file in enumerate(group)] for group in groups]
+    if workers > 1:
+        yield from extract_all([source for group in sources for source in group], features, workers)
+        return
+    for group in sources:
+        # A list: the function keeps torch to one thread until it is through.
+        yield from list(extract_all(group, features, 1))
+
+
+def source_of(log_mel: np.ndarray, dataset_statistics: Statistics | None) -> Source:
+    """A recording for the decoder, normalised as a dataset of it would be. log_mel: float16 [frames, M]."""
+    mean, inverse_std = dataset_statistics or scale_of(*map(torch.from_numpy, statistics(log_mel)))
+    return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
+
+
+def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:
+    """Normalised frames, float32 [stop - start, M]."""
+    out = torch.empty(stop - start, log_mel.shape[1])
+    normalise_into(out, log_mel[start:stop], mean, inverse_std)
+    return out
+
+
+def progress(found: Iterator[Outcome], mine: Sequence[AudioFile], world: World) -> Iterator[Outcome]:
+    """A bar while the files are done, on a terminal and of rank 0."""
+    label = "transcribing" if world.size == 1 else f"transcribing (process 1 of {world.size})"
+    hidden = not world.is_main or not sys.stderr.isatty()
+    total = sum(round(file.seconds) for file in mine)
+    with tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar:
+        for one in found:
+            yield one
+            bar.update(round(one.file.seconds))
+
+
+def transcript_paths(name: str, config: Config) -> dict[str, Path]:
+    """Where the transcripts of a file lie, by format."""
+    return {form: Path(config.out, f"{name}.{form}") for form in config.format_names}
+
+
+def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Config) -> None:
+    """All formats into --out, each complete or not there; or a line to stdout."""
+    if not config.out:
+        print(f"{printable(str(file.path))}\t{transcript.text}", flush=True)
+        return
+    for form, path in transcript_paths(file.name, config).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, WRITERS[form](transcript, config.subtitles))
+
+
+def printable(name: str) -> str:
+    """A file's name as Unicode: bytes in it that are none are replaced."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def open_log(out: str, rank: int) -> TextIO:
+    """Where a process writes what became of its files, line by line, so that a stop costs those in hand alone."""
+    return open(Path(out) / f"transcribed-{rank:05d}.jsonl" if out else os.devnull, "a", buffering=1)
+
+
+def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
+    """Names of those that an earlier start has transcribed in the same way. Makes --out."""
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        entries = collect_state(out)
+    except OSError as error:
+        raise ConfigError(f"out = {config.out}: cannot write into this folder ({error}); choose another one") from error
+    done = {name for name, entry in entries.items() if not entry["reason"]}
+    return [
+        file.name
+        for file in files
+        if file.name in done
+        and entries[file.name]["key"] == file.key
+        and all(path.is_file() for path in transcript_paths(file.name, config).values())
+    ]
+
+
+def collect_state(out: Path) -> dict[str, dict[str, str]]:
+    """The last entry (key, and a reason if it failed) of every file, by name. Puts those of all processes together."""
+    entries: dict[str, dict[str, str]] = {}
+    parts = sorted(out.glob("transcribed-*.jsonl"))
+    for path in (out / STATE, *parts):
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError, TypeError, LookupError):  # the line that was being written at a stop
+                entry = json.loads(line)
+                entries[entry["name"]] = {"name": entry["name"], "key": entry["key"], "reason": entry["reason"]}
+    write_file(out / STATE, "".join(json.dumps(entry) + "\n" for entry in entries.values()))
+    for path in parts:
+        path.unlink()
+    return entries
+
+
+def write_failed(out: Path, files: Sequence[AudioFile], failed: Mapping[str, str]) -> None:
+    """failed.jsonl, with the path and the reason of every file that could not be read; none where all could."""
+    lines = [{"path": printable(str(f.path)), "reason": failed[f.name]} for f in files if f.name in failed]
+    if lines:
+        write_file(out / FAILED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    else:
+        (out / FAILED).unlink(missing_ok=True)
+
+
+def main() -> int:
+    config = parse(Config, description=__doc__)
+    # Who has done his share waits for the others.
+    distributed = DistributedSettings(
+        device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
+    )
+    world = start_world(distributed)
+    failed = transcribe(config, world)
+    world.close()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main, user_errors=(DataError,))
