@@ -1,0 +1,235 @@
+"""From waveform to text: our transcription beside transformers' pipeline for speech recognition, with chunking.
+
+    python -m benchmarks.transcription_speed                  # needs requirements-benchmarks.txt
+    python -m benchmarks.transcription_speed --layers 1 --seconds 12 --recordings 2 --repeats 1      # a try
+
+The peers are models that the pipeline runs with CTC, with random weights and the size of one of our presets: width,
+layers, heads, feed-forward width, kernel, SiLU.
+
+    wav2vec2    Wav2Vec2ConformerForCTC with rotary positions, beside base-120m. It reads the waveform itself, with
+                convolutions, to 50 frames a second; base-120m has 25, from log-mel
+    parakeet    ParakeetForCTC (FastConformer), beside fast-115m: both have 12.5 frames a second, from log-mel. The
+                pipeline does not know how many samples a frame of it has: it is told
+
+All get the same recordings, float32 at 16 kHz in memory, the same windows (--chunk-seconds, of which --overlap is not
+kept, half at each end), as many of them in a batch (--batch), the same precision, and greedy CTC with characters.
+Ours computes log-mel, its statistics over the recording, and text with word times; the pipeline text alone. What the
+random models write means nothing. The systems alternate; of every one the fastest pass counts. One line of JSON is the
+last:
+
+    ratio_to_transformers           ours / the peer's, audio-seconds per second; the smallest over the peers
+    ratio_to_PEER                   each peer's own
+    PEER_ours, PEER_transformers    audio-seconds per second
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.encoder_peers import require
+from bestrq.model.conformer import EncoderSettings
+from bestrq.model.presets import PRESETS
+from bestrq.recognition.ctc import CTCModel
+from bestrq.recognition.decoders import GreedyCTC, decode_recordings
+from bestrq.recognition.inference import InferenceSettings, Source
+from bestrq.recognition.words import timed_words
+from data.features import FeatureSettings, LogMel
+from data.index import statistics
+from data.normalisation import normalise_into, scale_of
+from data.tokenizer import CharTokenizer
+
+RATE = 16000
+CHARACTERS = list(" abcdefghijklmnopqrstuvwxyz'")
+PRESET_OF = {"wav2vec2": "base-120m", "parakeet": "fast-115m"}
+
+
+@dataclass(frozen=True)
+class System:
+    """A recogniser under test."""
+
+    model: nn.Module
+    transcribe: Callable[[Sequence[np.ndarray]], list[str]]
+    """float32 [samples] each -> texts"""
+
+
+def make_recordings(count: int, seconds: float) -> list[np.ndarray]:
+    """Noise whose loudness changes as that of speech does, of `seconds` each, and up to a quarter more or less."""
+    generator = np.random.default_rng(0)
+    recordings = []
+    for share in np.linspace(0.75, 1.25, count) if count > 1 else [1.0]:
+        samples = round(share * seconds * RATE)
+        loudness = np.repeat(generator.uniform(0.01, 0.2, size=samples // 3200 + 1), 3200)[:samples]
+        recordings.append((loudness * generator.normal(size=samples)).astype(np.float32))
+    return recordings
+
+
+def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
+    """What transcribe.py does with sound that has been read."""
+    tokenizer, features = CharTokenizer(CHARACTERS), FeatureSettings()
+    model = CTCModel(encoder, tokenizer.vocab_size).eval().to(args.device)
+    log_mel_of, decoder = LogMel(features), GreedyCTC(model.log_probs)
+    settings = InferenceSettings(
+        args.chunk_seconds, args.overlap, batch_seconds=args.batch * args.chunk_seconds, precision=args.precision
+    )
+
+    def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, features.num_mels)
+        normalise_into(out, log_mel[start:stop], mean, inverse_std)
+        return out
+
+    def transcribe(recordings: Sequence[np.ndarray]) -> list[str]:
+        sources = []
+        for waveform in recordings:
+            log_mel = log_mel_of(waveform).to(torch.float16).numpy()
+            mean, inverse_std = scale_of(*map(torch.from_numpy, statistics(log_mel)))
+            sources.append(Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std)))
+        texts = [""] * len(sources)
+        rate = features.frames_per_second
+        for index, tokens in decode_recordings(decoder, sources, settings, encoder.stride, rate, args.device):
+            timed_words(tokens, tokenizer.pieces, encoder.stride / rate)
+            texts[index] = tokenizer.decode(tokens.ids)
+        return texts
+
+    return System(model, transcribe)
+
+
+def make_peer(name: str, encoder: EncoderSettings, args: argparse.Namespace) -> System:
+    """A model and the pipeline around it, both of transformers."""
+    transformers = require("transformers")
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "vocab.json"
+        names = ["<pad>", "<unk>", *("|" if c == " " else c for c in CHARACTERS)]
+        vocabulary.write_text(json.dumps({token: number for number, token in enumerate(names)}))
+        tokenizer = transformers.Wav2Vec2CTCTokenizer(str(vocabulary), bos_token=None, eos_token=None)
+    make = {"wav2vec2": make_wav2vec2, "parakeet": make_parakeet}[name]
+    model, extractor = make(transformers, encoder, len(names))
+    recognise = transformers.pipeline(
+        "automatic-speech-recognition", model=model.eval(), tokenizer=tokenizer, feature_extractor=extractor,
+        device=args.device, chunk_length_s=args.chunk_seconds, stride_length_s=args.chunk_seconds * args.overlap / 2,
+        batch_size=args.batch,
+    )  # fmt: skip
+
+    def transcribe(recordings: Sequence[np.ndarray]) -> list[str]:
+        # It takes the fields out of what it is given.
+        inputs = [{"raw": waveform, "sampling_rate": RATE} for waveform in recordings]
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            return [one["text"] for one in recognise(inputs)]
+
+    return System(model, transcribe)
+
+
+def make_wav2vec2(transformers: Any, encoder: EncoderSettings, vocab_size: int) -> tuple[Any, Any]:
+    """Wav2Vec2-Conformer and its feature extractor, with the front end of the released models."""
+    config = transformers.Wav2Vec2ConformerConfig(
+        vocab_size=vocab_size,
+        pad_token_id=0,
+        hidden_size=encoder.dim,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads,
+        intermediate_size=encoder.feedforward_dim,
+        hidden_act="silu",
+        position_embeddings_type="rotary",
+        conv_depthwise_kernel_size=encoder.kernel_size,
+        feat_extract_norm="layer",
+        conv_bias=True,
+    )
+    extractor = transformers.Wav2Vec2FeatureExtractor(
+        feature_size=1, sampling_rate=RATE, padding_value=0.0, do_normalize=True, return_attention_mask=True
+    )
+    return transformers.Wav2Vec2ConformerForCTC(config), extractor
+
+
+def make_parakeet(transformers: Any, encoder: EncoderSettings, vocab_size: int) -> tuple[Any, Any]:
+    """Parakeet CTC and its feature extractor."""
+    shape = transformers.ParakeetEncoderConfig(
+        hidden_size=encoder.dim,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads,
+        intermediate_size=encoder.feedforward_dim,
+        conv_kernel_size=encoder.kernel_size,
+        subsampling_factor=encoder.stride,
+        num_mel_bins=encoder.num_mels,
+    )
+    config = transformers.ParakeetCTCConfig(vocab_size=vocab_size, pad_token_id=0, encoder_config=shape.to_dict())
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=encoder.num_mels, sampling_rate=RATE)
+    config.inputs_to_logits_ratio = extractor.hop_length * encoder.stride
+    return transformers.ParakeetForCTC(config), extractor
+
+
+def one_pass(system: System, recordings: Sequence[np.ndarray], device: str) -> float:
+    """Seconds from waveforms to texts."""
+    wait = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
+    wait()
+    begin = time.perf_counter()
+    texts = system.transcribe(recordings)
+    wait()
+    seconds = time.perf_counter() - begin
+    if len(texts) != len(recordings):
+        raise RuntimeError(f"{len(texts)} texts of {len(recordings)} recordings: these timings mean nothing")
+    return seconds
+
+
+def compare(name: str, recordings: Sequence[np.ndarray], args: argparse.Namespace) -> dict[str, float]:
+    """Audio-seconds per second of ours and of the peer, alternating."""
+    preset = PRESETS[PRESET_OF[name]]
+    encoder = replace(preset, num_layers=args.layers or preset.num_layers)
+    systems = {"ours": make_ours(encoder, args), "transformers": make_peer(name, encoder, args)}
+    for who, system in systems.items():
+        count = sum(parameter.numel() for parameter in system.model.parameters())
+        print(f"{name}, {who}: {count / 1e6:.1f} M parameters")
+        one_pass(system, recordings[:1], args.device)
+    audio = sum(map(len, recordings)) / RATE
+    times: dict[str, list[float]] = {who: [] for who in systems}
+    for repeat in range(args.repeats):
+        for who, system in systems.items():
+            times[who].append(one_pass(system, recordings, args.device))
+        print(
+            f"  {repeat}: audio-s/s " + ", ".join(f"{who} {audio / t[-1]:.2f}" for who, t in times.items()), flush=True
+        )
+    speeds = {who: audio / min(seconds) for who, seconds in times.items()}
+    own = {f"{name}_{who}": speed for who, speed in speeds.items()}
+    return {**own, f"ratio_to_{name}": speeds["ours"] / speeds["transformers"]}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", choices=list(PRESET_OF), default=list(PRESET_OF))
+    parser.add_argument("--recordings", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=60.0, help="mean length of a recording")
+    parser.add_argument("--chunk-seconds", type=float, default=20.0, help="a window")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that is not kept")
+    parser.add_argument("--batch", type=int, default=4, help="windows in a batch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=0, help="instead of the presets' numbers")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    recordings = make_recordings(args.recordings, args.seconds)
+    result: dict[str, float] = {}
+    for name in args.peers:
+        result |= compare(name, recordings, args)
+    result["ratio_to_transformers"] = min(result[f"ratio_to_{name}"] for name in args.peers)
+    print(json.dumps({key: round(value, 4) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
