@@ -292,7 +292,8 @@ def source_of(log_mel: np.ndarray, dataset_statistics: Statistics | None) -> Sou
 def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:
     """Normalised frames, float32 [stop - start, M]."""
     out = torch.empty(stop - start, log_mel.shape[1])
-    normalise_into(out, log_mel[start:stop], mean, inverse_std)
+    # A copy: what comes from a worker cannot be written to, and torch warns of that.
+    normalise_into(out, log_mel[start:stop].copy(), mean, inverse_std)
     return out
 
 
