@@ -81,7 +81,10 @@ def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
     model = CTCModel(encoder, tokenizer.vocab_size).eval().to(args.device)
     log_mel_of, decoder = LogMel(features), GreedyCTC(model.log_probs)
     settings = InferenceSettings(
-        args.chunk_seconds, args.overlap, batch_seconds=args.batch * args.chunk_seconds, precision=args.precision
+        context_seconds=args.chunk_seconds,
+        overlap=args.overlap,
+        batch_seconds=args.batch * args.chunk_seconds,
+        precision=args.precision,
     )
 
     def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:

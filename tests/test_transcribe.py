@@ -116,18 +116,22 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
         assert text_normaliser("")(text) == row["hypothesis"]
 
 
-def test_every_format_tells_the_same_words(setup: script.Config, tmp_path: Path) -> None:
+def test_every_format_tells_the_same_words(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = spy(monkeypatch, script)
     assert transcribe(setup, tmp_path) == 0
     expected = {f"{name}.{form}" for name in NAMES for form in FORMATS.split(",")}
     assert set(files_of(tmp_path)) == expected
-    rate = FeatureSettings().frames_per_second
     for name in NAMES:
         path = tmp_path / name
         content = json.loads(path.with_suffix(".json").read_text())
         text = " ".join(content["text"].split())
         words = [word["word"] for word in content["words"]]
         assert " ".join(words) == text and content["id"] == name
-        assert [word["end"] <= content["seconds"] + 4 / rate for word in content["words"]] == [True] * len(words)
+        tokens = found[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
+        assert {word["start"] for word in content["words"]} <= {round(0.04 * first, 3) for first in tokens.first_frame}
+        assert {word["end"] for word in content["words"]} <= {round(0.04 * (n + 1), 3) for n in tokens.last_frame}
         assert " ".join(path.with_suffix(".txt").read_text().split()) == text
         assert [word.word for word in read_words_json(path.with_suffix(".json"))] == words
         assert [word.word for word in read_textgrid(path.with_suffix(".TextGrid"))] == words
@@ -220,8 +224,17 @@ def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monk
     assert sorted(state) == NAMES
 
 
-def transcribe_on(world: World, config: script.Config) -> int:
-    return script.transcribe(config, world)
+def transcribe_on(world: World, config: script.Config) -> tuple[int, list[str]]:
+    """The number of failures, and the files that this process has transcribed."""
+    original, wrote = script.write_transcript, []
+
+    def noted(file: script.AudioFile, *arguments: Any) -> None:
+        wrote.append(file.name)
+        original(file, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "write_transcript", noted)
+        return script.transcribe(config, world), wrote
 
 
 def test_two_processes_give_the_transcripts_of_one(setup: script.Config, tmp_path: Path) -> None:
@@ -229,7 +242,9 @@ def test_two_processes_give_the_transcripts_of_one(setup: script.Config, tmp_pat
     (talks / "empty.wav").touch()
     config = replace(setup, audio=str(talks))
     assert transcribe(config, tmp_path / "one") == 1
-    assert run_distributed(transcribe_on, 2, replace(config, out=str(tmp_path / "two"))) == [1, 0]
+    (failed, first), (elsewhere, second) = run_distributed(transcribe_on, 2, replace(config, out=str(tmp_path / "two")))
+    assert (failed, elsewhere) == (1, 0) and first[0] == "long"
+    assert sorted(first + second) == NAMES and len(second) > 1
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
