@@ -19,7 +19,7 @@ class TimedWord:
     end: float
     """seconds"""
     confidence: float | None = None
-    """mean probability of its tokens, 0 to 1; None where it is not known"""
+    """mean of that of its tokens, 0 to 1; None where it is not known"""
 
 
 def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: float) -> list[TimedWord]:
