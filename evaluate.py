@@ -20,7 +20,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,10 @@ from tqdm import tqdm
 from bestrq.config import ConfigError, parse, run_main, to_dict
 from bestrq.files import write_file
 from bestrq.recognition import report
+from bestrq.recognition.breakdowns import by_duration, by_speaker, confusions
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Source
+from bestrq.recognition.normalisers import normalisers_used
 from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
 from bestrq.recognition.sections import facts_section, results_section, transcripts_section
 from bestrq.training.export import read_export
@@ -254,6 +256,7 @@ def score(dataset: Dataset, recordings: Sequence[int], hypotheses: Mapping[str, 
             hypotheses[dataset.id(i)],
             dataset.language(i),
             int(dataset.frames[i]) / dataset.features.frames_per_second,
+            speaker=dataset.speaker(i),
         )
         for i in recordings
     ]
@@ -286,6 +289,12 @@ def describe(
         "device": world.device.type,
         "decoding": {"audio_seconds": audio, "seconds": seconds, "audio_seconds_per_second": audio / seconds},
         "scores": {language: total.summary() for language, total in totals.items()},
+        "speakers": {name: total.summary() for name, total in by_speaker(scores, config.resamples).items()},
+        "durations": {
+            name: total.summary() for name, total in by_duration(scores, num_resamples=config.resamples).items()
+        },
+        "confusions": asdict(confusions(scores)),
+        "normalisers": normalisers_used((one.normaliser, one.language) for one in scores),
         "recordings": [one.row() for one in scores],
     }
 
