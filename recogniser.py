@@ -5,7 +5,8 @@ Exports of finetune_ctc.py hold a CTC model, those of finetune_rnnt.py a transdu
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +14,9 @@ import numpy as np
 
 from bestrq.config import ConfigError, from_dict
 from bestrq.model.conformer import EncoderSettings
-from bestrq.recognition.ctc import CTCModel
+from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.decoders import Decoder, DecoderSettings, GreedyCTC, TransducerDecoder
-from bestrq.recognition.inference import Outputs
+from bestrq.recognition.inference import Outputs, StreamedOutputs
 from bestrq.recognition.ngram import read_arpa
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import Export
@@ -34,8 +35,39 @@ class Recogniser:
     normalisation: Literal["recording", "dataset"]
 
 
-def load_recogniser(export: Export) -> Recogniser:
-    """The model of an export, on the CPU. Raises ConfigError when it is no recogniser, or is damaged."""
+@dataclass(frozen=True)
+class EncoderChanges:
+    """What the encoder of an export sees, in place of what it was trained with; null keeps that."""
+
+    mask: Literal["segment", "window", "causal", "chunk"] | None = None
+    """frames that a frame attends to; 'window' with inference.mode whole is windowed attention in one pass"""
+    window: int | None = None
+    """mask 'window': frames of the first stage seen to either side"""
+    chunk_size: int | None = None
+    """mask 'chunk': frames of the first stage in a chunk"""
+    left_chunks: int | None = None
+    """mask 'chunk': chunks seen before a frame's own; -1 for all"""
+    rotary_interpolation: float | None = None
+    """rotary positions are divided by this"""
+
+    def apply(self, encoder: EncoderSettings) -> EncoderSettings:
+        """The changed settings. Raises ConfigError for a value that is not possible, or that the mask ignores."""
+        given = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
+        changed = replace(encoder, **given)
+        for name, mask in (("window", "window"), ("chunk_size", "chunk"), ("left_chunks", "chunk")):
+            if name in given and changed.mask != mask:
+                raise ConfigError(
+                    f"encoder.{name} = {given[name]} changes nothing with mask {changed.mask!r}: "
+                    f"give encoder.mask {mask!r} too"
+                )
+        return changed
+
+
+def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) -> Recogniser:
+    """The model of an export, on the CPU, its encoder with the changes.
+
+    Raises ConfigError when it is no recogniser, or is damaged, or a change is not possible.
+    """
     config = export.config
     kind = config.get("kind")
     if kind not in ("ctc", "rnnt"):
@@ -53,7 +85,7 @@ def load_recogniser(export: Export) -> Recogniser:
             f"{export.path}: the tokenizer has {tokenizer.vocab_size} labels, the model {config['vocab_size']}: "
             "one of them is another model's"
         )
-    encoder = from_dict(EncoderSettings, config["encoder"])
+    encoder = changes.apply(from_dict(EncoderSettings, config["encoder"]))
     model: CTCModel | TransducerModel
     if kind == "rnnt":
         model = TransducerModel(encoder, from_dict(TransducerSettings, config["transducer"]), config["vocab_size"])
@@ -85,7 +117,10 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
         )
     if settings.beam > 1:
         raise ConfigError(f"decoder.beam is {settings.beam}, but {export} is decoded by CTC, greedily: give 1")
-    return GreedyCTC(ctc_outputs(recogniser, export))
+    log_probs = ctc_outputs(recogniser, export)
+    head = model.ctc_head if isinstance(model, TransducerModel) else model.head
+    assert head is not None  # or ctc_outputs would have refused
+    return GreedyCTC(log_probs, StreamedOutputs(model.encoder, partial(frame_log_probs, head)))
 
 
 def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:

@@ -13,9 +13,9 @@ from bestrq.recognition.inference import (
     Outputs,
     Source,
     excluded_frames,
-    plan_windows,
     transcribe,
 )
+from bestrq.recognition.windows import plan_windows
 
 FACTOR = 4
 REACH = 3

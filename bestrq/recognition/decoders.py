@@ -15,7 +15,15 @@ from torch import Tensor
 
 from bestrq.config import ConfigError
 from bestrq.recognition.decoding import BLANK, TimedTokens, greedy_ctc_timed
-from bestrq.recognition.inference import InferenceSettings, Outputs, Source, excluded_frames, transcribe
+from bestrq.recognition.inference import (
+    InferenceSettings,
+    Outputs,
+    Source,
+    StreamedOutputs,
+    excluded_frames,
+    transcribe,
+)
+from bestrq.recognition.stitching import stitch_recordings
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.recognition.transducer_beam import LanguageModel, beam_search
 
@@ -59,6 +67,10 @@ class Decoder(Protocol):
     def description(self) -> str:
         """For a report, such as "greedy CTC, no language model"."""
 
+    @property
+    def stream(self) -> StreamedOutputs | None:
+        """`outputs` of a stream, where it is known."""
+
     def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
         """What the model gives of every frame, `[R, T, ...]`."""
 
@@ -74,6 +86,7 @@ class GreedyCTC:
     """The best path of a CTC head. log_probs: of `CTCModel`, or `ctc_log_probs` of a hybrid."""
 
     log_probs: Outputs
+    stream: StreamedOutputs | None = None
 
     @property
     def description(self) -> str:
@@ -107,6 +120,10 @@ class TransducerDecoder:
             f"language model of weight {how.language_model_weight:g}" if self.language_model else "no language model"
         )
         return f"transducer, beam of {how.beam}, {model}"
+
+    @property
+    def stream(self) -> StreamedOutputs:
+        return StreamedOutputs(self.model.encoder, lambda frames: self.model.joint.encoder_projection(frames).float())
 
     def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
         return self.model.encode(log_mel, segment_start, segment_length).float()
@@ -148,16 +165,22 @@ def decode_recordings(
     """Tokens of whole recordings, and the encoder frames that they came from; each with the index of its source.
 
     Recordings are searched together as long as they are within `settings.batch_seconds`, padding included: put those
-    of similar length side by side.
+    of similar length side by side. In mode 'stitched' every window is searched by itself.
 
     Args:
         stride: mel frames of an encoder frame (`encoder.settings.stride`).
         frames_per_second: mel frames of a second.
     """
+    if settings.mode == "stitched":
+        search, reduce = decoder.search, decoder.reduce
+        yield from stitch_recordings(
+            decoder.outputs, reduce, search, sources, settings, stride, frames_per_second, device
+        )  # fmt: skip
+        return
     rate = frames_per_second / stride
     waiting: list[tuple[int, Tensor]] = []
     for index, kept in transcribe(
-        decoder.outputs, sources, settings, stride, frames_per_second, device, decoder.reduce
+        decoder.outputs, sources, settings, stride, frames_per_second, device, decoder.reduce, decoder.stream
     ):  # fmt: skip
         longest = max(len(one) for _, one in [*waiting, (index, kept)])
         if waiting and longest * (len(waiting) + 1) > settings.batch_seconds * rate:

@@ -1,36 +1,49 @@
 """Recordings of any length through an encoder of bounded context.
 
-A recording longer than the context is cut into overlapping windows, and of every window only the centre is kept: a
-frame near a window's edge has seen little of its surroundings, and the next window sees more. Each encoder frame is
-written exactly once. Windows of one or of many recordings share a batch, each in a row of its own.
+A recording longer than the context is cut into overlapping windows. A frame near a window's edge has seen little of its
+surroundings, and the next window sees more: so only the centre of every window is kept ("buffered"; each encoder frame
+is written exactly once), or the windows' outputs are averaged. Windows of one or of many recordings share a batch, each
+in a row of its own. Encoders that look back only are streamed instead: chunk by chunk with what they remember.
 
-R rows, F mel frames in a row, M mel bins, T encoder frames, V vocabulary, S segment slots.
+R rows, F mel frames in a row, M mel bins, T encoder frames, D model width, V vocabulary, S segment slots.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bestrq.config import ConfigError
+from bestrq.model.conformer import ConformerEncoder
+from bestrq.model.streaming import encode_chunk, start_stream
+from bestrq.recognition.windows import RunningAverage, Window, are_log_probs, plan_windows
+
+Mode = Literal["buffered", "averaged", "whole", "streaming", "stitched"]
 
 
 @dataclass(frozen=True)
 class InferenceSettings:
     """How whole recordings are cut, batched and computed."""
 
+    mode: Mode = "buffered"
+    """what becomes of the windows of a recording: 'buffered' keeps the centre of each, 'averaged' takes the mean of
+    their CTC probabilities, 'stitched' searches each and joins the transcripts; 'whole' has no windows but one pass;
+    'streaming' goes chunk by chunk with caches (encoders with mask 'chunk' and causal convolutions)"""
     context_seconds: float = 20.0
-    """Length of a window; 0 gives every recording in one pass, whatever its length."""
+    """length of a window; 0 gives every recording in one pass, whatever its length, as 'whole' does"""
     overlap: float = 0.25
-    """Share of a window that is not kept: half at each of its ends. Costs 1 / (1 - overlap) times the compute."""
+    """share of a window that others see too: half at each of its ends. Costs 1 / (1 - overlap) times the compute; 0
+    is plain chunking"""
     batch_seconds: float = 120.0
-    """Audio in a batch, padding included; a window longer than this is a batch by itself."""
+    """audio in a batch, padding included; a window longer than this is a batch by itself"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoder, by autocast; log-probabilities are always float32."""
+    """of the encoder, by autocast; log-probabilities are always float32"""
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"inference.mode = {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
         if self.context_seconds < 0:
             raise ConfigError(
                 f"inference.context_seconds = {self.context_seconds}: choose seconds, or 0 for whole recordings"
@@ -40,9 +53,43 @@ class InferenceSettings:
         if self.batch_seconds <= 0:
             raise ConfigError(f"inference.batch_seconds = {self.batch_seconds}: choose a positive number of seconds")
 
+    def context(self, factor: int, frames_per_second: float) -> int:
+        """Mel frames of a window; 0 for the whole recording.
+
+        Raises:
+            ConfigError: it is shorter than an encoder frame, of `factor` mel frames.
+        """
+        if self.mode in ("whole", "streaming") or self.context_seconds == 0:
+            return 0
+        context = round(self.context_seconds * frames_per_second)
+        if context < factor:
+            raise ConfigError(
+                f"inference.context_seconds = {self.context_seconds}: less than an encoder frame of "
+                f"{factor / frames_per_second} s; choose several seconds, or 0 for whole recordings"
+            )
+        return context
+
+
+class RecordingError(ConfigError):
+    """A recording cannot be used. The message names it; the others can be decoded without it."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+        """of the source"""
+
 
 Outputs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """log-mel `[R, F, M]`, segment starts and lengths `[R, S]`, to what a model gives of every frame, `[R, T, ...]`"""
+
+
+@dataclass(frozen=True)
+class StreamedOutputs:
+    """What `Outputs` gives, from an encoder that can stream and a head that looks at one frame at a time."""
+
+    encoder: ConformerEncoder
+    head: Callable[[Tensor], Tensor]
+    """encoder frames `[T, D]` to `[T, ...]`"""
 
 
 @dataclass(frozen=True)
@@ -55,49 +102,8 @@ class Source:
     """normalised log-mel of the frames from a start to a stop, float32 `[stop - start, M]`"""
     excluded: Sequence[tuple[float, float]] = ()
     """stretches (start, end) in seconds that are heard but not scored: see `excluded_frames`"""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a recording and the part of its output that is kept."""
-
-    start: int
-    """first mel frame, a multiple of the subsampling factor"""
-    stop: int
-    """mel frame after the last"""
-    keep_start: int
-    """first encoder frame of the recording that is taken from this window"""
-    keep_stop: int
-    """encoder frame after the last that is"""
-
-
-def plan_windows(num_frames: int, context: int, overlap: float, factor: int) -> list[Window]:
-    """Windows of at most `context` mel frames; their kept parts tile the encoder frames of the recording.
-
-    All windows but the last begin a hop of `(1 - overlap) * context` apart. The last one is moved back to end with
-    the recording, so that it too has a full context.
-
-    Args:
-        num_frames: mel frames of the recording.
-        context: mel frames of a window; 0 for the whole recording.
-        overlap: share of a window that is not kept.
-        factor: mel frames of an encoder frame.
-    """
-    if context == 0 or num_frames <= context:
-        return [Window(0, num_frames, 0, -(-num_frames // factor))]
-    # All in encoder frames from here: a window that began between two would shift the grid of the subsampling.
-    total, size = -(-num_frames // factor), max(1, context // factor)
-    hop = min(size, max(1, round(size * (1 - overlap))))
-    margin = (size - hop) // 2
-    windows: list[Window] = []
-    kept = 0
-    while kept < total:
-        start = min(max(kept - margin, 0), max(total - size, 0))
-        last = start + size >= total
-        keep_stop = total if last else start + margin + hop
-        windows.append(Window(start * factor, min((start + size) * factor, num_frames), kept, keep_stop))
-        kept = keep_stop
-    return windows
+    name: str = ""
+    """what an error calls it"""
 
 
 @torch.no_grad()
@@ -109,37 +115,94 @@ def transcribe(
     frames_per_second: float,
     device: torch.device | str = "cpu",
     reduce: Callable[[Tensor], Tensor] = lambda output: output,
+    stream: StreamedOutputs | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Outputs of whole recordings, each as soon as its last window is done.
 
-    Memory holds one batch and the outputs of the recordings in it, never the features of a whole recording that is
-    longer than the context. Put recordings of similar length side by side: rows of a batch are padded to the longest.
+    Memory holds one batch, the frames that a later window sees too, and what is kept of the recordings in it; never
+    the features of a whole recording that is longer than the context. Put recordings of similar length side by side:
+    rows of a batch are padded to the longest.
 
     Args:
         outputs: such as `CTCModel.log_probs` of a model in evaluation mode, on `device`.
         factor: mel frames of an encoder frame (`encoder.settings.stride`).
         frames_per_second: mel frames of a second.
-        reduce: what is kept of a window's outputs `[n, ...]` before they leave the device, `[n, ...]`; called in the
-            order of windows and sources. Greedy CTC needs only `lambda log_probs: log_probs.argmax(-1)`.
+        reduce: what is kept of finished frames' outputs `[n, ...]` before they leave the device, `[n, ...]`; called in
+            the order of frames and sources. Greedy CTC needs only `lambda log_probs: log_probs.argmax(-1)`.
+        stream: of the same model, for mode 'streaming'.
 
     Yields:
         index of the source, and its outputs on the CPU, T = ceil(num_frames / factor) of them, reduced.
+
+    Raises:
+        ConfigError: the model, or what is done with the outputs, does not go with `settings.mode`.
+        RecordingError: features are not finite.
     """
-    context = round(settings.context_seconds * frames_per_second)
-    if settings.context_seconds and context < factor:
+    if settings.mode == "stitched":
         raise ConfigError(
-            f"inference.context_seconds = {settings.context_seconds}: less than an encoder frame of "
-            f"{factor / frames_per_second} s; choose several seconds, or 0 for whole recordings"
+            "inference.mode = 'stitched' joins transcripts, but frames are wanted here: choose 'buffered' or 'averaged'"
         )
-    parts: dict[int, list[Tensor]] = {}
-    for batch in _batches(sources, context, settings, factor, frames_per_second):
-        rows = _run_windows(outputs, sources, batch, settings, factor, device)
-        for (index, window, is_last), row in zip(batch, rows, strict=True):
+    if settings.mode == "streaming":
+        if stream is None:
+            raise ConfigError("inference.mode = 'streaming' is not possible here: choose 'buffered' or 'whole'")
+        finished = _stream(stream, sources, settings, device)
+    elif settings.mode == "averaged":
+        finished = _average(outputs, sources, settings, factor, frames_per_second, device)
+    else:
+        finished = _keep_centres(outputs, sources, settings, factor, frames_per_second, device)
+    parts: list[Tensor] = []
+    for index, frames, is_last in finished:
+        parts.append(reduce(frames).cpu())
+        if is_last:
+            yield index, torch.cat(parts)
+            parts = []
+
+
+Finished = tuple[int, Tensor, bool]
+"""source, outputs of the next of its frames, and whether they are its last"""
+
+
+def _keep_centres(
+    outputs: Outputs, sources: Sequence[Source], settings: InferenceSettings, factor: int, rate: float,
+    device: torch.device | str,
+) -> Iterator[Finished]:  # fmt: skip
+    for done in run_windows(outputs, sources, settings, factor, rate, device):
+        for (index, window, following), frames in done:
             offset = window.start // factor
-            kept = row[window.keep_start - offset : window.keep_stop - offset]
-            parts.setdefault(index, []).append(reduce(kept).cpu())
-            if is_last:
-                yield index, torch.cat(parts.pop(index))
+            yield index, frames[window.keep_start - offset : window.keep_stop - offset], following is None
+
+
+def _average(
+    outputs: Outputs, sources: Sequence[Source], settings: InferenceSettings, factor: int, rate: float,
+    device: torch.device | str,
+) -> Iterator[Finished]:  # fmt: skip
+    average, is_checked = RunningAverage(), False
+    for done in run_windows(outputs, sources, settings, factor, rate, device):
+        for (index, window, following), frames in done:
+            if not is_checked and not (frames.dim() == 2 and are_log_probs(frames)):
+                raise ConfigError(
+                    "inference.mode = 'averaged' takes the mean of CTC probabilities, which this decoder does not "
+                    "have: choose 'buffered' or 'stitched'"
+                )
+            is_checked = True
+            num_finished = len(frames) if following is None else (following.start - window.start) // factor
+            yield index, average.add(frames, num_finished), following is None
+
+
+def _stream(
+    stream: StreamedOutputs, sources: Sequence[Source], settings: InferenceSettings, device: torch.device | str
+) -> Iterator[Finished]:
+    encoder = stream.encoder
+    chunk = encoder.settings.chunk_size * encoder.settings.stride
+    for index, source in enumerate(sources):
+        state = start_stream(encoder)
+        for start in range(0, source.num_frames, chunk):
+            stop = min(start + chunk, source.num_frames)
+            log_mel = _read(source, index, start, stop).to(device)
+            with _autocast(settings, device):
+                hidden, state = encode_chunk(encoder, log_mel, state)
+                frames = stream.head(hidden)
+            yield index, frames, stop == source.num_frames
 
 
 def excluded_frames(source: Source, num_frames: int, frames_per_second: float) -> Tensor:
@@ -154,31 +217,49 @@ def excluded_frames(source: Source, num_frames: int, frames_per_second: float) -
     return inside
 
 
-Task = tuple[int, Window, bool]
-"""source, window, and whether it is the source's last"""
+Task = tuple[int, Window, Window | None]
+"""source, window, and the source's next window: None after the last"""
+
+
+@torch.no_grad()
+def run_windows(
+    outputs: Outputs,
+    sources: Sequence[Source],
+    settings: InferenceSettings,
+    factor: int,
+    frames_per_second: float,
+    device: torch.device | str,
+) -> Iterator[list[tuple[Task, Tensor]]]:
+    """All windows of all recordings in order, a batch at a time, with their outputs `[T, ...]` on the device."""
+    for batch in _batches(sources, settings, factor, frames_per_second):
+        rows = _run_batch(outputs, sources, batch, settings, factor, device)
+        yield [
+            (task, row[: -(-(task[1].stop - task[1].start) // factor)]) for task, row in zip(batch, rows, strict=True)
+        ]
 
 
 def _batches(
-    sources: Sequence[Source], context: int, settings: InferenceSettings, factor: int, frames_per_second: float
+    sources: Sequence[Source], settings: InferenceSettings, factor: int, frames_per_second: float
 ) -> Iterator[list[Task]]:
-    """All windows in order, as many at a time as the budget allows."""
+    """As many windows at a time as the budget allows."""
+    context = settings.context(factor, frames_per_second)
     budget = settings.batch_seconds * frames_per_second
     batch: list[Task] = []
     longest = 0
     for index, source in enumerate(sources):
         windows = plan_windows(source.num_frames, context, settings.overlap, factor)
-        for window in windows:
+        for window, following in zip(windows, [*windows[1:], None], strict=True):
             length = max(longest, window.stop - window.start)
             if batch and length * (len(batch) + 1) > budget:
                 yield batch
                 batch, length = [], window.stop - window.start
-            batch.append((index, window, window is windows[-1]))
+            batch.append((index, window, following))
             longest = length
     if batch:
         yield batch
 
 
-def _run_windows(
+def _run_batch(
     outputs: Outputs,
     sources: Sequence[Source],
     batch: list[Task],
@@ -187,12 +268,25 @@ def _run_windows(
     device: torch.device | str,
 ) -> Tensor:
     """Outputs of the windows, `[R, T, ...]` on the device; frames after a window's end mean nothing."""
-    mels = [sources[index].read_mel(window.start, window.stop) for index, window, _ in batch]
+    mels = [_read(sources[index], index, window.start, window.stop) for index, window, _ in batch]
     lengths = torch.tensor([[len(mel)] for mel in mels])
     row_frames = -(-int(lengths.max()) // factor) * factor
     rows = mels[0].new_zeros(len(mels), row_frames, mels[0].shape[1])
     for row, mel in zip(rows, mels, strict=True):
         row[: len(mel)] = mel
-    use_bfloat16 = settings.precision == "bfloat16"
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=use_bfloat16):
+    with _autocast(settings, device):
         return outputs(rows.to(device), torch.zeros_like(lengths), lengths)
+
+
+def _read(source: Source, index: int, start: int, stop: int) -> Tensor:
+    log_mel = source.read_mel(start, stop)
+    # The quickest look that any NaN or infinity survives. Attention would spread it over the window, where the
+    # likeliest label of nothing but NaN is the blank: a silent hole.
+    if not torch.isfinite(log_mel.sum()):
+        name = source.name or f"recording {index}"
+        raise RecordingError(index, f"{name}: features of the mel frames {start} to {stop} are not finite numbers")
+    return log_mel
+
+
+def _autocast(settings: InferenceSettings, device: torch.device | str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bfloat16")

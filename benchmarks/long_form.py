@@ -1,0 +1,216 @@
+"""What long recordings cost: time and peak memory of CTC decoding, for recordings of minutes to hours, in every mode.
+
+    python -m benchmarks.long_form
+    python -m benchmarks.long_form --layers 2 --minutes 1 3       # to look at it
+
+A cell is one way through one recording, by a model of random weights with a CTC head, in float32 on the CPU:
+
+    chunked      windows side by side, inference.overlap 0
+    buffered     the centre of every window kept, `--overlap`
+    averaged     probabilities averaged over the same windows
+    whole        one pass, full attention; recordings up to `--whole-limit` minutes
+    window       one pass, windowed attention (`--window`); up to `--window-limit` minutes, for a pass holds it all
+    streaming    chunk by chunk (`--chunk`, `--left-chunks`), the encoder causal
+
+Features come from a random generator, a block at a time, so that a recording is never in memory but where the mode
+itself reads all of it. Each cell has a process of its own, so its peak is its own: the highest resident size of the
+run, less that before it (weights, after a warm-up on ten seconds). Cells go round by round; the fastest run counts, and
+the highest peak. One line of JSON is the last; of its keys
+
+    MODE_Nmin_time, MODE_Nmin_mb    milliseconds of computing a second of audio; MB of peak
+    MODE_Nmin_rtf                   real-time factor: seconds of computing a second of audio
+    cost_180min_over_10min          time a second of audio, the longest over the shortest recording, buffered
+    memory_180min_over_10min        the same of the peak
+    buffered_over_chunked           time, on the longest recording
+
+(with `--minutes` others, the names follow).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.context_cost import forget_peak, resident_bytes
+from bestrq.model.presets import PRESETS
+from bestrq.model.settings import EncoderSettings
+from bestrq.recognition.ctc import CTCModel, frame_log_probs
+from bestrq.recognition.inference import InferenceSettings, Mode, Source, StreamedOutputs, transcribe
+from bestrq.training.process import keep_freed_memory
+
+FRAMES_PER_SECOND = 100
+BLOCK = 1000
+"""mel frames that are drawn from one seed"""
+WARM_UP = 10
+"""seconds of audio"""
+SYSTEMS: dict[str, Mode] = {
+    "chunked": "buffered",
+    "buffered": "buffered",
+    "averaged": "averaged",
+    "whole": "whole",
+    "window": "whole",
+    "streaming": "streaming",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement."""
+
+    system: str
+    minutes: float
+    encoder: EncoderSettings
+    inference: InferenceSettings
+    vocab_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}_{self.minutes:g}min"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a run."""
+
+    milliseconds: float
+    """a second of audio"""
+    megabytes: float
+    """peak, above what was resident before"""
+
+    def best(self, other: Cost) -> Cost:
+        """The fastest run, and the highest peak."""
+        return Cost(min(self.milliseconds, other.milliseconds), max(self.megabytes, other.megabytes))
+
+
+def read_mel(num_mels: int, start: int, stop: int) -> Tensor:
+    """Frames of a random recording of any length: the same wherever a window begins, float32 `[stop - start, M]`."""
+    first, last = start // BLOCK, (stop - 1) // BLOCK
+    blocks = [
+        torch.randn(BLOCK, num_mels, generator=torch.Generator().manual_seed(seed)) for seed in range(first, last + 1)
+    ]
+    return torch.cat(blocks)[start - first * BLOCK : stop - first * BLOCK]
+
+
+def measure(cell: Cell, threads: int) -> Cost:
+    """Run a cell: in a process of its own, for the memory."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = CTCModel(cell.encoder, cell.vocab_size).eval()
+    stream = StreamedOutputs(model.encoder, partial(frame_log_probs, model.head))
+
+    def run(seconds: float) -> float:
+        source = Source(round(seconds * FRAMES_PER_SECOND), partial(read_mel, cell.encoder.num_mels))
+        begin = time.perf_counter()
+        stride = cell.encoder.stride
+        [(_, ids)] = transcribe(
+            model.log_probs, [source], cell.inference, stride, FRAMES_PER_SECOND,
+            reduce=lambda log_probs: log_probs.argmax(dim=-1), stream=stream,
+        )  # fmt: skip
+        if len(ids) != -(-source.num_frames // stride):
+            raise RuntimeError(f"{cell.name}: {len(ids)} frames of a recording of {source.num_frames} mel frames")
+        return time.perf_counter() - begin
+
+    run(WARM_UP)
+    forget_peak()
+    before = resident_bytes("VmRSS")
+    seconds = run(60 * cell.minutes)
+    peak = resident_bytes("VmHWM") - before
+    return Cost(seconds / (60 * cell.minutes) * 1e3, peak / 1e6)
+
+
+def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
+    """Cells to run, and the names of those left out."""
+    preset = PRESETS[args.preset]
+    encoder = replace(preset, num_layers=args.layers or preset.num_layers)
+    changes = {
+        "window": {"mask": "window", "window": args.window},
+        "streaming": {
+            "mask": "chunk",
+            "chunk_size": args.chunk,
+            "left_chunks": args.left_chunks,
+            "causal_convolution": True,
+        },
+    }
+    limits = {"whole": args.whole_limit, "window": args.window_limit}
+    cells, left_out = [], []
+    for minutes in sorted(args.minutes):
+        for system in args.systems:
+            overlap = 0.0 if system == "chunked" else args.overlap
+            inference = InferenceSettings(SYSTEMS[system], args.context_seconds, overlap, args.batch_seconds)
+            cell = Cell(system, minutes, replace(encoder, **changes.get(system, {})), inference, args.vocab_size)
+            if minutes <= limits.get(system, float("inf")):
+                cells.append(cell)
+            else:
+                left_out.append(cell.name)
+    return cells, left_out
+
+
+def summarise(costs: dict[str, Cost], minutes: list[float]) -> dict[str, float]:
+    """The keys of the JSON line."""
+    result = {}
+    for name, cost in costs.items():
+        result[f"{name}_time"] = round(cost.milliseconds, 3)
+        result[f"{name}_rtf"] = round(cost.milliseconds / 1e3, 5)
+        result[f"{name}_mb"] = round(cost.megabytes, 1)
+    short, long = min(minutes), max(minutes)
+    first, last = costs.get(f"buffered_{short:g}min"), costs.get(f"buffered_{long:g}min")
+    if first and last:
+        which = f"{long:g}min_over_{short:g}min"
+        result[f"cost_{which}"] = round(last.milliseconds / first.milliseconds, 3)
+        result[f"memory_{which}"] = round(last.megabytes / first.megabytes, 3)
+    chunked = costs.get(f"chunked_{long:g}min")
+    if last and chunked:
+        result["buffered_over_chunked"] = round(last.milliseconds / chunked.milliseconds, 3)
+    return result
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base-120m")
+    parser.add_argument("--layers", type=int, default=0, help="of the preset's; 0 for all")
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10, 60, 180], help="lengths of the recordings")
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--context-seconds", type=float, default=20.0, help="of a window")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that others see too")
+    parser.add_argument("--batch-seconds", type=float, default=120.0, help="audio in a batch")
+    parser.add_argument("--window", type=int, default=128, help="encoder frames to either side")
+    parser.add_argument("--chunk", type=int, default=32, help="encoder frames of a chunk of a stream")
+    parser.add_argument("--left-chunks", type=int, default=4, help="chunks that a chunk sees before it")
+    parser.add_argument("--whole-limit", type=float, default=10, help="longest recording of full attention, minutes")
+    parser.add_argument("--window-limit", type=float, default=60, help="longest one of windowed attention, minutes")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    cells, left_out = plan(args)
+    print(f"{args.preset}, {cells[0].encoder.num_layers} layers; windows of {args.context_seconds:g} s")
+    if left_out:
+        print("left out: " + ", ".join(left_out))
+    costs: dict[str, Cost] = {}
+    for _ in range(args.rounds):
+        for cell in cells:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                cost = process.submit(measure, cell, args.threads).result()
+            costs[cell.name] = costs[cell.name].best(cost) if cell.name in costs else cost
+            print(f"{cell.name:20} {cost.milliseconds:9.2f} ms/s {cost.megabytes:9.1f} MB", flush=True)
+    result: dict[str, object] = {"preset": args.preset, "layers": cells[0].encoder.num_layers}
+    result |= {"context_seconds": args.context_seconds, "overlap": args.overlap, "threads": args.threads}
+    result |= {"left_out": left_out, **summarise(costs, args.minutes)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""benchmarks.long_form runs every mode, says what it leaves out, and its recordings are what they say."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.long_form import SYSTEMS, Cost, main, measure, parse_arguments, plan, read_mel, summarise
+
+
+TINY = "--preset quickstart --layers 1 --vocab-size 8 --context-seconds 2 --batch-seconds 4 --threads 1"
+
+
+def test_a_tiny_run_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*TINY.split(), *"--minutes 0.05 --systems chunked buffered".split()])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("chunked_0.05min", "buffered_0.05min"):
+        assert result[f"{name}_rtf"] > 0 and result[f"{name}_mb"] >= 0
+    assert {"cost_0.05min_over_0.05min", "memory_0.05min_over_0.05min", "buffered_over_chunked"} <= result.keys()
+
+
+def test_every_mode_runs() -> None:
+    cells, left_out = plan(parse_arguments([*TINY.split(), "--minutes", "0.05"]))
+    assert [cell.system for cell in cells] == list(SYSTEMS) and not left_out
+    assert all(measure(cell, threads=1).milliseconds > 0 for cell in cells)
+
+
+def test_what_would_not_fit_is_left_out_by_name() -> None:
+    cells, left_out = plan(parse_arguments([]))
+    assert len(cells) + len(left_out) == 18
+    assert left_out == ["whole_60min", "whole_180min", "window_180min"]
+    assert {cell.encoder.mask for cell in cells if cell.system == "streaming"} == {"chunk"}
+    assert {cell.inference.overlap for cell in cells if cell.system == "chunked"} == {0.0}
+
+
+def test_ratios_are_of_the_longest_and_the_shortest_recording() -> None:
+    costs = {"buffered_10min": Cost(20, 100), "buffered_180min": Cost(22, 110), "chunked_180min": Cost(16, 90)}
+    result = summarise(costs, [180, 10])
+    assert result["cost_180min_over_10min"] == result["memory_180min_over_10min"] == 1.1
+    assert result["buffered_over_chunked"] == 1.375
+
+
+def test_a_random_recording_is_the_same_from_any_window() -> None:
+    whole = read_mel(4, 0, 3500)
+    assert whole.shape == (3500, 4)
+    for start, stop in ((0, 1), (999, 1001), (1000, 2000), (3499, 3500)):
+        assert torch.equal(read_mel(4, start, stop), whole[start:stop])
