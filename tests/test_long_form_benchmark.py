@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.long_form import SYSTEMS, Cost, main, measure, parse_arguments, plan, read_mel, summarise
 
-
 TINY = "--preset quickstart --layers 1 --vocab-size 8 --context-seconds 2 --batch-seconds 4 --threads 1"
 
 
