@@ -14,8 +14,8 @@ A cell is one way through one recording, by a model of random weights with a CTC
 
 Features come from a random generator, a block at a time, so that a recording is never in memory but where the mode
 itself reads all of it. Each cell has a process of its own, so its peak is its own: the highest resident size of the
-run, less that before it (weights, after a warm-up on ten seconds). Cells go round by round; the fastest run counts, and
-the highest peak. One line of JSON is the last; of its keys
+process, less that before its first pass (weights). A warm-up on ten seconds is not timed. Cells go round by round; the
+fastest run counts, and the highest peak. One line of JSON is the last; of its keys
 
     MODE_Nmin_time, MODE_Nmin_mb    milliseconds of computing a second of audio; MB of peak
     MODE_Nmin_rtf                   real-time factor: seconds of computing a second of audio
@@ -119,9 +119,9 @@ def measure(cell: Cell, threads: int) -> Cost:
             raise RuntimeError(f"{cell.name}: {len(ids)} frames of a recording of {source.num_frames} mel frames")
         return time.perf_counter() - begin
 
-    run(WARM_UP)
-    forget_peak()
     before = resident_bytes("VmRSS")
+    forget_peak()
+    run(WARM_UP)
     seconds = run(60 * cell.minutes)
     peak = resident_bytes("VmHWM") - before
     return Cost(seconds / (60 * cell.minutes) * 1e3, peak / 1e6)

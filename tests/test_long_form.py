@@ -12,8 +12,10 @@ from torch import Tensor
 from bestrq.config import ConfigError
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
+from bestrq.recognition.decoders import DecoderSettings, TransducerDecoder, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Mode, RecordingError, Source, StreamedOutputs, transcribe
 from bestrq.recognition.windows import RunningAverage, plan_windows
+from tests.tiny_transducer import make_transducer
 
 FACTOR, MELS, VOCAB = 4, 5, 3
 WINDOWED: list[Mode] = ["buffered", "averaged"]
@@ -226,6 +228,18 @@ def test_a_stream_equals_one_pass_and_reads_a_chunk_at_a_time(left_chunks: int) 
     for index, streamed in found:
         whole = run("whole", sources[index], 0, 0, outputs=model.log_probs)
         torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction", ["stateless", "lstm"])
+def test_a_transducer_streams_to_the_tokens_of_one_pass(prediction: str) -> None:
+    model = make_transducer(prediction, mask="chunk", chunk_size=4, left_chunks=2, causal_convolution=True)
+    decoder = TransducerDecoder(model, DecoderSettings(max_symbols=2))
+    sources = [recording(n, n, mels=8)[1] for n in (5, 64, 203)]
+    modes: list[Mode] = ["streaming", "whole"]
+    streamed, whole = (
+        dict(decode_recordings(decoder, sources, InferenceSettings(mode), FACTOR, 100.0)) for mode in modes
+    )
+    assert streamed == whole and len(whole[2].ids) > 10
 
 
 def test_an_encoder_that_looks_ahead_is_not_streamed() -> None:

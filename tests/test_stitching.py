@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoders import KINDS, RATE, STRIDE, make_decoder, source
 
 from bestrq.config import ConfigError
 from bestrq.recognition.decoders import decode_recordings
 from bestrq.recognition.decoding import TimedTokens
 from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.stitching import align_tokens, join, later, stitch_recordings
+from tests.test_decoders import KINDS, RATE, STRIDE, make_decoder, source
 
 FRAMES_PER_SECOND = 25.0
 
