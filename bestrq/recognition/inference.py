@@ -150,12 +150,18 @@ def transcribe(
         finished = _average(outputs, sources, settings, factor, frames_per_second, device)
     else:
         finished = _keep_centres(outputs, sources, settings, factor, frames_per_second, device)
-    parts: list[Tensor] = []
+    whole, filled = torch.empty(0), 0
     for index, frames, is_last in finished:
-        parts.append(reduce(frames).cpu())
+        kept = reduce(frames)
+        if not filled:
+            # At once: small pieces that stay would keep the allocator from joining what is freed between them.
+            whole = torch.empty(-(-sources[index].num_frames // factor), *kept.shape[1:], dtype=kept.dtype)
+        whole[filled : filled + len(kept)] = kept
+        filled += len(kept)
+        del frames, kept
         if is_last:
-            yield index, torch.cat(parts)
-            parts = []
+            yield index, whole
+            filled = 0
 
 
 Finished = tuple[int, Tensor, bool]
@@ -170,6 +176,7 @@ def _keep_centres(
         for (index, window, following), frames in done:
             offset = window.start // factor
             yield index, frames[window.keep_start - offset : window.keep_stop - offset], following is None
+            del frames
 
 
 def _average(
@@ -187,6 +194,7 @@ def _average(
             is_checked = True
             num_finished = len(frames) if following is None else (following.start - window.start) // factor
             yield index, average.add(frames, num_finished), following is None
+            del frames
 
 
 def _stream(
@@ -233,9 +241,13 @@ def run_windows(
     """All windows of all recordings in order, a batch at a time, with their outputs `[T, ...]` on the device."""
     for batch in _batches(sources, settings, factor, frames_per_second):
         rows = _run_batch(outputs, sources, batch, settings, factor, device)
-        yield [
+        done = [
             (task, row[: -(-(task[1].stop - task[1].start) // factor)]) for task, row in zip(batch, rows, strict=True)
         ]
+        del rows
+        yield done
+        # Or these outputs would lie beside those of the next batch. Who is given them must let go of them, too.
+        done.clear()
 
 
 def _batches(
@@ -260,13 +272,9 @@ def _batches(
 
 
 def _run_batch(
-    outputs: Outputs,
-    sources: Sequence[Source],
-    batch: list[Task],
-    settings: InferenceSettings,
-    factor: int,
+    outputs: Outputs, sources: Sequence[Source], batch: list[Task], settings: InferenceSettings, factor: int,
     device: torch.device | str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Outputs of the windows, `[R, T, ...]` on the device; frames after a window's end mean nothing."""
     mels = [_read(sources[index], index, window.start, window.stop) for index, window, _ in batch]
     lengths = torch.tensor([[len(mel)] for mel in mels])
