@@ -168,8 +168,9 @@ def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
     inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
     selection = {name: value for name, value in to_dict(config.data).items() if name != "dataset"}
     decoder = to_dict(config.decoder)
-    if config.decoder.language_model:
-        decoder["language_model"] = hash_of_file(config.decoder.language_model)
+    for name in ("language_model", "hot_words"):
+        if decoder[name]:
+            decoder[name] = hash_of_file(decoder[name])
     content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, decoder, selection, config.resamples]
     content.append(config.name)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -15,9 +15,9 @@ import numpy as np
 from bestrq.config import ConfigError, from_dict
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
-from bestrq.recognition.decoders import Decoder, DecoderSettings, GreedyCTC, TransducerDecoder
+from bestrq.recognition.decoders import BeamCTC, Decoder, DecoderSettings, GreedyCTC, TransducerDecoder, read_fusion
+from bestrq.recognition.fusion import Fusion
 from bestrq.recognition.inference import Outputs, StreamedOutputs
-from bestrq.recognition.ngram import read_arpa
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import Export
 from bestrq.training.process import World
@@ -107,20 +107,25 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
                 f"decoder.beam is {settings.beam}, but the transducer of {export} has durations (TDT), "
                 "which are decoded greedily: give 1"
             )
-        path, pieces = settings.language_model, recogniser.tokenizer.pieces
-        if path and not Path(path).is_file():
-            raise ConfigError(f"decoder.language_model is {path}: there is no such file; language_model.py makes one")
-        return TransducerDecoder(model, settings, read_arpa(path, pieces) if path else None)
+        return TransducerDecoder(model, settings, _fusion(recogniser, settings))
     if settings.head == "rnnt":
         raise ConfigError(
             f"decoder.head is 'rnnt', but {export} holds a CTC model only: give an export of finetune_rnnt.py"
         )
-    if settings.beam > 1:
-        raise ConfigError(f"decoder.beam is {settings.beam}, but {export} is decoded by CTC, greedily: give 1")
     log_probs = ctc_outputs(recogniser, export)
     head = model.ctc_head if isinstance(model, TransducerModel) else model.head
     assert head is not None  # or ctc_outputs would have refused
-    return GreedyCTC(log_probs, StreamedOutputs(model.encoder, partial(frame_log_probs, head)))
+    stream = StreamedOutputs(model.encoder, partial(frame_log_probs, head))
+    if settings.beam == 1:
+        return GreedyCTC(log_probs, stream)
+    return BeamCTC(log_probs, settings, _fusion(recogniser, settings), stream=stream)
+
+
+def _fusion(recogniser: Recogniser, settings: DecoderSettings) -> Fusion | None:
+    path, tokenizer = settings.language_model, recogniser.tokenizer
+    if path and not Path(path).is_file():
+        raise ConfigError(f"decoder.language_model is {path}: there is no such file; language_model.py makes one")
+    return read_fusion(settings, tokenizer.pieces, tokenizer.encode)
 
 
 def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:

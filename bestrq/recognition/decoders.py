@@ -6,7 +6,8 @@ frame; `inference` puts these together to whole recordings. The second searches 
 N recordings, T encoder frames, V vocabulary, J joint width.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from bestrq.config import ConfigError
+from bestrq.recognition.ctc_beam import ctc_beam_search, likeliest_labels
 from bestrq.recognition.decoding import BLANK, TimedTokens, greedy_ctc_timed
+from bestrq.recognition.fusion import Fusion
+from bestrq.recognition.hot_words import read_hot_words
 from bestrq.recognition.inference import (
     InferenceSettings,
     Outputs,
@@ -23,9 +27,11 @@ from bestrq.recognition.inference import (
     excluded_frames,
     transcribe,
 )
+from bestrq.recognition.ngram import read_arpa
+from bestrq.recognition.sequences import Rescorer, choose
 from bestrq.recognition.stitching import stitch_recordings
 from bestrq.recognition.transducer import TransducerModel
-from bestrq.recognition.transducer_beam import LanguageModel, beam_search
+from bestrq.recognition.transducer_beam import beam_search
 
 
 @dataclass
@@ -35,7 +41,7 @@ class DecoderSettings:
     head: Literal["auto", "ctc", "rnnt"] = "auto"
     """decoder of a hybrid model; auto takes the transducer where there is one"""
     beam: int = 1
-    """hypotheses kept, of a transducer; 1 is greedy"""
+    """hypotheses kept; 1 is greedy"""
     max_symbols: int = 10
     """labels that a transducer may emit at one encoder frame"""
     language_model: str = ""
@@ -44,20 +50,50 @@ class DecoderSettings:
     """factor of its log-probabilities"""
     label_bonus: float = 0.0
     """added for every label, in nats: makes up for what the language model takes from long hypotheses"""
+    hot_words: str = ""
+    """text file of phrases that are likely to be said, one a line, perhaps with a tab and a weight of its own; needs a
+    beam of 2 or more"""
+    hot_word_weight: float = 1.5
+    """added for every label of a hot word, in nats, where its line has no weight; taken back if it breaks off"""
+    ctc_labels: int = 32
+    """outputs that a CTC beam looks at in a frame, the likeliest"""
+    ctc_min_log_prob: float = -10.0
+    """outputs of a frame below this log-probability are left out by a CTC beam; lower is slower"""
 
     def __post_init__(self) -> None:
-        for name in ("beam", "max_symbols"):
+        for name in ("beam", "max_symbols", "ctc_labels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoder.{name} is {getattr(self, name)}: give 1 or more")
-        for name, unset in (("beam", 1), ("language_model", ""), ("label_bonus", 0.0)):
-            if self.head == "ctc" and getattr(self, name) != unset:
-                raise ConfigError(
-                    f"decoder.{name} is {getattr(self, name)}, but decoder.head is 'ctc', which decodes greedily: "
-                    f"give {unset!r}"
-                )
-        for name in ("language_model", "label_bonus"):
+        for name in ("language_model", "label_bonus", "hot_words"):
             if getattr(self, name) and self.beam == 1:
                 raise ConfigError(f"decoder.{name} is given, but decoder.beam is 1 (greedy): give a beam such as 8")
+        if not 0 < self.hot_word_weight < math.inf:
+            raise ConfigError(f"decoder.hot_word_weight is {self.hot_word_weight}: give a positive number, such as 1.5")
+        if not self.ctc_min_log_prob <= 0:
+            raise ConfigError(f"decoder.ctc_min_log_prob is {self.ctc_min_log_prob}: give 0 or less, such as -10")
+
+
+def read_fusion(
+    settings: DecoderSettings, pieces: Sequence[str], encode: Callable[[str], Sequence[int]]
+) -> Fusion | None:
+    """What a beam adds to the model's scores, of the files that the settings name; None where that is nothing.
+
+    Args:
+        pieces: how the tokenizer writes every id, `[V]`.
+        encode: the tokenizer's, text to ids.
+
+    Raises:
+        ConfigError: a file cannot be read, or does not fit the tokenizer.
+    """
+    if settings.beam == 1 or not (settings.language_model or settings.hot_words or settings.label_bonus):
+        return None
+    return Fusion(
+        len(pieces),
+        read_arpa(settings.language_model, pieces) if settings.language_model else None,
+        settings.language_model_weight,
+        settings.label_bonus,
+        read_hot_words(settings.hot_words, encode, settings.hot_word_weight) if settings.hot_words else None,
+    )
 
 
 class Decoder(Protocol):
@@ -96,11 +132,49 @@ class GreedyCTC:
         return self.log_probs(log_mel, segment_start, segment_length)
 
     def reduce(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(dim=-1)
+        """The best output of every frame and its log-probability, `[n, 2]`."""
+        return likeliest_labels(outputs, 1).squeeze(-2)
 
     def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
-        ids = [one.masked_fill(out, BLANK) for one, out in zip(outputs, excluded, strict=True)]
-        return [greedy_ctc_timed(one[None], torch.tensor([len(one)]))[0] for one in ids]
+        found = []
+        for one, out in zip(outputs, excluded, strict=True):
+            ids = one[:, 0].long().masked_fill(out, BLANK)
+            found += greedy_ctc_timed(ids[None], torch.tensor([len(one)]), one[None, :, 1])
+        return found
+
+
+@dataclass(frozen=True)
+class BeamCTC:
+    """Prefix beam search of a CTC head over whole recordings; an excluded frame is a blank."""
+
+    log_probs: Outputs
+    settings: DecoderSettings
+    fusion: Fusion | None = None
+    rescorer: Rescorer | None = None
+    stream: StreamedOutputs | None = None
+
+    @property
+    def description(self) -> str:
+        return f"CTC, {_describe_beam(self.settings, self.fusion, self.rescorer)}"
+
+    def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+        return self.log_probs(log_mel, segment_start, segment_length)
+
+    def reduce(self, outputs: Tensor) -> Tensor:
+        """The likeliest outputs of every frame, `[n, K, 2]`: of an hour and a large vocabulary, all are too many."""
+        return likeliest_labels(outputs, self.settings.ctc_labels)
+
+    def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
+        how = self.settings
+        found = []
+        for one, out in zip(outputs, excluded, strict=True):
+            blank = torch.full_like(one[0], -torch.inf)
+            blank[:, 0] = BLANK
+            blank[0, 1] = 0.0
+            heard = torch.where(out[:, None, None], blank, one)
+            beam = ctc_beam_search(heard, how.beam, self.fusion, how.ctc_min_log_prob)
+            found.append(choose(beam.hypotheses(), self.rescorer).tokens)
+        return found
 
 
 @dataclass(frozen=True)
@@ -109,17 +183,14 @@ class TransducerDecoder:
 
     model: TransducerModel
     settings: DecoderSettings
-    language_model: LanguageModel | None = None
+    fusion: Fusion | None = None
+    rescorer: Rescorer | None = None
 
     @property
     def description(self) -> str:
-        how = self.settings
-        if how.beam == 1:
-            return "greedy transducer, no language model"
-        model = (
-            f"language model of weight {how.language_model_weight:g}" if self.language_model else "no language model"
-        )
-        return f"transducer, beam of {how.beam}, {model}"
+        if self.settings.beam == 1:
+            return f"greedy {'TDT' if self.model.settings.durations else 'transducer'}, no language model"
+        return f"transducer, {_describe_beam(self.settings, self.fusion, self.rescorer)}"
 
     @property
     def stream(self) -> StreamedOutputs:
@@ -143,15 +214,18 @@ class TransducerDecoder:
             greedy = self.model.greedy(encoded, lengths, how.max_symbols)
             found = [greedy.tokens(n) for n in range(len(frames))]
         else:
-            beam = beam_search(
-                self.model, encoded, lengths, how.beam, how.max_symbols,
-                self.language_model, how.language_model_weight, how.label_bonus,
-            )  # fmt: skip
-            found = [beam.hypotheses(n)[0].tokens for n in range(len(frames))]
+            beam = beam_search(self.model, encoded, lengths, how.beam, how.max_symbols, self.fusion)
+            found = [choose(beam.hypotheses(n), self.rescorer).tokens for n in range(len(frames))]
         return [
-            TimedTokens(one.ids, frame[one.first_frame].tolist(), frame[one.last_frame].tolist())
+            TimedTokens(one.ids, frame[one.first_frame].tolist(), frame[one.last_frame].tolist(), one.confidence)
             for one, frame in zip(found, heard, strict=True)
         ]
+
+
+def _describe_beam(settings: DecoderSettings, fusion: Fusion | None, rescorer: Rescorer | None) -> str:
+    model = f"language model of weight {fusion.weight:g}" if fusion and fusion.language_model else "no language model"
+    hot_words = ", hot words" if fusion and fusion.hot_words else ""
+    return f"beam of {settings.beam}, {model}{hot_words}{', rescored' if rescorer else ''}"
 
 
 def decode_recordings(

@@ -100,12 +100,12 @@ def greedy_search(
     frame = torch.zeros_like(lengths)  # that the sequence is at
     symbols = torch.zeros_like(lengths)  # that this frame has emitted
     rows = lengths.nonzero().squeeze(1)
-    emissions: list[tuple[Tensor, Tensor, Tensor]] = []
+    emissions: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     while len(rows):
         ahead = frame[rows, None] + block
         # Indices beyond the end are looked at for nothing, but must exist.
         frames = encoded[rows[:, None], ahead.clamp(max=encoded.shape[1] - 1)]
-        best = model.joint(frames, predicted[rows, None]).argmax(dim=-1)
+        log_probs, best = model.joint(frames, predicted[rows, None]).max(dim=-1)
         labelled = (best != BLANK) & (ahead < lengths[rows, None])
         emits, first = labelled.max(dim=1)
         here = frame[rows] + torch.where(emits, first, BLOCK)
@@ -117,8 +117,9 @@ def greedy_search(
         # The one transfer of a step: everything behind it has a shape that is known.
         emits_here, goes_on = torch.stack((emits, frame[rows] < lengths[rows])).cpu()
         if emits_here.any():
-            emitting, label = rows[emits_here], best.gather(1, first[:, None]).squeeze(1)[emits_here]
-            emissions.append((emitting, label, here[emits_here]))
+            emitting = rows[emits_here]
+            label, log_prob = (part.gather(1, first[:, None]).squeeze(1)[emits_here] for part in (best, log_probs))
+            emissions.append((emitting, label, here[emits_here], log_prob))
             one, after = model.predict(label, tuple(part[emitting] for part in prediction))
             predicted = predicted.index_copy(0, emitting, one)
             prediction = tuple(part.index_copy(0, emitting, new) for part, new in zip(prediction, after, strict=True))
@@ -133,14 +134,17 @@ def _start(model: Transducer, encoded: Tensor) -> GreedyState:
     return GreedyState(prediction, predicted, nothing, [TimedTokens([], [], []) for _ in encoded])
 
 
-def _append(state: GreedyState, emissions: list[tuple[Tensor, Tensor, Tensor]]) -> list[TimedTokens]:
-    """Tokens found before and after; emissions are rows, labels and frames of a step each, in the order of steps."""
-    ids = [before.ids.copy() for before in state.found]
-    frames = [before.first_frame.copy() for before in state.found]
+def _append(state: GreedyState, emissions: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[TimedTokens]:
+    """Tokens found before and after; emissions are rows, labels, frames and log-probabilities of a step each, in the
+    order of steps."""
+    found = [TimedTokens(one.ids[:], one.first_frame[:], one.last_frame[:], one.confidence[:]) for one in state.found]
     if emissions:
-        rows, labels, places = (torch.cat(parts) for parts in zip(*emissions, strict=True))
+        rows, labels, places, log_probs = (torch.cat(parts) for parts in zip(*emissions, strict=True))
         places = places + state.num_frames[rows]
-        for row, label, place in zip(*torch.stack((rows, labels, places)).tolist(), strict=True):
-            ids[row].append(label)
-            frames[row].append(place)
-    return [TimedTokens(*parts) for parts in zip(ids, frames, [one.copy() for one in frames], strict=True)]
+        entries = torch.stack((rows, labels, places)).tolist()
+        for row, label, place, probability in zip(*entries, log_probs.exp().tolist(), strict=True):
+            found[row].ids.append(label)
+            found[row].first_frame.append(place)
+            found[row].last_frame.append(place)
+            found[row].confidence.append(probability)
+    return found

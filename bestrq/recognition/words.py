@@ -1,7 +1,7 @@
 """Words and their times, from the tokens of a search and the frames that they came from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bestrq.recognition.decoding import TimedTokens
 
@@ -34,8 +34,12 @@ def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: f
         seconds_per_frame: length of an encoder frame.
     """
     words: list[TimedWord] = []
+    of_tokens: list[list[float]] = []  # confidences, by word
     inside = False
-    for token, first, last in zip(tokens.ids, tokens.first_frame, tokens.last_frame, strict=True):
+    confidences = tokens.confidence or [None] * len(tokens.ids)
+    for token, first, last, confidence in zip(
+        tokens.ids, tokens.first_frame, tokens.last_frame, confidences, strict=True
+    ):
         end = (last + 1) * seconds_per_frame
         for place, part in enumerate(pieces[token].split(MARK)):
             inside = inside and place == 0  # there is a mark before every part but the first
@@ -43,8 +47,12 @@ def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: f
                 words[-1] = TimedWord(words[-1].word + part, words[-1].start, end)
             elif part:
                 words.append(TimedWord(part, first * seconds_per_frame, end))
+                of_tokens.append([])
                 inside = True
-    return words
+            if part and confidence is not None:
+                of_tokens[-1].append(confidence)
+    means = [sum(some) / len(some) if some else None for some in of_tokens]
+    return [replace(word, confidence=mean) for word, mean in zip(words, means, strict=True)]
 
 
 def disjoint(words: Sequence[TimedWord], duration: int | None = None) -> list[tuple[int, int]]:
