@@ -6,31 +6,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_fusion import Bigrams
 from tiny_transducer import MELS, TableTransducer, make_any, make_transducer, random_frames
 from torch import Tensor
 
 from bestrq.config import ConfigError
 from bestrq.model.streaming import encode_chunk, start_stream
-from bestrq.recognition.transducer_beam import BeamState, Hypothesis, beam_search
+from bestrq.recognition.fusion import Fusion
+from bestrq.recognition.hot_words import HotWords
+from bestrq.recognition.sequences import Hypothesis
+from bestrq.recognition.transducer_beam import BeamState, beam_search
 from bestrq.recognition.transducer_search import Transducer, greedy_search
 
 LENGTHS = torch.tensor([16, 0, 1, 9, 16, 5])
 KINDS = pytest.mark.parametrize("kind", ["table", "stateless", "lstm"])
-
-
-class Bigrams:
-    """A language model of order 2 out of a random table; what it is asked is written down."""
-
-    order = 2
-
-    def __init__(self, vocab_size: int) -> None:
-        self.table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(5)).log_softmax(dim=1)
-        self.table[:, 0] = torch.nan  # the blank's place is not to be looked at
-        self.asked: list[tuple[int, ...]] = []
-
-    def log_probs(self, context: tuple[int, ...]) -> Tensor:
-        self.asked.append(context)
-        return self.table[context[-1] if context else 0]
 
 
 def hypotheses(state: BeamState) -> list[list[Hypothesis]]:
@@ -42,6 +31,8 @@ def assert_equal(found: list[list[Hypothesis]], wanted: list[list[Hypothesis]]) 
     assert [[one.tokens for one in beam] for beam in found] == [[one.tokens for one in beam] for beam in wanted]
     for beam, other in zip(found, wanted, strict=True):
         assert [one.score for one in beam] == pytest.approx([one.score for one in other], rel=1e-12, abs=1e-9)
+        for one, same in zip(beam, other, strict=True):
+            assert one.tokens.confidence == pytest.approx(same.tokens.confidence, rel=1e-9)
 
 
 @torch.no_grad()
@@ -102,7 +93,12 @@ def test_a_beam_of_all_has_the_sum_over_all_alignments(
         added = 0.7 * language_model.table + 0.4
     wanted = sum_over_alignments(model, encoded[0], max_symbols, added.tolist())
     state = beam_search(
-        model, encoded, torch.tensor([num_frames]), 300, max_symbols, language_model, 0.7 * fused, 0.4 * fused
+        model,
+        encoded,
+        torch.tensor([num_frames]),
+        300,
+        max_symbols,
+        Fusion(3, language_model, 0.7 * fused, 0.4 * fused),
     )
     beam = state.hypotheses(0)
     assert len(beam) == len(wanted) == len({tuple(one.tokens.ids) for one in beam})
@@ -152,24 +148,24 @@ def test_scores_of_merged_alignments_add_up_when_others_are_pruned() -> None:
 @KINDS
 def test_what_is_found_does_not_depend_on_the_batch(kind: str, fused: bool) -> None:
     model, encoded = make_any(kind, seed=1), random_frames(len(LENGTHS), 16)
-    fusion = (Bigrams(5), 0.5, 0.3) if fused else (None, 0.0, 0.0)
-    together = beam_search(model, encoded, LENGTHS, 4, 2, *fusion)
+    fusion = Fusion(5, Bigrams(5), 0.5, 0.3, HotWords([((1, 2, 3), 0.5), ((2, 2), 1.0)])) if fused else None
+    together = beam_search(model, encoded, LENGTHS, 4, 2, fusion)
     alone = [
-        beam_search(model, encoded[n : n + 1, :length], LENGTHS[n : n + 1], 4, 2, *fusion).hypotheses(0)
+        beam_search(model, encoded[n : n + 1, :length], LENGTHS[n : n + 1], 4, 2, fusion).hypotheses(0)
         for n, length in enumerate(LENGTHS.tolist())
     ]
     assert_equal(hypotheses(together), alone)
     used = torch.arange(16)[:, None] < LENGTHS[:, None, None]
     other = torch.where(used, encoded, random_frames(len(LENGTHS), 16, seed=1))
-    assert_equal(hypotheses(beam_search(model, other, LENGTHS, 4, 2, *fusion)), alone)
+    assert_equal(hypotheses(beam_search(model, other, LENGTHS, 4, 2, fusion)), alone)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @KINDS
 def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str, fused: bool) -> None:
     model, encoded = make_any(kind, seed=2), random_frames(len(LENGTHS), 16)
-    fusion = (Bigrams(5), 0.5, 0.3) if fused else (None, 0.0, 0.0)
-    whole = beam_search(model, encoded, LENGTHS, 4, 2, *fusion)
+    fusion = Fusion(5, Bigrams(5), 0.5, 0.3, HotWords([((1, 2, 3), 0.5), ((2, 2), 1.0)])) if fused else None
+    whole = beam_search(model, encoded, LENGTHS, 4, 2, fusion)
     for seed in range(3):
         cuts = torch.rand(3, len(LENGTHS), generator=torch.Generator().manual_seed(seed)).sort(dim=0).values
         edges = (torch.cat((0 * cuts[:1], cuts, 0 * cuts[:1] + 1)) * LENGTHS).long()
@@ -177,7 +173,7 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str, fused: bool) 
         for begin, lengths in zip(edges, edges.diff(dim=0), strict=False):
             index = (begin[:, None] + torch.arange(int(lengths.max()))).clamp(max=15)
             chunk = encoded[torch.arange(len(encoded))[:, None], index]
-            state = beam_search(model, chunk, lengths, 4, 2, *fusion, state=state)
+            state = beam_search(model, chunk, lengths, 4, 2, fusion, state=state)
         assert state is not None and state.num_frames == LENGTHS.tolist()
         assert_equal(hypotheses(state), hypotheses(whole))
 
@@ -205,6 +201,43 @@ def test_times_lie_in_the_recording_and_never_fall(kind: str) -> None:
             assert max((tokens.first_frame.count(frame) for frame in tokens.first_frame), default=0) <= 3
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@KINDS
+@torch.no_grad()
+def test_a_confidence_is_the_models_probability_of_a_label_where_it_was_emitted(kind: str, fused: bool) -> None:
+    """Of all labels together: the model is led along them again. What fusion adds is no part of it."""
+    model, encoded = make_any(kind, seed=1), random_frames(len(LENGTHS), 16)
+    fusion = Fusion(5, Bigrams(5), 0.5, 0.3) if fused else None
+    for n, beam in enumerate(hypotheses(beam_search(model, encoded, LENGTHS, 3, 2, fusion))):
+        for tokens in (one.tokens for one in beam):
+            predicted, state = model.predict(torch.tensor([0]), model.start(1))
+            wanted = []
+            for label, frame in zip(tokens.ids, tokens.first_frame, strict=True):
+                wanted.append(float(model.joint(encoded[n, frame], predicted[0])[label].exp()))
+                predicted, state = model.predict(torch.tensor([label]), state)
+            assert tokens.confidence == pytest.approx(wanted, abs=1e-9)
+    assert max(map(len, (one.tokens.ids for one in beam))) > 2
+
+
+def test_hot_words_are_found_that_are_a_little_too_unlikely_and_given_back_when_they_break_off() -> None:
+    """Of one frame each, labels 1 and 2 in turn; 3 is less likely than 2 by 1 nat. Hot are (1, 3) and (1, 2, 4)."""
+    model = TableTransducer(5)
+    model.table = torch.zeros_like(model.table)
+    frames = torch.full((1, 2, 5), -30.0, dtype=torch.float64)
+    frames[0, 0, 1], frames[0, 1, 2], frames[0, 1, 3] = 0, 0, -1
+    # A label at every frame: a transducer that emits one moves on by the blank alone, so it is as likely as all.
+    frames[..., 0] = 0
+
+    def best(*phrases: tuple[tuple[int, ...], float]) -> Hypothesis:
+        fusion = Fusion(5, hot_words=HotWords(phrases), bonus=3.0) if phrases else Fusion(5, bonus=3.0)
+        return beam_search(model, frames, torch.tensor([2]), 40, 1, fusion).hypotheses(0)[0]
+
+    assert best().tokens.ids == best(((1, 3), 0.4)).tokens.ids == best(((1, 2, 4), 9.0)).tokens.ids == [1, 2]
+    assert best(((1, 2, 4), 9.0)).score == pytest.approx(best().score)
+    assert best(((1, 3), 0.6)).tokens.ids == [1, 3]
+    assert best(((1, 3), 0.6)).score == pytest.approx(best().score + 2 * 0.6 - 1)
+
+
 def test_nothing_said_is_one_hypothesis_without_labels() -> None:
     model = TableTransducer(1)
     for beam in hypotheses(beam_search(model, random_frames(6, 16, 1), LENGTHS, 4, 2)):
@@ -215,21 +248,21 @@ def test_nothing_said_is_one_hypothesis_without_labels() -> None:
 
 def test_a_language_model_is_asked_once_for_each_of_its_contexts() -> None:
     language_model = Bigrams(5)
-    beam_search(TableTransducer(), random_frames(3, 16), torch.tensor([16] * 3), 4, 2, language_model, 0.5)
+    beam_search(TableTransducer(), random_frames(3, 16), torch.tensor([16] * 3), 4, 2, Fusion(5, language_model, 0.5))
     assert sorted(language_model.asked) == [(), (1,), (2,), (3,), (4,)]
 
 
 def test_a_language_model_of_order_one_gets_no_context() -> None:
     language_model = Bigrams(5)
     language_model.order = 1
-    beam_search(TableTransducer(), random_frames(1, 9), torch.tensor([9]), 3, 2, language_model, 0.5)
+    beam_search(TableTransducer(), random_frames(1, 9), torch.tensor([9]), 3, 2, Fusion(5, language_model, 0.5))
     assert language_model.asked == [()]
 
 
 def test_a_bonus_makes_longer_hypotheses() -> None:
     def mean_length(bonus: float) -> float:
         state = beam_search(
-            TableTransducer(blank_bias=2), random_frames(4, 16), torch.tensor([16] * 4), 4, 3, label_bonus=bonus
+            TableTransducer(blank_bias=2), random_frames(4, 16), torch.tensor([16] * 4), 4, 3, Fusion(5, bonus=bonus)
         )
         return sum(len(beam[0].tokens.ids) for beam in hypotheses(state)) / 4
 
@@ -270,3 +303,5 @@ def test_what_cannot_be_searched_is_refused() -> None:
         beam_search(model, encoded, lengths + 1, 2, 1)
     with pytest.raises(ValueError, match="the state is of"):
         beam_search(model, encoded, lengths, 3, 1, state=beam_search(model, encoded, lengths, 2, 1))
+    with pytest.raises(ValueError, match="another fusion"):
+        beam_search(model, encoded, lengths, 2, 1, Fusion(5), beam_search(model, encoded, lengths, 2, 1))

@@ -19,17 +19,18 @@ LENGTHS = torch.tensor([24, 0, 1, 13, 24, 7])
 
 def search_by_definition(model: Transducer, encoded: Tensor, max_symbols: int) -> TimedTokens:
     """One sequence `[T, J]`, one frame after the other, one label after the other."""
-    ids, frames = [], []
+    ids, frames, confidence = [], [], []
     predicted, state = model.predict(torch.tensor([0]), model.start(1))
     for place, frame in enumerate(encoded):
         for _ in range(max_symbols):
-            label = model.joint(frame, predicted[0]).argmax()
+            log_prob, label = model.joint(frame, predicted[0]).max(dim=0)
             if label == 0:
                 break
             ids.append(int(label))
             frames.append(place)
+            confidence.append(float(log_prob.exp()))
             predicted, state = model.predict(label[None], state)
-    return TimedTokens(ids, frames, frames)
+    return TimedTokens(ids, frames, frames, confidence)
 
 
 def search_in_chunks(model: Transducer, encoded: Tensor, chunks: Tensor, max_symbols: int) -> GreedyState:
@@ -63,6 +64,8 @@ def test_it_is_greedy_search_by_definition(
             for row, length in zip(encoded, LENGTHS.tolist(), strict=True)
         ]
         assert state.found == wanted
+        for found, one in zip(state.found, wanted, strict=True):
+            assert found.confidence == pytest.approx(one.confidence, abs=1e-9)
         assert state.num_frames.tolist() == LENGTHS.tolist()
         # Frames of no labels, of one and of as many as may be; a model that loves to emit runs into the cap.
         counts = [tokens.first_frame.count(place) for tokens in wanted for place in range(24)]
@@ -80,6 +83,8 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str) -> None:
         edges = torch.cat((0 * cuts[:1], cuts, 0 * cuts[:1] + 1)) * LENGTHS
         chunked = search_in_chunks(model, encoded, edges.long().diff(dim=0), 2)
         assert chunked.found == whole.found
+        for found, one in zip(chunked.found, whole.found, strict=True):
+            assert found.confidence == pytest.approx(one.confidence, abs=1e-9)
         assert chunked.num_frames.tolist() == LENGTHS.tolist()
 
 

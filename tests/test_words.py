@@ -43,3 +43,13 @@ def test_words_joined_by_spaces_are_the_text() -> None:
 def test_nothing_has_no_words() -> None:
     assert timed_words(TimedTokens([], [], []), PIECES, 0.04) == []
     assert timed_words(TimedTokens([4], [3], [3]), PIECES, 1.0) == [TimedWord("a", 3.0, 4.0)]
+
+
+def test_a_words_confidence_is_the_mean_of_its_tokens_and_that_of_a_space_counts_for_none() -> None:
+    def confidences(ids: list[int], of_tokens: list[float]) -> list[float | None]:
+        frames = list(range(len(ids)))
+        return [word.confidence for word in timed_words(TimedTokens(ids, frames, frames, of_tokens), PIECES, 0.04)]
+
+    assert confidences([1, 2, 3, 4, 5], [0.5, 1.0, 0.1, 0.25, 1.0]) == [0.75, 0.25, 1.0]
+    assert confidences([5, 6, 4], [1.0, 0.5, 0.0]) == [0.75, 0.25]  # the token in the middle belongs to both words
+    assert confidences([1, 2, 5], []) == [None, None]

@@ -40,7 +40,7 @@ class TDTState:
         """The tokens of a sequence, from the frame that emitted one to the last of its duration (of 0: the same), and
         no further than the frames so far."""
         tokens, last = self.found[sequence], int(self.num_frames[sequence]) - 1
-        return TimedTokens(tokens.ids, tokens.first_frame, [min(frame, last) for frame in tokens.last_frame])
+        return TimedTokens(tokens.ids, tokens.first_frame, [min(frame, last) for frame in tokens.last_frame], tokens.confidence)
 
 
 @torch.no_grad()
@@ -88,7 +88,8 @@ def tdt_greedy(
         if emits_here.any():
             emitting, label = rows[emits_here], label[emits_here]
             last = here + duration.clamp(min=1) - 1
-            emissions.append((emitting, label, here[emits_here], last[emits_here]))
+            probability = tokens.softmax(dim=-1)[emits_here].amax(dim=-1)
+            emissions.append((emitting, label, here[emits_here], last[emits_here], probability))
             one, after = model.predict(label, tuple(part[emitting] for part in prediction))
             predicted = predicted.index_copy(0, emitting, one)
             prediction = tuple(part.index_copy(0, emitting, new) for part, new in zip(prediction, after, strict=True))
@@ -103,13 +104,15 @@ def _start(model: Transducer, encoded: Tensor) -> TDTState:
 
 
 def _append(state: TDTState, emissions: list[tuple[Tensor, ...]]) -> list[TimedTokens]:
-    """Tokens found before and after; emissions are rows, labels, first and last frames of a step each."""
-    found = [TimedTokens(one.ids.copy(), one.first_frame.copy(), one.last_frame.copy()) for one in state.found]
+    """Tokens found before and after; emissions are rows, labels, first and last frames, probabilities of a step each."""
+    found = [TimedTokens(one.ids[:], one.first_frame[:], one.last_frame[:], one.confidence[:]) for one in state.found]
     if emissions:
-        rows, labels, first, last = (torch.cat(parts) for parts in zip(*emissions, strict=True))
+        rows, labels, first, last, probabilities = (torch.cat(parts) for parts in zip(*emissions, strict=True))
         before = state.num_frames[rows]
-        for row, label, begin, end in torch.stack((rows, labels, first + before, last + before), dim=1).tolist():
+        entries = torch.stack((rows, labels, first + before, last + before)).tolist()
+        for row, label, begin, end, probability in zip(*entries, probabilities.tolist(), strict=True):
             found[row].ids.append(label)
             found[row].first_frame.append(begin)
             found[row].last_frame.append(end)
+            found[row].confidence.append(probability)
     return found
