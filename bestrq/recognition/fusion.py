@@ -100,9 +100,10 @@ class Fusion:
         return place
 
     def _work_out(self, last: tuple[int, ...], match: int) -> Tensor:
-        row = torch.full((self.vocab_size,), self.bonus, dtype=torch.float64)
         if self.language_model:
-            row += self.weight * self.language_model.log_probs(last).double()
+            row = self.language_model.log_probs(last).to(torch.float64, copy=True).mul_(self.weight).add_(self.bonus)
+        else:
+            row = torch.full((self.vocab_size,), self.bonus, dtype=torch.float64)
         if self.hot_words:
             other, matching = self.hot_words.gains(match)
             gains = torch.full_like(row, other)

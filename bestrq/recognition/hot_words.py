@@ -57,7 +57,7 @@ class HotWords:
     def _follow(self, weight: list[float], whole: list[float], sequences: list[tuple[int, ...]]) -> None:
         """What every state has been given; and where it falls when its phrase breaks off, with what that adds."""
         kept = [0.0] * len(weight)  # by the longest phrase that a state begins with
-        rest = [()] * len(weight)  # labels behind that phrase
+        rest: list[tuple[int, ...]] = [()] * len(weight)  # labels behind that phrase
         for state in sorted(range(len(weight)), key=lambda one: len(sequences[one])):
             for label, child in self._next[state].items():
                 self._added[child] = whole[child] or self._added[state] + weight[child]

@@ -36,7 +36,7 @@ def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: f
     words: list[TimedWord] = []
     of_tokens: list[list[float]] = []  # confidences, by word
     inside = False
-    confidences = tokens.confidence or [None] * len(tokens.ids)
+    confidences: Sequence[float | None] = tokens.confidence or [None] * len(tokens.ids)
     for token, first, last, confidence in zip(
         tokens.ids, tokens.first_frame, tokens.last_frame, confidences, strict=True
     ):
