@@ -31,6 +31,7 @@ def search_by_definition(model: Transducer, encoded: Tensor, max_symbols: int) -
             place, symbols = place + max(duration, 1), 0
             continue
         tokens.ids.append(label)
+        tokens.confidence.append(float(outputs[:VOCAB].softmax(dim=0)[label]))
         tokens.first_frame.append(place)
         tokens.last_frame.append(min(max(place, place + duration - 1), len(encoded) - 1))
         predicted, state = model.predict(torch.tensor([label]), state)

@@ -40,7 +40,9 @@ class TDTState:
         """The tokens of a sequence, from the frame that emitted one to the last of its duration (of 0: the same), and
         no further than the frames so far."""
         tokens, last = self.found[sequence], int(self.num_frames[sequence]) - 1
-        return TimedTokens(tokens.ids, tokens.first_frame, [min(frame, last) for frame in tokens.last_frame], tokens.confidence)
+        return TimedTokens(
+            tokens.ids, tokens.first_frame, [min(frame, last) for frame in tokens.last_frame], tokens.confidence
+        )
 
 
 @torch.no_grad()
@@ -104,7 +106,7 @@ def _start(model: Transducer, encoded: Tensor) -> TDTState:
 
 
 def _append(state: TDTState, emissions: list[tuple[Tensor, ...]]) -> list[TimedTokens]:
-    """Tokens found before and after; emissions are rows, labels, first and last frames, probabilities of a step each."""
+    """Tokens found before and after; emissions are rows, labels, both frames, probabilities of a step each."""
     found = [TimedTokens(one.ids[:], one.first_frame[:], one.last_frame[:], one.confidence[:]) for one in state.found]
     if emissions:
         rows, labels, first, last, probabilities = (torch.cat(parts) for parts in zip(*emissions, strict=True))
