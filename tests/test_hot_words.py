@@ -73,6 +73,7 @@ def test_rows_are_right_when_there_is_no_room_for_all(monkeypatch: pytest.Monkey
     for part in parts:
         wanted = [[0.0, *(1 + 2 * (label + 10 * sum(last) + 200) for label in (1, 2, 3))] for last, _ in part]
         assert fusion.gains(part).tolist() == wanted
+    fusion = Fusion(4, Counting(), 2.0, 1.0)
     for context in contexts:
         assert fusion.gains_of(context, [0, 3]) == [0.0, 1 + 2 * (3 + 10 * sum(context[0]) + 200)]
 
