@@ -69,6 +69,7 @@ def test_it_is_greedy_search_by_definition(kind: str, max_symbols: int) -> None:
         for s, length in enumerate(LENGTHS.tolist()):
             wanted, arcs = search_by_definition(model, encoded[s, :length], max_symbols)
             assert state.tokens(s) == wanted
+            assert state.tokens(s).confidence == pytest.approx(wanted.confidence, abs=1e-9)
             happened.update(arcs)
         assert state.num_frames.tolist() == LENGTHS.tolist()
     assert kind != "table" or happened >= {"blank of 0", "blank", "full frame", "label", "beyond the end"}
