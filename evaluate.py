@@ -43,7 +43,15 @@ from bestrq.training.process import DistributedSettings, World, start_world
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
-from recogniser import Recogniser, hash_of_export, hash_of_file, load_recogniser, make_decoder, share_out
+from recogniser import (
+    EncoderChanges,
+    Recogniser,
+    hash_of_export,
+    hash_of_file,
+    load_recogniser,
+    make_decoder,
+    share_out,
+)
 
 FORMAT_VERSION = 2
 RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
@@ -81,6 +89,8 @@ class Config:
     """recordings"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     """context, overlap, batches, precision"""
+    encoder: EncoderChanges = field(default_factory=EncoderChanges)
+    """what the encoder sees, in place of what it was trained with"""
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     """greedy or beam, CTC or transducer, language model"""
     resamples: int = 10_000
@@ -102,7 +112,7 @@ def evaluate(config: Config, world: World) -> None:
     """The whole evaluation, as every process runs it."""
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.export)
-    recogniser = load_recogniser(export)
+    recogniser = load_recogniser(export, config.encoder)
     decoder = make_decoder(recogniser, config.decoder, config.export)
     dataset = open_dataset(config.data.dataset)
     check_features(recogniser.features, dataset, config)
@@ -172,7 +182,7 @@ def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
         if decoder[name]:
             decoder[name] = hash_of_file(decoder[name])
     content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, decoder, selection, config.resamples]
-    content.append(config.name)
+    content += [config.name, to_dict(config.encoder)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -217,7 +227,9 @@ def decode(
     def read_mel(recording: int, start: int, stop: int) -> Tensor:
         return torch.from_numpy(dataset.read_normalised(recording, start, stop, recogniser.normalisation))
 
-    sources = [Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or ()) for i in mine]
+    sources = [
+        Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or (), dataset.id(i)) for i in mine
+    ]
     found = decode_recordings(
         decoder, sources, config.inference, model.encoder.settings.stride, frames_per_second, world.device
     )
@@ -283,6 +295,7 @@ def describe(
             "feature_hash": dataset.features.hash(),
         },
         "inference": to_dict(config.inference),
+        "encoder": to_dict(config.encoder),
         "decoder": {**to_dict(config.decoder), "description": decoder.description},
         "command": shlex.join(["python", *sys.argv]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "jiwer", "whisper-normalizer")},

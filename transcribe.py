@@ -8,9 +8,9 @@
 to stdout, "path<TAB>text". With it, talks/day1/a.mp3 becomes transcripts/day1/a.txt and so on, in every format asked
 for: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
 
-A recording may last hours. The processes share the recordings out. After Ctrl-C the same command goes on where it was;
-finished recordings are done again only if the audio, the model or a setting has changed. Files that cannot be read are
-listed at the end and in failed.jsonl, the others are transcribed all the same; the exit status is then 1.
+The processes share the recordings out. After Ctrl-C the same command goes on where it was; finished recordings are done
+again only if audio, model or a setting has changed. Files that cannot be read are listed at the end and in failed.jsonl,
+the others are transcribed all the same; the exit status is then 1.
 """
 
 import hashlib
@@ -46,7 +46,15 @@ from data.extraction import Extracted, Skipped, extract_all
 from data.features import FeatureSettings
 from data.index import Recording, statistics
 from data.normalisation import normalise_into, scale_of
-from recogniser import Recogniser, hash_of_export, hash_of_file, load_recogniser, make_decoder, share_out
+from recogniser import (
+    EncoderChanges,
+    Recogniser,
+    hash_of_export,
+    hash_of_file,
+    load_recogniser,
+    make_decoder,
+    share_out,
+)
 
 FORMAT_VERSION = 1
 AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
@@ -75,6 +83,8 @@ class Config:
     """lines and pauses of srt and vtt"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     """context, overlap, batches, precision"""
+    encoder: EncoderChanges = field(default_factory=EncoderChanges)
+    """what the encoder sees, in place of what it was trained with"""
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     """greedy or beam, CTC or transducer, language model"""
     workers: int = 0
@@ -126,7 +136,7 @@ def transcribe(config: Config, world: World) -> int:
     """The whole work, as every process runs it. Returns, on rank 0, the number of files that could not be read."""
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.export)
-    recogniser = load_recogniser(export)
+    recogniser = load_recogniser(export, config.encoder)
     decoder = make_decoder(recogniser, config.decoder, config.export)
     dataset_statistics = read_statistics(export, recogniser)
     if world.size > 1 and not config.out:
@@ -180,7 +190,7 @@ def read_statistics(export: Export, recogniser: Recogniser) -> Statistics | None
 
 def key_of(config: Config, export_hash: str) -> str:
     """Names how files are transcribed: outputs under one key are the same. Batches are no part of it."""
-    settings = {"inference": to_dict(config.inference), "decoder": to_dict(config.decoder)}
+    settings = {name: to_dict(getattr(config, name)) for name in ("inference", "encoder", "decoder")}
     del settings["inference"]["batch_seconds"]
     for name, value in settings["decoder"].items():  # a language model, a list of words: their content counts
         if isinstance(value, str) and Path(value).is_file():
