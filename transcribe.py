@@ -8,9 +8,8 @@
 to stdout, "path<TAB>text". With it, talks/day1/a.mp3 becomes transcripts/day1/a.txt and so on, in every format asked
 for: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
 
-The processes share the recordings out. After Ctrl-C the same command goes on where it was; finished recordings are done
-again only if audio, model or a setting has changed. Files that cannot be read are listed at the end and in failed.jsonl,
-the others are transcribed all the same; the exit status is then 1.
+After Ctrl-C the same command goes on where it was; finished recordings are done again only if audio, model or a setting
+has changed. Files that cannot be read are listed at the end and in failed.jsonl, and the exit status is then 1.
 """
 
 import hashlib
