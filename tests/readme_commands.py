@@ -59,6 +59,8 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python language_model.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out lm.arpa": Run(),
     "python evaluate.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out results/rnnt "
     "--decoder.beam 4 --decoder.language_model lm.arpa": Run("--device cpu"),
+    "python transcribe.py --export runs/base-120m-rnnt/export --audio talks --out transcripts "
+    "--formats txt,json,srt": Run("--device cpu", {"talks": SPEECH_FOLDER}),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
         "tests/test_slurm.py does it, on two nodes"
     ),
@@ -82,6 +84,10 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m benchmarks.rnnt_loss": Run(
         "--systems ours torchaudio --segments 2 --frames 20 --labels 5 --vocab-sizes 16 --joint-dim 8 "
         "--repeats 1 --rounds 1"
+    ),
+    "python -m benchmarks.long_form": Run("--preset quickstart --layers 1 --systems buffered --minutes 0.2 0.4"),
+    "python -m benchmarks.transcription_speed": Elsewhere(
+        "needs transformers, which is in requirements-benchmarks.txt"
     ),
     "python -m benchmarks.loader_speed": Run(
         "--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1 --growth-batches 20"
