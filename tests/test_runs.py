@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import finetune_ctc
@@ -210,6 +211,21 @@ def test_a_run_continues_in_another_world_with_the_same_batches(dataset, undistu
 def test_another_configuration_in_the_same_folder_is_refused(script, dataset, undisturbed):
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate was 0.01, is 0.5"):
         run(script, dataset, undisturbed[script], "--optimizer.learning_rate=0.5")
+
+
+def test_a_run_goes_on_after_an_upgrade_that_brought_new_settings(dataset, undisturbed, tmp_path):
+    """They have their defaults; another value is another configuration."""
+    copy = shutil.copytree(undisturbed["pretrain"], tmp_path / "run")
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    del settings["guard"], settings["encoder"]["rotary_interpolation"]
+    settings["run"]["folder"] = str(copy)
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"encoder.rotary_interpolation was 1.0, is 2"):
+        run("pretrain", dataset, copy, "--encoder.rotary_interpolation=2")
+    with pytest.raises(ConfigError, match=r"guard.spike_sigma was 6.0, is 3"):
+        run("pretrain", dataset, copy, "--guard.spike_sigma=3")
+    run("pretrain", dataset, copy)
+    assert yaml.safe_load((copy / "config.yaml").read_text())["guard"]["spike_sigma"] == 6.0
 
 
 def test_fine_tuning_refuses_an_export_that_does_not_fit(dataset, undisturbed, tmp_path):

@@ -70,20 +70,23 @@ class RunFolder:
         problem = None
         if world.is_main:
             try:
-                self._start(to_dict(settings), world, free, fingerprints or {})
+                self._start(to_dict(settings), to_dict(type(settings)()), world, free, fingerprints or {})
             except (ConfigError, OSError) as error:
                 problem = str(error) if isinstance(error, ConfigError) else f"cannot use the run folder: {error}"
         problem = world.broadcast(problem)
         if problem is not None:
             raise ConfigError(problem)
 
-    def _start(self, values: dict[str, Any], world: World, free: Collection[str], fingerprints: dict[str, str]) -> None:
+    def _start(
+        self, values: dict[str, Any], defaults: dict[str, Any], world: World, free: Collection[str],
+        fingerprints: dict[str, str],
+    ) -> None:  # fmt: skip
         starts = self._read_record()
         trained = self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
         if trained and not self.config.exists():
             raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
         if trained:  # before the first checkpoint there is nothing that another configuration could spoil
-            differences = list(_differences(load_yaml(self.config), values, free))
+            differences = list(_differences(_completed(load_yaml(self.config), defaults), values, free))
             if differences:
                 raise ConfigError(
                     f"the run in {self.path} began with another configuration: {'; '.join(differences)}. "
@@ -107,6 +110,12 @@ class RunFolder:
             return []
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"cannot read {self.record}: {error!r}. Move it away to go on without it") from error
+
+
+def _completed(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults of fields that are newer than it: a run continues after an upgrade."""
+    filled = {name: _completed(old.get(name, {}), value) for name, value in defaults.items() if isinstance(value, dict)}
+    return {**defaults, **old, **filled}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str], at: str = "") -> Iterator[str]:
