@@ -152,6 +152,8 @@ def align(config: Config, world: World) -> None:
 def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
     """Names what was computed: under one key a recording's words are the same. Batches are no part of it."""
     inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
+    if inference["mode"] == "buffered":
+        del inference["mode"]  # as it was before there were others: what was aligned then counts
     content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, to_dict(config.alignment)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -321,7 +321,9 @@ def write_results(out: Path, results: dict[str, Any], config: Config) -> None:
     writer.writerows(results["recordings"])
     write_file(out / TABLE, table.getvalue())
     total, speed = results["scores"]["all"], results["decoding"]["audio_seconds_per_second"]
-    context = f"{config.inference.context_seconds:g} s" if config.inference.context_seconds else "the whole recording"
+    how = config.inference
+    windows = f"{how.context_seconds:g} s, {how.mode}" if how.context_seconds else "the whole recording"
+    context = {"whole": "the whole recording", "streaming": "a stream"}.get(how.mode, windows)
     lead = (
         f"{results['name']} on {total['num_recordings']:,} recordings of {results['dataset']['name']} "
         f"({config.data.dataset}), split {config.data.split}. "

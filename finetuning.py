@@ -170,7 +170,15 @@ def read_mel(dataset: Dataset, normalisation: Normalisation, recording: int, sta
 
 
 def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings:
-    """`config.inference`; in bfloat16 where FSDP2 gathers the blocks' weights in it, for float32 does not fit these."""
+    """`config.inference`; in bfloat16 where FSDP2 gathers the blocks' weights in it, for float32 does not fit these.
+
+    Raises ConfigError for a mode that not every model can be validated in.
+    """
+    if config.inference.mode in ("streaming", "averaged"):
+        raise ConfigError(
+            f"inference.mode is {config.inference.mode!r}: validation knows buffered, stitched and whole; "
+            "give one of these, evaluate.py has the others"
+        )
     sharded = world.size > 1 and config.distributed.strategy == "fsdp"
     if sharded and config.distributed.precision == "bfloat16":
         return replace(config.inference, precision="bfloat16")

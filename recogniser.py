@@ -53,7 +53,8 @@ class EncoderChanges:
     def apply(self, encoder: EncoderSettings) -> EncoderSettings:
         """The changed settings. Raises ConfigError for a value that is not possible, or that the mask ignores."""
         given = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
-        changed = replace(encoder, **given)
+        # Chunks of changing length are for training, and no other mask allows them.
+        changed = replace(encoder, **given, dynamic_chunks=False) if given else encoder
         for name, mask in (("window", "window"), ("chunk_size", "chunk"), ("left_chunks", "chunk")):
             if name in given and changed.mask != mask:
                 raise ConfigError(

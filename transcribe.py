@@ -12,20 +12,17 @@ After Ctrl-C the same command goes on where it was; finished recordings are done
 has changed. Files that cannot be read are listed at the end and in failed.jsonl, and the exit status is then 1.
 """
 
-import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -39,6 +36,7 @@ from bestrq.recognition.transcripts import WRITERS, TimedTranscript
 from bestrq.recognition.words import timed_words
 from bestrq.training.export import Export, read_export
 from bestrq.training.process import DistributedSettings, World, start_world
+from data.audio_files import AudioFile, list_audio
 from data.corpora.base import FileSource
 from data.errors import DataError
 from data.extraction import Extracted, Skipped, extract_all
@@ -56,8 +54,6 @@ from recogniser import (
 )
 
 FORMAT_VERSION = 1
-AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
-                  ".wav")  # fmt: skip
 STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
 BATCHES_HELD = 16
 """recordings of so many batches are held as features at a time, so that few batches are not full"""
@@ -101,25 +97,15 @@ class Config:
         unknown = [name for name in self.format_names if name not in WRITERS]
         if unknown or not self.format_names:
             raise ConfigError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
+        audio = Path(self.audio).expanduser()
+        if self.out and Path(self.out).resolve() == (audio if audio.is_dir() else audio.parent).resolve():
+            raise ConfigError(f"out = {self.out}: X.txt beside X.wav may be what was said; choose another folder")
         if self.workers < 0:
             raise ConfigError(f"workers = {self.workers}: give 1 or more, or 0 (automatic)")
 
     @property
     def format_names(self) -> list[str]:
         return [name.strip() for name in self.formats.split(",") if name.strip()]
-
-
-@dataclass(frozen=True)
-class AudioFile:
-    """A file to transcribe."""
-
-    path: Path
-    name: str
-    """of its transcripts, relative to --out and without a suffix"""
-    seconds: float
-    """as the header says; 0 where it cannot be read"""
-    key: str
-    """names what its transcripts are made from"""
 
 
 @dataclass(frozen=True)
@@ -159,17 +145,20 @@ def transcribe(config: Config, world: World) -> int:
             if one.transcript is None:
                 failed[one.file.name] = one.reason
             else:
+                # No key is empty: of a stop while the files are replaced, none counts as done.
+                log.write(json.dumps({"name": one.file.name, "key": "", "reason": ""}) + "\n")
                 write_transcript(one.file, one.transcript, config)
             log.write(json.dumps({"name": one.file.name, "key": one.file.key, "reason": one.reason}) + "\n")
     world.barrier()
     if config.out and world.is_main:  # what the other processes met, too
         entries = collect_state(Path(config.out))
-        failed = {file.name: entries[file.name]["reason"] for file in files if entries[file.name]["reason"]}
+        reasons = {file.name: entries.get(file.name, {}).get("reason") for file in files}
+        failed = {name: reason for name, reason in reasons.items() if reason}
         write_failed(Path(config.out), files, failed)
         print(f"{len(files) - len(failed)} of {len(files)} files are transcribed: {config.out}")
     if failed and world.is_main:
-        reasons = "".join(f"\n  {printable(name)}: {reason}" for name, reason in failed.items())
-        print(f"error: {len(failed)} of {len(files)} audio files could not be read:{reasons}", file=sys.stderr)
+        listing = "".join(f"\n  {printable(name)}: {reason}" for name, reason in failed.items())
+        print(f"error: {len(failed)} of {len(files)} audio files could not be read:{listing}", file=sys.stderr)
     # A launcher that saw another rank fail would stop this one before it has told.
     return len(failed) if world.is_main else 0
 
@@ -196,38 +185,6 @@ def key_of(config: Config, export_hash: str) -> str:
             settings["decoder"][name] = hash_of_file(value)
     subtitles = to_dict(config.subtitles) if {"srt", "vtt"} & set(config.format_names) else None
     return json.dumps([FORMAT_VERSION, export_hash, settings, sorted(config.format_names), subtitles], sort_keys=True)
-
-
-def list_audio(audio: str, key: str) -> list[AudioFile]:
-    """The file, or all audio files below the folder, sorted. Raises ConfigError where there is none.
-
-    Files that differ in their suffix only keep it in the names of their transcripts.
-    """
-    root = Path(audio).expanduser()
-    if root.is_file():
-        paths, root = [root], root.parent
-    elif root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-    else:
-        raise ConfigError(f"audio = {audio}: there is no such file or folder")
-    if not paths:
-        raise ConfigError(f"audio = {audio}: no audio file in this folder; looked for {', '.join(AUDIO_SUFFIXES)}")
-    relative = [path.relative_to(root) for path in paths]
-    shared = Counter(path.with_suffix("") for path in relative)
-    names = [(path if shared[path.with_suffix("")] > 1 else path.with_suffix("")).as_posix() for path in relative]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"audio = {audio}: two files would both be written to {twice[0]!r}: rename one of them")
-    return [audio_file(path, name, key) for path, name in zip(paths, names, strict=True)]
-
-
-def audio_file(path: Path, name: str, key: str) -> AudioFile:
-    """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
-    state, seconds = path.stat(), 0.0
-    with suppress(soundfile.SoundFileError, RuntimeError, OSError):
-        header = soundfile.info(path)
-        seconds = header.frames / header.samplerate
-    content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
-    return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
 
 
 def outcomes(
@@ -260,9 +217,10 @@ def decode(
     files, sources = list(heard), list(heard.values())
     rate, stride = recogniser.features.frames_per_second, recogniser.model.encoder.settings.stride
     for index, tokens in decode_recordings(decoder, sources, settings, stride, rate, world.device):
-        words = timed_words(tokens, recogniser.tokenizer.pieces, stride / rate)
-        text = recogniser.tokenizer.decode(tokens.ids)
         seconds = sources[index].num_frames / rate
+        words = timed_words(tokens, recogniser.tokenizer.pieces, stride / rate)
+        words = [replace(word, end=min(word.end, seconds)) for word in words]  # the last frame may reach beyond
+        text = recogniser.tokenizer.decode(tokens.ids)
         yield Outcome(files[index], TimedTranscript(printable(files[index].name), seconds, text, words))
 
 

@@ -31,6 +31,13 @@ def log_probs(export: Export, changes: EncoderChanges) -> Tensor:
         return model.log_probs(log_mel, torch.tensor([[0]]), torch.tensor([[400]]))
 
 
+def test_an_encoder_trained_on_chunks_of_changing_length_takes_any_mask() -> None:
+    trained = EncoderSettings(mask="chunk", dynamic_chunks=True)
+    assert EncoderChanges().apply(trained) == trained
+    assert EncoderChanges(mask="segment").apply(trained).mask == "segment"
+    assert EncoderChanges(mask="window", window=9).apply(trained).window == 9
+
+
 def test_an_encoder_sees_what_it_is_told_to_see(export: Export) -> None:
     own = log_probs(export, EncoderChanges())
     assert torch.equal(own, log_probs(export, EncoderChanges(mask="segment")))

@@ -298,6 +298,13 @@ def test_a_checkpoint_without_its_run_is_refused_with_what_to_give(dataset, undi
         run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={tmp_path / 'loose'}")
 
 
+@pytest.mark.parametrize(("script", "mode"), [("finetune_ctc", "streaming"), ("finetune_rnnt", "averaged")])
+def test_a_mode_that_validation_has_not_is_refused_before_training(script, mode, dataset, tmp_path):
+    with pytest.raises(ConfigError, match=f"inference.mode is '{mode}'"):
+        run(script, dataset, tmp_path / "run", f"--inference.mode={mode}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_fine_tuning_needs_what_it_started_from_no_more(dataset, undisturbed, tmp_path, monkeypatch):
     init = shutil.copytree(undisturbed["pretrain"] / "export", tmp_path / "export")
     with monkeypatch.context() as patch:

@@ -20,6 +20,7 @@ from bestrq.recognition.inference import InferenceSettings
 from bestrq.recognition.scoring import text_normaliser
 from bestrq.training.process import World
 from data.corpora.folder import FolderSettings
+from data.errors import DataError
 from data.features import FeatureSettings
 from data.prepare import PrepareSettings, prepare
 from data.shards import open_dataset
@@ -131,7 +132,8 @@ def test_every_format_tells_the_same_words(
         assert " ".join(words) == text and content["id"] == name
         tokens = found[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
         assert {word["start"] for word in content["words"]} <= {round(0.04 * first, 3) for first in tokens.first_frame}
-        assert {word["end"] for word in content["words"]} <= {round(0.04 * (n + 1), 3) for n in tokens.last_frame}
+        ends = {min(round(0.04 * (n + 1), 3), content["seconds"]) for n in tokens.last_frame}
+        assert {word["end"] for word in content["words"]} <= ends
         assert " ".join(path.with_suffix(".txt").read_text().split()) == text
         assert [word.word for word in read_words_json(path.with_suffix(".json"))] == words
         assert [word.word for word in read_textgrid(path.with_suffix(".TextGrid"))] == words
@@ -224,6 +226,26 @@ def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monk
     assert sorted(state) == NAMES
 
 
+def test_a_stop_while_other_settings_replace_a_transcript_leaves_none_that_counts(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe(setup, tmp_path)
+    whole, original = files_of(tmp_path), script.write_file
+
+    def interrupted(path: Path, *arguments: Any) -> None:
+        original(path, *arguments)
+        if path.suffix == ".txt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transcribe(setup, tmp_path, inference=replace(setup.inference, context_seconds=0.5))
+    assert files_of(tmp_path) != whole
+    assert transcribe(setup, tmp_path) == 0
+    assert files_of(tmp_path) == whole
+
+
 def transcribe_on(world: World, config: script.Config) -> tuple[int, list[str]]:
     """The number of failures, and the files that this process has transcribed."""
     original, wrote = script.write_transcript, []
@@ -276,7 +298,7 @@ def test_files_that_differ_in_their_suffix_keep_it(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert [file.name for file in script.list_audio(str(tmp_path), "")] == ["a.mp3", "a.wav", "b", "sub/a"]
     (tmp_path / "a.wav.flac").touch()
-    with pytest.raises(ConfigError, match=r"two files would both be written to 'a.wav'"):
+    with pytest.raises(DataError, match=r"two files would both be written to 'a.wav'"):
         script.list_audio(str(tmp_path), "")
 
 
@@ -290,10 +312,13 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
     ):
         with pytest.raises(ConfigError, match=message):
             replace(setup, **changes)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="there is no such file or folder"):
+    for audio in (setup.audio, f"{setup.audio}/short.wav"):
+        with pytest.raises(ConfigError, match=r"out = .*: X.txt beside X.wav may be what was said"):
+            replace(setup, audio=audio, out=setup.audio)
+    with pytest.raises(DataError, match="there is no such file or folder"):
         transcribe(setup, tmp_path / "out", audio=str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no audio file in this folder; looked for .*\.wav"):
+    with pytest.raises(DataError, match=r"no audio file in this folder; looked for .*\.wav"):
         transcribe(setup, tmp_path / "out", audio=str(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="2 processes cannot share stdout"):
         script.transcribe(setup, World(size=2))

@@ -1,0 +1,60 @@
+"""Audio files of a folder that nobody has prepared: which there are, and what their transcripts are called."""
+
+import hashlib
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from data.errors import DataError
+
+AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
+                  ".wav")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """A file to transcribe."""
+
+    path: Path
+    name: str
+    """of its transcripts, relative to --out and without a suffix"""
+    seconds: float
+    """as the header says; 0 where it cannot be read"""
+    key: str
+    """names what its transcripts are made from"""
+
+
+def list_audio(audio: str, key: str) -> list[AudioFile]:
+    """The file, or all audio files below the folder, sorted. Raises DataError where there is none.
+
+    Files that differ in their suffix only keep it in the names of their transcripts.
+    """
+    root = Path(audio).expanduser()
+    if root.is_file():
+        paths, root = [root], root.parent
+    elif root.is_dir():
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+    else:
+        raise DataError(f"audio = {audio}: there is no such file or folder")
+    if not paths:
+        raise DataError(f"audio = {audio}: no audio file in this folder; looked for {', '.join(AUDIO_SUFFIXES)}")
+    relative = [path.relative_to(root) for path in paths]
+    shared = Counter(path.with_suffix("") for path in relative)
+    names = [(path if shared[path.with_suffix("")] > 1 else path.with_suffix("")).as_posix() for path in relative]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"audio = {audio}: two files would both be written to {twice[0]!r}: rename one of them")
+    return [audio_file(path, name, key) for path, name in zip(paths, names, strict=True)]
+
+
+def audio_file(path: Path, name: str, key: str) -> AudioFile:
+    """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
+    state, seconds = path.stat(), 0.0
+    with suppress(soundfile.SoundFileError, RuntimeError, OSError):
+        header = soundfile.info(path)
+        seconds = header.frames / header.samplerate
+    content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
+    return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
