@@ -26,11 +26,12 @@ from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
-from data.loader import DataState, RowLoader
+from data.loader import DataState
 from finetuning import (
     FREE_FIELDS,
     Best,
     FinetuneConfig,
+    Updates,
     describe,
     export,
     heldout_inference,
@@ -39,6 +40,7 @@ from finetuning import (
     read_init,
     run_tokenizer,
     save,
+    stages_of,
 )
 
 
@@ -54,11 +56,12 @@ def train(config: Config) -> None:
     run = RunFolder(config.run.folder)
     latest = latest_checkpoint(run.checkpoints, world)
     init = read_init(config, dataset) if config.finetune.init and latest is None else None
-    crops = labelled_crops(dataset, config)
+    crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
+    texts = [text for stage in crops for text in stage.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
     run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
-    tokenizer = run_tokenizer(run, crops, config.finetune, world)
-    labels_of = {text: tokenizer.encode(text) for text in crops.texts}  # all of them now: an error costs no training
+    tokenizer = run_tokenizer(run, texts, config.finetune, world)
+    labels_of = {text: tokenizer.encode(text) for text in texts}  # all of them now: an error costs no training
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
     model = CTCModel(config.encoder, tokenizer.vocab_size).to(world.device)
     if init is not None:
@@ -82,23 +85,13 @@ def train(config: Config) -> None:
         step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
         best = Best(**checkpoint.state["best"])
 
-    loader = RowLoader(
-        dataset,
-        crops,
-        config.data,
-        multiple=config.encoder.row_multiple,
-        row_gap=config.encoder.row_gap,
-        rank=world.rank,
-        world_size=world.size,
-        accumulation=config.accumulation,
-        state=data_state,
-    )
+    loader = Updates(dataset, crops, config, world, step, data_state)
     guard = UpdateGuard(config.guard)
     metrics = MetricsLog(run, step, world)
     throughput = Throughput(world, config.run.steps)
     stop = StopRequest(run.path)
     if world.is_main:
-        print(describe(config, model, crops, dataset, world, step), flush=True)
+        print(describe(config, model, crops[0], dataset, world, step), flush=True)
 
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)  # over the log interval, this rank's
     batches = iter(loader)

@@ -1,6 +1,7 @@
 """What the two fine-tuning scripts share: settings, crops, held-out recordings, tokenizer, checkpoint, export."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from bestrq.training.update import GuardSettings
 from data.cutting import CuttingSettings
 from data.errors import DataError
 from data.features import FeatureSettings, difference
-from data.loader import FREE_LOADER_FIELDS, LoaderSettings
+from data.loader import FREE_LOADER_FIELDS, Batch, DataState, LoaderSettings, RowLoader
 from data.mixture import DatasetGroup
 from data.order import CropTable
 from data.shards import Dataset, Normalisation
@@ -64,6 +65,18 @@ class FinetuneSettings:
             )
 
 
+@dataclass(frozen=True)
+class CurriculumStage:
+    """From some update on, longer context."""
+
+    after_step: int = 0
+    """updates before it; 1 or more, and more than those of the stage before"""
+    row_frames: int = 2000
+    """frames in a row, in place of data.row_frames; an update has as many fewer rows, so its frames stay as many"""
+    max_seconds: float = 20.0
+    """longest piece, in place of data.max_seconds"""
+
+
 @dataclass
 class FinetuneConfig:
     """What every fine-tuning has; a script adds its own."""
@@ -74,6 +87,8 @@ class FinetuneConfig:
     """start, tokenizer and labels"""
     data: LoaderSettings = field(default_factory=LoaderSettings)
     """dataset, rows and packing"""
+    curriculum: list[CurriculumStage] = field(default_factory=list)
+    """later stages of training, each with longer rows and pieces; the first one is that of data"""
     cutting: CuttingSettings = field(default_factory=CuttingSettings)
     """words at the cuts of long recordings"""
     accumulation: int = 1
@@ -131,8 +146,77 @@ def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
     return pretrained
 
 
-def labelled_crops(dataset: Dataset, config: FinetuneConfig) -> CropTable:
-    """Training crops with their label texts; of `label_minutes`, whole recordings chosen by the seed."""
+def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
+    """(updates before it, rows) of every stage of the curriculum. Raises ConfigError where one does not fit."""
+    stages = [(0, config.data)]
+    frames = config.data.rows * config.data.row_frames
+    for number, stage in enumerate(config.curriculum):
+        if stage.after_step <= stages[-1][0]:
+            raise ConfigError(
+                f"curriculum[{number}].after_step is {stage.after_step}: give more than {stages[-1][0]}, the updates "
+                "before the stage before"
+            )
+        if stage.row_frames < 1 or frames % stage.row_frames:
+            raise ConfigError(
+                f"curriculum[{number}].row_frames is {stage.row_frames}: an update has data.rows x data.row_frames = "
+                f"{frames} frames, which are no whole number of such rows; give a divisor of it"
+            )
+        rows = replace(
+            config.data, row_frames=stage.row_frames, rows=frames // stage.row_frames, max_seconds=stage.max_seconds
+        )
+        stages.append((stage.after_step, rows))
+    return stages
+
+
+class Updates:
+    """The micro-batches of every update from `step` on, by one `RowLoader` after another: the curriculum."""
+
+    def __init__(
+        self, dataset: Dataset, crops: list[CropTable], config: FinetuneConfig, world: World, step: int,
+        state: DataState | None,
+    ) -> None:  # fmt: skip
+        """crops: of every stage. state: the loader's after update `step`, which counts if that stage goes on."""
+        self.step, self.stages = step, stages_of(config)
+        self.quarantined: dict[str, str] = {}
+        self._open = lambda stage, state: RowLoader(
+            dataset,
+            crops[stage],
+            self.stages[stage][1],
+            multiple=config.encoder.row_multiple,
+            row_gap=config.encoder.row_gap,
+            rank=world.rank,
+            world_size=world.size,
+            accumulation=config.accumulation,
+            state=state,
+        )
+        for stage in range(len(self.stages)):  # all of them now: an error costs no training
+            loader = self._open(stage, None)
+            if stage == self._stage_of(step + 1):
+                self.loader = loader if step == 0 or self._stage_of(step) != stage else self._open(stage, state)
+
+    @property
+    def state(self) -> DataState:
+        """The loader's, for a checkpoint."""
+        return self.loader.state
+
+    def _stage_of(self, update: int) -> int:
+        return max(stage for stage, (before, _) in enumerate(self.stages) if update > before)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            batches = self.loader.updates()
+            stage = self._stage_of(self.step + 1)
+            while self._stage_of(self.step + 1) == stage:
+                self.step += 1
+                yield next(batches)
+                self.quarantined |= self.loader.quarantined
+            batches.close()  # its workers, before the next ones start
+            self.loader = self._open(stage + 1, None)
+
+
+def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSettings) -> CropTable:
+    """Training crops with their label texts, as long as the stage's `data` has them; of `label_minutes`, whole
+    recordings chosen by the seed."""
     recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
     told = np.array([dataset.text(int(i)) is not None for i in recordings])
     if 0 < told.sum() < len(told):
@@ -143,7 +227,7 @@ def labelled_crops(dataset: Dataset, config: FinetuneConfig) -> CropTable:
         minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
         recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
     cut = partial(supervised_crops, dataset, cutting=config.cutting)
-    lengths = config.data.crop_frames(dataset)
+    lengths = data.crop_frames(dataset)
     return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
 
 
@@ -185,16 +269,16 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
     return config.inference
 
 
-def run_tokenizer(run: RunFolder, crops: CropTable, settings: FinetuneSettings, world: World) -> Tokenizer:
+def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, world: World) -> Tokenizer:
     """The run's tokenizer: trained on the training texts at the first start, read from the run folder after it."""
     folder = run.path / "tokenizer"
     problem = ""
     if world.is_main and not folder.is_dir():
         try:
             if settings.tokenizer == "bpe":
-                BPETokenizer.train(crops.texts, settings.vocab_size).save(folder)
+                BPETokenizer.train(texts, settings.vocab_size).save(folder)
             else:
-                CharTokenizer.train(crops.texts).save(folder)
+                CharTokenizer.train(texts).save(folder)
         except DataError as error:  # told to all: the others would wait for rank 0 in vain
             problem = str(error)
     if problem := world.broadcast(problem):

@@ -100,6 +100,9 @@ class RowLoader:
             self._check_shared_memory()
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        return self.updates()
+
+    def updates(self) -> Generator[list[Batch], None, None]:
         """Updates from `self.state` on, which moves along: a second loop goes on where the first one stopped."""
         batches = self._batches()
         try:

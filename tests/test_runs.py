@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import finetune_ctc
 import finetune_rnnt
+import finetuning
 import pretrain
 from bestrq.config import ConfigError, parse
 from bestrq.pretraining.objective import mask_rows
@@ -36,6 +37,7 @@ SPECIAL = {
         *FINE_TUNING,
         *("--transducer.prediction=lstm", "--transducer.prediction_dim=12", "--transducer.joint_dim=10"),
         *("--transducer.ctc_weight=0.3", "--transducer.prune_range=6", "--transducer.slice_bytes=20000"),
+        "--curriculum=[{after_step: 2, row_frames: 200, max_seconds: 2}, {after_step: 3, row_frames: 400}]",
     ],
 }
 
@@ -296,6 +298,37 @@ def test_a_checkpoint_without_its_run_is_refused_with_what_to_give(dataset, undi
     shutil.copytree(undisturbed["pretrain"] / "checkpoints/step-00000005", tmp_path / "loose")
     with pytest.raises(ConfigError, match=r"loose is a checkpoint, .*; give it in its run folder, or an export"):
         run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={tmp_path / 'loose'}")
+
+
+def test_stages_of_a_curriculum_have_their_rows_and_as_many_frames_an_update(dataset, tmp_path, monkeypatch):
+    shapes, longest = [], []
+    original = finetuning.Updates.__iter__
+
+    def noted(self):
+        for update in original(self):
+            shapes.append([tuple(batch.log_mel.shape[:2]) for batch in update])
+            longest.append(max(int(batch.segment_length.max()) for batch in update))
+            yield update
+
+    monkeypatch.setattr(finetuning.Updates, "__iter__", noted)
+    stages = "[{after_step: 1, row_frames: 800, max_seconds: 7}, {after_step: 3, row_frames: 1600, max_seconds: 9}]"
+    run("finetune_ctc", dataset, tmp_path / "run", f"--curriculum={stages}", "--accumulation=1")
+    assert shapes == [[(4, 400)]] + [[(2, 800)]] * 2 + [[(1, 1600)]] * 2
+    assert longest[0] <= 400 and max(longest[1:3]) <= 700 and max(longest[3:]) > 700
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{after_step: 0}]", r"curriculum\[0\].after_step is 0: give more than 0"),
+        ("[{after_step: 2, row_frames: 800}, {after_step: 2}]", r"curriculum\[1\].after_step is 2: give more than 2"),
+        ("[{after_step: 2, row_frames: 700}]", r"curriculum\[0\].row_frames is 700: .* = 1600 frames"),
+    ],
+)
+def test_a_curriculum_that_does_not_fit_is_refused_before_training(stages, message, dataset, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run("finetune_ctc", dataset, tmp_path / "run", f"--curriculum={stages}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("script", "mode"), [("finetune_ctc", "streaming"), ("finetune_rnnt", "averaged")])
