@@ -189,10 +189,11 @@ class Updates:
             accumulation=config.accumulation,
             state=state,
         )
-        for stage in range(len(self.stages)):  # all of them now: an error costs no training
-            loader = self._open(stage, None)
-            if stage == self._stage_of(step + 1):
-                self.loader = loader if step == 0 or self._stage_of(step) != stage else self._open(stage, state)
+        for stage in range(len(self.stages)):
+            self._open(stage, None)  # rows that processes cannot share are an error now, which costs no training
+        stage = self._stage_of(step + 1)
+        goes_on = step > 0 and self._stage_of(step) == stage
+        self.loader = self._open(stage, state if goes_on else None)
 
     @property
     def state(self) -> DataState:
