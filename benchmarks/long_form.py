@@ -3,7 +3,7 @@
     python -m benchmarks.long_form
     python -m benchmarks.long_form --layers 2 --minutes 1 3       # to look at it
 
-A cell is one way through one recording, by a model of random weights with a CTC head, in float32 on the CPU:
+A cell is one way through one recording, by a model of random weights with a CTC head, on the CPU:
 
     chunked      windows side by side, inference.overlap 0
     buffered     the centre of every window kept, `--overlap`
@@ -145,7 +145,9 @@ def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     for minutes in sorted(args.minutes):
         for system in args.systems:
             overlap = 0.0 if system == "chunked" else args.overlap
-            inference = InferenceSettings(SYSTEMS[system], args.context_seconds, overlap, args.batch_seconds)
+            inference = InferenceSettings(
+                SYSTEMS[system], args.context_seconds, overlap, args.batch_seconds, args.precision
+            )
             cell = Cell(system, minutes, replace(encoder, **changes.get(system, {})), inference, args.vocab_size)
             if minutes <= limits.get(system, float("inf")):
                 cells.append(cell)
@@ -183,6 +185,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context-seconds", type=float, default=20.0, help="of a window")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that others see too")
     parser.add_argument("--batch-seconds", type=float, default=120.0, help="audio in a batch")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the encoder")
     parser.add_argument("--window", type=int, default=128, help="encoder frames to either side")
     parser.add_argument("--chunk", type=int, default=32, help="encoder frames of a chunk of a stream")
     parser.add_argument("--left-chunks", type=int, default=4, help="chunks that a chunk sees before it")
@@ -208,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{cell.name:20} {cost.milliseconds:9.2f} ms/s {cost.megabytes:9.1f} MB", flush=True)
     result: dict[str, object] = {"preset": args.preset, "layers": cells[0].encoder.num_layers}
     result |= {"context_seconds": args.context_seconds, "overlap": args.overlap, "threads": args.threads}
+    result["precision"] = args.precision
     result |= {"left_out": left_out, **summarise(costs, args.minutes)}
     print(json.dumps(result))
 
