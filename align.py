@@ -23,13 +23,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.config import ConfigError, parse, run_main, to_dict
@@ -53,7 +50,7 @@ from data.index import replace_file
 from data.shards import Dataset, open_dataset
 from data.tokenizer import Tokenizer
 from data.transcripts import Word, label_text
-from recogniser import Recogniser, ctc_outputs, hash_of_export, load_recogniser, share_out
+from recogniser import Recogniser, ctc_outputs, hash_of_export, load_recogniser, mel_reader, share_out
 
 FORMAT_VERSION = 1
 SUMMARY, UNALIGNED = "alignment.json", "unaligned.jsonl"
@@ -232,11 +229,10 @@ def align_recordings(
     factor = model.encoder.settings.stride
     vocab_size = recogniser.tokenizer.vocab_size
 
-    def read_mel(recording: int, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(dataset.read_normalised(recording, start, stop, recogniser.normalisation))
-
     # What is excluded is not in the transcript: it becomes silence.
-    sources = [Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or ()) for i in mine]
+    sources = [
+        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ()) for i in mine
+    ]
     spool = LogProbSpool(vocab_size)
     outputs = transcribe(
         log_probs, sources, config.inference, factor, frames_per_second, world.device, reduce=spool.keep

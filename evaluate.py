@@ -1,151 +1,129 @@
-"""Word and character error rates of an exported recogniser on whole recordings.
+"""Word and character error rates of exported recognisers on whole recordings.
 
     python evaluate.py --export runs/ctc/export --data.dataset datasets/synthetic --out results/ctc
     torchrun --nproc-per-node 8 evaluate.py --export runs/ctc/export --data.dataset datasets/calls --out results/ctc
+    python evaluate.py --export runs/ctc/export --data.dataset datasets/calls --out results/sweep \\
+        --grid.contexts '[5, 20, 80, 0]' --grid.modes '[buffered, averaged]'
 
 Recordings longer than the context are decoded in overlapping windows (`--inference.context_seconds 0`: in one pass).
-The processes share the recordings out. What is decoded is kept: after Ctrl-C the same command goes on where it was,
-and once everything is there it only prints the table again. Rates are over the corpus, with 95 % intervals from
-resampling whole recordings; English is normalised as Whisper does, other languages by a plain Unicode rule.
+A grid is every combination of contexts, overlaps, modes, decoders and models that are listed. The processes share the
+recordings out. What is decoded is kept: after Ctrl-C the same command goes on where it was, and what is finished is
+only reported again. Rates are over the corpus, with 95 % intervals from resampling whole recordings; English is
+normalised as Whisper does, other languages by a plain Unicode rule and their own.
 
-Writes into --out: results.json (all of it), results.csv (one line a recording), report.html.
+Writes into --out, or for a grid into a folder of it for each evaluation: results.json (every number), results.csv (one
+line a recording), transcripts.jsonl (every word with its time, and the alignment), report.html. For a grid also
+report.html, report.json and curve.svg of all of them. A row of each evaluation goes into rows.jsonl beside --out.
 """
 
 import csv
-import hashlib
-import importlib.metadata
+import fcntl
+import functools
 import io
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from urllib.parse import quote
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from bestrq.config import ConfigError, parse, run_main, to_dict
+from bestrq.config import ConfigError, parse, run_main
 from bestrq.files import write_file
-from bestrq.recognition import report
-from bestrq.recognition.breakdowns import by_duration, by_speaker, confusions
-from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
-from bestrq.recognition.inference import InferenceSettings, Source
-from bestrq.recognition.normalisers import normalisers_used
-from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
-from bestrq.recognition.sections import facts_section, results_section, transcripts_section
+from bestrq.recognition import pages, report
+from bestrq.recognition.decoders import Decoder, decode_recordings
+from bestrq.recognition.inference import Source
+from bestrq.recognition.results import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.recognition.stm_scoring import ReferenceSegment
+from bestrq.recognition.subtitles import SubtitleSettings
+from bestrq.recognition.transcripts import WRITERS, TimedTranscript
 from bestrq.training.export import read_export
+from bestrq.training.memory import PeakMemory
 from bestrq.training.process import DistributedSettings, World, start_world
+from data.audio_files import find_audio
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
+from evaluation import Cell, Config, DataSettings, cells_of, in_folders, key_of, try_cell
+from evaluation_results import (
+    Evaluated,
+    describe,
+    evaluate_recording,
+    line_of,
+    read_segments,
+    row_of,
+    transcript_of,
+    window_edges,
+)
 from recogniser import (
     EncoderChanges,
     Recogniser,
     hash_of_export,
-    hash_of_file,
     load_recogniser,
     make_decoder,
+    mel_reader,
     share_out,
+    timed_transcript,
 )
 
-FORMAT_VERSION = 2
-RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
-
-
-@dataclass
-class DataSettings:
-    """Which recordings are evaluated."""
-
-    dataset: str = ""
-    """dataset folder, made by `python -m data.prepare`"""
-    split: str = "test"
-    """split of the dataset"""
-    language: str = ""
-    """only recordings of this language; empty takes all"""
-    max_recordings: int = 0
-    """only the first so many recordings, in the order of their ids; 0 takes all"""
-
-    def __post_init__(self) -> None:
-        if self.max_recordings < 0:
-            raise ConfigError(f"data.max_recordings = {self.max_recordings}: give 0 (all) or more")
-
-
-@dataclass
-class Config:
-    """Evaluation of an exported recogniser on whole recordings."""
-
-    export: str = ""
-    """folder of the model, RUN_FOLDER/export of finetune_ctc.py or finetune_rnnt.py"""
-    out: str = "results"
-    """folder for the results; decoded recordings are kept there while the evaluation lasts"""
-    name: str = ""
-    """what the system is called in the report; empty takes the name of the run folder"""
-    data: DataSettings = field(default_factory=DataSettings)
-    """recordings"""
-    inference: InferenceSettings = field(default_factory=InferenceSettings)
-    """context, overlap, batches, precision"""
-    encoder: EncoderChanges = field(default_factory=EncoderChanges)
-    """what the encoder sees, in place of what it was trained with"""
-    decoder: DecoderSettings = field(default_factory=DecoderSettings)
-    """greedy or beam, CTC or transducer, language model"""
-    resamples: int = 10_000
-    """bootstrap resamples of the intervals"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is a GPU"""
-    threads: int = 0
-    """CPU threads of every process; 0 shares the cores among the processes of a machine"""
-
-    def __post_init__(self) -> None:
-        for name, value in (("export", self.export), ("data.dataset", self.data.dataset)):
-            if not value:
-                raise ConfigError(f"{name} is missing: give it as --{name} FOLDER")
-        if self.resamples < 100:
-            raise ConfigError(f"resamples = {self.resamples}: give at least 100, or an interval means nothing")
+Segments = Mapping[str, Sequence[ReferenceSegment]]
+"""by recording; empty without an STM"""
 
 
 def evaluate(config: Config, world: World) -> None:
     """The whole evaluation, as every process runs it."""
     # Everything that a user can get wrong comes before any work.
-    export = read_export(config.export)
-    recogniser = load_recogniser(export, config.encoder)
-    decoder = make_decoder(recogniser, config.decoder, config.export)
     dataset = open_dataset(config.data.dataset)
-    check_features(recogniser.features, dataset, config)
-    recordings = select_recordings(dataset, config.data)
+    recordings = select_recordings(dataset, config.data, bool(config.stm))
+    ids = [dataset.id(i) for i in recordings]
+    segments = read_segments(config.stm, ids)
+    audio = {id: path.resolve().as_uri() for id, path in find_audio(config.audio, ids).items()}
+    cells = [cell for export in config.exports for cell in prepare(export, config, dataset, world)]
+    if config.grid.is_given:
+        cells = in_folders(cells)
     out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out = {config.out}: cannot make this folder ({error}); choose another one") from error
-
-    export_hash = world.broadcast(hash_of_export(export) if world.is_main else None)
-    key = key_of(config, export_hash, dataset)
-    results = world.broadcast(finished_results(out, key) if world.is_main else None)
-    if results is None:
-        begin = time.perf_counter()
-        done = world.broadcast(collect_partial(out, key) if world.is_main else None)
-        left = [i for i in recordings if dataset.id(i) not in done]
-        if done and world.is_main:
-            print(f"going on: {len(done)} of {len(recordings)} recordings are decoded already")
-        decoded = decode(recogniser, decoder, dataset, share_out(left, dataset.frames, world), config, world, out, key)
-        hypotheses = done | {id: text for part in gather_json(world, decoded) for id, text in part.items()}
-        seconds = world.max(time.perf_counter() - begin)
-        if world.is_main:
-            scores = score(dataset, recordings, hypotheses)
-            audio = sum(int(dataset.frames[i]) for i in left) / dataset.features.frames_per_second
-            results = describe(config, export_hash, key, decoder, dataset, scores, audio, seconds, world)
-            write_results(out, results, config)
-    elif world.is_main:
-        print(f"{out / RESULTS} holds this evaluation already; remove it to evaluate again")
-    if world.is_main:
-        print_table(results)
-        print(f"results: {out / RESULTS}, {out / TABLE}; report: {out / REPORT}")
+    mine = config.grid.mine(cells)
+    for number, cell in enumerate(mine, 1):
+        if config.grid.is_given and world.is_main:
+            print(f"\n== {number} of {len(mine)}: {cell.name}, {cell.label}", flush=True)
+        evaluate_cell(cell, dataset, recordings, segments, audio, config, world)
+    if config.grid.is_given and world.is_main:
+        report_grid(cells, out, audio, config)
     world.barrier()
+
+
+def select_recordings(dataset: Dataset, settings: DataSettings, has_stm: bool = False) -> list[int]:
+    """Numbers of the recordings, in the order of their ids. Each must have a transcript to be scored against."""
+    chosen = [int(i) for i in dataset.select(settings.split, settings.language or None)]
+    chosen = chosen[: settings.max_recordings or None]
+    silent = [dataset.id(i) for i in chosen if dataset.text(i) is None]
+    if silent and not has_stm:
+        raise DataError(
+            f"{dataset.location}: {len(silent)} of {len(chosen)} recordings have no transcript, such as {silent[0]!r}: "
+            "give a split whose recordings have one"
+        )
+    return chosen
+
+
+def prepare(path: str, config: Config, dataset: Dataset, world: World) -> list[Cell]:
+    """The cells of a model with their keys, each tried for what does not go together. Raises ConfigError."""
+    export = read_export(path)
+    recogniser = load_recogniser(export)
+    check_features(recogniser.features, dataset, config)
+    cells = cells_of(config, export, dataset.features.frames_per_second)
+    kinds = {(cell.inference.mode, cell.decoder, cell.encoder.mask): cell for cell in cells}
+    for cell in kinds.values():
+        tried = recogniser if cell.encoder == EncoderChanges() else load_recogniser(export, cell.encoder)
+        try_cell(cell, tried, make_decoder(tried, cell.decoder, path))
+    export_hash = world.broadcast(hash_of_export(export) if world.is_main else None)
+    fingerprint = dataset.fingerprint
+    return [
+        replace(cell, export_hash=export_hash, key=key_of(cell, config, export_hash, fingerprint)) for cell in cells
+    ]
 
 
 def check_features(features: FeatureSettings, dataset: Dataset, config: Config) -> None:
@@ -157,59 +135,84 @@ def check_features(features: FeatureSettings, dataset: Dataset, config: Config) 
         )
 
 
-def select_recordings(dataset: Dataset, settings: DataSettings) -> list[int]:
-    """Numbers of the recordings, in the order of their ids. Each must have a transcript to be scored against."""
-    chosen = [int(i) for i in dataset.select(settings.split, settings.language or None)]
-    chosen = chosen[: settings.max_recordings or None]
-    silent = [dataset.id(i) for i in chosen if dataset.text(i) is None]
-    if silent:
-        raise DataError(
-            f"{dataset.location}: {len(silent)} of {len(chosen)} recordings have no transcript, such as {silent[0]!r}: "
-            "give a split whose recordings have one"
-        )
-    return chosen
+@functools.lru_cache(maxsize=1)  # the next cell is mostly of the same model
+def load(export: str, export_hash: str, changes: EncoderChanges) -> Recogniser:
+    """A model, ready to decode. Its hash tells it from another one that came to be in the same folder."""
+    return load_recogniser(read_export(export), changes)
 
 
-def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
-    """Names an evaluation: what was decoded under one key may be used under the same one only.
-
-    The batch size is not part of it, for outputs do not depend on it; nor where the dataset lies.
-    """
-    inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
-    selection = {name: value for name, value in to_dict(config.data).items() if name != "dataset"}
-    decoder = to_dict(config.decoder)
-    for name in ("language_model", "hot_words"):
-        if decoder[name]:
-            decoder[name] = hash_of_file(decoder[name])
-    content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, decoder, selection, config.resamples]
-    content += [config.name, to_dict(config.encoder)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def finished_results(out: Path, key: str) -> dict[str, Any] | None:
-    """Results of an earlier start, where they are those of this very evaluation."""
+def evaluate_cell(
+    cell: Cell, dataset: Dataset, recordings: list[int], segments: Segments, audio: Mapping[str, str], config: Config,
+    world: World,
+) -> None:  # fmt: skip
+    """One evaluation, or its report alone where it is finished."""
+    folder = Path(config.out) / cell.folder
     try:
-        results = json.loads((out / RESULTS).read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out = {config.out}: cannot make this folder ({error}); choose another one") from error
+    if not world.broadcast(is_finished(folder, cell.key) if world.is_main else None):
+        recogniser = load(cell.export, cell.export_hash, cell.encoder)
+        decoder = make_decoder(recogniser, cell.decoder, cell.export)
+        done = world.broadcast(collect_partial(folder, cell.key) if world.is_main else None)
+        left = [i for i in recordings if dataset.id(i) not in done]
+        if done and world.is_main:
+            print(f"going on: {len(done)} of {len(recordings)} recordings are decoded already")
+        peak, begin = PeakMemory(world.device), time.perf_counter()
+        mine = share_out(left, dataset.frames, world)
+        decoded = decode(recogniser, decoder, dataset, mine, cell, world, folder)
+        seconds = world.max(time.perf_counter() - begin)
+        megabytes = world.max(peak.megabytes() or 0.0)
+        lines = done | {id: line for part in gather_json(world, decoded) for id, line in part.items()}
+        if world.is_main:
+            heard = {id: transcript_of(line) for id, line in lines.items()}
+            stride, rate = recogniser.model.encoder.settings.stride, dataset.features.frames_per_second
+            found = [
+                evaluate_recording(
+                    dataset, i, heard[dataset.id(i)], segments.get(dataset.id(i)),
+                    window_edges(int(dataset.frames[i]), cell, stride, rate),
+                )
+                for i in recordings
+            ]  # fmt: skip
+            # Of this start alone, so that the speed is right after a stop, too.
+            cost = cost_of(sum(int(dataset.frames[i]) for i in left) / rate, seconds, megabytes, world)
+            results = describe(config, cell, decoder.description, dataset, found, cost)
+            write_results(folder, results, found)
+            append_row(Path(config.out).resolve().parent / "rows.jsonl", row_of(results))
+    elif world.is_main:
+        print(f"{folder / RESULTS} holds this evaluation already; remove it to evaluate again")
+    if world.is_main:
+        results, transcripts = read_results(folder), read_transcripts(folder)
+        write_formats(folder, transcripts, config)
+        pages.write_cell_page(folder, results, transcripts, audio)
+        print_table(results)
+        print(f"results: {folder / RESULTS}, {folder / TABLE}; report: {folder / REPORT}", flush=True)
+    world.barrier()
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds this very evaluation."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    complete = isinstance(results, dict) and results.get("key") == key and (out / REPORT).exists()
-    return results if complete else None
+        return False
+    return isinstance(results, dict) and results.get("key") == key and (folder / TRANSCRIPTS).exists()
 
 
-def collect_partial(out: Path, key: str) -> dict[str, str]:
+def collect_partial(folder: Path, key: str) -> dict[str, Any]:
     """What earlier starts have decoded, by recording; rank 0 puts it into one file and drops what is of no use."""
-    done: dict[str, str] = {}
-    files = sorted(out.glob("partial-*.jsonl"))
+    done: dict[str, Any] = {}
+    files = sorted(folder.glob("partial-*.jsonl"))
     for path in files:
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)
             except ValueError:  # the line that was being written when the process was stopped
                 continue
             if isinstance(entry, dict) and entry.get("key") == key:
-                done[entry["id"]] = entry["hypothesis"]
-    lines = (json.dumps({"key": key, "id": id, "hypothesis": text}) + "\n" for id, text in done.items())
-    write_file(out / "partial-00000.jsonl", "".join(lines))
+                done[entry["id"]] = entry
+    lines = (json.dumps(entry) + "\n" for entry in done.values())
+    write_file(folder / "partial-00000.jsonl", "".join(lines))
     for path in files:
         if path.name != "partial-00000.jsonl":
             path.unlink()
@@ -217,136 +220,106 @@ def collect_partial(out: Path, key: str) -> dict[str, str]:
 
 
 def decode(
-    recogniser: Recogniser, decoder: Decoder, dataset: Dataset, mine: list[int], config: Config, world: World,
-    out: Path, key: str,
-) -> dict[str, str]:  # fmt: skip
+    recogniser: Recogniser, decoder: Decoder, dataset: Dataset, mine: list[int], cell: Cell, world: World, folder: Path
+) -> dict[str, Any]:
     """Transcripts of this rank's recordings by id, each appended to a file as soon as it is there."""
-    frames_per_second = dataset.features.frames_per_second
-    model = recogniser.model.to(world.device)
-
-    def read_mel(recording: int, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(dataset.read_normalised(recording, start, stop, recogniser.normalisation))
-
+    rate, stride = dataset.features.frames_per_second, recogniser.model.encoder.settings.stride
+    recogniser.model.to(world.device)
     sources = [
-        Source(int(dataset.frames[i]), partial(read_mel, i), dataset.excluded(i) or (), dataset.id(i)) for i in mine
+        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or (), dataset.id(i))
+        for i in mine
     ]
-    found = decode_recordings(
-        decoder, sources, config.inference, model.encoder.settings.stride, frames_per_second, world.device
-    )
-    total = round(sum(source.num_frames for source in sources) / frames_per_second)
+    found = decode_recordings(decoder, sources, cell.inference, stride, rate, world.device)
+    total = round(sum(source.num_frames for source in sources) / rate)
     label = "decoding" if world.size == 1 else f"decoding (process 1 of {world.size})"
     hidden = not world.is_main or not sys.stderr.isatty()
-    decoded: dict[str, str] = {}
+    decoded: dict[str, Any] = {}
     # Line by line, so that a stop at any moment costs at most the recordings in hand.
     with (
-        open(out / f"partial-{world.rank:05d}.jsonl", "a", buffering=1) as file,
+        open(folder / f"partial-{world.rank:05d}.jsonl", "a", buffering=1) as file,
         tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar,
     ):
         for index, tokens in found:
-            id = dataset.id(mine[index])
-            decoded[id] = recogniser.tokenizer.decode(tokens.ids)
-            file.write(json.dumps({"key": key, "id": id, "hypothesis": decoded[id]}) + "\n")
-            bar.update(round(sources[index].num_frames / frames_per_second))
+            source = sources[index]
+            line = line_of(timed_transcript(recogniser, source.name, source.num_frames, tokens))
+            file.write(json.dumps({"key": cell.key, **line}) + "\n")
+            decoded[source.name] = line
+            bar.update(round(source.num_frames / rate))
     return decoded
 
 
 def gather_json(world: World, value: Any) -> list[Any]:
     """Every rank's JSON-able value, in the order of ranks, on all ranks."""
+    if world.size == 1:
+        return [value]
     content = json.dumps(value).encode()
     longest = int(world.max(len(content)))
     # Each rank fills its own row of zeros, so the sum over ranks is all rows: bytes of JSON, no pickle.
     rows = torch.zeros(world.size, longest, dtype=torch.uint8, device=world.device)
     rows[world.rank, : len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in world.sum(rows).cpu()]
+    return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in world.sum(rows).cpu()]
 
 
-def score(dataset: Dataset, recordings: Sequence[int], hypotheses: Mapping[str, str]) -> list[RecordingScore]:
-    """Errors of every recording, in the order of their ids."""
-    return [
-        score_recording(
-            dataset.id(i),
-            dataset.text(i) or "",
-            hypotheses[dataset.id(i)],
-            dataset.language(i),
-            int(dataset.frames[i]) / dataset.features.frames_per_second,
-            speaker=dataset.speaker(i),
-        )
-        for i in recordings
-    ]
-
-
-def describe(
-    config: Config, export_hash: str, key: str, decoder: Decoder, dataset: Dataset, scores: list[RecordingScore],
-    audio: float, seconds: float, world: World,
-) -> dict[str, Any]:  # fmt: skip
-    """results.json. `audio` and `seconds` are of this start alone, so that the speed is right after a stop too."""
-    totals = score_by_language(scores, config.resamples)
+def cost_of(audio: float, seconds: float, megabytes: float, world: World) -> dict[str, Any]:
+    """What decoding took: seconds of audio and of time, MB above what was there before (0 where it is not known)."""
     return {
-        "format_version": FORMAT_VERSION,
-        "key": key,
-        "name": config.name or Path(config.export).resolve().parent.name,
-        "export": config.export,
-        "export_hash": export_hash,
-        "dataset": {
-            "name": dataset.name,
-            "path": config.data.dataset,
-            "split": config.data.split,
-            "fingerprint": dataset.fingerprint,
-            "feature_hash": dataset.features.hash(),
-        },
-        "inference": to_dict(config.inference),
-        "encoder": to_dict(config.encoder),
-        "decoder": {**to_dict(config.decoder), "description": decoder.description},
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "jiwer", "whisper-normalizer")},
-        "world_size": world.size,
+        "audio_seconds": audio,
+        "seconds": seconds,
+        "audio_seconds_per_second": audio / seconds,
+        "real_time_factor": seconds / audio if audio else None,
+        "peak_mb": megabytes or None,
         "device": world.device.type,
-        "decoding": {"audio_seconds": audio, "seconds": seconds, "audio_seconds_per_second": audio / seconds},
-        "scores": {language: total.summary() for language, total in totals.items()},
-        "speakers": {name: total.summary() for name, total in by_speaker(scores, config.resamples).items()},
-        "durations": {
-            name: total.summary() for name, total in by_duration(scores, num_resamples=config.resamples).items()
-        },
-        "confusions": asdict(confusions(scores)),
-        "normalisers": normalisers_used((one.normaliser, one.language) for one in scores),
-        "recordings": [one.row() for one in scores],
+        "world_size": world.size,
     }
 
 
-def write_results(out: Path, results: dict[str, Any], config: Config) -> None:
-    """The three files; then what was kept for a restart is not needed any more."""
+def write_results(folder: Path, results: dict[str, Any], found: Sequence[Evaluated]) -> None:
+    """The files of an evaluation, the one that makes it finished last; then what was kept for a restart goes."""
     table = io.StringIO()
     writer = csv.DictWriter(table, list(results["recordings"][0]))
     writer.writeheader()
     writer.writerows(results["recordings"])
-    write_file(out / TABLE, table.getvalue())
-    total, speed = results["scores"]["all"], results["decoding"]["audio_seconds_per_second"]
-    how = config.inference
-    windows = f"{how.context_seconds:g} s, {how.mode}" if how.context_seconds else "the whole recording"
-    context = {"whole": "the whole recording", "streaming": "a stream"}.get(how.mode, windows)
-    lead = (
-        f"{results['name']} on {total['num_recordings']:,} recordings of {results['dataset']['name']} "
-        f"({config.data.dataset}), split {config.data.split}. "
-        f"Decoding: {results['decoder']['description']}; context {context}."
-    )
-    cards = {
-        "WER": report.percent(total["wer"]),
-        "CER": report.percent(total["cer"]),
-        "Audio": f"{total['seconds'] / 60:,.1f} min",
-        "Audio a second": f"{speed:,.0f} s",
-    }
-    systems = {results["name"]: results}
-    sections = [results_section(systems), transcripts_section(systems), facts_section(systems)]
-    report.write_report(out / REPORT, f"Evaluation of {results['name']}", lead, cards, sections)
-    write_file(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
-    for path in out.glob("partial-*.jsonl"):
+    write_file(folder / TABLE, table.getvalue())
+    write_file(folder / TRANSCRIPTS, "".join(one.line() for one in found))
+    write_file(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+    for path in folder.glob("partial-*.jsonl"):
         path.unlink()
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """Rates in percent, with 95 % intervals."""
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """One line more; the tasks of a job array take turns."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_formats(folder: Path, transcripts: Sequence[Mapping[str, Any]], config: Config) -> None:
+    """The transcripts of every recording in the formats asked for. What a file name cannot hold is percent-encoded."""
+    heard: list[TimedTranscript] = [transcript_of(line) for line in transcripts if config.format_names]
+    for one in heard:
+        for form in config.format_names:
+            path = folder / "transcripts" / f"{quote(one.id, safe=' ')}.{form}"
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, WRITERS[form](one, SubtitleSettings()))
+
+
+def report_grid(cells: Sequence[Cell], out: Path, audio: Mapping[str, str], config: Config) -> None:
+    """The page of all cells, once all are there."""
+    there = [cell for cell in cells if is_finished(out / cell.folder, cell.key)]
+    if len(there) < len(cells):
+        print(f"\n{len(there)} of {len(cells)} evaluations are there; the last part to be done writes their report")
+        return
+    names = {cell.name for cell in cells}
+    systems = {cell.label if len(names) == 1 else f"{cell.name}, {cell.label}": out / cell.folder for cell in cells}
+    pages.write_comparison(out, systems, audio, config.resamples)
+    print(f"\nall {len(cells)} evaluations: {out / REPORT}")
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Rates in percent, with 95 % intervals; by segments, too, where there are any."""
     print(f"{'language':<12}{'recordings':>11}{'minutes':>9}{'WER':>9}{'95 %':>16}{'CER':>9}{'95 %':>16}")
-    for language, one in results["scores"].items():
+    segments = {"by segments": results["segments"]["all"]} if results["segments"] else {}
+    for language, one in (results["scores"] | segments).items():
         rates = "".join(
             f"{report.percent(one[rate]):>9}{report.interval(one[f'{rate}_interval']):>16}" for rate in ("wer", "cer")
         )

@@ -1,27 +1,35 @@
-"""An export made ready to decode: what evaluate.py, align.py and language_model.py share.
+"""An export made ready to decode: what evaluate.py, transcribe.py, align.py and language_model.py share.
 
 Exports of finetune_ctc.py hold a CTC model, those of finetune_rnnt.py a transducer, perhaps with a CTC head beside.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bestrq.config import ConfigError, from_dict
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.decoders import BeamCTC, Decoder, DecoderSettings, GreedyCTC, TransducerDecoder, read_fusion
+from bestrq.recognition.decoding import TimedTokens
 from bestrq.recognition.fusion import Fusion
 from bestrq.recognition.inference import Outputs, StreamedOutputs
+from bestrq.recognition.transcripts import TimedTranscript
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
+from bestrq.recognition.words import timed_words
 from bestrq.training.export import Export
 from bestrq.training.process import World
+from data.errors import DataError
 from data.features import FeatureSettings
+from data.normalisation import normalise_into
+from data.shards import Dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -33,6 +41,9 @@ class Recogniser:
     tokenizer: Tokenizer
     features: FeatureSettings
     normalisation: Literal["recording", "dataset"]
+    statistics: tuple[Tensor, Tensor] | None = None
+    """normalisation 'dataset': mean and 1 / standard deviation of the training data, float32 [M] each; None where the
+    export has none, since it is older or was trained on a mixture, whose datasets each have their own"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,50 @@ def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) 
         model.load_state_dict(export.tensors)
     except RuntimeError as error:
         raise ConfigError(f"{export.path / 'model.safetensors'} does not fit its config.json: {error}") from error
-    return Recogniser(model.eval(), tokenizer, FeatureSettings.from_dict(config["features"]), config["normalisation"])
+    features, normalisation = FeatureSettings.from_dict(config["features"]), config["normalisation"]
+    return Recogniser(model.eval(), tokenizer, features, normalisation, _statistics(export, normalisation, features))
+
+
+def _statistics(export: Export, normalisation: str, features: FeatureSettings) -> tuple[Tensor, Tensor] | None:
+    stored = export.config.get("statistics")
+    if normalisation == "recording" or stored is None:
+        return None
+    names = ("mean", "inverse_std")
+    try:
+        mean, inverse_std = (torch.tensor(stored[name], dtype=torch.float32) for name in names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{export.path / 'config.json'}: statistics are damaged ({error}): export again") from error
+    if mean.shape != (features.num_mels,) or inverse_std.shape != mean.shape:
+        raise ConfigError(f"{export.path / 'config.json'}: statistics do not have {features.num_mels} mel bins")
+    return mean, inverse_std
+
+
+def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Callable[[int, int], Tensor]:
+    """A recording's log-mel from a start to a stop, float32 `[stop - start, M]`, as the model was trained to see it."""
+    if recogniser.statistics is None:
+        normalisation = recogniser.normalisation
+        return lambda start, stop: torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation))
+    mean, inverse_std = recogniser.statistics
+
+    def read_mel(start: int, stop: int) -> Tensor:
+        values = dataset.read(recording, start, stop)
+        out = torch.empty(values.shape)
+        try:
+            normalise_into(out, values, mean, inverse_std)
+        except DataError as error:
+            raise DataError(f"{dataset.where(recording)}: damaged ({error})") from error
+        return out
+
+    return read_mel
+
+
+def timed_transcript(recogniser: Recogniser, id: str, num_frames: int, tokens: TimedTokens) -> TimedTranscript:
+    """Text and words with times of a recording of `num_frames` mel frames."""
+    rate, stride = recogniser.features.frames_per_second, recogniser.model.encoder.settings.stride
+    seconds = num_frames / rate
+    words = timed_words(tokens, recogniser.tokenizer.pieces, stride / rate)
+    words = [replace(word, end=min(word.end, seconds)) for word in words]  # the last frame may reach beyond
+    return TimedTranscript(id, seconds, recogniser.tokenizer.decode(tokens.ids), words)
 
 
 def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str) -> Decoder:

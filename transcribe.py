@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
@@ -33,7 +33,6 @@ from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordi
 from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.subtitles import SubtitleSettings
 from bestrq.recognition.transcripts import WRITERS, TimedTranscript
-from bestrq.recognition.words import timed_words
 from bestrq.training.export import Export, read_export
 from bestrq.training.process import DistributedSettings, World, start_world
 from data.audio_files import AudioFile, list_audio
@@ -51,15 +50,13 @@ from recogniser import (
     load_recogniser,
     make_decoder,
     share_out,
+    timed_transcript,
 )
 
 FORMAT_VERSION = 1
 STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
 BATCHES_HELD = 16
 """recordings of so many batches are held as features at a time, so that few batches are not full"""
-
-Statistics = tuple[Tensor, Tensor]
-"""mean and 1 / standard deviation of every bin, float32 [M] each"""
 
 
 @dataclass
@@ -123,7 +120,7 @@ def transcribe(config: Config, world: World) -> int:
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
     decoder = make_decoder(recogniser, config.decoder, config.export)
-    dataset_statistics = read_statistics(export, recogniser)
+    check_statistics(recogniser, export)
     if world.size > 1 and not config.out:
         raise ConfigError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
     # By rank 0 alone: a network file system may show a new file to some first.
@@ -138,7 +135,7 @@ def transcribe(config: Config, world: World) -> int:
     mine = [files[number] for number in share_out(left, lengths, world)]
     failed: dict[str, str] = {}
     with (
-        closing(outcomes(recogniser, decoder, dataset_statistics, mine, config, world)) as found,
+        closing(outcomes(recogniser, decoder, mine, config, world)) as found,
         open_log(config.out, world.rank) as log,
     ):
         for one in progress(found, mine, world):
@@ -163,17 +160,13 @@ def transcribe(config: Config, world: World) -> int:
     return len(failed) if world.is_main else 0
 
 
-def read_statistics(export: Export, recogniser: Recogniser) -> Statistics | None:
-    """Those of the training data, None where every recording has its own. Raises ConfigError where they are missing."""
-    if recogniser.normalisation == "recording":
-        return None
-    stored = export.config.get("statistics")
-    if not isinstance(stored, dict) or set(stored) != {"mean", "inverse_std"}:
+def check_statistics(recogniser: Recogniser, export: Export) -> None:
+    """Raises ConfigError where the model wants statistics of its training data, and they are missing."""
+    if recogniser.normalisation == "dataset" and recogniser.statistics is None:
         raise ConfigError(
             f"{export.path} was trained with data.normalisation 'dataset', but holds no statistics of its data (it is "
             "an older export, or was trained on a mixture): prepare the audio with data.prepare and use evaluate.py"
         )
-    return torch.tensor(stored["mean"]), torch.tensor(stored["inverse_std"])
 
 
 def key_of(config: Config, export_hash: str) -> str:
@@ -188,8 +181,7 @@ def key_of(config: Config, export_hash: str) -> str:
 
 
 def outcomes(
-    recogniser: Recogniser, decoder: Decoder, dataset_statistics: Statistics | None, mine: Sequence[AudioFile],
-    config: Config, world: World,
+    recogniser: Recogniser, decoder: Decoder, mine: Sequence[AudioFile], config: Config, world: World,
 ) -> Generator[Outcome, None, None]:  # fmt: skip
     """Those of this rank's files, each as soon as it is there. Features of one group are in memory at a time."""
     recogniser.model.to(world.device)
@@ -203,7 +195,7 @@ def outcomes(
                 if isinstance(result, Skipped):
                     yield Outcome(file, None, result.reason)
                 else:
-                    heard[file] = source_of(result.log_mel, dataset_statistics)
+                    heard[file] = source_of(result.log_mel, recogniser.statistics)
                 del result  # hours of features, while the next are read
             yield from decode(recogniser, decoder, heard, config.inference, world)
             del heard
@@ -217,11 +209,8 @@ def decode(
     files, sources = list(heard), list(heard.values())
     rate, stride = recogniser.features.frames_per_second, recogniser.model.encoder.settings.stride
     for index, tokens in decode_recordings(decoder, sources, settings, stride, rate, world.device):
-        seconds = sources[index].num_frames / rate
-        words = timed_words(tokens, recogniser.tokenizer.pieces, stride / rate)
-        words = [replace(word, end=min(word.end, seconds)) for word in words]  # the last frame may reach beyond
-        text = recogniser.tokenizer.decode(tokens.ids)
-        yield Outcome(files[index], TimedTranscript(printable(files[index].name), seconds, text, words))
+        name = printable(files[index].name)
+        yield Outcome(files[index], timed_transcript(recogniser, name, sources[index].num_frames, tokens))
 
 
 def in_groups(files: Sequence[AudioFile], seconds: float) -> list[list[AudioFile]]:
@@ -250,7 +239,7 @@ def read_features(
         yield from list(extract_all(group, features, 1))
 
 
-def source_of(log_mel: np.ndarray, dataset_statistics: Statistics | None) -> Source:
+def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> Source:
     """A recording for the decoder, normalised as a dataset of it would be. log_mel: float16 [frames, M]."""
     mean, inverse_std = dataset_statistics or scale_of(*map(torch.from_numpy, statistics(log_mel)))
     return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))

@@ -41,6 +41,7 @@ from benchmarks.encoder_peers import PEERS
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
+from bestrq.training.memory import forget_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 
 OURS = ["window", "full"]
@@ -79,17 +80,6 @@ class Cost:
     def best(self, other: Cost) -> Cost:
         """The fastest pass, and the highest peak."""
         return Cost(min(self.milliseconds, other.milliseconds), max(self.megabytes, other.megabytes))
-
-
-def resident_bytes(field: str) -> int:
-    """`VmRSS`, resident now, or `VmHWM`, the highest since `forget_peak`, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-def forget_peak() -> None:
-    """Let `VmHWM` begin again at what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:

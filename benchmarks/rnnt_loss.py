@@ -39,13 +39,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.context_cost import forget_peak, resident_bytes
 from benchmarks.rnnt_loss_peers import PEERS, Problem, missing
 from bestrq.recognition import transducer_loss as ours
 from bestrq.recognition.lattices import Lattices
 from bestrq.recognition.pruning import SimpleJoint
 from bestrq.recognition.transducer import TransducerSettings
 from bestrq.recognition.transducer_loss import transducer_loss
+from bestrq.training.memory import forget_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 
 OURS = ["ours", "ours_all_cells", "ours_pruned"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,3 +59,23 @@ def audio_file(path: Path, name: str, key: str) -> AudioFile:
         seconds = header.frames / header.samplerate
     content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
     return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
+
+
+def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
+    """The audio file of each recording that has one: named as its id, at any depth of the folder, or by its path there.
+
+    Raises DataError where the folder is not one, or holds none of them; empty without a folder.
+    """
+    if not folder:
+        return {}
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"audio = {folder}: there is no such folder")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    names = {path.stem: path for path in paths} | {
+        path.relative_to(root).with_suffix("").as_posix(): path for path in paths
+    }
+    found = {id: names[id] for id in ids if id in names}
+    if not found:
+        raise DataError(f"audio = {folder}: no audio file there is named as a recording, such as {ids[0]!r}")
+    return found

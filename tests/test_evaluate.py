@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from bestrq.config import ConfigError, to_dict
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.inference import InferenceSettings
-from bestrq.training.export import write_export
+from bestrq.recognition.results import read_transcripts
+from bestrq.training.export import read_export, write_export
 from bestrq.training.process import World
 from data.errors import DataError
 from data.features import FeatureSettings
@@ -27,6 +29,7 @@ from data.index import Recording
 from data.shards import open_dataset
 from data.tokenizer import CharTokenizer
 from data.writer import DatasetWriter
+from recogniser import load_recogniser, mel_reader
 from tests.gloo import run_distributed
 from tests.test_report import check_page
 from tests.tiny import make_dataset
@@ -73,7 +76,8 @@ def evaluate(config: script.Config, out: Path) -> dict[str, Any]:
 
 
 def comparable(results: dict[str, Any]) -> dict[str, Any]:
-    return {key: results[key] for key in ("key", "scores", "recordings", "dataset", "export_hash")}
+    kept = ("key", "scores", "recordings", "dataset", "export_hash", "positions", "edge_distances", "confusions")
+    return {key: results[key] for key in kept}
 
 
 def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_path: Path, capsys) -> None:
@@ -93,7 +97,67 @@ def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_pat
     assert "Evaluation of run" in check_page(tmp_path / "report.html").text
     printed = capsys.readouterr().out
     assert f"{100 * total['wer']:.1f} %" in printed and "report.html" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.csv", "results.json"]
+    names = ["report.html", "results.csv", "results.json", "transcripts.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp_path: Path) -> None:
+    results = evaluate(setup, tmp_path)
+    lines = {line["id"]: line for line in read_transcripts(tmp_path)}
+    kinds = {"=": "hits", "S": "substitutions", "D": "deletions", "I": "insertions"}
+    for row in results["recordings"]:
+        counts = Counter(kinds[kind] for kind, *_ in lines[row["id"]]["alignment"])
+        assert {name: counts[name] for name in kinds.values()} == {name: row[f"word_{name}"] for name in kinds.values()}
+        assert " ".join(word for word, *_ in lines[row["id"]]["words"]).split() == lines[row["id"]]["text"].split()
+        # Words with times were given: a deleted word is where it was said.
+        times = [time for kind, _, _, time in lines[row["id"]]["alignment"] if kind in "=SD"]
+        assert times == sorted(times) and (not times or times[-1] <= row["seconds"] + 0.01)
+    total = results["scores"]["all"]["words"]
+    for name, count in total.items():
+        assert sum(one["words"][name] for one in results["positions"]) == count
+    # Only the long recordings have windows, and so edges.
+    long = [row for row in results["recordings"] if row["seconds"] > 2.0]
+    near = results["edge_distances"]
+    assert 0 < len(long) < 32 and sum(sum(one["words"].values()) for one in near) == sum(
+        row[f"word_{name}"] for row in long for name in kinds.values()
+    )
+    cost = results["decoding"]
+    assert cost["peak_mb"] > 0 and cost["real_time_factor"] * cost["audio_seconds_per_second"] == pytest.approx(1)
+
+
+def test_transcripts_come_in_the_formats_asked_for_even_afterwards(
+    setup: script.Config, tmp_path: Path, monkeypatch
+) -> None:
+    evaluate(setup, tmp_path)
+    monkeypatch.setattr(script, "decode_recordings", None)
+    evaluate(replace(setup, formats="ctm, txt"), tmp_path)
+    found = sorted(path.name for path in (tmp_path / "transcripts").iterdir())
+    assert found == sorted(f"rec-{n:03d}.{form}" for n in range(32) for form in ("ctm", "txt"))
+    [line] = [line for line in read_transcripts(tmp_path) if line["id"] == "rec-005"]
+    assert (tmp_path / "transcripts/rec-005.txt").read_text() == line["text"] + "\n"
+    ctm = [row.split() for row in (tmp_path / "transcripts/rec-005.ctm").read_text().splitlines()]
+    assert [row[4] for row in ctm] == [word for word, *_ in line["words"]] and ctm[0][:2] == ["rec-005", "1"]
+    with pytest.raises(ConfigError, match="formats = 'doc'"):
+        replace(setup, formats="doc")
+
+
+def test_a_model_that_knows_the_statistics_of_its_data_sees_other_data_by_them(tmp_path: Path) -> None:
+    features = FeatureSettings()
+    dataset = open_dataset(make_dataset(tmp_path / "data", recordings=10))
+    (tmp_path / "run").mkdir()
+    export = read_export(make_export(tmp_path / "run" / "export", features))
+    mean, inverse_std = torch.linspace(-3, 3, 80), torch.linspace(0.5, 2, 80)
+    export.config["normalisation"] = "dataset"
+    others = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
+    export.config["statistics"] = {"mean": mean.tolist(), "inverse_std": inverse_std.tolist()}
+    own = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
+    raw = torch.from_numpy(dataset.read(3, 10, 50)).float()
+    torch.testing.assert_close(own, (raw - mean) * inverse_std)
+    # A model of a mixture has none: each dataset has its own.
+    torch.testing.assert_close(others, torch.from_numpy(dataset.read_normalised(3, 10, 50, "dataset")))
+    export.config["statistics"] = {"mean": [0.0], "inverse_std": [1.0]}
+    with pytest.raises(ConfigError, match="statistics do not have 80 mel bins"):
+        load_recogniser(export)
 
 
 def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
@@ -121,7 +185,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(setup: script.Confi
             evaluate(setup, out)
         # A process that was killed has left half a line, and another evaluation a line of its own.
         with open(out / "partial-00003.jsonl", "w") as file:
-            file.write('{"key": "another", "id": "rec-000", "hypothesis": "wrong"}\n{"key": "x", "id": "re')
+            file.write('{"key": "another", "id": "rec-000", "text": "wrong"}\n{"key": "x", "id": "re')
     decoded += [0, 0]
     assert comparable(evaluate(setup, out)) == comparable(whole)
     assert decoded[2] == 32 - 10  # five recordings of each of the two starts were kept
@@ -143,7 +207,8 @@ def test_two_processes_give_the_results_of_one(setup: script.Config, tmp_path: P
     one = evaluate(setup, tmp_path / "one")
     run_distributed(evaluate_on, 2, replace(setup, out=str(tmp_path / "two")))
     two = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert two["world_size"] == 2
+    assert two["decoding"]["world_size"] == 2
+    assert read_transcripts(tmp_path / "two") == read_transcripts(tmp_path / "one")
     assert comparable(two) == comparable(one)
 
 

@@ -34,7 +34,7 @@ from bestrq.recognition.transducer import TransducerModel
 from bestrq.recognition.transducer_beam import beam_search
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecoderSettings:
     """How tokens are found in what the model gives."""
 
