@@ -105,6 +105,29 @@ def test_a_larger_grid_decodes_what_is_new_alone(setup: script.Config, tmp_path:
     assert [one.context_seconds for one in decoded] == [3.0]
 
 
+def test_a_key_names_all_that_decides_the_outcome_and_nothing_else(setup: script.Config, tmp_path: Path) -> None:
+    for name, content in (("a.stm", "a 1 x 0 1 ana"), ("b.stm", "a 1 x 0 1 bela"), ("words", "ana")):
+        (tmp_path / name).write_text(content)
+    [cell] = script.cells_of(setup, read_export(setup.export), 100.0)
+    beam = replace(cell, decoder=DecoderSettings(beam=2))
+    hot = replace(cell, decoder=DecoderSettings(beam=2, hot_words=str(tmp_path / "words")))
+    inference = {"context_seconds": 3.0, "overlap": 0.5, "mode": "averaged", "precision": "bfloat16"}
+    cells = [cell, beam, hot, replace(cell, name="other"), replace(cell, encoder=EncoderChanges(mask="causal"))]
+    cells += [replace(cell, inference=replace(cell.inference, **{name: value})) for name, value in inference.items()]
+    data = {"split": "dev", "language": "en", "max_recordings": 3}
+    configs = [replace(setup, data=replace(setup.data, **{name: value})) for name, value in data.items()]
+    configs += [replace(setup, resamples=500), *(replace(setup, stm=str(tmp_path / f"{n}.stm")) for n in "ab")]
+    keys = [script.key_of(one, setup, "hash", "data") for one in cells]
+    keys += [script.key_of(cell, config, "hash", "data") for config in configs]
+    keys += [script.key_of(cell, setup, "another", "data"), script.key_of(cell, setup, "hash", "another")]
+    assert len(set(keys)) == len(keys) == 17
+    (tmp_path / "words").write_text("bela")
+    assert script.key_of(hot, setup, "hash", "data") not in keys
+    larger = replace(cell, inference=replace(cell.inference, batch_seconds=60.0))
+    moved = replace(setup, data=replace(setup.data, dataset="elsewhere"), out="elsewhere", formats="ctm", threads=2)
+    assert script.key_of(larger, moved, "hash", "data") == keys[0]
+
+
 def test_parts_of_a_grid_share_it_out_and_the_last_one_reports(
     setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,7 +198,10 @@ def test_words_in_ignored_segments_never_count(setup: script.Config, tmp_path: P
         reference, middle = expected[row["id"]]
         heard = [word for word, start, end, _ in plain[row["id"]]["words"] if (start + end) / 2 < middle]
         assert row["reference"] == reference and row["hypothesis"] == " ".join(heard)
-    assert results["segments"]["all"]["words"] == results["scores"]["all"]["words"]
+    total = results["scores"]["all"]["words"]
+    assert results["segments"]["all"]["words"] == total
+    for name, count in total.items():
+        assert sum(one["words"][name] for one in results["positions"]) == count
     assert read_results(tmp_path / "plain")["segments"] is None
     with pytest.raises(ConfigError, match=r"no segments of 1 of 1 recordings, such as 'another'"):
         read_segments(str(stm), ["another"])
