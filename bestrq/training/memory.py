@@ -1,5 +1,6 @@
 """Peak memory of a piece of work: of the process on a CPU, as Linux counts it, or of torch on a GPU."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def give_back_freed_memory() -> None:
+    """Hand what glibc keeps of freed memory back to the system; does nothing with another C library."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class PeakMemory:
     """The peak since this was made, above what was in use then."""
 
@@ -26,6 +34,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
+        # Scripts keep freed memory (`process.keep_freed_memory`): work before this would hide the peak of what follows.
+        give_back_freed_memory()
         try:
             forget_peak()
             self.before = resident_bytes("VmRSS")
