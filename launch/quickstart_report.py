@@ -21,7 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.config import ConfigError, run_main
 from bestrq.recognition import charts, report
-from bestrq.recognition.sections import Results, facts_section, read_results, results_section, transcripts_section
+from bestrq.recognition.comparison import Results, compare_systems
+from bestrq.recognition.recordings import recordings_section
+from bestrq.recognition.results import read_results, read_transcripts
+from bestrq.recognition.sections import (
+    breakdowns_section,
+    cells_section,
+    comparison_section,
+    facts_section,
+    results_section,
+    transcripts_section,
+)
+from bestrq.recognition.tables import percent
 from bestrq.training.meters import read_metrics
 
 
@@ -109,17 +120,18 @@ def parse_systems(values: Sequence[str]) -> dict[str, Path]:
     return {name: Path(folder) for name, _, folder in pairs}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", required=True, metavar="NAME=FOLDER", help="outputs of evaluate.py")
     parser.add_argument("--pretrain", type=Path, help="run folder of pretrain.py; left out: no pretraining section")
     parser.add_argument("--title", default="From speech to word error rate", help="heading of the page")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
-    arguments = parser.parse_args()
-    systems = {name: read_results(folder) for name, folder in parse_systems(arguments.systems).items()}
+    arguments = parser.parse_args(argv)
+    folders = parse_systems(arguments.systems)
+    systems = {name: read_results(folder) for name, folder in folders.items()}
     totals = {name: results["scores"]["all"] for name, results in systems.items()}
-    cards = {f"CER, {name}": report.percent(total["cer"]) for name, total in totals.items()}
-    cards |= {f"WER, {name}": report.percent(total["wer"]) for name, total in totals.items()}
+    cards = {f"WER, {name}": percent(total["wer"]) for name, total in totals.items()}
+    cards |= {f"CER, {name}": percent(total["cer"]) for name, total in totals.items()}
     total, split = next(iter(totals.values())), next(iter(systems.values()))["dataset"]["split"]
     decoding = "; ".join(f"{name}: {results['decoder']['description']}" for name, results in systems.items())
     lead = (
@@ -127,9 +139,19 @@ def main() -> None:
         f"{total['seconds'] / 60:.1f} minutes, of the {split} split. Decoding: {decoding}."
     )
     sections = [results_section(systems)]
+    if len(systems) > 1:
+        sections.append(comparison_section(systems, compare_systems(systems)))
     if arguments.pretrain is not None:
         sections.append(pretraining_section(arguments.pretrain))
-    sections += [fine_tuning_section(systems), transcripts_section(systems), facts_section(systems, arguments.pretrain)]
+    transcripts = {name: read_transcripts(folder) for name, folder in folders.items()}
+    sections += [
+        fine_tuning_section(systems),
+        breakdowns_section(systems),
+        cells_section(systems, "Speed and memory"),
+        recordings_section(systems, transcripts, {}),
+        transcripts_section(systems),
+        facts_section(systems, arguments.pretrain),
+    ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report.write_report(arguments.out, arguments.title, lead, cards, sections)
     print(f"report: {arguments.out}")

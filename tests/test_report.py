@@ -1,10 +1,9 @@
 """The report: a well-formed page that needs nothing but itself, and that shows what it was given."""
 
 import base64
+import importlib.util
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +13,18 @@ from safetensors.numpy import save_file
 
 from bestrq.config import ConfigError
 from bestrq.recognition import charts, report
-from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
-from bestrq.recognition.sections import read_results, results_section, transcripts_section
+from bestrq.recognition.comparison import compare_systems
+from bestrq.recognition.scoring import RecordingScore, score_recording
+from bestrq.recognition.sections import (
+    breakdowns_section,
+    cells_section,
+    comparison_section,
+    difference_sentence,
+    facts_section,
+    results_section,
+    transcripts_section,
+)
+from tests.made_results import make_results, write_evaluation
 
 VOID = {"meta", "img", "br", "line", "link", "input", "hr"}
 HOSTILE = '<script>alert("x")</script> & \'"'
@@ -29,6 +38,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts = ""
         self.feed(text)
         self.close()
         assert self.open == [], f"left open: {self.open}"
@@ -45,18 +55,24 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            self.scripts += data
+        else:
+            self.text += data
 
 
 def check_page(path: Path) -> Page:
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert tag not in ("link", "iframe", "object", "base", "audio")
+        assert tag != "script" or attributes.keys() <= {"type", "class"}
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href", "srcset", "data", "action"):
                 assert value is not None and value.startswith("data:image/")
+    run = [attributes for tag, attributes in page.tags if tag == "script" and attributes.get("type") is None]
+    assert run == [{}] and report.SCRIPT in page.scripts  # the one of the page, and data
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(image.get("alt") for image in images)
     assert not re.search(r"url\(|@import", text)
@@ -79,18 +95,10 @@ def recordings(error_every: int) -> list[RecordingScore]:
     return scores
 
 
-def results(name: str, scores: list[RecordingScore], run: Path) -> dict:
-    return {
-        "name": name,
-        "export": str(run / "export"),
-        "export_hash": "ab" * 32,
-        "command": f"python evaluate.py --name {HOSTILE}",
-        "dataset": {"path": "datasets/x", "split": "test", "fingerprint": "cd" * 32, "feature_hash": "ef" * 32},
-        "decoder": {"description": f"greedy {HOSTILE}"},
-        "versions": {"torch": "2"},
-        "scores": {language: total.summary() for language, total in score_by_language(scores, 200).items()},
-        "recordings": [one.row() for one in scores],
-    }
+def results(name: str, scores: list[RecordingScore]) -> dict:
+    hostile = {"command": f"python evaluate.py --name {HOSTILE}", "label": HOSTILE, "segments": None}
+    made = make_results(name, scores, **hostile)
+    return made | {"decoder": {"description": f"greedy {HOSTILE}"}}
 
 
 def test_quickstart_page_is_well_formed_self_contained_and_complete(tmp_path: Path) -> None:
@@ -98,8 +106,7 @@ def test_quickstart_page_is_well_formed_self_contained_and_complete(tmp_path: Pa
     for name, error_every in (("pretrained", 5), ("scratch", 2)):
         run, out = tmp_path / f"runs-{name}", tmp_path / f"results-{name}"
         run.mkdir()
-        out.mkdir()
-        (out / "results.json").write_text(json.dumps(results(name, recordings(error_every), run)))
+        write_evaluation(out, name, recordings(error_every), export=str(run / "export"), command=HOSTILE)
         rows = [{"step": s, "loss": 3.0 / s, "dev_cer": 0.5 if s % 2 else None} for s in range(1, 9)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')
         arguments.append(f"{name}={out}")
@@ -115,15 +122,18 @@ def test_quickstart_page_is_well_formed_self_contained_and_complete(tmp_path: Pa
     save_file({"counts": counts}, pretrain / "pictures" / "codebook_usage.safetensors")
 
     page_path = tmp_path / "sub" / "report.html"
-    script = Path(__file__).parents[1] / "launch" / "quickstart_report.py"
-    options = ["--pretrain", str(pretrain), "--systems", *arguments, "--out", str(page_path)]
-    run_script = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, cwd=tmp_path)
-    assert run_script.returncode == 0, run_script.stderr
+    path = Path(__file__).parents[1] / "launch" / "quickstart_report.py"
+    spec = importlib.util.spec_from_file_location("quickstart_report", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(["--pretrain", str(pretrain), "--systems", *arguments, "--out", str(page_path)])
     page = check_page(page_path)
-    for wanted in ("Results", "Pretraining", "What is hidden", "Use of the codebook", "Fine-tuning", "Transcripts",
-                   "Czech", "Dutch", "CER of pretrained less that of scratch", "more words", HOSTILE):  # fmt: skip
+    for wanted in ("Results", "Pretraining", "What is hidden", "Use of the codebook", "Fine-tuning", "Examples",
+                   "Czech", "Dutch", "WER of scratch less that of pretrained", "more words", "Recordings", "MAPSSWE",
+                   "By position in the recording", "Most frequent confusions", HOSTILE):  # fmt: skip
         assert wanted in page.text
-    assert sum(tag == "img" for tag, _ in page.tags) == 9
+    assert sum(tag == "img" for tag, _ in page.tags) == 12
     assert any(tag == "del" for tag, _ in page.tags) and any(tag == "ins" for tag, _ in page.tags)
 
 
@@ -137,11 +147,21 @@ def test_texts_from_files_are_escaped_everywhere(tmp_path: Path) -> None:
         + report.paragraph(HOSTILE)
         + report.figure(HOSTILE, picture, HOSTILE)
     )
-    systems = {HOSTILE: results("a", recordings(3), tmp_path)}
-    body += results_section(systems).body
+    systems = {HOSTILE: results(HOSTILE, recordings(3)), "b": results("b", recordings(5))}
+    body += "".join(
+        one.body
+        for one in (
+            results_section(systems),
+            breakdowns_section(systems),
+            cells_section(systems),
+            comparison_section(systems, compare_systems(systems, 100)),
+            transcripts_section(systems),
+            facts_section(systems),
+        )
+    )
     report.write_report(tmp_path / "page.html", HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [report.Section(HOSTILE, body)])
     page = check_page(tmp_path / "page.html")
-    assert page.text.count("alert") > 15  # it is there, as text
+    assert page.text.count("alert") > 30  # it is there, as text
 
 
 @pytest.mark.parametrize("reference, hypothesis, expected", [
@@ -163,22 +183,25 @@ def test_long_transcripts_are_cut_at_the_same_word() -> None:
     assert marked.count("w9 ...") == 2 and "w10" not in marked and "(40 more words)" in marked
 
 
-def test_systems_on_different_recordings_are_not_compared(tmp_path: Path) -> None:
-    systems = {"a": results("a", recordings(3), tmp_path), "b": results("b", recordings(3)[1:], tmp_path)}
+def test_systems_on_different_recordings_or_references_are_not_compared() -> None:
+    systems = {"a": results("a", recordings(3)), "b": results("b", recordings(3)[1:])}
     with pytest.raises(ConfigError, match="a and b were evaluated on different recordings"):
         results_section(systems)
-    with pytest.raises(ConfigError, match="Run evaluate.py with --out"):
-        read_results(tmp_path / "nowhere")
+    other = results("b", recordings(3))
+    other["recordings"][2]["reference"] += " more"
+    with pytest.raises(ConfigError, match="'id-2' has one reference in a and another in b"):
+        results_section({"a": systems["a"], "b": other})
 
 
-def test_a_clear_difference_and_a_doubtful_one_are_told_apart(tmp_path: Path) -> None:
-    good, bad = results("good", recordings(100), tmp_path), results("bad", recordings(2), tmp_path)
-    assert "cannot be told apart" not in results_section({"good": good, "bad": bad}).body
-    assert "cannot be told apart" in results_section({"good": good, "same": good}).body
+def test_a_clear_difference_and_a_doubtful_one_are_told_apart() -> None:
+    good, bad = results("good", recordings(100)), results("bad", recordings(2))
+    (clear,), (doubtful,) = (compare_systems({"good": good, "other": other}, 200) for other in (bad, good))
+    assert "cannot be told apart" not in difference_sentence(clear) and clear["wer"]["difference"] > 0
+    assert "cannot be told apart" in difference_sentence(doubtful)
 
 
-def test_samples_cover_easy_and_hard_recordings_once(tmp_path: Path) -> None:
-    one = results("a", recordings(3), tmp_path)
+def test_samples_cover_easy_and_hard_recordings_once() -> None:
+    one = results("a", recordings(3))
     body = transcripts_section({"a": one}, count=5).body
     assert body.count("<article") == 5
     assert transcripts_section({"a": one | {"recordings": one["recordings"][:1]}}).body.count("<article") == 1

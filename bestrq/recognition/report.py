@@ -1,9 +1,14 @@
-"""A report as one HTML page that needs nothing but itself: no script, no font, no network.
+"""A report as one HTML page that needs nothing but itself: no font, no network, and no script to be read.
 
-Small functions return HTML fragments; `write_report` puts them together. Whatever comes from a file is escaped.
+Small functions return HTML fragments, those of tables are in `tables`; `write_report` puts them together. Whatever
+comes from a file is escaped. `report.js` sorts and searches tables and opens transcripts; a policy in the page lets
+that script run, by its hash, and no other, and lets nothing be fetched but audio.
 """
 
+import base64
+import hashlib
 import html
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +16,16 @@ from typing import Any
 
 from bestrq.files import write_file
 from bestrq.recognition.scoring import align_words
-
-LANGUAGES = {
-    "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "nl": "Dutch",
-    "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "all": "All recordings", "": "not given",
-}  # fmt: skip
+from bestrq.recognition.tables import LANGUAGES
+from bestrq.recognition.tables import interval as interval
+from bestrq.recognition.tables import percent as percent
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="ascii")
+SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="ascii")
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src 'self' file: http: https: data:; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ def write_report(
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <style>{STYLE}</style>
@@ -72,78 +81,17 @@ def write_report(
 </header>
 {body}
 </main>
+<script>{SCRIPT}</script>
 </body>
 </html>
 """
     write_file(Path(path), page)
 
 
-def percent(rate: float | None) -> str:
-    """`0.1234` as `12.3 %`; a dash for no rate."""
-    return _rate(rate) if rate is None else f"{_rate(rate)} %"
-
-
-def interval(bounds: Sequence[float] | None) -> str:
-    """`(0.1, 0.2)` as `10.0 to 20.0`, in percent; empty for none."""
-    return "" if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
-
-
 def paragraph(text: str, kind: str = "") -> str:
     """Plain text as a paragraph; `kind` is "note" or nothing."""
     style = f' class="{kind}"' if kind else ""
     return f"<p{style}>{html.escape(text)}</p>"
-
-
-def headline_table(systems: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """WER and CER with intervals, of every system on every language.
-
-    Args:
-        systems: by system, by language, `CorpusScore.summary()`; all of them on the same recordings.
-    """
-    first = next(iter(systems.values()))
-    languages = [one for one in first if not (one == "all" and len(first) == 2)]
-    summaries = [one for scores in systems.values() for one in scores.values()]
-    highest = max((end for one in summaries for end in _ends(one["cer"], one["cer_interval"])), default=1.0)
-    rows = []
-    for language in languages:
-        for position, (system, scores) in enumerate(systems.items()):
-            one = scores[language]
-            name = html.escape(LANGUAGES.get(language, language)) if position == 0 else ""
-            size = (f"{one['num_recordings']:,}", f"{one['seconds'] / 60:,.1f}") if position == 0 else ("", "")
-            rows.append(
-                f'<tr class="{"group" if position == 0 else "more"}"><td class="left">{name}</td>'
-                f'<td class="left">{html.escape(system)}</td>'
-                f'<td class="size">{size[0]}</td><td class="size">{size[1]}</td>'
-                f'<td class="rate">{_rate(one["cer"])}</td><td class="range">{interval(one["cer_interval"])}</td>'
-                f'<td class="bar">{_interval_bar(one["cer"], one["cer_interval"], highest)}</td>'
-                f'<td class="rate">{_rate(one["wer"])}</td><td class="range">{interval(one["wer_interval"])}</td></tr>'
-            )
-    return f"""<div class="scroll"><table>
-<thead><tr><th class="left">Language</th><th class="left">System</th>
-<th class="size">Recordings</th><th class="size">Minutes</th><th>CER, %</th><th>95 % interval</th>
-<th class="bar"></th><th>WER, %</th><th>95 % interval</th></tr></thead>
-<tbody>{"".join(rows)}</tbody>
-</table></div>"""
-
-
-def error_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
-    """What kinds of errors there are: `CorpusScore.summary()` by system."""
-    rows = []
-    for system, one in systems.items():
-        for unit in ("characters", "words"):
-            counts = one[unit]
-            length = max(counts["hits"] + counts["substitutions"] + counts["deletions"], 1)
-            cells = "".join(
-                f'<td>{counts[kind]:,}</td><td class="range">{100 * counts[kind] / length:.1f} %</td>'
-                for kind in ("substitutions", "deletions", "insertions")
-            )
-            rows.append(f'<tr><td class="left">{html.escape(system)}</td><td class="left">{unit}</td>'
-                        f"<td>{length:,}</td>{cells}</tr>")  # fmt: skip
-    return f"""<div class="scroll"><table>
-<thead><tr><th class="left">System</th><th class="left">Unit</th><th>In the references</th>
-<th colspan="2">Substituted</th><th colspan="2">Deleted</th><th colspan="2">Inserted</th></tr></thead>
-<tbody>{"".join(rows)}</tbody>
-</table></div>"""
 
 
 def figure(title: str, image: str, caption: str = "") -> str:
@@ -176,6 +124,17 @@ def transcripts(samples: Sequence[Sample], max_words: int = 90) -> str:
     return legend + "".join(blocks)
 
 
+def details(summary: str, body: str) -> str:
+    """HTML that is shown on demand."""
+    return f"<details><summary>{html.escape(summary)}</summary>\n{body}\n</details>"
+
+
+def json_block(value: Any, kind: str) -> str:
+    """JSON-able data for the page's script, in an element of a class. No text in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" class="{kind}">{text}</script>'
+
+
 def facts(values: Mapping[str, str]) -> str:
     """Names and values as a list."""
     items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in values.items())
@@ -185,28 +144,6 @@ def facts(values: Mapping[str, str]) -> str:
 def commands(lines: Sequence[str]) -> str:
     """Command lines as they were given."""
     return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
-
-
-def _rate(rate: float | None) -> str:
-    return "\N{EN DASH}" if rate is None else f"{100 * rate:.1f}"
-
-
-def _ends(rate: float | None, bounds: Sequence[float] | None) -> list[float]:
-    return [one for one in (rate, *(bounds or ())) if one is not None]
-
-
-def _interval_bar(rate: float | None, bounds: Sequence[float] | None, highest: float) -> str:
-    """A dot at the rate and a line over the interval, from 0 to the highest end of the table."""
-    if rate is None or highest <= 0:
-        return ""
-    low, high = bounds or (rate, rate)
-    x, left, right = (4 + 192 * value / highest for value in (rate, low, high))
-    return (
-        '<svg viewBox="0 0 200 18" preserveAspectRatio="none" aria-hidden="true">'
-        '<line x1="4" x2="196" y1="9" y2="9" stroke="#e4e7eb" stroke-width="1"/>'
-        f'<line x1="{left:.1f}" x2="{right:.1f}" y1="9" y2="9" stroke="#7fb0e0" stroke-width="7"/>'
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="3" y2="15" stroke="#0b5cad" stroke-width="3"/></svg>'
-    )
 
 
 def _shorten(text: str, max_words: int) -> str:

@@ -1,62 +1,152 @@
 """The sections of a report that show results: from `results.json` of one or several systems.
 
-`evaluate.py` uses them for the system it evaluated, `launch/quickstart_report.py` to put systems side by side.
+`pages` puts them together for an evaluation or a comparison, `launch/quickstart_report.py` for the quickstart.
 """
 
-import json
-from collections.abc import Mapping
+import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bestrq.config import ConfigError
-from bestrq.recognition import charts, report
-from bestrq.recognition.significance import bootstrap_interval
+from bestrq.recognition import charts, curves, report, tables
+from bestrq.recognition.comparison import Results, check_same_references, context_curves, is_curve, setting_of
+from bestrq.recognition.curves import Bin
+from bestrq.recognition.tables import Cell, Column
 
-Results = Mapping[str, Mapping[str, Any]]
-"""results.json by system: all of them on the same recordings"""
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """What evaluate.py wrote."""
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}. Run evaluate.py with --out {folder} first") from error
-    if not isinstance(results, dict) or "scores" not in results or "recordings" not in results:
-        raise ConfigError(f"{path} is not what evaluate.py writes: it lacks scores or recordings")
-    return results
+INTERVALS = "Intervals: 95 %, from resampling whole recordings."
+_PARTS: tuple[tuple[str, str, str], ...] = (
+    ("durations", "By length of the recording", "length of the recording"),
+    ("positions", "By position in the recording", "share of the recording, %"),
+    ("edge_distances", "By distance from a window's edge", "distance from the nearest edge, seconds"),
+)
 
 
 def results_section(systems: Results) -> report.Section:
-    """Rates, differences between the first system and the others, and where the errors sit.
+    """Rates by language, as whole recordings and by segments, kinds of errors, and where the errors sit.
 
     Raises ConfigError where the systems were evaluated on different recordings.
     """
-    check_same_recordings(systems)
-    body = report.headline_table({name: results["scores"] for name, results in systems.items()})
-    body += report.paragraph(
-        "Errors of the whole corpus over its reference characters (CER) and words (WER). Intervals: 95 %, from "
-        "resampling whole recordings. The bar shows the CER and its interval.",
-        "note",
-    )
-    names = list(systems)
-    for other in names[1:]:
-        body += report.paragraph(difference(systems, names[0], other))
-    rates = {
-        name: [row["cer"] for row in results["recordings"] if row["cer"] is not None]
+    check_same_references(systems)
+    rates: dict[str, Mapping[str, Any]] = {}
+    for name, results in systems.items():
+        rates[name] = results["scores"]
+        if results.get("segments"):
+            rates[f"{name}, by segments"] = results["segments"]
+    body = tables.headline_table(rates)
+    note = f"Errors of the whole corpus over its reference words (WER) and characters (CER). {INTERVALS}"
+    if len(rates) > len(systems):
+        note += (
+            " By segments: words are aligned within the segments of the STM file; otherwise a recording is one text, "
+            "from which the words in ignored segments are left out."
+        )
+    body += report.paragraph(f"{note} The bar shows the WER and its interval.", "note")
+    of_recordings = {
+        name: [row["wer"] for row in results["recordings"] if row["wer"] is not None]
         for name, results in systems.items()
     }
-    picture = charts.rates_chart("CER of the recordings", rates, "CER")
     totals = {name: results["scores"]["all"] for name, results in systems.items()}
-    kinds = charts.kinds_chart({name: error_shares(total["characters"]) for name, total in totals.items()})
     figures = [
-        report.figure("CER of the recordings", picture, "Each recording by itself; further to the left is better."),
-        report.figure("Kinds of errors", kinds, "A model that has learnt little mostly deletes."),
+        report.figure(
+            "Kinds of errors",
+            charts.kinds_chart({name: error_shares(total["words"]) for name, total in totals.items()}, "words"),
+            "A model that has learnt little mostly deletes.",
+        )
     ]
-    return report.Section("Results", body + report.chart_grid(figures) + report.error_table(totals))
+    if any(len(values) > 1 for values in of_recordings.values()):
+        picture = charts.rates_chart("WER of the recordings", of_recordings, "WER, %")
+        caption = "Each recording by itself; further to the left is better."
+        figures.insert(0, report.figure("WER of the recordings", picture, caption))
+    return report.Section("Results", body + report.chart_grid(figures) + tables.error_table(totals))
+
+
+def cells_section(systems: Results, title: str = "Context and cost") -> report.Section:
+    """The curve of WER over context, and a row of rates and costs for every evaluation."""
+    lines, body = context_curves(systems), ""
+    if is_curve(lines):
+        caption = f"{INTERVALS} Bands and bars show them; lines are a little apart so that none hides another."
+        body += report.figure("WER against context", curves.context_chart(lines, "WER"), caption)
+    columns = [Column("System", "left"), Column("Setting", "left"), Column("Context, s"), Column("WER, %", "rate"),
+               Column("95 % interval", "range"), Column("", "bar"), Column("CER, %", "rate"),
+               Column("Real-time factor"), Column("Audio-s a second"), Column("Peak memory, MB")]  # fmt: skip
+    highest = tables.highest_end(results["scores"]["all"] for results in systems.values())
+    rows: list[list[Cell | str]] = []
+    for name, results in systems.items():
+        total, cost, context = results["scores"]["all"], results["decoding"], results["context_seconds"]
+        bounds, bar = total["wer_interval"], tables.interval_bar(total["wer"], total["wer_interval"], highest)
+        rows.append([
+            name, setting_of(results), Cell(f"{context:g}" if context else "whole", context or 1e9),
+            tables.rate_cell(total["wer"]), Cell(tables.interval(bounds), bounds and bounds[0]), Cell("", None, bar),
+            tables.rate_cell(total["cer"]), tables.number_cell(cost["real_time_factor"], 4),
+            tables.number_cell(cost["audio_seconds_per_second"]), tables.number_cell(cost["peak_mb"], 0),
+        ])  # fmt: skip
+    body += tables.table(columns, rows, sortable=True)
+    note = (
+        "Real-time factor: seconds of decoding for a second of audio. Peak memory: of decoding, above that before it. "
+        "Times compare only where the evaluations ran on the same machine with nothing beside them."
+    )
+    return report.Section(title, body + report.paragraph(note, "note"))
+
+
+def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]]) -> report.Section:
+    """How the others differ from the first system; `comparisons` are of `comparison.compare_systems`."""
+    first = next(iter(systems))
+    columns = [Column("System", "left"), Column("WER, points", "rate"), Column("95 % interval", "range"),
+               Column("P(better)"), Column("CER, points", "rate"), Column("95 % interval", "range"),
+               Column("MAPSSWE: mean"), Column("segments"), Column("p")]  # fmt: skip
+    rows: list[list[Cell | str]] = []
+    for one in comparisons:
+        wer, cer, matched = one["wer"] or {}, one["cer"] or {}, one["matched_pairs"]
+        rows.append([
+            one["system"], *_difference_cells(wer), tables.number_cell(wer.get("probability_first_better"), 3),
+            *_difference_cells(cer), tables.number_cell(matched["mean_difference"], 3),
+            tables.number_cell(matched["num_segments"], 0), Cell(p_text(matched["p_value"]), matched["p_value"]),
+        ])  # fmt: skip
+    note = (
+        f"Each system less {first}, on the same recordings: negative is better than {first}. Intervals: 95 %, from "
+        "resampling whole recordings for both systems together; P(better) is the share of resamples in which the "
+        "system has fewer word errors. MAPSSWE: matched pairs sentence-segment word error test, the mean difference "
+        "of errors in a segment and the two-sided p; it takes segments as independent, which those of one "
+        "recording are not quite. With many systems, some p is small by chance."
+    )
+    figures = []
+    for one in comparisons[:6]:
+        if values := word_rate_differences(systems, one["system"], first):
+            heading = f"{one['system']} less {first}"
+            picture = curves.differences_chart(f"WER of {heading}", values, "WER, points")
+            figures.append(report.figure(heading, picture))
+    sentences = [report.paragraph(difference_sentence(one)) for one in comparisons[:3]]
+    body = "".join(sentences) + tables.table(columns, rows, sortable=len(rows) > 1) + report.paragraph(note, "note")
+    return report.Section(f"Differences to {first}", body + report.chart_grid(figures))
+
+
+def breakdowns_section(systems: Results) -> report.Section:
+    """Where the errors sit: length, position, distance from an edge, speaker, confusions."""
+    figures = []
+    for key, title, label in _PARTS:
+        parts = {name: parts_of(results[key]) for name, results in systems.items() if results[key]}
+        names = list(
+            dict.fromkeys(name for bins in parts.values() for name, part in bins.items() if part.rate is not None)
+        )
+        if len(names) < 2:
+            continue
+        bins = {name: [mine.get(part, Bin(None, None)) for part in names] for name, mine in parts.items()}
+        rows = [
+            [part, *(cell for name in bins for cell in _bin_cells(bins[name][place]))]
+            for place, part in enumerate(names)
+        ]
+        columns = [Column(label, "left")]
+        for name in bins:
+            columns += [Column(f"WER of {name}, %", "rate"), Column("95 % interval", "range")]
+        numbers = report.details("As a table", tables.table(columns, rows))
+        figures.append(report.figure(title, curves.bins_chart(title, names, bins, label)) + numbers)
+    body = report.chart_grid([f"<div>{one}</div>" for one in figures]) if figures else ""
+    if figures:
+        body = report.paragraph(f"WER of parts of the recordings. {INTERVALS}", "note") + body
+    if any(len(results["speakers"]) > 1 for results in systems.values()):
+        body += "<h3>By speaker</h3>" + _speakers_table(systems)
+    return report.Section("Where the errors sit", body + _confusions(systems))
 
 
 def transcripts_section(systems: Results, count: int = 6) -> report.Section:
@@ -76,11 +166,11 @@ def transcripts_section(systems: Results, count: int = 6) -> report.Section:
         for row in {row["id"]: row for row in picked}.values()
     ]
     intro = report.paragraph(f"From the easier to the harder ones, by the CER of {next(iter(systems))}.")
-    return report.Section("Transcripts", intro + report.transcripts(samples))
+    return report.Section("Examples", intro + report.transcripts(samples))
 
 
 def facts_section(systems: Results, pretrain: Path | None = None) -> report.Section:
-    """Data, exports, versions and command lines."""
+    """Data, exports, normalisers, versions and command lines."""
     first = next(iter(systems.values()))
     values = {
         "dataset": f"{first['dataset']['path']}, split {first['dataset']['split']}",
@@ -91,32 +181,42 @@ def facts_section(systems: Results, pretrain: Path | None = None) -> report.Sect
         values["pretraining run"] = str(pretrain)
     for name, results in systems.items():
         values[f"{name}: export"] = f"{results['export']} ({results['export_hash'][:16]})"
+        if results["dataset"]["fingerprint"] != first["dataset"]["fingerprint"]:
+            values[f"{name}: dataset"] = f"{results['dataset']['path']} ({results['dataset']['fingerprint']})"
+    for name, rules in first["normalisers"].items():
+        lines = [rules["description"], *(str(rule) for rule in rules["rules"]), rules["note"]]
+        values[f"normaliser {name}"] = "; ".join(line for line in lines if line)
+    values["interval"] = first["scores"]["all"]["interval_method"]
     values["versions"] = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     body = report.facts(values) + report.commands([results["command"] for results in systems.values()])
     return report.Section("How it was made", body)
 
 
-def check_same_recordings(systems: Results) -> None:
-    """Rates on different recordings say nothing about the systems."""
-    (first, results), *others = systems.items()
-    for name, other in others:
-        same_data = other["dataset"]["fingerprint"] == results["dataset"]["fingerprint"]
-        if not same_data or {row["id"] for row in other["recordings"]} != {row["id"] for row in results["recordings"]}:
-            raise ConfigError(f"{first} and {name} were evaluated on different recordings: evaluate both on the same")
+def parts_of(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Bin]:
+    """Rates by the name of the part: from `CorpusScore.summary()` by name, or a list of `BinScore.summary()`."""
+    if isinstance(parts, Mapping):
+        return {name: Bin(one["wer"], one["wer_interval"]) for name, one in parts.items()}
+    shares = parts[-1]["high"] is not None  # of the recording; distances have no end
+    return {_bin_name(one["low"], one["high"], 100 if shares else 1): Bin(one["wer"], one["interval"]) for one in parts}
 
 
-def difference(systems: Results, first: str, second: str) -> str:
-    """A sentence on the paired difference of two systems' CER."""
-    rows, others = ({row["id"]: row for row in systems[name]["recordings"]} for name in (first, second))
-    lengths = np.array([char_errors(row)[1] for row in rows.values()])
-    errors = np.array([char_errors(rows[id])[0] - char_errors(others[id])[0] for id in rows])
-    gain = errors.sum() / max(lengths.sum(), 1)
-    bounds = bootstrap_interval(errors, lengths)
-    sentence = f"CER of {first} less that of {second}: {100 * gain:+.1f} points"
+def word_rate_differences(systems: Results, second: str, first: str) -> list[float]:
+    """WER of the second less that of the first, for every recording with words."""
+    before = {row["id"]: row["wer"] for row in systems[first]["recordings"]}
+    after = {row["id"]: row["wer"] for row in systems[second]["recordings"]}
+    return [after[id] - rate for id, rate in before.items() if rate is not None and after[id] is not None]
+
+
+def difference_sentence(compared: Mapping[str, Any]) -> str:
+    """The difference in WER in words; says so where the systems cannot be told apart."""
+    start = f"WER of {compared['system']} less that of {compared['baseline']}"
+    if compared["wer"] is None:
+        return f"{start}: there is no reference word."
+    text, bounds = f"{start}: {tables.points(compared['wer']['difference'])} points", compared["wer"]["interval"]
     if bounds is None:
-        return sentence + "."
+        return f"{text}; too few recordings for an interval."
     clear = "" if bounds[0] > 0 or bounds[1] < 0 else ", so the two cannot be told apart here"
-    return f"{sentence} (95 % interval {100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f}{clear})."
+    return f"{text} (95 % interval {tables.interval(bounds, signed=True)}{clear})."
 
 
 def error_shares(counts: Mapping[str, int]) -> dict[str, float]:
@@ -125,7 +225,59 @@ def error_shares(counts: Mapping[str, int]) -> dict[str, float]:
     return {kind: counts[kind] / length for kind in ("substitutions", "deletions", "insertions")}
 
 
-def char_errors(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Errors and reference length, in characters."""
-    wrong = row["char_substitutions"] + row["char_deletions"]
-    return wrong + row["char_insertions"], wrong + row["char_hits"]
+def p_text(p_value: float) -> str:
+    """A p value; one too small to tell is said to be so."""
+    return f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+
+
+def _difference_cells(compared: Mapping[str, Any]) -> list[Cell | str]:
+    bounds = compared.get("interval")
+    return [Cell(tables.points(compared.get("difference")), compared.get("difference")),
+            Cell(tables.interval(bounds, signed=True), bounds and bounds[0])]  # fmt: skip
+
+
+def _bin_cells(part: Bin) -> list[Cell | str]:
+    return [tables.rate_cell(part.rate), tables.interval(part.interval)]
+
+
+def _bin_name(low: float, high: float | None, scale: float) -> str:
+    return f"{scale * low:g} and more" if high is None else f"{scale * low:.3g} to {scale * high:.3g}"
+
+
+def _speakers_table(systems: Results) -> str:
+    """A row a speaker, the widest table only as far as speakers are known."""
+    names = sorted({speaker for results in systems.values() for speaker in results["speakers"]})
+    columns = [Column("Speaker", "left"), Column("Minutes")]
+    for name in systems:
+        columns += [Column(f"WER of {name}, %", "rate"), Column("95 % interval", "range")]
+    rows: list[list[Cell | str]] = []
+    for speaker in names:
+        there = [results["speakers"].get(speaker, {}) for results in systems.values()]
+        row: list[Cell | str] = [speaker or "not known", tables.number_cell(there[0].get("seconds", 0.0) / 60)]
+        for one in there:
+            row += [tables.rate_cell(one.get("wer")), tables.interval(one.get("wer_interval"))]
+        rows.append(row)
+    return tables.table(columns, rows, sortable=True, tall=len(rows) > 15)
+
+
+def _confusions(systems: Results, most: int = 20) -> str:
+    """The most frequent errors, kinds side by side, systems under each other."""
+    blocks = []
+    for name, results in systems.items():
+        lists = []
+        for kind, heads in (("substitutions", ("Said", "Heard")), ("deletions", ("Deleted",)),
+                            ("insertions", ("Inserted",))):  # fmt: skip
+            rows = results["confusions"][kind][:most]
+            columns = [*(Column(head, "left") for head in heads), Column("Times")]
+            if rows:
+                lists.append(tables.table(columns, [[*row[:-1], tables.number_cell(row[-1], 0)] for row in rows]))
+        if lists:
+            blocks.append((name, f'<div class="lists">{"".join(f"<div>{one}</div>" for one in lists)}</div>'))
+    if not blocks:
+        return ""
+    shown = "".join(
+        report.details(f"{name}: the {most} most frequent of each kind", body) if place else body
+        for place, (name, body) in enumerate(blocks)
+    )
+    title = "Most frequent confusions" + (f" of {blocks[0][0]}" if len(systems) > 1 else "")
+    return f"<h3>{html.escape(title)}</h3>{shown}"

@@ -1,0 +1,194 @@
+"""Numbers out of several evaluations: which lines a curve over contexts has, and how systems differ.
+
+Evaluations are `results.json` as they were read, by the name that a report calls them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bestrq.config import ConfigError
+from bestrq.recognition.curves import Point, context_name
+from bestrq.recognition.scoring import ErrorCounts, RecordingScore, compare
+
+Results = Mapping[str, Mapping[str, Any]]
+"""results.json by system"""
+
+KINDS = ("hits", "substitutions", "deletions", "insertions")
+WINDOWED_MODES = ("buffered", "averaged", "stitched")
+# Settings of the encoder that are the context itself; in other modes they are settings like any other.
+_CONTEXT_SETTINGS = {"windowed": ("mask", "window"), "whole": ("mask", "window"), "streaming": ("mask", "left_chunks")}
+_CELL_KEYS = (
+    "label", "name", "export", "export_hash", "dataset", "command", "versions", "device", "context_seconds",
+    "inference", "encoder", "decoder", "decoding", "scores", "segments", "positions", "edge_distances", "speakers",
+    "durations", "confusions", "normalisers",
+)  # fmt: skip
+
+
+def recording_score(row: Mapping[str, Any]) -> RecordingScore:
+    """What `RecordingScore.row` made a row of."""
+    return RecordingScore(
+        id=row["id"],
+        language=row["language"],
+        seconds=row["seconds"],
+        reference=row["reference"],
+        hypothesis=row["hypothesis"],
+        words=ErrorCounts(*(row[f"word_{kind}"] for kind in KINDS)),
+        characters=ErrorCounts(*(row[f"char_{kind}"] for kind in KINDS)),
+        speaker=row["speaker"],
+        normaliser=row["normaliser"],
+    )
+
+
+def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[str, Any]]:
+    """Every other system beside the first, on the same recordings.
+
+    Returns:
+        `Comparison.summary()` of each with the names under "system" and "baseline". Differences are the system's less
+        the baseline's: negative where the system is better.
+
+    Raises:
+        ConfigError: recordings or references differ.
+    """
+    (baseline, results), *others = systems.items()
+    first = [recording_score(row) for row in results["recordings"]]
+    found = []
+    for name, other in others:
+        try:
+            compared = compare([recording_score(row) for row in other["recordings"]], first, num_resamples)
+        except ConfigError as error:
+            raise ConfigError(f"{name} and {baseline} cannot be compared: {error}") from error
+        found.append({"system": name, "baseline": baseline, **compared.summary()})
+    return found
+
+
+def check_same_references(systems: Results) -> None:
+    """Raises ConfigError unless all systems were scored on the same recordings by the same references."""
+    (first, results), *others = systems.items()
+    wanted = {row["id"]: row["reference"] for row in results["recordings"]}
+    for name, other in others:
+        mine = {row["id"]: row["reference"] for row in other["recordings"]}
+        if mine.keys() != wanted.keys():
+            raise ConfigError(f"{first} and {name} were evaluated on different recordings: evaluate both on the same")
+        if different := [id for id in wanted if wanted[id] != mine[id]]:
+            raise ConfigError(
+                f"recording {different[0]!r} has one reference in {first} and another in {name} ({len(different)} such "
+                "recordings): score both by the same data and normaliser"
+            )
+
+
+def context_curves(systems: Results) -> dict[str, list[Point]]:
+    """Lines of WER over context: points of the same system, mode, overlap and decoder, with the whole recording last.
+
+    A line is named by what tells it from the others. Whole recordings, which know no overlap and no mode, end every
+    line of the same system and decoder. A line is here even if it has but one point.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}
+    for name, results in systems.items():
+        total = results["scores"]["all"]
+        if total["wer"] is not None:
+            point = Point(float(results["context_seconds"]), total["wer"], total["wer_interval"], name)
+            groups.setdefault(tuple(_traits(results).items()), []).append(point)
+    lines = {key: points for key, points in groups.items() if dict(key)["mode"] != "whole"}
+    for key, points in groups.items():
+        if dict(key)["mode"] == "whole":
+            ended = [line for line in lines if _same_system(dict(line), dict(key))]
+            if not ended:
+                lines[key] = []
+            for line in ended or [key]:
+                lines[line] = lines[line] + points
+    names = _line_names([dict(key) for key in lines], systems)
+    return {
+        name: sorted(points, key=lambda one: (one.context_seconds == 0, one.context_seconds))
+        for name, points in zip(names, lines.values(), strict=True)
+    }
+
+
+def is_curve(curves: Mapping[str, Sequence[Point]]) -> bool:
+    """Whether there are two contexts or more: what is worth a picture."""
+    return len({point.context_seconds for points in curves.values() for point in points}) > 1
+
+
+def describe_systems(systems: Results) -> list[dict[str, Any]]:
+    """Every number of the evaluations but those of single recordings."""
+    return [{"system": name, **{key: results.get(key) for key in _CELL_KEYS}} for name, results in systems.items()]
+
+
+def recording_rates(systems: Results) -> list[dict[str, Any]]:
+    """Rates of every recording, by system."""
+    by_id = {name: {row["id"]: row for row in results["recordings"]} for name, results in systems.items()}
+    return [
+        {
+            "id": row["id"],
+            "language": row["language"],
+            "speaker": row["speaker"],
+            "seconds": row["seconds"],
+            **{rate: {name: rows[row["id"]][rate] for name, rows in by_id.items()} for rate in ("wer", "cer")},
+        }
+        for row in next(iter(systems.values()))["recordings"]
+    ]
+
+
+def mode_of(results: Mapping[str, Any]) -> str:
+    """How a recording was cut: the mode of inference, or 'windowed' for attention of that context in one pass, or
+    'whole' for one pass over all of it."""
+    mode = results["inference"]["mode"]
+    if mode in WINDOWED_MODES and results["inference"]["context_seconds"] > 0:
+        return str(mode)
+    if mode == "streaming":
+        return "streaming"
+    return "windowed" if results["context_seconds"] else "whole"
+
+
+def setting_of(results: Mapping[str, Any]) -> str:
+    """An evaluation's own label; where it has none, its mode and context."""
+    return results["label"] or f"{mode_of(results)}, {context_name(results['context_seconds'])}"
+
+
+def _traits(results: Mapping[str, Any]) -> dict[str, str]:
+    """What a line of a curve has in common: all settings but the context and what has no influence."""
+    mode = mode_of(results)
+    inference, encoder, decoder = (results[part] for part in ("inference", "encoder", "decoder"))
+    windowed = mode in WINDOWED_MODES
+    changes = {
+        key: value for key, value in encoder.items() if value is not None and key not in _CONTEXT_SETTINGS.get(mode, ())
+    }
+    return {
+        "system": f"{results['name']}\0{results['export_hash']}",
+        "mode": mode,
+        "overlap": f"overlap {inference['overlap']:g}" if windowed else "",
+        "decoder": decoder["description"],
+        "precision": inference["precision"],
+        **{f"encoder.{key}": f"{key} {value}" for key, value in changes.items()},
+        **{f"decoder.{key}": f"{key} {value}" for key, value in decoder.items() if key != "description"},
+    }
+
+
+def _same_system(line: Mapping[str, str], whole: Mapping[str, str]) -> bool:
+    ignored = ("mode", "overlap")
+    return {k: v for k, v in line.items() if k not in ignored} == {k: v for k, v in whole.items() if k not in ignored}
+
+
+def _line_names(lines: Sequence[Mapping[str, str]], systems: Results) -> list[str]:
+    """What tells lines apart; a single one is called by its mode, overlap and decoder. All are different."""
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    differing = [key for key in keys if len({line.get(key) for line in lines}) > 1]
+    main = [key for key in ("system", "mode", "overlap", "decoder") if key in differing]
+    main = main or ["mode", "overlap", "decoder"]
+    hashes: dict[str, set[str]] = {}
+    for results in systems.values():
+        hashes.setdefault(results["name"], set()).add(results["export_hash"])
+
+    def text(line: Mapping[str, str], key: str) -> str:
+        if key != "system":
+            return line.get(key, "")
+        name, _, digest = line[key].partition("\0")
+        return name if len(hashes[name]) == 1 else f"{name} ({digest[:8]})"
+
+    names = [", ".join(part for key in main if (part := text(line, key))) for line in lines]
+    if len(set(names)) < len(names):  # the same description, and another weight of a language model, say
+        rest = [key for key in differing if key not in main]
+        names = [
+            ", ".join([name, *(part for key in rest if (part := text(line, key)))])
+            for name, line in zip(names, lines, strict=True)
+        ]
+    return names

@@ -1,0 +1,111 @@
+"""Evaluations side by side: the curve of WER against context, differences with intervals, every error to look at.
+
+    python compare.py --results results/a results/b results/sweep --out results/compare
+
+Takes every results.json at any depth of the folders, all of them on the same recordings; the first is what the others
+are compared to. Prints a table, and writes into --out: report.html, report.json with every number, and curve.svg where
+there are two contexts or more.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bestrq.config import ConfigError, parse, run_main
+from bestrq.recognition.comparison import setting_of
+from bestrq.recognition.pages import CURVE, NUMBERS, write_comparison
+from bestrq.recognition.results import REPORT, find_results
+from bestrq.recognition.sections import p_text
+from bestrq.recognition.tables import interval, percent, points
+
+
+@dataclass
+class Config:
+    """Comparison of evaluations."""
+
+    results: list[str] = field(default_factory=list)
+    """folders that evaluate.py wrote, or that hold some; the first evaluation is what the others are compared to"""
+    out: str = "results/compare"
+    """folder for the report"""
+    names: list[str] = field(default_factory=list)
+    """what the evaluations are called, in their order; empty takes the parts of their paths that differ"""
+    title: str = "Comparison of recognisers"
+    """heading of the page"""
+    resamples: int = 10_000
+    """bootstrap resamples of the intervals"""
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ConfigError("results is missing: give folders that evaluate.py wrote, as --results FOLDER FOLDER")
+        if self.resamples < 100:
+            raise ConfigError(f"resamples = {self.resamples}: give at least 100, or an interval means nothing")
+
+
+def join_lists(argv: Sequence[str]) -> list[str]:
+    """`--results a b` as the one value `--results ["a", "b"]` that the parser takes; likewise `--names`."""
+    joined: list[str] = []
+    values: list[str] | None = None
+    for word in [*argv, "--"]:
+        if values is not None and word.startswith("--"):
+            joined.append(values[0] if len(values) == 1 and values[0].startswith("[") else json.dumps(values))
+            values = None
+        if values is not None:
+            values.append(word)
+        else:
+            joined.append(word)
+            values = [] if word in ("--results", "--names") else None
+    return joined[:-1]
+
+
+def name_folders(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Path]:
+    """Folders by name: the given names, or of each path what it does not share with the others.
+
+    Raises ConfigError where names are too many, too few or the same.
+    """
+    if names:
+        if len(names) != len(folders) or len(set(names)) != len(names):
+            there = ", ".join(map(str, folders))
+            raise ConfigError(f"names = {', '.join(names)}: give {len(folders)} different ones, for {there}")
+        return dict(zip(names, folders, strict=True))
+    whole = [folder.resolve() for folder in folders]
+    shared = Path(os.path.commonpath(whole)) if len(whole) > 1 else whole[0].parent
+    # A folder that holds the others has nothing left of its path.
+    return {
+        (one.name if one == shared else one.relative_to(shared).as_posix()): folder
+        for one, folder in zip(whole, folders, strict=True)
+    }
+
+
+def print_table(numbers: Mapping[str, Any]) -> None:
+    """A line an evaluation: rates, and the difference to the first."""
+    systems = numbers["systems"]
+    compared = {one["system"]: one for one in numbers["comparisons"]}
+    width = max(6, *(len(one["system"]) for one in systems))
+    print(f"{'system':<{width}}{'WER':>9}{'95 %':>16}{'CER':>9}{'to the first':>14}{'95 %':>16}{'p':>9}  setting")
+    for one in systems:
+        total = one["scores"]["all"]
+        line = f"{one['system']:<{width}}{percent(total['wer']):>9}{interval(total['wer_interval']):>16}"
+        line += f"{percent(total['cer']):>9}"
+        other = compared.get(one["system"])
+        wer = (other["wer"] if other else None) or {}
+        line += f"{points(wer['difference']) if wer else '':>14}{interval(wer.get('interval'), signed=True):>16}"
+        line += f"{p_text(other['matched_pairs']['p_value']) if other else '':>9}"
+        print(f"{line}  {setting_of(one)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(Config, join_lists(sys.argv[1:] if argv is None else argv), description=__doc__)
+    systems = name_folders(find_results(config.results), config.names)
+    out = Path(config.out)
+    numbers = write_comparison(out, systems, {}, config.resamples, config.title)
+    print_table(numbers)
+    written = [name for name in (REPORT, NUMBERS, CURVE) if (out / name).exists()]
+    print("wrote " + ", ".join(str(out / name) for name in written))
+
+
+if __name__ == "__main__":
+    run_main(main)

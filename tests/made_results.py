@@ -1,0 +1,113 @@
+"""Evaluations as evaluate.py leaves them, made of texts: no model, no audio."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bestrq.recognition.breakdowns import (
+    align_timed,
+    by_duration,
+    by_edge_distance,
+    by_position,
+    by_speaker,
+    confusions,
+)
+from bestrq.recognition.results import FORMAT_VERSION, RESULTS, TRANSCRIPTS
+from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
+from bestrq.recognition.words import TimedWord
+
+WORD_SECONDS = 0.5
+
+
+def score_all(
+    texts: Mapping[str, tuple[str, str]], language: str = "cs", speakers: Mapping[str, str] | None = None
+) -> list[RecordingScore]:
+    """Of (reference, hypothesis) by id; a word takes WORD_SECONDS."""
+    return [
+        score_recording(
+            id, said, heard, language, max(len(said.split()), 1) * WORD_SECONDS, (speakers or {}).get(id, "")
+        )
+        for id, (said, heard) in texts.items()
+    ]
+
+
+def timed(text: str) -> list[TimedWord]:
+    return [TimedWord(word, k * WORD_SECONDS, (k + 1) * WORD_SECONDS) for k, word in enumerate(text.split())]
+
+
+def make_transcripts(scores: Sequence[RecordingScore]) -> list[dict[str, Any]]:
+    kinds = {"hit": "=", "substitution": "S", "deletion": "D", "insertion": "I"}
+    return [
+        {
+            "id": one.id,
+            "seconds": one.seconds,
+            "text": one.hypothesis,
+            "words": [[word.word, word.start, word.end, None] for word in timed(one.hypothesis)],
+            "alignment": [
+                [kinds[step.kind], step.reference, step.hypothesis, step.time]
+                for step in align_timed(timed(one.reference), timed(one.hypothesis), one.language)
+            ],
+        }
+        for one in scores
+    ]
+
+
+def make_results(
+    name: str, scores: Sequence[RecordingScore], context: float = 20.0, mode: str = "buffered", **changes: Any
+) -> dict[str, Any]:
+    """`results.json`. Windowed attention is mode "windowed", a whole recording context 0."""
+    aligned = [(align_timed(timed(one.reference), timed(one.hypothesis), one.language), one.seconds) for one in scores]
+    windowed = mode == "windowed"
+    edges = (
+        []
+        if windowed or not context
+        else by_edge_distance([(words, [1.0, 2.0]) for words, _ in aligned], num_resamples=100)
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "label": f"{mode} {context:g} s",
+        "export": f"runs/{name}/export",
+        "export_hash": f"{len(name):02x}" * 32,
+        "command": f"python evaluate.py --name {name}",
+        "dataset": {
+            "name": "x", "path": "datasets/x", "split": "test", "fingerprint": "cd" * 32, "feature_hash": "ef" * 32,
+        },
+        "device": "cpu",
+        "inference": {
+            "mode": "whole" if windowed else mode, "context_seconds": 0.0 if windowed else context, "overlap": 0.25,
+            "batch_seconds": 120.0, "precision": "float32",
+        },
+        "encoder": {"mask": "window" if windowed else None, "window": 100 if windowed else None, "chunk_size": None},
+        "decoder": {"beam": 1, "language_model": "", "description": "greedy"},
+        "context_seconds": context,
+        "versions": {"torch": "2"},
+        "decoding": {
+            "audio_seconds": 60.0, "seconds": 1.5, "audio_seconds_per_second": 40.0, "real_time_factor": 0.025,
+            "peak_mb": 123.0,
+        },
+        "scores": {language: total.summary() for language, total in score_by_language(scores, 200).items()},
+        "segments": None,
+        "positions": [one.summary() for one in by_position(aligned, num_resamples=100)],
+        "edge_distances": [one.summary() for one in edges],
+        "speakers": {speaker: total.summary() for speaker, total in by_speaker(scores, 100).items()},
+        "durations": {length: total.summary() for length, total in by_duration(scores, num_resamples=100).items()},
+        "confusions": asdict(confusions(scores)),
+        "normalisers": {"unicode": {"description": "lower case", "rules": [], "languages": ["cs"], "note": ""}},
+        "recordings": [one.row() for one in scores],
+        **changes,
+    }  # fmt: skip
+
+
+def write_evaluation(
+    folder: Path, name: str, scores: Sequence[RecordingScore], context: float = 20.0, mode: str = "buffered",
+    **changes: Any,
+) -> Path:  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    results = make_results(name, scores, context, mode, **changes)
+    (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+    lines = [json.dumps(one, ensure_ascii=False) for one in make_transcripts(scores)]
+    (folder / TRANSCRIPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
