@@ -39,7 +39,7 @@ def systems_of(error_every: int, count: int = 12) -> list[RecordingScore]:
     return score_all(texts, speakers={id: f"speaker {id[-1]}" for id in texts})
 
 
-CHECK = """
+CHECKED = """
 <script>%s</script>
 <script>document.documentElement.dataset.policy = "broken";</script>
 """
@@ -58,8 +58,8 @@ async function search(text) {
 }
 (async () => {
   const out = {};
-  const head = (title) => [...document.querySelectorAll(".recordings th")].findIndex((one) => one.textContent === title);
-  const sort = (title) => document.querySelectorAll(".recordings th")[head(title)].querySelector("button").click();
+  const heads = [...document.querySelectorAll(".recordings th")];
+  const sort = (title) => heads.find((one) => one.textContent === title).querySelector("button").click();
   sort("WER, %"); out.worst = ids();
   sort("WER, %"); out.best = ids();
   sort("Recording"); out.names = ids();
@@ -85,11 +85,12 @@ async function search(text) {
   out.playedFrom = audio.currentTime;
   await wait(1500);
   out.duration = audio.duration;
-  out.playingAt = audio.currentTime;
+  out.playing = !audio.paused;
   dialog.querySelector(".errors").open = true;
   await wait(200);
   out.list = [...dialog.querySelectorAll(".errors li")].map((one) => one.textContent);
-  press("dialog .close"); await wait(200);
+  press("dialog .close");
+  for (let k = 0; k < 20 && document.querySelector("dialog"); k++) await wait(100);
   out.closed = document.querySelector("dialog") === null;
   out.scripts = document.querySelectorAll("b#evil").length;
   out.policy = document.documentElement.dataset.policy || "kept";
@@ -106,7 +107,7 @@ def browse(page: Path, check: str) -> dict[str, Any]:
     text = page.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(check.encode()).digest()).decode()
     text = text.replace("script-src ", f"script-src 'sha256-{digest}' ", 1).replace(
-        "</body>", CHECK % check + "</body>"
+        "</body>", CHECKED % check + "</body>"
     )
     copy = page.with_name("checked.html")
     copy.write_text(text, encoding="utf-8")
@@ -123,13 +124,14 @@ def browse(page: Path, check: str) -> dict[str, Any]:
 def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp_path: Path) -> None:
     evil = "</script><b id=evil>&lt;!--<script>"
     texts = {
-        "hard": ("one two three four five six", "one three zzz five six six six"),
+        "hard": ("one two three four five six", "one three zzz five six nine nine"),
         "plain": ("one two", "one two"),
+        "fifth": (" ".join(SAID), heard([5])),
         "tenth": (" ".join(SAID), heard([3, 4])),
         "ninth": (" ".join(SAID), heard(range(18))),
         f"rec {evil}": ("one", "one"),
     }
-    scores = score_all(texts, speakers={id: f"speaker {evil}" for id in texts})
+    scores = score_all(texts, speakers=dict.fromkeys(texts, f"speaker {evil}"))
     transcripts = make_transcripts(scores)
     transcripts[-1]["alignment"] = [["S", evil, evil, 0.5]]
     with wave.open(str(tmp_path / "hard sound.wav"), "wb") as sound:
@@ -139,19 +141,145 @@ def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp
         sound.writeframes(b"\x80" * 40_000)
     pages.write_cell_page(tmp_path, make_results(evil, scores), transcripts, {"hard": "hard%20sound.wav"})
     page = check_page(tmp_path / "report.html")
-    assert "heard" not in page.scripts and evil in page.text  # without the script there is the table all the same
+    assert all(id in page.text for id in texts)  # without the script there is the table all the same
     out = browse(tmp_path / "report.html", SELF_CHECK)
-    # 1.0, 0.9, 0.1: as text, 100.0 would come before 10.0 and 90.0 after both
-    assert out["worst"][:3] == ["ninth", "hard", "tenth"] and out["best"][-3:] == ["tenth", "hard", "ninth"]
+    # 90.0, 66.7, 10.0, 5.0: as text, 5.0 would come before 10.0
+    wanted = ["ninth", "hard", "tenth", "fifth"]
+    assert out["worst"][:4] == wanted and out["best"][-4:] == wanted[::-1]
     assert out["names"] == sorted(texts)
     assert out["byId"] == ["plain"] and out["bySaid"] == ["hard"] and out["byHeard"] == ["hard"]
-    assert out["byNothing"] == [] and out["count"] == "0 of 5" and out["all"] == 5
+    assert out["byNothing"] == [] and out["count"] == "0 of 6" and out["all"] == 6
     assert out["open"] and out["closed"]
-    assert out["texts"] == [["two"], ["six", "six"], ["zzz four"], ["one", "three", "five six"]]
-    assert out["titles"] == ["0:00.8", "0:01.8", "0:02.8", "0:03.3"]
+    assert out["texts"] == [["two"], ["nine", "nine"], ["zzz four"], ["one", "three", "five six"]]
+    assert out["titles"] == ["0:00.8", "0:01.8", "0:02.8", "0:03.2"]
     assert (out["next"], out["last"]) == ("error 1 of 4, at 0:00.8", "error 3 of 4, at 0:02.8")
     assert out["current"] == 1
     assert out["list"][1] == "0:01.8 four \u2192 zzz"
     assert out["preload"] == "none" and out["beforePlaying"] == 0
-    assert out["playedFrom"] == pytest.approx(0.8) and out["duration"] == 10 and out["playingAt"] > 0.8
+    assert out["playedFrom"] == pytest.approx(0.8) and out["duration"] == 10 and out["playing"]
     assert out["scripts"] == 0 and out["policy"] == "kept"
+
+
+def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baseline(tmp_path: Path) -> None:
+    first, second = systems_of(2), systems_of(3)
+    folders = {
+        "first": write_evaluation(tmp_path / "1", "a", first),
+        "second": write_evaluation(tmp_path / "2", "bb", second[::-1]),
+    }
+    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 300)
+    expected = compare(second[::-1], first, 300).summary()
+    assert numbers["comparisons"] == [{"system": "second", "baseline": "first", **expected}]
+    assert numbers["comparisons"][0]["wer"]["difference"] < 0  # the second has fewer errors
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(numbers))
+    assert [one["scores"]["all"]["wer"] for one in numbers["systems"]] == [
+        make_results("x", scores)["scores"]["all"]["wer"] for scores in (first, second)
+    ]
+    assert numbers["recordings"][4]["wer"] == {"first": 4 / 20, "second": 0.0}
+    page = check_page(tmp_path / "out" / "report.html")
+    for wanted in ("Differences to first", "MAPSSWE", "second less first", "speaker 3", "WER of second, %", "0.0250"):
+        assert wanted in page.text
+
+
+def test_evaluations_of_other_recordings_or_references_are_not_put_side_by_side(tmp_path: Path) -> None:
+    folders = {name: write_evaluation(tmp_path / name, name, systems_of(2)) for name in ("a", "b")}
+    folders["c"] = write_evaluation(tmp_path / "c", "c", systems_of(2)[:-1])
+    with pytest.raises(ConfigError, match="a and c were evaluated on different recordings"):
+        pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    with pytest.raises(ConfigError, match="no evaluation"):
+        pages.write_comparison(tmp_path / "out", {}, {}, 100)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_of_a_curve_share_all_settings_but_the_context_and_end_in_the_whole_recording() -> None:
+    scores = systems_of(2)
+    cells = {
+        "b-80": make_results("a", scores, 80.0),
+        "b-5": make_results("a", scores, 5.0),
+        "b-0": make_results("a", scores, 0.0),
+        "w-5": make_results("a", scores, 5.0, "windowed"),
+        "other": make_results("bb", scores, 5.0),
+    }
+    found = {name: [one.system for one in points] for name, points in comparison.context_curves(cells).items()}
+    assert found == {
+        "a, buffered, overlap 0.25": ["b-5", "b-80", "b-0"],
+        "a, windowed": ["w-5", "b-0"],
+        "bb, buffered, overlap 0.25": ["other"],
+    }
+    cells["b-80"]["decoder"] |= {"language_model_weight": 0.5}  # with one description: named apart all the same
+    names = list(comparison.context_curves({name: cells[name] for name in ("b-80", "b-5")}))
+    assert len(names) == 2 and "language_model_weight 0.5" in names[0]
+    assert list(comparison.context_curves({"x": cells["b-0"]})) == ["whole, greedy"]
+
+
+def test_a_curve_is_drawn_where_there_are_two_contexts_and_a_stale_one_is_removed(tmp_path: Path) -> None:
+    scores = systems_of(2, 4)
+    folders = {str(c): write_evaluation(tmp_path / str(c), "a", scores, c) for c in (5.0, 20.0, 0.0)}
+    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    drawing = (tmp_path / "out" / "curve.svg").read_text()
+    assert drawing.startswith("<svg") and ">whole<" in drawing and ">20<" in drawing
+    assert [one["context_seconds"] for one in numbers["curves"][0]["points"]] == [5.0, 20.0, 0.0]
+    pages.write_comparison(tmp_path / "out", {"5.0": folders["5.0"]}, {}, 100)
+    assert not (tmp_path / "out" / "curve.svg").exists()
+
+
+def test_of_many_evaluations_all_are_in_the_tables_and_six_have_their_recordings_shown(tmp_path: Path) -> None:
+    scores = systems_of(2, 3)
+    folders = {f"cell {k}": write_evaluation(tmp_path / str(k), "a", scores, 5.0 * k) for k in range(1, 9)}
+    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    page = check_page(tmp_path / "out" / "report.html")
+    assert len(numbers["systems"]) == 8 and len(numbers["comparisons"]) == 7
+    assert "the first 6 of 8 evaluations" in page.text and "WER of cell 6, %" in page.text
+    assert "cell 8" in page.text and "WER of cell 7, %" not in page.text
+
+
+def test_rates_by_segments_stand_beside_those_of_whole_recordings(tmp_path: Path) -> None:
+    scores = systems_of(2)
+    by_segments = make_results("a", systems_of(1))["scores"]
+    pages.write_cell_page(tmp_path, make_results("a", scores, segments=by_segments), make_transcripts(scores), {})
+    text = check_page(tmp_path / "report.html").text
+    assert "a, by segments" in text and f"{100 * by_segments['all']['wer']:.1f}" in text
+
+
+@pytest.mark.parametrize("part", ["edge_distances", "speakers", "positions"])
+def test_what_is_not_known_of_an_evaluation_is_left_out(tmp_path: Path, part: str) -> None:
+    scores = score_all({"one": ("a b", ""), "none": ("", "c")})
+    results = make_results("a", scores, **{part: {} if part == "speakers" else []})
+    results["decoding"]["peak_mb"] = None
+    pages.write_cell_page(tmp_path, results, make_transcripts(scores), {})
+    check_page(tmp_path / "report.html")
+
+
+def test_stretches_keep_every_step_of_an_alignment_in_order() -> None:
+    alignment = [["=", f"w{k}", f"w{k}", k / 10] for k in range(30)]
+    alignment[20:20] = [["S", "old", "new", 2.0], ["D", "gone", "", 2.1], ["I", "", "more", 2.2]]
+    found = list(stretches(alignment))
+    assert [len(one) for one in found] == [2, 2, 3, 3, 3, 2]
+    assert max(len(one[1].split()) for one in found if len(one) == 2) == LONGEST
+    assert " ".join(one[-1] for one in found if one[-1]) == " ".join(step[2] for step in alignment if step[2])
+    assert " ".join(one[1] for one in found if one[1]) == " ".join(step[1] for step in alignment if step[1])
+    assert found[1][0] == 1.2 and found[-1][0] == 2.0
+
+
+def test_the_script_compares_what_it_finds_under_names_that_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, every in (("a", 2), ("sweep/x", 3), ("sweep/y", 4)):
+        write_evaluation(tmp_path / place, "same", systems_of(every))
+    out = tmp_path / "out"
+    arguments = ["--results", str(tmp_path / "a"), str(tmp_path / "sweep"), "--resamples", "100", "--out", str(out)]
+    script.main(arguments)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:4]] == ["a", "sweep/x", "sweep/y"]
+    assert sections.p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
+    script.main([*arguments, "--names", "one", "two", "three"])
+    assert [one["system"] for one in json.loads((out / "report.json").read_text())["systems"]] == [
+        "one",
+        "two",
+        "three",
+    ]
+    with pytest.raises(ConfigError, match="names = one, one, two: give 3 different"):
+        script.main([*arguments, "--names", "one", "one", "two"])
+    with pytest.raises(ConfigError, match="results is missing"):
+        script.main([])
+    with pytest.raises(ConfigError, match="there is no results.json"):
+        script.main(["--results", str(tmp_path / "nowhere")])

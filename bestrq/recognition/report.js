@@ -125,6 +125,11 @@
       audio.play().catch(() => {});
     }
 
+    function leave() {
+      if (audio) audio.pause();
+      dialog.remove();
+    }
+
     function select(place) {
       if (!errors.length) return;
       if (current >= 0) errors[current].element.classList.remove("current");
@@ -190,14 +195,11 @@
     const controls = make("div", { class: "tools" },
       make("button", { type: "button", class: "previous", onclick: () => select(current < 0 ? -1 : current - 1) }, "Previous error"),
       make("button", { type: "button", class: "next", onclick: () => select(current + 1) }, "Next error"), status);
-    const close = make("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close");
+    const close = make("button", { type: "button", class: "close", onclick: leave }, "Close");
     const head = make("header", {}, make("div", { class: "title" }, make("h3", {}, title), close), controls);
     if (audio) head.append(audio);
     dialog.append(head, ...(errors.length ? [list] : []), ...lines);
-    dialog.addEventListener("close", () => {
-      if (audio) audio.pause();
-      dialog.remove();
-    });
+    dialog.addEventListener("close", leave); // by the Escape key
     document.body.append(dialog);
     status.textContent = `${errors.length} errors`;
     dialog.showModal();
