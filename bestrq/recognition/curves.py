@@ -123,7 +123,7 @@ def bins_chart(title: str, names: Sequence[str], bins: Mapping[str, Sequence[Bin
                 if (bounds := parts[k].interval) is not None:
                     axes.vlines(at, 100 * bounds[0], 100 * bounds[1], color=style["color"], linewidth=1.4, alpha=0.75)
         axes.set_xticks(range(len(names)))
-        turn = {"rotation": 35, "ha": "right"} if sum(map(len, names)) > 44 else {}
+        turn: dict[str, Any] = {"rotation": 35, "ha": "right"} if sum(map(len, names)) > 44 else {}
         axes.set_xticklabels([plain(one) for one in names], **turn)
         axes.set_xlabel(x_label)
         axes.set_ylabel("WER, %")

@@ -76,7 +76,8 @@ def stretches(alignment: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
     Args:
         alignment: steps `[kind, reference, hypothesis, time]`, kind "=" for a word that is right, time in seconds.
     """
-    start, words = 0.0, []
+    start = 0.0
+    words: list[str] = []
     for kind, said, heard, time in alignment:
         if words and (kind != "=" or len(words) == LONGEST):
             yield [start, " ".join(words)]
