@@ -182,7 +182,7 @@
     });
     if (!lines.length) lines.push(make("p", { class: "note" }, "Nothing was said, and nothing was heard."));
 
-    const list = make("details", { class: "errors" }, make("summary", {}, `All ${errors.length} errors and their times`));
+    const list = make("details", { class: "errors" }, make("summary", {}, "Errors and their times"));
     list.addEventListener("toggle", () => {
       if (list.children.length > 1) return;
       list.append(make("ol", {}, ...errors.map((one, place) => {
@@ -194,14 +194,14 @@
     const dialog = make("dialog", { "aria-label": title });
     const controls = make("div", { class: "tools" },
       make("button", { type: "button", class: "previous", onclick: () => select(current < 0 ? -1 : current - 1) }, "Previous error"),
-      make("button", { type: "button", class: "next", onclick: () => select(current + 1) }, "Next error"), status);
+      make("button", { type: "button", class: "next", autofocus: "", onclick: () => select(current + 1) }, "Next error"), status);
     const close = make("button", { type: "button", class: "close", onclick: leave }, "Close");
     const head = make("header", {}, make("div", { class: "title" }, make("h3", {}, title), close), controls);
     if (audio) head.append(audio);
     dialog.append(head, ...(errors.length ? [list] : []), ...lines);
     dialog.addEventListener("close", leave); // by the Escape key
     document.body.append(dialog);
-    status.textContent = `${errors.length} errors`;
+    status.textContent = `${errors.length} ${errors.length === 1 ? "error" : "errors"}`;
     dialog.showModal();
   }
 

@@ -66,10 +66,11 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
     lines, body = context_curves(systems), ""
     if is_curve(lines):
         caption = f"{INTERVALS} Bands and bars show them; lines are a little apart so that none hides another."
-        body += report.figure("WER against context", curves.context_chart(lines, "WER"), caption)
-    columns = [Column("System", "left"), Column("Setting", "left"), Column("Context, s"), Column("WER, %", "rate"),
+        picture = report.figure("WER against context", curves.context_chart(lines, "WER"), caption)
+        body += f'<div class="curve">{picture}</div>'
+    columns = [Column("System", "wrap"), Column("Setting", "wrap"), Column("Context, s"), Column("WER, %", "rate"),
                Column("95 % interval", "range"), Column("", "bar"), Column("CER, %", "rate"),
-               Column("Real-time factor"), Column("Audio-s a second"), Column("Peak memory, MB")]  # fmt: skip
+               Column("RTF"), Column("Audio-s/s"), Column("Peak MB")]  # fmt: skip
     highest = tables.highest_end(results["scores"]["all"] for results in systems.values())
     rows: list[list[Cell | str]] = []
     for name, results in systems.items():
@@ -83,7 +84,8 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
         ])  # fmt: skip
     body += tables.table(columns, rows, sortable=True)
     note = (
-        "Real-time factor: seconds of decoding for a second of audio. Peak memory: of decoding, above that before it. "
+        "RTF: real-time factor, seconds of decoding for a second of audio; audio-s/s: its inverse. Peak MB: memory of "
+        "decoding, above that before it. "
         "Times compare only where the evaluations ran on the same machine with nothing beside them."
     )
     return report.Section(title, body + report.paragraph(note, "note"))
@@ -92,9 +94,9 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
 def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]]) -> report.Section:
     """How the others differ from the first system; `comparisons` are of `comparison.compare_systems`."""
     first = next(iter(systems))
-    columns = [Column("System", "left"), Column("WER, points", "rate"), Column("95 % interval", "range"),
+    columns = [Column("System", "wrap"), Column("WER, points", "rate"), Column("95 % interval", "range"),
                Column("P(better)"), Column("CER, points", "rate"), Column("95 % interval", "range"),
-               Column("MAPSSWE: mean"), Column("segments"), Column("p")]  # fmt: skip
+               Column("MAPSSWE"), Column("Segments"), Column("p")]  # fmt: skip
     rows: list[list[Cell | str]] = []
     for one in comparisons:
         wer, cer, matched = one["wer"] or {}, one["cer"] or {}, one["matched_pairs"]
@@ -107,12 +109,12 @@ def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]
         f"Each system less {first}, on the same recordings: negative is better than {first}. Intervals: 95 %, from "
         "resampling whole recordings for both systems together; P(better) is the share of resamples in which the "
         "system has fewer word errors. MAPSSWE: matched pairs sentence-segment word error test, the mean difference "
-        "of errors in a segment and the two-sided p; it takes segments as independent, which those of one "
-        "recording are not quite. With many systems, some p is small by chance."
+        "of errors in a segment, the number of segments and the two-sided p; it takes segments as "
+        "independent, which those of one recording are not quite. With many systems, some p is small by chance."
     )
     figures = []
     for one in comparisons[:6]:
-        if values := word_rate_differences(systems, one["system"], first):
+        if any(values := word_rate_differences(systems, one["system"], first)):
             heading = f"{one['system']} less {first}"
             picture = curves.differences_chart(f"WER of {heading}", values, "WER, points")
             figures.append(report.figure(heading, picture))

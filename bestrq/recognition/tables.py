@@ -20,7 +20,7 @@ class Column:
 
     title: str
     kind: str = ""
-    """class of its cells: 'left' for text, 'rate', 'range', 'size' (left out on small screens), 'bar', or nothing"""
+    """class of its cells: 'left' or 'wrap' for text, 'rate', 'range', 'bar', 'size' (not on small screens), or ''"""
 
 
 @dataclass(frozen=True)
