@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from bestrq.config import ConfigError
-from bestrq.recognition import charts, report
+from bestrq.recognition import charts, curves, report
 from bestrq.recognition.comparison import compare_systems
 from bestrq.recognition.scoring import RecordingScore, score_recording
 from bestrq.recognition.sections import (
@@ -210,3 +210,9 @@ def test_samples_cover_easy_and_hard_recordings_once() -> None:
 def test_mask_spans_are_the_runs_of_true() -> None:
     assert charts.mask_spans(np.array([1, 1, 0, 1, 0, 0, 1], bool)) == [(0, 2), (3, 4), (6, 7)]
     assert charts.mask_spans(np.zeros(3, bool)) == []
+
+
+def test_names_are_drawn_as_they_are() -> None:
+    lines = {"_a$b^c$": [curves.Point(5.0, 0.1, None)], "b": [curves.Point(5.0, 0.2, (0.1, 0.3))]}
+    drawing = curves.context_svg(lines, "WER")
+    assert "_a$b^c$" in drawing and ">b<" in drawing  # neither a formula nor left out of the legend
