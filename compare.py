@@ -18,9 +18,11 @@ from typing import Any
 from bestrq.config import ConfigError, parse, run_main
 from bestrq.recognition.comparison import setting_of
 from bestrq.recognition.pages import CURVE, NUMBERS, write_comparison
-from bestrq.recognition.results import REPORT, find_results
+from bestrq.recognition.results import REPORT, find_results, read_results
 from bestrq.recognition.sections import p_text
 from bestrq.recognition.tables import interval, percent, points
+from data.audio_files import find_audio
+from data.errors import DataError
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Config:
     """what the evaluations are called, in their order; empty takes the parts of their paths that differ"""
     title: str = "Comparison of recognisers"
     """heading of the page"""
+    audio: str = ""
+    """folder with the recordings, at any depth, named as their ids: the report plays them; empty for none"""
     resamples: int = 10_000
     """bootstrap resamples of the intervals"""
 
@@ -101,11 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, join_lists(sys.argv[1:] if argv is None else argv), description=__doc__)
     systems = name_folders(find_results(config.results), config.names)
     out = Path(config.out)
-    numbers = write_comparison(out, systems, {}, config.resamples, config.title)
+    ids = [row["id"] for row in read_results(next(iter(systems.values())))["recordings"]]
+    audio = {id: path.resolve().as_uri() for id, path in find_audio(config.audio, ids).items()}
+    numbers = write_comparison(out, systems, audio, config.resamples, config.title)
     print_table(numbers)
     written = [name for name in (REPORT, NUMBERS, CURVE) if (out / name).exists()]
     print("wrote " + ", ".join(str(out / name) for name in written))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, user_errors=(DataError,))

@@ -205,6 +205,7 @@ def test_lines_of_a_curve_share_all_settings_but_the_context_and_end_in_the_whol
         "b-0": make_results("a", scores, 0.0),
         "w-5": make_results("a", scores, 5.0, "windowed"),
         "other": make_results("bb", scores, 5.0),
+        "stream": make_results("a", scores, 0.0, "streaming"),
     }
     found = {name: [one.system for one in points] for name, points in comparison.context_curves(cells).items()}
     assert found == {
@@ -278,7 +279,11 @@ def test_the_script_compares_what_it_finds_under_names_that_differ(
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:4]] == ["a", "sweep/x", "sweep/y"]
     assert sections.p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
-    script.main([*arguments, "--names", "one", "two", "three"])
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "rec-03.wav").touch()
+    script.main([*arguments, "--names", "one", "two", "three", "--audio", str(tmp_path / "audio")])
+    scripts = check_page(out / "report.html").scripts
+    assert scripts.count('"audio":"file:///') == 1 and scripts.count('"audio":null') == 11
     assert [one["system"] for one in json.loads((out / "report.json").read_text())["systems"]] == [
         "one",
         "two",

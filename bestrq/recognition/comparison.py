@@ -80,12 +80,14 @@ def context_curves(systems: Results) -> dict[str, list[Point]]:
     """Lines of WER over context: points of the same system, mode, overlap and decoder, with the whole recording last.
 
     A line is named by what tells it from the others. Whole recordings, which know no overlap and no mode, end every
-    line of the same system and decoder. A line is here even if it has but one point.
+    line of the same system and decoder. A line is here even if it has but one point. Streams of which it is not known
+    what a frame sees are left out.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}
     for name, results in systems.items():
         total = results["scores"]["all"]
-        if total["wer"] is not None:
+        known = results["context_seconds"] > 0 or mode_of(results) == "whole"
+        if known and total["wer"] is not None:
             point = Point(float(results["context_seconds"]), total["wer"], total["wer_interval"], name)
             groups.setdefault(tuple(_traits(results).items()), []).append(point)
     lines = {key: points for key, points in groups.items() if dict(key)["mode"] != "whole"}

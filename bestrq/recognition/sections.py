@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bestrq.recognition import charts, curves, report, tables
-from bestrq.recognition.comparison import Results, check_same_references, context_curves, is_curve, setting_of
+from bestrq.recognition.comparison import Results, check_same_references, context_curves, is_curve, mode_of, setting_of
 from bestrq.recognition.curves import Bin
 from bestrq.recognition.tables import Cell, Column
 
@@ -68,7 +68,10 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
         caption = f"{INTERVALS} Bands and bars show them; lines are a little apart so that none hides another."
         picture = report.figure("WER against context", curves.context_chart(lines, "WER"), caption)
         body += f'<div class="curve">{picture}</div>'
-    columns = [Column("System", "wrap"), Column("Setting", "wrap"), Column("Context, s"), Column("WER, %", "rate"),
+    # The evaluations of one grid are called by their settings already.
+    named = all(name.endswith(setting_of(results)) for name, results in systems.items())
+    settings = [] if named else [Column("Setting", "wrap")]
+    columns = [Column("System", "wrap"), *settings, Column("Context, s"), Column("WER, %", "rate"),
                Column("95 % interval", "range"), Column("", "bar"), Column("CER, %", "rate"),
                Column("RTF"), Column("Audio-s/s"), Column("Peak MB")]  # fmt: skip
     highest = tables.highest_end(results["scores"]["all"] for results in systems.values())
@@ -77,7 +80,7 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
         total, cost, context = results["scores"]["all"], results["decoding"], results["context_seconds"]
         bounds, bar = total["wer_interval"], tables.interval_bar(total["wer"], total["wer_interval"], highest)
         rows.append([
-            name, setting_of(results), Cell(f"{context:g}" if context else "whole", context or 1e9),
+            name, *([] if named else [setting_of(results)]), Cell(short_context(results), context or 1e9),
             tables.rate_cell(total["wer"]), Cell(tables.interval(bounds), bounds and bounds[0]), Cell("", None, bar),
             tables.rate_cell(total["cer"]), tables.number_cell(cost["real_time_factor"], 4),
             tables.number_cell(cost["audio_seconds_per_second"]), tables.number_cell(cost["peak_mb"], 0),
@@ -192,6 +195,11 @@ def facts_section(systems: Results, pretrain: Path | None = None) -> report.Sect
     values["versions"] = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     body = report.facts(values) + report.commands([results["command"] for results in systems.values()])
     return report.Section("How it was made", body)
+
+
+def short_context(results: Mapping[str, Any]) -> str:
+    """Seconds of context for a table."""
+    return f"{results['context_seconds']:g}" if results["context_seconds"] else mode_of(results)
 
 
 def parts_of(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Bin]:
