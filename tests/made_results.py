@@ -14,6 +14,7 @@ from bestrq.recognition.breakdowns import (
     by_speaker,
     confusions,
 )
+from bestrq.recognition.normalisers import normalisers_used
 from bestrq.recognition.results import FORMAT_VERSION, RESULTS, TRANSCRIPTS
 from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
 from bestrq.recognition.words import TimedWord
@@ -95,7 +96,7 @@ def make_results(
         "speakers": {speaker: total.summary() for speaker, total in by_speaker(scores, 100).items()},
         "durations": {length: total.summary() for length, total in by_duration(scores, num_resamples=100).items()},
         "confusions": asdict(confusions(scores)),
-        "normalisers": {"unicode": {"description": "lower case", "rules": [], "languages": ["cs"], "note": ""}},
+        "normalisers": normalisers_used((one.normaliser, one.language) for one in scores),
         "recordings": [one.row() for one in scores],
         **changes,
     }  # fmt: skip

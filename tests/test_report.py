@@ -200,6 +200,13 @@ def test_a_clear_difference_and_a_doubtful_one_are_told_apart() -> None:
     assert "cannot be told apart" in difference_sentence(doubtful)
 
 
+def test_the_rules_of_every_normaliser_are_told() -> None:
+    scores = [score_recording("a", "die gro\u00dfe", "die grosse", "de"), score_recording("b", "x", "y", "es")]
+    body = facts_section({"a": results("a", scores)}).body
+    for wanted in ("normaliser unicode+de", "becomes &#x27;ss&#x27;: sharp s is ss", "the general ones: es"):
+        assert wanted in body
+
+
 def test_samples_cover_easy_and_hard_recordings_once() -> None:
     one = results("a", recordings(3))
     body = transcripts_section({"a": one}, count=5).body

@@ -189,8 +189,12 @@ def facts_section(systems: Results, pretrain: Path | None = None) -> report.Sect
         if results["dataset"]["fingerprint"] != first["dataset"]["fingerprint"]:
             values[f"{name}: dataset"] = f"{results['dataset']['path']} ({results['dataset']['fingerprint']})"
     for name, rules in first["normalisers"].items():
-        lines = [rules["description"], *(str(rule) for rule in rules["rules"]), rules["note"]]
-        values[f"normaliser {name}"] = "; ".join(line for line in lines if line)
+        lines = [
+            rules["description"],
+            *(f"{rule['pattern']} becomes {rule['replacement']!r}: {rule['reason']}" for rule in rules["rules"]),
+        ]
+        lines += [rules["note"]] if "note" in rules else []
+        values[f"normaliser {name}"] = "; ".join(lines)
     values["interval"] = first["scores"]["all"]["interval_method"]
     values["versions"] = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     body = report.facts(values) + report.commands([results["command"] for results in systems.values()])
