@@ -219,6 +219,17 @@ def test_mask_spans_are_the_runs_of_true() -> None:
     assert charts.mask_spans(np.zeros(3, bool)) == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_the_chart() -> None:
+    names = [
+        f"{'runs-of-a-long-name/' * 6}{k}, averaged 20 s, overlap 0.875, beam 8 with language model" for k in range(6)
+    ]
+    shares = {name: {"substitutions": 0.1, "deletions": 0.2, "insertions": 0.1} for name in names}
+    bins = {name: [curves.Bin(0.1, None)] for name in names}
+    for picture in (charts.kinds_chart(shares, "words"), curves.bins_chart("x", ["a"], bins, "x")):
+        assert "data:image/svg" in picture  # and matplotlib did not warn that nothing is left of the axes
+
+
 def test_names_are_drawn_as_they_are() -> None:
     lines = {"_a$b^c$": [curves.Point(5.0, 0.1, None)], "b": [curves.Point(5.0, 0.2, (0.1, 0.3))]}
     drawing = curves.context_svg(lines, "WER")

@@ -100,7 +100,7 @@ def context_figure(lines: Mapping[str, Sequence[Point]], y_label: str) -> Figure
         axes.set_ylabel(f"{y_label}, %")
         _from_zero(axes)
         if len(lines) > 1:
-            add_legend(axes, columns=1 if max(map(len, lines)) > 36 else 2)
+            add_legend(axes)
         return figure
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,14 +44,20 @@ def line_style(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % 6], "linestyle": DASHES[(place + place // 6) % 6], "linewidth": 1.8}
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar starts no formula, and a line starts with no underscore, which
-    would keep it out of the legend."""
-    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+def plain(text: str, width: int = 60) -> str:
+    """Text that matplotlib shows as it is, in lines of a width: a dollar starts no formula, and the text starts with no
+    underscore, which would keep it out of the legend."""
+    lines = textwrap.fill(text, width, break_on_hyphens=True, max_lines=3, placeholder=" ...")
+    return ("\u200b" if text.startswith("_") else "") + lines.replace("$", r"\$")
 
 
 def add_legend(axes: Axes, columns: int = 2) -> None:
-    """Above the plot, where it hides no line."""
+    """Above the plot, where it hides no line; in one column where a name is long; the figure grows by it."""
+    names = axes.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, names)) > 26 else columns
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    if isinstance(figure := axes.figure, Figure) and lines > 2:
+        figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 2))
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=2.2, columnspacing=1.1,
         handletextpad=0.6, borderpad=0.2,
