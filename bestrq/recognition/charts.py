@@ -131,15 +131,17 @@ def kinds_chart(kinds: Mapping[str, Mapping[str, float]], unit: str) -> str:
     names = {"substitutions": "substituted", "deletions": "deleted", "insertions": "inserted"}
     with rc_context(STYLE | {"axes.grid.axis": "x", "hatch.linewidth": 0.7}):
         figure, axes = new_figure(4.7, 3.2)
+        names_shown = [plain(one, 22) for one in kinds]
+        figure.set_figheight(max(3.2, 1.2 + 0.26 * sum(one.count("\n") + 1 for one in names_shown)))
         places, left = np.arange(len(kinds)), np.zeros(len(kinds))
         for name, colour, hatch in zip(names, COLOURS, ("", "////", "...."), strict=False):
             widths = 100 * np.array([one[name] for one in kinds.values()])
             axes.barh(places, widths, left=left, height=0.5, color=colour, hatch=hatch, edgecolor="white",
                       linewidth=0.8, label=names[name])  # fmt: skip
             left += widths
-        axes.set_yticks(places, [plain(one, 22) for one in kinds])
+        axes.set_yticks(places, names_shown)
         axes.invert_yaxis()
         axes.set_xlabel(f"% of the {unit} in the references")
-        axes.margins(y=0.35)
+        axes.margins(y=0.35 if len(kinds) < 4 else 0.06)
         add_legend(axes, columns=3)
         return svg_image(figure, f"Kinds of errors in {unit} of {', '.join(kinds)}")

@@ -78,6 +78,7 @@ def context_figure(lines: Mapping[str, Sequence[Point]], y_label: str) -> Figure
     end = finite[-1] * max(2.0, (finite[-1] / finite[0]) ** 0.18) if finite else 1.0
     with rc_context(STYLE):
         figure, axes = new_figure(7.6, 4.0)
+        band = 0.13 if len(lines) <= 3 else 0.05  # many on top of each other hide the lines
         for place, (name, points) in enumerate(lines.items()):
             x = np.array([one.context_seconds or end for one in points])
             y = 100 * np.array([one.rate for one in points])
@@ -88,7 +89,7 @@ def context_figure(lines: Mapping[str, Sequence[Point]], y_label: str) -> Figure
             known = [k for k, one in enumerate(points) if one.interval is not None]
             if known:
                 low, high = 100 * np.array([points[k].interval for k in known], dtype=np.float64).T
-                axes.fill_between(x[known], low, high, color=style["color"], alpha=0.13, linewidth=0)
+                axes.fill_between(x[known], low, high, color=style["color"], alpha=band, linewidth=0)
                 axes.vlines(x[known], low, high, color=style["color"], linewidth=1.2, alpha=0.8)
         axes.set_xscale("log")
         axes.set_xticks([*finite, *([end] if has_whole else [])])

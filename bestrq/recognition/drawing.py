@@ -44,22 +44,24 @@ def line_style(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % 6], "linestyle": DASHES[(place + place // 6) % 6], "linewidth": 1.8}
 
 
-def plain(text: str, width: int = 60) -> str:
-    """Text that matplotlib shows as it is, in lines of a width: a dollar starts no formula, and the text starts with no
-    underscore, which would keep it out of the legend."""
-    lines = textwrap.fill(text, width, break_on_hyphens=True, max_lines=3, placeholder=" ...")
+def plain(text: str, width: int = 0) -> str:
+    """Text that matplotlib shows as it is, in up to three lines of a width, if that is given: a dollar starts no
+    formula, and the text starts with no underscore, which would keep it out of the legend."""
+    lines = textwrap.fill(text, width, max_lines=3, placeholder=" ...") if width else text
     return ("\u200b" if text.startswith("_") else "") + lines.replace("$", r"\$")
 
 
 def add_legend(axes: Axes, columns: int = 2) -> None:
     """Above the plot, where it hides no line; in one column where a name is long; the figure grows by it."""
-    names = axes.get_legend_handles_labels()[1]
-    columns = 1 if max(map(len, names)) > 26 else columns
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    handles, names = axes.get_legend_handles_labels()
+    names = [textwrap.fill(name, int(9 * figure.get_figwidth())) for name in names]
+    columns = 1 if max(map(len, names)) > 4 * figure.get_figwidth() else columns
     lines = sum(name.count("\n") + 1 for name in names) / columns
-    if isinstance(figure := axes.figure, Figure) and lines > 2:
-        figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 2))
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=2.2, columnspacing=1.1,
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines - 2, 0))
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.1,
         handletextpad=0.6, borderpad=0.2,
     )  # fmt: skip
 
