@@ -51,6 +51,18 @@ torchrun_on_every_node() {
         "$PYTHON" "$processes" "$@"
 }
 
+# The part i/n that falls to this task of an array, `sbatch --array=0-15`; nothing where there is no array. Some of its
+# tasks are submitted again with PARTS=16 sbatch --array=3,7.
+array_part() {
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
+    local whole=0-$((SLURM_ARRAY_TASK_COUNT - 1))
+    if [ -z "${PARTS:-}" ] && [ "${SLURM_ARRAY_TASK_MIN:-}-${SLURM_ARRAY_TASK_MAX:-}" != "$whole" ]; then
+        say "error: parts are numbered from 0: --array=0-15 for 16 parts; PARTS=16 sbatch --array=3,7 for two of them"
+        return 2
+    fi
+    printf '%s/%s\n' "$SLURM_ARRAY_TASK_ID" "${PARTS:-$SLURM_ARRAY_TASK_COUNT}"
+}
+
 requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_REQUEUES:-100}
     if [[ $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then
