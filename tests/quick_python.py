@@ -83,6 +83,7 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
             arguments = arguments[len(before) :]
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
+            sys.modules.pop(arguments[1], None)  # or runpy warns that it was imported before
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments

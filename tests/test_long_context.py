@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import soundfile
 import yaml
 from corpora_speech import encoded, put, speech
 from quick_python import quick_python
-from test_launch import REPOSITORY, SCONTROL, SRUN, write_program
+from test_launch import REPOSITORY, SCONTROL, SRUN, Running, write_program
 
 from data.shards import open_dataset
 from data.splits import published_split
@@ -110,6 +111,7 @@ PROGRAM = """#!/usr/bin/env bash
 echo "arguments: $*"
 folder=$(sed -nE 's/.*--run.folder ([^ ]+).*/\\1/p' <<<"$*")
 [[ "$folder" != *"${STOPPED:-none}" ]] || touch "$folder/REQUEUE"
+[[ "$*" != *"${SLOW:-nothing}"* ]] || exec sleep 1000
 """
 
 
@@ -167,7 +169,7 @@ def test_an_update_has_as_many_frames_at_every_context_and_a_row_holds_one(repos
     processes = [int(value) for value in values(output, "nproc-per-node")]
     processes.remove(8)  # of align.py, which has no rows
     assert [r % p for r, p in zip(rows, processes, strict=True)] == [0] * 12
-    assert processes == [8] * 8 + [6, 3, 1, 1]
+    assert processes == [8] * 7 + [6, 6, 3, 1, 1]
 
 
 def test_finished_models_are_skipped_and_a_stopped_one_ends_the_recipe(repository: Path) -> None:
@@ -206,6 +208,16 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_no_further(repository: Path)
     status, output = call(repository, "seed", script="long_context.sbatch", STOPPED="seed", **job())
     assert status == 0 and "scontrol: requeued 123" in output and "align.py" not in output
     assert not (repository / "w/models/seed/finished").exists()
+
+
+def test_an_evaluation_is_ended_and_requeued_before_the_time_limit(repository: Path) -> None:
+    command = ["launch/long_context.sbatch", "evaluate", "--folder", "w", "--contexts", "512 1024"]
+    running = Running(repository, "bash", *command, SLOW="datasets/earnings22 ", **job())
+    running.wait_for("datasets/earnings22 ")
+    running.process.send_signal(signal.SIGUSR2)
+    status, output = running.finish()
+    assert status == 0 and output.endswith("scontrol: requeued 123\n")
+    assert output.count("evaluate.py --data.dataset w/datasets/earnings22 ") == 1
 
 
 @pytest.mark.parametrize(
