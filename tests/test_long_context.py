@@ -219,7 +219,7 @@ def test_an_evaluation_is_ended_and_requeued_before_the_time_limit(repository: P
     running.process.send_signal(signal.SIGUSR2)
     status, output = running.finish()
     assert status == 0 and output.endswith("scontrol: requeued 123\n")
-    assert "context-1024" not in output
+    assert "w/results/earnings22/context-1024" not in output
 
 
 @pytest.mark.parametrize(
