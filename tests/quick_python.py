@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import of package", RuntimeWarning)
     status = 0
     try:
         if arguments[:2] == ["-m", "torch.distributed.run"]:
@@ -83,7 +85,6 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
             arguments = arguments[len(before) :]
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
-            sys.modules.pop(arguments[1], None)  # or runpy warns that it was imported before
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments

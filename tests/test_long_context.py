@@ -54,7 +54,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
-    with quick_python("evaluate", "align", "finetune_ctc", "data.prepare_cli", "data.corpora.tedlium") as path:
+    scripts = ("evaluate", "align", "finetune_ctc", "data.prepare_cli", "data.corpora.tedlium")
+    with quick_python(
+        *scripts, "pandas", "torch._dynamo", "torch.utils.tensorboard", "docstring_parser", "attr"
+    ) as path:
         yield path
 
 
