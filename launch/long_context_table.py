@@ -9,6 +9,7 @@ at every context. Writes FOLDER/table.md, which it prints, and FOLDER/table.csv,
 import argparse
 import csv
 import io
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,7 +128,7 @@ def cross_tables(cells: Sequence[Cell]) -> str:
     parts = []
     for column in dict.fromkeys(cell.column for cell in cells):
         here = [cell for cell in cells if cell.column == column]
-        contexts = sorted({cell.context_seconds for cell in here})
+        contexts = sorted({cell.context_seconds for cell in here}, key=lambda seconds: seconds or math.inf)
         rates = {(cell.trained_frames, cell.context_seconds): f"{cell.wer:.2%}" for cell in here}
         rows = [
             [f"{frames:,}", *(rates.get((frames, seconds), "") for seconds in contexts)]

@@ -1,11 +1,13 @@
 """launch/long_context.sh: from corpora as published to the table; its rows, its tasks of an array, its mistakes."""
 
 import csv
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from corpora_speech import encoded, put, speech
 from quick_python import quick_python
 from test_launch import REPOSITORY, SCONTROL, SRUN, Running, write_program
 
+from bestrq.recognition.results import FORMAT_VERSION
 from data.shards import open_dataset
 from data.splits import published_split
 
@@ -106,6 +109,45 @@ def test_three_commands_lead_from_published_corpora_to_the_table(corpora: Path, 
     assert len(rows) == 8 and {float(row["context_seconds"]) for row in rows} == {1.28, 2.56}
     for name in ("tedlium", "earnings22", "earnings22-full"):
         assert (tmp_path / f"report/{name}/report.html").is_file()
+
+
+def put_results(folder: Path, model: str, context: float, errors: int, segments: bool = False) -> None:
+    """What the tables take of an evaluation of 100 words."""
+    words = {"hits": 100 - errors, "substitutions": errors, "deletions": 0, "insertions": 0}
+    score = {"wer": errors / 100, "wer_interval": None, "words": words, "num_recordings": 1}
+    results = {
+        "format_version": FORMAT_VERSION, "export": f"models/{model}/export", "context_seconds": context,
+        "inference": {"mode": "buffered", "overlap": 0.25}, "decoder": {"description": "greedy"},
+        "decoding": {"audio_seconds_per_second": 1.0}, "scores": {"all": score}, "recordings": [],
+        "segments": {"all": score} if segments else None,
+    }  # fmt: skip
+    put(folder / f"{model}-{context}/results.json", json.dumps(results))
+
+
+def test_the_tables_are_in_the_order_of_contexts_and_leave_blank_what_is_not_there(tmp_path: Path) -> None:
+    for frames, errors in ((16384, 3), (2048, 4)):
+        put_results(tmp_path / "results/tedlium", f"context-{frames}", frames / 100, errors, segments=True)
+    put_results(tmp_path / "results/earnings22", "context-2048", 20.48, 20)
+    for frames, context, errors in ((2048, 20.48, 4), (2048, 0.0, 30), (16384, 20.48, 5)):
+        put_results(tmp_path / "cross/tedlium", f"context-{frames}", context, errors)
+    done = subprocess.run(
+        [sys.executable, "launch/long_context_table.py", "--folder", tmp_path], cwd=REPOSITORY, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    own = """\
+| Frames | Context | TED-LIUM test | TED-LIUM test, by segments | Earnings-22, 6-call test |
+| --- | --- | --- | --- | --- |
+| 2,048 | 20.5 s | 4.00% (4.0% to 4.0%) | 4.00% (4.0% to 4.0%) | 20.00% (20.0% to 20.0%) |
+| 16,384 | 2.73 min | 3.00% (3.0% to 3.0%) | 3.00% (3.0% to 3.0%) |  |
+"""
+    cross = """\
+| Trained with | 20.5 s | whole |
+| --- | --- | --- |
+| 2,048 | 4.00% | 30.00% |
+| 16,384 | 5.00% |  |
+"""
+    table = (tmp_path / "table.md").read_text()
+    assert own in table and cross in table and "Decoding: buffered, overlap 0.25, greedy.\n" in table
 
 
 # --- with stand-ins for the programs that it starts
