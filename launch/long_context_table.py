@@ -70,16 +70,19 @@ def cells_of(test_set: str, folder: Path) -> list[Cell]:
     scores = {"recordings": results["scores"]["all"]}
     if results.get("segments"):
         scores["segments"] = results["segments"]["all"]
-    return [
-        Cell(
-            test_set, scored_by, int(trained[1]), results["context_seconds"], score["wer"],
-            *(score["wer_interval"] or (score["wer"], score["wer"])),
-            *counts(score["words"]), score["num_recordings"],
-            results["decoding"]["audio_seconds_per_second"], decoding,
-        )
-        for scored_by, score in scores.items()
-        if score["wer"] is not None
-    ]  # fmt: skip
+    cells = []
+    for scored_by, score in scores.items():
+        if score["wer"] is not None:
+            lower, upper = score["wer_interval"] or (score["wer"], score["wer"])
+            num_errors, num_words = counts(score["words"])
+            cells.append(
+                Cell(
+                    test_set, scored_by, int(trained[1]), results["context_seconds"], score["wer"], lower, upper,
+                    num_errors, num_words, score["num_recordings"],
+                    results["decoding"]["audio_seconds_per_second"], decoding,
+                )
+            )  # fmt: skip
+    return cells
 
 
 def counts(words: Mapping[str, int]) -> tuple[int, int]:

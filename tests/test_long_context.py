@@ -113,7 +113,7 @@ def test_three_commands_lead_from_published_corpora_to_the_table(corpora: Path, 
 
 def put_results(folder: Path, model: str, context: float, errors: int, segments: bool = False) -> None:
     """What the tables take of an evaluation of 100 words."""
-    words = {"hits": 100 - errors, "substitutions": errors, "deletions": 0, "insertions": 0}
+    words = {"hits": 101 - errors, "substitutions": errors - 2, "deletions": 1, "insertions": 1}
     score = {"wer": errors / 100, "wer_interval": None, "words": words, "num_recordings": 1}
     results = {
         "format_version": FORMAT_VERSION, "export": f"models/{model}/export", "context_seconds": context,
@@ -127,7 +127,8 @@ def put_results(folder: Path, model: str, context: float, errors: int, segments:
 def test_the_tables_are_in_the_order_of_contexts_and_leave_blank_what_is_not_there(tmp_path: Path) -> None:
     for frames, errors in ((16384, 3), (2048, 4)):
         put_results(tmp_path / "results/tedlium", f"context-{frames}", frames / 100, errors, segments=True)
-    put_results(tmp_path / "results/earnings22", "context-2048", 20.48, 20)
+    for frames, errors in ((2048, 20), (512, 25)):
+        put_results(tmp_path / "results/earnings22", f"context-{frames}", frames / 100, errors)
     for frames, context, errors in ((2048, 20.48, 4), (2048, 0.0, 30), (16384, 20.48, 5)):
         put_results(tmp_path / "cross/tedlium", f"context-{frames}", context, errors)
     done = subprocess.run(
@@ -137,6 +138,7 @@ def test_the_tables_are_in_the_order_of_contexts_and_leave_blank_what_is_not_the
     own = """\
 | Frames | Context | TED-LIUM test | TED-LIUM test, by segments | Earnings-22, 6-call test |
 | --- | --- | --- | --- | --- |
+| 512 | 5.12 s |  |  | 25.00% (25.0% to 25.0%) |
 | 2,048 | 20.5 s | 4.00% (4.0% to 4.0%) | 4.00% (4.0% to 4.0%) | 20.00% (20.0% to 20.0%) |
 | 16,384 | 2.73 min | 3.00% (3.0% to 3.0%) | 3.00% (3.0% to 3.0%) |  |
 """
@@ -148,6 +150,9 @@ def test_the_tables_are_in_the_order_of_contexts_and_leave_blank_what_is_not_the
 """
     table = (tmp_path / "table.md").read_text()
     assert own in table and cross in table and "Decoding: buffered, overlap 0.25, greedy.\n" in table
+    with open(tmp_path / "table.csv") as file:
+        counts = [(row["num_errors"], row["num_words"]) for row in csv.DictReader(file)]
+    assert counts == [(str(errors), "100") for errors in (4, 4, 3, 3, 25, 20, 30, 4, 5)]
 
 
 # --- with stand-ins for the programs that it starts
