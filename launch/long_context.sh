@@ -300,11 +300,13 @@ evaluate_on() { # SET ARGUMENTS...
 
 # With curves: report/SET/report.html puts the models side by side, each difference with its significance.
 table() {
-    local name
+    local name models_of
     for name in "${test_sets[@]}"; do
         if [ -d "$folder/results/$name" ]; then
             headline "Comparison: $name"
-            "$PYTHON" compare.py --results "$folder/results/$name" --out "$folder/report/$name"
+            # The shortest context first: the others are compared to it.
+            mapfile -t models_of < <(printf '%s\n' "$folder/results/$name"/context-* | sort -V)
+            "$PYTHON" compare.py --results "${models_of[@]}" --out "$folder/report/$name"
         fi
     done
     headline "The table"

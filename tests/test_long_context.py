@@ -255,6 +255,14 @@ def test_a_task_of_an_array_does_its_share(
         assert set(re.findall(r"context-\d+", output)) == set(re.findall(r"context-\d+", expected))
 
 
+def test_models_are_compared_with_that_of_the_shortest_context(repository: Path) -> None:
+    for context in (512, 1024, 131072):
+        put(repository / f"w/results/tedlium/context-{context}/results.json", "")
+    status, output = call(repository, "table")
+    folders = " ".join(f"w/results/tedlium/context-{context}" for context in (512, 1024, 131072))
+    assert status == 0 and f"compare.py --results {folders} --out w/report/tedlium\n" in output
+
+
 def test_a_job_that_is_stopped_is_requeued_and_goes_no_further(repository: Path) -> None:
     (repository / "w/datasets/tedlium-timed/dataset.json").unlink()
     status, output = call(repository, "seed", script="long_context.sbatch", STOPPED="seed", **job())
