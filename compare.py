@@ -10,17 +10,14 @@ there are two contexts or more.
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bestrq.config import ConfigError, parse, run_main
-from bestrq.recognition.comparison import setting_of
+from bestrq.recognition.console import comparison_table
 from bestrq.recognition.pages import CURVE, NUMBERS, write_comparison
 from bestrq.recognition.results import REPORT, find_results, read_results
-from bestrq.recognition.sections import p_text
-from bestrq.recognition.tables import interval, percent, points
 from data.audio_files import find_audio
 from data.errors import DataError
 
@@ -84,23 +81,6 @@ def name_folders(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str
     }
 
 
-def print_table(numbers: Mapping[str, Any]) -> None:
-    """A line an evaluation: rates, and the difference to the first."""
-    systems = numbers["systems"]
-    compared = {one["system"]: one for one in numbers["comparisons"]}
-    width = max(6, *(len(one["system"]) for one in systems))
-    print(f"{'system':<{width}}{'WER':>9}{'95 %':>16}{'CER':>9}{'to the first':>14}{'95 %':>16}{'p':>9}  setting")
-    for one in systems:
-        total = one["scores"]["all"]
-        line = f"{one['system']:<{width}}{percent(total['wer']):>9}{interval(total['wer_interval']):>16}"
-        line += f"{percent(total['cer']):>9}"
-        other = compared.get(one["system"])
-        wer = (other["wer"] if other else None) or {}
-        line += f"{points(wer['difference']) if wer else '':>14}{interval(wer.get('interval'), signed=True):>16}"
-        line += f"{p_text(other['matched_pairs']['p_value']) if other else '':>9}"
-        print(f"{line}  {setting_of(one)}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, join_lists(sys.argv[1:] if argv is None else argv), description=__doc__)
     systems = name_folders(find_results(config.results), config.names)
@@ -108,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids = [row["id"] for row in read_results(next(iter(systems.values())))["recordings"]]
     audio = {id: path.resolve().as_uri() for id, path in find_audio(config.audio, ids).items()}
     numbers = write_comparison(out, systems, audio, config.resamples, config.title)
-    print_table(numbers)
+    print(comparison_table(numbers))
     written = [name for name in (REPORT, NUMBERS, CURVE) if (out / name).exists()]
     print("wrote " + ", ".join(str(out / name) for name in written))
 

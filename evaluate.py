@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from bestrq.config import ConfigError, parse, run_main
 from bestrq.files import write_file
-from bestrq.recognition import pages, report
+from bestrq.recognition import pages
+from bestrq.recognition.console import comparison_table, rates_table
 from bestrq.recognition.decoders import Decoder, decode_recordings
 from bestrq.recognition.inference import Source
 from bestrq.recognition.results import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
@@ -185,7 +186,7 @@ def evaluate_cell(
         results, transcripts = read_results(folder), read_transcripts(folder)
         write_formats(folder, transcripts, config)
         pages.write_cell_page(folder, results, transcripts, audio)
-        print_table(results)
+        print(rates_table(results))
         print(f"results: {folder / RESULTS}, {folder / TABLE}; report: {folder / REPORT}", flush=True)
     world.barrier()
 
@@ -311,19 +312,8 @@ def report_grid(cells: Sequence[Cell], out: Path, audio: Mapping[str, str], conf
         return
     names = {cell.name for cell in cells}
     systems = {cell.label if len(names) == 1 else f"{cell.name}, {cell.label}": out / cell.folder for cell in cells}
-    pages.write_comparison(out, systems, audio, config.resamples)
-    print(f"\nall {len(cells)} evaluations: {out / REPORT}")
-
-
-def print_table(results: Mapping[str, Any]) -> None:
-    """Rates in percent, with 95 % intervals; by segments, too, where there are any."""
-    print(f"{'language':<12}{'recordings':>11}{'minutes':>9}{'WER':>9}{'95 %':>16}{'CER':>9}{'95 %':>16}")
-    segments = {"by segments": results["segments"]["all"]} if results["segments"] else {}
-    for language, one in (results["scores"] | segments).items():
-        rates = "".join(
-            f"{report.percent(one[rate]):>9}{report.interval(one[f'{rate}_interval']):>16}" for rate in ("wer", "cer")
-        )
-        print(f"{language or '-':<12}{one['num_recordings']:>11,}{one['seconds'] / 60:>9.1f}{rates}")
+    numbers = pages.write_comparison(out, systems, audio, config.resamples)
+    print(f"\n{comparison_table(numbers)}\nall {len(cells)} evaluations: {out / REPORT}")
 
 
 def main() -> None:

@@ -16,9 +16,7 @@ from typing import Any
 
 from bestrq.files import write_file
 from bestrq.recognition.scoring import align_words
-from bestrq.recognition.tables import LANGUAGES
-from bestrq.recognition.tables import interval as interval
-from bestrq.recognition.tables import percent as percent
+from bestrq.recognition.tables import LANGUAGES, percent
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="ascii")
 SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="ascii")
