@@ -39,6 +39,8 @@ TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers
 TINY_CORPUS = "--languages en --train_hours 0.02 --dev_utterances 2 --test_utterances 2 --test_long_recordings 0"
 TWO_PROCESSES = {"--nproc-per-node 8": "--nproc-per-node 2"}
 
+LONG_CONTEXT = "tests/test_long_context.py runs it, on corpora of a few seconds"
+
 COMMANDS: dict[str, Run | Elsewhere] = {
     "bash launch/quickstart.sh": Run("--tiny"),
     "bash launch/quickstart.sh --corpus fillets": Elsewhere("fetches 100 MB; tests/test_corpora.py reads a small copy"),
@@ -59,6 +61,12 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python language_model.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out lm.arpa": Run(),
     "python evaluate.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out results/rnnt "
     "--decoder.beam 4 --decoder.language_model lm.arpa": Run("--device cpu"),
+    "python compare.py --results results/base results/rnnt --out results/compare": Run("--resamples 100"),
+    "python evaluate.py --export runs/base-120m-ctc/export --data.dataset datasets/train --out results/sweep "
+    "--grid.contexts '[5, 20, 80, 0]'": Run("--device cpu", {"[5, 20, 80, 0]": "[5, 0]"}),
+    "bash launch/long_context.sh prepare --tedlium DIR --earnings22 DIR": Elsewhere(LONG_CONTEXT),
+    "bash launch/long_context.sh train": Elsewhere(LONG_CONTEXT),
+    "bash launch/long_context.sh evaluate": Elsewhere(LONG_CONTEXT),
     "python transcribe.py --export runs/base-120m-rnnt/export --audio talks --out transcripts "
     "--formats txt,json,srt": Run("--device cpu", {"talks": SPEECH_FOLDER}),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
