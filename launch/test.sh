@@ -4,6 +4,7 @@
 #   bash launch/test.sh                      everything
 #   bash launch/test.sh -m "not slurm"       without the SLURM cluster
 #   bash launch/test.sh tests/test_order.py  one file
+#   bash launch/test.sh -n 0 -s -k stream    in one process, with what the tests print
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,5 +29,7 @@ check ruff format --check .
 check mypy
 # One thread a process: the tests run small models, many in two processes, and are repeatable with a fixed number.
 export OMP_NUM_THREADS=1
+# Files are shared out among as many processes as there are cores, in the order of tests/conftest.py.
+processes=(-n "$(nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 printf '== pytest %s\n' "$*"
-exec .venv/bin/python -m pytest --durations=15 "$@" # last, so that its summary closes the output
+exec .venv/bin/python -m pytest "${processes[@]}" --durations=15 "$@" # last, so that its summary closes the output

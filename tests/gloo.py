@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from bestrq.training.process import DistributedSettings, World, start_world
+from tests.ports import free_port
 
 
 def run_distributed(
@@ -29,9 +29,7 @@ def run_distributed(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bestrq.training.checkpoint", "bestrq.training.update"])  # torch is imported once
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_port
+
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
 CONFIG = """
@@ -53,14 +55,6 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
-
-
 @dataclass
 class Cluster:
     """Two nodes of two CPUs each. Its commands run in `env`."""
@@ -102,7 +96,7 @@ def log_tails(folder: Path) -> str:
 def running_cluster(folder: Path, **job_environment: str) -> Iterator[Cluster]:
     """Start the daemons in `folder`, yield the cluster, cancel its jobs and stop the daemons."""
     host = socket.gethostname().split(".")[0]
-    ports = free_ports(1 + len(NODES))
+    ports = [free_port() for _ in range(1 + len(NODES))]
     config = folder / "slurm.conf"
     nodes = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 State=UNKNOWN"
