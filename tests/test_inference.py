@@ -70,6 +70,19 @@ def test_windows_write_every_encoder_frame_once(num_frames: int, context: int, o
         assert window.start // factor <= window.keep_start < window.keep_stop <= -(-window.stop // factor)
 
 
+def test_every_frame_is_kept_once_at_all_lengths_modulo_window_hop_and_stride() -> None:
+    for factor in (1, 3, 4):
+        for size in range(1, 8):
+            for hop in range(1, size + 1):
+                for num_frames in range(1, 3 * size * factor + 1):
+                    windows = plan_windows(num_frames, size * factor, 1 - hop / size, factor)
+                    kept = [t for window in windows for t in range(window.keep_start, window.keep_stop)]
+                    assert kept == list(range(-(-num_frames // factor)))
+                    assert all(
+                        w.start <= factor * w.keep_start and factor * (w.keep_stop - 1) < w.stop for w in windows
+                    )
+
+
 def test_windows_keep_their_centre_and_the_last_one_is_full() -> None:
     windows = plan_windows(num_frames=990, context=160, overlap=0.25, factor=4)
     # 40 encoder frames a window, 30 kept, 5 dropped at each side; 248 frames in all, the last one of 2 mel frames.

@@ -129,24 +129,33 @@ def test_a_model_without_context_gives_the_same_in_all_modes(num_frames: int, co
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_every_window_has_the_same_weight() -> None:
-    """Each window gives all of its frames to a label of its own, so that the averages are the weights."""
-    lengths, context = 100 * FACTOR, 8 * FACTOR
-    windows = plan_windows(lengths, context, 0.75, FACTOR)
-    average = RunningAverage()
-    parts = []
+def weights_of_windows(total: int, size: int, overlap: float) -> Tensor:
+    """What share of a frame comes from which window, float64 `[total, windows]`.
+
+    Each window gives all of its frames to a label of its own, so that the averages are the weights.
+    """
+    windows = plan_windows(total * FACTOR, size * FACTOR, overlap, FACTOR)
+    average, parts = RunningAverage(), []
     for number, (window, following) in enumerate(zip(windows, [*windows[1:], None], strict=True)):
         outputs = torch.full(((window.stop - window.start) // FACTOR, len(windows)), -torch.inf, dtype=torch.float64)
         outputs[:, number] = 0.0
         finished = len(outputs) if following is None else (following.start - window.start) // FACTOR
         parts.append(average.add(outputs, finished))
-    weights = torch.cat(parts).exp()
-    for t, row in enumerate(weights):
-        covering = [n for n, w in enumerate(windows) if w.start <= t * FACTOR < w.stop]
-        expected = torch.zeros(len(windows), dtype=torch.float64)
-        expected[covering] = 1 / len(covering)
-        torch.testing.assert_close(row, expected, rtol=0, atol=1e-12)
-    assert len(weights) == 100 and average.log_sum is not None and len(average.log_sum) == 0
+    assert average.log_sum is not None and len(average.log_sum) == 0
+    return torch.cat(parts).exp()
+
+
+def test_every_window_has_the_same_weight_at_all_lengths_modulo_window_and_hop() -> None:
+    for size in range(1, 8):
+        for hop in range(1, size + 1):
+            for total in range(1, 3 * size + 1):
+                covered = torch.zeros(total, total, dtype=torch.float64)
+                spans = plain_windows(total, size, hop) if total > size else [(0, total)]
+                for number, (start, stop) in enumerate(spans):
+                    covered[start:stop, number] = 1.0
+                expected = covered[:, : len(spans)] / covered.sum(dim=1, keepdim=True)
+                found = weights_of_windows(total, size, 1 - hop / size)
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_an_average_of_certainties_stays_a_number() -> None:

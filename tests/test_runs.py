@@ -159,26 +159,39 @@ def run_in_world(world, script: str, options: list[str]) -> None:
     module.train(parse(module.Config, options))
 
 
+NO_DROPOUT = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
+NOT_FROZEN = "--finetune.freeze_encoder_steps=0"
+EXACT = {
+    "pretrain": [*NO_DROPOUT, "--run.steps=10"],
+    "finetune_ctc": [*NO_DROPOUT, "--run.steps=10", NOT_FROZEN],
+    "finetune_rnnt": [*NO_DROPOUT, "--run.steps=10", NOT_FROZEN, "--transducer.dropout=0"],
+}
+
+
+@pytest.fixture(scope="module")
+def without_dropout(dataset, tmp_path_factory) -> dict[str, Path]:
+    """Runs of one process without accumulation."""
+    folders = {script: tmp_path_factory.mktemp("exact") / script for script in SCRIPTS}
+    for script, folder in folders.items():
+        run(script, dataset, folder, *EXACT[script])
+    return folders
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("world_size", "more"),
     [(1, ["--accumulation=4"]), (2, []), (2, ["--distributed.strategy=fsdp"]), (2, ["--accumulation=2"])],
     ids=["accumulation", "ddp", "fsdp", "ddp and accumulation"],
 )
-def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(script, world_size, more, dataset, tmp_path):
+def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(
+    script, world_size, more, dataset, without_dropout, tmp_path
+):
     """Losses of ten updates agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
-    no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0", "--run.steps=10"]
-    if script != "pretrain":
-        no_dropout.append("--finetune.freeze_encoder_steps=0")
-    if script == "finetune_rnnt":
-        no_dropout.append("--transducer.dropout=0")
-    reference, folder = tmp_path / "one", tmp_path / "spread"
-    run(script, dataset, reference, *no_dropout)
-    options = arguments(script, dataset, folder, *no_dropout, *more)
+    reference, folder = without_dropout[script], tmp_path / "spread"
     if world_size == 1:
-        run(script, dataset, folder, *no_dropout, *more)
+        run(script, dataset, folder, *EXACT[script], *more)
     else:
-        run_distributed(run_in_world, world_size, script, options)
+        run_distributed(run_in_world, world_size, script, arguments(script, dataset, folder, *EXACT[script], *more))
     assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
     ours, theirs = final_weights(folder, 10), final_weights(reference, 10)
     for name in theirs:
@@ -196,13 +209,12 @@ def test_fsdp_in_bfloat16_trains_and_validates(script, dataset, tmp_path):
 
 
 def test_a_run_continues_in_another_world_with_the_same_batches(dataset, undisturbed, tmp_path, monkeypatch):
-    no_dropout = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
     reference, folder = tmp_path / "one", tmp_path / "moved"
-    run("pretrain", dataset, reference, *no_dropout)
+    run("pretrain", dataset, reference, *NO_DROPOUT)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        run("pretrain", dataset, folder, *no_dropout)
-    options = arguments("pretrain", dataset, folder, *no_dropout, "--distributed.strategy=fsdp")
+        run("pretrain", dataset, folder, *NO_DROPOUT)
+    options = arguments("pretrain", dataset, folder, *NO_DROPOUT, "--distributed.strategy=fsdp")
     run_distributed(run_in_world, 2, "pretrain", options)
     assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
     states = [json.loads((f / "checkpoints/step-00000005/state.json").read_text()) for f in (reference, folder)]
