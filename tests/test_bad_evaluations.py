@@ -198,14 +198,14 @@ def test_features_that_are_no_numbers_name_the_recording_and_what_is_done_is_kep
 
 @pytest.mark.parametrize(("field", "value"), [
     ("num_mels", 40), ("window_ms", 20.0), ("hop_ms", 8.0), ("n_fft", 1024), ("low_hz", 60.0), ("high_hz", 7600.0),
-    ("mel_scale", "slaney"), ("log_floor", 1e-5), ("channels", "first"), ("standardized", True), ("sample_rate", 32000),
+    ("mel_scale", "slaney"), ("log_floor", 1e-5), ("channels", "first"), ("standardized", True), ("sample_rate", 18000),
 ])  # fmt: skip
 def test_an_export_with_other_features_is_refused_by_the_name_of_the_field(
     field: str, value: Any, tmp_path: Path
 ) -> None:
     other = make_export(tmp_path, **{field: value})
     dataset = make_dataset(tmp_path / "data", [(Recording("a", "ana"), noise(50))])
-    with pytest.raises(ConfigError, match=f"{field}: {value} != "):
+    with pytest.raises(ConfigError, match=f"{field}: {value!r} != "):
         evaluate(other, dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
