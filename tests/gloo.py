@@ -28,7 +28,8 @@ def run_distributed(
     `timeout` seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bestrq.training.checkpoint", "bestrq.training.update"])  # torch is imported once
+    # What tests import is imported once, and not by every process of every test.
+    context.set_forkserver_preload(["pretrain", "finetune_ctc", "finetune_rnnt", "evaluate", "pytest"])
     port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):

@@ -86,7 +86,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "--systems --preset base-120m --workload equal --layers 1 --seconds-of-audio 10 --batch-seconds 10 --repeats 1"
     ),
     "python -m benchmarks.context_cost": Run(
-        "--preset quickstart --layers 1 --systems window full --durations 2 4 --batch-seconds 4 --repeats 1"
+        "--preset quickstart --layers 1 --systems window full --durations 2 --batch-seconds 4 --repeats 1"
     ),
     "python -m benchmarks.activation_memory": Run("--preset quickstart --layers 1 --shapes 1x2 --repeats 1"),
     "python -m benchmarks.rnnt_loss": Run(
