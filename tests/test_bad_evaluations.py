@@ -120,6 +120,7 @@ def test_a_language_without_rules_of_its_own_gets_the_general_ones_and_the_repor
     assert results["normalisers"]["unicode"]["languages"] == ["", "cy"]
     note = "no rules of their own, so the general ones: not given, cy"
     assert results["normalisers"]["unicode"]["note"] == note
+    assert note in (tmp_path / "out/report.html").read_text()
     assert "note" not in results["normalisers"]["whisper-english"]
 
 
