@@ -163,7 +163,7 @@ def evaluate_cell(
         mine = share_out(left, dataset.frames, world)
         decoded = decode(recogniser, decoder, dataset, mine, cell, world, folder)
         seconds = world.max(time.perf_counter() - begin)
-        megabytes = world.max(peak.megabytes() or 0.0)
+        megabytes = world.max(peak.megabytes())
         lines = done | {id: line for part in gather_json(world, decoded) for id, line in part.items()}
         if world.is_main:
             heard = {id: transcript_of(line) for id, line in lines.items()}
@@ -262,13 +262,13 @@ def gather_json(world: World, value: Any) -> list[Any]:
 
 
 def cost_of(audio: float, seconds: float, megabytes: float, world: World) -> dict[str, Any]:
-    """What decoding took: seconds of audio and of time, MB above what was there before (0 where it is not known)."""
+    """What decoding took: seconds of audio and of time, MB above what was there before (negative: not known)."""
     return {
         "audio_seconds": audio,
         "seconds": seconds,
         "audio_seconds_per_second": audio / seconds,
         "real_time_factor": seconds / audio if audio else None,
-        "peak_mb": megabytes or None,
+        "peak_mb": megabytes if megabytes >= 0 else None,
         "device": world.device.type,
         "world_size": world.size,
     }

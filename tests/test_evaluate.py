@@ -122,7 +122,7 @@ def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp
         row[f"word_{name}"] for row in long for name in kinds.values()
     )
     cost = results["decoding"]
-    assert cost["peak_mb"] > 0 and cost["real_time_factor"] * cost["audio_seconds_per_second"] == pytest.approx(1)
+    assert cost["peak_mb"] >= 0 and cost["real_time_factor"] * cost["audio_seconds_per_second"] == pytest.approx(1)
 
 
 def test_transcripts_come_in_the_formats_asked_for_even_afterwards(

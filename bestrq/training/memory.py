@@ -42,10 +42,10 @@ class PeakMemory:
         except OSError:  # another system, or a container that hides it: the figure is left out
             return
 
-    def megabytes(self) -> float | None:
-        """None where it is not known."""
+    def megabytes(self) -> float:
+        """-1 where it is not known."""
         if self.before is None:
-            return None
+            return -1.0
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes("VmHWM")
-        return (peak - self.before) / 1e6
+        return max(0.0, (peak - self.before) / 1e6)
