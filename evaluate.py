@@ -19,12 +19,14 @@ report.html, report.json and curve.svg of all of them. A row of each evaluation 
 import csv
 import fcntl
 import functools
+import hashlib
 import io
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -49,7 +51,7 @@ from data.audio_files import find_audio
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
-from evaluation import Cell, Config, DataSettings, cells_of, in_folders, key_of, try_cell
+from evaluation import Cell, Config, DataSettings, cells_of, in_folders, try_cell, with_keys
 from evaluation_results import (
     Evaluated,
     describe,
@@ -121,10 +123,7 @@ def prepare(path: str, config: Config, dataset: Dataset, world: World) -> list[C
         tried = recogniser if cell.encoder == EncoderChanges() else load_recogniser(export, cell.encoder)
         try_cell(cell, tried, make_decoder(tried, cell.decoder, path))
     export_hash = world.broadcast(hash_of_export(export) if world.is_main else None)
-    fingerprint = dataset.fingerprint
-    return [
-        replace(cell, export_hash=export_hash, key=key_of(cell, config, export_hash, fingerprint)) for cell in cells
-    ]
+    return [with_keys(cell, config, export_hash, dataset.fingerprint) for cell in cells]
 
 
 def check_features(features: FeatureSettings, dataset: Dataset, config: Config) -> None:
@@ -138,8 +137,11 @@ def check_features(features: FeatureSettings, dataset: Dataset, config: Config) 
 
 @functools.lru_cache(maxsize=1)  # the next cell is mostly of the same model
 def load(export: str, export_hash: str, changes: EncoderChanges) -> Recogniser:
-    """A model, ready to decode. Its hash tells it from another one that came to be in the same folder."""
-    return load_recogniser(read_export(export), changes)
+    """A model, ready to decode. Raises ConfigError where it is not the one that was there at the start."""
+    read = read_export(export)
+    if hash_of_export(read) != export_hash:  # a training that goes on writes a better one
+        raise ConfigError(f"{export} has changed since this evaluation began: start it again, or evaluate a copy")
+    return load_recogniser(read, changes)
 
 
 def evaluate_cell(
@@ -155,18 +157,23 @@ def evaluate_cell(
     if not world.broadcast(is_finished(folder, cell.key) if world.is_main else None):
         recogniser = load(cell.export, cell.export_hash, cell.encoder)
         decoder = make_decoder(recogniser, cell.decoder, cell.export)
-        done = world.broadcast(collect_partial(folder, cell.key) if world.is_main else None)
-        left = [i for i in recordings if dataset.id(i) not in done]
-        if done and world.is_main:
-            print(f"going on: {len(done)} of {len(recordings)} recordings are decoded already")
+        recogniser.model.to(world.device)
+        try_cell(cell, recogniser, decoder, world.device)  # once, so that what comes with a first time is not measured
+        # References or the bootstrap may have changed since: then it is scored anew, and not decoded.
+        earlier = earlier_results(folder, cell.decode_key) if world.is_main else None
+        done = collect_done(folder, cell.decode_key, earlier is not None) if world.is_main else {}
+        there = set(world.broadcast(list(done)))
+        left = [i for i in recordings if dataset.id(i) not in there]
+        if there and world.is_main:
+            print(f"going on: {len(recordings) - len(left)} of {len(recordings)} recordings are decoded already")
         peak, begin = PeakMemory(world.device), time.perf_counter()
         mine = share_out(left, dataset.frames, world)
         decoded = decode(recogniser, decoder, dataset, mine, cell, world, folder)
         seconds = world.max(time.perf_counter() - begin)
         megabytes = world.max(peak.megabytes())
-        lines = done | {id: line for part in gather_json(world, decoded) for id, line in part.items()}
+        parts = gather_json(world, decoded)
         if world.is_main:
-            heard = {id: transcript_of(line) for id, line in lines.items()}
+            heard = {id: transcript_of(line) for part in (done, *parts) for id, line in part.items()}
             stride, rate = recogniser.model.encoder.settings.stride, dataset.features.frames_per_second
             found = [
                 evaluate_recording(
@@ -176,14 +183,19 @@ def evaluate_cell(
                 for i in recordings
             ]  # fmt: skip
             # Of this start alone, so that the speed is right after a stop, too.
-            cost = cost_of(sum(int(dataset.frames[i]) for i in left) / rate, seconds, megabytes, world)
-            results = describe(config, cell, decoder.description, dataset, found, cost)
-            write_results(folder, results, found)
-            append_row(Path(config.out).resolve().parent / "rows.jsonl", row_of(results))
+            audio_seconds = sum(int(dataset.frames[i]) for i in left) / rate
+            cost = cost_of(audio_seconds, seconds, megabytes, world)
+            if earlier and not left:
+                cost = earlier["decoding"]
+            write_results(folder, describe(config, cell, decoder.description, dataset, found, cost), found)
     elif world.is_main:
         print(f"{folder / RESULTS} holds this evaluation already; remove it to evaluate again")
     if world.is_main:
         results, transcripts = read_results(folder), read_transcripts(folder)
+        if results["name"] != cell.name:  # a name decides nothing, so what is finished may have had another one
+            results["name"] = cell.name
+            write_file(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+        keep_row(Path(config.out).resolve().parent / "rows.jsonl", row_of(results))
         write_formats(folder, transcripts, config)
         pages.write_cell_page(folder, results, transcripts, audio)
         print(rates_table(results))
@@ -200,9 +212,21 @@ def is_finished(folder: Path, key: str) -> bool:
     return isinstance(results, dict) and results.get("key") == key and (folder / TRANSCRIPTS).exists()
 
 
-def collect_partial(folder: Path, key: str) -> dict[str, Any]:
+def earlier_results(folder: Path, decode_key: str) -> dict[str, Any] | None:
+    """Those in the folder, where the same was heard; None where there are none."""
+    with suppress(ConfigError):
+        results = read_results(folder)
+        if results.get("decode_key") == decode_key and (folder / TRANSCRIPTS).exists():
+            return results
+    return None
+
+
+def collect_done(folder: Path, decode_key: str, with_results: bool) -> dict[str, Any]:
     """What earlier starts have decoded, by recording; rank 0 puts it into one file and drops what is of no use."""
     done: dict[str, Any] = {}
+    if with_results:
+        kept = ("id", "seconds", "text", "words")
+        done = {line["id"]: {name: line[name] for name in kept} for line in read_transcripts(folder)}
     files = sorted(folder.glob("partial-*.jsonl"))
     for path in files:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -210,9 +234,9 @@ def collect_partial(folder: Path, key: str) -> dict[str, Any]:
                 entry = json.loads(line)
             except ValueError:  # the line that was being written when the process was stopped
                 continue
-            if isinstance(entry, dict) and entry.get("key") == key:
+            if isinstance(entry, dict) and entry.get("key") == decode_key:
                 done[entry["id"]] = entry
-    lines = (json.dumps(entry) + "\n" for entry in done.values())
+    lines = (json.dumps({**entry, "key": decode_key}) + "\n" for entry in done.values())
     write_file(folder / "partial-00000.jsonl", "".join(lines))
     for path in files:
         if path.name != "partial-00000.jsonl":
@@ -225,7 +249,6 @@ def decode(
 ) -> dict[str, Any]:
     """Transcripts of this rank's recordings by id, each appended to a file as soon as it is there."""
     rate, stride = dataset.features.frames_per_second, recogniser.model.encoder.settings.stride
-    recogniser.model.to(world.device)
     sources = [
         Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or (), dataset.id(i))
         for i in mine
@@ -243,14 +266,14 @@ def decode(
         for index, tokens in found:
             source = sources[index]
             line = line_of(timed_transcript(recogniser, source.name, source.num_frames, tokens))
-            file.write(json.dumps({"key": cell.key, **line}) + "\n")
+            file.write(json.dumps({"key": cell.decode_key, **line}) + "\n")
             decoded[source.name] = line
             bar.update(round(source.num_frames / rate))
     return decoded
 
 
 def gather_json(world: World, value: Any) -> list[Any]:
-    """Every rank's JSON-able value, in the order of ranks, on all ranks."""
+    """Every rank's JSON-able value, in the order of ranks, on rank 0; nothing on the others."""
     if world.size == 1:
         return [value]
     content = json.dumps(value).encode()
@@ -258,7 +281,8 @@ def gather_json(world: World, value: Any) -> list[Any]:
     # Each rank fills its own row of zeros, so the sum over ranks is all rows: bytes of JSON, no pickle.
     rows = torch.zeros(world.size, longest, dtype=torch.uint8, device=world.device)
     rows[world.rank, : len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in world.sum(rows).cpu()]
+    rows = world.sum(rows)
+    return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in rows.cpu()] if world.is_main else []
 
 
 def cost_of(audio: float, seconds: float, megabytes: float, world: World) -> dict[str, Any]:
@@ -266,7 +290,7 @@ def cost_of(audio: float, seconds: float, megabytes: float, world: World) -> dic
     return {
         "audio_seconds": audio,
         "seconds": seconds,
-        "audio_seconds_per_second": audio / seconds,
+        "audio_seconds_per_second": audio / seconds if audio else None,
         "real_time_factor": seconds / audio if audio else None,
         "peak_mb": megabytes if megabytes >= 0 else None,
         "device": world.device.type,
@@ -287,21 +311,35 @@ def write_results(folder: Path, results: dict[str, Any], found: Sequence[Evaluat
         path.unlink()
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """One line more; the tasks of a job array take turns."""
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+def keep_row(path: Path, row: Mapping[str, Any]) -> None:
+    """One line more, unless it is there; the tasks of a job array take turns. Results do not depend on it."""
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            with suppress(OSError):  # some shared file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if not any(f'"key": "{row["key"]}"' in line for line in file):
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        print(f"note: no row is kept in {path}: {error}", file=sys.stderr)
 
 
 def write_formats(folder: Path, transcripts: Sequence[Mapping[str, Any]], config: Config) -> None:
-    """The transcripts of every recording in the formats asked for. What a file name cannot hold is percent-encoded."""
+    """The transcripts of every recording in the formats asked for."""
     heard: list[TimedTranscript] = [transcript_of(line) for line in transcripts if config.format_names]
     for one in heard:
         for form in config.format_names:
-            path = folder / "transcripts" / f"{quote(one.id, safe=' ')}.{form}"
+            path = folder / "transcripts" / f"{file_name(one.id)}.{form}"
             path.parent.mkdir(exist_ok=True)
             write_file(path, WRITERS[form](one, SubtitleSettings()))
+
+
+def file_name(id: str) -> str:
+    """What a recording's files are called: its id, but for what a name cannot hold; a long one ends in its hash."""
+    name = "".join(c if c.isprintable() and c not in "/\\%" else quote(c, safe="") for c in id)
+    if len(name.encode()) <= 200 and name not in (".", ".."):
+        return name
+    return name.encode()[:150].decode(errors="ignore") + "-" + hashlib.sha256(id.encode()).hexdigest()[:16]
 
 
 def report_grid(cells: Sequence[Cell], out: Path, audio: Mapping[str, str], config: Config) -> None:
@@ -310,15 +348,24 @@ def report_grid(cells: Sequence[Cell], out: Path, audio: Mapping[str, str], conf
     if len(there) < len(cells):
         print(f"\n{len(there)} of {len(cells)} evaluations are there; the last part to be done writes their report")
         return
-    names = {cell.name for cell in cells}
-    systems = {cell.label if len(names) == 1 else f"{cell.name}, {cell.label}": out / cell.folder for cell in cells}
+    names = Counter(cell.name for cell in cells)
+    labels = [cell.label if len(names) == 1 else f"{cell.name}, {cell.label}" for cell in cells]
+    # Two language models of one file name, say.
+    systems = {
+        label if labels.count(label) == 1 else f"{label} ({cell.key[:6]})": out / cell.folder
+        for label, cell in zip(labels, cells, strict=True)
+    }
     numbers = pages.write_comparison(out, systems, audio, config.resamples)
     print(f"\n{comparison_table(numbers)}\nall {len(cells)} evaluations: {out / REPORT}")
 
 
 def main() -> None:
     config = parse(Config, description=__doc__)
-    world = start_world(DistributedSettings(device=config.device, threads=config.threads, precision="float32"))
+    # Who has done his share waits for the others.
+    distributed = DistributedSettings(
+        device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
+    )
+    world = start_world(distributed)
     evaluate(config, world)
     world.close()
 

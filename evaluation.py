@@ -6,25 +6,24 @@ A cell is one way to decode all recordings: a model, a context, an overlap, a mo
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from bestrq.config import ConfigError, from_dict, to_dict
 from bestrq.model.conformer import EncoderSettings
-from bestrq.recognition import results as files
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Mode, Source
+from bestrq.recognition.results import FORMAT_VERSION
 from bestrq.recognition.transcripts import WRITERS
 from bestrq.training.export import Export
 from recogniser import EncoderChanges, Recogniser, hash_of_file
 
 GridMode = Literal[Mode, "windowed"]
-KINDS = {"hit": "=", "substitution": "S", "deletion": "D", "insertion": "I"}
 
 
 @dataclass
@@ -64,6 +63,8 @@ class GridSettings:
     the report of them all"""
 
     def __post_init__(self) -> None:
+        if self.part and not self.is_given:
+            raise ConfigError(f"grid.part = {self.part!r}, but there is no grid: give grid.contexts or another list")
         if self.part and not (re.fullmatch(r"\d+/\d+", self.part) and self._number() < self._count()):
             raise ConfigError(f"grid.part = {self.part!r}: give i/n, i from 0 to n - 1, such as 0/4")
 
@@ -133,8 +134,8 @@ class Config:
 
     @property
     def exports(self) -> list[str]:
-        """Folders of all models."""
-        return list(dict.fromkeys([self.export, *self.grid.exports]))
+        """Folders of all models, each once."""
+        return list({Path(one).resolve(): one for one in [self.export, *self.grid.exports]}.values())
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,11 @@ class Cell:
     inference: InferenceSettings
     encoder: EncoderChanges
     decoder: DecoderSettings
-    key: str = ""
-    """what was decoded under one key may be used under the same one only"""
     export_hash: str = ""
+    decode_key: str = ""
+    """what was decoded under one key may be used under the same one only"""
+    key: str = ""
+    """the same of the results, which depend on the references, too"""
     folder: str = ""
     """of the results, within --out; empty where there is but one"""
 
@@ -168,12 +171,14 @@ class Cell:
 
 
 def decoder_label(decoder: DecoderSettings) -> str:
-    """Such as "greedy", or "beam 8 with language model"."""
-    extras = {"language model": decoder.language_model, "hot words": decoder.hot_words}
-    given = " and ".join(name for name, value in extras.items() if value)
+    """Such as "greedy", or "beam 8, language_model lm.arpa, label_bonus 0.5": all that is not the default."""
     beam = "greedy" if decoder.beam == 1 else f"beam {decoder.beam}"
-    head = "" if decoder.head == "auto" else f"{decoder.head} "
-    return f"{head}{beam}{' with ' if given else ''}{given}"
+    parts = [beam if decoder.head == "auto" else f"{decoder.head} {beam}"]
+    for one in fields(decoder):
+        value = getattr(decoder, one.name)
+        if one.name not in ("beam", "head") and value != one.default:
+            parts.append(f"{one.name} {Path(value).name if isinstance(value, str) else value}")
+    return ", ".join(parts)
 
 
 def cells_of(config: Config, export: Export, frames_per_second: float) -> list[Cell]:
@@ -184,9 +189,8 @@ def cells_of(config: Config, export: Export, frames_per_second: float) -> list[C
     grid = config.grid
     trained = from_dict(EncoderSettings, export.config["encoder"])
     rate = frames_per_second / trained.subsampling_factor  # frames of the first stage, in which a window is told
-    name = config.name or export.path.resolve().parent.name
-    if config.name and len(config.exports) > 1:
-        name = f"{config.name} {export.path.resolve().parent.name}"
+    run = export.path.resolve().parent.name
+    name = run if not config.name else config.name if len(config.exports) == 1 else f"{config.name} {run}"
     cells: dict[Cell, None] = {}
     for mode, context, overlap, decoder in product(
         grid.modes or [config.inference.mode],
@@ -213,44 +217,60 @@ def cells_of(config: Config, export: Export, frames_per_second: float) -> list[C
 
 
 def in_folders(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of a grid, each with a folder of its own, named for what it is; models of one name told apart."""
-    exports = {cell.name: {one.export for one in cells if one.name == cell.name} for cell in cells}
-    renamed = [
-        replace(cell, name="-".join(Path(cell.export).resolve().parts[-3:-1])) if len(exports[cell.name]) > 1 else cell
-        for cell in cells
-    ]
-    taken: dict[str, int] = {}
+    """The cells of a grid, each with a folder of its own: named for what it is, the same in every grid."""
+    names = distinct_names(dict.fromkeys((cell.name, cell.export) for cell in cells))
     placed = []
-    for cell in renamed:
-        folder = re.sub(r"[^\w.-]+", "-", f"{cell.name}-{cell.label}").strip("-.")
-        taken[folder] = taken.get(folder, 0) + 1
-        placed.append(replace(cell, folder=folder if taken[folder] == 1 else f"{folder}-{taken[folder]}"))
+    for cell in cells:
+        run = Path(cell.export).resolve().parent.name
+        folder = re.sub(r"[^\w.-]+", "-", f"{run}-{cell.label}").strip("-.")[:150]
+        name = names[cell.name, cell.export]
+        placed.append(replace(cell, name=name, folder=f"{folder}-{cell.key[:8]}"))
     return placed
 
 
-def key_of(cell: Cell, config: Config, export_hash: str, fingerprint: str) -> str:
-    """Names an evaluation: what was decoded under one key may be used under the same one only.
+def distinct_names(systems: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What systems (name, export) are called so that no two are called the same: with more of their path if need be."""
+    systems = list(systems)
+    found = {}
+    for name, export in systems:
+        others = [Path(other).resolve().parent.parts for same, other in systems if same == name and other != export]
+        parts = Path(export).resolve().parent.parts
+        length = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        found[name, export] = name if not others else "-".join(parts[-max(length, 2) :])
+    return found
 
-    The batch size is not part of it, for outputs do not depend on it; nor where the dataset lies.
+
+def with_keys(cell: Cell, config: Config, export_hash: str, fingerprint: str) -> Cell:
+    """The cell with the keys that name it.
+
+    What decides what is heard: weights, data, inference, encoder, decoder. Not the batch size, for outputs do not
+    depend on it; nor where the dataset lies; nor which other recordings there are. What decides the results: that,
+    which recordings there are, their references, and the bootstrap.
     """
     inference = {name: value for name, value in to_dict(cell.inference).items() if name != "batch_seconds"}
-    selection = {name: value for name, value in to_dict(config.data).items() if name != "dataset"}
     decoder = to_dict(cell.decoder)
     for name in ("language_model", "hot_words"):
         if decoder[name]:
             decoder[name] = hash_of_file(decoder[name])
-    stm = [hash_of_file(path) for path in stm_files(config.stm)]
-    content = [files.FORMAT_VERSION, export_hash, fingerprint, inference, decoder, selection, config.resamples]
-    content += [cell.name, to_dict(cell.encoder), stm]
+    heard = [FORMAT_VERSION, export_hash, fingerprint, inference, decoder, to_dict(cell.encoder)]
+    selection = {name: value for name, value in to_dict(config.data).items() if name != "dataset"}
+    stm = [[path.name, hash_of_file(path)] for path in stm_files(config.stm)]
+    decode_key = _hash(heard)
+    return replace(
+        cell, export_hash=export_hash, decode_key=decode_key, key=_hash([decode_key, selection, config.resamples, stm])
+    )
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def try_cell(cell: Cell, recogniser: Recogniser, decoder: Decoder) -> None:
+def try_cell(cell: Cell, recogniser: Recogniser, decoder: Decoder, device: torch.device | str = "cpu") -> None:
     """Decode two frames of noise, so that what does not go together is an error before any work."""
     stride, rate = recogniser.model.encoder.settings.stride, recogniser.features.frames_per_second
     noise = torch.randn(2 * stride, recogniser.features.num_mels, generator=torch.Generator().manual_seed(0))
     source = Source(len(noise), lambda start, stop: noise[start:stop], name="noise")
-    list(decode_recordings(decoder, [source], cell.inference, stride, rate))
+    list(decode_recordings(decoder, [source], cell.inference, stride, rate, device))
 
 
 def stm_files(stm: str) -> list[Path]:

@@ -41,16 +41,19 @@ KINDS = {"hit": "=", "substitution": "S", "deletion": "D", "insertion": "I"}
 def read_segments(stm: str, ids: Sequence[str]) -> dict[str, list[ReferenceSegment]]:
     """Segments of every recording, in the order of time; empty without an STM.
 
-    A file that holds one recording is that of the recording of its own name, or else of the name within (TED-LIUM has
-    names within that differ from the file's). Raises ConfigError where a recording has none, DataError for bad files.
+    A recording's are those of the file of its name where that holds one recording (in TED-LIUM, names within differ
+    from some files'), or else those with its name in any file. Raises ConfigError where a recording has none,
+    DataError for bad files.
     """
+    by_file: dict[str, list[StmSegment]] = {}
     found: dict[str, list[StmSegment]] = {}
     for path in stm_files(stm):
         segments = read_stm(path)
-        named: dict[str, list[StmSegment]] = {}
         for segment in segments:
-            named.setdefault(segment.recording, []).append(segment)
-        found |= named | ({path.stem: segments} if len(named) == 1 else {})
+            found.setdefault(segment.recording, []).append(segment)
+        if len({segment.recording for segment in segments}) == 1:
+            by_file[path.stem] = segments
+    found |= by_file
     missing = [id for id in ids if id not in found]
     if stm and missing:
         raise ConfigError(
@@ -60,7 +63,7 @@ def read_segments(stm: str, ids: Sequence[str]) -> dict[str, list[ReferenceSegme
     return {
         id: [
             ReferenceSegment(one.start, one.end, plain_text(one.text), one.speaker, one.ignored, one.channel)
-            for one in found[id]
+            for one in sorted(found[id], key=lambda one: (one.start, one.end))
         ]
         for id in (ids if stm else ())
     }
@@ -113,12 +116,20 @@ def evaluate_recording(
         text = " ".join(one.text for one in segments if not one.ignored)
         score = score_as_whole(id, segments, heard.words, language, seconds)
         parts = score_by_segments(id, segments, heard.words, language, seconds)
-    # Words with times tell best when an error was; where they are not the transcript, its words are placed by what was
-    # heard beside them.
+    # When was an error? Words with times tell best, then segments; without either a word is placed by what was heard
+    # beside it.
     said = [TimedWord(one.word, one.start, one.end) for one in dataset.words(recording) or ()]
-    is_timed = " ".join(one.word for one in said) == text
+    if " ".join(one.word for one in said) != text:
+        said = [word for one in segments or () if not one.ignored for word in spread_words(one)]
     words = words_outside_ignored(segments or (), heard.words)
-    return Evaluated(heard, score, parts, align_timed(said if is_timed else text, words, language), edges)
+    return Evaluated(heard, score, parts, align_timed(said or text, words, language, seconds), edges)
+
+
+def spread_words(segment: ReferenceSegment) -> list[TimedWord]:
+    """The words of a segment, evenly over its time."""
+    words = segment.text.split()
+    width = (segment.end - segment.start) / max(len(words), 1)
+    return [TimedWord(w, segment.start + k * width, segment.start + (k + 1) * width) for k, w in enumerate(words)]
 
 
 def window_edges(num_frames: int, cell: Cell, stride: int, frames_per_second: float) -> list[float]:
@@ -147,6 +158,7 @@ def describe(
     return {
         "format_version": FORMAT_VERSION,
         "key": cell.key,
+        "decode_key": cell.decode_key,
         "name": cell.name,
         "label": cell.label,
         "context_seconds": cell.context_seconds,
@@ -185,8 +197,8 @@ def summaries(scores: Mapping[str, CorpusScore]) -> dict[str, Any]:
 def row_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The line of rows.jsonl: what was evaluated, how, and what came out; no texts."""
     kept = (
-        "name", "label", "context_seconds", "export", "export_hash", "dataset", "inference", "encoder", "decoder",
-        "command", "versions", "decoding",
+        "key", "name", "label", "context_seconds", "export", "export_hash", "dataset", "inference", "encoder",
+        "decoder", "command", "versions", "decoding",
     )  # fmt: skip
     return {"time": datetime.now(UTC).isoformat(timespec="seconds")} | {
         **{name: results[name] for name in kept},

@@ -64,7 +64,7 @@ def audio_file(path: Path, name: str, key: str) -> AudioFile:
 def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
     """The audio file of each recording that has one: named as its id, at any depth of the folder, or by its path there.
 
-    Raises DataError where the folder is not one, or holds none of them; empty without a folder.
+    Raises DataError where the folder is not one, holds none of them, or several of one name; empty without a folder.
     """
     if not folder:
         return {}
@@ -72,9 +72,13 @@ def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
     if not root.is_dir():
         raise DataError(f"audio = {folder}: there is no such folder")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    names = {path.stem: path for path in paths} | {
-        path.relative_to(root).with_suffix("").as_posix(): path for path in paths
-    }
+    by_path = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
+    stems = Counter(path.stem for path in paths)
+    if twice := [id for id in ids if stems[id] > 1 and id not in by_path]:
+        raise DataError(
+            f"audio = {folder}: {stems[twice[0]]} audio files there are named {twice[0]!r}: keep one of them"
+        )
+    names = {path.stem: path for path in paths} | by_path
     found = {id: names[id] for id in ids if id in names}
     if not found:
         raise DataError(f"audio = {folder}: no audio file there is named as a recording, such as {ids[0]!r}")

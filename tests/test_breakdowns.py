@@ -112,5 +112,8 @@ def test_a_reference_without_times_takes_those_of_what_was_heard() -> None:
     assert times == sorted(times) and (times[0], times[-1]) == (11.0, 15.0)
     spread = align_timed("a b c d", timed("a d", start=10.0, step=2.0), "nl")
     assert [word.time for word in spread] == pytest.approx([11.0, 11 + 2 / 3, 12 + 1 / 3, 13.0])
-    assert [word.time for word in align_timed("a b", [], "nl")] == [0.0, 0.0]
+    # What was not heard at all lies between what was and the ends of the recording.
+    assert [word.time for word in align_timed("a b c", [], "nl", 8.0)] == [2.0, 4.0, 6.0]
+    tail = align_timed("a b c d", timed("a b", step=2.0), "nl", 9.0)
+    assert [word.time for word in tail] == [1.0, 3.0, 5.0, 7.0]
     assert align_timed("", timed("a"), "nl")[0].kind == "insertion"

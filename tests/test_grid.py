@@ -19,7 +19,7 @@ from data.audio_files import find_audio
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.shards import open_dataset
-from evaluation import GridSettings
+from evaluation import GridSettings, distinct_names
 from evaluation_results import read_segments
 from recogniser import EncoderChanges
 from tests.test_evaluate import make_export
@@ -81,7 +81,8 @@ def test_every_combination_is_evaluated_once_and_is_what_it_would_be_alone(
         alike = cells[row["label"]]
         assert row["scores"] == alike["scores"]["all"] and row["export_hash"] == alike["export_hash"]
         assert row["dataset"]["fingerprint"] == open_dataset(setup.data.dataset).fingerprint and row["command"]
-    assert f"all {len(expected)} evaluations" in capsys.readouterr().out and (out / "report.json").exists()
+    assert f"all {len(expected)} evaluations" in capsys.readouterr().out
+    assert len(json.loads((out / "report.json").read_text())["systems"]) == len(expected)
 
     alone = tmp_path / "alone"
     inference = replace(setup.inference, mode="averaged", overlap=0.5)
@@ -105,27 +106,82 @@ def test_a_larger_grid_decodes_what_is_new_alone(setup: script.Config, tmp_path:
     assert [one.context_seconds for one in decoded] == [3.0]
 
 
-def test_a_key_names_all_that_decides_the_outcome_and_nothing_else(setup: script.Config, tmp_path: Path) -> None:
+def test_keys_name_all_that_decides_the_outcome_and_nothing_else(setup: script.Config, tmp_path: Path) -> None:
     for name, content in (("a.stm", "a 1 x 0 1 ana"), ("b.stm", "a 1 x 0 1 bela"), ("words", "ana")):
         (tmp_path / name).write_text(content)
     [cell] = script.cells_of(setup, read_export(setup.export), 100.0)
     beam = replace(cell, decoder=DecoderSettings(beam=2))
     hot = replace(cell, decoder=DecoderSettings(beam=2, hot_words=str(tmp_path / "words")))
     inference = {"context_seconds": 3.0, "overlap": 0.5, "mode": "averaged", "precision": "bfloat16"}
-    cells = [cell, beam, hot, replace(cell, name="other"), replace(cell, encoder=EncoderChanges(mask="causal"))]
+    cells = [cell, beam, hot, replace(cell, encoder=EncoderChanges(mask="causal"))]
     cells += [replace(cell, inference=replace(cell.inference, **{name: value})) for name, value in inference.items()]
+    keyed = [script.with_keys(one, setup, "hash", "data") for one in cells]
+    keyed += [script.with_keys(cell, setup, "another", "data"), script.with_keys(cell, setup, "hash", "another")]
+    assert len({one.decode_key for one in keyed}) == len({one.key for one in keyed}) == len(keyed) == 10
     data = {"split": "dev", "language": "en", "max_recordings": 3}
     configs = [replace(setup, data=replace(setup.data, **{name: value})) for name, value in data.items()]
     configs += [replace(setup, resamples=500), *(replace(setup, stm=str(tmp_path / f"{n}.stm")) for n in "ab")]
-    keys = [script.key_of(one, setup, "hash", "data") for one in cells]
-    keys += [script.key_of(cell, config, "hash", "data") for config in configs]
-    keys += [script.key_of(cell, setup, "another", "data"), script.key_of(cell, setup, "hash", "another")]
-    assert len(set(keys)) == len(keys) == 17
+    scored = [script.with_keys(cell, config, "hash", "data") for config in configs]
+    assert {one.decode_key for one in scored} == {keyed[0].decode_key}
+    assert len({one.key for one in [keyed[0], *scored]}) == 7
     (tmp_path / "words").write_text("bela")
-    assert script.key_of(hot, setup, "hash", "data") not in keys
-    larger = replace(cell, inference=replace(cell.inference, batch_seconds=60.0))
+    assert script.with_keys(hot, setup, "hash", "data").decode_key != keyed[2].decode_key
+    larger = replace(cell, inference=replace(cell.inference, batch_seconds=60.0), name="other")
     moved = replace(setup, data=replace(setup.data, dataset="elsewhere"), out="elsewhere", formats="ctm", threads=2)
-    assert script.key_of(larger, moved, "hash", "data") == keys[0]
+    assert script.with_keys(larger, moved, "hash", "data").key == keyed[0].key
+
+
+def test_what_was_heard_is_scored_anew_and_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    evaluate(setup, tmp_path / "out", data=replace(setup.data, max_recordings=5))
+    first = read_results(tmp_path / "out")
+    decoded = []
+    original = script.decode_recordings
+    monkeypatch.setattr(script, "decode_recordings", lambda *a: decoded.extend(a[1]) or original(*a))
+    evaluate(setup, tmp_path / "out", name="another", resamples=200)
+    second = read_results(tmp_path / "out")
+    assert len(decoded) == 3 and second["recordings"][:5] == first["recordings"] and second["name"] == "another"
+    evaluate(setup, tmp_path / "out", name="third")
+    third = read_results(tmp_path / "out")
+    assert len(decoded) == 3 and third["decoding"] == second["decoding"] and third["name"] == "third"
+    rows = [json.loads(line)["key"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows == [first["key"], second["key"], third["key"]]
+
+
+def test_a_stop_while_scoring_loses_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "write_results", stop)
+        evaluate(setup, tmp_path / "out")
+    for _ in range(2):
+        evaluate(setup, tmp_path / "out")
+    assert read_results(tmp_path / "out")["decoding"]["real_time_factor"] is None
+
+
+def test_a_model_that_changes_meanwhile_is_refused(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    hashes = iter(["then", "now"])
+    monkeypatch.setattr(script, "hash_of_export", lambda export: next(hashes))
+    script.load.cache_clear()
+    with pytest.raises(ConfigError, match="has changed since this evaluation began"):
+        evaluate(setup, tmp_path / "out")
+
+
+def test_cells_that_differ_in_one_number_are_told_apart_and_kept(setup: script.Config, tmp_path: Path) -> None:
+    def run(*bonuses: float) -> dict[str, str]:
+        decoders = [DecoderSettings(beam=2, label_bonus=bonus) for bonus in bonuses]
+        evaluate(setup, tmp_path, grid=GridSettings(decoders=decoders))
+        systems = json.loads((tmp_path / "report.json").read_text())["systems"]
+        return {one["system"]: one["label"] for one in systems}
+
+    assert list(run(0.0, 3.0)) == [
+        "buffered 2 s, overlap 0.25, beam 2",
+        "buffered 2 s, overlap 0.25, beam 2, label_bonus 3.0",
+    ]
+    before = {folder: read_results(folder) for folder in find_results([tmp_path])}
+    run(3.0, 5.0)
+    after = {folder: read_results(folder) for folder in find_results([tmp_path])}
+    assert len(after) == 3 and after | before == after
 
 
 def test_parts_of_a_grid_share_it_out_and_the_last_one_reports(
@@ -138,8 +194,10 @@ def test_parts_of_a_grid_share_it_out_and_the_last_one_reports(
     evaluate(setup, tmp_path, grid=replace(grid, part="0/2"))
     assert len(find_results([tmp_path])) == 3 and (tmp_path / "report.html").exists()
     for part in ("2/2", "1", "0/0", "-1/2"):
-        with pytest.raises(ConfigError, match="grid.part = "):
-            GridSettings(part=part)
+        with pytest.raises(ConfigError, match="grid.part = .*give i/n"):
+            GridSettings(contexts=[1.0], part=part)
+    with pytest.raises(ConfigError, match="there is no grid"):
+        GridSettings(part="0/2")
 
 
 def test_models_of_one_name_are_told_apart(setup: script.Config, tmp_path: Path) -> None:
@@ -147,9 +205,22 @@ def test_models_of_one_name_are_told_apart(setup: script.Config, tmp_path: Path)
     for name in ("a", "b"):
         (tmp_path / name / "ctc").mkdir(parents=True)
         exports.append(str(make_export(tmp_path / name / "ctc" / "export", FeatureSettings())))
+    made = read_export(exports[1])
+    files = {"tokenizer.json": (made.path / "tokenizer.json").read_bytes()}
+    tensors = {name: tensor * 1.5 for name, tensor in made.tensors.items()}
+    write_export(exports[1], tensors, made.config, "a card", files)
     out = tmp_path / "out"
     evaluate(setup, out, export=exports[0], grid=GridSettings(exports=exports[1:]))
     assert sorted(read_results(folder)["name"] for folder in find_results([out])) == ["a-ctc", "b-ctc"]
+    assert len(json.loads((out / "report.json").read_text())["systems"]) == 2
+    same = f"{exports[0]}/"
+    evaluate(setup, tmp_path / "same", export=exports[0], grid=GridSettings(exports=[same]))
+    assert len(find_results([tmp_path / "same"])) == 1
+    assert distinct_names([("ctc", "/a/b/ctc/e"), ("ctc", "/c/b/ctc/e"), ("x", "/x/e")]) == {
+        ("ctc", "/a/b/ctc/e"): "a-b-ctc",
+        ("ctc", "/c/b/ctc/e"): "c-b-ctc",
+        ("x", "/x/e"): "x",
+    }
 
 
 def test_what_does_not_go_together_is_an_error_before_any_work(setup: script.Config, tmp_path: Path) -> None:
@@ -209,6 +280,26 @@ def test_words_in_ignored_segments_never_count(setup: script.Config, tmp_path: P
         read_segments(str(tmp_path / "no"), ids)
 
 
+def test_segments_are_those_of_the_file_of_a_recordings_name_or_else_of_its_name_within(tmp_path: Path) -> None:
+    for name, text in (
+        ("call_A", "call A x 2 3 two\ncall A x 0 1 one"),
+        ("call_B", "call B y 1 2 three"),
+        ("X", "Y 1 x 0 1 mine"),
+        ("Z", "X 1 x 0 1 another's"),
+    ):
+        (tmp_path / f"{name}.stm").write_text(text)
+    found = read_segments(str(tmp_path), ["call", "X", "Y"])
+    assert [one.text for one in found["call"]] == ["one", "three", "two"]
+    assert [one.text for one in found["X"]] == ["mine"] == [one.text for one in found["Y"]]
+
+
+def test_file_names_of_ids_are_possible_and_differ() -> None:
+    ids = ["a/b", "a%2Fb", "\u8a9e" * 100, "\u8a9e" * 99 + "x", "..", "a b", "a\nb"]
+    names = [script.file_name(id) for id in ids]
+    assert len(set(names)) == len(ids) and names[5] == "a b"
+    assert all(len(name.encode()) <= 200 and "/" not in name and name.isprintable() for name in names)
+
+
 def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
     for name in ("day/a.wav", "b.mp3", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -220,3 +311,10 @@ def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
         find_audio(str(tmp_path), ["x"])
     with pytest.raises(DataError, match="there is no such folder"):
         find_audio(str(tmp_path / "none"), ["x"])
+    (tmp_path / "a.mp3").touch()
+    assert find_audio(str(tmp_path), ["a"]) == {"a": tmp_path / "a.mp3"}  # its very path
+    (tmp_path / "a.mp3").unlink()
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night/a.ogg").touch()
+    with pytest.raises(DataError, match="2 audio files there are named 'a'"):
+        find_audio(str(tmp_path), ["a"])

@@ -150,3 +150,14 @@ def test_segments_and_words_are_paired_as_sclite_pairs_them(tmp_path: Path) -> N
         theirs[speaker] = " ".join(word.lower() for word in heard if set(word) != {"*"})
     ours = {one.segment.speaker: one.hypothesis for one in score_segments(segments, words, "nl", channel="1")}
     assert len(ours) == 150 and ours == theirs
+
+
+def test_a_pause_of_one_channel_hides_no_word_of_another_that_was_mixed_with_it() -> None:
+    segments = [
+        ReferenceSegment(0, 4, "we talk on", channel="A"),
+        ReferenceSegment(0, 9, "", "inter_segment_gap", ignored=True, channel="B"),
+    ]
+    words = [at("we", 1), at("talk", 2), at("on", 3), at("noise", 6)]
+    score = score_as_whole("x", segments, words, "nl")
+    assert score.words == ErrorCounts(hits=3)
+    assert score_as_whole("x", segments, words, "nl", channel="A").words == ErrorCounts(hits=3, insertions=1)

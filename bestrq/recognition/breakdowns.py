@@ -89,13 +89,17 @@ def by_duration(
 
 
 def align_timed(
-    reference: Sequence[TimedWord] | str, hypothesis: Sequence[TimedWord], language: str, choice: Choice = "auto"
-) -> list[AlignedWord]:
+    reference: Sequence[TimedWord] | str, hypothesis: Sequence[TimedWord], language: str, seconds: float = 0.0,
+    choice: Choice = "auto",
+) -> list[AlignedWord]:  # fmt: skip
     """The alignment of a recording's normalised words, each step with its time, in the order of the texts.
 
     Words that a normaliser splits ("don't") share the time of the word, words that it joins ("twenty one") its span.
     Where the reference is a text without times, its words take those of the hypothesis that they are aligned to, and
-    deleted ones are spread evenly between their neighbours.
+    deleted ones are spread evenly between their neighbours, or the ends of the recording.
+
+    Args:
+        seconds: length of the recording; 0 where it is not known, and the last word heard ends it.
     """
     clean = normaliser(language, choice).clean
     heard, heard_times = normalised_times(hypothesis, clean)
@@ -106,7 +110,8 @@ def align_timed(
     steps = list(_steps(said, heard))
     if said_times is None:
         known = [(i, heard_times[j]) for _, i, j in steps if i is not None and j is not None]
-        places, times = zip(*known, strict=True) if known else ((0,), (0.0,))
+        end = max([seconds, *(time for _, time in known)])
+        places, times = zip((-1, 0.0), *known, (len(said), end), strict=True)
         said_times = np.interp(np.arange(len(said)), places, times)
     return [
         AlignedWord(
@@ -173,8 +178,10 @@ def by_edge_distance(
     distances = []
     for words, cuts in recordings:
         if len(cuts):
-            times = np.array([word.time for word in words])
-            nearest = np.abs(times[:, None] - np.asarray(cuts, dtype=np.float64)).min(axis=1)
+            times, edge = np.array([word.time for word in words]), np.sort(np.asarray(cuts, dtype=np.float64))
+            after = np.searchsorted(edge, times)
+            before = np.maximum(after - 1, 0)
+            nearest = np.minimum(np.abs(times - edge[before]), np.abs(times - edge[np.minimum(after, len(edge) - 1)]))
             distances.append(list(zip(words, nearest.tolist(), strict=True)))
     return _bins(distances, edges, None, num_resamples, seed)
 

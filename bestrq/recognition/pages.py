@@ -58,8 +58,9 @@ def write_cell_page(
     cards |= {
         "CER": percent(total["cer"]),
         "Audio": f"{total['seconds'] / 60:,.1f} min",
-        "Real-time factor": f"{cost['real_time_factor']:.4f}",
     }
+    if cost["real_time_factor"] is not None:
+        cards["Real-time factor"] = f"{cost['real_time_factor']:.4f}"
     if cost["peak_mb"] is not None:
         cards["Peak memory"] = f"{cost['peak_mb']:,.0f} MB"
     sections = [

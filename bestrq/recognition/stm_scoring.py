@@ -80,10 +80,20 @@ def assign_words(
 
 
 def words_outside_ignored(segments: Sequence[ReferenceSegment], words: Sequence[TimedWord]) -> list[TimedWord]:
-    """The words whose midpoint lies in no ignored segment, in their order."""
-    ignored = np.array([(one.start, one.end) for one in segments if one.ignored]).reshape(-1, 2)
-    middles = np.array([_midpoint(word) for word in words]).reshape(-1, 1)
-    hidden = np.any((ignored[:, 0] <= middles) & (middles < ignored[:, 1]), axis=1)
+    """The words whose midpoint lies in no ignored segment, in their order.
+
+    Of channels that were mixed, one may be ignored while another is scored (its pause, say): then the word counts.
+    """
+    middles = np.array([_midpoint(word) for word in words])
+
+    def within(chosen: Sequence[ReferenceSegment]) -> np.ndarray:
+        times = np.array([(one.start, one.end) for one in chosen]).reshape(-1, 2)
+        return np.any((times[:, 0] <= middles[:, None]) & (middles[:, None] < times[:, 1]), axis=1)
+
+    hidden = np.zeros(len(words), dtype=bool)
+    for channel in {one.channel for one in segments if one.ignored}:
+        others = [one for one in segments if not one.ignored and one.channel != channel]
+        hidden |= within([one for one in segments if one.ignored and one.channel == channel]) & ~within(others)
     return [word for word, is_hidden in zip(words, hidden, strict=True) if not is_hidden]
 
 
