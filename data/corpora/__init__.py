@@ -7,6 +7,7 @@ from data.corpora import (
     debian_voices,
     earnings22,
     folder,
+    homophones,
     huggingface,
     lhotse,
     librispeech,
@@ -23,6 +24,11 @@ CORPORA: dict[str, Corpus] = {
         "speech made by espeak-ng: many voices, seven languages, exact word times; needs nothing but this project",
         synthetic.SyntheticSettings,
         synthetic.sources,
+    ),
+    "homophones": Corpus(
+        "speech made by espeak-ng that only context can spell: words that sound alike, written by a recording's topic",
+        homophones.HomophoneSettings,
+        homophones.sources,
     ),
     "fillets": Corpus(
         "real speech: the actors of the game Fish Fillets, Czech and Dutch, 3.3 h; fetched from Debian's packages",

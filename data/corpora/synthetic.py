@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,15 +97,9 @@ class SyntheticSource:
         seconds = self.seconds or _SHORTEST_S + (_LONGEST_S - _SHORTEST_S) * rng.random()
         grammar = load_grammar(self.language)
         topics = [grammar.topic(rng) for _ in range(3)] if self.seconds else None
-        voice = Synthesizer(
-            f"{_BASE_VOICE.get(self.language, self.language)}+{variant}",
-            words_per_minute=140 + int(50 * rng.random()),
-            pitch=35 + int(30 * rng.random()),
-            pitch_range=35 + int(30 * rng.random()),
-            seed=int.from_bytes(digest[16:20], "big") >> 1,
-        )
-        waveform, words = _speak(voice, grammar, rng, self.split, seconds, topics)
-        waveform = _room(waveform, np.random.default_rng(list(digest)))
+        voice = draw_synthesizer(rng, self.language, variant, digest)
+        waveform, words = speak(voice, rng, seconds, _sentences(grammar, rng, self.split, topics))
+        waveform = place_in_room(waveform, np.random.default_rng(list(digest)))
         recording = Recording(
             id=self.id,
             text=" ".join(word.word for word in words),
@@ -142,15 +137,44 @@ def split_of(sentence: str) -> str:
     return "test" if share < _TEST_SHARE else "dev" if share < _TEST_SHARE + _DEV_SHARE else "train"
 
 
-def _speak(
-    synthesizer: Synthesizer,
-    grammar: Grammar,
-    rng: random.Random,
-    split: str,
-    seconds: float,
-    topics: list[Topic] | None,
+def draw_synthesizer(rng: random.Random, language: str, variant: str, digest: bytes) -> Synthesizer:
+    """A variant's voice at a random speed and pitch; bytes 16 to 19 of the digest seed its breath."""
+    return Synthesizer(
+        f"{_BASE_VOICE.get(language, language)}+{variant}",
+        words_per_minute=140 + int(50 * rng.random()),
+        pitch=35 + int(30 * rng.random()),
+        pitch_range=35 + int(30 * rng.random()),
+        seed=int.from_bytes(digest[16:20], "big") >> 1,
+    )
+
+
+def _sentences(
+    grammar: Grammar, rng: random.Random, split: str, topics: list[Topic] | None
+) -> Callable[[float], list[str]]:
+    """(seconds since the beginning) -> the next sentence, one that belongs to the split."""
+
+    def draw(now: float) -> list[str]:
+        # The topics take turns, so that each comes back after a few minutes.
+        topic = topics[int(now / _SECONDS_ON_A_TOPIC) % len(topics)] if topics else None
+        while True:
+            sentence = grammar.sentence(rng, topic)
+            if split_of(" ".join(sentence)) == split:
+                return sentence
+
+    return draw
+
+
+def speak(
+    synthesizer: Synthesizer, rng: random.Random, seconds: float, next_sentence: Callable[[float], list[str]]
 ) -> tuple[NDArray[np.float32], list[Word]]:
-    """Sentences with pauses between them: (float32 [samples] at the voice's rate, words with times in seconds)."""
+    """Sentences with pauses between them, until `seconds` are reached.
+
+    Args:
+        next_sentence: seconds since the beginning -> words.
+
+    Returns:
+        float32 [samples] at the voice's rate, words with times in seconds.
+    """
     pieces: list[NDArray[np.float32]] = []
     words: list[Word] = []
     with synthesizer as voice:
@@ -164,11 +188,7 @@ def _speak(
         append(_silence(0.1 + 0.3 * rng.random(), voice.sample_rate))
         while samples < seconds * voice.sample_rate:
             now = samples / voice.sample_rate
-            # The topics take turns, so that each comes back after a few minutes.
-            topic = topics[int(now / _SECONDS_ON_A_TOPIC) % len(topics)] if topics else None
-            sentence = grammar.sentence(rng, topic)
-            if split_of(" ".join(sentence)) != split:
-                continue
+            sentence = next_sentence(now)
             try:
                 sound, times = voice.speak(sentence)
             except UnspeakableWord:  # rare: an invented word that the voice takes for a foreign one
@@ -183,7 +203,7 @@ def _silence(seconds: float, rate: int) -> NDArray[np.float32]:
     return np.zeros(int(seconds * rate), dtype=np.float32)
 
 
-def _room(waveform: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+def place_in_room(waveform: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """A microphone's level and a little noise: peak 0.1 to 0.9 of full scale, white noise 25 to 50 dB below speech."""
     gain = 10 ** (rng.uniform(-20, -1) / 20) / max(float(np.abs(waveform).max()), 1e-3)
     level = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
