@@ -34,10 +34,17 @@ def loaded() -> list:
 
 def test_homophones_have_the_same_phonemes_and_all_other_words_their_own() -> None:
     lists = word_lists()
-    others = {word for name in {*lists} - {"homophone", "topic", "template"} for entry in lists[name] for word in entry.split()}
+    others = {
+        word
+        for name in {*lists} - {"homophone", "topic", "template"}
+        for entry in lists[name]
+        for word in entry.split()
+    }
     others |= {"the", "is", "and"}
     with Synthesizer("en-us") as voice:
-        sounds = [{voice.phonemes(word) for word in writings} for writings in zip(*map(homophones, TOPICS), strict=True)]
+        sounds = [
+            {voice.phonemes(word) for word in writings} for writings in zip(*map(homophones, TOPICS), strict=True)
+        ]
         assert all(len(one) == 1 for one in sounds)
         assert len(set.union(*sounds)) == len(sounds)
         alone = {voice.phonemes(word) for word in others}
@@ -119,7 +126,8 @@ def test_a_recording_is_a_pure_function_of_its_source(loaded: list) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("train_hours", -1.0), ("test_recordings", -2), ("recording_seconds", 0.0), ("cue_seconds", -3.0)]
+    ("field", "value"),
+    [("train_hours", -1.0), ("test_recordings", -2), ("recording_seconds", 0.0), ("cue_seconds", -3.0)],
 )
 def test_settings_name_the_field_and_the_value(field: str, value: float) -> None:
     with pytest.raises(DataError, match=f"{field} is {value}"):

@@ -101,9 +101,7 @@ def sources(settings: HomophoneSettings) -> list[HomophoneSource]:
             topic = topics[number % len(topics)]
             name = f"{split}-{number:05d}-{topic}"
             listed.append(
-                HomophoneSource(
-                    name, split, topic, settings.recording_seconds, settings.cue_seconds, settings.seed
-                )
+                HomophoneSource(name, split, topic, settings.recording_seconds, settings.cue_seconds, settings.seed)
             )
     return listed
 
@@ -125,7 +123,9 @@ def draw_sentence(rng: random.Random, topic: str, is_cue: bool) -> list[str]:
     """The words of one sentence. A cue names what only this topic has, any other sentence what sounds the same in all."""
     lists = word_lists()
     nouns = {"noun": lists[topic] if is_cue else homophones(topic)}
-    return re.sub(r"\{(\w+)\}", lambda found: pick(rng, (lists | nouns)[found[1]]), pick(rng, lists["template"])).split()
+    return re.sub(
+        r"\{(\w+)\}", lambda found: pick(rng, (lists | nouns)[found[1]]), pick(rng, lists["template"])
+    ).split()
 
 
 def sentences_on(topic: str, rng: random.Random, split: str, cue_seconds: float) -> Callable[[float], list[str]]:

@@ -1,0 +1,171 @@
+"""The table that launch/context_effect.sh ends with: two models over test contexts, with and without homophones.
+
+    python launch/context_effect_table.py --results runs/context-effect/results/contexts \\
+        --own short=4 long=32 --out effect.json
+
+--results is what the grid of `evaluate.py` wrote, of two exports and several contexts. A model is called by its run's
+folder; --own names the two models, each with the context in seconds that it was trained with.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bestrq.config import ConfigError, run_main
+from bestrq.files import write_file
+from bestrq.recognition.normalisers import normaliser
+from bestrq.recognition.results import find_results, read_results
+from bestrq.recognition.scoring import RecordingScore, align_words, compare, score_corpus, score_normalised
+from data.corpora.homophones import homophones, word_lists
+
+Cell = tuple[str, float]
+"""name of a model, context in seconds that it was tested with (0: whole recordings)"""
+
+
+@dataclass(frozen=True)
+class HomophoneScore:
+    """Of one model at one context: what of its errors is spelling."""
+
+    wer: float | None
+    wer_interval: tuple[float, float] | None
+    homophone_errors: float
+    """share of the reference's homophones that are not written as they should be, heard or not"""
+    wer_by_sound: float | None
+    """WER where words that sound the same count as the same word: what was not heard"""
+
+
+def read_cells(folder: Path) -> dict[Cell, list[RecordingScore]]:
+    """The recordings of every evaluation in the folder."""
+    cells: dict[Cell, list[RecordingScore]] = {}
+    for path in find_results([folder]):
+        results = read_results(path)
+        cell = Path(results["export"]).parent.name, float(results["context_seconds"])
+        cells[cell] = [
+            score_normalised(
+                row["id"], row["reference"], row["hypothesis"], row["language"], row["seconds"], "",
+                normaliser(row["language"]),
+            )
+            for row in results["recordings"]
+        ]  # fmt: skip
+    return cells
+
+
+def spell_by_sound(text: str, spelling: Mapping[str, str]) -> str:
+    return " ".join(spelling.get(word, word) for word in text.split())
+
+
+def score_homophones(scores: Sequence[RecordingScore], num_resamples: int) -> HomophoneScore:
+    """Scores of one cell. Raises ConfigError where the references hold no homophone."""
+    spelling = {word: sound[0] for sound in zip(*map(homophones, word_lists()["topic"]), strict=True) for word in sound}
+    total = sum(word in spelling for score in scores for word in score.reference.split())
+    if not total:
+        raise ConfigError("the evaluated recordings hold no homophone: give results on the corpus homophones")
+    marks = (mark for score in scores for mark in align_words(score.reference, score.hypothesis))
+    right = sum(word in spelling for mark in marks if mark.kind == "equal" for word in mark.reference.split())
+    by_sound = [
+        score_normalised(
+            score.id, spell_by_sound(score.reference, spelling), spell_by_sound(score.hypothesis, spelling),
+            score.language, score.seconds, "", normaliser(score.language),
+        )
+        for score in scores
+    ]  # fmt: skip
+    corpus = score_corpus(scores, num_resamples)
+    return HomophoneScore(
+        corpus.words.rate, corpus.wer_interval, 1 - right / total, score_corpus(by_sound, num_resamples).words.rate
+    )
+
+
+def parse_own(values: Sequence[str]) -> list[Cell]:
+    """`NAME=SECONDS` arguments."""
+    found = [re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?)", value) for value in values]
+    for match, value in zip(found, values, strict=True):
+        if match is None:
+            raise ConfigError(f"--own {value}: write NAME=SECONDS, such as short=4")
+    return [(match[1], float(match[2])) for match in found if match]
+
+
+def effect(cells: Mapping[Cell, list[RecordingScore]], own: Sequence[Cell], num_resamples: int) -> dict[str, Any]:
+    """All numbers of the table: every cell by itself, both models paired at every context and each at its own."""
+    if missing := [cell for cell in own if cell not in cells]:
+        known = ", ".join(f"{name}={seconds:g}" for name, seconds in cells)
+        raise ConfigError(f"--own {missing[0][0]}={missing[0][1]:g} was not evaluated; there are {known}")
+    (first, _), (second, _) = own
+
+    def paired(one: Cell, other: Cell) -> dict[str, Any]:
+        return compare(cells[one], cells[other], num_resamples).summary()
+
+    contexts = sorted({seconds for _, seconds in cells}, key=lambda seconds: seconds or float("inf"))
+    return {
+        "cells": [
+            {"model": name, "context_seconds": seconds, **asdict(score_homophones(scores, num_resamples))}
+            for (name, seconds), scores in cells.items()
+        ],
+        "differences": {
+            f"{seconds:g}": paired((second, seconds), (first, seconds))
+            for seconds in contexts
+            if (first, seconds) in cells and (second, seconds) in cells
+        },
+        "own": {"first": own[1], "second": own[0], **paired(own[1], own[0])},
+    }
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: a line a context, columns of both models."""
+    models = list(dict.fromkeys(cell["model"] for cell in found["cells"]))
+    by_cell = {(cell["model"], cell["context_seconds"]): cell for cell in found["cells"]}
+    columns = [f"{name}: {what}" for name in models for what in ("WER", "homophones wrong", "WER by sound")]
+    lines = ["| test context | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for seconds in sorted({cell[1] for cell in by_cell}, key=lambda seconds: seconds or float("inf")):
+        line = [f"{seconds:g} s" if seconds else "whole recording"]
+        for name in models:
+            cell = by_cell.get((name, seconds))
+            line += ["-"] * 3 if cell is None else [
+                percent(cell["wer"]) + interval(cell["wer_interval"]),
+                percent(cell["homophone_errors"]),
+                percent(cell["wer_by_sound"]),
+            ]  # fmt: skip
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """One sentence on the two models, each at the context it was trained with."""
+    own = found["own"]
+    (first, seconds), (second, others) = own["first"], own["second"]
+    wer, p_value = own["wer"], own["matched_pairs"]["p_value"]
+    return (
+        f"{first} at {seconds:g} s less {second} at {others:g} s: {100 * wer['difference']:+.1f} points of WER"
+        f"{interval(wer['interval'])}, MAPSSWE p = {p_value:.1g}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="folder of the grid that evaluate.py wrote")
+    parser.add_argument("--own", nargs=2, required=True, metavar="NAME=SECONDS", help="the models, and their contexts")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples of the intervals")
+    arguments = parser.parse_args()
+    found = effect(read_cells(arguments.results), parse_own(arguments.own), arguments.resamples)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(arguments.out, json.dumps(found, indent=1, allow_nan=False))
+    print(f"{table(found)}\n\n{verdict(found)}\nnumbers: {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
