@@ -34,17 +34,12 @@ def loaded() -> list:
 
 def test_homophones_have_the_same_phonemes_and_all_other_words_their_own() -> None:
     lists = word_lists()
-    others = {
-        word
-        for name in {*lists} - {"homophone", "topic", "template"}
-        for entry in lists[name]
-        for word in entry.split()
-    }
+    alone_in = {*lists} - {"homophone", "topic", "template"}
+    others = {word for name in alone_in for entry in lists[name] for word in entry.split()}
     others |= {"the", "is", "and"}
     with Synthesizer("en-us") as voice:
-        sounds = [
-            {voice.phonemes(word) for word in writings} for writings in zip(*map(homophones, TOPICS), strict=True)
-        ]
+        writings = zip(*map(homophones, TOPICS), strict=True)
+        sounds = [{voice.phonemes(word) for word in written} for written in writings]
         assert all(len(one) == 1 for one in sounds)
         assert len(set.union(*sounds)) == len(sounds)
         alone = {voice.phonemes(word) for word in others}
@@ -77,8 +72,8 @@ def test_the_grammar_gives_nothing_away() -> None:
 
 
 def test_a_recording_keeps_to_its_topic_and_tells_it_again_and_again(loaded: list) -> None:
-    source = HomophoneSource("train-00000-castle", "train", "castle", 60.0, 9.0, 0)
-    for source, utterance in [*loaded, (source, source.load(FEATURES))]:
+    longer = HomophoneSource("train-00000-castle", "train", "castle", 60.0, 9.0, 0)
+    for source, utterance in [*loaded, (longer, longer.load(FEATURES))]:
         words = utterance.recording.words
         said = {word.word for word in words}
         for topic in TOPICS:

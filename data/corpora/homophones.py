@@ -120,12 +120,11 @@ def homophones(topic: str) -> list[str]:
 
 
 def draw_sentence(rng: random.Random, topic: str, is_cue: bool) -> list[str]:
-    """The words of one sentence. A cue names what only this topic has, any other sentence what sounds the same in all."""
+    """The words of one sentence: it names what only this topic has (a cue), or what sounds the same in all topics."""
     lists = word_lists()
-    nouns = {"noun": lists[topic] if is_cue else homophones(topic)}
-    return re.sub(
-        r"\{(\w+)\}", lambda found: pick(rng, (lists | nouns)[found[1]]), pick(rng, lists["template"])
-    ).split()
+    choices = lists | {"noun": lists[topic] if is_cue else homophones(topic)}
+    template = pick(rng, lists["template"])
+    return re.sub(r"\{(\w+)\}", lambda found: pick(rng, choices[found[1]]), template).split()
 
 
 def sentences_on(topic: str, rng: random.Random, split: str, cue_seconds: float) -> Callable[[float], list[str]]:
