@@ -58,7 +58,9 @@ def test_a_sentence_without_a_cue_is_the_same_sound_in_every_topic() -> None:
     first, second = (draw_sentence(random.Random(7), topic, is_cue=False) for topic in TOPICS)
     assert first != second
     with Synthesizer("en-us+f2") as voice:
-        (sound, times), (other_sound, other_times) = voice.speak(first), voice.speak(second)
+        sound, times = voice.speak(first)
+    with Synthesizer("en-us+f2") as voice:
+        other_sound, other_times = voice.speak(second)
     assert np.array_equal(sound, other_sound) and times == other_times
 
 
@@ -136,8 +138,8 @@ def test_prepare_knows_the_corpus() -> None:
 @pytest.mark.parametrize(
     ("id", "language", "seconds", "digest"),
     [
-        ("train-000007-de", "de", 0.0, "DIGEST0"),
-        ("test-long-000001-en", "en", 70.0, "DIGEST1"),
+        ("train-000007-de", "de", 0.0, "69cf1e38756ba552"),
+        ("test-long-000001-en", "en", 70.0, "75752cfcbb2c7871"),
     ],
 )
 def test_the_corpus_synthetic_says_what_it_always_said(id: str, language: str, seconds: float, digest: str) -> None:
