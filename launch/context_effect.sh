@@ -6,7 +6,7 @@
 #   bash launch/context_effect.sh                 about 15 minutes on 2 cores
 #   bash launch/context_effect.sh --folder DIR    keep everything in DIR (default: runs/context-effect)
 #
-# Ends with a table, DIR/comparison/report.html and the curve DIR/comparison/curve.svg. Makes .venv and installs
+# Ends with a table, a report with all transcripts and the curve, in DIR/results/contexts. Makes .venv and installs
 # requirements.txt first. Finished steps are skipped, interrupted ones continue: after Ctrl-C, or on another day, run
 # the same command again. What it measured for us: docs/context_effect.md.
 set -euo pipefail
@@ -48,8 +48,8 @@ headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - be
 headline "Speech that only context can spell"
 $python -m data.prepare homophones "${speech[@]}" --out "$dataset"
 
-# Equal models, updates, seeds, and frames an update; they differ in nothing but the length of the pieces.
-short_seconds=3.9 long_seconds=31.9
+# Equal models, updates, seeds, and frames an update; they differ in nothing but the length of the pieces. Pieces are a
+# little shorter than 4, 16 and 32 s, so that with the gaps between them whole ones fill a row of 3,200 frames.
 train() { # NAME CONTEXT more arguments
     local status=0
     headline "Training on $3"
@@ -59,16 +59,16 @@ train() { # NAME CONTEXT more arguments
     [ "$status" != 75 ] || printf '\nStopped. The same command continues: bash launch/context_effect.sh%s\n' "$again"
     [ "$status" = 0 ] || exit "$status"
 }
-train short 4 "pieces of 4 s" --data.max_seconds "$short_seconds"
-train long 32 "pieces of 4 s, then of 32 s" --data.max_seconds "$short_seconds" \
-    --curriculum "[{after_step: 1, row_frames: 3200, max_seconds: $long_seconds}]"
+train short 4 "pieces of 4 s" --data.max_seconds 3.9
+train long 32 "pieces of 4 s, then of 16 s, then of 32 s" --data.max_seconds 3.9 --curriculum "[
+    {after_step: 300, row_frames: 3200, max_seconds: 15.9}, {after_step: 500, row_frames: 3200, max_seconds: 31.9}]"
 
 headline "Evaluation of both over test contexts"
 $python evaluate.py --export "$folder/short/export" --grid.exports "[$folder/long/export]" \
     --grid.contexts '[2, 4, 8, 16, 32, 64, 0]' --data.dataset "$dataset" --data.split test \
     --out "$folder/results/contexts" "${resamples[@]}"
 
-headline "Comparison"
-$python compare.py --results "$folder/results/contexts" --out "$folder/comparison" "${resamples[@]}"
+headline "Table"
 $python launch/context_effect_table.py --results "$folder/results/contexts" --own short=4 long=32 \
-    --out "$folder/comparison/context_effect.json"
+    --out "$folder/results/context_effect.json" "${resamples[@]}"
+printf 'report: %s\ncurve: %s\n' "$folder/results/contexts/report.html" "$folder/results/contexts/curve.svg"

@@ -17,6 +17,8 @@ from bestrq.model.settings import FREE_ENCODER_FIELDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+# The experiment of launch/context_effect.sh has an encoder of its own.
+OF_PRESETS = [recipe for recipe in RECIPES if recipe.stem != "context-effect-ctc"]
 
 
 def script_of(recipe: Path) -> ModuleType:
@@ -50,7 +52,7 @@ def test_recipe_holds_only_what_its_script_knows(recipe: Path) -> None:
     assert not dataset.startswith("/"), "a recipe names no place on one machine"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", OF_PRESETS, ids=lambda path: path.stem)
 def test_recipe_has_the_shape_of_its_preset(recipe: Path) -> None:
     """quickstart-ctc and quickstart-pretrain have the encoder of the preset quickstart, and so on."""
     config = parse(script_of(recipe).Config, ["--config", str(recipe)])
