@@ -41,7 +41,7 @@ class HomophoneSettings:
     """Recordings in the test split."""
     recording_seconds: float = 75.0
     """Length that every recording reaches, in seconds."""
-    cue_seconds: float = 18.0
+    cue_seconds: float = 12.0
     """Seconds from one sentence that tells the topic to the next, on average: from two thirds of it to four thirds."""
     seed: int = 0
     """Another seed gives other speech."""
