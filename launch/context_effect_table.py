@@ -37,8 +37,8 @@ class HomophoneScore:
     wer_interval: tuple[float, float] | None
     homophone_errors: float
     """share of the reference's homophones that are not written as they should be, heard or not"""
-    wer_by_sound: float | None
-    """WER where words that sound the same count as the same word: what was not heard"""
+    other_errors: float
+    """share of the reference's other words that are not written as they should be"""
 
 
 def read_cells(folder: Path) -> dict[Cell, list[RecordingScore]]:
@@ -57,28 +57,19 @@ def read_cells(folder: Path) -> dict[Cell, list[RecordingScore]]:
     return cells
 
 
-def spell_by_sound(text: str, spelling: Mapping[str, str]) -> str:
-    return " ".join(spelling.get(word, word) for word in text.split())
-
-
 def score_homophones(scores: Sequence[RecordingScore], num_resamples: int) -> HomophoneScore:
     """Scores of one cell. Raises ConfigError where the references hold no homophone."""
-    spelling = {word: sound[0] for sound in zip(*map(homophones, word_lists()["topic"]), strict=True) for word in sound}
-    total = sum(word in spelling for score in scores for word in score.reference.split())
-    if not total:
+    alike = {word for topic in word_lists()["topic"] for word in homophones(topic)}
+    said = [word in alike for score in scores for word in score.reference.split()]
+    if not any(said):
         raise ConfigError("the evaluated recordings hold no homophone: give results on the corpus homophones")
     marks = (mark for score in scores for mark in align_words(score.reference, score.hypothesis))
-    right = sum(word in spelling for mark in marks if mark.kind == "equal" for word in mark.reference.split())
-    by_sound = [
-        score_normalised(
-            score.id, spell_by_sound(score.reference, spelling), spell_by_sound(score.hypothesis, spelling),
-            score.language, score.seconds, "", normaliser(score.language),
-        )
-        for score in scores
-    ]  # fmt: skip
+    right = [word in alike for mark in marks if mark.kind == "equal" for word in mark.reference.split()]
+    total, num_right = sum(said), sum(right)
+    others, others_right = len(said) - total, len(right) - num_right
     corpus = score_corpus(scores, num_resamples)
     return HomophoneScore(
-        corpus.words.rate, corpus.wer_interval, 1 - right / total, score_corpus(by_sound, num_resamples).words.rate
+        corpus.words.rate, corpus.wer_interval, 1 - num_right / total, 1 - others_right / max(others, 1)
     )
 
 
@@ -126,9 +117,9 @@ def interval(ends: Sequence[float] | None) -> str:
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown: a line a context, columns of both models."""
-    models = list(dict.fromkeys(cell["model"] for cell in found["cells"]))
+    models = [found["own"][which][0] for which in ("second", "first")]
     by_cell = {(cell["model"], cell["context_seconds"]): cell for cell in found["cells"]}
-    columns = [f"{name}: {what}" for name in models for what in ("WER", "homophones wrong", "WER by sound")]
+    columns = [f"{name}: {what}" for name in models for what in ("WER", "homophones wrong", "other words wrong")]
     lines = ["| test context | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for seconds in sorted({cell[1] for cell in by_cell}, key=lambda seconds: seconds or float("inf")):
         line = [f"{seconds:g} s" if seconds else "whole recording"]
@@ -137,7 +128,7 @@ def table(found: Mapping[str, Any]) -> str:
             line += ["-"] * 3 if cell is None else [
                 percent(cell["wer"]) + interval(cell["wer_interval"]),
                 percent(cell["homophone_errors"]),
-                percent(cell["wer_by_sound"]),
+                percent(cell["other_errors"]),
             ]  # fmt: skip
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)

@@ -49,17 +49,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_errors_of_spelling_are_told_from_errors_of_hearing(folder: Path) -> None:
+def test_errors_of_homophones_are_told_from_those_of_other_words(folder: Path) -> None:
     """Of 18 words 5 are homophones; two of these are written wrongly, and once two words are not heard."""
     cells = script.read_cells(folder)
     scores = {cell: script.score_homophones(one, 100) for cell, one in cells.items()}
     spelled, missed = scores[("short", 4.0)], scores[("long", 4.0)]
     assert spelled.wer == pytest.approx(2 / 18)
     assert spelled.homophone_errors == pytest.approx(2 / 5)
-    assert spelled.wer_by_sound == 0
+    assert spelled.other_errors == 0
     assert missed.wer == pytest.approx(3 / 18)
     assert missed.homophone_errors == pytest.approx(2 / 5), "one not heard, one written wrongly"
-    assert missed.wer_by_sound == pytest.approx(2 / 18)
+    assert missed.other_errors == pytest.approx(1 / 13)
 
 
 def test_the_models_are_compared_each_at_its_own_context_and_at_every_common_one(folder: Path) -> None:
