@@ -45,6 +45,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "bash launch/quickstart.sh": Run("--tiny"),
     "bash launch/quickstart.sh --corpus fillets": Elsewhere("fetches 100 MB; tests/test_corpora.py reads a small copy"),
     "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
+    "bash launch/context_effect.sh": Run("--tiny"),
     "bash launch/test.sh": Elsewhere("this is what it runs"),
     "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
         exchange={"/data/speech": SPEECH_FOLDER}
