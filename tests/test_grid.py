@@ -143,6 +143,8 @@ def test_what_was_heard_is_scored_anew_and_not_decoded_again(setup: script.Confi
     evaluate(setup, tmp_path / "out", name="third")
     third = read_results(tmp_path / "out")
     assert len(decoded) == 3 and third["decoding"] == second["decoding"] and third["name"] == "third"
+    evaluate(setup, tmp_path / "out", name="fourth")  # nothing else is new
+    assert read_results(tmp_path / "out") == {**third, "name": "fourth"}
     rows = [json.loads(line)["key"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows == [first["key"], second["key"], third["key"]]
 
@@ -216,6 +218,7 @@ def test_models_of_one_name_are_told_apart(setup: script.Config, tmp_path: Path)
     same = f"{exports[0]}/"
     evaluate(setup, tmp_path / "same", export=exports[0], grid=GridSettings(exports=[same]))
     assert len(find_results([tmp_path / "same"])) == 1
+    assert replace(setup, export=exports[0], grid=GridSettings(exports=[same])).exports == [same]
     assert distinct_names([("ctc", "/a/b/ctc/e"), ("ctc", "/c/b/ctc/e"), ("x", "/x/e")]) == {
         ("ctc", "/a/b/ctc/e"): "a-b-ctc",
         ("ctc", "/c/b/ctc/e"): "c-b-ctc",
