@@ -117,10 +117,27 @@ run() {
     if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
         PROCESSES_PER_NODE=$processes requeueing torchrun_on_every_node "$@"
     elif [ "$processes" = 1 ]; then
-        "$PYTHON" "$@"
+        together "$PYTHON" "$@"
     else
-        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@"
+        together "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@"
     fi
+}
+
+# together COMMAND...: run it to its end; a signal meanwhile goes on to it. A kill of this script alone would else leave
+# it at work, and the same command given again would start a second one on the same files. Its exit status.
+together() {
+    local status signalled
+    "$@" &
+    child=$!
+    trap 'signalled=yes; kill -TERM "$child" || true' HUP INT TERM
+    while :; do # as in stoppable.sh
+        signalled=""
+        status=0
+        wait "$child" || status=$?
+        [ -n "$signalled" ] || break
+    done
+    trap - HUP INT TERM
+    return "$status"
 }
 
 # requeueing COMMAND...: before the job's time limit the command is ended, and the job requeued to continue it.
@@ -155,7 +172,7 @@ train_model() {
             exit
         fi
     else
-        bash launch/torchrun.sh -n "$each" "${arguments[@]}" || status=$?
+        together bash launch/torchrun.sh -n "$each" "${arguments[@]}" || status=$?
         [ "$status" != 75 ] || printf '\nStopped. The same command continues: bash launch/long_context.sh %s\n' "$again"
     fi
     [ "$status" = 0 ] || exit "$status"
@@ -194,7 +211,7 @@ prepare() {
 
 prepare_one() { # NAME CORPUS ARGUMENTS...
     headline "Preparing $datasets/$1"
-    local start=()
+    local start=(together)
     [ -z "${LONG_CONTEXT_JOB:-}" ] || start=(requeueing on_one_node)
     "${start[@]}" "$PYTHON" -m data.prepare "$2" --out "$datasets/$1" "${@:3}" "${more[@]}"
 }
@@ -300,12 +317,16 @@ evaluate_on() { # SET ARGUMENTS...
 
 # With curves: report/SET/report.html puts the models side by side, each difference with its significance.
 table() {
-    local name models_of
+    local name model models_of
     for name in "${test_sets[@]}"; do
-        if [ -d "$folder/results/$name" ]; then
+        # The shortest context first: the others are compared to it. Of what is finished: others may be at work.
+        mapfile -t models_of < <(
+            for model in "$folder/results/$name"/context-*; do
+                [ ! -e "$model/results.json" ] || printf '%s\n' "$model"
+            done | sort -V
+        )
+        if [ ${#models_of[@]} -gt 0 ]; then
             headline "Comparison: $name"
-            # The shortest context first: the others are compared to it.
-            mapfile -t models_of < <(printf '%s\n' "$folder/results/$name"/context-* | sort -V)
             "$PYTHON" compare.py --results "${models_of[@]}" --out "$folder/report/$name"
         fi
     done

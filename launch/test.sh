@@ -27,9 +27,9 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
+# Files are shared out among as many processes as there are cores, in the order of tests/conftest.py.
+processes=(-n "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 # One thread a process: the tests run small models, many in two processes, and are repeatable with a fixed number.
 export OMP_NUM_THREADS=1
-# Files are shared out among as many processes as there are cores, in the order of tests/conftest.py.
-processes=(-n "$(nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 printf '== pytest %s\n' "$*"
 exec .venv/bin/python -m pytest "${processes[@]}" --durations=15 "$@" # last, so that its summary closes the output

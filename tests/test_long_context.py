@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -258,9 +259,12 @@ def test_a_task_of_an_array_does_its_share(
 def test_models_are_compared_with_that_of_the_shortest_context(repository: Path) -> None:
     for context in (512, 1024, 131072):
         put(repository / f"w/results/tedlium/context-{context}/results.json", "")
+    (repository / "w/results/tedlium/context-2048").mkdir()  # another task is at it
+    (repository / "w/results/earnings22/context-512").mkdir(parents=True)
     status, output = call(repository, "table")
     folders = " ".join(f"w/results/tedlium/context-{context}" for context in (512, 1024, 131072))
     assert status == 0 and f"compare.py --results {folders} --out w/report/tedlium\n" in output
+    assert output.count("compare.py") == 1
 
 
 def test_a_job_that_is_stopped_is_requeued_and_goes_no_further(repository: Path) -> None:
@@ -278,6 +282,34 @@ def test_an_evaluation_is_ended_and_requeued_before_the_time_limit(repository: P
     status, output = running.finish()
     assert status == 0 and output.endswith("scontrol: requeued 123\n")
     assert "w/results/earnings22/context-1024" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slow", "expected"),
+    [
+        (["evaluate", "--contexts", "512 1024"], "datasets/earnings22 ", 143),
+        (["train", "--contexts", "512"], "context-512 ", 75),
+    ],
+)
+def test_a_kill_of_the_script_alone_leaves_nothing_at_work(
+    repository: Path, arguments: list[str], slow: str, expected: int
+) -> None:
+    # What is slow sleeps, a training until it is asked to stop; both say who they are.
+    until_asked = 'while [ ! -e "$folder/STOP" ]; do sleep 0.05; done; touch "$folder/REQUEUE"; exit'
+    slowly = until_asked if expected == 75 else "exec sleep 1000"
+    write_program(repository / "python", PROGRAM.replace("exec sleep 1000", f"{{ echo $$ >pid; {slowly}; }}"))
+    command = ["launch/long_context.sh", *arguments, "--folder", "w", "--nproc-per-node", "1"]
+    running = Running(repository, "bash", *command, SLOW=slow)
+    running.wait_for(slow)
+    end = time.monotonic() + 60
+    while not (repository / "pid").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    running.process.send_signal(signal.SIGTERM)
+    status, output = running.finish()
+    assert status == expected, output
+    assert ("The same command continues" in output) == (expected == 75)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((repository / "pid").read_text()), 0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 import compare as script
 from bestrq.config import ConfigError
-from bestrq.recognition import comparison, pages, sections
+from bestrq.recognition import comparison, pages
 from bestrq.recognition.recordings import LONGEST, stretches
 from bestrq.recognition.scoring import RecordingScore, compare
 from tests.made_results import make_results, make_transcripts, score_all, write_evaluation
@@ -278,7 +278,7 @@ def test_the_script_compares_what_it_finds_under_names_that_differ(
     script.main(arguments)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:4]] == ["a", "sweep/x", "sweep/y"]
-    assert sections.p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
+    assert comparison.p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "rec-03.wav").touch()
     script.main([*arguments, "--names", "one", "two", "three", "--audio", str(tmp_path / "audio")])

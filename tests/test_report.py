@@ -13,13 +13,12 @@ from safetensors.numpy import save_file
 
 from bestrq.config import ConfigError
 from bestrq.recognition import charts, curves, report
-from bestrq.recognition.comparison import compare_systems
+from bestrq.recognition.comparison import compare_systems, difference_sentence, words_in_few_recordings
 from bestrq.recognition.scoring import RecordingScore, score_recording
 from bestrq.recognition.sections import (
     breakdowns_section,
     cells_section,
     comparison_section,
-    difference_sentence,
     facts_section,
     results_section,
     transcripts_section,
@@ -234,3 +233,25 @@ def test_names_are_drawn_as_they_are() -> None:
     lines = {"_a$b^c$": [curves.Point(5.0, 0.1, None)], "b": [curves.Point(5.0, 0.2, (0.1, 0.3))]}
     drawing = curves.context_svg(lines, "WER")
     assert "_a$b^c$" in drawing and ">b<" in drawing  # neither a formula nor left out of the legend
+
+
+def test_a_corpus_of_one_long_recording_is_called_so() -> None:
+    def row(words: int) -> dict[str, int]:
+        return {"word_hits": words - 1, "word_substitutions": 1, "word_deletions": 0, "word_insertions": 9}
+
+    alike = {"recordings": [row(100) for _ in range(10)]}
+    uneven = {"recordings": [*(row(10) for _ in range(30)), row(900)]}
+    assert words_in_few_recordings(alike) == "" == words_in_few_recordings({"recordings": []})
+    # (30 * 10 + 900)^2 / (30 * 100 + 810,000)
+    expected = "One recording has 75% of the words: for the spread of rates, 31 recordings count as 1.8 equal ones"
+    assert words_in_few_recordings(uneven).startswith(expected)
+
+
+def test_a_difference_is_clear_where_both_ways_of_resampling_say_so() -> None:
+    def sentence(interval: tuple[float, float], probability: float) -> str:
+        wer = {"difference": 0.02, "interval": interval, "probability_first_better": probability}
+        return difference_sentence({"system": "a", "baseline": "b", "wer": wer})
+
+    doubt = "cannot be told apart"
+    assert doubt not in sentence((0.01, 0.03), 0.001)
+    assert doubt in sentence((-0.01, 0.03), 0.2) and doubt in sentence((0.01, 0.03), 0.1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bestrq.config import ConfigError
+from bestrq.recognition import tables
 from bestrq.recognition.curves import Point, context_name
 from bestrq.recognition.scoring import ErrorCounts, RecordingScore, compare
 
@@ -14,6 +15,7 @@ Results = Mapping[str, Mapping[str, Any]]
 """results.json by system"""
 
 KINDS = ("hits", "substitutions", "deletions", "insertions")
+FEW_RECORDINGS = 5
 WINDOWED_MODES = ("buffered", "averaged", "stitched")
 # Settings of the encoder that are the context itself; in other modes they are settings like any other.
 _CONTEXT_SETTINGS = {"windowed": ("mask", "window"), "whole": ("mask", "window"), "streaming": ("mask", "left_chunks")}
@@ -175,6 +177,10 @@ def _line_names(lines: Sequence[Mapping[str, str]], systems: Results) -> list[st
     keys = list(dict.fromkeys(key for line in lines for key in line))
     differing = [key for key in keys if len({line.get(key) for line in lines}) > 1]
     main = [key for key in ("system", "mode", "overlap", "decoder") if key in differing]
+    if "system" in main and len({line["system"] for line in lines}) == len(
+        {(line["system"], line["decoder"]) for line in lines}
+    ):  # each has but one
+        main = [key for key in main if key != "decoder"]
     main = main or ["mode", "overlap", "decoder"]
     hashes: dict[str, set[str]] = {}
     for results in systems.values():
@@ -194,3 +200,44 @@ def _line_names(lines: Sequence[Mapping[str, str]], systems: Results) -> list[st
             for name, line in zip(names, lines, strict=True)
         ]
     return names
+
+
+def word_rate_differences(systems: Results, second: str, first: str) -> list[float]:
+    """WER of the second less that of the first, for every recording with words."""
+    before = {row["id"]: row["wer"] for row in systems[first]["recordings"]}
+    after = {row["id"]: row["wer"] for row in systems[second]["recordings"]}
+    return [after[id] - rate for id, rate in before.items() if rate is not None and after[id] is not None]
+
+
+def difference_sentence(compared: Mapping[str, Any]) -> str:
+    """The difference in WER in words; says so where the systems cannot be told apart."""
+    start = f"WER of {compared['system']} less that of {compared['baseline']}"
+    if compared["wer"] is None:
+        return f"{start}: there is no reference word."
+    text, bounds = f"{start}: {tables.points(compared['wer']['difference'])} points", compared["wer"]["interval"]
+    if bounds is None:
+        return f"{text}; too few recordings for an interval."
+    # Where one recording has most of the words, the two ways of resampling may disagree: then neither settles it.
+    settled = (bounds[0] > 0 or bounds[1] < 0) and not 0.025 <= compared["wer"]["probability_first_better"] <= 0.975
+    clear = "" if settled else ", so the two cannot be told apart here"
+    return f"{text} (95 % interval {tables.interval(bounds, signed=True)}{clear})."
+
+
+def p_text(p_value: float) -> str:
+    """A p value; one too small to tell is said to be so."""
+    return f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
+
+
+def words_in_few_recordings(results: Mapping[str, Any]) -> str:
+    """A warning where so few recordings have most of the words that intervals say little; else nothing.
+
+    Equally long ones that would vary as much count: (sum of words)^2 / sum of squares (Kish 1965, section 11.7).
+    """
+    words = [row["word_hits"] + row["word_substitutions"] + row["word_deletions"] for row in results["recordings"]]
+    total, squares = sum(words), sum(count * count for count in words)
+    if not total or total * total >= FEW_RECORDINGS * squares:
+        return ""
+    return (
+        f"One recording has {max(words) / total:.0%} of the words: for the spread of rates, {len(words)} recordings "
+        f"count as {total * total / squares:.1f} equal ones, and intervals say little."
+    )

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bestrq.recognition.comparison import setting_of
-from bestrq.recognition.sections import p_text
+from bestrq.recognition.comparison import p_text, setting_of
 from bestrq.recognition.tables import interval, percent, points
 
 

@@ -58,7 +58,7 @@ def context_chart(lines: Mapping[str, Sequence[Point]], y_label: str) -> str:
         f"{name}: " + ", ".join(f"{100 * one.rate:.1f} % at {context_name(one.context_seconds)}" for one in points)
         for name, points in lines.items()
     )
-    return svg_image(context_figure(lines, y_label), f"{y_label} against context. {alt}")
+    return svg_image(context_figure(lines, y_label), f"{y_label} against context. {alt}", wide=True)
 
 
 def context_svg(lines: Mapping[str, Sequence[Point]], y_label: str) -> str:
@@ -78,7 +78,7 @@ def context_figure(lines: Mapping[str, Sequence[Point]], y_label: str) -> Figure
     end = finite[-1] * max(2.0, (finite[-1] / finite[0]) ** 0.18) if finite else 1.0
     with rc_context(STYLE):
         figure, axes = new_figure(7.6, 4.0)
-        band = 0.13 if len(lines) <= 3 else 0.05  # many on top of each other hide the lines
+        band = 0.13 if len(lines) <= 3 else 0.0  # many on top of each other hide the lines
         for place, (name, points) in enumerate(lines.items()):
             x = np.array([one.context_seconds or end for one in points])
             y = 100 * np.array([one.rate for one in points])
@@ -120,6 +120,10 @@ def bins_chart(title: str, names: Sequence[str], bins: Mapping[str, Sequence[Bin
             style = line_style(place)
             axes.plot(x, [100 * (parts[k].rate or 0.0) for k in known], **style, marker=MARKERS[place % 7],
                       markersize=4.5, label=plain(name))  # fmt: skip
+            hollow = [n for n, k in enumerate(known) if parts[k].interval is None]
+            unsure = [100 * (parts[known[n]].rate or 0.0) for n in hollow]
+            axes.plot(x[hollow], unsure, linestyle="", marker=MARKERS[place % 7], markersize=4.5, color=style["color"],
+                      markerfacecolor="white", zorder=3)  # fmt: skip
             for at, k in zip(x, known, strict=True):
                 if (bounds := parts[k].interval) is not None:
                     axes.vlines(at, 100 * bounds[0], 100 * bounds[1], color=style["color"], linewidth=1.4, alpha=0.75)

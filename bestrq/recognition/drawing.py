@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 INK, MUTED, GRID = "#1b1f24", "#59636e", "#e4e7eb"
 COLOURS = ("#0b5cad", "#c2410c", "#2f7d4f", "#7a3e9d", "#8a6d00", "#374151")
@@ -37,6 +38,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 10.5,
 }
+MOST_NAMES = 12
+"""in a legend"""
 
 
 def line_style(place: int) -> dict[str, Any]:
@@ -56,10 +59,13 @@ def add_legend(axes: Axes, columns: int = 2) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None
     handles, names = axes.get_legend_handles_labels()
+    if len(names) > MOST_NAMES:
+        handles = [*handles[:MOST_NAMES], Line2D([], [], linestyle="")]
+        names = [*names[:MOST_NAMES], f"... and {len(names) - MOST_NAMES} more, in the table"]
     names = [textwrap.fill(name, int(9 * figure.get_figwidth())) for name in names]
     columns = 1 if max(map(len, names)) > 4 * figure.get_figwidth() else columns
     lines = sum(name.count("\n") + 1 for name in names) / columns
-    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines - 2, 0))
+    figure.set_figheight(figure.get_figheight() + 0.25 * max(lines - 2, 0))
     figure.legend(
         handles, names, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.1,
         handletextpad=0.6, borderpad=0.2,
@@ -72,9 +78,9 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def svg_image(figure: Figure, alt: str) -> str:
+def svg_image(figure: Figure, alt: str, wide: bool = False) -> str:
     """A figure as an image; `alt` says in words what it shows."""
-    return image("image/svg+xml", svg_text(figure).encode(), alt)
+    return image("image/svg+xml", svg_text(figure).encode(), alt, wide)
 
 
 def svg_text(figure: Figure) -> str:

@@ -153,8 +153,10 @@ def _cards(systems: Results) -> dict[str, str]:
         return {f"WER, {name}": percent(rate) for name, rate in rates.items()}
     known: Sequence[str] = [name for name, rate in rates.items() if rate is not None]
     best = sorted(known, key=lambda name: rates[name] or 0.0)[:3]
-    return {f"Lowest WER: {name}" if place == 0 else f"WER, {name}": percent(rates[name])
-            for place, name in enumerate(best)}  # fmt: skip
+    return {
+        f"Lowest WER: {name}" if rates[name] == rates[best[0]] else f"WER, {name}": percent(rates[name])
+        for name in best
+    }
 
 
 def _capital(text: str) -> str:

@@ -4,6 +4,7 @@
 """
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,23 @@ from typing import Any
 import numpy as np
 
 from bestrq.recognition import charts, curves, report, tables
-from bestrq.recognition.comparison import Results, check_same_references, context_curves, is_curve, mode_of, setting_of
+from bestrq.recognition.comparison import (
+    Results,
+    check_same_references,
+    context_curves,
+    difference_sentence,
+    is_curve,
+    mode_of,
+    p_text,
+    setting_of,
+    word_rate_differences,
+    words_in_few_recordings,
+)
 from bestrq.recognition.curves import Bin
 from bestrq.recognition.tables import Cell, Column
 
 INTERVALS = "Intervals: 95 %, from resampling whole recordings."
+HOLLOW = "Hollow marks: too few recordings for an interval."
 _PARTS: tuple[tuple[str, str, str], ...] = (
     ("durations", "By length of the recording", "length of the recording"),
     ("positions", "By position in the recording", "share of the recording, %"),
@@ -42,6 +55,8 @@ def results_section(systems: Results) -> report.Section:
             "from which the words in ignored segments are left out."
         )
     body += report.paragraph(f"{note} The bar shows the WER and its interval.", "note")
+    if few := words_in_few_recordings(next(iter(systems.values()))):
+        body += report.paragraph(few, "note")
     of_recordings = {
         name: [row["wer"] for row in results["recordings"] if row["wer"] is not None]
         for name, results in systems.items()
@@ -65,11 +80,11 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
     """The curve of WER over context, and a row of rates and costs for every evaluation."""
     lines, body = context_curves(systems), ""
     if is_curve(lines):
-        caption = f"{INTERVALS} Bands and bars show them; lines are a little apart so that none hides another."
+        caption = f"{INTERVALS} Bars show them; lines are a little apart so that none hides another."
         picture = report.figure("WER against context", curves.context_chart(lines, "WER"), caption)
         body += f'<div class="curve">{picture}</div>'
     # The evaluations of one grid are called by their settings already.
-    named = all(name.endswith(setting_of(results)) for name, results in systems.items())
+    named = all(_slug(setting_of(results)) in _slug(name) for name, results in systems.items())
     settings = [] if named else [Column("Setting", "wrap")]
     columns = [Column("System", "wrap"), *settings, Column("Context, s"), Column("WER, %", "rate"),
                Column("95 % interval", "range"), Column("", "bar"), Column("CER, %", "rate"),
@@ -88,7 +103,7 @@ def cells_section(systems: Results, title: str = "Context and cost") -> report.S
     body += tables.table(columns, rows, sortable=True)
     note = (
         "RTF: real-time factor, seconds of decoding for a second of audio; audio-s/s: its inverse. Peak MB: memory of "
-        "decoding, above that before it. "
+        "decoding, above that before it (the model's weights). "
         "Times compare only where the evaluations ran on the same machine with nothing beside them."
     )
     return report.Section(title, body + report.paragraph(note, "note"))
@@ -110,9 +125,9 @@ def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]
         ])  # fmt: skip
     note = (
         f"Each system less {first}, on the same recordings: negative is better than {first}. Intervals: 95 %, from "
-        "resampling whole recordings for both systems together; P(better) is the share of resamples in which the "
-        "system has fewer word errors. MAPSSWE: matched pairs sentence-segment word error test, the mean difference "
-        "of errors in a segment, the number of segments and the two-sided p; it takes segments as "
+        "resampling whole recordings for both systems together (studentised); P(better) is the share of plain "
+        "resamples in which the system has fewer word errors. MAPSSWE: matched pairs sentence-segment word error test, "
+        "the mean difference of errors in a segment, the number of segments and the two-sided p; it takes segments as "
         "independent, which those of one recording are not quite. With many systems, some p is small by chance."
     )
     figures = []
@@ -148,7 +163,7 @@ def breakdowns_section(systems: Results) -> report.Section:
         figures.append(report.figure(title, curves.bins_chart(title, names, bins, label)) + numbers)
     body = report.chart_grid([f"<div>{one}</div>" for one in figures]) if figures else ""
     if figures:
-        body = report.paragraph(f"WER of parts of the recordings. {INTERVALS}", "note") + body
+        body = report.paragraph(f"WER of parts of the recordings. {INTERVALS} {HOLLOW}", "note") + body
     if any(len(results["speakers"]) > 1 for results in systems.values()):
         body += "<h3>By speaker</h3>" + _speakers_table(systems)
     return report.Section("Where the errors sit", body + _confusions(systems))
@@ -201,6 +216,11 @@ def facts_section(systems: Results, pretrain: Path | None = None) -> report.Sect
     return report.Section("How it was made", body)
 
 
+def _slug(text: str) -> str:
+    """As in a folder's name."""
+    return re.sub(r"[^\w.]+", "-", text)
+
+
 def short_context(results: Mapping[str, Any]) -> str:
     """Seconds of context for a table."""
     return f"{results['context_seconds']:g}" if results["context_seconds"] else mode_of(results)
@@ -214,34 +234,10 @@ def parts_of(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str
     return {_bin_name(one["low"], one["high"], 100 if shares else 1): Bin(one["wer"], one["interval"]) for one in parts}
 
 
-def word_rate_differences(systems: Results, second: str, first: str) -> list[float]:
-    """WER of the second less that of the first, for every recording with words."""
-    before = {row["id"]: row["wer"] for row in systems[first]["recordings"]}
-    after = {row["id"]: row["wer"] for row in systems[second]["recordings"]}
-    return [after[id] - rate for id, rate in before.items() if rate is not None and after[id] is not None]
-
-
-def difference_sentence(compared: Mapping[str, Any]) -> str:
-    """The difference in WER in words; says so where the systems cannot be told apart."""
-    start = f"WER of {compared['system']} less that of {compared['baseline']}"
-    if compared["wer"] is None:
-        return f"{start}: there is no reference word."
-    text, bounds = f"{start}: {tables.points(compared['wer']['difference'])} points", compared["wer"]["interval"]
-    if bounds is None:
-        return f"{text}; too few recordings for an interval."
-    clear = "" if bounds[0] > 0 or bounds[1] < 0 else ", so the two cannot be told apart here"
-    return f"{text} (95 % interval {tables.interval(bounds, signed=True)}{clear})."
-
-
 def error_shares(counts: Mapping[str, int]) -> dict[str, float]:
     """Kinds of errors over the length of the references."""
     length = max(counts["hits"] + counts["substitutions"] + counts["deletions"], 1)
     return {kind: counts[kind] / length for kind in ("substitutions", "deletions", "insertions")}
-
-
-def p_text(p_value: float) -> str:
-    """A p value; one too small to tell is said to be so."""
-    return f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
 
 
 def _difference_cells(compared: Mapping[str, Any]) -> list[Cell | str]:
