@@ -164,10 +164,13 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Such as "buffered 20 s, overlap 0.25, greedy"."""
+        """Such as "buffered 20 s, overlap 0.25, greedy", and what of the encoder was changed."""
         context = f" {self.context_seconds:g} s" if self.context_seconds else ""
         overlap = f", overlap {self.inference.overlap:g}" if self.inference.overlap else ""
-        return f"{self.mode}{context}{overlap}, {decoder_label(self.decoder)}"
+        told = ("mask", "window") if self.mode == "windowed" else ()  # by the context
+        changes = {name: value for name, value in to_dict(self.encoder).items() if name not in told}
+        changed = "".join(f", {name} {value}" for name, value in changes.items() if value is not None)
+        return f"{self.mode}{context}{overlap}, {decoder_label(self.decoder)}{changed}"
 
 
 def decoder_label(decoder: DecoderSettings) -> str:

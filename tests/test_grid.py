@@ -93,6 +93,7 @@ def test_every_combination_is_evaluated_once_and_is_what_it_would_be_alone(
     for folder, label in (("averaged", "averaged 2 s, overlap 0.5, beam 2"), ("window", "windowed 2 s, greedy")):
         one = read_results(alone / folder)
         assert one["recordings"] == cells[label]["recordings"] and one["scores"] == cells[label]["scores"]
+    assert read_results(alone / "window")["label"] == "whole, greedy, mask window, window 25"
     assert cells["windowed 2 s, greedy"]["recordings"] != cells["whole, greedy"]["recordings"]
     assert [cells[label]["context_seconds"] for label in ("windowed 2 s, greedy", "whole, greedy")] == [2.0, 0.0]
 
