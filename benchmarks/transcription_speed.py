@@ -1,6 +1,7 @@
 """From waveform to text: our transcription beside transformers' pipeline for speech recognition, with chunking.
 
     python -m benchmarks.transcription_speed                  # needs requirements-benchmarks.txt
+    python -m benchmarks.transcription_speed --peers wav2vec2 parakeet
     python -m benchmarks.transcription_speed --layers 1 --seconds 12 --recordings 2 --repeats 1      # a try
 
 The peers are models that the pipeline runs with CTC, with random weights and the size of one of our presets: width,
@@ -17,7 +18,7 @@ Ours computes log-mel, its statistics over the recording, and text with word tim
 random models write means nothing. The systems alternate; of every one the fastest pass counts. One line of JSON is the
 last:
 
-    ratio_to_transformers           ours / the peer's, audio-seconds per second; the smallest over the peers
+    ratio_to_transformers           ours / the peer's, audio-seconds per second; the smallest over --peers
     ratio_to_PEER                   each peer's own
     PEER_ours, PEER_transformers    audio-seconds per second
 """
@@ -209,7 +210,7 @@ def compare(name: str, recordings: Sequence[np.ndarray], args: argparse.Namespac
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", choices=list(PRESET_OF), default=list(PRESET_OF))
+    parser.add_argument("--peers", nargs="+", choices=list(PRESET_OF), default=["wav2vec2"])
     parser.add_argument("--recordings", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60.0, help="mean length of a recording")
     parser.add_argument("--chunk-seconds", type=float, default=20.0, help="a window")
