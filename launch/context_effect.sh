@@ -3,7 +3,7 @@
 # recording tells (the corpus of homophones), on pieces of seconds and of half a minute; both tested on whole recordings
 # over contexts from 2 s to all.
 #
-#   bash launch/context_effect.sh                 about 10 minutes on 2 cores
+#   bash launch/context_effect.sh                 about 7 minutes on 2 cores
 #   bash launch/context_effect.sh --folder DIR    keep everything in DIR (default: runs/context-effect)
 #
 # Ends with a table, a report with all transcripts and the curve, in DIR/results/contexts. Makes .venv and installs

@@ -22,9 +22,10 @@ def comparison_table(numbers: Mapping[str, Any]) -> str:
     systems = numbers["systems"]
     compared = {one["system"]: one for one in numbers["comparisons"]}
     width = max(6, *(len(one["system"]) for one in systems))
+    named = all(setting_of(one) in one["system"] for one in systems)  # those of a grid
     lines = [
         f"{'system':<{width}}{'WER':>9}{'95 %':>16}{'CER':>9}{'to the first':>14}{'95 %':>16}{'p':>9}"
-        f"{'RTF':>9}{'peak MB':>9}  setting"
+        f"{'RTF':>9}{'peak MB':>9}{'' if named else '  setting'}"
     ]
     for one in systems:
         total, cost = one["scores"]["all"], one["decoding"]
@@ -35,5 +36,6 @@ def comparison_table(numbers: Mapping[str, Any]) -> str:
         difference += f"{p_text(other['matched_pairs']['p_value']) if other else '':>9}"
         factor, megabytes = cost["real_time_factor"], cost["peak_mb"]
         speed = f"{'-' if factor is None else f'{factor:.4f}':>9}{'-' if megabytes is None else f'{megabytes:,.0f}':>9}"
-        lines.append(f"{one['system']:<{width}}{rates}{difference}{speed}  {setting_of(one)}")
+        setting = "" if named else f"  {setting_of(one)}"
+        lines.append(f"{one['system']:<{width}}{rates}{difference}{speed}{setting}")
     return "\n".join(lines)
