@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.config import ConfigError, run_main
 from bestrq.files import write_file
-from bestrq.recognition.normalisers import normaliser
+from bestrq.recognition.comparison import recording_score
 from bestrq.recognition.results import find_results, read_results
-from bestrq.recognition.scoring import RecordingScore, align_words, compare, score_corpus, score_normalised
+from bestrq.recognition.scoring import RecordingScore, align_words, compare, score_corpus
+from bestrq.recognition.tables import interval, percent
 from data.corpora.homophones import homophones, word_lists
 
 Cell = tuple[str, float]
@@ -47,13 +48,7 @@ def read_cells(folder: Path) -> dict[Cell, list[RecordingScore]]:
     for path in find_results([folder]):
         results = read_results(path)
         cell = Path(results["export"]).parent.name, float(results["context_seconds"])
-        cells[cell] = [
-            score_normalised(
-                row["id"], row["reference"], row["hypothesis"], row["language"], row["seconds"], "",
-                normaliser(row["language"]),
-            )
-            for row in results["recordings"]
-        ]  # fmt: skip
+        cells[cell] = [recording_score(row) for row in results["recordings"]]
     return cells
 
 
@@ -107,12 +102,8 @@ def effect(cells: Mapping[Cell, list[RecordingScore]], own: Sequence[Cell], num_
     }
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def interval(ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+def bounds(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f" ({interval(ends)})"
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -126,7 +117,7 @@ def table(found: Mapping[str, Any]) -> str:
         for name in models:
             cell = by_cell.get((name, seconds))
             line += ["-"] * 3 if cell is None else [
-                percent(cell["wer"]) + interval(cell["wer_interval"]),
+                percent(cell["wer"]) + bounds(cell["wer_interval"]),
                 percent(cell["homophone_errors"]),
                 percent(cell["other_errors"]),
             ]  # fmt: skip
@@ -141,7 +132,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     wer, p_value = own["wer"], own["matched_pairs"]["p_value"]
     return (
         f"{first} at {seconds:g} s less {second} at {others:g} s: {100 * wer['difference']:+.1f} points of WER"
-        f"{interval(wer['interval'])}, MAPSSWE p = {p_value:.1g}"
+        f"{bounds(wer['interval'])}, MAPSSWE p = {p_value:.1g}"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from bestrq.config import ConfigError
 from bestrq.recognition.results import FORMAT_VERSION
+from bestrq.recognition.scoring import score_recording
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCES = ["peter finds the flour", "the leek is old and the dough", "peter finds the pear and the tea"]
@@ -28,7 +29,7 @@ script = load_script()
 
 def write_cell(folder: Path, model: str, seconds: float, hypotheses: list[str]) -> None:
     rows = [
-        {"id": f"r{number}", "reference": reference, "hypothesis": hypothesis, "language": "en", "seconds": 3.0}
+        score_recording(f"r{number}", reference, hypothesis, "en", 3.0).row()
         for number, (reference, hypothesis) in enumerate(zip(REFERENCES, hypotheses, strict=True))
     ]
     results = {"format_version": FORMAT_VERSION, "scores": {}, "recordings": rows}
