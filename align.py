@@ -42,6 +42,7 @@ from bestrq.recognition.decoding import BLANK
 from bestrq.recognition.inference import InferenceSettings, Source, excluded_frames, transcribe
 from bestrq.recognition.pieces import STAR, Transcript
 from bestrq.training.export import read_export
+from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
 from data.derive import Entry, derive
 from data.errors import DataError
@@ -362,6 +363,7 @@ def main() -> None:
         device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
     )
     world = start_world(distributed)
+    warn_of_emulation("inference.precision", config.inference.precision, world)
     align(config, world)
     world.close()
 

@@ -46,6 +46,7 @@ from bestrq.recognition.subtitles import SubtitleSettings
 from bestrq.recognition.transcripts import WRITERS, TimedTranscript
 from bestrq.training.export import read_export
 from bestrq.training.memory import PeakMemory
+from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
 from data.audio_files import find_audio
 from data.errors import DataError
@@ -366,6 +367,7 @@ def main() -> None:
         device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
     )
     world = start_world(distributed)
+    warn_of_emulation("inference.precision", config.inference.precision, world)
     evaluate(config, world)
     world.close()
 

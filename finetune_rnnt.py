@@ -22,6 +22,7 @@ from bestrq.recognition.validation import validate
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import MetricsLog, Throughput, console_line
 from bestrq.training.optimizer import build_optimizer, set_learning_rates
+from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
@@ -58,12 +59,15 @@ def train(config: Config) -> None:
     dataset = config.data.open()
     frames_per_second = dataset.features.frames_per_second
     run = RunFolder(config.run.folder)
+    precision = resolve_precision(config.distributed, run, world)
+    config = with_precision(config, precision)
     latest = latest_checkpoint(run.checkpoints, world)
     init = read_init(config, dataset) if config.finetune.init and latest is None else None
     crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
     texts = [text for stage in crops for text in stage.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
-    run.start(config, world, free=(*FREE_FIELDS, "transducer.slice_bytes"), fingerprints=dataset.identity())
+    free = (*FREE_FIELDS, "transducer.slice_bytes")
+    run.start(config, world, free=free, fingerprints=dataset.identity(), facts={"precision": str(precision)})
     tokenizer = run_tokenizer(run, texts, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in texts}  # all of them now: an error costs no training
     itemsize = 2 if config.distributed.precision == "bfloat16" else 4
@@ -97,7 +101,7 @@ def train(config: Config) -> None:
     throughput = Throughput(world, config.run.steps)
     stop = StopRequest(run.path)
     if world.is_main:
-        print(describe(config, model, crops[0], dataset, world, step), flush=True)
+        print(describe(config, precision, model, crops[0], dataset, world, step), flush=True)
 
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)  # over the log interval, this rank's
     batches = iter(loader)

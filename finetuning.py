@@ -19,6 +19,7 @@ from bestrq.recognition.validation import Heldout, ValidationSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
 from bestrq.training.export import Export, write_export
 from bestrq.training.optimizer import OptimizerSettings
+from bestrq.training.precision import Precision
 from bestrq.training.process import DistributedSettings, World, unwrap
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.update import GuardSettings
@@ -115,7 +116,10 @@ class FinetuneConfig:
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
-    "distributed",
+    "distributed.device",
+    "distributed.strategy",
+    "distributed.threads",
+    "distributed.timeout_minutes",
     "encoder.activation_checkpointing",
     "encoder.backend",
     "guard.max_bad_updates",
@@ -290,7 +294,7 @@ def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, 
 def save(run, step, model, optimizer, data_state, best, dataset, config, world) -> None:
     """A checkpoint; all but the last ones and the best are deleted."""
     state = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
-    state["features"] = dataset.features.to_dict()
+    state |= {"features": dataset.features.to_dict(), "precision": config.distributed.precision}
     save_checkpoint(run.checkpoints, step, model, optimizer, state, world)
     prune_checkpoints(run.checkpoints, config.checkpoint.keep_last, best.step, world)
 
@@ -333,13 +337,15 @@ CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate
     world.barrier()
 
 
-def describe(config: FinetuneConfig, model: nn.Module, crops: CropTable, dataset: Dataset, world: World, step: int
-             ) -> str:  # fmt: skip
+def describe(
+    config: FinetuneConfig, precision: Precision, model: nn.Module, crops: CropTable, dataset: Dataset, world: World,
+    step: int,
+) -> str:  # fmt: skip
     """The first line of the console."""
     millions = sum(parameter.numel() for parameter in unwrap(model).parameters()) / 1e6
     hours = crops.mean_frames * len(crops) / dataset.features.frames_per_second / 3600
     start = f"continuing after step {step}" if step else "starting"
     return (
         f"{start}: {millions:.1f} M parameters from {config.finetune.init or 'scratch'}, {world.size} process(es) on "
-        f"{world.device.type}, {hours:.2f} h of labels in {dataset.location}, run {config.run.folder}"
+        f"{world.device.type} in {precision}, {hours:.2f} h of labels in {dataset.location}, run {config.run.folder}"
     )

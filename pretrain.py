@@ -35,6 +35,7 @@ from bestrq.training.export import write_export
 from bestrq.training.flops import count_flops
 from bestrq.training.meters import MetricsLog, Throughput, console_line, peak_flops
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
+from bestrq.training.precision import Precision, resolve_precision, with_precision
 from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
@@ -74,7 +75,10 @@ class Config:
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
-    "distributed",
+    "distributed.device",
+    "distributed.strategy",
+    "distributed.threads",
+    "distributed.timeout_minutes",
     "encoder.activation_checkpointing",
     "encoder.backend",
     "guard.max_bad_updates",
@@ -88,7 +92,9 @@ def train(config: Config) -> None:
     world = start_world(config.distributed)
     dataset = config.data.open()
     run = RunFolder(config.run.folder)
-    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
+    precision = resolve_precision(config.distributed, run, world)
+    config = with_precision(config, precision)
+    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity(), facts={"precision": str(precision)})
     stride = config.encoder.stride
 
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
@@ -129,11 +135,10 @@ def train(config: Config) -> None:
     )
     guard = UpdateGuard(config.guard)
     metrics = MetricsLog(run, step, world)
-    dtype = torch.bfloat16 if config.distributed.precision == "bfloat16" else torch.float32
-    throughput = Throughput(world, config.run.steps, peak_flops(world, dtype))
+    throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
     stop = StopRequest(run.path)
     if world.is_main:
-        print(describe(config, model, dataset, world, step), flush=True)
+        print(describe(config, precision, model, dataset, world, step), flush=True)
 
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)  # over the log interval, this rank's
     batches = iter(loader)
@@ -297,6 +302,7 @@ def save(run, step, model, optimizer, quantizer, data_state, code_counts, datase
     """A checkpoint, and the export of the encoder as it is now."""
     features = dataset.features.to_dict()
     state = {"data": data_state.to_dict(), "features": features, "feature_hash": dataset.features.hash()}
+    state["precision"] = config.distributed.precision
     tensors = {f"quantizer.{name}": tensor for name, tensor in quantizer.state_dict().items()}
     tensors["code_counts"] = world.sum(code_counts.clone())
     save_checkpoint(run.checkpoints, step, model, optimizer, state, world, tensors)
@@ -349,15 +355,16 @@ def model_flops(model: BestRQ, config: Config, longest: int, world: World) -> in
     return flops
 
 
-def describe(config: Config, model: BestRQ, dataset: Dataset, world: World, step: int) -> str:
+def describe(config: Config, precision: Precision, model: BestRQ, dataset: Dataset, world: World, step: int) -> str:
     """The first line of the console."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     seconds = config.data.rows * config.data.row_frames * dataset.features.hop_ms / 1000
     hours = dataset.total_frames / dataset.features.frames_per_second / 3600
     start = f"continuing after step {step}" if step else "starting"
     return (
-        f"{start}: {millions:.1f} M parameters, {world.size} process(es) on {world.device.type}, "
-        f"{seconds:.0f} s of rows an update, {hours:.1f} h in {dataset.location}, run {config.run.folder}"
+        f"{start}: {millions:.1f} M parameters, {world.size} process(es) on {world.device.type} "
+        f"in {precision}, {seconds:.0f} s of rows an update, {hours:.1f} h in {dataset.location}, "
+        f"run {config.run.folder}"
     )
 
 

@@ -34,6 +34,7 @@ from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.subtitles import SubtitleSettings
 from bestrq.recognition.transcripts import WRITERS, TimedTranscript
 from bestrq.training.export import Export, read_export
+from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
 from data.audio_files import AudioFile, list_audio
 from data.corpora.base import FileSource
@@ -338,6 +339,7 @@ def main() -> int:
         device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
     )
     world = start_world(distributed)
+    warn_of_emulation("inference.precision", config.inference.precision, world)
     failed = transcribe(config, world)
     world.close()
     return 1 if failed else 0

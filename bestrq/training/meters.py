@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from bestrq.files import write_file
+from bestrq.training.precision import DTYPES, has_bfloat16, matmul_rate
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
 
@@ -113,30 +114,31 @@ def truncate_metrics(path: Path, last_step: int) -> None:
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def peak_flops(world: World, dtype: torch.dtype) -> float | None:
-    """FLOP/s that this device could do at best: a data sheet's figure, measured with a matrix product on the CPU.
+def peak_flops(world: World, precision: Literal["float32", "bfloat16"]) -> float | None:
+    """FLOP/s that the devices of all ranks reach at best in this precision; None where that is not known. All ranks
+    must call it.
 
-    None for a GPU that is not in the table: then there is no MFU. The table is for bfloat16; float32 on a GPU has
-    None, since whether TF32 is used changes it eightfold.
+    On a GPU a data sheet's figure for bfloat16; a GPU that is not in the table has None, and so has float32, since
+    whether TF32 is used changes it eightfold. On a CPU the rate of a matrix product, measured on all ranks at once;
+    emulated bfloat16 has None: much of a step then runs in float32, which is faster than its products.
     """
+    peak = 0.0
     if world.device.type == "cuda":
-        name = torch.cuda.get_device_name(world.device) if dtype == torch.bfloat16 else ""
-        return next((rate for part, rate in GPU_PEAKS.items() if part in name), None)
-    size = 1024
-    left, right = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(4):  # the first one warms up; the best one is the machine's
-        begin = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
+        name = torch.cuda.get_device_name(world.device) if precision == "bfloat16" else ""
+        peak = next((rate for part, rate in GPU_PEAKS.items() if part in name), 0.0)
+    elif precision == "float32" or has_bfloat16(world.device):
+        world.barrier()
+        peak = matmul_rate(DTYPES[precision])
+    if world.any(not peak):
+        return None
+    return float(world.sum(torch.tensor(peak, dtype=torch.float64, device=world.device)))
 
 
 class Throughput:
     """Rates of an interval: audio per second, share of time spent waiting for data, MFU, memory, ETA."""
 
     def __init__(self, world: World, total_steps: int, peak: float | None = None) -> None:
-        """`peak` is one device's FLOP/s from `peak_flops`, or None for no MFU."""
+        """`peak` is the FLOP/s of all devices from `peak_flops`, or None for no MFU."""
         self.world, self.total_steps, self.peak = world, total_steps, peak
         self._restart()
 
@@ -161,7 +163,8 @@ class Throughput:
 
     def interval(self, step: int) -> dict[str, float]:
         """Figures since the last call, over all ranks; all ranks must call it. Keys: `audio_seconds_per_second`,
-        `step_seconds`, `data_wait` (share, mean over ranks), `memory_gib` (largest rank), `eta_seconds`, `mfu`."""
+        `step_seconds`, `data_wait` (share, mean over ranks), `memory_gib` (largest rank), `eta_seconds`, and `mfu`
+        where the peak is known."""
         seconds = time.perf_counter() - self._begin
         totals = torch.tensor([self._audio, self._flops, self._wait / seconds], dtype=torch.float64)
         audio, flops, wait = self.world.sum(totals.to(self.world.device)).tolist()
@@ -173,8 +176,9 @@ class Throughput:
             "memory_gib": self.world.max(memory_gib(self.world)),
             "eta_seconds": step_seconds * max(0, self.total_steps - step),
         }
-        if self.peak and flops:
-            figures["mfu"] = flops / seconds / (self.peak * self.world.size)
+        # A rate above the peak shows that the peak was measured too low, on a machine that was busy: it is not known.
+        if self.peak and 0 < flops / seconds <= self.peak:
+            figures["mfu"] = flops / seconds / self.peak
         self._restart()
         return figures
 

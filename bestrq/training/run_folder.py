@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +58,19 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
 
-    def start(self, settings: Any, world: World, free: Collection[str] = (), fingerprints: dict[str, str] | None = None
-              ) -> None:  # fmt: skip
+    def start(self, settings: Any, world: World, free: Collection[str] = (), fingerprints: dict[str, str] | None = None,
+              facts: Mapping[str, str] | None = None) -> None:  # fmt: skip
         """Make the folder, or continue in it; called by all ranks, done by rank 0.
 
         `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
         from those that the run began with. `fingerprints` say what the data are, by name (`dataset`,
-        `features.num_mels`); they may not change either, and the first that did is named.
+        `features.num_mels`); they may not change either, and the first that did is named. `facts` go into run.json.
         Raises ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
         """
         problem = None
         if world.is_main:
             try:
-                self._start(to_dict(settings), to_dict(type(settings)()), world, free, fingerprints or {})
+                self._start(to_dict(settings), to_dict(type(settings)()), world, free, fingerprints or {}, facts or {})
             except (ConfigError, OSError) as error:
                 problem = str(error) if isinstance(error, ConfigError) else f"cannot use the run folder: {error}"
         problem = world.broadcast(problem)
@@ -79,10 +79,10 @@ class RunFolder:
 
     def _start(
         self, values: dict[str, Any], defaults: dict[str, Any], world: World, free: Collection[str],
-        fingerprints: dict[str, str],
+        fingerprints: dict[str, str], facts: Mapping[str, str],
     ) -> None:  # fmt: skip
         starts = self._read_record()
-        trained = self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
+        trained = self._has_checkpoints()
         if trained and not self.config.exists():
             raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
         if trained:  # before the first checkpoint there is nothing that another configuration could spoil
@@ -101,7 +101,22 @@ class RunFolder:
                     )
         self.path.mkdir(parents=True, exist_ok=True)
         save_yaml(values, self.config)
-        write_file(self.record, json.dumps({"starts": [*starts, _describe(world, fingerprints)]}, indent=1))
+        write_file(
+            self.record, json.dumps({"starts": [*starts, {**_describe(world, fingerprints), **facts}]}, indent=1)
+        )
+
+    def began_with(self, section: str, name: str) -> Any:
+        """A setting of the run in this folder; None where there is no checkpoint yet, or the run did not record it.
+
+        Raises ConfigError where the recorded settings cannot be read.
+        """
+        if not (self._has_checkpoints() and self.config.exists()):
+            return None
+        values = load_yaml(self.config).get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    def _has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
 
     def _read_record(self) -> list[dict[str, Any]]:
         try:
