@@ -126,10 +126,12 @@ run() {
 # together COMMAND...: run it to its end; a signal meanwhile goes on to it. A kill of this script alone would else leave
 # it at work, and the same command given again would start a second one on the same files. Its exit status.
 together() {
-    local status signalled
+    local status signalled=""
+    child=""
+    trap 'signalled=yes; [ -z "$child" ] || kill -TERM "$child" || true' HUP INT TERM
     "$@" &
     child=$!
-    trap 'signalled=yes; kill -TERM "$child" || true' HUP INT TERM
+    [ -z "$signalled" ] || kill -TERM "$child" || true # it came before the command could be named
     while :; do # as in stoppable.sh
         signalled=""
         status=0
@@ -144,9 +146,10 @@ together() {
 requeueing() {
     local status=0
     trap - HUP INT TERM USR1 USR2 # stoppable leaves them ignored, which the command would inherit
+    child=""
+    trap '[ -z "$child" ] || { kill "$child"; wait "$child" || true; }; requeue; exit' USR2
     ("$@") &
     child=$!
-    trap 'kill "$child"; wait "$child" || true; requeue; exit' USR2
     wait "$child" || status=$?
     trap - USR2
     return "$status"

@@ -39,10 +39,11 @@ stoppable() {
     shift
     mkdir -p "$stop_folder"
     rm -f "$stop_folder/STOP" "$stop_folder/REQUEUE" # left by a run that was killed before it could answer
-    "$@" &
-    child=$!
+    # Before the command starts: an untrapped signal would end this shell and leave the command running.
     # shellcheck disable=SC2064  # expanded now: the name is that of this round
     for name in HUP INT TERM USR1 USR2; do trap "ask_to_stop $name" "$name"; done
+    "$@" &
+    child=$!
     # A trapped signal ends wait early. Then wait again: only a wait that none interrupted gives the command's status.
     while :; do
         signalled=""

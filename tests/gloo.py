@@ -15,11 +15,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from bestrq.training.process import DistributedSettings, World, start_world
+from tests.patience import PATIENCE
 from tests.ports import free_port
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = PATIENCE
 ) -> list[Any]:
     """Call `function(world, *arguments)` in `world_size` processes and return what each returned, by rank.
 
@@ -66,7 +67,7 @@ def _collect(pipes: list[Connection], timeout: float) -> tuple[dict[int, Any], l
                 error, result = "died without a word", None
             if error is not None:
                 errors.append(f"[rank {rank}] {error}")
-                deadline = min(deadline, time.monotonic() + 5)  # the others may be waiting for it
+                deadline = min(deadline, time.monotonic() + 30)  # the others may be waiting for it
             results[rank] = tree_map(lambda leaf: torch.from_numpy(leaf) if _is_array(leaf) else leaf, result)
     return results, errors
 
@@ -82,7 +83,7 @@ def _child(
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     torch.set_num_threads(1)
     try:
-        world: World = start_world(DistributedSettings(device="cpu", threads=1, timeout_minutes=1.0))
+        world: World = start_world(DistributedSettings(device="cpu", threads=1, timeout_minutes=PATIENCE / 60))
         result = function(world, *arguments)
         result = tree_map(lambda leaf: leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
         pipe.send((None, result))

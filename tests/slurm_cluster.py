@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import PATIENCE
 from tests.ports import free_port
 
 NODES = ("n1", "n2")
@@ -74,7 +75,7 @@ class Cluster:
         fields = self.command("scontrol", "show", "job", job, "-o").split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
+    def wait(self, job: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Wait until the job is in one of the states; its fields. A requeued job is started in seconds, not minutes."""
         end = time.monotonic() + seconds
         while (fields := self.job(job))["JobState"] not in states:
@@ -151,7 +152,7 @@ def idle(cluster: Cluster) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], what: str, folder: Path, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, folder: Path, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -16,6 +16,7 @@ from data.corpora import find_corpus
 from data.corpora.mls import MlsSettings, sources
 from data.errors import DataError
 from data.shards import open_dataset
+from tests.patience import PATIENCE
 
 METAINFO = """\
  SPEAKER   |   GENDER   | PARTITION  |  MINUTES   |  BOOK ID   |             TITLE              |            CHAPTER
@@ -179,7 +180,7 @@ def prepare_from(hub: FakeHub, out: Path, *arguments: str) -> subprocess.Complet
     command += ["--cache", str(out.parent / "cache"), *arguments]
     repository = Path(__file__).resolve().parent.parent
     return subprocess.run(
-        command, cwd=repository, env={**os.environ, **home}, capture_output=True, text=True, timeout=300
+        command, cwd=repository, env={**os.environ, **home}, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

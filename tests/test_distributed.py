@@ -29,6 +29,7 @@ from bestrq.training.process import (
 from bestrq.training.stop import STOP, StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard
 from tests.gloo import run_distributed
+from tests.patience import PATIENCE
 
 ROWS, STEPS = 8, 10
 
@@ -242,7 +243,7 @@ def start(tmp_path: Path, launcher: list[str], argument: str, **variables: str) 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     """Output and errors; a process that hangs is killed with its children."""
     try:
-        return process.communicate(timeout=120)
+        return process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)
         raise

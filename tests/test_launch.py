@@ -6,10 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.patience import PATIENCE, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted([*REPOSITORY.glob("launch/*.sh"), *REPOSITORY.glob("launch/*.sbatch"), REPOSITORY / ".ci/run"])
@@ -90,14 +91,17 @@ class Running:
         )
 
     def wait_for(self, text: str) -> None:
-        end = time.monotonic() + 60
-        while text not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            time.sleep(0.01)
+        def has_come() -> bool:
+            ended = self.process.poll() is not None  # asked first: what it wrote before its end is there then
+            come = text in self.log.read_text()
+            assert come or not ended, self.log.read_text()
+            return come
+
+        wait_until(has_come, self.log.read_text)
 
     def finish(self) -> tuple[int, str]:
         try:
-            return self.process.wait(60), self.log.read_text()
+            return self.process.wait(PATIENCE), self.log.read_text()
         finally:
             self.process.kill()
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -25,6 +24,7 @@ from data.shards import Dataset, open_dataset
 from data.storage import StorageError
 from data.supervised import FixedCrops
 from tests.made_datasets import make_dataset
+from tests.patience import PATIENCE, wait_until
 
 LENGTHS = [*np.random.default_rng(0).integers(60, 380, 40).tolist(), 2500, 1300]
 SETTINGS = LoaderSettings(
@@ -354,7 +354,7 @@ def test_signals_to_the_whole_group_stop_training_without_noise(dataset: Dataset
     assert len(workers) == 2
     os.killpg(training.pid, signal.SIGINT)
     os.killpg(training.pid, signal.SIGTERM)
-    out, err = training.communicate(timeout=60)
+    out, err = training.communicate(timeout=PATIENCE)
     # Five more updates came after the signals: the workers did not obey them.
     assert (out, err, training.returncode) == ("stopped well\n", "", 0)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
@@ -372,7 +372,4 @@ def test_workers_end_when_the_training_process_is_killed(dataset: Dataset) -> No
         status = Path(f"/proc/{worker}/status")
         return status.exists() and "State:\tZ" not in status.read_text()
 
-    deadline = time.monotonic() + 60
-    while any(map(alive, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(alive, workers)))

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from test_launch import REPOSITORY, SCONTROL, SRUN, Running, write_program
 from bestrq.recognition.results import FORMAT_VERSION
 from data.shards import open_dataset
 from data.splits import published_split
+from tests.patience import wait_until
 
 FINISH = ("launch/long_context_table.py", "compare.py")
 STM = """\
@@ -301,9 +301,7 @@ def test_a_kill_of_the_script_alone_leaves_nothing_at_work(
     command = ["launch/long_context.sh", *arguments, "--folder", "w", "--nproc-per-node", "1"]
     running = Running(repository, "bash", *command, SLOW=slow)
     running.wait_for(slow)
-    end = time.monotonic() + 60
-    while not (repository / "pid").exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: (repository / "pid").exists() and (repository / "pid").read_text().strip())
     running.process.send_signal(signal.SIGTERM)
     status, output = running.finish()
     assert status == expected, output

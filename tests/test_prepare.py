@@ -27,6 +27,7 @@ from data.prepare import PrepareSettings, prepare
 from data.prepare_cli import main, parse
 from data.progress import Progress
 from data.shards import open_dataset
+from tests.patience import wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -92,10 +93,7 @@ def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 30
-    while session(process.pid):
-        assert time.monotonic() < deadline, f"left behind: {session(process.pid)}"
-        time.sleep(0.05)
+    wait_until(lambda: not session(process.pid), lambda: f"left behind: {session(process.pid)}")
 
 
 def session(leader: int) -> list[int]:

@@ -17,6 +17,7 @@ import soundfile
 
 from data.prepare_cli import main
 from data.shards import open_dataset
+from tests.patience import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Forks a preparation of every part that is not done, kills each at a moment of its own, and again, until all are done;
@@ -190,7 +191,7 @@ def test_ctrl_c_while_the_workers_are_started_is_one_line(tmp_path: Path) -> Non
         time.sleep(0.01)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert told.strip().splitlines() == ["interrupted: what is done is kept, the same command continues"]
     assert main(arguments) == 0

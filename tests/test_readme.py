@@ -10,6 +10,8 @@ import pytest
 import soundfile
 from readme_commands import COMMANDS, Elsewhere, Run, commands_in, readme_commands
 
+from tests.patience import PATIENCE
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SKIPPED = {"README.md", "runs", "datasets", "results"}  # a command must not find what was there before
 
@@ -57,6 +59,6 @@ def test_readme_command_works(command: str, sandbox: Path) -> None:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", entry.of(command)],
-        cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+        cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, f"{entry.of(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"

@@ -19,6 +19,7 @@ from data.index import Recording
 from data.prepare_cli import main
 from data.shards import open_dataset
 from data.writer import DatasetWriter
+from tests.patience import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 60
@@ -105,7 +106,7 @@ def test_job_disturbed_twice_ends_with_the_weights_of_an_undisturbed_run(
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         ["bash", "launch/torchrun.sh", "-n", "2", "pretrain.py", *command(recipe, undisturbed)],
-        cwd=REPOSITORY, env=env, check=True, capture_output=True, timeout=600,
+        cwd=REPOSITORY, env=env, check=True, capture_output=True, timeout=PATIENCE,
     )  # fmt: skip
     starts = json.loads((disturbed / "run.json").read_text())["starts"]
     assert [start["world_size"] for start in starts] == [2, 2, 2]
@@ -121,7 +122,7 @@ def test_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, recipe: Path,
     cluster.wait(job, "RUNNING")
     wait_for_updates(cluster, job, run, 3)
     cluster.command("scancel", job)
-    wait_until(lambda: not cluster.command("squeue", "--noheader"), "the job has ended", tmp_path, seconds=300)
+    wait_until(lambda: not cluster.command("squeue", "--noheader"), "the job has ended", tmp_path)
     assert cluster.job(job)["JobState"] == "CANCELLED"
     assert "SLURM is ending this job itself" in log.read_text()
     (saved,) = (run / "checkpoints").iterdir()

@@ -29,6 +29,7 @@ from data.shards import open_dataset
 from data.storage import CutShort, Storage, StorageError, StorageSettings, open_storage
 from tests.flaky_server import FAULTS, FlakyServer
 from tests.made_datasets import make_dataset
+from tests.patience import PATIENCE
 
 DATA = np.random.default_rng(0).bytes(1_000_003)
 BLOCK = 2**16
@@ -64,7 +65,7 @@ def in_child(function: Callable[[], object]) -> int:
     """Exit code of a forked process that runs the function; -N where signal N killed it."""
     child = FORK.Process(target=function)
     child.start()
-    child.join(60)
+    child.join(PATIENCE)
     assert child.exitcode is not None, "the child hangs"
     return child.exitcode
 
@@ -195,7 +196,7 @@ def test_a_stale_handle_is_opened_again_a_few_times(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_passes_is_not_noticed(server: FlakyServer, tmp_path: Path, fault: str) -> None:
-    store = open_storage(server.url, quick(tmp_path, timeout_seconds=0.3 if fault == "late" else 10.0))
+    store = open_storage(server.url, quick(tmp_path, timeout_seconds=2.0 if fault == "late" else 10.0))
     server.faults.extend([None, fault, fault, None])  # the first answer is to HEAD
     assert read(store, 100_000, 50_000) == DATA[100_000:150_000]
     assert len(server.downloads()) >= 3
@@ -206,7 +207,7 @@ def test_a_fault_that_passes_is_not_noticed(server: FlakyServer, tmp_path: Path,
 def test_a_fault_that_stays_is_one_error_with_place_attempts_and_cause(
     server: FlakyServer, tmp_path: Path, fault: str
 ) -> None:
-    store = open_storage(server.url, quick(tmp_path, timeout_seconds=0.1 if fault == "late" else 10.0))
+    store = open_storage(server.url, quick(tmp_path, timeout_seconds=1.0 if fault == "late" else 10.0))
     assert store.size("a.bin") == len(DATA)
     server.always = fault
     with pytest.raises(StorageError, match=rf"^{server.url}/a\.bin: failed 4 times; the last time \w+"):
@@ -218,7 +219,7 @@ def test_a_fault_that_stays_is_one_error_with_place_attempts_and_cause(
 @pytest.mark.parametrize("fault", ["500", "drop", "late"])
 def test_a_size_that_is_not_told_is_not_a_missing_file(server: FlakyServer, tmp_path: Path, fault: str) -> None:
     server.always = fault
-    store = open_storage(server.url, quick(tmp_path, timeout_seconds=0.1 if fault == "late" else 10.0, attempts=2))
+    store = open_storage(server.url, quick(tmp_path, timeout_seconds=1.0 if fault == "late" else 10.0, attempts=2))
     with pytest.raises(StorageError, match="failed 2 times"):
         store.size("a.bin")
 
@@ -408,7 +409,7 @@ def test_processes_share_a_small_cache_and_read_right(memory: str, tmp_path: Pat
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(PATIENCE)
     assert [child.exitcode for child in children] == [0, 0, 0]
 
 
@@ -459,7 +460,7 @@ def test_a_whole_file_is_fetched_once_a_node_by_processes_that_wait_for_each_oth
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(PATIENCE)
     assert [child.exitcode for child in children] == [0, 0, 0]
     asked = [bytes_ for _, _, bytes_ in server.downloads()]
     assert asked == ["bytes=0-0", f"bytes=1-{len(DATA) - 1}"]
@@ -475,7 +476,7 @@ def test_a_download_killed_in_its_middle_is_no_copy_and_the_next_one_is_whole(
     while child.is_alive() and len(server.downloads()) < 3:
         time.sleep(0.005)
     os.kill(child.pid or 0, signal.SIGKILL)
-    child.join(60)
+    child.join(PATIENCE)
     assert child.exitcode == -signal.SIGKILL
     assert list((tmp_path / "copies").glob("*a.bin")) == []
     path = open_storage(server.url, quick(tmp_path)).local_copy("a.bin")
@@ -547,5 +548,5 @@ def test_threads_may_read_at_once(server: FlakyServer, tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert wrong == [] and not any(thread.is_alive() for thread in threads)
