@@ -7,7 +7,8 @@
 
 Bytes are those of tensors, counted operation by operation (`LiveBytes`): what is alive after the forward pass, and at
 the highest. Each mode is counted in a process of its own, whose peak of resident memory over a warmed-up start is
-printed beside. Times are forward and backward of the encoder, under bfloat16 autocast, modes alternating. A line of
+printed beside. Bytes are those under bfloat16 autocast. Times are forward and backward of the encoder in the
+precision of the hardware, modes alternating. A line of
 JSON comes last:
 
     predicted_over_measured_MODE   bytes kept for the backward pass, of the shape where they differ most
@@ -18,7 +19,6 @@ JSON comes last:
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks import memory_formula as formula
 from benchmarks.live_bytes import LiveBytes, imagined_gpu, on_gpu
+from benchmarks.machine import hardware_autocast, hardware_precision, print_figures
 from benchmarks.memory_formula import Rows
 from bestrq.model.checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
@@ -98,10 +99,11 @@ def fit(device: str) -> None:
 
 
 def forward_backward(
-    encoder: ConformerEncoder, log_mel: Tensor, layout: RowLayout, live: LiveBytes | None = None
-) -> int:
+    encoder: ConformerEncoder, log_mel: Tensor, layout: RowLayout, autocast: torch.autocast,
+    live: LiveBytes | None = None,
+) -> int:  # fmt: skip
     """One pass; what the counter finds alive between forward and backward."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast:
         y = encoder(log_mel, layout)
     kept = 0 if live is None else live.now
     y.float().pow(2).mean().backward()
@@ -117,16 +119,17 @@ def status_bytes(field: str) -> int:
 def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, int]:
     """Bytes kept and at the highest, counted; and by how much the process grew. In a process of its own."""
     torch.set_num_threads(threads)
+    bfloat16 = torch.autocast("cpu", torch.bfloat16)
     encoder, small = ConformerEncoder(settings), Rows(1, settings.row_multiple * 16)
     for rows in (small, batch):
         layout = one_segment_rows(encoder, rows)
         log_mel = torch.randn(rows.rows, rows.frames, settings.num_mels)
         before = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest is what it is now
-        forward_backward(encoder, log_mel, layout)  # leaves gradients, which the next pass adds to
+        forward_backward(encoder, log_mel, layout, bfloat16)  # leaves gradients, which the next pass adds to
         process = status_bytes("VmHWM") - before
     with LiveBytes() as live:
-        kept = forward_backward(encoder, log_mel, layout, live)
+        kept = forward_backward(encoder, log_mel, layout, bfloat16, live)
     return {"kept": kept, "peak": live.peak, "process": process}
 
 
@@ -139,7 +142,7 @@ def timings(settings: EncoderSettings, batch: Rows, repeats: int) -> dict[str, f
         for mode, encoder in encoders.items():
             layout = one_segment_rows(encoder, batch)
             begin = time.perf_counter()
-            forward_backward(encoder, log_mel, layout)
+            forward_backward(encoder, log_mel, layout, hardware_autocast())
             if repeat:
                 times[mode].append(time.perf_counter() - begin)
     return {
@@ -169,7 +172,7 @@ def main() -> None:
         shapes = [(int(rows), float(seconds)) for rows, _, seconds in (shape.partition("x") for shape in args.shapes)]
         multiple = settings.row_multiple
         batches = [Rows(rows, round(seconds * 100) // multiple * multiple) for rows, seconds in shapes]
-        print(json.dumps(compare(settings, batches, args.repeats)))
+        print_figures(compare(settings, batches, args.repeats), hardware_precision())
 
 
 def inventory(settings: EncoderSettings, device: str) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import print_figures
 from data.corpora.synthetic import SyntheticSource
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "base_memory_mb": outcomes["short"].memory_mb,
         "measured": measured,
     }
-    print(json.dumps(result))
+    print_figures(result, "float32")
 
 
 if __name__ == "__main__":

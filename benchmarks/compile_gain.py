@@ -1,4 +1,4 @@
-"""What torch.compile brings and costs on this machine, module by module, forward and backward in bf16 autocast.
+"""Gain and cost of torch.compile, module by module: forward and backward in the precision of the hardware.
 
     python -m benchmarks.compile_gain         # needs a C++ compiler on a CPU
 
@@ -18,7 +18,6 @@ none. One line of JSON is the last:
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from benchmarks.machine import hardware_autocast, hardware_dtype, hardware_precision, print_figures
 from bestrq.model import dropout
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
@@ -38,9 +38,9 @@ GAP = 1
 
 def passes(module: Callable[..., Tensor], weights: nn.Module, x: Tensor, *layout: object) -> float:
     """Seconds of a forward and backward pass, the input's gradient included where it is not the log-mel."""
-    x = x.detach().requires_grad_(x.dtype == torch.bfloat16)
+    x = x.detach().requires_grad_(x.requires_grad)
     begin = time.perf_counter()
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with hardware_autocast():
         out = module(x, *layout)
     out.backward(torch.ones_like(out))
     seconds = time.perf_counter() - begin
@@ -94,7 +94,7 @@ def main() -> None:
     layout = encoder.layout(start * stride, length * stride, frames * stride)
     stage, block = layout.output, encoder.blocks[-1]
     assert isinstance(block, ConformerBlock)
-    x = torch.randn(args.rows, frames, settings.dim).bfloat16()
+    x = torch.randn(args.rows, frames, settings.dim).to(hardware_dtype()).requires_grad_()
     log_mel = torch.randn(args.rows, frames * stride, settings.num_mels)
     modules: dict[str, tuple[nn.Module, Tensor, tuple[object, ...]]] = {
         "norm": (block.norm, x, ()),
@@ -119,7 +119,7 @@ def main() -> None:
         results |= {f"{name}_{key}": value for key, value in r.items()}
     saved = results["block_eager"] - results["block_compiled"]
     results["block_updates_to_pay"] = results["block_compile_seconds"] / saved if saved > 0 else -1
-    print(json.dumps({key: round(value, 4) for key, value in results.items()}))
+    print_figures({key: round(value, 4) for key, value in results.items()}, hardware_precision())
 
 
 if __name__ == "__main__":

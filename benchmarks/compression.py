@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.machine import print_figures
 from data.compression import BLOCK_FRAMES, Codec, decode, encode
 from data.shards import Dataset, DatasetWriter, open_dataset
 
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, Any] = {"dataset": dataset.path.name, "candidates": table}
     if options.model:
         figures["recognition"] = character_errors(dataset, options)
-    print(json.dumps(figures))
+    print_figures(figures, "float32")
 
 
 if __name__ == "__main__":

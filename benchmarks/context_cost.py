@@ -2,8 +2,8 @@
 
     python -m benchmarks.context_cost --plot context_cost.png     # the others: requirements-benchmarks.txt
 
-Every cell is one encoder on log-mel in bf16 autocast on the CPU: segments of one duration, one a row, batched up to
-`--batch-seconds` of audio (a longer one stands alone), so that cells differ in context and not in the amount of work.
+Every cell is one encoder on log-mel on the CPU, in the precision of its hardware: segments of one duration, one a row,
+batched up to `--batch-seconds` of audio (a longer one alone), so that cells differ in context, not in amount of work.
 `forward` is inference; `train` is forward and backward with dropout. All layers are alike, so `--layers` of the
 preset's are enough to see what context costs; how many it were stands in the result. For the whole encoder on an hour:
 
@@ -25,7 +25,6 @@ JSON is the last; of its keys
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.encoder_batches import FRAMES_PER_SECOND, Batch
 from benchmarks.encoder_peers import PEERS
+from benchmarks.machine import hardware_autocast, hardware_precision, print_figures
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
@@ -98,6 +98,15 @@ def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:
     return nn.ModuleList((subsampling, peer.model)), forward
 
 
+def run_pass(forward: Forward, mel: Tensor, length: Tensor, training: bool) -> Tensor:
+    """The output of a forward pass in the hardware's precision; in training, after its backward pass."""
+    with torch.set_grad_enabled(training), hardware_autocast():
+        out = forward(mel, length)
+    if training:
+        out.float().sum().backward()
+    return out
+
+
 def measure(cell: Cell, repeats: int, threads: int) -> Cost:
     """Run a cell: in a process of its own, for the memory."""
     torch.set_num_threads(threads)
@@ -112,11 +121,8 @@ def measure(cell: Cell, repeats: int, threads: int) -> Cost:
         mel, length = torch.randn(rows, frames, cell.settings.num_mels), torch.full((rows, 1), frames)
         forget_peak()
         before, begin = resident_bytes("VmRSS"), time.perf_counter()
-        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
-            out = forward(mel, length)
-        if training:
-            out.float().sum().backward()
-            model.zero_grad(set_to_none=True)
+        out = run_pass(forward, mel, length, training)
+        model.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
         peak = resident_bytes("VmHWM") - before
         if not bool(out.isfinite().all()):
@@ -219,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     if hour and short:
         result["windowed_cost_60min_over_10s"] = round(hour.milliseconds / short.milliseconds, 3)
         result["windowed_memory_60min_over_10s"] = round(hour.megabytes / short.megabytes, 3)
-    print(json.dumps(result))
+    print_figures(result, hardware_precision(), args.threads)
 
 
 if __name__ == "__main__":

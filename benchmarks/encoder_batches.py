@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from benchmarks.machine import hardware_dtype
 from bestrq.model.settings import EncoderSettings
 from data.packing import pack_rows
 
@@ -88,4 +89,4 @@ def _make_batch(rows: list[list[tuple[int, int]]], frames: int, width: int) -> B
     """Rows of (start, length), on noise: the arithmetic is the same as on speech."""
     slots = max(map(len, rows))
     start, length = (torch.tensor([[s[i] for s in r] + [0] * (slots - len(r)) for r in rows]) for i in (0, 1))
-    return Batch(torch.randn(len(rows), frames, width).bfloat16(), start, length)
+    return Batch(torch.randn(len(rows), frames, width).to(hardware_dtype()).requires_grad_(), start, length)

@@ -1,11 +1,11 @@
-"""Forward and backward passes of our encoders beside five others of the same size, in bf16 autocast, alternating.
+"""Forward and backward passes of our encoders beside five others of the same size, alternating.
 
     python -m benchmarks.encoder_speed        # needs requirements-benchmarks.txt
 
 Two presets: `base-120m` (25 frames a second) and `fast-115m` (12.5). Every system has its width, layers, heads,
 feed-forward width, kernel and dropout (see benchmarks.encoder_peers for what stays different); the counts of parameters
 are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks alone, on the
-same bf16 input, which is what a front end's last linear map gives under autocast. For the 8x preset our whole encoder
+same input in the precision of the hardware, as a front end's last linear map gives it under autocast. For the 8x preset our whole encoder
 and the whole Parakeet encoder, each with its striding subsampling, are timed on log-mel besides ("whole").
 
 Two workloads, about the same number of frames at a time for all, drawn from the same pool of lengths:
@@ -20,14 +20,13 @@ every batch the fastest of the repeats counts, for all alike, as whatever else r
 line of JSON is the last:
 
     ratio_to_best_peer_mixed, _equal   ours / the fastest other, the smallest over the presets
-    matmul_share                       our model FLOPs per second as a share of the rate of plain bf16 matrix products
+    matmul_share                       our model FLOPs per second as a share of the rate of plain matrix products
                                        of the same shapes, measured between the batches; the smallest there is.
                                        Model FLOPs are three times those of the forward pass
     PRESET_WORKLOAD_...                each preset's own: its ratio, and every system's audio-seconds per second
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,6 +45,7 @@ from benchmarks.encoder_batches import (
     padded_batches,
 )
 from benchmarks.encoder_peers import PEERS, Encoder, make_parakeet
+from benchmarks.machine import hardware_autocast, hardware_dtype, hardware_precision, print_figures
 from benchmarks.matmul_rate import matmul_rate
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.presets import PRESETS
@@ -136,9 +136,9 @@ def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
 
 def one_step(system: System, batch: Batch) -> float:
     """Seconds of forward and backward of one batch, the gradient of a front end's output included."""
-    x = batch.x.detach().requires_grad_(batch.x.dtype == torch.bfloat16)
+    x = batch.x.detach().requires_grad_(batch.x.requires_grad)
     begin = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
+    with hardware_autocast():
         out = system.forward(replace(batch, x=x))
     seconds = time.perf_counter() - begin
     gradient = torch.randn_like(out)
@@ -153,7 +153,7 @@ def one_step(system: System, batch: Batch) -> float:
 
 def model_flops(system: System) -> float:
     """Three times the FLOPs of the forward passes: in backward the counter mistakes depthwise convolutions."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), hardware_autocast(), FlopCounterMode(display=False) as counter:
         for batch in system.batches:
             system.forward(batch)
     return 3.0 * counter.get_total_flops()
@@ -175,7 +175,7 @@ def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[s
         for i in range(len(systems[OURS].batches)):
             for name, system in systems.items():
                 times[name][repeat].append(one_step(system, system.batches[i]))
-            rates.append(matmul_rate(contest.settings, 1000))
+            rates.append(matmul_rate(contest.settings, 1000, hardware_dtype()))
         speeds = (f"{n} {systems[n].seconds / sum(t[repeat]):.2f}" for n, t in times.items())
         print(f"  {repeat}: audio-s/s " + ", ".join(speeds), flush=True)
     best = {name: sum(map(min, zip(*passes, strict=True))) for name, passes in times.items()}
@@ -217,7 +217,7 @@ def main() -> None:
         if ratios:
             result[f"ratio_to_best_peer_{workload}"] = min(ratios)
     result["matmul_share"] = min(value for key, value in result.items() if key.endswith("_matmul_share"))
-    print(json.dumps({key: round(value, 4) for key, value in result.items()}))
+    print_figures({key: round(value, 4) for key, value in result.items()}, hardware_precision())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the page cache, as on a node where another process has opened them. The last lin
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from benchmarks.machine import print_figures
 from benchmarks.memory import family, memory
 from data import index as ix
 from data.features import FeatureSettings
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures = pool.submit(measure, folder, options).result()
         names = (ix.INDEX_FILE, ix.RECORDINGS_FILE, ix.STATISTICS_FILE)
         index_gb = round(sum((folder / name).stat().st_size for name in names) / 1e9, 2)
-    print(json.dumps({"recordings": options.recordings, "index_gb": index_gb, **figures}))
+    print_figures({"recordings": options.recordings, "index_gb": index_gb, **figures}, "float32")
 
 
 if __name__ == "__main__":

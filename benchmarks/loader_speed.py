@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import functools
-import json
 import os
 import pstats
 import statistics
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks.machine import print_figures
 from benchmarks.memory import family, memory, processor_seconds
 from bestrq.pretraining.masking import draw_span_mask
 from data.features import FeatureSettings
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "growth_batches": options.growth_batches,
             "layout": options.layout,
         }
-    print(json.dumps(figures))
+    print_figures(figures, "float32", threads=1)
 
 
 def _seconds(plan: Plan) -> float:

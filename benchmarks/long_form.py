@@ -29,7 +29,6 @@ fastest run counts, and the highest peak. One line of JSON is the last; of its k
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -39,6 +38,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.machine import print_figures
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
@@ -210,10 +210,9 @@ def main(argv: list[str] | None = None) -> None:
             costs[cell.name] = costs[cell.name].best(cost) if cell.name in costs else cost
             print(f"{cell.name:20} {cost.milliseconds:9.2f} ms/s {cost.megabytes:9.1f} MB", flush=True)
     result: dict[str, object] = {"preset": args.preset, "layers": cells[0].encoder.num_layers}
-    result |= {"context_seconds": args.context_seconds, "overlap": args.overlap, "threads": args.threads}
-    result["precision"] = args.precision
+    result |= {"context_seconds": args.context_seconds, "overlap": args.overlap}
     result |= {"left_out": left_out, **summarise(costs, args.minutes)}
-    print(json.dumps(result))
+    print_figures(result, args.precision, args.threads)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The machine's rate of plain bf16 matrix products of a Conformer's shapes: what a model's FLOPs are held against."""
+"""The machine's rate of plain matrix products of a Conformer's shapes: what a model's FLOPs are held against."""
 
 import statistics
 import time
@@ -8,12 +8,12 @@ import torch
 from bestrq.model.settings import EncoderSettings
 
 
-def matmul_rate(settings: EncoderSettings, frames: int) -> float:
-    """FLOP/s of plain bf16 products: forward, input gradient and weight gradient of each linear map of a block."""
+def matmul_rate(settings: EncoderSettings, frames: int, dtype: torch.dtype) -> float:
+    """FLOP/s of plain products: forward, input gradient and weight gradient of each linear map of a block."""
     dim, hidden = settings.dim, settings.feedforward_dim
     flops = seconds = 0.0
     for inputs, outputs in ((dim, hidden), (hidden, dim), (dim, 3 * dim), (dim, dim), (dim, 2 * dim)):
-        x, w, g = (torch.randn(shape).bfloat16() for shape in ((frames, inputs), (outputs, inputs), (frames, outputs)))
+        x, w, g = (torch.randn(shape).to(dtype) for shape in ((frames, inputs), (outputs, inputs), (frames, outputs)))
         for product in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
             product()
             times = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 import soundfile
 import torch
 
+from benchmarks.machine import print_figures
 from data.corpora.folder import FolderSettings
 from data.corpora.synthetic import SyntheticSettings, sources
 from data.features import FeatureSettings
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{suffix}_audio_seconds_per_second_per_core": round(statistics.median(ours)),
             f"{suffix}_lhotse_audio_seconds_per_second_per_core": round(statistics.median(lhotse)),
         }
-    print(json.dumps({"ratio_to_lhotse": figures["flac_ratio_to_lhotse"], **figures}))
+    print_figures({"ratio_to_lhotse": figures["flac_ratio_to_lhotse"], **figures}, "float32", threads=1)
 
 
 if __name__ == "__main__":

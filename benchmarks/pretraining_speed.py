@@ -5,8 +5,8 @@
 One step is one update on the same 64 utterances of 2 to 17 s: forward, loss and backward of all batches, gradient
 clipping, AdamW. Features are made beforehand for both, from noise: the arithmetic is the same as on speech. SpeechBrain
 batches by its own DynamicBatchSampler (buckets of similar length), we by packed rows; both by about the same amount of
-audio at a time, both in bf16 autocast, both with dropout 0.1 everywhere. Speed is in seconds of real audio, not of
-padding, per second. The two alternate; medians are printed as one line of JSON, the last:
+audio at a time, both in the precision of the hardware, both with dropout 0.1 everywhere. Speed is in seconds of real
+audio, not of padding, per second. The two alternate; medians are printed as one line of JSON, the last:
 
     ratio_to_speechbrain   audio-seconds per second, ours / SpeechBrain's
     row_fill               share of our rows' frames that is audio
@@ -17,7 +17,6 @@ padding, per second. The two alternate; medians are printed as one line of JSON,
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import hardware_dtype, hardware_precision, print_figures
 from benchmarks.matmul_rate import matmul_rate
 from benchmarks.pretraining_systems import (
     FRAMES_PER_SECOND,
@@ -83,11 +83,11 @@ def main() -> None:
     for system in systems.values():  # warm up
         system.step()
     times: dict[str, list[float]] = {name: [] for name in systems}
-    rates = [matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4)]
+    rates = [matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4, hardware_dtype())]
     for repeat in range(args.repeats):
         for name, system in systems.items():
             times[name].append(timed(system.step))
-        rates.append(matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4))
+        rates.append(matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4, hardware_dtype()))
         print(f"{repeat}: " + ", ".join(f"{n} {seconds / t[-1]:.2f} audio-s/s" for n, t in times.items()), flush=True)
 
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -101,7 +101,7 @@ def main() -> None:
     }
     if "speechbrain" in median:
         result["ratio_to_speechbrain"] = round(median["speechbrain"] / median["ours"], 4)
-    print(json.dumps(result))
+    print_figures(result, hardware_precision())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.machine import hardware_autocast
 from bestrq.model.presets import PRESETS
 from bestrq.pretraining.masking import MaskingSettings, draw_span_mask
 from bestrq.pretraining.objective import BestRQ, MaskedRows, mask_rows
@@ -97,7 +98,7 @@ def make_ours(batches: list[PackedRows]) -> System:
         ]  # fmt: skip
 
     def loss_sum(m: MaskedRows) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with hardware_autocast():
             return model(m.log_mel, m.segment_start, m.segment_length, m.target_frames, m.targets)[0]
 
     def step() -> float:
@@ -203,7 +204,7 @@ def make_speechbrain(batches: list[list[Tensor]]) -> System:
             width = -(-max(frames) // 4) * 4
             log_mel = torch.stack([F.pad(u, (0, 0, 0, width - len(u))) for u in utterances])
             mask = compute_mask((len(frames), max(frames), NUM_MELS), frames, mask_prob=0.15, mask_length=4)
-            with torch.autocast("cpu", torch.bfloat16):
+            with hardware_autocast():
                 loss = model(log_mel, torch.tensor(frames) / width, mask)
             (loss / len(batches)).backward()
             total += float(loss.detach()) / len(batches)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import range_read_systems as systems
+from benchmarks.machine import print_figures
 from data.features import FeatureSettings
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
 from data.storage import StorageSettings, open_storage
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 read.checking = False
         figures = report(measure(reads, slow, options.recordings, options))
         figures["overhead_us"] = round(overhead(dataset, places[0]), 2)
-    print(json.dumps(figures))
+    print_figures(figures, "float16")
 
 
 if __name__ == "__main__":

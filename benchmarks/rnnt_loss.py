@@ -28,7 +28,6 @@ minutes at the full size and runs where --systems names it. One line of JSON is 
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -39,6 +38,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import hardware_precision, print_figures
 from benchmarks.rnnt_loss_peers import PEERS, Problem, missing
 from bestrq.recognition import transducer_loss as ours
 from bestrq.recognition.lattices import Lattices
@@ -224,7 +224,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [*OURS, *(name for name in PEERS if name != "warprnnt_numba")]
     parser.add_argument("--systems", nargs="+", choices=[*OURS, *PEERS], default=default)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    dtypes = ["float32", "bfloat16"] if hardware_precision() == "bfloat16" else ["float32"]
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
     parser.add_argument("--segments", type=int, default=8, help="B")
     parser.add_argument("--frames", type=int, default=500, help="T, of a segment")
     parser.add_argument("--labels", type=int, default=100, help="U, of a segment")
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         result[f"{name}_seconds"] = round(cost.seconds, 4) if cost else None
         result[f"{name}_processor_seconds"] = round(cost.processor, 4) if cost else None
         result[f"{name}_peak_mb"] = round(cost.megabytes, 1) if cost else None
-    print(json.dumps(result))
+    print_figures(result, " and ".join(args.dtypes), args.threads)
 
 
 def check_losses(costs: dict[str, Cost | None]) -> None:

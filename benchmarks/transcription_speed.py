@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.encoder_peers import require
+from benchmarks.machine import print_figures
 from bestrq.model.conformer import EncoderSettings
 from bestrq.model.presets import PRESETS
 from bestrq.recognition.ctc import CTCModel
@@ -232,7 +233,7 @@ def main() -> None:
     for name in args.peers:
         result |= compare(name, recordings, args)
     result["ratio_to_transformers"] = min(result[f"ratio_to_{name}"] for name in args.peers)
-    print(json.dumps({key: round(value, 4) for key, value in result.items()}))
+    print_figures({key: round(value, 4) for key, value in result.items()}, args.precision)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,15 @@
+"""How long a test waits for what must come: only something that hangs is ever waited for to the end."""
+
+import time
+from collections.abc import Callable
+
+PATIENCE = 1200.0
+"""seconds; far more than load on the machine can cost"""
+
+
+def wait_until(condition: Callable[[], object], what: Callable[[], str] = lambda: "", pause: float = 0.01) -> None:
+    """Return once the condition holds. Raises AssertionError with `what()` when it does not within `PATIENCE`."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what()
+        time.sleep(pause)
