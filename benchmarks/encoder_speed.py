@@ -5,7 +5,7 @@
 Two presets: `base-120m` (25 frames a second) and `fast-115m` (12.5). Every system has its width, layers, heads,
 feed-forward width, kernel and dropout (see benchmarks.encoder_peers for what stays different); the counts of parameters
 are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks alone, on the
-same input in the precision of the hardware, as a front end's last linear map gives it under autocast. For the 8x preset our whole encoder
+same input in the precision of the hardware, as a front end gives it under autocast. For the 8x preset our whole encoder
 and the whole Parakeet encoder, each with its striding subsampling, are timed on log-mel besides ("whole").
 
 Two workloads, about the same number of frames at a time for all, drawn from the same pool of lengths:
