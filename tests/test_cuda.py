@@ -28,6 +28,7 @@ from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import Segments, StageLayout, make_layout
 from bestrq.model.presets import PRESETS
+from bestrq.training.precision import has_bfloat16
 from tests.test_encoder_attention import BOUNDED, HEADS, LENGTHS, MASKS, LargestTensor, attend_eagerly
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
@@ -283,3 +284,8 @@ def test_scripts_follow_the_cpu_in_float32_and_run_in_bfloat16(
         losses[place, precision] = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses[device, "float32"] == pytest.approx(losses["cpu", "float32"], rel=1e-3)
     assert losses[device, "bfloat16"] == pytest.approx(losses["cpu", "float32"], rel=3e-2)
+
+
+@pytest.mark.parametrize("device", [on("cuda")])
+def test_auto_precision_is_bfloat16_where_the_gpu_multiplies_it(device: str) -> None:
+    assert has_bfloat16(torch.device(device)) == (torch.cuda.get_device_capability()[0] >= 8)

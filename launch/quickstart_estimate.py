@@ -1,0 +1,127 @@
+"""Time that the quickstart will take on this machine, estimated from a few measured updates.
+
+    torchrun --nproc-per-node 2 launch/quickstart_estimate.py --head rnnt
+
+Updates of every kind run on rows of noise, in the processes and the precision that the quickstart will use: the
+arithmetic is the same as on speech. The rest (corpus, starts of programs, validation, evaluation, report) is taken to
+be as long as a fixed number of pretraining updates.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import finetune_ctc
+import finetune_rnnt
+import pretrain
+from bestrq.config import from_dict, load_yaml, run_main
+from bestrq.pretraining.objective import BestRQ
+from bestrq.recognition.ctc import CTCModel
+from bestrq.recognition.transducer import TransducerModel
+from bestrq.training.optimizer import build_optimizer
+from bestrq.training.precision import Precision, resolve_precision, with_precision
+from bestrq.training.process import DistributedSettings, World, autocast, parallelise, start_world
+from bestrq.training.run_folder import RunFolder
+from finetuning import FinetuneConfig
+
+VOCAB_SIZE = 40
+"""of the quickstart's characters, about"""
+SECONDS_OF_A_SEGMENT = 5
+LABELS_OF_A_SEGMENT = 60
+WARM_UP = 2
+REST = {"ctc": 400, "rnnt": 600}
+"""by head: pretraining updates that take as long as all that is no update, measured"""
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SECOND = {"ctc": ("ctc", finetune_ctc.Config), "rnnt": ("rnnt", finetune_rnnt.Config)}
+"""by head: config and settings of the second fine-tuning; the first is CTC"""
+
+Loss = Callable[[], Tensor]
+
+
+def segments(rows: int, row_frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise as log-mel float32 `[R, F, M]` with segments side by side: starts and lengths int64 `[R, S]`."""
+    frames = 100 * SECONDS_OF_A_SEGMENT
+    start = torch.arange(0, row_frames - frames + 1, frames).repeat(rows, 1)
+    return torch.randn(rows, row_frames, 80), start, torch.full_like(start, frames - 4)
+
+
+def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Module, Loss]:
+    """The model and the loss of one process's share of an update."""
+    model = BestRQ(config.encoder, config.quantizer)
+    parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
+    rows = max(1, config.data.rows // world.size)
+    log_mel, start, length = segments(rows, config.data.row_frames)
+    frames = torch.arange(rows * config.data.row_frames // config.encoder.stride // 3)
+    targets = torch.randint(config.quantizer.codebook_size, (len(frames), config.quantizer.num_codebooks))
+    return parallel, lambda: parallel(log_mel, start, length, frames, targets)[0] / len(frames)
+
+
+def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Module, Loss]:
+    """The same for CTC or RNN-T, as the settings are."""
+    model: CTCModel | TransducerModel
+    if isinstance(config, finetune_rnnt.Config):
+        model = TransducerModel(config.encoder, config.transducer, VOCAB_SIZE)
+    else:
+        model = CTCModel(config.encoder, VOCAB_SIZE)
+    parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
+    log_mel, start, length = segments(max(1, config.data.rows // world.size), config.data.row_frames)
+    labels = torch.randint(1, VOCAB_SIZE, (start.numel(), LABELS_OF_A_SEGMENT))
+    lengths = torch.full((start.numel(),), LABELS_OF_A_SEGMENT)
+    return parallel, lambda: parallel(log_mel, start, length, labels, lengths).loss_sum / labels.numel()
+
+
+def update_seconds(model: torch.nn.Module, loss: Loss, config: pretrain.Config | FinetuneConfig, world: World,
+                   updates: int) -> float:  # fmt: skip
+    """Median time of an update: forward, backward, optimizer."""
+    optimizer = build_optimizer([(model.named_parameters(), config.optimizer)])
+    times = []
+    for number in range(WARM_UP + updates):
+        begin = time.perf_counter()
+        with autocast(world, config.distributed):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if number >= WARM_UP:
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def estimate(head: str, steps: int, updates: int, world: World) -> tuple[float, Precision]:
+    """Seconds of the quickstart and the precision of its updates. Positive `steps` replace those of the configs."""
+    config = from_dict(pretrain.Config, load_yaml(CONFIGS / "quickstart-pretrain.yaml"))
+    precision = resolve_precision(config.distributed, RunFolder(CONFIGS / "no-run"), world)
+    config = with_precision(config, precision)
+    update = update_seconds(*pretraining_loss(config, world), config, world, updates)
+    total = update * ((steps or config.run.steps) + REST[head])
+    for name, kind in (("ctc", finetune_ctc.Config), SECOND[head]):
+        tuning = from_dict(kind, load_yaml(CONFIGS / f"quickstart-{name}.yaml"))
+        tuning = with_precision(tuning, precision)
+        seconds = update_seconds(*fine_tuning_loss(tuning, world), tuning, world, updates)
+        total += seconds * (steps or tuning.run.steps)
+    return world.max(total), precision
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", choices=sorted(REST), default="ctc", help="of the second fine-tuning")
+    parser.add_argument("--updates", type=int, default=5, help="measured updates of every kind")
+    parser.add_argument("--steps", type=int, default=0, help="updates of every run; 0 takes those of the configs")
+    options = parser.parse_args()
+    world = start_world(DistributedSettings())
+    seconds, precision = estimate(options.head, options.steps, options.updates, world)
+    if world.is_main:
+        print(f"about {round(seconds / 60, 1):g} minutes on this machine: a few updates were measured, in {precision}")
+    world.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
