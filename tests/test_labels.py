@@ -14,6 +14,7 @@ from bestrq.recognition.breakdowns import align_timed
 from bestrq.recognition.normalisers import RULES, Choice, normaliser
 from bestrq.recognition.scoring import score_recording
 from bestrq.recognition.stm_scoring import ReferenceSegment, score_as_whole, score_by_segments
+from bestrq.recognition.tables import language_text
 from bestrq.recognition.words import TimedWord
 from common.languages import _CODES, _NAMES, is_unspaced, language_code, language_name
 from common.text import fold, label_text, label_words, with_symbols
@@ -191,6 +192,13 @@ def test_all_codes_and_names_of_a_language_are_one() -> None:
     assert RULES.keys() <= _NAMES.keys() and is_unspaced("Thai") and is_unspaced("zh-TW") and not is_unspaced("ko")
 
 
+def test_a_report_names_languages_and_keeps_regions_apart() -> None:
+    written = ["tr", "tur", "Turkish", "pt-BR", "pt", "azz", "all", ""]
+    assert [language_text(one) for one in written] == [
+        "Turkish", "Turkish (tur)", "Turkish", "Portuguese (pt-BR)", "Portuguese", "azz", "All recordings", "not given",
+    ]  # fmt: skip
+
+
 def test_one_letter_of_ukrainian_is_one_character_of_a_label() -> None:
     spellings = [f"\u043f{one}\u044f\u0442\u044c" for one in APOSTROPHES]
     assert {label_text(one, "ukr") for one in spellings} == {"\u043f'\u044f\u0442\u044c"}
@@ -226,6 +234,14 @@ def test_english_is_scored_as_by_whispers_normaliser_alone(text: str) -> None:
 def test_a_foreign_hypothesis_in_other_words_or_symbols_still_matches_in_english(said: str, heard: str) -> None:
     assert score_recording("x", said, heard, "en").words.errors == 0
     assert score_recording("x", heard, said, "en").words.errors == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 5000, "1" * 5000 + ".5%", "$" + "9" * 9000, "\u00b2" * 5000, "1,000" + ",000" * 2000]
+)
+def test_a_number_without_end_is_scored_like_any_other_word(text: str) -> None:
+    assert_no_errors(text, "en")
+    assert score_recording("x", text, "two", "en").words.errors > 0
 
 
 def test_what_is_not_said_alike_is_still_an_error_in_english() -> None:

@@ -68,7 +68,7 @@ def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[
 def check_same_rules(systems: Results) -> None:
     """Raises ConfigError unless one version of this project's rules scored all systems."""
     versions = {name: results.get("versions", {}).get(SCORING, "1") for name, results in systems.items()}
-    newest = max(versions.values(), key=int)
+    newest = max(versions.values(), key=int, default="")
     for name, version in versions.items():
         if version != newest:
             raise ConfigError(

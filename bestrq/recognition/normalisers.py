@@ -79,6 +79,8 @@ _LABEL = (
     "into spaces"
 )
 _UNICODE = f"{_LABEL}; NFKC, apostrophes turned into spaces, combining marks kept"
+# A recogniser in a loop may write any number of digits, and Whisper's rules fail from 4,300 on.
+_ENDLESS = re.compile(r"(\w{1000})(?=\w)")
 
 
 @cache
@@ -138,7 +140,7 @@ def _labelled(clean: Callable[[str], str], language: str) -> Callable[[str], str
 
 def _english() -> Callable[[str], str]:
     whisper = EnglishTextNormalizer()
-    return lambda label: whisper(with_symbols(label))
+    return lambda label: whisper(with_symbols(_ENDLESS.sub(r"\1 ", label)))
 
 
 def _with_rules(rules: tuple[Rule, ...], clean: Callable[[str], str]) -> Callable[[str], str]:
