@@ -44,13 +44,14 @@ from bestrq.recognition.pieces import STAR, Transcript
 from bestrq.training.export import read_export
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
+from common.text import label_words
 from data.derive import Entry, derive
 from data.errors import DataError
 from data.features import difference
 from data.index import replace_file
 from data.shards import Dataset, open_dataset
 from data.tokenizer import Tokenizer
-from data.transcripts import Word, label_text
+from data.transcripts import Word
 from recogniser import Recogniser, ctc_outputs, hash_of_export, load_recogniser, mel_reader, share_out
 
 FORMAT_VERSION = 1
@@ -266,10 +267,11 @@ def align_recordings(
 def labels_of(words: list[str], tokenizer: Tokenizer, language: str) -> Transcript:
     """Labels of words as they are written; a word that the tokenizer cannot write is a star, punctuation has none."""
     known: dict[str, list[int]] = {}
-    for word in words:
-        if word not in known:
-            known[word] = labels_of_word(label_text(word, language), tokenizer)
-    return Transcript.of([known[word] for word in words], encode(" ", tokenizer) or [])
+    labels = label_words(words, language)
+    for label in labels:
+        if label not in known:
+            known[label] = labels_of_word(label, tokenizer)
+    return Transcript.of([known[label] for label in labels], encode(" ", tokenizer) or [])
 
 
 def labels_of_word(text: str, tokenizer: Tokenizer) -> list[int]:

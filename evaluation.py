@@ -18,6 +18,7 @@ from bestrq.config import ConfigError, from_dict, to_dict
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Mode, Source
+from bestrq.recognition.normalisers import RULES_VERSION
 from bestrq.recognition.results import FORMAT_VERSION
 from bestrq.recognition.transcripts import WRITERS
 from bestrq.training.export import Export
@@ -248,7 +249,7 @@ def with_keys(cell: Cell, config: Config, export_hash: str, fingerprint: str) ->
 
     What decides what is heard: weights, data, inference, encoder, decoder. Not the batch size, for outputs do not
     depend on it; nor where the dataset lies; nor which other recordings there are. What decides the results: that,
-    which recordings there are, their references, and the bootstrap.
+    which recordings there are, their references, the rules that texts are scored by, and the bootstrap.
     """
     inference = {name: value for name, value in to_dict(cell.inference).items() if name != "batch_seconds"}
     decoder = to_dict(cell.decoder)
@@ -260,7 +261,10 @@ def with_keys(cell: Cell, config: Config, export_hash: str, fingerprint: str) ->
     stm = [[path.name, hash_of_file(path)] for path in stm_files(config.stm)]
     decode_key = _hash(heard)
     return replace(
-        cell, export_hash=export_hash, decode_key=decode_key, key=_hash([decode_key, selection, config.resamples, stm])
+        cell,
+        export_hash=export_hash,
+        decode_key=decode_key,
+        key=_hash([decode_key, RULES_VERSION, selection, config.resamples, stm]),
     )
 
 

@@ -19,8 +19,8 @@ from bestrq.recognition.breakdowns import (
     by_speaker,
     confusions,
 )
-from bestrq.recognition.normalisers import normalisers_used
-from bestrq.recognition.results import FORMAT_VERSION
+from bestrq.recognition.normalisers import RULES_VERSION, normalisers_used
+from bestrq.recognition.results import FORMAT_VERSION, SCORING
 from bestrq.recognition.scoring import CorpusScore, RecordingScore, score_by_language, score_recording
 from bestrq.recognition.stm_scoring import (
     ReferenceSegment,
@@ -175,7 +175,10 @@ def describe(
         "encoder": to_dict(cell.encoder),
         "decoder": {**to_dict(cell.decoder), "description": description},
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "jiwer", "whisper-normalizer")},
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in ("torch", "jiwer", "whisper-normalizer")},
+            SCORING: RULES_VERSION,
+        },
         "decoding": dict(cost),
         "scores": summaries(score_by_language(scores, config.resamples)),
         "segments": summaries(score_by_language(by_segments, config.resamples)) if by_segments else None,

@@ -1,13 +1,13 @@
-"""Text of recordings: what is kept of it as a label, and which words lie in a stretch of time."""
+"""Text of recordings: which words lie in a stretch of time, and how they become labels (`common.text`)."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from common.text import label_text as label_text
 from data.errors import DataError
 
 
@@ -21,27 +21,9 @@ class Word(NamedTuple):
     """From 0 (the time is a guess) to 1, as the aligner tells; None where it does not."""
 
 
-_APOSTROPHES = {"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u0060": "'", "\u00b4": "'"}
 # Aligners round to their own frames; an end this many seconds beyond the recording, or beyond the start of the next
 # word, is not worth an error.
 TOLERANCE = 0.1
-
-
-def label_text(text: str, language: str = "") -> str:
-    """The text that a recogniser learns to write: NFC, lower case, words of letters, digits and in-word apostrophes.
-
-    Everything else separates words (so "ice-cream" is two) and becomes one space. Marks that belong to letters stay.
-    Turkish and Azerbaijani ('tr', 'az') keep their dotless i. May be empty, where nothing was said.
-    """
-    text = unicodedata.normalize("NFC", text)
-    if language.lower()[:2] in ("tr", "az"):
-        text = text.replace("I", "\u0131").replace("\u0130", "i")
-    # NFC again: lower case of some capitals is a letter and a combining mark.
-    text = unicodedata.normalize("NFC", text.lower())
-    letters = "".join(c if _is_letter(c) else _APOSTROPHES.get(c, c if c == "'" else " ") for c in text)
-    # An apostrophe within a word is spelling, one at a word's edge is a quotation mark (or an elision we give up).
-    words = (word.strip("'") for word in letters.split())
-    return " ".join(word for word in words if word)
 
 
 def words_between(words: Sequence[Word], start: float, end: float) -> list[Word]:
@@ -96,7 +78,3 @@ def check_word_times(words: Sequence[Sequence[Any]], duration: float, name: str)
 
 def _start(word: Sequence[Any]) -> float:
     return float(word[1])
-
-
-def _is_letter(character: str) -> bool:
-    return character.isalnum() or unicodedata.category(character).startswith("M")

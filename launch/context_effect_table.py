@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.config import ConfigError, run_main
 from bestrq.files import write_file
-from bestrq.recognition.comparison import recording_score
+from bestrq.recognition.comparison import check_same_rules, recording_score
 from bestrq.recognition.results import find_results, read_results
 from bestrq.recognition.scoring import RecordingScore, align_words, compare, score_corpus
 from bestrq.recognition.tables import interval, percent
@@ -45,8 +45,9 @@ class HomophoneScore:
 def read_cells(folder: Path) -> dict[Cell, list[RecordingScore]]:
     """The recordings of every evaluation in the folder."""
     cells: dict[Cell, list[RecordingScore]] = {}
-    for path in find_results([folder]):
-        results = read_results(path)
+    found = {str(path): read_results(path) for path in find_results([folder])}
+    check_same_rules(found)
+    for results in found.values():
         cell = Path(results["export"]).parent.name, float(results["context_seconds"])
         cells[cell] = [recording_score(row) for row in results["recordings"]]
     return cells

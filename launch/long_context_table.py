@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.config import ConfigError, run_main
 from bestrq.files import write_file
+from bestrq.recognition.comparison import check_same_rules
 from bestrq.recognition.results import find_results, read_results
 
 TEST_SETS = {
@@ -94,7 +95,9 @@ def counts(words: Mapping[str, int]) -> tuple[int, int]:
 def read_cells(folder: Path) -> list[Cell]:
     """All cells below FOLDER/SET, the sets in the order of the table, sorted by context."""
     sets = [name for name in TEST_SETS if (folder / name).is_dir()]
-    found = [cell for name in sets for one in find_results([folder / name]) for cell in cells_of(name, one)]
+    places = [(name, one) for name in sets for one in find_results([folder / name])]
+    check_same_rules({str(one): read_results(one) for _, one in places})
+    found = [cell for name, one in places for cell in cells_of(name, one)]
     return sorted(found, key=lambda cell: (sets.index(cell.test_set), cell.trained_frames, cell.context_seconds))
 
 

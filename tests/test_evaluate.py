@@ -20,7 +20,8 @@ from bestrq.config import ConfigError, to_dict
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.inference import InferenceSettings
-from bestrq.recognition.results import read_transcripts
+from bestrq.recognition.normalisers import RULES_VERSION
+from bestrq.recognition.results import SCORING, read_transcripts
 from bestrq.training.export import read_export, write_export
 from bestrq.training.process import World
 from data.errors import DataError
@@ -99,6 +100,10 @@ def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_pat
     assert f"{100 * total['wer']:.1f} %" in printed and "report.html" in printed
     names = ["report.html", "results.csv", "results.json", "transcripts.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_results_name_the_version_of_the_rules_for_texts(setup: script.Config, tmp_path: Path) -> None:
+    assert evaluate(setup, tmp_path)["versions"][SCORING] == RULES_VERSION
 
 
 def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp_path: Path) -> None:

@@ -132,6 +132,14 @@ def test_keys_name_all_that_decides_the_outcome_and_nothing_else(setup: script.C
     assert script.with_keys(larger, moved, "hash", "data").key == keyed[0].key
 
 
+def test_other_rules_for_texts_are_other_results_of_what_was_heard(setup: script.Config, monkeypatch) -> None:
+    [cell] = script.cells_of(setup, read_export(setup.export), 100.0)
+    before = script.with_keys(cell, setup, "hash", "data")
+    monkeypatch.setattr("evaluation.RULES_VERSION", "another")
+    after = script.with_keys(cell, setup, "hash", "data")
+    assert after.decode_key == before.decode_key and after.key != before.key
+
+
 def test_what_was_heard_is_scored_anew_and_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     evaluate(setup, tmp_path / "out", data=replace(setup.data, max_recordings=5))
     first = read_results(tmp_path / "out")

@@ -92,6 +92,13 @@ def test_a_file_has_a_phrase_a_line_and_perhaps_its_weight(tmp_path: Path) -> No
     assert given(hot_words, tuple(encode("a c")))[0] == 1.5
 
 
+def test_a_phrase_is_read_with_the_apostrophe_and_without_the_hidden_characters_of_labels(tmp_path: Path) -> None:
+    (tmp_path / "hot.txt").write_text("don\u2019t co\u00adop\n", encoding="utf-8")
+    seen: list[str] = []
+    read_hot_words(tmp_path / "hot.txt", lambda text: (seen.append(text), [1])[1], 1.0)
+    assert seen == ["don't coop"]
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [

@@ -7,7 +7,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
-MODULES = sorted(path for room in ("bestrq", "data", "benchmarks") for path in (REPOSITORY / room).rglob("*.py"))
+MODULES = sorted(
+    path for room in ("bestrq", "data", "common", "benchmarks") for path in (REPOSITORY / room).rglob("*.py")
+)
 
 
 # Other people's tensors, which come as torch.save wrote them: checked first, then read by torch's restricted loader.
@@ -43,8 +45,11 @@ def test_the_one_module_that_reads_tensors_of_others_does_so_restricted() -> Non
     assert len(re.findall(r"torch\.load\(", text)) == 1
 
 
-@pytest.mark.parametrize(("room", "stranger"), [("bestrq", "data"), ("data", "bestrq")])
-def test_the_two_libraries_do_not_know_each_other(room: str, stranger: str) -> None:
+@pytest.mark.parametrize(
+    ("room", "stranger"),
+    [("bestrq", "data"), ("data", "bestrq"), ("common", "bestrq"), ("common", "data"), ("common", "benchmarks")],
+)
+def test_the_libraries_do_not_know_each_other_and_common_knows_none(room: str, stranger: str) -> None:
     assert files_with(rf"^\s*(from|import) {stranger}\b", sorted((REPOSITORY / room).rglob("*.py"))) == []
 
 

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 from bestrq.config import ConfigError
 from bestrq.recognition import charts, curves, report
 from bestrq.recognition.comparison import compare_systems, difference_sentence, words_in_few_recordings
+from bestrq.recognition.normalisers import RULES_VERSION
+from bestrq.recognition.results import SCORING
 from bestrq.recognition.scoring import RecordingScore, score_recording
 from bestrq.recognition.sections import (
     breakdowns_section,
@@ -190,6 +192,16 @@ def test_systems_on_different_recordings_or_references_are_not_compared() -> Non
     other["recordings"][2]["reference"] += " more"
     with pytest.raises(ConfigError, match="'id-2' has one reference in a and another in b"):
         results_section({"a": systems["a"], "b": other})
+
+
+def test_results_of_other_rules_for_texts_are_not_compared() -> None:
+    old, new = results("old", recordings(3)), results("new", recordings(3))
+    new["versions"] = {"torch": "2", SCORING: RULES_VERSION}
+    assert SCORING not in old["versions"] and compare_systems({"old": old, "same": old}, 200)
+    for systems in ({"old": old, "new": new}, {"new": new, "old": old}):
+        for made in (results_section, compare_systems):
+            with pytest.raises(ConfigError, match="old was scored by version 1 .* evaluate old again"):
+                made(systems)
 
 
 def test_a_clear_difference_and_a_doubtful_one_are_told_apart() -> None:

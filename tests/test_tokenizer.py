@@ -109,7 +109,8 @@ def test_a_bpe_model_that_is_missing_or_garbage_is_a_clear_error(tmp_path: Path)
         ("I\u0307zmir", "tr", "izmir"),
         ("DI\u015e I\u0130", "tr", "d\u0131\u015f \u0131i"),
         ("\u0928\u092e\u0938\u094d\u0924\u0947!", "hi", "\u0928\u092e\u0938\u094d\u0924\u0947"),
-        ("Room 7 @ 5%", "en", "room 7 5"),
+        ("Room 7 @ 5%", "nl", "room 7 5"),
+        ("Room 7 @ 5%", "en", "room 7 5 percent"),
         ("... -- '", "en", ""),
     ],
 )

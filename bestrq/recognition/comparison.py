@@ -9,6 +9,7 @@ from typing import Any
 from bestrq.config import ConfigError
 from bestrq.recognition import tables
 from bestrq.recognition.curves import Point, context_name
+from bestrq.recognition.results import SCORING
 from bestrq.recognition.scoring import ErrorCounts, RecordingScore, compare
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -49,10 +50,11 @@ def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[
         the baseline's: negative where the system is better.
 
     Raises:
-        ConfigError: recordings or references differ.
+        ConfigError: recordings, references or the rules that texts are scored by differ.
     """
     (baseline, results), *others = systems.items()
     first = [recording_score(row) for row in results["recordings"]]
+    check_same_rules(systems)
     found = []
     for name, other in others:
         try:
@@ -63,8 +65,21 @@ def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[
     return found
 
 
+def check_same_rules(systems: Results) -> None:
+    """Raises ConfigError unless one version of this project's rules scored all systems."""
+    versions = {name: results.get("versions", {}).get(SCORING, "1") for name, results in systems.items()}
+    newest = max(versions.values(), key=int, default="")
+    for name, version in versions.items():
+        if version != newest:
+            raise ConfigError(
+                f"{name} was scored by version {version} of the rules for texts, others by {newest}: evaluate {name} "
+                "again"
+            )
+
+
 def check_same_references(systems: Results) -> None:
-    """Raises ConfigError unless all systems were scored on the same recordings by the same references."""
+    """Raises ConfigError unless all systems were scored on the same recordings, by the same references and rules."""
+    check_same_rules(systems)
     (first, results), *others = systems.items()
     wanted = {row["id"]: row["reference"] for row in results["recordings"]}
     for name, other in others:

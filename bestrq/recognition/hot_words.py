@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bestrq.config import ConfigError
 from bestrq.recognition.decoding import BLANK
+from common.text import fold
 
 
 class HotWords:
@@ -104,7 +105,8 @@ def read_hot_words(path: str | os.PathLike[str], encode: Callable[[str], Sequenc
     """Hot words of a file: UTF-8, a phrase a line; behind a tab may stand its weight in nats for a label.
 
     Args:
-        encode: of the tokenizer: text to labels. Phrases are written as in the transcripts it was trained on.
+        encode: of the tokenizer: text to labels. Phrases are written as in the labels it was trained on; apostrophes
+            of all kinds are one, and characters that are not seen are left out (`common.text.fold`).
         weight: of phrases that have none.
 
     Raises:
@@ -121,7 +123,7 @@ def read_hot_words(path: str | os.PathLike[str], encode: Callable[[str], Sequenc
             continue
         try:
             of_label = float(fields[0]) if fields else weight
-            phrases.append((list(encode(phrase)), of_label))
+            phrases.append((list(encode(fold(phrase))), of_label))
             HotWords(phrases[-1:])
         except ValueError as error:
             raise ConfigError(

@@ -1,12 +1,14 @@
 """What is done to reference and hypothesis alike before they are compared, by language.
 
-The rules are data, so that a report can list them. Names: `whisper-english` and `whisper-basic` are Whisper's
-(Radford et al. 2022, appendix C); `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after
-the rules of the language xx below.
+First both become labels (`common.text.label_text`), as references did in training; so a recogniser that writes exactly
+the label of a text has no errors, in any language. Then come rules that are data, so that a report can list them, and
+Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english` and `whisper-basic` are Whisper's;
+`unicode` is this project's for all other languages; `unicode+xx` is `unicode` after the rules of the language xx.
+
+How far rates are those of Whisper's normaliser alone: docs/evaluation.md.
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,6 +18,11 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from bestrq.config import ConfigError
+from common.languages import is_unspaced, language_code
+from common.text import label_text, with_symbols
+
+RULES_VERSION = "2"
+"""changes whenever a text may be normalised to another one: rates of two versions are not compared"""
 
 Choice = Literal["auto", "whisper-english", "whisper-basic", "unicode"]
 """auto: `whisper-english` for English, else the rules of the language and `unicode`; the others: for all languages"""
@@ -26,7 +33,7 @@ class Rule:
     """A replacement in one language, where the same word is written in two ways."""
 
     pattern: str
-    """regular expression, matched against composed (NFC) text; \\u escapes"""
+    """regular expression, matched against labels; \\u escapes"""
     replacement: str
     reason: str
 
@@ -64,49 +71,44 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("[\\u015F\\u015E]", "\u0219", "s with cedilla stands for s with comma in older texts"),
     ),
     "ru": (Rule("(?i)\\u0451", "\u0435", "yo is mostly written as ye"),),
-    "tr": (
-        Rule("I", "\u0131", "the capital of dotless i, which lower case would give a dot"),
-        Rule("\\u0130", "i", "the capital of dotted i"),
-    ),
-    "uk": (Rule("(?<=\\w)['\\u2019\\u02BC`](?=\\w)", "\u02bc", "the apostrophe is part of a word, in several forms"),),
+    "uk": (Rule("(?<=\\w)'(?=\\w)", "\u02bc", "the apostrophe is part of a word"),),
 }
-RULES |= {"az": RULES["tr"], "be": RULES["uk"]}
-# Written without spaces: every character counts as a word, as in Whisper's evaluation.
-_UNSPACED = frozenset(("zh", "yue", "cmn", "ja", "th", "lo", "km", "my", "bo"))
-_CODES = {"english": "en", "eng": "en", "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "ron": "ro", "rum": "ro",
-          "rus": "ru", "tur": "tr", "ukr": "uk", "ara": "ar", "heb": "he", "german": "de", "french": "fr",
-          "romanian": "ro", "russian": "ru", "turkish": "tr", "ukrainian": "uk", "arabic": "ar", "hebrew": "he",
-          "zho": "zh", "chi": "zh", "chinese": "zh", "jpn": "ja", "japanese": "ja", "tha": "th", "thai": "th",
-          "aze": "az", "bel": "be"}  # fmt: skip
-_UNICODE = (
-    "lower case, NFKC, texts in brackets left out, symbols and punctuation turned into spaces, combining marks kept"
+RULES["be"] = RULES["uk"]
+_LABEL = (
+    "labels: one apostrophe, invisible characters and short texts in brackets left out, lower case, punctuation turned "
+    "into spaces"
 )
+_UNICODE = f"{_LABEL}; NFKC, apostrophes turned into spaces, combining marks kept"
+# A recogniser in a loop may write any number of digits, and Whisper's rules fail from 4,300 on.
+_ENDLESS = re.compile(r"(\w{1000})(?=\w)")
 
 
 @cache
 def normaliser(language: str, choice: Choice = "auto") -> Normaliser:
-    """The normaliser of a language: "en", "en-GB", "eng", "English"; any case. A language without rules of its own, or
-    one that is not known (""), gets `unicode`; the name of the result says so.
+    """The normaliser of a language, by any code or name that `common.languages` knows. A language without rules of its
+    own, or one that is not known (""), gets `unicode`; the name of the result says so.
 
     Raises ConfigError for a choice that there is not.
     """
-    code = language.lower().replace("_", "-").split("-")[0]
-    code = _CODES.get(code, code)
+    code = language_code(language)
     if choice == "whisper-english" or (choice == "auto" and code == "en"):
-        described = "Whisper's for English: numbers, contractions, fillers, British spelling"
-        return Normaliser("whisper-english", described, (), _spaced(EnglishTextNormalizer()))
+        described = (
+            f"{_LABEL}, numbers and their symbols read aloud; then Whisper's for English: numbers, contractions, "
+            "fillers, British spelling"
+        )
+        return Normaliser("whisper-english", described, (), _labelled(_english(), code))
     if choice == "whisper-basic":
         described = "Whisper's for all languages: as `unicode`, but combining marks are turned into spaces too"
-        return Normaliser("whisper-basic", described, (), _spaced(BasicTextNormalizer()))
-    if choice == "unicode" or (choice == "auto" and code not in RULES and code not in _UNSPACED):
-        return Normaliser("unicode", _UNICODE, (), _spaced(BasicTextNormalizer(preserve_marks=True)))
+        return Normaliser("whisper-basic", described, (), _labelled(BasicTextNormalizer(), code))
+    unspaced = is_unspaced(code)
+    if choice == "unicode" or (choice == "auto" and code not in RULES and not unspaced):
+        return Normaliser("unicode", _UNICODE, (), _labelled(BasicTextNormalizer(preserve_marks=True), code))
     if choice != "auto":
         raise ConfigError(f"normaliser = {choice!r}: give auto, whisper-english, whisper-basic or unicode")
     rules = RULES.get(code, ())
-    unspaced = code in _UNSPACED
     described = f"{_UNICODE}; every character counts as a word" if unspaced else f"{_UNICODE}; first the rules"
     basic = BasicTextNormalizer(preserve_marks=True, split_letters=unspaced)
-    return Normaliser(f"unicode+{code}", described, rules, _spaced(_with_rules(rules, basic)), unspaced)
+    return Normaliser(f"unicode+{code}", described, rules, _labelled(_with_rules(rules, basic), code), unspaced)
 
 
 def normalisers_used(names_and_languages: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
@@ -132,15 +134,19 @@ def normalisers_used(names_and_languages: Iterable[tuple[str, str]]) -> dict[str
     return used
 
 
-def _spaced(clean: Callable[[str], str]) -> Callable[[str], str]:
-    return lambda text: " ".join(clean(text).split())
+def _labelled(clean: Callable[[str], str], language: str) -> Callable[[str], str]:
+    return lambda text: " ".join(clean(label_text(text, language)).split())
+
+
+def _english() -> Callable[[str], str]:
+    whisper = EnglishTextNormalizer()
+    return lambda label: whisper(with_symbols(_ENDLESS.sub(r"\1 ", label)))
 
 
 def _with_rules(rules: tuple[Rule, ...], clean: Callable[[str], str]) -> Callable[[str], str]:
     compiled = [(re.compile(rule.pattern), rule.replacement) for rule in rules]
 
     def normalise(text: str) -> str:
-        text = unicodedata.normalize("NFC", text)
         for pattern, replacement in compiled:
             text = pattern.sub(replacement, text)
         return clean(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bestrq.recognition import report, tables
 from bestrq.recognition.comparison import Results
-from bestrq.recognition.tables import LANGUAGES, Cell, Column
+from bestrq.recognition.tables import Cell, Column, language_text
 
 Transcripts = Mapping[str, Sequence[Mapping[str, Any]]]
 """lines of `transcripts.jsonl` by system"""
@@ -40,7 +40,7 @@ def recordings_section(systems: Results, transcripts: Transcripts, audio: Mappin
     rows, blocks = [], []
     for id, row in first.items():
         cells: list[Cell | str] = [id]
-        cells += [LANGUAGES.get(row["language"], row["language"])] if len(languages) > 1 else []
+        cells += [language_text(row["language"])] if len(languages) > 1 else []
         cells += [row["speaker"]] if len(speakers) > 1 else []
         length = row["word_hits"] + row["word_substitutions"] + row["word_deletions"]
         cells += [tables.number_cell(row["seconds"] / 60, 2), tables.number_cell(length, 0)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from bestrq.files import write_file
 from bestrq.recognition.scoring import align_words
-from bestrq.recognition.tables import LANGUAGES, percent
+from bestrq.recognition.tables import language_text, percent
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="ascii")
 SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="ascii")
@@ -116,7 +116,7 @@ def transcripts(samples: Sequence[Sample], max_words: int = 90) -> str:
             rate = f"CER {percent(sample.rates[system])}"
             marked = _marked(sample.reference, hypothesis, max_words)
             entries.append(f"<dt><b>{html.escape(system)}</b> {rate}</dt><dd>{marked}</dd>")
-        language = LANGUAGES.get(sample.language, sample.language)
+        language = language_text(sample.language)
         heading = f"{html.escape(sample.id)} <span>{html.escape(language)}</span>"
         blocks.append(f'<article class="transcript"><h3>{heading}</h3><dl>{"".join(entries)}</dl></article>')
     return legend + "".join(blocks)

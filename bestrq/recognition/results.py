@@ -8,6 +8,8 @@ from typing import Any
 from bestrq.config import ConfigError
 
 FORMAT_VERSION = 3
+SCORING = "scoring rules"
+"""under `versions`: `normalisers.RULES_VERSION`; of results without it, "1"."""
 RESULTS, TRANSCRIPTS, TABLE, REPORT = "results.json", "transcripts.jsonl", "results.csv", "report.html"
 
 

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LANGUAGES = {
-    "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "nl": "Dutch",
-    "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "all": "All recordings", "": "not given",
-}  # fmt: skip
+from common.languages import language_code, language_name
+
+_GROUPS = {"all": "All recordings", "": "not given"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,12 @@ def table(
     )
 
 
+def language_text(language: str) -> str:
+    """A language of a dataset in English, and how it is written there where that is more: "Portuguese (pt-BR)"."""
+    name = _GROUPS.get(language) or language_name(language)
+    return name if language in (*_GROUPS, name, language_code(language)) else f"{name} ({language})"
+
+
 def percent(rate: float | None) -> str:
     """`0.1234` as `12.3 %`; a dash for no rate."""
     return rate_text(rate) if rate is None else f"{rate_text(rate)} %"
@@ -104,7 +109,7 @@ def headline_table(systems: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> st
     for language in languages:
         there = {system: scores[language] for system, scores in systems.items() if language in scores}
         for position, (system, one) in enumerate(there.items()):
-            name = html.escape(LANGUAGES.get(language, language)) if position == 0 else ""
+            name = html.escape(language_text(language)) if position == 0 else ""
             size = (f"{one['num_recordings']:,}", f"{one['seconds'] / 60:,.1f}") if position == 0 else ("", "")
             rows.append(
                 f'<tr class="{"group" if position == 0 else "more"}"><td class="left">{name}</td>'

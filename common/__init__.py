@@ -1,0 +1,1 @@
+"""What both libraries need: the names of languages, and the text that is a label. Imports nothing of this project."""

@@ -1,0 +1,179 @@
+"""The text that a recogniser learns to write and by which it is scored: one set of rules for both.
+
+A label has letters, digits, the marks that belong to them, and apostrophes within words. References and hypotheses are
+made labels before they are normalised, so a transcript and its own label always score alike.
+
+In English the symbols that Whisper's normaliser reads are written as words: "$3.1 million" becomes "3 point 1 million
+dollars", "1,000" becomes "1000". That is what was said, and `with_symbols` gives the normaliser its symbols back, so
+"five percent" still equals "5%".
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from itertools import islice
+
+from common.languages import language_code
+
+BRACKET_WORDS = 5
+"""words that a pair of brackets may leave out at most; a stray bracket does not swallow a sentence"""
+BRACKET_CHARACTERS = 40
+"""the same in characters"""
+BRACKET_UNSPACED = 20
+"""the same in characters of scripts that are written without spaces"""
+
+# A space that the rules insert within a word. Like all punctuation it becomes one in the end.
+_GAP = "_"
+# Unicode's Default_Ignorable_Code_Point: soft hyphen, joiners, marks of direction, BOM, variation selectors, fillers.
+_INVISIBLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+# Quotation marks and primes, accents and modifier letters, the Armenian apostrophe, the Hebrew geresh.
+_APOSTROPHES = "\u2018\u2019\u201b\u2032\u2035\uff07`\u00b4\u02b9\u02bc\u02bd\u02c8\u02ca\u02cb\ua78b\ua78c\u055a\u05f3"
+# The okina is a letter in these languages, at the start of words too; in all others an apostrophe.
+_OKINA, _OKINA_LANGUAGES = "\u02bb", frozenset(("haw", "sm", "to", "ty"))
+# Malayalam's final consonants: before Unicode 5.1 consonant, virama and joiner, since then characters of their own.
+_CHILLU = dict(zip("\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True))
+_CHILLU_SPELLED = re.compile(f"([{''.join(_CHILLU)}])\u0d4d\u200d")
+_NOT_SEEN = re.compile(f"[{_INVISIBLE}]")
+# The zero-width space is not seen either, but parts words.
+_FOLDED = str.maketrans(dict.fromkeys(_APOSTROPHES, "'") | {"\u200b": _GAP})
+
+_INSIDE = r"[^\[\](){}<>\uff08\uff09\uff3b\uff3d\u3010\u3011]"
+_BRACKETS = re.compile(
+    "|".join(
+        f"\\{pair[0]}({_INSIDE}*)\\{pair[1]}"
+        for pair in ("[]", "{}", "()", "\uff08\uff09", "\uff3b\uff3d", "\u3010\u3011")
+    )
+    # A tag of one word, or of several that stand by themselves. "x < y and a > b" has no tag.
+    + rf"|<((?:(?!\s){_INSIDE})+)>|(?<!\w)<((?=[^\W\d_]){_INSIDE}*(?<!\s))>(?!\w)"
+)
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+_SENTENCE_END = re.compile(r"[.!?\u2026\u061f]\s|[\u0964\u3002\uff01\uff1f]")
+
+_CURRENCIES = {"$": "dollar", "\u00a3": "pound", "\u20ac": "euro", "\u00a2": "cent"}
+_WIDE_SYMBOLS = str.maketrans("\uff05\ufe6a\uff04\ufe69\uffe1\uffe0", "%%$$\u00a3\u00a2")
+# With commas between thousands, or as in India between lakhs.
+_THOUSANDS = re.compile(r",(?<=[0-9],)(?=[0-9]{3}(?![0-9])|[0-9]{2},[0-9])")
+_SYMBOL = f"([{''.join(_CURRENCIES)}])"
+_SCALE = r"((?:[ -](?:hundred|thousand|million|billion|trillion)\b)*)"
+_AMOUNT = rf"([0-9]+(?:\.[0-9]+)*|\.[0-9]+){_SCALE}"
+_PRICE = re.compile(rf"{_SYMBOL}( ?){_AMOUNT}|(?<![.0-9]){_AMOUNT}( ?){_SYMBOL}(?! ?[.0-9])")
+_PERCENT = re.compile(r"(?<=[0-9])( ?)%")
+_POINT = re.compile(r"\.(?=[0-9])(?:(?<=[0-9]\.)|(?<![^\W_]\.)(?<!\.\.))")
+_SAID_POINT, _SAID_PERCENT = re.compile(r"(?<=[0-9]) point (?=[0-9])"), re.compile(r"(?<=[0-9]) percent\b")
+_SAID_PRICE = re.compile(rf"(?<![.0-9])([0-9]+(?:\.[0-9]+)*){_SCALE} ({'|'.join(_CURRENCIES.values())})s?\b")
+_CLITIC = re.compile(r"(?<=[^\W_]) '(s|m|d|t|re|ve|ll)(?![\w'])")
+
+
+class _Letters(dict[int, str]):
+    """For `str.translate`: what is not written in a label becomes white space other than the space between words."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        kept = character in " '" or character.isalnum() or unicodedata.category(character).startswith("M")
+        self[code] = character if kept else "\n"
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
+def label_text(text: str, language: str = "") -> str:
+    """The text that a recogniser learns to write: NFC, lower case, words of letters, digits and in-word apostrophes.
+
+    All else separates words (so "ice-cream" is two) and becomes one space, but invisible characters, which are left
+    out, and short texts in brackets, which are not said: "[laughter]", "<unk>", "(inaudible)". Marks that belong to
+    letters stay. Turkish and Azerbaijani keep their dotless i. In English, numbers and their symbols are read aloud
+    (see the module). May be empty, where nothing was said. The label of a label is the same label.
+
+    Args:
+        language: code or name, as in `common.languages`.
+    """
+    return " ".join(filter(None, label_words(text.split(), language)))
+
+
+def label_words(words: Sequence[str], language: str = "") -> list[str]:
+    """The labels of a text's words, one for each; empty for those without, such as punctuation.
+
+    They are what joined makes `label_text` of the whole text, whose words are not independent: "[background noise]" is
+    left out, and "$3 million" is "3" and "million dollars".
+    """
+    code = language_code(language)
+    # Words may have white space in them: what it parts is counted, and joined again in the end.
+    counts = [len(word.split()) for word in words]
+    text = fold(" ".join(" ".join(words).split()), code)
+    if code in ("tr", "az"):
+        text = text.replace("I", "\u0131").replace("\u0130", "i")
+    text = text.lower()
+    text = _BRACKETS.sub(_outside, text)
+    if code == "en":
+        text = _read_aloud(text)
+    # NFC again: lower case of some capitals is a letter and a combining mark, and brackets stood before others.
+    text = unicodedata.normalize("NFC", text).translate(_LETTERS)
+    labels = map(_stripped, text.split(" "))
+    return [" ".join(filter(None, islice(labels, count))) for count in counts]
+
+
+def fold(text: str, language: str = "") -> str:
+    """NFC, with one apostrophe (') for all that are written, and without characters that are not seen."""
+    if text.isascii():
+        return text.replace("`", "'")
+    text = unicodedata.normalize("NFC", text)
+    text = _CHILLU_SPELLED.sub(lambda found: _CHILLU[found[1]], text)
+    text = _NOT_SEEN.sub("", text).translate(_FOLDED)
+    if language_code(language) not in _OKINA_LANGUAGES:
+        text = text.replace(_OKINA, "'")
+    return unicodedata.normalize("NFC", text)
+
+
+def with_symbols(label: str) -> str:
+    """An English label with the symbols of numbers in place of their words: "3 point 1 million dollars" is "$3.1
+    million". Words that go with a number in words ("five percent") stay.
+    """
+    label = _SAID_PERCENT.sub("%", _SAID_POINT.sub(".", label))
+    symbols = {name: symbol for symbol, name in _CURRENCIES.items()}
+    return _SAID_PRICE.sub(lambda found: f"{symbols[found[3]]}{found[1]}{found[2]}", label)
+
+
+def _outside(found: re.Match[str]) -> str:
+    """What remains of a text in brackets: only the spaces, or all of it where it is too long to be a direction."""
+    inside = next(group for group in found.groups() if group is not None).strip()
+    too_long = (
+        len(inside.split()) > BRACKET_WORDS
+        or len(inside) > BRACKET_CHARACTERS
+        or len(_UNSPACED.findall(inside)) > BRACKET_UNSPACED
+    )
+    return found[0] if too_long or _SENTENCE_END.search(inside) else " " * found[0].count(" ")
+
+
+def _read_aloud(text: str) -> str:
+    """English numbers as they are said, of folded text in lower case; every space stays one space."""
+    text = _CLITIC.sub(r"'\1 ", text)  # "it 's", as treebanks write
+    if not any(digit in text for digit in "0123456789"):
+        return text
+    text = _THOUSANDS.sub("", text.translate(_WIDE_SYMBOLS))
+    if any(symbol in text for symbol in _CURRENCIES):
+        text = _PRICE.sub(_price, text)
+    text = _PERCENT.sub(lambda found: f"{found[1] or _GAP}percent{_GAP}", text)
+    return _POINT.sub(f"{_GAP}point{_GAP}", text)
+
+
+def _price(found: re.Match[str]) -> str:
+    before, space, amount, scale, amount_first, scale_first, space_first, after = found.groups("")
+    amount, scale = amount or amount_first, scale or scale_first
+    name = _CURRENCIES[before or after] + ("" if amount == "1" and not scale else "s")
+    return f"{space or _GAP}{amount}{scale}{space_first or _GAP}{name}{_GAP}"
+
+
+def _stripped(word: str) -> str:
+    if word.isalnum():
+        return word
+    # An apostrophe within a word is spelling, one at a word's edge is a quotation mark (or an elision we give up).
+    parts = (part.strip("'") for part in word.split())
+    return " ".join(part for part in parts if any(map(str.isalnum, part)))
