@@ -93,7 +93,7 @@ evaluate() { # NAME EXPORT more arguments
     evaluated+=("$1=$folder/results/$1")
 }
 
-from_pretrained=(--finetune.init "$folder/pretrain/export" --finetune.reinitialise_top_blocks 4)
+from_pretrained=(--finetune.init "$folder/pretrain/export" --finetune.reinitialise_top_blocks 2)
 fine_tune pretrained ctc "${from_pretrained[@]}"
 if [ "$head" = ctc ]; then
     fine_tune scratch ctc

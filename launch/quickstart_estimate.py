@@ -37,7 +37,7 @@ VOCAB_SIZE = 40
 SECONDS_OF_A_SEGMENT = 5
 LABELS_OF_A_SEGMENT = 60
 WARM_UP = 2
-REST = {"ctc": 400, "rnnt": 600}
+REST = {"ctc": 1000, "rnnt": 1400}
 """by head: pretraining updates that take as long as all that is no update, measured"""
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECOND = {"ctc": ("ctc", finetune_ctc.Config), "rnnt": ("rnnt", finetune_rnnt.Config)}

@@ -11,7 +11,7 @@ from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings, StageSettings
 
 NUM_PARAMETERS = {
-    "quickstart": 3_002_320,
+    "quickstart": 1_310_768,
     "conformer-s": 8_374_464,
     "conformer-m": 26_270_720,
     "conformer-l": 110_637_568,

@@ -4,7 +4,7 @@ from bestrq.model.settings import EncoderSettings, StageSettings
 
 PRESETS: dict[str, EncoderSettings] = {
     "quickstart": EncoderSettings(
-        dim=144, num_layers=6, num_heads=4, feedforward_dim=576, kernel_size=15, subsampling_channels=32
+        dim=128, num_layers=4, num_heads=4, feedforward_dim=384, kernel_size=15, subsampling_channels=16
     ),
     # Conformer S, M and L: Gulati et al., arXiv 2005.08100, table 1. Kernels there are even (32), ours are odd; the
     # 10.3, 30.7 and 118.8 M there count a recurrent decoder and the weights of relative positions too.
