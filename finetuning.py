@@ -30,7 +30,7 @@ from data.mixture import DatasetGroup
 from data.order import CropTable
 from data.shards import Dataset, Normalisation
 from data.supervised import supervised_crops
-from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 
 
 @dataclass
@@ -321,7 +321,8 @@ def export(run, step, model, tokenizer, rates, dataset, config, world, kind, **d
             **statistics_of(dataset, config.data.normalisation),
             **rates,
         }
-        files = {path.name: path.read_bytes() for path in (run.path / "tokenizer").iterdir()}
+        folder = run.path / "tokenizer"
+        files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
         card = f"""# {TITLES[kind]}
 
 {config.encoder.num_layers} Conformer layers of width {config.encoder.dim}, {tokenizer.vocab_size} labels, trained on

@@ -27,7 +27,7 @@ from data.shards import open_dataset
 from data.word_times import read_ctm, read_textgrid, read_words_json
 from finetuning import statistics_of
 from tests.gloo import run_distributed
-from tests.test_evaluate import make_export
+from tests.test_evaluate import make_export, with_litter
 
 FORMATS = "txt,json,ctm,srt,vtt,TextGrid"
 NAMES = ["day1/stereo", "day1/talk", "long", "short", "silence", "telephone"]
@@ -200,6 +200,15 @@ def test_a_second_start_does_only_what_has_changed(
     assert {name.partition(".")[0] for name in changed} == {"day1/talk"}
     transcribe(config, out, inference=replace(config.inference, context_seconds=1.0))
     assert len(found) == len(NAMES)
+
+
+def test_other_files_in_an_export_change_nothing(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe(setup, tmp_path / "out")
+    found = spy(monkeypatch, script)
+    assert transcribe(setup, tmp_path / "out", export=with_litter(setup.export, tmp_path / "export")) == 0
+    assert not found
 
 
 def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
