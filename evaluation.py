@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 
 from bestrq.config import ConfigError, from_dict, to_dict
+from bestrq.files import hash_of_file
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Mode, Source
 from bestrq.recognition.results import FORMAT_VERSION
 from bestrq.recognition.transcripts import WRITERS
 from bestrq.training.export import Export
-from recogniser import EncoderChanges, Recogniser, hash_of_file
+from recogniser import EncoderChanges, Recogniser
 
 GridMode = Literal[Mode, "windowed"]
 

@@ -28,7 +28,6 @@ from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
 from data.loader import DataState
 from finetuning import (
-    FREE_FIELDS,
     Best,
     FinetuneConfig,
     Updates,
@@ -41,6 +40,7 @@ from finetuning import (
     run_tokenizer,
     save,
     stages_of,
+    start_run,
 )
 
 
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
     crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
     texts = [text for stage in crops for text in stage.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
-    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
+    start_run(run, config, dataset, world)
     tokenizer = run_tokenizer(run, texts, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in texts}  # all of them now: an error costs no training
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size

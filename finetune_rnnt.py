@@ -29,7 +29,6 @@ from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
 from data.loader import DataState
 from finetuning import (
-    FREE_FIELDS,
     Best,
     FinetuneConfig,
     Updates,
@@ -42,6 +41,7 @@ from finetuning import (
     run_tokenizer,
     save,
     stages_of,
+    start_run,
 )
 
 
@@ -63,7 +63,7 @@ def train(config: Config) -> None:
     crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
     texts = [text for stage in crops for text in stage.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
-    run.start(config, world, free=(*FREE_FIELDS, "transducer.slice_bytes"), fingerprints=dataset.identity())
+    start_run(run, config, dataset, world, ["transducer.slice_bytes"])
     tokenizer = run_tokenizer(run, texts, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in texts}  # all of them now: an error costs no training
     itemsize = 2 if config.distributed.precision == "bfloat16" else 4

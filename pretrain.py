@@ -40,7 +40,7 @@ from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
-from data.loader import FREE_LOADER_FIELDS, Batch, DataState, LoaderSettings, RowLoader
+from data.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
 from data.shards import Dataset
 
 
@@ -82,13 +82,15 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
+# Fields that may name another place, where the data of this fingerprint are.
+PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
 def train(config: Config) -> None:
     world = start_world(config.distributed)
     dataset = config.data.open()
     run = RunFolder(config.run.folder)
-    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity())
+    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity(), places=PLACES)
     stride = config.encoder.stride
 
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bestrq.config import ConfigError, from_dict
+from bestrq.files import hash_of_file
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.decoders import BeamCTC, Decoder, DecoderSettings, GreedyCTC, TransducerDecoder, read_fusion
@@ -204,12 +205,6 @@ def hash_of_export(export: Export) -> str:
     for name in sorted(["config.json", "model.safetensors", *tokenizer_files(export.path)]):
         digest.update(name.encode() + b"\0" + bytes.fromhex(hash_of_file(export.path / name)))
     return digest.hexdigest()
-
-
-def hash_of_file(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def share_out(recordings: Sequence[int], frames: np.ndarray, world: World) -> list[int]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.config import ConfigError, parse, run_main, to_dict
-from bestrq.files import write_file
+from bestrq.files import hash_of_file, write_file
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.subtitles import SubtitleSettings
@@ -46,7 +46,6 @@ from recogniser import (
     EncoderChanges,
     Recogniser,
     hash_of_export,
-    hash_of_file,
     load_recogniser,
     make_decoder,
     share_out,

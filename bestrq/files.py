@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from pathlib import Path
@@ -38,3 +39,9 @@ def crc32_of(path: Path) -> int:
         while block := stream.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
