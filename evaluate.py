@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,7 +52,7 @@ from data.audio_files import find_audio
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
-from evaluation import Cell, Config, DataSettings, cells_of, in_folders, try_cell, with_keys
+from evaluation import Cell, Config, DataSettings, cells_of, in_earlier_folders, in_folders, try_cell, with_keys
 from evaluation_results import (
     Evaluated,
     describe,
@@ -88,6 +89,8 @@ def evaluate(config: Config, world: World) -> None:
     cells = [cell for export in config.exports for cell in prepare(export, config, dataset, world)]
     if config.grid.is_given:
         cells = in_folders(cells)
+        folders = world.broadcast([cell.folder for cell in in_earlier_folders(cells, Path(config.out))])
+        cells = [replace(cell, folder=folder) for cell, folder in zip(cells, folders, strict=True)]
     out = Path(config.out)
     mine = config.grid.mine(cells)
     for number, cell in enumerate(mine, 1):

@@ -232,6 +232,20 @@ def in_folders(cells: Sequence[Cell]) -> list[Cell]:
     return placed
 
 
+def in_earlier_folders(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """The cells, those that were evaluated in `out` before in the folders they had then.
+
+    A folder's name begins with the export's place, which may have changed since; it ends in the key, which has not.
+    """
+    placed, taken = [], {cell.folder for cell in cells}
+    for cell in cells:
+        earlier = [] if (out / cell.folder).is_dir() else sorted(path.name for path in out.glob(f"*-{cell.key[:8]}"))
+        free = [name for name in earlier if name not in taken]
+        placed.append(replace(cell, folder=free[0]) if free else cell)
+        taken.add(placed[-1].folder)
+    return placed
+
+
 def distinct_names(systems: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """What systems (name, export) are called so that no two are called the same: with more of their path if need be."""
     systems = list(systems)

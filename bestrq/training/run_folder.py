@@ -171,8 +171,8 @@ def _differences(before: Any, after: Any, free: Collection[str], field: str = ""
 
 def _same_place(before: Any, after: Any) -> bool:
     """Whether two paths are one, written differently: relative, with a trailing slash, through a link."""
-    given = isinstance(before, str) and isinstance(after, str) and before and after
-    return bool(given) and os.path.realpath(before) == os.path.realpath(after)
+    given = [one for one in (before, after) if isinstance(one, str) and one and "://" not in one]
+    return len(given) == 2 and os.path.realpath(given[0]) == os.path.realpath(given[1])
 
 
 def _describe(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:
