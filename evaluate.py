@@ -263,7 +263,7 @@ def decode(
     decoded: dict[str, Any] = {}
     # Line by line, so that a stop at any moment costs at most the recordings in hand.
     with (
-        open(folder / f"partial-{world.rank:05d}.jsonl", "a", buffering=1) as file,
+        open(folder / f"partial-{world.rank:05d}.jsonl", "a", buffering=1, encoding="utf-8") as file,
         tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar,
     ):
         for index, tokens in found:
@@ -374,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

@@ -150,9 +150,6 @@ def train(config: Config) -> None:
             found = validate(model, decoder, heldout, tokenizer.decode, inference, frames_per_second, world)
             rates = {"dev_wer": found.wer, "dev_cer": found.cer}
             metrics.write(step, rates, kind="dev")
-            if world.is_main:
-                print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
-                print(f"    said:  {found.reference}\n    heard: {found.hypothesis[:200]}", flush=True)
             if rates[f"dev_{config.validation.best_by}"] < best.rate:
                 best = Best(rates[f"dev_{config.validation.best_by}"], step)
                 transducer = to_dict(config.transducer)
@@ -161,6 +158,9 @@ def train(config: Config) -> None:
                 )  # fmt: skip
         if is_validation or step % config.checkpoint.every_steps == 0:
             save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
+        if is_validation and world.is_main:  # after what it cost is on disk
+            print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
+            print(f"    said:  {found.reference}\n    heard: {found.hypothesis[:200]}", flush=True)
 
     if step < config.run.steps:
         save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
@@ -190,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

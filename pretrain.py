@@ -368,4 +368,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

@@ -272,6 +272,8 @@ def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Confi
     """All formats into --out, each complete or not there; or a line to stdout."""
     if not config.out:
         print(f"{printable(str(file.path))}\t{transcript.text}", flush=True)
+        if getattr(sys.stdout, "vanished", False):
+            raise ConfigError("out is missing, and stdout cannot be written any more: give a folder as --out FOLDER")
         return
     for form, path in transcript_paths(file.name, config).items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +287,7 @@ def printable(name: str) -> str:
 
 def open_log(out: str, rank: int) -> TextIO:
     """Where a process writes what became of its files, line by line, so that a stop costs those in hand alone."""
-    return open(Path(out) / f"transcribed-{rank:05d}.jsonl" if out else os.devnull, "a", buffering=1)
+    return open(Path(out) / f"transcribed-{rank:05d}.jsonl" if out else os.devnull, "a", buffering=1, encoding="utf-8")
 
 
 def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
@@ -311,7 +313,7 @@ def collect_state(out: Path) -> dict[str, dict[str, str]]:
     entries: dict[str, dict[str, str]] = {}
     parts = sorted(out.glob("transcribed-*.jsonl"))
     for path in (out / STATE, *parts):
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             with suppress(ValueError, TypeError, LookupError):  # the line that was being written at a stop
                 entry = json.loads(line)
                 entries[entry["name"]] = {"name": entry["name"], "key": entry["key"], "reason": entry["reason"]}
@@ -343,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

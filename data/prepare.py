@@ -244,6 +244,8 @@ def _totals(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    from data.console import set_up_console
     from data.prepare_cli import main
 
+    set_up_console(may_vanish=True)
     sys.exit(main())

@@ -362,6 +362,19 @@ def test_a_resumed_fine_tuning_needs_what_it_started_from_no_more(dataset, undis
         run("finetune_ctc", dataset, tmp_path / "new", f"--finetune.init={init}")
 
 
+@pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
+def test_a_validation_is_saved_before_it_is_told(script, dataset, tmp_path, monkeypatch):
+    def broken(*values, **options) -> None:
+        if "heard" in str(values):
+            raise OSError("no console")
+
+    monkeypatch.setattr(SCRIPTS[script], "print", broken, raising=False)
+    with pytest.raises(OSError, match="no console"):
+        run(script, dataset, tmp_path / "run")
+    assert [step for step, _ in list_checkpoints(tmp_path / "run/checkpoints")] == [2]
+    assert json.loads((tmp_path / "run/export/config.json").read_text())["step"] == 2
+
+
 def start_run(script, places: list[str], folder: Path, monkeypatch, *more: str) -> None:
     """The first two updates."""
     with monkeypatch.context() as patch:

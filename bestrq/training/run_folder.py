@@ -127,7 +127,7 @@ class RunFolder:
 
     def _read_record(self) -> list[dict[str, Any]]:
         try:
-            return list(json.loads(self.record.read_text())["starts"])
+            return list(json.loads(self.record.read_text(encoding="utf-8"))["starts"])
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -202,7 +202,9 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
+        ).stdout.strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
