@@ -168,7 +168,7 @@ def is_finished(config: Config, key: str) -> bool:
     if not config.out or not out.exists():
         return False
     try:
-        summary = json.loads((out / SUMMARY).read_text())
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         summary = None
     if isinstance(summary, dict) and summary.get("key") == key and summary.get("choice") == choice_of(config):
@@ -371,4 +371,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -52,7 +53,7 @@ from data.audio_files import find_audio
 from data.errors import DataError
 from data.features import FeatureSettings, difference
 from data.shards import Dataset, open_dataset
-from evaluation import Cell, Config, DataSettings, cells_of, in_folders, try_cell, with_keys
+from evaluation import Cell, Config, DataSettings, cells_of, in_earlier_folders, in_folders, try_cell, with_keys
 from evaluation_results import (
     Evaluated,
     describe,
@@ -89,6 +90,8 @@ def evaluate(config: Config, world: World) -> None:
     cells = [cell for export in config.exports for cell in prepare(export, config, dataset, world)]
     if config.grid.is_given:
         cells = in_folders(cells)
+        folders = world.broadcast([cell.folder for cell in in_earlier_folders(cells, Path(config.out))])
+        cells = [replace(cell, folder=folder) for cell, folder in zip(cells, folders, strict=True)]
     out = Path(config.out)
     mine = config.grid.mine(cells)
     for number, cell in enumerate(mine, 1):
@@ -261,7 +264,7 @@ def decode(
     decoded: dict[str, Any] = {}
     # Line by line, so that a stop at any moment costs at most the recordings in hand.
     with (
-        open(folder / f"partial-{world.rank:05d}.jsonl", "a", buffering=1) as file,
+        open(folder / f"partial-{world.rank:05d}.jsonl", "a", buffering=1, encoding="utf-8") as file,
         tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar,
     ):
         for index, tokens in found:
@@ -373,4 +376,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

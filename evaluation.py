@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from bestrq.config import ConfigError, from_dict, to_dict
+from bestrq.files import hash_of_file
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Mode, Source
@@ -22,7 +23,7 @@ from bestrq.recognition.normalisers import RULES_VERSION
 from bestrq.recognition.results import FORMAT_VERSION
 from bestrq.recognition.transcripts import WRITERS
 from bestrq.training.export import Export
-from recogniser import EncoderChanges, Recogniser, hash_of_file
+from recogniser import EncoderChanges, Recogniser
 
 GridMode = Literal[Mode, "windowed"]
 
@@ -229,6 +230,20 @@ def in_folders(cells: Sequence[Cell]) -> list[Cell]:
         folder = re.sub(r"[^\w.-]+", "-", f"{run}-{cell.label}").strip("-.")[:150]
         name = names[cell.name, cell.export]
         placed.append(replace(cell, name=name, folder=f"{folder}-{cell.key[:8]}"))
+    return placed
+
+
+def in_earlier_folders(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """The cells, those that were evaluated in `out` before in the folders they had then.
+
+    A folder's name begins with the export's place, which may have changed since; it ends in the key, which has not.
+    """
+    placed, taken = [], {cell.folder for cell in cells}
+    for cell in cells:
+        earlier = [] if (out / cell.folder).is_dir() else sorted(path.name for path in out.glob(f"*-{cell.key[:8]}"))
+        free = [name for name in earlier if name not in taken]
+        placed.append(replace(cell, folder=free[0]) if free else cell)
+        taken.add(placed[-1].folder)
     return placed
 
 

@@ -29,7 +29,6 @@ from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
 from data.loader import DataState
 from finetuning import (
-    FREE_FIELDS,
     Best,
     FinetuneConfig,
     Updates,
@@ -42,6 +41,7 @@ from finetuning import (
     run_tokenizer,
     save,
     stages_of,
+    start_run,
 )
 
 
@@ -62,7 +62,7 @@ def train(config: Config) -> None:
     crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
     texts = [text for stage in crops for text in stage.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
-    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity(), facts={"precision": str(precision)})
+    start_run(run, config, dataset, world, precision)
     tokenizer = run_tokenizer(run, texts, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in texts}  # all of them now: an error costs no training
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
@@ -146,14 +146,14 @@ def train(config: Config) -> None:
             found = validate(model, decoder, heldout, tokenizer.decode, inference, frames_per_second, world)
             rates = {"dev_wer": found.wer, "dev_cer": found.cer}
             metrics.write(step, rates, kind="dev")
-            if world.is_main:
-                print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
-                print(f"    said:  {found.reference}\n    heard: {found.hypothesis[:200]}", flush=True)
             if rates[f"dev_{config.validation.best_by}"] < best.rate:
                 best = Best(rates[f"dev_{config.validation.best_by}"], step)
                 export(run, step, parallel_model, tokenizer, rates, dataset, config, world, kind="ctc")
         if is_validation or step % config.checkpoint.every_steps == 0:
             save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
+        if is_validation and world.is_main:  # after what it cost is on disk
+            print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
+            print(f"    said:  {found.reference}\n    heard: {found.hypothesis[:200]}", flush=True)
 
     if step < config.run.steps:
         save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
@@ -186,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

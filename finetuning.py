@@ -1,9 +1,10 @@
 """What the two fine-tuning scripts share: settings, crops, held-out recordings, tokenizer, checkpoint, export."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from bestrq.config import ConfigError, to_dict
+from bestrq.files import hash_of_file
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import read_pretrained_encoder
 from bestrq.recognition.inference import InferenceSettings, Source
@@ -26,12 +28,12 @@ from bestrq.training.update import GuardSettings
 from data.cutting import CuttingSettings
 from data.errors import DataError
 from data.features import FeatureSettings, difference
-from data.loader import FREE_LOADER_FIELDS, Batch, DataState, LoaderSettings, RowLoader
+from data.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
 from data.mixture import DatasetGroup
 from data.order import CropTable
 from data.shards import Dataset, Normalisation
 from data.supervised import supervised_crops
-from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 
 
 @dataclass
@@ -128,6 +130,8 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
+# Fields that may name another place, where the data of this fingerprint are.
+PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
 @dataclass
@@ -148,6 +152,29 @@ def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
     if differing:
         raise ConfigError(f"finetune.init {config.finetune.init} does not fit (ours != the export's): {differing}")
     return pretrained
+
+
+def start_run(
+    run: RunFolder, config: FinetuneConfig, dataset: Dataset, world: World, precision: Precision,
+    also_free: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """`RunFolder.start` for a fine-tuning. A resumed one takes its weights from a checkpoint: finetune.init is looked
+    at again only where it names another place, which must then hold the same weights."""
+    init = config.finetune.init
+    origins = {"finetune.init": partial(weights_fingerprint, init)} if init else {}
+    facts = {"precision": str(precision)}
+    run.start(config, world, (*FREE_FIELDS, *also_free), dataset.identity(), PLACES, origins, facts)
+
+
+def weights_fingerprint(init: str) -> str:
+    """SHA-256 (hex) of the weights of an export or checkpoint. Raises ConfigError where there are none."""
+    try:
+        return hash_of_file(Path(init) / "model.safetensors")
+    except OSError as error:
+        raise ConfigError(
+            f"finetune.init is {init}, which is not where this run began and cannot be compared with it: {error}; "
+            "give the old value, or the place where that export lies now"
+        ) from error
 
 
 def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
@@ -325,7 +352,8 @@ def export(run, step, model, tokenizer, rates, dataset, config, world, kind, **d
             **statistics_of(dataset, config.data.normalisation),
             **rates,
         }
-        files = {path.name: path.read_bytes() for path in (run.path / "tokenizer").iterdir()}
+        folder = run.path / "tokenizer"
+        files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
         card = f"""# {TITLES[kind]}
 
 {config.encoder.num_layers} Conformer layers of width {config.encoder.dim}, {tokenizer.vocab_size} labels, trained on

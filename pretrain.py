@@ -41,7 +41,7 @@ from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from data.errors import DataError
-from data.loader import FREE_LOADER_FIELDS, Batch, DataState, LoaderSettings, RowLoader
+from data.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
 from data.shards import Dataset
 
 
@@ -86,6 +86,8 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
+# Fields that may name another place, where the data of this fingerprint are.
+PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
 def train(config: Config) -> None:
@@ -94,7 +96,8 @@ def train(config: Config) -> None:
     run = RunFolder(config.run.folder)
     precision = resolve_precision(config.distributed, run, world)
     config = with_precision(config, precision)
-    run.start(config, world, free=FREE_FIELDS, fingerprints=dataset.identity(), facts={"precision": str(precision)})
+    facts = {"precision": str(precision)}
+    run.start(config, world, FREE_FIELDS, dataset.identity(), PLACES, facts=facts)
     stride = config.encoder.stride
 
     torch.manual_seed(config.run.seed)  # the same initial weights whatever the world size
@@ -373,4 +376,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

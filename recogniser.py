@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bestrq.config import ConfigError, from_dict
+from bestrq.files import hash_of_file
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.decoders import BeamCTC, Decoder, DecoderSettings, GreedyCTC, TransducerDecoder, read_fusion
@@ -30,7 +31,7 @@ from data.errors import DataError
 from data.features import FeatureSettings
 from data.normalisation import normalise_into
 from data.shards import Dataset
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -196,18 +197,14 @@ def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:
 
 
 def hash_of_export(export: Export) -> str:
-    """SHA-256 (hex) of what decides the outputs: weights, settings, tokenizer; not the model card."""
+    """SHA-256 (hex) of what decides the outputs: weights, settings, tokenizer.
+
+    Anything else in the folder counts for nothing: the model card, what a download or an editor keeps there.
+    """
     digest = hashlib.sha256()
-    for path in sorted(export.path.iterdir()):
-        if path.name != "README.md":
-            digest.update(path.name.encode() + b"\0" + bytes.fromhex(hash_of_file(path)))
+    for name in sorted(["config.json", "model.safetensors", *tokenizer_files(export.path)]):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(hash_of_file(export.path / name)))
     return digest.hexdigest()
-
-
-def hash_of_file(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def share_out(recordings: Sequence[int], frames: np.ndarray, world: World) -> list[int]:

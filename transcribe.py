@@ -9,9 +9,11 @@ to stdout, "path<TAB>text". With it, talks/day1/a.mp3 becomes transcripts/day1/a
 for: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
 
 After Ctrl-C the same command goes on where it was; finished recordings are done again only if audio, model or a setting
-has changed. Files that cannot be read are listed at the end and in failed.jsonl, and the exit status is then 1.
+has changed. Files that cannot be read, or whose transcript cannot be written, cost themselves alone: they are listed at
+the end and in failed.jsonl, and the exit status is then 1.
 """
 
+import errno
 import json
 import os
 import sys
@@ -28,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.config import ConfigError, parse, run_main, to_dict
-from bestrq.files import write_file
+from bestrq.files import hash_of_file, write_file
 from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.recognition.inference import InferenceSettings, Source
 from bestrq.recognition.subtitles import SubtitleSettings
@@ -47,7 +49,6 @@ from recogniser import (
     EncoderChanges,
     Recogniser,
     hash_of_export,
-    hash_of_file,
     load_recogniser,
     make_decoder,
     share_out,
@@ -58,6 +59,8 @@ FORMAT_VERSION = 1
 STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
 BATCHES_HELD = 16
 """recordings of so many batches are held as features at a time, so that few batches are not full"""
+NO_FILE_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""errors of the whole of --out, not of one file there"""
 
 
 @dataclass
@@ -116,7 +119,7 @@ class Outcome:
 
 
 def transcribe(config: Config, world: World) -> int:
-    """The whole work, as every process runs it. Returns, on rank 0, the number of files that could not be read."""
+    """The whole work, as every process runs it. Returns, on rank 0, the number of files without a transcript."""
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
@@ -129,24 +132,27 @@ def transcribe(config: Config, world: World) -> int:
     fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])
     files = [AudioFile(**{**one, "path": Path(one["path"])}) for one in fields]
     done = set(world.broadcast(finished_files(files, config) if world.is_main and config.out else []))
-    left = [number for number, file in enumerate(files) if file.name not in done]
+    failed = {name: reason for name, reason in clashes(files, config).items() if name not in done}
+    left = [number for number, file in enumerate(files) if file.name not in done and file.name not in failed]
     if done and world.is_main:
         print(f"going on: {len(done)} of {len(files)} files are transcribed already")
     lengths = np.array([round(1000 * file.seconds) for file in files])
     mine = [files[number] for number in share_out(left, lengths, world)]
-    failed: dict[str, str] = {}
     with (
         closing(outcomes(recogniser, decoder, mine, config, world)) as found,
         open_log(config.out, world.rank) as log,
     ):
+        for name, reason in failed.items() if world.is_main else ():
+            log.write(json.dumps({"name": name, "key": "", "reason": reason}) + "\n")
         for one in progress(found, mine, world):
-            if one.transcript is None:
-                failed[one.file.name] = one.reason
-            else:
+            reason = one.reason
+            if one.transcript is not None:
                 # No key is empty: of a stop while the files are replaced, none counts as done.
                 log.write(json.dumps({"name": one.file.name, "key": "", "reason": ""}) + "\n")
-                write_transcript(one.file, one.transcript, config)
-            log.write(json.dumps({"name": one.file.name, "key": one.file.key, "reason": one.reason}) + "\n")
+                reason = try_to_write(one.file, one.transcript, config)
+            if reason:
+                failed[one.file.name] = reason
+            log.write(json.dumps({"name": one.file.name, "key": one.file.key, "reason": reason}) + "\n")
     world.barrier()
     if config.out and world.is_main:  # what the other processes met, too
         entries = collect_state(Path(config.out))
@@ -156,7 +162,7 @@ def transcribe(config: Config, world: World) -> int:
         print(f"{len(files) - len(failed)} of {len(files)} files are transcribed: {config.out}")
     if failed and world.is_main:
         listing = "".join(f"\n  {printable(name)}: {reason}" for name, reason in failed.items())
-        print(f"error: {len(failed)} of {len(files)} audio files could not be read:{listing}", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(files)} audio files could not be transcribed:{listing}", file=sys.stderr)
     # A launcher that saw another rank fail would stop this one before it has told.
     return len(failed) if world.is_main else 0
 
@@ -270,10 +276,43 @@ def transcript_paths(name: str, config: Config) -> dict[str, Path]:
     return {form: Path(config.out, f"{name}.{form}") for form in config.format_names}
 
 
+def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
+    """Files, by name, whose transcript would take the place of a folder of other transcripts; with the reason.
+
+    Of `a.wav` beside a folder `a.txt` it is `a.wav` that fails, not all that is in the folder.
+    """
+    folders = {parent.as_posix() for file in files for parent in Path(file.name).parents}
+    places = {file.name: [f"{file.name}.{form}" for form in config.format_names if config.out] for file in files}
+    return {
+        name: f"its transcript and a folder of other transcripts would both be {place!r}: rename one of them"
+        for name, own in places.items()
+        for place in own
+        if place in folders
+    }
+
+
+def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -> str:
+    """Write a transcript. Returns the reason why it cannot be written, or nothing.
+
+    Raises ConfigError where no other one could be written either.
+    """
+    try:
+        write_transcript(file, transcript, config)
+    except OSError as error:
+        if not config.out:
+            raise
+        if error.errno in NO_FILE_MORE:
+            raise ConfigError(f"out = {config.out}: {error}; make room, and the same command goes on") from error
+        return f"its transcript cannot be written: {error.filename2 or error.filename}: {error.strerror}"
+    return ""
+
+
 def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Config) -> None:
     """All formats into --out, each complete or not there; or a line to stdout."""
     if not config.out:
         print(f"{printable(str(file.path))}\t{transcript.text}", flush=True)
+        if getattr(sys.stdout, "vanished", False):
+            raise ConfigError("out is missing, and stdout cannot be written any more: give a folder as --out FOLDER")
         return
     for form, path in transcript_paths(file.name, config).items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +326,7 @@ def printable(name: str) -> str:
 
 def open_log(out: str, rank: int) -> TextIO:
     """Where a process writes what became of its files, line by line, so that a stop costs those in hand alone."""
-    return open(Path(out) / f"transcribed-{rank:05d}.jsonl" if out else os.devnull, "a", buffering=1)
+    return open(Path(out) / f"transcribed-{rank:05d}.jsonl" if out else os.devnull, "a", buffering=1, encoding="utf-8")
 
 
 def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
@@ -304,7 +343,7 @@ def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
         for file in files
         if file.name in done
         and entries[file.name]["key"] == file.key
-        and all(path.is_file() for path in transcript_paths(file.name, config).values())
+        and all(os.path.isfile(path) for path in transcript_paths(file.name, config).values())
     ]
 
 
@@ -313,7 +352,7 @@ def collect_state(out: Path) -> dict[str, dict[str, str]]:
     entries: dict[str, dict[str, str]] = {}
     parts = sorted(out.glob("transcribed-*.jsonl"))
     for path in (out / STATE, *parts):
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             with suppress(ValueError, TypeError, LookupError):  # the line that was being written at a stop
                 entry = json.loads(line)
                 entries[entry["name"]] = {"name": entry["name"], "key": entry["key"], "reason": entry["reason"]}
@@ -324,7 +363,7 @@ def collect_state(out: Path) -> dict[str, dict[str, str]]:
 
 
 def write_failed(out: Path, files: Sequence[AudioFile], failed: Mapping[str, str]) -> None:
-    """failed.jsonl, with the path and the reason of every file that could not be read; none where all could."""
+    """failed.jsonl, with the path and the reason of every file without a transcript; none where all have one."""
     lines = [{"path": printable(str(f.path)), "reason": failed[f.name]} for f in files if f.name in failed]
     if lines:
         write_file(out / FAILED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -346,4 +385,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,))
+    run_main(main, user_errors=(DataError,), console_may_vanish=True)

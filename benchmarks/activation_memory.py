@@ -112,7 +112,7 @@ def forward_backward(
 
 def status_bytes(field: str) -> int:
     """VmRSS (resident now) or VmHWM (at the highest) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
@@ -125,7 +125,7 @@ def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, i
         layout = one_segment_rows(encoder, rows)
         log_mel = torch.randn(rows.rows, rows.frames, settings.num_mels)
         before = status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest is what it is now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest is what it is now
         forward_backward(encoder, log_mel, layout, bfloat16)  # leaves gradients, which the next pass adds to
         process = status_bytes("VmHWM") - before
     with LiveBytes() as live:

@@ -131,11 +131,13 @@ def run_script(dataset: Dataset, model: str, out: Path, more: Sequence[str]) -> 
         # getrusage would tell the largest of this process, too: a child starts out as its copy.
         while process.poll() is None:
             with suppress(OSError, IndexError):  # it has just ended
-                memory = int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0])
+                memory = int(
+                    Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]
+                )
             time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"align.py ended with {process.returncode}: see above")
-    lines = (out / "unaligned.jsonl").read_text().splitlines()
+    lines = (out / "unaligned.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = time.perf_counter() - begin
     return Outcome(open_dataset(out), [json.loads(line)["id"] for line in lines], seconds, round(memory / 1000))
 

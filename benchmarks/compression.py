@@ -255,7 +255,7 @@ def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str,
             command += ["--data.dataset", str(folder / "dataset"), "--out", str(folder / "out")]
             command += ["--inference.context_seconds", str(options.context_seconds)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-            found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+            found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
         heard = [row["hypothesis"] for row in found["recordings"]]
         plain = plain or heard
         changed = sum(a != b for a, b in zip(heard, plain, strict=True))

@@ -20,12 +20,12 @@ def memory(pids: Sequence[int], field: str) -> int:
     """
     total = 0
     for pid in pids:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
     return total
 
 
 def processor_seconds(pids: Sequence[int]) -> float:
     """User and system time of processes together, from /proc/PID/stat."""
-    fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    fields = (Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split() for pid in pids)
     return sum(int(of[11]) + int(of[12]) for of in fields) / os.sysconf("SC_CLK_TCK")

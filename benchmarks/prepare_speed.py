@@ -51,7 +51,7 @@ def write_audio(folder: Path, minutes: float) -> float:
         for suffix, (container, subtype) in FORMATS.items():
             path = folder / suffix / f"u{number:05d}.{suffix}"
             soundfile.write(path, waveform, 16_000, subtype, format=container)
-            path.with_suffix(".txt").write_text("no words")
+            path.with_suffix(".txt").write_text("no words", encoding="utf-8")
     return total
 
 

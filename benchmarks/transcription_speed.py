@@ -117,7 +117,7 @@ def make_peer(name: str, encoder: EncoderSettings, args: argparse.Namespace) -> 
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.json"
         names = ["<pad>", "<unk>", *("|" if c == " " else c for c in CHARACTERS)]
-        vocabulary.write_text(json.dumps({token: number for number, token in enumerate(names)}))
+        vocabulary.write_text(json.dumps({token: number for number, token in enumerate(names)}), encoding="utf-8")
         tokenizer = transformers.Wav2Vec2CTCTokenizer(str(vocabulary), bos_token=None, eos_token=None)
     make = {"wav2vec2": make_wav2vec2, "parakeet": make_parakeet}[name]
     model, extractor = make(transformers, encoder, len(names))

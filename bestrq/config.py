@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from bestrq.files import write_file
+from common.console import set_up_console
 
 Settings = TypeVar("Settings")
 
@@ -67,7 +68,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises ConfigError when the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
@@ -83,13 +84,20 @@ def field_names(settings_class: Any) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in field_names(kind))
 
 
-def run_main(main: Callable[[], int | None], user_errors: Sequence[type[Exception]] = ()) -> NoReturn:
+def run_main(
+    main: Callable[[], int | None], user_errors: Sequence[type[Exception]] = (), console_may_vanish: bool = False
+) -> NoReturn:
     """Run a script's `main` and leave the process with the right status.
 
     A ConfigError, or one of `user_errors`, is printed as `error: ...` without a traceback: status 2. Anything else
     shows its traceback: status 1; Ctrl-C gives 130. In a process group nothing waits for the other ranks on the way
     out: a rank that failed alone would wait for ever in a collective that the others never enter.
+
+    A program's text is UTF-8 whatever the locale; with `console_may_vanish` it goes on without a reader of what it
+    prints (`common.console`).
     """
+    if main.__module__ == "__main__":  # not where a test or a notebook calls this: the streams are not ours there
+        set_up_console(console_may_vanish)
     status = 0
     mistakes: tuple[type[Exception], ...] = (ConfigError, *user_errors)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import zlib
 from pathlib import Path
 
@@ -16,16 +18,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` to write under. Short: the name of `path` may be as long as a name can be."""
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file: temporary name in the same folder, fsync, rename over `path`, fsync of the folder."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    """Write a whole file: temporary name in the same folder, fsync, rename over `path`, fsync of the folder.
+
+    Text becomes UTF-8. What is not Unicode in it (of a file name, say) becomes `\\udce9`, as JSON and YAML write it.
+    """
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
@@ -38,3 +48,9 @@ def crc32_of(path: Path) -> int:
         while block := stream.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

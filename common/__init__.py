@@ -1,1 +1,1 @@
-"""What both libraries need: the names of languages, and the text that is a label. Imports nothing of this project."""
+"""What both libraries need: names of languages, rules of labels, the console. Imports nothing of this project."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,32 +34,44 @@ class AudioFile:
 def list_audio(audio: str, key: str) -> list[AudioFile]:
     """The file, or all audio files below the folder, sorted. Raises DataError where there is none.
 
-    Files that differ in their suffix only keep it in the names of their transcripts.
+    Files that differ in their suffix only keep it in the names of their transcripts. What cannot be read, because it is
+    no regular file, say, is listed too: it fails when its turn comes, alone and by name.
     """
     root = Path(audio).expanduser()
     if root.is_file():
         paths, root = [root], root.parent
     elif root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and not path.is_dir())
     else:
         raise DataError(f"audio = {audio}: there is no such file or folder")
     if not paths:
         raise DataError(f"audio = {audio}: no audio file in this folder; looked for {', '.join(AUDIO_SUFFIXES)}")
-    relative = [path.relative_to(root) for path in paths]
-    shared = Counter(path.with_suffix("") for path in relative)
-    names = [(path if shared[path.with_suffix("")] > 1 else path.with_suffix("")).as_posix() for path in relative]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"audio = {audio}: two files would both be written to {twice[0]!r}: rename one of them")
+    names = transcript_names([path.relative_to(root) for path in paths])
     return [audio_file(path, name, key) for path, name in zip(paths, names, strict=True)]
+
+
+def transcript_names(paths: Sequence[Path]) -> list[str]:
+    """What the transcripts of files are called, no two alike: the path, without its suffix where no other needs that.
+
+    `a.wav` and `a.mp3` keep theirs, and then `a.wav.flac` does, which without would be the first one's.
+    """
+    names = [path.with_suffix("").as_posix() for path in paths]
+    while shared := {name for name, count in Counter(names).items() if count > 1}:
+        names = [path.as_posix() if name in shared else name for path, name in zip(paths, names, strict=True)]
+    return names
 
 
 def audio_file(path: Path, name: str, key: str) -> AudioFile:
     """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
-    state, seconds = path.stat(), 0.0
+    size = changed = 0
+    seconds = 0.0
     with suppress(soundfile.SoundFileError, RuntimeError, OSError):
-        header = soundfile.info(path)
-        seconds = header.frames / header.samplerate
-    content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
+        state = path.stat()
+        size, changed = state.st_size, state.st_mtime_ns
+        if stat.S_ISREG(state.st_mode):  # a named pipe would be waited for
+            header = soundfile.info(os.fsencode(path))
+            seconds = header.frames / header.samplerate
+    content = json.dumps([key, name, size, changed])
     return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
 
 

@@ -6,6 +6,7 @@ bytes for ever, since nobody writes to a finished shard. Only the index is new.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -37,8 +38,10 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists already: choose another folder, or delete it")
-    temporary = out.with_name(f".{out.name}.tmp")  # a killed attempt's remains make room for the next
-    lock = out.with_name(f".{out.name}.lock")
+    # Short, as the folder's name may be as long as a name can be; and the same every time, so that a killed attempt's
+    # remains make room for the next.
+    short = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
+    temporary, lock = out.with_name(f".{short}.tmp"), out.with_name(f".{short}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with ix.locked(lock):

@@ -45,7 +45,8 @@ class Extracted:
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
-    """Load one source and compute its log-mel; a DataError or a want of memory on the way makes it a skipped one.
+    """Load one source and compute its log-mel; a DataError, an error of the disk or a want of memory on the way makes
+    it a skipped one.
 
     Sound that comes in blocks is never held whole: only the float16 features grow with its length.
     """
@@ -64,6 +65,8 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
         check_word_times(recording.words or (), len(log_mel) / features.frames_per_second, recording.id)
     except DataError as error:
         return Skipped(source.id, str(error))
+    except OSError as error:
+        return Skipped(source.id, f"{source.id}: cannot be read ({error})")
     except MemoryError:
         return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
     return Extracted(recording, log_mel)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -147,12 +147,18 @@ def audio_blocks(
     """
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "audio bytes")
     if isinstance(source, (str, os.PathLike)):
-        if not Path(source).is_file():
-            raise DataError(f"{name}: no such audio file")
-        if Path(source).stat().st_size == 0:
+        try:
+            state = os.stat(source)
+        except OSError as error:
+            raise DataError(f"{name}: no such audio file ({error.strerror})") from error
+        if not stat.S_ISREG(state.st_mode):  # a named pipe would be waited for
+            raise DataError(f"{name}: is no regular file")
+        if state.st_size == 0:
             raise DataError(f"{name}: the audio file is empty (0 bytes)")
+    # soundfile encodes text strictly, and a name need not be UTF-8.
+    opened = os.fsencode(source) if isinstance(source, (str, os.PathLike)) else source
     try:
-        with soundfile.SoundFile(source) as audio:
+        with soundfile.SoundFile(opened) as audio:
             if channel is None and settings.channels == "first":
                 channel = 0
             decoded = _decode(audio, name, start, duration, channel)

@@ -198,7 +198,8 @@ def checksums(values: np.ndarray) -> list[int]:
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file under a temporary name; it takes its real name, synced to disk, when the block ends well."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # two machines may write it
+    # Two machines may write it; and its own name may be as long as a name can be.
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 
 from data.batch import Batch, DrawMask, Job, Reading, RowReader, SharedRows
 from data.errors import DataError
-from data.loader_settings import FREE_LOADER_FIELDS, LoaderSettings
+from data.loader_settings import FREE_LOADER_FIELDS, LOADER_PLACES, LoaderSettings
 from data.order import CropTable
 from data.rows import DataState, Row, RowStream
 from data.shards import Dataset
 
-__all__ = ["FREE_LOADER_FIELDS", "Batch", "DataState", "DrawMask", "LoaderSettings", "RowLoader"]
+__all__ = ["FREE_LOADER_FIELDS", "LOADER_PLACES", "Batch", "DataState", "DrawMask", "LoaderSettings", "RowLoader"]
 
 
 @dataclass(frozen=True)

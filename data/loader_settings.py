@@ -17,6 +17,9 @@ from data.storage import StorageSettings
 # What may change between two starts of one run: nothing here alters which crops come when.
 FREE_LOADER_FIELDS = ("num_workers", "prefetch", "start_method", "storage", "verify_checksums", "max_quarantined")
 
+# Where the data lie; a run may find them elsewhere as long as their fingerprint is the one that it began with.
+LOADER_PLACES = ("dataset", "mixture[].dataset")
+
 
 @dataclass(frozen=True)
 class LoaderSettings:

@@ -210,7 +210,9 @@ def _check_identity(folder: Path, there: dict[str, Any], identity: dict[str, Any
         if there.get(field) != identity[field]
     ]
     old, new = there.get("settings") or {}, identity["settings"]
-    differences += [f"{k}: {old.get(k)!r} != {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    differences += [
+        f"{k}: {old.get(k)!r} != {new.get(k)!r}" for k in {**old, **new} if _place(old.get(k)) != _place(new.get(k))
+    ]
     if not differences and there.get("ids_sha256") != identity["ids_sha256"]:
         differences = ["the corpus has other recordings than it had then"]
     if differences:
@@ -218,6 +220,14 @@ def _check_identity(folder: Path, there: dict[str, Any], identity: dict[str, Any
             f"{folder} was begun with another corpus or other settings (there != now): {'; '.join(differences)}. "
             "Choose another --out, or delete that folder"
         )
+
+
+def _place(value: Any) -> Any:
+    """A setting, with paths written in one way: absolute, without trailing slash or links. URLs stay as they are."""
+    if isinstance(value, list):
+        return [_place(one) for one in value]
+    is_path = isinstance(value, str) and value and "://" not in value
+    return os.path.realpath(os.path.expanduser(value)) if is_path else value
 
 
 def _missing(missing: Sequence[int], parts: int) -> str:
@@ -234,6 +244,8 @@ def _totals(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    from common.console import set_up_console
     from data.prepare_cli import main
 
+    set_up_console(may_vanish=True)
     sys.exit(main())

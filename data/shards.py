@@ -291,6 +291,8 @@ def open_dataset(
 
 
 if __name__ == "__main__":
+    from common.console import set_up_console
     from data.shards_cli import main
 
+    set_up_console()
     sys.exit(main())

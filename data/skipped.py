@@ -40,7 +40,7 @@ def skipped_path(folder: Path, part: int, parts: int) -> Path:
 
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
     """Write the list; no file when nothing was skipped."""
-    lines = [json.dumps(asdict(item), ensure_ascii=False).encode() + b"\n" for item in skipped]
+    lines = [json.dumps(asdict(item), ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for item in skipped]
     if not lines:
         path.unlink(missing_ok=True)
         return

@@ -180,6 +180,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokeniz
     raise DataError(f"{path}: kind is {kind!r}, known are 'char' and 'bpe'")
 
 
+def tokenizer_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the files in a folder that `load_tokenizer` reads, sorted. Raises DataError where it would."""
+    model = [MODEL_FILE] if isinstance(load_tokenizer(folder), BPETokenizer) else []
+    return sorted([TOKENIZER_FILE, *model])
+
+
 def _save(folder: Path, fields: dict[str, object], model: bytes | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:

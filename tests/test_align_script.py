@@ -27,7 +27,7 @@ from data.transcripts import Word, check_word_times, label_text
 from data.writer import DatasetWriter
 from evaluate import Recogniser
 from tests.gloo import run_distributed
-from tests.test_evaluate import make_export
+from tests.test_evaluate import make_export, with_litter
 
 FEATURES = FeatureSettings()
 LETTERS = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
@@ -329,3 +329,10 @@ def test_a_dataset_that_cannot_be_linked_is_refused_before_any_work(
     nothing = script.DataSettings(dataset="s3://bucket/data", split="nothing")
     with pytest.raises(DataError, match="no recording with split 'nothing'"):
         script.align(replace(config, out="", words=str(tmp_path / "words.jsonl"), data=nothing), World())
+
+
+def test_other_files_in_the_model_folder_change_nothing(config: script.Config, tmp_path: Path, capsys: Any) -> None:
+    run(config, tmp_path / "out")
+    capsys.readouterr()
+    run(config, tmp_path / "out", model=with_litter(config.model, tmp_path / "export"))
+    assert "holds this alignment already" in capsys.readouterr().out

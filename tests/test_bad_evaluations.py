@@ -251,7 +251,7 @@ def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
     told = capsys.readouterr()
     assert "99 of 100 files are transcribed" in told.out
     headline, reason = told.err.strip().splitlines()
-    assert headline == "error: 1 of 100 audio files could not be read:" and reason.strip().startswith("042: ")
+    assert headline == "error: 1 of 100 audio files could not be transcribed:" and reason.strip().startswith("042: ")
     assert "Traceback" not in told.err
     names = [f"{number:03}" for number in range(100) if number != 42]
     for form in ("txt", "json"):

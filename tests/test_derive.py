@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bestrq.files import write_file
 from data import derive as derive_module
 from data import index
 from data.damage import verify
 from data.derive import derive
 from data.errors import DataError
 from data.features import FeatureSettings
+from data.index import replace_file
 from data.shards import Dataset, DatasetWriter, Recording, open_dataset
 from data.transcripts import Word
 from tests.made_datasets import make_dataset, noise
@@ -95,3 +97,15 @@ def test_what_cannot_be_joined_is_refused_and_leaves_nothing(dataset: Dataset, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
     with pytest.raises(DataError, match="exists already"):
         derive(tmp_path / "set", everything(dataset))
+
+
+def test_a_name_as_long_as_a_name_can_be_is_a_good_one(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / ("a" * 255), FeatureSettings()) as writer:
+        writer.add(Recording("one"), np.zeros((10, 80)))
+        writer.finish()
+    source = open_dataset(tmp_path / ("a" * 255))
+    derive(tmp_path / ("b" * 255), [(source, 0, source.recording(0))])
+    write_file(tmp_path / ("c" * 255), "text")
+    with replace_file(tmp_path / ("d" * 255)) as file:
+        file.write(b"text")
+    assert sorted({path.name[0] for path in tmp_path.iterdir()}) == ["a", "b", "c", "d"]

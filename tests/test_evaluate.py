@@ -1,7 +1,9 @@
 """evaluate.py: the same numbers from one process, two, and an interrupted one; mistakes are named before any work."""
 
 import csv
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +32,7 @@ from data.index import Recording
 from data.shards import open_dataset
 from data.tokenizer import CharTokenizer
 from data.writer import DatasetWriter
-from recogniser import load_recogniser, mel_reader
+from recogniser import hash_of_export, load_recogniser, mel_reader
 from tests.gloo import run_distributed
 from tests.test_report import check_page
 from tests.tiny import make_dataset
@@ -54,6 +56,17 @@ def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> P
     files = {path.name: path.read_bytes() for path in (folder.parent / "tokenizer").iterdir()}
     write_export(folder, model.state_dict(), config, "a card", files)
     return folder
+
+
+def with_litter(export: str | Path, copy: Path) -> str:
+    """A copy of an export with what downloads, editors and file managers leave in a folder."""
+    shutil.copytree(export, copy)
+    for name in (".cache/huggingface/download", ".ipynb_checkpoints"):
+        (copy / name).mkdir(parents=True)
+        (copy / name / "config.json").write_text("{}")
+    for name in (".gitattributes", "notes.txt", "._model.safetensors", "tokenizer.model"):
+        (copy / name).write_bytes(b"of no use")
+    return str(copy)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +182,21 @@ def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, mo
     first = evaluate(setup, tmp_path)
     monkeypatch.setattr(script, "decode_recordings", None)
     assert evaluate(setup, tmp_path) == first
+
+
+def test_other_files_in_an_export_change_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    first = evaluate(setup, tmp_path / "out")
+    whole = hashlib.sha256()  # the key that results on disk were made under
+    for path in sorted(Path(setup.export).iterdir()):
+        if path.name != "README.md":
+            whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    assert first["export_hash"] == whole.hexdigest()
+    monkeypatch.setattr(script, "decode_recordings", None)
+    littered = with_litter(setup.export, tmp_path / "run/export")
+    assert evaluate(replace(setup, export=littered, name=first["name"]), tmp_path / "out") == first
+    with open(tmp_path / "run/export/tokenizer.json", "a") as file:
+        file.write("\n")
+    assert hash_of_export(read_export(littered)) != first["export_hash"]
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(setup: script.Config, tmp_path: Path, monkeypatch) -> None:

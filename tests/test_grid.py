@@ -1,6 +1,7 @@
 """Grids of evaluate.py: each cell is the evaluation that it would be alone, and is done once; scoring by STM; audio."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,21 @@ def test_a_larger_grid_decodes_what_is_new_alone(setup: script.Config, tmp_path:
     monkeypatch.setattr(script, "decode_recordings", lambda *a: decoded.append(a[2]) or original(*a))
     evaluate(setup, tmp_path, grid=GridSettings(contexts=[2.0, 3.0, 0.0]))
     assert [one.context_seconds for one in decoded] == [3.0]
+
+
+def test_a_model_that_moved_is_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    grid, out = GridSettings(contexts=[2.0, 0.0]), tmp_path / "out"
+    evaluate(setup, out, grid=grid)
+    folders = find_results([out])
+    moved = shutil.copytree(setup.export, tmp_path / "elsewhere" / "best")
+    monkeypatch.setattr(script, "decode_recordings", None)
+    evaluate(setup, out, grid=grid, export=str(moved))
+    assert find_results([out]) == folders
+    assert {read_results(folder)["name"] for folder in folders} == {"elsewhere"}
+    monkeypatch.undo()
+    # Two models of the same content in one grid keep a folder each.
+    evaluate(setup, out, grid=replace(grid, exports=[str(moved)]))
+    assert len(find_results([out])) == 4
 
 
 def test_keys_name_all_that_decides_the_outcome_and_nothing_else(setup: script.Config, tmp_path: Path) -> None:

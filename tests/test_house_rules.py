@@ -1,6 +1,8 @@
 """What holds for every source file: no code from data files, rooms that do not know each other, readable sizes."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,29 @@ def test_code_is_ascii() -> None:
     """Word lists and transcripts aside: what looks alike must be alike."""
     sources = [path for path in [*SCRIPTS, *MODULES] if "corpora" not in path.parts]
     assert [str(path.relative_to(REPOSITORY)) for path in sources if not path.read_text().isascii()] == []
+
+
+def calls_in_the_locales_encoding(source: str) -> Iterator[int]:
+    """Lines of calls that read or write text, or start a program, without saying `encoding=`."""
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        given = {word.arg: word.value for word in call.keywords}
+        function = call.func
+        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        strings = [value.value for value in [*call.args, *given.values()] if isinstance(value, ast.Constant)]
+        modes = [one for one in strings if isinstance(one, str) and re.fullmatch(r"[rwaxbt+]+", one)]
+        opens = name in ("open", "fdopen") and getattr(getattr(function, "value", None), "id", "") != "os"
+        texts = opens and (bool(modes) or isinstance(function, ast.Name)) and not any("b" in mode for mode in modes)
+        texts |= name in ("NamedTemporaryFile", "TemporaryFile") and any("b" not in mode for mode in modes)
+        texts |= name == "write_text" or (name == "read_text" and not call.args)
+        texts |= any(getattr(given.get(word), "value", False) for word in ("text", "universal_newlines"))
+        if texts and "encoding" not in given:
+            yield call.lineno
+
+
+def test_text_is_never_in_the_encoding_of_the_locale() -> None:
+    """UTF-8 in and out, wherever a run is started."""
+    found = ["open(p)", "open(p, 'a')", "p.open('w')", "p.read_text()", "p.write_text(t)", "run(c, text=True)"]
+    assert [list(calls_in_the_locales_encoding(line)) for line in found] == [[1]] * len(found)
+    for path in [*SCRIPTS, *MODULES, *(REPOSITORY / "launch").glob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        assert (str(path), list(calls_in_the_locales_encoding(source))) == (str(path), [])

@@ -469,3 +469,19 @@ def test_a_recording_with_unsorted_word_times_is_skipped_by_name() -> None:
 
     skipped = extract(Unsorted(), FeatureSettings())
     assert isinstance(skipped, Skipped) and "'unsorted', word 1 'a'" in skipped.reason
+
+
+def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another folder is another corpus, even with the same names in it: nothing proves that they sound alike."""
+    for name in ("talks", "others"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", np.ones(1600) / 2, 16000)
+        (tmp_path / name / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("talks")
+    settings = PrepareSettings(out=str(tmp_path / "out"), workers=1)
+    assert prepare("folder", FolderSettings(folder=str(tmp_path / "talks")), FeatureSettings(), settings)
+    for place in (f"{tmp_path}/talks/", "talks", "./link"):
+        assert not prepare("folder", FolderSettings(folder=place), FeatureSettings(), settings)
+    with pytest.raises(DataError, match="begun with another corpus .*folder: .*talks' != 'others'"):
+        prepare("folder", FolderSettings(folder="others"), FeatureSettings(), settings)

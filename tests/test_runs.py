@@ -362,6 +362,106 @@ def test_a_resumed_fine_tuning_needs_what_it_started_from_no_more(dataset, undis
         run("finetune_ctc", dataset, tmp_path / "new", f"--finetune.init={init}")
 
 
+@pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
+def test_a_validation_is_saved_before_it_is_told(script, dataset, tmp_path, monkeypatch):
+    def broken(*values, **options) -> None:
+        if "heard" in str(values):
+            raise OSError("no console")
+
+    monkeypatch.setattr(SCRIPTS[script], "print", broken, raising=False)
+    with pytest.raises(OSError, match="no console"):
+        run(script, dataset, tmp_path / "run")
+    assert [step for step, _ in list_checkpoints(tmp_path / "run/checkpoints")] == [2]
+    assert json.loads((tmp_path / "run/export/config.json").read_text())["step"] == 2
+
+
+def start_run(script, places: list[str], folder: Path, monkeypatch, *more: str) -> None:
+    """The first two updates."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        continue_run(script, places, folder, *more)
+
+
+def continue_run(script, places: list[str], folder: Path, *more: str) -> None:
+    options = [one for one in arguments(script, Path(), folder, *more) if not one.startswith("--data.dataset")]
+    SCRIPTS[script].train(parse(SCRIPTS[script].Config, [*options, *places]))
+
+
+def mixture(*parts: tuple[Path | str, float]) -> list[str]:
+    return ["--data.mixture=" + json.dumps([{"dataset": str(place), "weight": weight} for place, weight in parts])]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_moved_data_continue_a_run_bit_for_bit_and_other_data_are_refused(
+    script, dataset, undisturbed, tmp_path, monkeypatch
+):
+    moved, run_folder = tmp_path / "scratch" / "corpus", tmp_path / "run"
+    shutil.copytree(dataset, moved)
+    start_run(script, [f"--data.dataset={dataset}"], run_folder, monkeypatch)
+    other = make_dataset(tmp_path / "other", recordings=30, seed=9)
+    before = (run_folder / "run.json").read_text()
+    with pytest.raises(ConfigError, match=r"began with dataset \w+, and now it is \w+ \(data.dataset was .*other'\)"):
+        continue_run(script, [f"--data.dataset={other}"], run_folder)
+    assert (run_folder / "run.json").read_text() == before
+    monkeypatch.chdir(tmp_path)
+    for place in (f"{dataset}/", "scratch/corpus"):
+        start_run(script, [f"--data.dataset={place}"], run_folder, monkeypatch)
+    continue_run(script, [f"--data.dataset={moved}/"], run_folder)
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["data"]["dataset"] == f"{moved}/"
+    assert_identical(final_weights(run_folder), final_weights(undisturbed[script]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mixture_may_move_but_its_parts_order_and_weights_may_not_change(script, dataset, tmp_path, monkeypatch):
+    second = make_dataset(tmp_path / "second", recordings=30, seed=1)
+    third = make_dataset(tmp_path / "third", recordings=30, seed=2)
+    moved, folder = shutil.copytree(second, tmp_path / "moved"), tmp_path / "run"
+    start_run(script, mixture((dataset, 1.0), (second, 2.0)), folder, monkeypatch)
+    refused = [
+        (mixture((dataset, 1.0), (moved, 3.0)), r"data.mixture\[1\].weight was 2.0, is 3.0"),
+        (mixture((dataset, 1.0), (third, 2.0)), r"began with data.mixture\[1\].dataset \w+, and now it is .*third"),
+        (mixture((moved, 1.0), (dataset, 2.0)), r"began with data.mixture\[0\].dataset"),
+        (mixture((moved, 2.0), (dataset, 1.0)), r"data.mixture\[0\].weight was 1.0, is 2.0"),
+        (mixture((dataset, 1.0)), r"data.mixture was \["),
+        ([f"--data.dataset={dataset}"], r"data.mixture was \["),
+    ]
+    for places, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            continue_run(script, places, folder)
+    continue_run(script, mixture((f"{dataset}/", 1.0), (moved, 2.0)), folder)
+    final_weights(folder)
+
+
+@pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
+def test_the_pretrained_encoder_may_move_and_another_one_is_refused(
+    script, dataset, undisturbed, tmp_path, monkeypatch
+):
+    data, folder, pretrained = [f"--data.dataset={dataset}"], tmp_path / "run", undisturbed["pretrain"]
+    init = shutil.copytree(pretrained / "export", tmp_path / "export")
+    start_run(script, data, folder, monkeypatch, f"--finetune.init={init}")
+    (folder / "tokenizer/.ipynb_checkpoints").mkdir()
+    init.rename(tmp_path / "moved")
+    earlier = pretrained / "checkpoints/step-00000004"
+    with pytest.raises(ConfigError, match=r"began with finetune.init \w+, and now it is \w+ \(finetune.init was"):
+        continue_run(script, data, folder, f"--finetune.init={earlier}")
+    with pytest.raises(ConfigError, match=r"finetune.init is .*nowhere, .* cannot be compared"):
+        continue_run(script, data, folder, f"--finetune.init={tmp_path / 'nowhere'}")
+    with pytest.raises(ConfigError, match=r"finetune.init was .*export', is ''"):
+        continue_run(script, data, folder)
+    continue_run(script, data, folder, f"--finetune.init={tmp_path / 'moved'}")
+    assert (folder / "export/config.json").is_file()
+
+
+def test_without_a_recorded_fingerprint_a_moved_place_is_another_configuration(dataset, tmp_path, monkeypatch):
+    """Of a run that is older than the record: nothing proves that the data are the same."""
+    moved, folder = shutil.copytree(dataset, tmp_path / "moved"), tmp_path / "run"
+    start_run("pretrain", [f"--data.dataset={dataset}"], folder, monkeypatch)
+    (folder / "run.json").write_text(json.dumps({"starts": [{"time": "2020"}]}))
+    with pytest.raises(ConfigError, match=r"another configuration: data.dataset was"):
+        continue_run("pretrain", [f"--data.dataset={moved}"], folder)
+    continue_run("pretrain", [f"--data.dataset={dataset}/"], folder)
+
+
 def test_a_budget_too_small_for_a_frame_is_refused_before_training_and_the_one_it_names_works(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"transducer.slice_bytes is 100: .*; give \d+ or more") as found:
         run("finetune_rnnt", dataset, tmp_path / "run", "--transducer.slice_bytes=100")

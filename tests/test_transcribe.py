@@ -27,7 +27,7 @@ from data.shards import open_dataset
 from data.word_times import read_ctm, read_textgrid, read_words_json
 from finetuning import statistics_of
 from tests.gloo import run_distributed
-from tests.test_evaluate import make_export
+from tests.test_evaluate import make_export, with_litter
 
 FORMATS = "txt,json,ctm,srt,vtt,TextGrid"
 NAMES = ["day1/stereo", "day1/talk", "long", "short", "silence", "telephone"]
@@ -165,7 +165,7 @@ def test_a_broken_file_costs_itself_alone(
     monkeypatch.setattr(script, "start_world", lambda settings: World())
     assert script.main() == 1
     told = capsys.readouterr().err
-    assert "error: 5 of 11 audio files could not be read:" in told
+    assert "error: 5 of 11 audio files could not be transcribed:" in told
     reasons = dict(line.strip().split(": ", 1) for line in told.splitlines()[1:])
     assert set(reasons) == set(bad) and "no such" not in told
     for name, reason in {"nan": "NaN", "empty": "0 bytes", "blink": "too short", "cut": "cut.flac"}.items():
@@ -181,6 +181,102 @@ def test_a_broken_file_costs_itself_alone(
     for path in paths:
         os.unlink(path)
     assert script.main() == 0 and files_of(tmp_path / "out") == found
+
+
+def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
+    """Files that each have something wrong with them or with the place of their transcript; a part of each reason."""
+    sound = (talks / "short.wav").read_bytes()
+    longest = "n" * 251  # with .wav as long as a name can be, with .json too long
+    for name in ("taken.wav", f"{longest}.wav", "place.wav", "place.txt/inside.wav", "sub/deep.wav"):
+        (talks / name).parent.mkdir(exist_ok=True)
+        (talks / name).write_bytes(sound)
+    (out / "taken.json").mkdir(parents=True)
+    (out / "sub").touch()  # stands for a folder that cannot be written to, also for root
+    os.mkfifo(talks / "pipe.wav")
+    (talks / "gone.wav").symlink_to("nothing")
+    (talks / "locked.wav").write_bytes(sound)
+    soundfile.write(talks / "loud.wav", np.full(16000, 1e30), 16000, subtype="DOUBLE")
+    return {
+        "taken": "Is a directory", longest: "File name too long", "place": "a folder of other transcripts",
+        "sub/deep": "cannot be written", "pipe": "no regular file", "gone": "no such audio file",
+        "locked": "Permission denied", "loud": "NaN or infinite",
+    }  # fmt: skip
+
+
+def good_names(talks: Path) -> list[str]:
+    """Names that look like trouble and are none, with a transcript each."""
+    sound = (talks / "short.wav").read_bytes()
+    good = ["n" * 250, os.fsdecode(b"caf\xe9"), "new\nline \u3000\u00ad \u65e5\u672c", "-rf", "place.txt/inside"]
+    for name in good[:4]:
+        (talks / f"{name}.wav").write_bytes(sound)
+    return good
+
+
+def transcribe_trouble(world: World, config: script.Config) -> int:
+    def no_permission(path: Any) -> None:
+        if b"locked" in os.fsencode(path):
+            raise PermissionError(13, "Permission denied", path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = soundfile.SoundFile.__init__
+
+        def opened(self: Any, file: Any, *arguments: Any, **options: Any) -> None:
+            no_permission(file)
+            original(self, file, *arguments, **options)
+
+        patch.setattr(soundfile.SoundFile, "__init__", opened)
+        return script.transcribe(config, world)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_whatever_is_wrong_with_a_file_or_its_place_costs_it_alone(
+    setup: script.Config, tmp_path: Path, processes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks, out = shutil.copytree(setup.audio, tmp_path / "talks"), tmp_path / "out"
+    trouble, good = folder_of_trouble(talks, out), good_names(talks)
+    config = replace(setup, audio=str(talks), out=str(out), formats="txt,json")
+    for _ in range(2):  # and at every start
+        if processes == 1:
+            assert transcribe_trouble(World(), config) == len(trouble)
+        else:
+            assert run_distributed(transcribe_trouble, 2, config) == [len(trouble), 0]
+        failed = [json.loads(line) for line in (out / script.FAILED).read_text().splitlines()]
+        reasons = {Path(one["path"]).relative_to(talks).with_suffix("").as_posix(): one["reason"] for one in failed}
+        assert reasons.keys() == trouble.keys()
+        assert {name for name, part in trouble.items() if part not in reasons[name]} == set()
+        for name in [*NAMES, *good]:
+            assert (out / f"{name}.txt").is_file() and json.loads((out / f"{name}.json").read_text())["words"]
+        assert not list(out.rglob(".*"))
+    told = capsys.readouterr().err if processes == 1 else "error: 8 of 19 audio files"
+    assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in told
+
+
+def test_a_file_that_goes_while_others_are_transcribed_costs_itself_alone(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks, original = shutil.copytree(setup.audio, tmp_path / "talks"), script.list_audio
+
+    def listed(*arguments: Any) -> list[script.AudioFile]:
+        files = original(*arguments)
+        (talks / "short.wav").unlink()
+        return files
+
+    monkeypatch.setattr(script, "list_audio", listed)
+    assert transcribe(setup, tmp_path / "out", audio=str(talks)) == 1
+    assert set(files_of(tmp_path / "out")) >= {f"{name}.txt" for name in NAMES if name != "short"}
+
+
+def test_a_full_disk_ends_the_work_with_what_to_do(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other file would fail as well, after hours."""
+
+    def full(path: Path, content: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "write_file", lambda path, content: None if path.suffix == ".jsonl" else full(path, 0))
+    with pytest.raises(ConfigError, match="No space left on device; make room, and the same command goes on"):
+        transcribe(setup, tmp_path / "out")
 
 
 def test_a_second_start_does_only_what_has_changed(
@@ -200,6 +296,15 @@ def test_a_second_start_does_only_what_has_changed(
     assert {name.partition(".")[0] for name in changed} == {"day1/talk"}
     transcribe(config, out, inference=replace(config.inference, context_seconds=1.0))
     assert len(found) == len(NAMES)
+
+
+def test_other_files_in_an_export_change_nothing(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe(setup, tmp_path / "out")
+    found = spy(monkeypatch, script)
+    assert transcribe(setup, tmp_path / "out", export=with_litter(setup.export, tmp_path / "export")) == 0
+    assert not found
 
 
 def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +403,9 @@ def test_files_that_differ_in_their_suffix_keep_it(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert [file.name for file in script.list_audio(str(tmp_path), "")] == ["a.mp3", "a.wav", "b", "sub/a"]
     (tmp_path / "a.wav.flac").touch()
-    with pytest.raises(DataError, match=r"two files would both be written to 'a.wav'"):
-        script.list_audio(str(tmp_path), "")
+    (tmp_path / "a.wav.flac.ogg").touch()
+    names = [file.name for file in script.list_audio(str(tmp_path), "")]
+    assert names == ["a.mp3", "a.wav", "a.wav.flac", "a.wav.flac.ogg", "b", "sub/a"]
 
 
 def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bestrq.config import ConfigError
-from bestrq.files import crc32_of, sync, write_file
+from bestrq.files import crc32_of, sync, temporary_name, write_file
 from bestrq.training.process import World, unwrap
 
 FORMAT = 1
@@ -104,13 +104,13 @@ def save_checkpoint(
 
 
 def _write(final: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> None:
-    temporary = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+    temporary = temporary_name(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.mkdir()
         for name, group in tensors.items():
             save_file(group, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(state)
+        (temporary / "state.json").write_text(state, encoding="utf-8")
         files = {}
         for path in sorted(temporary.iterdir()):
             sync(path)
@@ -252,7 +252,7 @@ def verify_checkpoint(path: Path) -> str | None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bestrq.config import ConfigError, load_yaml
-from bestrq.files import sync
+from bestrq.files import sync, temporary_name
 from bestrq.training.checkpoint import read_tensors, verify_checkpoint
 
 OWN_FILES = ("model.safetensors", "config.json", "README.md")
@@ -57,14 +57,14 @@ def write_export(
             raise ConfigError(f"an extra file of an export needs a plain name of its own, but has {name!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _recover(folder)
-    temporary, old = folder.with_name(f".tmp-{os.getpid()}-{folder.name}"), _old(folder)
+    temporary, old = temporary_name(folder), _old(folder)
     try:
         temporary.mkdir()
         # Copies: a safetensors file may not hold two names for the same memory.
         whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-        (temporary / "README.md").write_text(model_card)
+        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
         for name, content in (extra_files or {}).items():
             (temporary / name).write_bytes(content)
         for path in (*temporary.iterdir(), temporary):
@@ -87,7 +87,7 @@ def read_export(folder: str | Path) -> Export:
     if not folder.is_dir():
         raise ConfigError(f"there is no export at {folder}: give the folder that holds model.safetensors")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {folder / 'config.json'}: {error}") from error
     if not isinstance(config, dict):
@@ -128,7 +128,7 @@ def read_trained(folder: str | Path) -> Export:
             "or an export"
         ) from error
     try:
-        features = json.loads((folder / "state.json").read_text())["state"]["features"]
+        features = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["features"]
         config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder}: its run has no {error} of an encoder; give RUN_FOLDER/export") from error

@@ -8,13 +8,13 @@ import torch
 
 def resident_bytes(field: str) -> int:
     """`VmRSS`, resident now, or `VmHWM`, the highest since `forget_peak`, of this process. OSError but on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def forget_peak() -> None:
     """Let `VmHWM` begin again at what is resident now. OSError where the process may not."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def give_back_freed_memory() -> None:

@@ -61,7 +61,7 @@ class MetricsLog:
         if self._writer is None:
             return
         line = json.dumps({"step": step, "kind": kind, **{name: _finite(value) for name, value in values.items()}})
-        with open(self._path, "a") as stream:
+        with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -97,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -10,9 +10,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,52 +59,72 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
 
-    def start(self, settings: Any, world: World, free: Collection[str] = (), fingerprints: dict[str, str] | None = None,
-              facts: Mapping[str, str] | None = None) -> None:  # fmt: skip
+    def start(
+        self, settings: Any, world: World, free: Collection[str] = (), fingerprints: Mapping[str, str] | None = None,
+        places: Mapping[str, str] | None = None, origins: Mapping[str, Callable[[], str]] | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """Make the folder, or continue in it; called by all ranks, done by rank 0.
 
         `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
-        from those that the run began with. `fingerprints` say what the data are, by name (`dataset`,
-        `features.num_mels`); they may not change either, and the first that did is named. `facts` go into run.json.
-        Raises ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
+        from those that the run began with. `fingerprints` identify the data, by name (`dataset`,
+        `features.num_mels`); they may not change either, and the first that did is named.
+
+        `places` names the fields that say where data lie, each with the fingerprint that identifies these: data may
+        move, so the field may differ where that fingerprint was recorded. `origins` are fields that say where the first
+        start began (`finetune.init`), each with a function that gives the fingerprint of what is there. It is called
+        when there is no checkpoint yet, and when the field differs: only then is there anything to compare.
+
+        In a list, `data.mixture[].dataset` is the field of every item. `facts` go into run.json. Raises ConfigError on
+        all ranks when a field that may not change did, or the folder cannot be written.
         """
         problem = None
         if world.is_main:
             try:
-                self._start(to_dict(settings), to_dict(type(settings)()), world, free, fingerprints or {}, facts or {})
+                values, defaults = to_dict(settings), to_dict(type(settings)())
+                began = self._continue(values, defaults, free, fingerprints or {}, places or {}, origins or {})
+                self.path.mkdir(parents=True, exist_ok=True)
+                save_yaml(values, self.config)
+                start = {**_describe(world, {**(fingerprints or {}), **began}), **(facts or {})}
+                write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))
             except (ConfigError, OSError) as error:
                 problem = str(error) if isinstance(error, ConfigError) else f"cannot use the run folder: {error}"
         problem = world.broadcast(problem)
         if problem is not None:
             raise ConfigError(problem)
 
-    def _start(
-        self, values: dict[str, Any], defaults: dict[str, Any], world: World, free: Collection[str],
-        fingerprints: dict[str, str], facts: Mapping[str, str],
-    ) -> None:  # fmt: skip
+    def _continue(
+        self, values: dict[str, Any], defaults: dict[str, Any], free: Collection[str],
+        fingerprints: Mapping[str, str], places: Mapping[str, str], origins: Mapping[str, Callable[[], str]],
+    ) -> dict[str, str]:  # fmt: skip
+        """Fingerprints of `origins`, after a check that the settings are those of the run in the folder, if any."""
         starts = self._read_record()
+        recorded: dict[str, str] = starts[-1].get("fingerprints", {}) if starts else {}
         trained = self._has_checkpoints()
         if trained and not self.config.exists():
             raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
         if trained:  # before the first checkpoint there is nothing that another configuration could spoil
-            differences = list(_differences(_completed(load_yaml(self.config), defaults), values, free))
-            if differences:
+            changed = _differences(_completed(load_yaml(self.config), defaults), values, free)
+            proof = {**places, **{field: field for field in origins}}
+            changed = [one for one in changed if not (one.pattern in proof and _same_place(one.before, one.after))]
+            moved = {one.field: one for one in changed if proof.get(one.pattern) in recorded}
+            if differences := [str(one) for one in changed if one.field not in moved]:
                 raise ConfigError(
                     f"the run in {self.path} began with another configuration: {'; '.join(differences)}. "
                     "Take the old value, or another run folder"
                 )
-            for role, fingerprint in fingerprints.items():
-                old = starts[-1].get("fingerprints", {}).get(role, fingerprint) if starts else fingerprint
-                if old != fingerprint:
-                    raise ConfigError(
-                        f"the run in {self.path} began with {role} {old}, and now it is {fingerprint}: "
-                        "give the old data, or another run folder"
+            began = {name: origins[name]() for name in origins if name in moved}
+            for name, fingerprint in {**fingerprints, **began}.items():
+                if recorded.get(name, fingerprint) != fingerprint:
+                    elsewhere = "".join(
+                        f" ({one})" for one in moved.values() if name in (one.field, proof[one.pattern])
                     )
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_yaml(values, self.config)
-        write_file(
-            self.record, json.dumps({"starts": [*starts, {**_describe(world, fingerprints), **facts}]}, indent=1)
-        )
+                    raise ConfigError(
+                        f"the run in {self.path} began with {name} {recorded[name]}, and now it is {fingerprint}"
+                        f"{elsewhere}: give the old data, or another run folder"
+                    )
+            return {name: recorded[name] for name in origins if name in recorded}
+        return {name: fingerprint() for name, fingerprint in origins.items()}
 
     def began_with(self, section: str, name: str) -> Any:
         """A setting of the run in this folder; None where there is no checkpoint yet, or the run did not record it.
@@ -120,7 +141,7 @@ class RunFolder:
 
     def _read_record(self) -> list[dict[str, Any]]:
         try:
-            return list(json.loads(self.record.read_text())["starts"])
+            return list(json.loads(self.record.read_text(encoding="utf-8"))["starts"])
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -133,20 +154,42 @@ def _completed(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **old, **filled}
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str], at: str = "") -> Iterator[str]:
-    """`field: was A, is B` for every field that differs and is not free."""
-    for name in [*old, *(name for name in new if name not in old)]:
-        field = f"{at}{name}"
-        before, after = old.get(name), new.get(name)
-        if field in free or before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, free, f"{field}.")
-        else:
-            yield f"{field} was {before!r}, is {after!r}"
+@dataclass(frozen=True)
+class _Difference:
+    field: str
+    before: Any
+    after: Any
+
+    @property
+    def pattern(self) -> str:
+        """The field without the numbers of list items: `data.mixture[].dataset`."""
+        return re.sub(r"\[\d+\]", "[]", self.field)
+
+    def __str__(self) -> str:
+        return f"{self.field} was {self.before!r}, is {self.after!r}"
 
 
-def _describe(world: World, fingerprints: dict[str, str]) -> dict[str, Any]:
+def _differences(before: Any, after: Any, free: Collection[str], field: str = "") -> list[_Difference]:
+    """Every field that differs and is not free. Lists of one length are compared item by item."""
+    if field in free or before == after:
+        return []
+    if isinstance(before, dict) and isinstance(after, dict):
+        at = f"{field}." if field else ""
+        inner = [(f"{at}{name}", before.get(name), after.get(name)) for name in {**before, **after}]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        inner = [(f"{field}[{number}]", *pair) for number, pair in enumerate(zip(before, after, strict=True))]
+    else:
+        return [_Difference(field, before, after)]
+    return [one for name, old, new in inner for one in _differences(old, new, free, name)]
+
+
+def _same_place(before: Any, after: Any) -> bool:
+    """Whether two paths are one, written differently: relative, with a trailing slash, through a link."""
+    given = [one for one in (before, after) if isinstance(one, str) and one and "://" not in one]
+    return len(given) == 2 and os.path.realpath(given[0]) == os.path.realpath(given[1])
+
+
+def _describe(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """One start. Of the environment only the SLURM ids: a dump of it would hold secrets."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -173,7 +216,9 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
+        ).stdout.strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}

@@ -94,7 +94,7 @@ def _unpack(archive: Path, target: Path) -> Path:
 
 def _run(command: list[str], folder: Path) -> str:
     """Run a command in a folder. Returns '' when it succeeded, else the last line that it wrote as an error."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode == 0:
         return ""
     lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]

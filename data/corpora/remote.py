@@ -48,7 +48,7 @@ class FileCache:
         path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rsplit('/', 1)[-1][-100:]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"{path.name}.lock", "w") as lock:
+            with open(folder / f"{path.name}.lock", "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():
                     temporary = path.with_name(path.name + ".part")
