@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,8 @@ from pathlib import Path
 import soundfile
 
 from data.errors import DataError
+from data.folders import files_below
+from data.names import escaped
 
 AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
                   ".wav")  # fmt: skip
@@ -29,16 +32,27 @@ class AudioFile:
     """names what its transcripts are made from"""
 
 
-def list_audio(audio: str, key: str) -> list[AudioFile]:
-    """The file, or all audio files below the folder, sorted. Raises DataError where there is none.
+def is_audio(path: Path) -> bool:
+    """Whether a file's name has the ending of an audio file."""
+    return path.suffix.lower() in AUDIO_SUFFIXES
 
-    Files that differ in their suffix only keep it in the names of their transcripts.
+
+def list_audio(audio: str, key: str) -> list[AudioFile]:
+    """The file, or all audio files below the folder (`files_below`), sorted. Raises DataError where there is none.
+
+    What could not be searched is told on stderr. Files that differ in their suffix only keep it in the names of their
+    transcripts.
     """
     root = Path(audio).expanduser()
     if root.is_file():
         paths, root = [root], root.parent
     elif root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+        found = files_below(root)
+        # A link to nothing is a file that cannot be read, like any other: its turn comes, and it fails by name.
+        broken = [path for path in found.unread if is_audio(path) and path.is_symlink()]
+        paths = sorted([*filter(is_audio, found.files), *broken])
+        for path in sorted(set(found.unread) - set(broken)):
+            print(f"not searched for audio: {escaped(str(path))}: {found.unread[path]}", file=sys.stderr)
     else:
         raise DataError(f"audio = {audio}: there is no such file or folder")
     if not paths:
@@ -53,11 +67,13 @@ def list_audio(audio: str, key: str) -> list[AudioFile]:
 
 def audio_file(path: Path, name: str, key: str) -> AudioFile:
     """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
-    state, seconds = path.stat(), 0.0
+    size = changed = seconds = 0.0
     with suppress(soundfile.SoundFileError, RuntimeError, OSError):
+        state = path.stat()
+        size, changed = state.st_size, state.st_mtime_ns
         header = soundfile.info(path)
         seconds = header.frames / header.samplerate
-    content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
+    content = json.dumps([key, name, size, changed])
     return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -71,7 +87,7 @@ def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataError(f"audio = {folder}: there is no such folder")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    paths = [path for path in files_below(root).files if is_audio(path)]
     by_path = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
     stems = Counter(path.stem for path in paths)
     if twice := [id for id in ids if stems[id] > 1 and id not in by_path]:

@@ -1,7 +1,8 @@
 """Turn a corpus into a dataset of log-mel shards: `python -m data.prepare CORPUS --out DIR [--field value ...]`.
 
 An interrupted preparation continues with the same command, and ends with the same dataset as an undisturbed one. A
-finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl.
+finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; those that are
+used without something, their word times for example, in DIR/remarks.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data.features import FeatureSettings
 from data.index import DATASET_FILE, PREPARING_FILE, Layout, locked, read_json, write_json
 from data.progress import Interrupts, Progress
 from data.shards import DatasetWriter, open_dataset
-from data.skipped import Skipped, merge_skipped, skipped_path, summary, write_skipped
+from data.skipped import REMARKS, SKIPPED, Remarks, Skipped, merge_skipped, skipped_path, summary, write_skipped
 
 CORPUS_FILE = "corpus.json"
 _PARTS_SHOWN = 16
@@ -90,7 +91,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     folder = Path(settings.out)
     with Interrupts() as interrupts, _begin(folder, _identity(name, corpus_settings, sources), features, settings) as w:
         if w.finished:
-            merge_skipped(folder)
+            _merge_lists(folder)
             print(f"prepare: {folder} is already prepared: {_totals(folder)}", flush=True)
             return False
         missing = w.missing_parts()
@@ -102,7 +103,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
         with interrupts.held():
             complete = w.finish()
             if complete:
-                merge_skipped(folder)
+                _merge_lists(folder)
         if not complete:
             print(f"prepare: part {w.part}/{w.parts} of {folder} is finished, {_missing(w.missing_parts(), w.parts)}")
             return w.part in missing
@@ -110,17 +111,24 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     return True
 
 
+def _merge_lists(folder: Path) -> None:
+    for name in (SKIPPED, REMARKS):
+        merge_skipped(folder, name)
+
+
 def _prepare_part(
     sources: Sequence[Source], writer: DatasetWriter, settings: PrepareSettings, interrupts: Interrupts
 ) -> None:
-    """Write all sources that are not in finished shards, and the list of the unusable ones."""
+    """Write all sources that are not in finished shards, the list of the unusable ones, and that of remarks."""
     remaining = sources
     if writer.done_ids:
         remaining = [source for source in sources if source.id not in writer.done_ids]
         print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
     skipped: list[Skipped] = []
+    unusable = 0  # of the recordings: rows and files that are none were counted when the corpus was listed
     allowed = settings.max_skipped_share * len(sources)
     path = skipped_path(writer.path, writer.part, writer.parts)
+    remarks = Remarks(skipped_path(writer.path, writer.part, writer.parts, REMARKS), writer.done_ids)
     results = extract_all(remaining, writer.features, min(settings.workers, max(1, len(remaining))))
     shard, begun = writer.shard, time.monotonic()
     try:
@@ -129,10 +137,12 @@ def _prepare_part(
                 if isinstance(result, Skipped):
                     skipped.append(result)
                     progress.skip(result.kind)
-                    if len(skipped) > allowed:
+                    unusable += not result.listed
+                    if unusable > allowed:
                         break
                     continue
                 with interrupts.held():
+                    remarks.add(result.recording.id, result.remarks)
                     writer.add(result.recording, result.log_mel)
                     if writer.shard == shard and time.monotonic() - begun > 60 * settings.shard_minutes:
                         writer.close()
@@ -144,9 +154,11 @@ def _prepare_part(
         write_skipped(path, skipped)
     if skipped:
         print(summary(skipped, path), flush=True)
-    if len(skipped) > allowed:
+    if remarks.items:
+        print(summary(remarks.items, remarks.path, "{} remarks on recordings that are used"), flush=True)
+    if unusable > allowed:
         raise DataError(
-            f"at least {len(skipped)} of {len(sources)} recordings are unusable, more than max_skipped_share = "
+            f"at least {unusable} of {len(sources)} recordings are unusable, more than max_skipped_share = "
             f"{settings.max_skipped_share}. Repair them, or allow more with --max_skipped_share, and run again"
         )
 
