@@ -197,7 +197,7 @@ def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dic
     """What a dataset is made from, as it is written beside it."""
     digest, hashes = hashlib.sha256(), array("q")  # not the ids themselves: there may be ten million
     for source in sources:
-        digest.update(source.id.encode() + b"\n")
+        digest.update(source.id.encode(errors="backslashreplace") + b"\n")
         hashes.append(hash(source.id))
     if not sources:
         raise DataError(f"the corpus {name!r} has no recordings with these settings: nothing to prepare")

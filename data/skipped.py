@@ -57,7 +57,8 @@ def write_skipped(path: Path, skipped: Iterable[Skipped]) -> None:
 
 
 def _line(item: Skipped) -> bytes:
-    return json.dumps({"id": item.id, "reason": item.reason}, ensure_ascii=False).encode() + b"\n"
+    fields = {"id": escaped(item.id), "reason": escaped(item.reason)}
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
 
 class Remarks:

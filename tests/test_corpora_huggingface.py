@@ -206,8 +206,8 @@ def test_a_path_in_a_table_opens_no_file(tmp_path: Path, cell: dict | None) -> N
     ("change", "message"),
     [
         ({"id": "r0"}, r"the id 'r0' stands in more than one row \(in train\)"),
-        ({"id": None}, r"parquet, row 1: recording id '' must be printable"),
-        ({"id": "a\nb"}, r"parquet, row 1: recording id 'a\\nb' must be printable"),
+        ({"id": None}, r"parquet, row 1: recording id '' is empty"),
+        ({"id": "a\nb"}, r"parquet, row 1: recording id 'a\\nb' has the control character U\+000A"),
     ],
 )
 def test_unusable_ids_are_told(tmp_path: Path, change: dict, message: str) -> None:

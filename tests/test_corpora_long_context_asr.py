@@ -227,7 +227,7 @@ def test_an_archive_that_expands_or_claims_more_than_it_holds_is_refused(tmp_pat
         ({"a": {"txt": "shows/a.json", "duration": 1}}, "'a': no 'audio'"),
         ({"a": {"audio": "shows/a.ogg", "duration": 1}}, "'a': no 'txt'.*--text none"),
         ({"a": {"audio": "shows/b.ogg", "txt": "x.json", "duration": 1}}, r"2 of 2 files .*shows/b\.spec\.pt.*x\.json"),
-        ({" a": {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1}}, "' a' must be printable"),
+        ({"\ta": {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1}}, r"'\\ta' has the control character"),
     ],
 )
 def test_a_bad_entry_is_named(tree: Path, pairs: object, complaint: str) -> None:

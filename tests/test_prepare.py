@@ -461,7 +461,7 @@ def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path
     assert not (tmp_path / "x").exists()
 
 
-def test_a_recording_with_unsorted_word_times_is_skipped_by_name() -> None:
+def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_told_by_name() -> None:
     class Unsorted:
         id = "unsorted"
 
@@ -469,5 +469,6 @@ def test_a_recording_with_unsorted_word_times_is_skipped_by_name() -> None:
             words = [("b", 0.5, 0.6), ("a", 0.1, 0.2)]
             return Utterance(Recording(self.id, "b a", words), np.zeros(features.sample_rate, np.float32))
 
-    skipped = extract(Unsorted(), FeatureSettings())
-    assert isinstance(skipped, Skipped) and "'unsorted', word 1 'a'" in skipped.reason
+    kept = extract(Unsorted(), FeatureSettings())
+    assert isinstance(kept, Extracted) and (kept.recording.text, kept.recording.words) == ("b a", None)
+    assert "kept without word times: recording 'unsorted', word 1 'a'" in kept.remarks[0]

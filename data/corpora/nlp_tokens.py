@@ -205,8 +205,10 @@ def _single_runs(keys: Sequence[str]) -> dict[tuple[str, ...], int]:
 
 
 def _walk(a: Sequence[str], b: Sequence[str], first_a: int, first_b: int, places: list[int | None]) -> None:
-    """Set the places of a's keys in b, counted from `first_a` and `first_b`: both are walked, and where they differ, the
-    nearest two equal keys sought."""
+    """Set the places of a's keys in b, counted from `first_a` and `first_b`.
+
+    Both are walked, and where they differ, the nearest two equal keys sought.
+    """
     i = j = 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
