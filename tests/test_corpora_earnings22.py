@@ -293,7 +293,7 @@ def test_what_the_table_of_calls_lacks_costs_the_speaker_or_the_row(published: P
     assert first.recording.speaker == "" and "kept without its speaker: " in first.remarks[0]
     assert sum(source.recording.speaker == "Korea, Republic of" for source in listed) == 11
     full = sources_full(Earnings22FullSettings(folder=str(folder)))
-    assert len(full) == 13 and "metadata.csv:2: 2 values where the header has 8" in full[-1].reason
+    assert len(full) == 13 and "metadata.csv:2: 4 values where the header has 8" in full[-1].reason
     (folder / "metadata.csv").unlink()
     assert len(sources(Earnings22Settings(folder=str(folder)))) == 12
 

@@ -104,7 +104,7 @@ def test_a_line_that_cannot_be_read_is_named(folder: Path, more: dict, complaint
     ],
 )
 def test_word_times_that_cannot_be_read_cost_themselves(folder: Path, more: dict, complaint: str) -> None:
-    (source,) = listed(folder, entry(offset=0.0, **more))
+    (source,) = listed(folder, entry(**more))
     heard = source.load(FeatureSettings())
     assert (heard.recording.text, heard.recording.words) == ("sea shells", None)
     assert re.search(f"kept without word times: .*{complaint}", heard.remarks[0])

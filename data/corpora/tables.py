@@ -60,7 +60,9 @@ def _row(
     """The `count` values of the row that begins with this line, and perhaps takes lines from `ahead`; else how many
     values the line has by itself. `csv`: quotation marks are CSV's everywhere."""
     plain = line.split(separator)
-    if not csv and len(plain) == count:
+    whole = not csv and len(plain) == count
+    # A last value with a quotation mark in front and none behind may go on in the next line.
+    if whole and not (plain[-1].startswith('"') and _quoted(plain[-1], separator) is None):
         return [_DOUBLED.sub(_undoubled, value) if _DOUBLED.fullmatch(value) else value for value in plain]
     text = line
     for taken in range(_MOST_LINES):
@@ -75,15 +77,18 @@ def _row(
             ahead.extend([after] if (after := next(lines, None)) else [])
         following = ahead[taken][1] if taken < len(ahead) else None
         # A line that is a row by itself is none's continuation.
-        if not isinstance(following, str) or len(following.split(separator)) == count:
+        if not isinstance(following, str) or count in (
+            len(following.split(separator)),
+            len(_quoted(following, separator) or ()),
+        ):
             break
         text += f"\n{following}"
-    return len(plain)
+    return plain if whole else len(plain)
 
 
 def _quoted(text: str, separator: str) -> list[str] | None:
-    """The values of a row of CSV; None where a value that is not quoted would hold a line end."""
-    field = re.compile(rf'"((?:[^"]|"")*)"(?={separator}|\Z)|([^{separator}\n]*)')
+    """The values of a row of CSV; None where it is none, or goes on in the next line."""
+    field = re.compile(rf'"((?:[^"]|"")*)"(?={separator}|\Z)|(?!")([^{separator}\n]*)')
     values, place = [], 0
     while match := field.match(text, place):
         values.append(match[2] if match[1] is None else match[1].replace('""', '"'))

@@ -23,7 +23,7 @@ _FIELDS = 5  # in front of the label and the text
 # `word(2)`: the second pronunciation of the word.
 _PRONUNCIATION = re.compile(r"\(\d+\)$")
 # `<o,f0,male>`, `<>`, `<NA>`, `<o, f0, male>`; other spaces make it text, such as `<5 or >6`.
-_LABEL = re.compile(r"<[ \t]*([^<>\s,]*(?:,[ \t]*[^<>\s,]*)*)[ \t]*>")
+_LABEL = re.compile(r"<[ \t]*([^<> \t,]*(?:,[ \t]*[^<> \t,]*)*)[ \t]*>")
 _EVENT = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]")
 # Endings that TED-LIUM writes as words of their own. Other words begin with an apostrophe too: 'cause, 'em, 'til.
 _CLITICS = frozenset(("'s", "'m", "'d", "'t", "'re", "'ve", "'ll", "'"))
