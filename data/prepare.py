@@ -59,7 +59,8 @@ class PrepareSettings:
     shard_minutes: float = 10.0
     """A shard is also closed after this many minutes of work, which bounds what SIGKILL or a power cut can lose."""
     max_skipped_share: float = 0.05
-    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1."""
+    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1. Rows of
+    tables and files that tell of no recording count where it is 0 only; half of a table is an error in any case."""
 
     @property
     def share(self) -> tuple[int, int]:
@@ -125,7 +126,7 @@ def _prepare_part(
         remaining = [source for source in sources if source.id not in writer.done_ids]
         print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
     skipped: list[Skipped] = []
-    unusable = 0  # of the recordings: rows and files that are none were counted when the corpus was listed
+    unusable = 0  # without rows and files that are no recording: the corpus was judged by them when it was listed
     allowed = settings.max_skipped_share * len(sources)
     path = skipped_path(writer.path, writer.part, writer.parts)
     remarks = Remarks(skipped_path(writer.path, writer.part, writer.parts, REMARKS), writer.done_ids)
@@ -137,7 +138,7 @@ def _prepare_part(
                 if isinstance(result, Skipped):
                     skipped.append(result)
                     progress.skip(result.kind)
-                    unusable += not result.listed
+                    unusable += not (result.listed and settings.max_skipped_share > 0)
                     if unusable > allowed:
                         break
                     continue

@@ -234,6 +234,8 @@ def test_a_row_that_cannot_be_read_costs_itself_and_is_told_with_its_line(
     assert main(["common_voice", f"--folder={release}", f"--out={out}", "--workers=1"]) == 0
     assert len(open_dataset(out)) == 7 and f"skipped {len(reasons)} recordings" in capsys.readouterr().out
     assert [json.loads(line)["reason"] for line in (out / "skipped.jsonl").read_text().splitlines()] == reasons
+    strict = [f"--out={tmp_path / 'strict'}", "--workers=1", "--max_skipped_share=0"]
+    assert main(["common_voice", f"--folder={release}", *strict]) == 2
 
 
 def test_a_table_of_which_half_cannot_be_read_is_an_error(release: Path) -> None:

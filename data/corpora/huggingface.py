@@ -99,13 +99,13 @@ def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
     places: dict[int, str] = {}  # number of a row -> where it is
     faults: list[str] = []
     number = 0
-    for batch in table.select(["id", "address", "row"]).to_batches(max_chunksize=1 << 16):
-        for id, address, row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+    for batch in table.select(["id", "address", "group", "row"]).to_batches(max_chunksize=1 << 16):
+        for id, *place in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             try:
                 Recording(id or "")
             except DataError as error:
-                places[number] = f"{address}, row {row}"
-                faults.append(f"{address}, row {row}: {error}; choose another --id_column")
+                places[number] = str(Place(*place, column=""))
+                faults.append(f"{places[number]}: {error}; choose another --id_column")
             number += 1
     if 2 * len(faults) >= number:
         raise DataError(f"{faults[0]} ({len(faults)} of {number} rows are unusable)")
