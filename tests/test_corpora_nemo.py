@@ -118,6 +118,10 @@ def test_a_line_that_cannot_be_read_costs_itself_and_is_told_with_its_place(fold
     bad = [source for source in found if isinstance(source, Unreadable)]
     assert len(found) == 5 and [source.id for source in bad] == [f"{folder}/m.json:{n}" for n in (2, 3)]
     assert "m.json:2: not a JSON object" in bad[0].reason and "no 'audio_filepath'" in bad[1].reason
+    lines.append(json.dumps({"audio_filepath": "audio/one.wav"}))
+    (folder / "m.json").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(DataError, match="m.json:6: no 'text': add it"):  # required: an error of the whole
+        sources(FolderSettings(manifest=str(folder / "m.json")))
 
 
 @pytest.mark.parametrize("name", ["tarred__OP_0..127_CL_.json", "manifest_{0..7}.json"])

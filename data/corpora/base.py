@@ -89,6 +89,10 @@ class Unreadable:
         raise DataError(self.reason)
 
 
+class MissingText(DataError):
+    """A recording has no transcript where `text` is required: an error of the whole, not of one row."""
+
+
 def mostly_readable(listed: Sequence[object]) -> None:
     """Raise DataError, with the first reason, where half or more of a table's rows are Unreadable."""
     bad = [row for row in listed if isinstance(row, Unreadable)]

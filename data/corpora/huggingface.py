@@ -104,7 +104,7 @@ def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
             try:
                 Recording(id or "")
             except DataError as error:
-                places[number] = str(Place(*place, column=""))
+                places[number] = str(Place(*place, ""))
                 faults.append(f"{places[number]}: {error}; choose another --id_column")
             number += 1
     if 2 * len(faults) >= number:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from data.corpora.base import (
     SPLITS,
     FileSource,
+    MissingText,
     SegmentSource,
     Source,
     Unreadable,
@@ -123,6 +124,8 @@ def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: s
                 continue
             try:
                 listed.append(_source(part, settings, split))
+            except MissingText:
+                raise
             except DataError as error:
                 reason = str(error) if str(error).startswith(part.where) else f"{part.where}: {error}"
                 listed.append(Unreadable(f"{part.where}: {escaped(part.id)}", reason))
@@ -163,7 +166,7 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
             words = None if aligned is None else words + aligned
     complete = bool(texts) and None not in texts
     if settings.text == "required" and not complete:
-        raise DataError(
+        raise MissingText(
             f"{cut.where}: {cut.id!r} has no supervision with text within it, or one that reaches beyond it and has no "
             "word alignment. Cut at supervisions (lhotse's trim_to_supervisions), or say --text optional"
         )

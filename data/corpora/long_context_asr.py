@@ -26,6 +26,7 @@ from data.corpora.base import (
     SPLITS,
     FeatureUtterance,
     FileSource,
+    MissingText,
     Unreadable,
     Utterance,
     check_choice,
@@ -158,6 +159,8 @@ def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioS
         try:
             audio, words, duration = _entry(pairs[id], where, path.parent, settings)
             recording = Recording(id, language=settings.language, split=settings.split)
+        except MissingText:
+            raise
         except DataError as error:
             reason = str(error) if str(error).startswith(where) else f"{path}: {error}"
             listed.append(Unreadable(where, reason))
@@ -182,8 +185,10 @@ def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSetti
     if not duration:
         raise DataError(f"{where}: no 'duration' in seconds")
     names = {name: text_field(fields, name, where) for name in ("audio", "txt")}
-    if names["audio"] is None or (names["txt"] is None and settings.text == "required"):
-        raise DataError(f"{where}: no {'audio' if names['audio'] is None else 'txt'!r} (or say --text none)")
+    if names["audio"] is None:
+        raise DataError(f"{where}: no 'audio'")
+    if names["txt"] is None and settings.text == "required":
+        raise MissingText(f"{where}: no 'txt' (or say --text none)")
     audio = audio_path(names["audio"], base, where)
     if settings.read == "spectrogram" and not audio.name.endswith(".spec.pt"):
         audio = audio.with_suffix(".spec.pt")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpora.base import SPLITS, FileSource, SegmentSource, Unreadable, mostly_readable
+from data.corpora.base import SPLITS, FileSource, MissingText, SegmentSource, Unreadable, mostly_readable
 from data.corpora.json_lines import (
     audio_path,
     is_file,
@@ -65,6 +65,8 @@ def manifest_sources(
             if isinstance(fields, DataError):
                 raise fields
             listed.append(_entry(fields, where, base, text, language, split))
+        except MissingText:
+            raise
         except DataError as error:
             listed.append(Unreadable(where, str(error)))
     mostly_readable(listed)
@@ -102,7 +104,7 @@ def _entry(
         raise DataError(f"{where}: no 'audio_filepath': add it")
     text = text_field(fields, "text", where)
     if text is None and text_rule == "required":
-        raise DataError(f"{where}: no 'text': add it (or say --text optional or --text none)")
+        raise MissingText(f"{where}: no 'text': add it (or say --text optional or --text none)")
     text = None if text_rule == "none" else text
     start = seconds_field(fields, "offset", where)
     duration = seconds_field(fields, "duration", where)
