@@ -42,14 +42,14 @@ class Extracted:
     recording: Recording
     log_mel: NDArray[np.float16]
     """float16 [frames, M]"""
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """What it is used without, and why."""
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     """Load one source and compute its log-mel; a DataError or a want of memory on the way makes it a skipped one.
 
-    Word times that cannot be the sound's are left out, with a remark: labels and sound are whole without them. Sound
+    Word times that cannot be the sound's are left out, with a warning: labels and sound are whole without them. Sound
     that comes in blocks is never held whole: only the float16 features grow with its length.
     """
     if isinstance(source, Unreadable):
@@ -66,16 +66,16 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
         for block in blocks:
             values += block.to(torch.float16).numpy().data
         log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
-        recording, remarks = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
+        recording, warnings = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
     except DataError as error:
         return Skipped(source.id, str(error))
     except MemoryError:
         return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
-    return Extracted(recording, log_mel, (*utterance.remarks, *remarks))
+    return Extracted(recording, log_mel, (*utterance.warnings, *warnings))
 
 
 def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording, tuple[str, ...]]:
-    """The recording, without its word times where they cannot be right, and the remark that says so."""
+    """The recording, without its word times where they cannot be right, and the warning that says so."""
     try:
         check_word_times(recording.words or (), seconds, recording.id)
     except DataError as error:
@@ -187,9 +187,9 @@ class _Worker:
                 connection.send(source)
                 answer = connection.recv()
                 if isinstance(answer, tuple):
-                    recording, remarks = answer
+                    recording, warnings = answer
                     values = np.frombuffer(connection.recv_bytes(), np.float16)
-                    return Extracted(recording, values.reshape(-1, self.features.num_mels), remarks)
+                    return Extracted(recording, values.reshape(-1, self.features.num_mels), warnings)
             except (EOFError, OSError):
                 how = self._bury()
                 continue
@@ -247,7 +247,7 @@ def _server() -> ForkServerContext:
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
-    """The life of a worker process: a source is answered by (Recording, remarks) and features, a Skipped, or a str."""
+    """The life of a worker process: a source is answered by (Recording, warnings) and features, a Skipped, or a str."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group: the main process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -262,7 +262,7 @@ def _work(connection: Connection, features: FeatureSettings) -> None:
         if isinstance(result, Skipped):
             connection.send(result)
         else:
-            connection.send((result.recording, result.remarks))
+            connection.send((result.recording, result.warnings))
             connection.send_bytes(result.log_mel.reshape(-1).view(np.uint8).data)
 
 

@@ -2,7 +2,7 @@
 
 An interrupted preparation continues with the same command, and ends with the same dataset as an undisturbed one. A
 finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; those that are
-used without something, their word times for example, in DIR/remarks.jsonl.
+kept and not all they should be (without their word times, say), in DIR/warnings.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from data.features import FeatureSettings
 from data.index import DATASET_FILE, PREPARING_FILE, Layout, locked, read_json, write_json
 from data.progress import Interrupts, Progress
 from data.shards import DatasetWriter, open_dataset
-from data.skipped import REMARKS, SKIPPED, Remarks, Skipped, merge_skipped, skipped_path, summary, write_skipped
+from data.skipped import Skipped, Warnings, list_path, merge_lists, summary, write_list
 
 CORPUS_FILE = "corpus.json"
 _PARTS_SHOWN = 16
@@ -92,7 +92,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     folder = Path(settings.out)
     with Interrupts() as interrupts, _begin(folder, _identity(name, corpus_settings, sources), features, settings) as w:
         if w.finished:
-            _merge_lists(folder)
+            merge_lists(folder)
             print(f"prepare: {folder} is already prepared: {_totals(folder)}", flush=True)
             return False
         missing = w.missing_parts()
@@ -104,7 +104,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
         with interrupts.held():
             complete = w.finish()
             if complete:
-                _merge_lists(folder)
+                merge_lists(folder)
         if not complete:
             print(f"prepare: part {w.part}/{w.parts} of {folder} is finished, {_missing(w.missing_parts(), w.parts)}")
             return w.part in missing
@@ -112,15 +112,10 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     return True
 
 
-def _merge_lists(folder: Path) -> None:
-    for name in (SKIPPED, REMARKS):
-        merge_skipped(folder, name)
-
-
 def _prepare_part(
     sources: Sequence[Source], writer: DatasetWriter, settings: PrepareSettings, interrupts: Interrupts
 ) -> None:
-    """Write all sources that are not in finished shards, the list of the unusable ones, and that of remarks."""
+    """Write all sources that are not in finished shards, the list of the unusable ones, and that of warnings."""
     remaining = sources
     if writer.done_ids:
         remaining = [source for source in sources if source.id not in writer.done_ids]
@@ -128,8 +123,8 @@ def _prepare_part(
     skipped: list[Skipped] = []
     unusable = 0  # without rows and files that are no recording: the corpus was judged by them when it was listed
     allowed = settings.max_skipped_share * len(sources)
-    path = skipped_path(writer.path, writer.part, writer.parts)
-    remarks = Remarks(skipped_path(writer.path, writer.part, writer.parts, REMARKS), writer.done_ids)
+    path, warned_path = (list_path(writer.path, name, writer.part, writer.parts) for name in ("skipped", "warnings"))
+    warned = Warnings(warned_path, writer.done_ids)
     results = extract_all(remaining, writer.features, min(settings.workers, max(1, len(remaining))))
     shard, begun = writer.shard, time.monotonic()
     try:
@@ -143,20 +138,21 @@ def _prepare_part(
                         break
                     continue
                 with interrupts.held():
-                    remarks.add(result.recording.id, result.remarks)
+                    warned.add(result.recording.id, result.warnings)
                     writer.add(result.recording, result.log_mel)
                     if writer.shard == shard and time.monotonic() - begun > 60 * settings.shard_minutes:
                         writer.close()
+                progress.warnings += len(result.warnings)
                 if writer.shard != shard:
                     shard, begun = writer.shard, time.monotonic()
                 progress.update(len(result.log_mel) / writer.features.frames_per_second)
     finally:
         # All that is not done was tried again, so the list of a continued run is whole.
-        write_skipped(path, skipped)
+        write_list(path, skipped)
+    if warned.items:
+        print(summary(f"{len(warned.items)} warnings", warned.items, warned_path), flush=True)
     if skipped:
-        print(summary(skipped, path), flush=True)
-    if remarks.items:
-        print(summary(remarks.items, remarks.path, "{} remarks on recordings that are used"), flush=True)
+        print(summary(f"skipped {len(skipped)} recordings", skipped, path), flush=True)
     if unusable > allowed:
         raise DataError(
             f"at least {unusable} of {len(sources)} recordings are unusable, more than max_skipped_share = "

@@ -389,7 +389,7 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
         folder_sources(FolderSettings(folder=str(tmp_path), split_by="hash"))
     b, _ = folder_sources(FolderSettings(folder=str(tmp_path), text="optional", split_by="hash"))
     heard = b.load(FEATURES)
-    assert heard.recording.text is None and "b.txt is not UTF-8" in heard.remarks[0]
+    assert heard.recording.text is None and "b.txt is not UTF-8" in heard.warnings[0]
 
 
 def test_a_manifest_gives_files_and_stretches_of_files(tmp_path: Path) -> None:

@@ -275,11 +275,11 @@ def test_an_alignment_that_lacks_nearly_all_costs_the_call_its_times_alone(publi
     listed = sources_full(Earnings22FullSettings(folder=str(folder)))
     found = {source.id: source.load(FEATURES) for source in listed}
     assert len(found) == 13 and found[CALL].recording.words is None and len(found[CALL].recording.text or "") > 500
-    assert re.fullmatch(rf"kept without word times: .*{CALL}\.aligned\.nlp: has \d of the .*", found[CALL].remarks[0])
+    assert re.fullmatch(rf"kept without word times: .*{CALL}\.aligned\.nlp: has \d of the .*", found[CALL].warnings[0])
     (folder / name).write_text("token|no table\n")
     assert main(["earnings22-full", f"--folder={folder}", f"--out={tmp_path / 'out'}", "--workers=1"]) == 0
-    remarks = [json.loads(line) for line in (tmp_path / "out/remarks.jsonl").read_text().splitlines()]
-    assert CALL in [remark["id"] for remark in remarks] and "no column" in str(remarks)
+    warnings = [json.loads(line) for line in (tmp_path / "out/warnings.jsonl").read_text().splitlines()]
+    assert CALL in [warning["id"] for warning in warnings] and "no column" in str(warnings)
     assert len(open_dataset(tmp_path / "out")) == 13 and not (tmp_path / "out/skipped.jsonl").exists()
 
 
@@ -290,7 +290,7 @@ def test_what_the_table_of_calls_lacks_costs_the_speaker_or_the_row(published: P
     (folder / "metadata.csv").write_text("".join([*rows[:1], rows[1][:20] + "\n", *rows[2:]]))
     listed = sources(Earnings22Settings(folder=str(folder)))
     first = next(source for source in listed if source.id == LISTS["dev"][0])
-    assert first.recording.speaker == "" and "kept without its speaker: " in first.remarks[0]
+    assert first.recording.speaker == "" and "kept without its speaker: " in first.warnings[0]
     assert sum(source.recording.speaker == "Korea, Republic of" for source in listed) == 11
     full = sources_full(Earnings22FullSettings(folder=str(folder)))
     assert len(full) == 13 and "metadata.csv:2: 4 values where the header has 8" in full[-1].reason

@@ -274,7 +274,7 @@ def test_an_alignment_that_cannot_be_used_costs_the_times_unless_it_alone_tells_
     (source,) = sources(LhotseSettings(cuts=write(tmp_path / "c.jsonl", bad), unit=unit))
     heard = source.load(FEATURES)
     assert (heard.recording.text, heard.recording.words) == ("she sells", None)
-    assert heard.remarks[0].startswith("kept without word times: ") and complaint in heard.remarks[0]
+    assert heard.warnings[0].startswith("kept without word times: ") and complaint in heard.warnings[0]
     beyond = {**bad, "duration": 0.6}  # the text of a part is known by the alignment alone
     with pytest.raises(DataError, match=complaint):
         sources(LhotseSettings(cuts=write(tmp_path / "c.jsonl", beyond)))

@@ -142,11 +142,11 @@ def test_an_alignment_of_other_words_costs_the_times_alone(tree: Path, alignment
     listed = sources(LibriSpeechSettings(str(tree), alignments=str(alignments)))
     found = {source.id: source.load(FEATURES) for source in listed}
     assert len(found) == 4
-    assert "19-198.alignment.txt:1: 1 words are aligned, " in found["19-198-0000"].remarks[0]
-    assert "84-121123-0000.TextGrid: 3 words are aligned" in found["84-121123-0000"].remarks[0]
-    assert "none of this recording" in found["1089-134686-0000"].remarks[0]
-    assert found["19-198-0001"].recording.words and not found["19-198-0001"].remarks
-    assert all(one.recording.text and (one.recording.words is None) == bool(one.remarks) for one in found.values())
+    assert "19-198.alignment.txt:1: 1 words are aligned, " in found["19-198-0000"].warnings[0]
+    assert "84-121123-0000.TextGrid: 3 words are aligned" in found["84-121123-0000"].warnings[0]
+    assert "none of this recording" in found["1089-134686-0000"].warnings[0]
+    assert found["19-198-0001"].recording.words and not found["19-198-0001"].warnings
+    assert all(one.recording.text and (one.recording.words is None) == bool(one.warnings) for one in found.values())
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_a_damaged_alignment_costs_its_recordings_the_times_and_is_told(
     listed = sources(LibriSpeechSettings(str(tree), alignments=str(alignments)))
     first = next(source for source in listed if source.id == "19-198-0000").load(FEATURES)
     assert (first.recording.text, first.recording.words) == ("NORTHANGER ABBEY", None)
-    assert first.remarks[0].startswith("kept without word times: ") and message in first.remarks[0]
-    assert path.name in first.remarks[0] or "none of" in message
+    assert first.warnings[0].startswith("kept without word times: ") and message in first.warnings[0]
+    assert path.name in first.warnings[0] or "none of" in message
 
 
 @pytest.mark.parametrize(

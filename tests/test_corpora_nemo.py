@@ -107,7 +107,7 @@ def test_word_times_that_cannot_be_read_cost_themselves(folder: Path, more: dict
     (source,) = listed(folder, entry(**more))
     heard = source.load(FeatureSettings())
     assert (heard.recording.text, heard.recording.words) == ("sea shells", None)
-    assert re.search(f"kept without word times: .*{complaint}", heard.remarks[0])
+    assert re.search(f"kept without word times: .*{complaint}", heard.warnings[0])
 
 
 def test_a_line_that_cannot_be_read_costs_itself_and_is_told_with_its_place(folder: Path) -> None:
@@ -149,8 +149,8 @@ def test_word_times_beside_the_files_of_a_folder_are_read(folder: Path, tmp_path
     (tmp_path / "a.TextGrid").write_text("no")  # and a.ctm: which of the two?
     a, b, c = (source.load(FeatureSettings()) for source in sources(FolderSettings(folder=str(tmp_path))))
     assert [one.recording.text for one in (a, b, c)] == ["sea shells"] * 3
-    assert a.recording.words is c.recording.words is None and b.recording.words == WORDS and b.remarks == ()
-    assert "c.TextGrid" in c.remarks[0] and "keep one of them" in a.remarks[0]
+    assert a.recording.words is c.recording.words is None and b.recording.words == WORDS and b.warnings == ()
+    assert "c.TextGrid" in c.warnings[0] and "keep one of them" in a.warnings[0]
 
 
 @FUZZ

@@ -33,7 +33,7 @@ class Utterance:
     recording: Recording
     sound: Tensor | Iterator[Tensor]
     """float32 [samples]: all of them, or blocks of them in order, so that hours need not be held."""
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """What the recording is used without, and why; counted and listed by a preparation."""
 
     @functools.cached_property
@@ -42,10 +42,10 @@ class Utterance:
         return torch.as_tensor(self.sound) if hasattr(self.sound, "shape") else torch.cat(list(self.sound))
 
     @classmethod
-    def read(cls, recording: Recording, blocks: Iterator[Tensor], remarks: tuple[str, ...] = ()) -> Utterance:
+    def read(cls, recording: Recording, blocks: Iterator[Tensor], warnings: tuple[str, ...] = ()) -> Utterance:
         """From a decoder's blocks. What is wrong with the beginning of the sound, or a short one, is raised here."""
         first = list(islice(blocks, 2))
-        return cls(recording, first[0] if len(first) == 1 else chain(first, blocks), remarks)
+        return cls(recording, first[0] if len(first) == 1 else chain(first, blocks), warnings)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FeatureUtterance:
     recording: Recording
     log_mel: Tensor
     """float16 [frames, M]"""
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """As of an Utterance."""
 
 
@@ -108,7 +108,7 @@ class FileSource:
 
     recording: Recording
     path: Path
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """As of an Utterance: what a look at the files beside the audio has told."""
 
     @property
@@ -116,7 +116,7 @@ class FileSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        return Utterance.read(self.recording, audio_blocks(self.path, features), self.remarks)
+        return Utterance.read(self.recording, audio_blocks(self.path, features), self.warnings)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class SegmentSource:
     path: Path
     start: float
     duration: float
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -136,7 +136,7 @@ class SegmentSource:
     def load(self, features: FeatureSettings) -> Utterance:
         """Read the stretch alone, as a file is read. Raises DataError when the file cannot give it."""
         sound = audio_blocks(self.path, features, None, self.start, self.duration)
-        return Utterance.read(self.recording, sound, self.remarks)
+        return Utterance.read(self.recording, sound, self.warnings)
 
 
 @dataclass(frozen=True)

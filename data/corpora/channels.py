@@ -22,7 +22,7 @@ class ChannelSource:
     """Seconds."""
     duration: float | None = None
     """Seconds; None: to the end."""
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -31,4 +31,4 @@ class ChannelSource:
     def load(self, features: FeatureSettings) -> Utterance:
         """Read the channel, some seconds at a time. Raises DataError where the file cannot give it."""
         sound = audio_blocks(self.path, features, None, self.start, self.duration, self.channel)
-        return Utterance.read(self.recording, sound, self.remarks)
+        return Utterance.read(self.recording, sound, self.warnings)

@@ -106,13 +106,13 @@ def _published_layout(
     settings: Earnings22FullSettings,
     without_row: str = "",
 ) -> list[FileSource]:
-    """The calls of `splits`; one that has no row in the table gets the remark `without_row`."""
+    """The calls of `splits`; one that has no row in the table gets the warning `without_row`."""
     media = {id: folder / "media" / f"{id}.mp3" for id in sorted(splits)}
     _check_media(media, folder)
     listed = []
     for id, path in media.items():
         row = {} if settings.speaker == "none" else metadata.get(id)
-        remarks = [without_row] if row is None else []
+        warnings = [without_row] if row is None else []
         transcripts = folder / "transcripts"
         aligned = transcripts / "force_aligned_nlp_references" / f"{id}.aligned.nlp"
         spoken = None
@@ -125,7 +125,7 @@ def _published_layout(
             try:
                 words = timed_words(units, read_nlp(aligned), str(aligned))
             except DataError as error:
-                remarks.append(f"{NO_WORD_TIMES}: {error}")
+                warnings.append(f"{NO_WORD_TIMES}: {error}")
         recording = Recording(
             id=id,
             text=" ".join(word for _, words in units for word in words),
@@ -134,7 +134,7 @@ def _published_layout(
             speaker=row[_COLUMNS[settings.speaker]].strip() if row else "",
             split=splits[id],
         )
-        listed.append(FileSource(recording, path, tuple(remarks)))
+        listed.append(FileSource(recording, path, tuple(warnings)))
     return listed
 
 

@@ -117,7 +117,7 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
     listed: list[Source] = []
     for path in paths:
         id = ids[path]
-        text, words, remarks = None, None, []
+        text, words, warnings = None, None, []
         if settings.text != "none":
             try:
                 text = _transcript(path.with_suffix(".txt"))
@@ -125,15 +125,15 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
                 if settings.text == "required":
                     listed.append(Unreadable(id, str(error)))
                     continue
-                remarks.append(f"kept without its transcript: {error}")
+                warnings.append(f"kept without its transcript: {error}")
             try:
                 words = find_word_times(path) if path.with_suffix("") in timed else None
             except DataError as error:
-                remarks.append(f"{NO_WORD_TIMES}: {error}")
+                warnings.append(f"{NO_WORD_TIMES}: {error}")
         split = by_name[path] if use_names else _hash_split(text or id, settings)
         assert split is not None
         recording = Recording(id, text, words, language=settings.language, split=split)
-        listed.append(FileSource(recording, path, tuple(remarks)))
+        listed.append(FileSource(recording, path, tuple(warnings)))
     mostly_readable(listed)
     return sorted([*listed, *unread], key=lambda source: source.id)
 

@@ -104,7 +104,8 @@ def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
             try:
                 Recording(id or "")
             except DataError as error:
-                places[number] = str(Place(*place, ""))
+                address, group, row = place
+                places[number] = str(Place(address, group, row, ""))
                 faults.append(f"{places[number]}: {error}; choose another --id_column")
             number += 1
     if 2 * len(faults) >= number:

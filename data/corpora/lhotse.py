@@ -135,15 +135,15 @@ def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: s
 
 def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | SegmentSource | ChannelSource:
     """A cut's stretch of sound, with what is known of it. Raises DataError."""
-    recording, remarks = _recording(cut, settings, split)
+    recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
     whole = cut.start < TOLERANCE / 10 and cut.duration > cut.audio.duration - TOLERANCE / 10
     if len(channels) > 1:
         start, duration = (0.0, None) if whole else (cut.start, cut.duration)
-        return ChannelSource(recording, path, channels.index(cut.channel), start, duration, remarks)
+        return ChannelSource(recording, path, channels.index(cut.channel), start, duration, warnings)
     if whole:
-        return FileSource(recording, path, remarks)
-    return SegmentSource(recording, path, cut.start, cut.duration, remarks)
+        return FileSource(recording, path, warnings)
+    return SegmentSource(recording, path, cut.start, cut.duration, warnings)
 
 
 def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recording, tuple[str, ...]]:
@@ -151,7 +151,7 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
 
     Raises DataError where text is required and not to be had.
     """
-    remarks: list[str] = []
+    warnings: list[str] = []
     texts: list[str | None] = []
     words: list[Word] | None = []
     languages, speakers = set(), set()
@@ -160,7 +160,7 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
         speakers.add(label_field(fields, "speaker", where))
         if settings.text == "none":
             continue
-        text, aligned = _said(fields, where, cut, remarks)
+        text, aligned = _said(fields, where, cut, warnings)
         texts.append(text)
         if text and words is not None:
             words = None if aligned is None else words + aligned
@@ -178,7 +178,7 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
         speaker=speakers.pop() if len(speakers) == 1 else "",
         split=split,
     )
-    return recording, tuple(remarks)
+    return recording, tuple(warnings)
 
 
 def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
@@ -191,11 +191,11 @@ def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
     return [(where, fields) for _, _, where, fields in sorted(found, key=lambda item: item[:2])]
 
 
-def _said(fields: Mapping[str, Any], where: str, cut: Cut, remarks: list[str]) -> tuple[str | None, list[Word] | None]:
+def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) -> tuple[str | None, list[Word] | None]:
     """(Text within the cut, None where it is not known; its words with times from the cut's start, or None).
 
-    An alignment that cannot be used costs the times, with a remark. Where the text can be told by it alone, because the
-    supervision reaches beyond the cut or has no text, it raises DataError.
+    An alignment that cannot be used costs the times, with a warning. Where the text can be told by it alone, because
+    the supervision reaches beyond the cut or has no text, it raises DataError.
     """
     text = text_field(fields, "text", where)
     start, end = stretch(fields, where)
@@ -210,7 +210,7 @@ def _said(fields: Mapping[str, Any], where: str, cut: Cut, remarks: list[str]) -
     except DataError as error:
         if known is None:
             raise
-        remarks.append(f"{NO_WORD_TIMES}: {error}")
+        warnings.append(f"{NO_WORD_TIMES}: {error}")
         return known, None
     return " ".join(word.word for word in words) if known is None else known, words
 

@@ -67,7 +67,7 @@ class TextGridSource:
 
 
 def _timed(recording: Recording, path: Path, words: list[Word] | DataError, where: str) -> FileSource:
-    """The recording with these times; without, and with a remark, where they cannot be used."""
+    """The recording with these times; without, and with a warning, where they cannot be used."""
     try:
         if isinstance(words, DataError):
             raise words
@@ -92,7 +92,7 @@ def sources(settings: LibriSpeechSettings) -> list[Source]:
                 listed += _chapter(chapter, subset, alignments)
         if len(listed) == before:
             raise DataError(f"{folder / subset} has no recordings with these settings")
-    if alignments and all(isinstance(source, FileSource) and source.remarks[-1:] == (_NONE,) for source in listed):
+    if alignments and all(isinstance(source, FileSource) and source.warnings[-1:] == (_NONE,) for source in listed):
         raise DataError(f"alignments {alignments} has no .alignment.txt or .TextGrid of {', '.join(subsets)}")
     return [*sorted(listed, key=lambda source: source.id)]
 
@@ -164,7 +164,7 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
         raise DataError(f"{folder / name}.trans.txt: has no transcript of {summary(silent)}; unpack the archive again")
     words: dict[str, tuple[str, list[Word] | DataError]] = {}
     aligned: set[str] = set()
-    remark = _NONE if alignments else ""
+    warning = _NONE if alignments else ""
     times = alignments / subset / speaker / folder.name if alignments else folder
     if alignments and times.is_dir():
         try:
@@ -172,7 +172,7 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
             if f"{name}.alignment.txt" in aligned:
                 words = read_alignment(times / f"{name}.alignment.txt")
         except DataError as error:
-            remark = f"{NO_WORD_TIMES}: {error}"
+            warning = f"{NO_WORD_TIMES}: {error}"
     listed: list[FileSource | TextGridSource] = []
     for id, text in texts.items():
         recording = Recording(id, text, language="en", speaker=speaker, split=subset.partition("-")[0])
@@ -182,7 +182,7 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
         elif f"{id}.TextGrid" in aligned:
             listed.append(TextGridSource(recording, path, times / f"{id}.TextGrid"))
         else:
-            listed.append(FileSource(recording, path, (remark,) if remark else ()))
+            listed.append(FileSource(recording, path, (warning,) if warning else ()))
     return listed
 
 

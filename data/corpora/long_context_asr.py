@@ -129,7 +129,7 @@ class AudioSource:
     def load(self, features: FeatureSettings) -> Utterance:
         utterance = self.file.load(features)
         recording = _with_words(utterance.recording, self.words, self.duration)
-        return Utterance(recording, utterance.sound, utterance.remarks)
+        return Utterance(recording, utterance.sound, utterance.warnings)
 
 
 def _with_words(recording: Recording, path: Path | None, duration: float) -> Recording:

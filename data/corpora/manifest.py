@@ -115,12 +115,12 @@ def _entry(
         raise DataError(f"{where}: split is {shorten(told)}, known are {', '.join(SPLITS)}")
     path = audio_path(name, base, where)
     id = _SUFFIX.sub("", name) + ("" if start is None else f"@{start:.3f}")
-    words, remarks = None, []
+    words, warnings = None, []
     if text_rule != "none":
         try:
             words = _words(fields, base, where, duration)
         except DataError as error:
-            remarks.append(f"{NO_WORD_TIMES}: {error}")
+            warnings.append(f"{NO_WORD_TIMES}: {error}")
     try:
         recording = Recording(
             id=id,
@@ -133,9 +133,9 @@ def _entry(
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     if start is None:
-        return FileSource(recording, path, tuple(remarks))
+        return FileSource(recording, path, tuple(warnings))
     assert duration is not None
-    return SegmentSource(recording, path, start, duration, tuple(remarks))
+    return SegmentSource(recording, path, start, duration, tuple(warnings))
 
 
 def _words(fields: Mapping[str, Any], base: Path, where: str, duration: float | None) -> list[Word] | None:

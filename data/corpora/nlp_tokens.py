@@ -24,7 +24,7 @@ from data.word_times.base import probability, read_json, seconds
 
 _COLUMNS = ("token", "ts", "endTs", "punctuation", "prepunctuation", "tags")
 _TAGS = re.compile(r"\[('(\d+):[^',\]]*'(, *'\d+:[^',\]]*')*)?\]")
-# What the aligner remarks on words whose time it knows: one token was replaced by its spoken form, word for word.
+# what the aligner remarks on words whose time it knows: one token was replaced by its spoken form, word for word.
 _HARMLESS = frozenset(("", "direct"))
 # Units that two transcripts of a call may differ by at one place between two anchors.
 _LONGEST_DIFFERENCE = 40
