@@ -298,7 +298,7 @@ def try_cell(cell: Cell, recogniser: Recogniser, decoder: Decoder, device: torch
 def stm_files(stm: str) -> list[Path]:
     """The file, or all those of a folder, sorted. Raises ConfigError where there is none."""
     path = Path(stm)
-    found = [] if not stm else [path] if path.is_file() else sorted(path.glob("*.stm"))
+    found = [] if not stm else [path] if path.is_file() else sorted(path.glob("[!.]*.stm"))
     if stm and not found:
         raise ConfigError(f"stm = {stm}: there is no such file, and no folder with .stm files; give one of the two")
     return found

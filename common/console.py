@@ -1,5 +1,4 @@
-"""Standard streams in UTF-8 whatever the locale, and printing that ends nothing.
-"""
+"""Standard streams in UTF-8 whatever the locale, and printing that ends nothing."""
 
 from __future__ import annotations
 

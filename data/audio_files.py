@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from pathlib import Path
 import soundfile
 
 from data.errors import DataError
+from data.folders import files_below
+from data.names import escaped
 
 AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
                   ".wav")  # fmt: skip
@@ -31,17 +34,27 @@ class AudioFile:
     """names what its transcripts are made from"""
 
 
-def list_audio(audio: str, key: str) -> list[AudioFile]:
-    """The file, or all audio files below the folder, sorted. Raises DataError where there is none.
+def is_audio(path: Path) -> bool:
+    """Whether a file's name has the ending of an audio file."""
+    return path.suffix.lower() in AUDIO_SUFFIXES
 
-    Files that differ in their suffix only keep it in the names of their transcripts. What cannot be read, because it is
-    no regular file, say, is listed too: it fails when its turn comes, alone and by name.
+
+def list_audio(audio: str, key: str) -> list[AudioFile]:
+    """The file, or all audio files below the folder (`files_below`), sorted. Raises DataError where there is none.
+
+    Files that differ in their suffix only keep it in the names of their transcripts. A file that cannot be read, such as
+    a named pipe or a link to nothing, is listed too: it fails when its turn comes, alone and by name. Folders that
+    could not be searched are named on stderr.
     """
     root = Path(audio).expanduser()
     if root.is_file():
         paths, root = [root], root.parent
     elif root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and not path.is_dir())
+        found = files_below(root)
+        unreadable = [path for path in found.unread if is_audio(path) and not path.is_dir()]
+        paths = sorted([*filter(is_audio, found.files), *unreadable])
+        for path in sorted(set(found.unread) - set(unreadable)):
+            print(f"not searched for audio: {escaped(str(path))}: {found.unread[path]}", file=sys.stderr)
     else:
         raise DataError(f"audio = {audio}: there is no such file or folder")
     if not paths:
@@ -85,7 +98,7 @@ def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataError(f"audio = {folder}: there is no such folder")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    paths = [path for path in files_below(root).files if is_audio(path)]
     by_path = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
     stems = Counter(path.stem for path in paths)
     if twice := [id for id in ids if stems[id] > 1 and id not in by_path]:

@@ -10,7 +10,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.corpora.base import FeatureUtterance, Source
+from data.corpora.base import FeatureUtterance, Source, Unreadable
 from data.errors import DataError
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
-from data.skipped import Skipped
+from data.skipped import NO_WORD_TIMES, Skipped
 from data.transcripts import check_word_times
 
 __all__ = ["Extracted", "Skipped", "extract", "extract_all"]
@@ -42,14 +42,19 @@ class Extracted:
     recording: Recording
     log_mel: NDArray[np.float16]
     """float16 [frames, M]"""
+    warnings: tuple[str, ...] = ()
+    """What it is used without, and why."""
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     """Load one source and compute its log-mel; a DataError, an error of the disk or a want of memory on the way makes
     it a skipped one.
 
-    Sound that comes in blocks is never held whole: only the float16 features grow with its length.
+    Word times that cannot be the sound's are left out, with a warning: labels and sound are whole without them. Sound
+    that comes in blocks is never held whole: only the float16 features grow with its length.
     """
+    if isinstance(source, Unreadable):
+        return Skipped(source.id, source.reason, listed=True)
     values = bytearray()
     try:
         utterance = source.load(features)
@@ -62,14 +67,23 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
         for block in blocks:
             values += block.to(torch.float16).numpy().data
         log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
-        check_word_times(recording.words or (), len(log_mel) / features.frames_per_second, recording.id)
+        recording, warnings = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
     except DataError as error:
         return Skipped(source.id, str(error))
     except OSError as error:
         return Skipped(source.id, f"{source.id}: cannot be read ({error})")
     except MemoryError:
         return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
-    return Extracted(recording, log_mel)
+    return Extracted(recording, log_mel, (*utterance.warnings, *warnings))
+
+
+def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording, tuple[str, ...]]:
+    """The recording, without its word times where they cannot be right, and the warning that says so."""
+    try:
+        check_word_times(recording.words or (), seconds, recording.id)
+    except DataError as error:
+        return replace(recording, words=None), (f"{NO_WORD_TIMES}: {error}",)
+    return recording, ()
 
 
 def extract_all(
@@ -175,9 +189,10 @@ class _Worker:
                 connection = self._connection()
                 connection.send(source)
                 answer = connection.recv()
-                if isinstance(answer, Recording):
+                if isinstance(answer, tuple):
+                    recording, warnings = answer
                     values = np.frombuffer(connection.recv_bytes(), np.float16)
-                    return Extracted(answer, values.reshape(-1, self.features.num_mels))
+                    return Extracted(recording, values.reshape(-1, self.features.num_mels), warnings)
             except (EOFError, OSError):
                 how = self._bury()
                 continue
@@ -235,7 +250,7 @@ def _server() -> ForkServerContext:
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
-    """The life of a worker process: answers every source with a Recording and its features, or a Skipped, or a str."""
+    """The life of a worker process: a source is answered by (Recording, warnings) and features, a Skipped, or a str."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group: the main process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -250,7 +265,7 @@ def _work(connection: Connection, features: FeatureSettings) -> None:
         if isinstance(result, Skipped):
             connection.send(result)
         else:
-            connection.send(result.recording)
+            connection.send((result.recording, result.warnings))
             connection.send_bytes(result.log_mel.reshape(-1).view(np.uint8).data)
 
 

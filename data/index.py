@@ -31,6 +31,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.features import FeatureSettings
+from data.names import name_fault
 from data.transcripts import Word
 
 FORMAT_VERSION = 2
@@ -77,8 +78,9 @@ class Recording:
     (pretraining, which needs no labels, takes them as any sound). None: none."""
 
     def __post_init__(self) -> None:
-        if not self.id or self.id != self.id.strip() or not self.id.isprintable() or self.id == "__metadata__":
-            raise DataError(f"recording id {self.id!r} must be printable text without spaces at its ends")
+        fault = "is taken by the shards' format" if self.id == "__metadata__" else name_fault(self.id)
+        if fault is not None:
+            raise DataError(f"recording id {self.id!r} {fault}: give it another name")
 
 
 def index_schema() -> pa.Schema:

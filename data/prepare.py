@@ -1,7 +1,8 @@
 """Turn a corpus into a dataset of log-mel shards: `python -m data.prepare CORPUS --out DIR [--field value ...]`.
 
 An interrupted preparation continues with the same command, and ends with the same dataset as an undisturbed one. A
-finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl.
+finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; those that are
+kept and not all they should be (without their word times, say), in DIR/warnings.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data.features import FeatureSettings
 from data.index import DATASET_FILE, PREPARING_FILE, Layout, locked, read_json, write_json
 from data.progress import Interrupts, Progress
 from data.shards import DatasetWriter, open_dataset
-from data.skipped import Skipped, merge_skipped, skipped_path, summary, write_skipped
+from data.skipped import Skipped, Warnings, list_path, merge_lists, summary, write_list
 
 CORPUS_FILE = "corpus.json"
 _PARTS_SHOWN = 16
@@ -58,7 +59,8 @@ class PrepareSettings:
     shard_minutes: float = 10.0
     """A shard is also closed after this many minutes of work, which bounds what SIGKILL or a power cut can lose."""
     max_skipped_share: float = 0.05
-    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1."""
+    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1. Rows of
+    tables and files that tell of no recording count where it is 0 only; half of a table is an error in any case."""
 
     @property
     def share(self) -> tuple[int, int]:
@@ -90,7 +92,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     folder = Path(settings.out)
     with Interrupts() as interrupts, _begin(folder, _identity(name, corpus_settings, sources), features, settings) as w:
         if w.finished:
-            merge_skipped(folder)
+            merge_lists(folder)
             print(f"prepare: {folder} is already prepared: {_totals(folder)}", flush=True)
             return False
         missing = w.missing_parts()
@@ -102,7 +104,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
         with interrupts.held():
             complete = w.finish()
             if complete:
-                merge_skipped(folder)
+                merge_lists(folder)
         if not complete:
             print(f"prepare: part {w.part}/{w.parts} of {folder} is finished, {_missing(w.missing_parts(), w.parts)}")
             return w.part in missing
@@ -113,14 +115,16 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
 def _prepare_part(
     sources: Sequence[Source], writer: DatasetWriter, settings: PrepareSettings, interrupts: Interrupts
 ) -> None:
-    """Write all sources that are not in finished shards, and the list of the unusable ones."""
+    """Write all sources that are not in finished shards, the list of the unusable ones, and that of warnings."""
     remaining = sources
     if writer.done_ids:
         remaining = [source for source in sources if source.id not in writer.done_ids]
         print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
     skipped: list[Skipped] = []
+    unusable = 0  # without rows and files that are no recording: the corpus was judged by them when it was listed
     allowed = settings.max_skipped_share * len(sources)
-    path = skipped_path(writer.path, writer.part, writer.parts)
+    path, warned_path = (list_path(writer.path, name, writer.part, writer.parts) for name in ("skipped", "warnings"))
+    warned = Warnings(warned_path, writer.done_ids)
     results = extract_all(remaining, writer.features, min(settings.workers, max(1, len(remaining))))
     shard, begun = writer.shard, time.monotonic()
     try:
@@ -129,24 +133,29 @@ def _prepare_part(
                 if isinstance(result, Skipped):
                     skipped.append(result)
                     progress.skip(result.kind)
-                    if len(skipped) > allowed:
+                    unusable += not (result.listed and settings.max_skipped_share > 0)
+                    if unusable > allowed:
                         break
                     continue
                 with interrupts.held():
+                    warned.add(result.recording.id, result.warnings)
                     writer.add(result.recording, result.log_mel)
                     if writer.shard == shard and time.monotonic() - begun > 60 * settings.shard_minutes:
                         writer.close()
+                progress.warnings += len(result.warnings)
                 if writer.shard != shard:
                     shard, begun = writer.shard, time.monotonic()
                 progress.update(len(result.log_mel) / writer.features.frames_per_second)
     finally:
         # All that is not done was tried again, so the list of a continued run is whole.
-        write_skipped(path, skipped)
+        write_list(path, skipped)
+    if warned.items:
+        print(summary(f"{len(warned.items)} warnings", warned.items, warned_path), flush=True)
     if skipped:
-        print(summary(skipped, path), flush=True)
-    if len(skipped) > allowed:
+        print(summary(f"skipped {len(skipped)} recordings", skipped, path), flush=True)
+    if unusable > allowed:
         raise DataError(
-            f"at least {len(skipped)} of {len(sources)} recordings are unusable, more than max_skipped_share = "
+            f"at least {unusable} of {len(sources)} recordings are unusable, more than max_skipped_share = "
             f"{settings.max_skipped_share}. Repair them, or allow more with --max_skipped_share, and run again"
         )
 
@@ -185,7 +194,7 @@ def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dic
     """What a dataset is made from, as it is written beside it."""
     digest, hashes = hashlib.sha256(), array("q")  # not the ids themselves: there may be ten million
     for source in sources:
-        digest.update(source.id.encode() + b"\n")
+        digest.update(source.id.encode(errors="backslashreplace") + b"\n")
         hashes.append(hash(source.id))
     if not sources:
         raise DataError(f"the corpus {name!r} has no recordings with these settings: nothing to prepare")

@@ -384,8 +384,12 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 audio files.*b\.wav.*--split_by hash"):
         folder_sources(FolderSettings(folder=str(tmp_path), text="none"))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "train/a.txt").write_text("fine")
     with pytest.raises(DataError, match=r"b\.txt is not UTF-8"):
-        folder_sources(FolderSettings(folder=str(tmp_path), text="optional", split_by="hash"))
+        folder_sources(FolderSettings(folder=str(tmp_path), split_by="hash"))
+    b, _ = folder_sources(FolderSettings(folder=str(tmp_path), text="optional", split_by="hash"))
+    heard = b.load(FEATURES)
+    assert heard.recording.text is None and "b.txt is not UTF-8" in heard.warnings[0]
 
 
 def test_a_manifest_gives_files_and_stretches_of_files(tmp_path: Path) -> None:

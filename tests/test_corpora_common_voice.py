@@ -1,5 +1,7 @@
 """Common Voice: tables read to the byte (their quotation marks included), splits that share nothing, clear errors."""
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.corpora import find_corpus
-from data.corpora.base import FileSource
-from data.corpora.common_voice import CommonVoiceSettings, read_clips, read_durations, sources
+from data.corpora.base import FileSource, Unreadable
+from data.corpora.common_voice import Clip, CommonVoiceSettings, read_clips, read_durations, sources
 from data.errors import DataError
+from data.names import name_fault
+from data.prepare_cli import main
+from data.shards import open_dataset
 
 HEADER = (
     "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\taccents\tvariant\t"
@@ -162,6 +167,91 @@ def test_what_is_no_text_is_told_with_the_line(release: Path) -> None:
         sources(CommonVoiceSettings(str(release)))
 
 
+QUOTED = [
+    ('"a tab\there"', "a tab here"),
+    ('"a line\nend, or\r\n\ntwo"', "a line end, or two"),
+    ('"She said ""hi""\tand left"', 'She said "hi" and left'),
+    ('"She said ""hi"" and left"', 'She said "hi" and left'),
+    ('"""Hi"" she said"', '"Hi" she said'),
+    ('"Ja', '"Ja'),  # not CSV: what it would swallow up to is in other rows
+    ('Ja"', 'Ja"'),
+    ('"Ja" und "Nein"', '"Ja" und "Nein"'),
+    ('"Ja"', '"Ja"'),
+    ('""', '""'),
+    ("plain", "plain"),
+]
+
+
+def test_rows_are_read_with_quotation_marks_of_both_meanings(tmp_path: Path) -> None:
+    rows = [("anna", number, sentence, 2, 0) for number, (sentence, _) in enumerate(QUOTED)]
+    for seed in range(20):
+        random.Random(seed).shuffle(rows)
+        path = put(tmp_path / "train.tsv", table(rows))
+        clips = [clip for clip in read_clips(path) if isinstance(clip, Clip)]
+        assert [clip.sentence for clip in clips] == [QUOTED[number][1] for _, number, *_ in rows]
+        lines = path.read_text().split("\n")
+        assert all(clip.name in lines[int(clip.where.rpartition(":")[2]) - 1] for clip in clips)
+
+
+def test_a_quoted_last_value_may_go_on_in_the_next_line_and_a_lone_quote_does_not(tmp_path: Path) -> None:
+    rows = 's\ta\t"Ja\ndoch"\ns\tb\t"Ja\ns\tc\tx"\ns\td\t"\n'
+    path = put(tmp_path / "train.tsv", f"client_id\tpath\tsentence\n{rows}")
+    clips = [clip for clip in read_clips(path) if isinstance(clip, Clip)]
+    assert [clip.sentence for clip in clips] == ["Ja doch", '"Ja', 'x"', '"']
+
+
+def test_a_table_with_a_quoted_header_is_csv(tmp_path: Path) -> None:
+    path = put(tmp_path / "train.tsv", '"client_id"\t"path"\t"sentence"\n"s"\t"a.mp3"\t"Ja\n""doch"""\ns\tb.mp3\tx\n')
+    assert [(clip.name, clip.sentence) for clip in read_clips(path)] == [("a.mp3", 'Ja "doch"'), ("b.mp3", "x")]  # type: ignore[union-attr]
+
+
+BAD_ROWS = {
+    "cut short": b"anna\tcommon_voice_de_00000011.mp3\t",
+    "a quote that is never closed": b'anna\tcommon_voice_de_00000012.mp3\t0\t"Guten',
+    "a line end without quotes": b"anna\tcommon_voice_de_00000013.mp3\t0\tGuten\nTag\t\t2\t0\t\t\t\t\tde\t",
+    "not UTF-8": row("anna", 14, "gr\u00fcn", 2, 0).encode("latin-1"),
+    "a NUL byte": row("anna", 15, "x\0", 2, 0).encode(),
+    "a path": row("anna", 16, "x", 2, 0).replace("common", "../common").encode(),
+    "no votes": row("anna", 17, "x", 2, 0).replace("\t2\t0\t", "\tx\t0\t").encode(),
+    "no speaker": row("", 18, "x", 2, 0).encode(),
+    "a clip that stands twice": row("anna", 1, SENTENCE, 2, 0).encode(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_that_cannot_be_read_costs_itself_and_is_told_with_its_line(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    lines = table(ROWS["train"]).encode().split(b"\n")[:-1]
+    good = [row("anna", number, '"Noch" ein\u3000Satz, "', 2, 0).encode() for number in (5, 6, 7)]
+    bad = BAD_ROWS[name]
+    put(release / "train.tsv", b"\n".join([*lines, bad, *good, b""]))
+    found = sources(CommonVoiceSettings(str(release)))
+    reasons = [source.reason for source in found if isinstance(source, Unreadable)]
+    assert len(found) - len(reasons) == 7 and len(reasons) == 1 + bad.count(b"\n")
+    assert all(f"train.tsv:{4 + n}: " in reason for n, reason in enumerate(reasons))
+    out = tmp_path / "out"
+    assert main(["common_voice", f"--folder={release}", f"--out={out}", "--workers=1"]) == 0
+    assert len(open_dataset(out)) == 7 and f"skipped {len(reasons)} recordings" in capsys.readouterr().out
+    assert [json.loads(line)["reason"] for line in (out / "skipped.jsonl").read_text().splitlines()] == reasons
+    strict = [f"--out={tmp_path / 'strict'}", "--workers=1", "--max_skipped_share=0"]
+    assert main(["common_voice", f"--folder={release}", *strict]) == 2
+
+
+def test_a_table_of_which_half_cannot_be_read_is_an_error(release: Path) -> None:
+    put(release / "train.tsv", table(ROWS["train"]) + "short\n" * 2)
+    with pytest.raises(DataError, match=r"train.tsv:4: 1 values where the header has 13: 'short' \(2 of 4 rows"):
+        sources(CommonVoiceSettings(str(release)))
+
+
+def test_a_clip_without_a_duration_costs_itself_where_the_seconds_are_limited(release: Path) -> None:
+    path = release / "clip_durations.tsv"
+    put(path, path.read_text().replace("common_voice_de_00000002.mp3\t2000\n", "").replace("03.mp3\t3000", "03.mp3\tx"))
+    found = sources(CommonVoiceSettings(str(release), max_seconds=9.0))
+    reasons = [source.reason for source in found if isinstance(source, Unreadable)]
+    assert len(found) == 4 and len(reasons) == 2 and all("clip_durations.tsv has no" in reason for reason in reasons)
+
+
 def test_wrong_folders_and_settings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="folder is empty: say where"):
         sources(CommonVoiceSettings())
@@ -180,7 +270,10 @@ def test_fuzzed_tables_give_clips_or_one_error(tmp_path: Path, data: st.DataObje
     path = put(tmp_path / "train.tsv", data.draw(damaged(table(ROWS["train"]).encode())))
     try:
         for clip in read_clips(path):
-            assert clip.name and "/" not in clip.name and clip.speaker.isprintable()
+            if isinstance(clip, Clip):
+                assert clip.name and "/" not in clip.name and name_fault(clip.speaker) is None
+            else:
+                assert clip.reason.startswith(f"{path}:")
     except DataError as error:
         assert str(path) in str(error)
     durations = put(tmp_path / "clip_durations.tsv", data.draw(damaged(b"clip\tduration[ms]\na.mp3\t1000\n")))

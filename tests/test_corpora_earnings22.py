@@ -1,6 +1,9 @@
 """Earnings-22 as published: words with times and their doubts, events, spoken forms, two sets of calls kept apart."""
 
 import json
+import random
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,9 @@ from data.corpora.espeak import Synthesizer
 from data.corpora.nlp_tokens import NlpToken, read_nlp, read_normalizations, timed_words, written_or_spoken
 from data.errors import DataError
 from data.features import FeatureSettings
+from data.names import name_fault
+from data.prepare_cli import main
+from data.shards import open_dataset
 from data.splits import published_split
 from data.transcripts import Word, check_word_times
 
@@ -163,11 +169,11 @@ def test_a_cut_off_mp3_makes_its_call_unusable(published: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("a,b\n", r"metadata\.csv:1: no column 'File ID'"),
-        (METADATA + "x,y\n", r"metadata\.csv:2: 2 fields, the first line has 8"),
+        ("a,b\n", r"metadata\.csv:1: expected the columns File ID"),
+        (METADATA + "x,y\n", r"metadata\.csv:2: 2 values where the header has 8"),
         (METADATA + "../x,1,2,3,4,5,6,7\n", r"metadata\.csv:2: File ID is '\.\./x'"),
         (METADATA + "x,1,2,3,4,5,6,7\n" * 2, r"metadata\.csv:3: File ID is 'x'"),
-        (METADATA + '"x,1\n', r"metadata\.csv:2: not CSV"),
+        (METADATA + '"x,1\n', r"metadata\.csv:2: 2 values where the header has 8"),
     ],
 )
 def test_bad_metadata_is_named(tmp_path: Path, content: str, complaint: str) -> None:
@@ -244,6 +250,54 @@ def test_words_beyond_a_difference_of_the_two_tables_find_their_times_again(tmp_
     check_word_times(words, 30.0, "a")
 
 
+def test_a_stretch_that_the_alignment_lacks_costs_itself_however_long(tmp_path: Path) -> None:
+    """As in call 4484088: what lies beyond has its times, although the words are common and come again."""
+    generator = random.Random(0)
+    names = generator.choices([f"w{number}" for number in range(60)], k=3000)
+    plain = table(tmp_path, "a.nlp", PLAIN, *(f"{name}|1|||||LC|[]" for name in names))
+    gaps = [*range(200, 260), *range(1000, 1900)]
+    there = [n for n in range(3000) if n not in gaps]
+    aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"{names[t]}|1|{t}|{t + 1}|||LC|[]|||" for t in there))
+    words = timed_words(list(written_or_spoken(plain, None, False)), aligned, "a")
+    right = sum(word.start == t for t, word in enumerate(words) if word.confidence)
+    assert [word.word for word in words] == names and right >= 0.99 * len(there)
+    assert sum(word.confidence == 1 and word.start != t for t, word in enumerate(words)) <= 10  # at the edges
+    check_word_times(words, 3000.0, "a")
+
+
+def test_an_alignment_that_lacks_nearly_all_costs_the_call_its_times_alone(published: Path, tmp_path: Path) -> None:
+    """As of call 4453076: all calls are prepared, and what is missing is counted and listed."""
+    folder = tmp_path / "earnings22"
+    shutil.copytree(published, folder)
+    name = f"transcripts/force_aligned_nlp_references/{CALL}.aligned.nlp"
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    (folder / name).write_text("".join(lines[:9]))
+    listed = sources_full(Earnings22FullSettings(folder=str(folder)))
+    found = {source.id: source.load(FEATURES) for source in listed}
+    assert len(found) == 13 and found[CALL].recording.words is None and len(found[CALL].recording.text or "") > 500
+    assert re.fullmatch(rf"kept without word times: .*{CALL}\.aligned\.nlp: has \d of the .*", found[CALL].warnings[0])
+    (folder / name).write_text("token|no table\n")
+    assert main(["earnings22-full", f"--folder={folder}", f"--out={tmp_path / 'out'}", "--workers=1"]) == 0
+    warnings = [json.loads(line) for line in (tmp_path / "out/warnings.jsonl").read_text().splitlines()]
+    assert CALL in [warning["id"] for warning in warnings] and "no column" in str(warnings)
+    assert len(open_dataset(tmp_path / "out")) == 13 and not (tmp_path / "out/skipped.jsonl").exists()
+
+
+def test_what_the_table_of_calls_lacks_costs_the_speaker_or_the_row(published: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "earnings22"
+    shutil.copytree(published, folder)
+    rows = (folder / "metadata.csv").read_text().splitlines(keepends=True)
+    (folder / "metadata.csv").write_text("".join([*rows[:1], rows[1][:20] + "\n", *rows[2:]]))
+    listed = sources(Earnings22Settings(folder=str(folder)))
+    first = next(source for source in listed if source.id == LISTS["dev"][0])
+    assert first.recording.speaker == "" and "kept without its speaker: " in first.warnings[0]
+    assert sum(source.recording.speaker == "Korea, Republic of" for source in listed) == 11
+    full = sources_full(Earnings22FullSettings(folder=str(folder)))
+    assert len(full) == 13 and "metadata.csv:2: 4 values where the header has 8" in full[-1].reason
+    (folder / "metadata.csv").unlink()
+    assert len(sources(Earnings22Settings(folder=str(folder)))) == 12
+
+
 def test_a_time_out_of_order_is_a_guess_and_does_not_spoil_the_others(tmp_path: Path) -> None:
     starts = [0.0, 1.0, 900.0, 2.0, 3.0, 0.5, 4.0]
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"w{n}|1|||||LC|[]" for n in range(7)))
@@ -263,7 +317,7 @@ def test_a_deleted_word_between_two_that_overlap_is_where_the_second_begins(tmp_
 def test_the_transcript_of_another_call_is_noticed(tmp_path: Path) -> None:
     aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"other{n}|1|{n}|{n}|||LC|[]|||" for n in range(99)))
     units = list(written_or_spoken(read_nlp(FIXTURES / f"{CALL}.nlp"), None, True))
-    with pytest.raises(DataError, match="not of the same call"):
+    with pytest.raises(DataError, match="has 0 of the .* tokens of the transcript; cut short, or of another call"):
         timed_words(units, aligned, CALL)
 
 
@@ -347,4 +401,4 @@ def test_a_damaged_normalisation_file_gives_words_or_one_error_with_its_place(da
     except DataError as error:
         assert str(error).startswith(str(path))
         return
-    assert all(word.isprintable() and word.strip() for words in found.values() for word in words)
+    assert all(name_fault(word) is None for words in found.values() for word in words)

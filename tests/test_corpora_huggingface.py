@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.corpora import find_corpus, remote
-from data.corpora.base import Source
+from data.corpora.base import Source, Unreadable
 from data.corpora.huggingface import HuggingFaceSettings, _saved_to_disk, find_columns, sources
 from data.corpora.parquet_rows import MAX_ROWS, Place, RowSource, _arrow_table, read_columns, read_schema
 from data.corpora.remote import FileCache
@@ -206,8 +206,8 @@ def test_a_path_in_a_table_opens_no_file(tmp_path: Path, cell: dict | None) -> N
     ("change", "message"),
     [
         ({"id": "r0"}, r"the id 'r0' stands in more than one row \(in train\)"),
-        ({"id": None}, r"parquet, row 1: recording id '' must be printable"),
-        ({"id": "a\nb"}, r"parquet, row 1: recording id 'a\\nb' must be printable"),
+        ({"id": None}, r"parquet, row group 0, row 1: recording id '' is empty"),
+        ({"id": "a\nb"}, r"parquet, row group 0, row 1: recording id 'a\\nb' has the control character U\+000A"),
     ],
 )
 def test_unusable_ids_are_told(tmp_path: Path, change: dict, message: str) -> None:
@@ -215,6 +215,19 @@ def test_unusable_ids_are_told(tmp_path: Path, change: dict, message: str) -> No
     with pytest.raises(DataError, match=message):
         listed(folder)
     assert len(listed(folder, id_column="-")) == 2
+
+
+def test_a_row_without_a_usable_id_costs_itself(tmp_path: Path) -> None:
+    rows = [row(n, TEXTS[n]) for n in range(3)] + [
+        row(3, TEXTS[0]) | {"id": "a\nb"},
+        row(4, TEXTS[0]) | {"id": "a\u3000b"},
+    ]
+    found = listed(dataset(tmp_path, rows))
+    assert [source.id for source in found if not isinstance(source, Unreadable)] == ["r0", "r1", "r2", "a\u3000b"]
+    (bad,) = [source for source in found if isinstance(source, Unreadable)]
+    assert "row group 1, row 1: recording id 'a\\nb' has the control character" in bad.reason
+    assert found[3].id.endswith("row group 1, row 1")
+    assert found[4].load(FEATURES).recording.id == "a\u3000b"
 
 
 def test_files_of_a_split_must_agree_on_the_columns(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fuzzed import damaged, damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.corpora.base import Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.json_lines import MAX_LINE_BYTES, json_lines
 from data.corpora.lhotse import LhotseSettings, sources
@@ -223,7 +224,7 @@ def changed(entry: dict, path: str, value: Any) -> dict:
         ("type", "MixedCut", "a cut of type 'MixedCut', only MonoCut is read"),
         ("type", None, "a cut of type None"),
         ("id", 3, "id is 3, expected str"),
-        ("id", " ", "must be printable"),
+        ("id", " ", "is empty"),
         ("recording", None, "a cut without its recording"),
         ("recording.sources.0.type", "command", "an audio source of type 'command'"),
         ("recording.sources.0.type", "url", "an audio source of type 'url'"),
@@ -241,13 +242,6 @@ def changed(entry: dict, path: str, value: Any) -> dict:
         ("supervisions.0.text", ["x"], r"supervisions\[0\]: text is \['x'\], expected str"),
         ("supervisions.0.start", "0", r"supervisions\[0\]: start is '0', expected seconds"),
         ("supervisions.0.channel", "0", r"supervisions\[0\]: channel is '0'"),
-        ("supervisions.0.alignment.word", 3, "expected a list of"),
-        ("supervisions.0.alignment.word.1", ["sells", 0.1, 0.1, 1], "sort the words"),
-        (
-            "supervisions.0.alignment.word.1",
-            ["sells", 2.3, 0.1, 1],
-            "alignments count from the start of the recording",
-        ),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_line(
@@ -257,6 +251,54 @@ def test_what_cannot_be_read_is_named_with_its_line(
     manifest = write(tmp_path / "c.jsonl", {**good, "id": "c0"}, changed(good, path, value))
     with pytest.raises(DataError, match=rf"c\.jsonl:2: .*{complaint}"):
         sources(LhotseSettings(cuts=manifest))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("supervisions.0.alignment.word", 3, "expected a list of"),
+        ("supervisions.0.alignment.word.1", ["sells", 0.1, 0.1, 1], "sort the words"),
+        (
+            "supervisions.0.alignment.word.1",
+            ["sells", 2.3, 0.1, 1],
+            "alignments count from the start of the recording",
+        ),
+    ],
+)
+@pytest.mark.parametrize("unit", ["cuts", "supervisions"])
+def test_an_alignment_that_cannot_be_used_costs_the_times_unless_it_alone_tells_the_text(
+    folder: Path, tmp_path: Path, path: str, value: Any, complaint: str, unit: Any
+) -> None:
+    good = cut(folder, "c1", 0.25, 1.7, supervision("a", 0.1, "she sells", 0.35))
+    bad = changed(good, path, value)
+    (source,) = sources(LhotseSettings(cuts=write(tmp_path / "c.jsonl", bad), unit=unit))
+    heard = source.load(FEATURES)
+    assert (heard.recording.text, heard.recording.words) == ("she sells", None)
+    assert heard.warnings[0].startswith("kept without word times: ") and complaint in heard.warnings[0]
+    beyond = {**bad, "duration": 0.6}  # the text of a part is known by the alignment alone
+    with pytest.raises(DataError, match=complaint):
+        sources(LhotseSettings(cuts=write(tmp_path / "c.jsonl", beyond)))
+
+
+@pytest.mark.parametrize("unit", ["cuts", "supervisions"])
+def test_a_line_that_cannot_be_read_costs_itself(folder: Path, tmp_path: Path, unit: Any) -> None:
+    good = [cut(folder, f"c{n}", 0.25, 1.7, supervision(f"a{n}", 0.1, "she sells", 0.35)) for n in range(4)]
+    wrong = changed(good[0], "supervisions.0.start", "0")
+    manifest = write(tmp_path / "c.jsonl", good[1], '{"id": "cut', wrong, good[2], good[3])
+    found = sources(LhotseSettings(cuts=manifest, unit=unit))
+    bad = [source.reason for source in found if isinstance(source, Unreadable)]
+    assert (
+        len(found) == 5 and "c.jsonl:2: not a JSON object" in bad[0] and "c.jsonl:3: supervisions[0]: start" in bad[1]
+    )
+    recordings = write(tmp_path / "r.jsonl", recording(folder), "{", recording(folder, 2))
+    supervisions = [supervision("z", 0.2, "she sells"), supervision("y", 0.0, "left", recording_id="lost")]
+    supervisions += [supervision("x", 0.0, "right", recording_id="two", channel=[0, 1])]
+    given_both = LhotseSettings(recordings=recordings, supervisions=write(tmp_path / "s.jsonl", *supervisions))
+    assert [isinstance(source, Unreadable) for source in sources(given_both)].count(True) == 1
+    # Of a supervision that cannot be read nobody knows whose text it belongs to.
+    write(tmp_path / "s.jsonl", *supervisions, "{")
+    with pytest.raises(DataError, match=r"s\.jsonl:4: not a JSON object"):
+        sources(given_both)
 
 
 def test_lhotse_mistakes_are_named(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fuzzed import damaged, damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.corpora.base import FeatureUtterance
+from data.corpora.base import FeatureUtterance, Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.long_context_asr import (
     LongContextAsrSettings,
@@ -227,13 +227,24 @@ def test_an_archive_that_expands_or_claims_more_than_it_holds_is_refused(tmp_pat
         ({"a": {"txt": "shows/a.json", "duration": 1}}, "'a': no 'audio'"),
         ({"a": {"audio": "shows/a.ogg", "duration": 1}}, "'a': no 'txt'.*--text none"),
         ({"a": {"audio": "shows/b.ogg", "txt": "x.json", "duration": 1}}, r"2 of 2 files .*shows/b\.spec\.pt.*x\.json"),
-        ({" a": {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1}}, "' a' must be printable"),
+        ({"\ta": {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1}}, r"'\\ta' has the control character"),
     ],
 )
 def test_a_bad_entry_is_named(tree: Path, pairs: object, complaint: str) -> None:
     (tree / "audio_txt_pairs.json").write_text(json.dumps(pairs))
     with pytest.raises(DataError, match=rf"audio_txt_pairs\.json.*{complaint}"):
         one(tree)
+
+
+@pytest.mark.parametrize("read", ["spectrogram", "audio"])
+def test_an_entry_that_cannot_be_read_costs_itself(tree: Path, read: str) -> None:
+    good = {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1.0}
+    pairs = {"a": good, "b\u3000c": good, "d\n": good, "e": {**good, "duration": "1"}, "f": good}
+    (tree / "audio_txt_pairs.json").write_text(json.dumps(pairs))
+    found = sources(LongContextAsrSettings(pairs=str(tree), read=read))  # type: ignore[arg-type]
+    bad = [source.reason for source in found if isinstance(source, Unreadable)]
+    assert [source.id for source in found if not isinstance(source, Unreadable)] == ["a", "b\u3000c", "f"]
+    assert "has the control character" in bad[0] and "'e': duration is '1'" in bad[1] and len(bad) == 2
 
 
 def test_bad_words_and_settings_are_named(tree: Path) -> None:

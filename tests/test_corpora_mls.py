@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.corpora import find_corpus
+from data.corpora.base import Unreadable
 from data.corpora.mls import MlsSettings, sources
 from data.errors import DataError
 from data.shards import open_dataset
@@ -209,6 +210,21 @@ def test_a_gated_dataset_is_told_with_what_to_do(tmp_path: Path) -> None:
     assert "gated" in failed.stderr and "hf auth login" in failed.stderr and "Traceback" not in failed.stderr
 
 
+def test_a_transcript_line_that_cannot_be_read_costs_itself(german: Path) -> None:
+    path = german / "train/transcripts.txt"
+    put(path, path.read_bytes() + b"no tab\n" + "100_8_000009\tgr\u00fcn\n".encode("latin-1"))
+    put(german / "train/audio/100/7/._100_7_000000.flac", b"")  # macOS left it: the suffix is .opus all the same
+    found = list(sources(MlsSettings(folder=str(german))))
+    bad = [source for source in found if isinstance(source, Unreadable)]
+    assert len(found) == 8 and [source.id[len(str(path)) :] for source in bad] == [":5 (train)", ":6 (train)"]
+    assert "expected SPEAKER_BOOK_NUMBER" in bad[0].reason and "not UTF-8" in bad[1].reason
+    assert found[0].load(FEATURES).recording.text == "das alte haus"
+    assert len(list(sources(MlsSettings(folder=str(german), splits=["9_hours", "1_hours"])))) == 2 + 2 + 2 * len(bad)
+    put(path, "no tab\n" * 9)
+    with pytest.raises(DataError, match=r"transcripts.txt:1: expected .* \(9 of 9 lines are unusable\)"):
+        sources(MlsSettings(folder=str(german)))
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_files_give_recordings_within_the_folder_or_one_error(german: Path, data: st.DataObject) -> None:
@@ -226,4 +242,7 @@ def test_fuzzed_files_give_recordings_within_the_folder_or_one_error(german: Pat
         assert str(german) in str(error)
         return
     for source in found:
-        assert source.path.parents[2] == german / "train/audio"  # type: ignore[attr-defined]
+        if isinstance(source, Unreadable):
+            assert source.reason.startswith(f"{german}/train/transcripts.txt:")
+        else:
+            assert source.path.parents[2] == german / "train/audio"  # type: ignore[attr-defined]

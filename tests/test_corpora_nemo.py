@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from fuzzed import damaged, damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.corpora.base import FileSource, SegmentSource
+from data.corpora.base import FileSource, SegmentSource, Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.folder import FolderSettings, sources
 from data.errors import DataError
@@ -84,16 +85,43 @@ def test_an_absolute_path_or_one_above_the_manifest_is_what_it_says(folder: Path
         ({"duration": 10**400}, "duration is 1000.*expected seconds"),
         ({"duration": float("nan")}, "duration is nan"),
         ({"offset": 0.1, "duration": 0}, "needs its duration too"),
-        ({"words": "sea shells"}, "words is 'sea shells'"),
-        ({"words": [["sea", 0.1]]}, r"words\[0\]: .* is not \[word, start, end\]"),
-        ({"words": [["sea", 0.1, 0.2], ["shells", 0.0, 0.1]]}, r"words\[1\]: .*sort the words"),
-        ({"words": [["sea", 0.1, 3.0]]}, r"words\[0\]: .*beyond the recording of 0\.80 s"),
-        ({"word_level_ctm_filepath": 7}, "expected the path of a CTM"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(folder: Path, more: dict, complaint: str) -> None:
     with pytest.raises(DataError, match=rf"m\.json:2: .*{complaint}"):
         listed(folder, entry(), entry(**more))
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"words": "sea shells"}, "words is 'sea shells'"),
+        ({"words": [["sea", 0.1]]}, r"words\[0\]: .* is not \[word, start, end\]"),
+        ({"words": [["sea", 0.1, 0.2], ["shells", 0.0, 0.1]]}, r"words\[1\]: .*sort the words"),
+        ({"words": [["sea", 0.1, 3.0]]}, r"words\[0\]: .*beyond the recording of 0\.80 s"),
+        ({"word_level_ctm_filepath": 7}, "expected the path of a CTM"),
+        ({"word_level_ctm_filepath": "lost.ctm"}, "lost.ctm: cannot be read"),
+    ],
+)
+def test_word_times_that_cannot_be_read_cost_themselves(folder: Path, more: dict, complaint: str) -> None:
+    (source,) = listed(folder, entry(**more))
+    heard = source.load(FeatureSettings())
+    assert (heard.recording.text, heard.recording.words) == ("sea shells", None)
+    assert re.search(f"kept without word times: .*{complaint}", heard.warnings[0])
+
+
+def test_a_line_that_cannot_be_read_costs_itself_and_is_told_with_its_place(folder: Path) -> None:
+    lines = [json.dumps(entry(offset=n / 10, duration=0.1)) for n in range(3)]
+    lines[1:1] = ['{"audio_filepath": "audio/one', json.dumps({"text": "x"})]
+    (folder / "m.json").write_text("".join(f"{line}\n" for line in lines))
+    found = sources(FolderSettings(manifest=str(folder / "m.json")))
+    bad = [source for source in found if isinstance(source, Unreadable)]
+    assert len(found) == 5 and [source.id for source in bad] == [f"{folder}/m.json:{n}" for n in (2, 3)]
+    assert "m.json:2: not a JSON object" in bad[0].reason and "no 'audio_filepath'" in bad[1].reason
+    lines.append(json.dumps({"audio_filepath": "audio/one.wav"}))
+    (folder / "m.json").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(DataError, match="m.json:6: no 'text': add it"):  # required: an error of the whole
+        sources(FolderSettings(manifest=str(folder / "m.json")))
 
 
 @pytest.mark.parametrize("name", ["tarred__OP_0..127_CL_.json", "manifest_{0..7}.json"])
@@ -118,8 +146,11 @@ def test_word_times_beside_the_files_of_a_folder_are_read(folder: Path, tmp_path
     a, b, c = (source.recording for source in sources(FolderSettings(folder=str(tmp_path))))  # type: ignore[attr-defined]
     assert a.words == b.words == WORDS and c.words is None
     (tmp_path / "c.TextGrid").write_text("no")
-    with pytest.raises(DataError, match=r"c\.TextGrid"):
-        sources(FolderSettings(folder=str(tmp_path)))
+    (tmp_path / "a.TextGrid").write_text("no")  # and a.ctm: which of the two?
+    a, b, c = (source.load(FeatureSettings()) for source in sources(FolderSettings(folder=str(tmp_path))))
+    assert [one.recording.text for one in (a, b, c)] == ["sea shells"] * 3
+    assert a.recording.words is c.recording.words is None and b.recording.words == WORDS and b.warnings == ()
+    assert "c.TextGrid" in c.warnings[0] and "keep one of them" in a.warnings[0]
 
 
 @FUZZ

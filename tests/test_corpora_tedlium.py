@@ -10,10 +10,12 @@ from fuzzed import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.corpora.base import Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.tedlium import TedliumSettings, sources
 from data.errors import DataError
 from data.features import FeatureSettings
+from data.names import name_fault
 from data.splits import published_split
 from data.word_times.stm import plain_text, read_stm
 
@@ -176,7 +178,42 @@ def test_stm_lines_are_sorted_and_comments_and_labels_known(tmp_path: Path) -> N
     assert (gap.start, gap.ignored, gap.text) == (6.0, True, "")
     assert (first.start, first.ignored, first.label) == (2.0, True, "o,,x")
     assert (second.start, second.ignored, second.label, second.text) == (7.0, False, "o,f0,male", "")
-    assert (third.recording, third.channel, third.label, third.text) == ("b", "A", "", "<unk> word")
+    assert (third.recording, third.channel, third.label, third.text) == ("b", "A", "unk", "word")
+
+
+@pytest.mark.parametrize("marker", ["ignore_time_segment_in_scoring", "IGNORE_TIME_SEGMENT_IN_SCORING"])
+@pytest.mark.parametrize("label", ["", "<> ", "<>\t", "<NA> ", "<o,f0,male> ", "<o,,> ", "<o, f0, x> ", "< > ", "<X>"])
+def test_any_field_in_angle_brackets_is_a_label_and_the_marker_ignores_with_and_without(
+    tmp_path: Path, label: str, marker: str
+) -> None:
+    path = tmp_path / "a.stm"
+    path.write_text(f"a 1 s 0 1 {label}{marker} \r\na\t1\ts\t1\t2\t{label}two words\na 1 s 2 3 {label}<unk> x\n")
+    ignored, said, event = read_stm(path)
+    assert ignored.ignored and not said.ignored and said.text == "two words"
+    assert ignored.label == said.label == label.strip(" \t<>")
+    assert plain_text(event.text) == "x"
+
+
+@pytest.mark.parametrize("text", ["<5 or so and >6", "a <> b", "a ignore_time_segment_in_scoring", "> x", "<"])
+def test_text_with_angle_brackets_is_no_label(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.stm"
+    path.write_text(f"a 1 s 0 1 {text}\n")
+    (segment,) = read_stm(path)
+    assert (segment.label, segment.text, segment.ignored) == ("", text, False)
+
+
+def test_a_training_talk_whose_stm_cannot_be_read_costs_itself(release: Path, sphere: Path) -> None:
+    for talk in ("One_2001", "Two_2002"):
+        add_talk(release, "train", talk, sphere, "")
+    add_talk(release, "train", "Three_2003", sphere)
+    (release / "train/stm/Two_2002.stm").write_text("a 1 s 0 1 fine\n".replace("a", "Two_2002"))
+    (release / "train/stm/._Two_2002.stm").write_bytes(b"\x00\x05\x16\x07")
+    found = sources(TedliumSettings(folder=str(release)))
+    bad = [source for source in found if isinstance(source, Unreadable)]
+    assert len(found) == 23 and [source.id for source in bad] == ["One_2001"] and "no segment" in bad[0].reason
+    (release / "test/stm" / f"{TEST[0]}.stm").write_text("")  # an evaluation of the others is another one
+    with pytest.raises(DataError, match="holds no segment"):
+        sources(TedliumSettings(folder=str(release)))
 
 
 @pytest.mark.parametrize(
@@ -210,4 +247,4 @@ def test_a_damaged_stm_gives_segments_or_one_error_with_its_place(data: st.DataO
     assert segments == sorted(segments, key=lambda s: (s.recording, s.start, s.end))
     for segment in segments:
         assert 0 <= segment.start <= segment.end < float("inf")
-        assert plain_text(segment.text).isprintable()
+        assert name_fault(f"x{plain_text(segment.text)}") is None

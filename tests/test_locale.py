@@ -122,7 +122,7 @@ def test_data_are_prepared_and_shown_in_utf8(tmp_path: Path, locale: dict[str, s
 
 PRINTS = """
 import sys, time
-from {library}.console import set_up_console
+from common.console import set_up_console
 if __name__ == "__main__":
     set_up_console(may_vanish={may_vanish})
     print("{text}\\udce9 \u00e9", flush=True)
@@ -134,12 +134,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("library", ["bestrq", "data"])
 @pytest.mark.parametrize("may_vanish", [True, False])
-def test_a_console_that_has_gone_ends_what_it_must_alone(library: str, may_vanish: bool, tmp_path: Path) -> None:
+def test_a_console_that_has_gone_ends_what_it_must_alone(may_vanish: bool, tmp_path: Path) -> None:
     """A run goes on behind a closed pipe; a program whose output is its result does not."""
     script, mark = tmp_path / "script.py", tmp_path / "done"
-    script.write_text(PRINTS.format(library=library, may_vanish=may_vanish, text="A"), encoding="utf-8")
+    script.write_text(PRINTS.format(may_vanish=may_vanish, text="A"), encoding="utf-8")
     environment = os.environ | ASCII | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, str(script), str(mark)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment

@@ -251,6 +251,33 @@ def test_a_continued_part_lists_all_that_it_skipped_and_leaves_finished_work_alo
     assert not list(out.glob("skipped-*"))
 
 
+def test_warnings_are_counted_and_listed_and_are_the_same_in_parts_and_after_a_stop(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 4, 5, 11):
+        (audio / f"{number:02}.TextGrid").write_text("none")
+    assert run(audio, tmp_path / "whole") == 0
+    whole = (tmp_path / "whole/warnings.jsonl").read_bytes()
+    warnings = [json.loads(line) for line in whole.splitlines()]
+    assert [warning["id"] for warning in warnings] == ["01", "04", "05", "11"]
+    assert all(warning["reason"].startswith("kept without word times: ") for warning in warnings)
+    assert "prepare: 4 warnings, listed in" in capsys.readouterr().out
+    assert len(open_dataset(tmp_path / "whole")) == 12 and not (tmp_path / "whole/skipped.jsonl").exists()
+    for part in range(3):
+        assert run(audio, tmp_path / "parts", f"--part={part}/3") == 0
+    assert (tmp_path / "parts/warnings.jsonl").read_bytes() == whole and not list(
+        (tmp_path / "parts").glob("warnings-*")
+    )
+    (audio / "07.wav").rename(tmp_path / "07.wav")
+    (audio / "07.wav").write_bytes(b"")
+    assert run(audio, tmp_path / "out", "--max_skipped_share=0", "--shard_minutes=1e-9") == 2
+    with open(tmp_path / "out/warnings.jsonl", "ab") as file:  # as a kill leaves it
+        file.write(b'{"id": "09", "reason": "of a recording that is in no shard"}\n{"id": "01", "rea')
+    (tmp_path / "07.wav").replace(audio / "07.wav")
+    assert run(audio, tmp_path / "out") == 0 and "continuing: 7 of 12" in capsys.readouterr().out
+    assert (tmp_path / "out/warnings.jsonl").read_bytes() == whole
+
+
 def test_a_merge_killed_among_the_lists_of_skipped_recordings_is_completed(audio: Path, tmp_path: Path) -> None:
     """Behind dataset.json, before the one list is there; and when it is there, and a part's list is not removed yet."""
     for number in (1, 7):
@@ -459,7 +486,7 @@ def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path
     assert not (tmp_path / "x").exists()
 
 
-def test_a_recording_with_unsorted_word_times_is_skipped_by_name() -> None:
+def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_told_by_name() -> None:
     class Unsorted:
         id = "unsorted"
 
@@ -467,8 +494,9 @@ def test_a_recording_with_unsorted_word_times_is_skipped_by_name() -> None:
             words = [("b", 0.5, 0.6), ("a", 0.1, 0.2)]
             return Utterance(Recording(self.id, "b a", words), np.zeros(features.sample_rate, np.float32))
 
-    skipped = extract(Unsorted(), FeatureSettings())
-    assert isinstance(skipped, Skipped) and "'unsorted', word 1 'a'" in skipped.reason
+    kept = extract(Unsorted(), FeatureSettings())
+    assert isinstance(kept, Extracted) and (kept.recording.text, kept.recording.words) == ("b a", None)
+    assert "kept without word times: recording 'unsorted', word 1 'a'" in kept.warnings[0]
 
 
 def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

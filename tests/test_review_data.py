@@ -22,7 +22,7 @@ from data.loader import LoaderSettings, RowLoader
 from data.mixture import DatasetGroup, MixedCrops, groups
 from data.order import CropOrder
 from data.shards import Dataset, DatasetWriter, open_dataset
-from data.skipped import Skipped, merge_skipped, skipped_path, write_skipped
+from data.skipped import Skipped, list_path, merge_lists, write_list
 from data.supervised import FixedCrops, supervised_crops
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise
@@ -114,8 +114,8 @@ def test_lists_of_skipped_recordings_may_be_merged_by_two_parts_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in (0, 1):
-        write_skipped(skipped_path(tmp_path, part, 2), [Skipped(f"r{part}", "bad")])
-    replace_file, others = skipped_module.replace_file, [merge_skipped]
+        write_list(list_path(tmp_path, "skipped", part, 2), [Skipped(f"r{part}", "bad")])
+    replace_file, others = skipped_module.replace_file, [merge_lists]
 
     def replace_late(path: Path):  # type: ignore[no-untyped-def]
         if others:
@@ -123,7 +123,7 @@ def test_lists_of_skipped_recordings_may_be_merged_by_two_parts_at_once(
         return replace_file(path)
 
     monkeypatch.setattr(skipped_module, "replace_file", replace_late)
-    merge_skipped(tmp_path)
+    merge_lists(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
 

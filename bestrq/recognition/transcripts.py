@@ -5,6 +5,7 @@ or have no length, as those of a transducer may: there, and in subtitles, `disjo
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,9 +49,10 @@ def json_text(transcript: TimedTranscript) -> str:
 def ctm_text(transcript: TimedTranscript) -> str:
     """NIST's time-marked words: file, channel, start, duration, word, and confidence where it is known.
 
-    Fields are separated by spaces, so white space in the recording's name becomes "_". Source: SCTK, doc/infmts.htm.
+    Fields are separated by spaces and tabs, so these become "_" in the recording's name; other spaces, such as U+3000,
+    separate nothing and stay. Source: SCTK, doc/infmts.htm.
     """
-    name = "_".join(transcript.id.split())
+    name = re.sub(r"[ \t\n\r\f\v]+", "_", transcript.id)
     lines = []
     for one in transcript.words:
         start, end = round(1000 * one.start), round(1000 * one.end)

@@ -40,7 +40,11 @@ def processor_name() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
+        models = [
+            line
+            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (", bf16" if _cpu_has_bfloat16() else "")
 

@@ -33,6 +33,8 @@ class Utterance:
     recording: Recording
     sound: Tensor | Iterator[Tensor]
     """float32 [samples]: all of them, or blocks of them in order, so that hours need not be held."""
+    warnings: tuple[str, ...] = ()
+    """What the recording is used without, and why; counted and listed by a preparation."""
 
     @functools.cached_property
     def waveform(self) -> Tensor:
@@ -40,10 +42,10 @@ class Utterance:
         return torch.as_tensor(self.sound) if hasattr(self.sound, "shape") else torch.cat(list(self.sound))
 
     @classmethod
-    def read(cls, recording: Recording, blocks: Iterator[Tensor]) -> Utterance:
+    def read(cls, recording: Recording, blocks: Iterator[Tensor], warnings: tuple[str, ...] = ()) -> Utterance:
         """From a decoder's blocks. What is wrong with the beginning of the sound, or a short one, is raised here."""
         first = list(islice(blocks, 2))
-        return cls(recording, first[0] if len(first) == 1 else chain(first, blocks))
+        return cls(recording, first[0] if len(first) == 1 else chain(first, blocks), warnings)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class FeatureUtterance:
     recording: Recording
     log_mel: Tensor
     """float16 [frames, M]"""
+    warnings: tuple[str, ...] = ()
+    """As of an Utterance."""
 
 
 class Source(Protocol):
@@ -70,18 +74,49 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """In the place of a source: a row of a table, or a file, that tells of no recording. It is skipped and counted.
+
+    One of a few rows costs itself; a list of them is checked by `mostly_readable`.
+    """
+
+    id: str
+    """The recording's where it is known, else the place, such as FILE:LINE."""
+    reason: str
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        """Raises DataError with the reason."""
+        raise DataError(self.reason)
+
+
+class MissingText(DataError):
+    """A recording has no transcript where `text` is required: an error of the whole, not of one row."""
+
+
+def mostly_readable(listed: Sequence[object]) -> None:
+    """Raise DataError, with the first reason, where half or more of a table's rows are Unreadable."""
+    bad = [row for row in listed if isinstance(row, Unreadable)]
+    if bad and 2 * len(bad) >= len(listed):
+        raise DataError(
+            bad[0].reason if len(listed) == 1 else f"{bad[0].reason} ({len(bad)} of {len(listed)} rows are unusable)"
+        )
+
+
+@dataclass(frozen=True)
 class FileSource:
     """A recording that is a whole audio file, with what is known of it."""
 
     recording: Recording
     path: Path
+    warnings: tuple[str, ...] = ()
+    """As of an Utterance: what a look at the files beside the audio has told."""
 
     @property
     def id(self) -> str:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        return Utterance.read(self.recording, audio_blocks(self.path, features))
+        return Utterance.read(self.recording, audio_blocks(self.path, features), self.warnings)
 
 
 @dataclass(frozen=True)
@@ -92,6 +127,7 @@ class SegmentSource:
     path: Path
     start: float
     duration: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -99,7 +135,8 @@ class SegmentSource:
 
     def load(self, features: FeatureSettings) -> Utterance:
         """Read the stretch alone, as a file is read. Raises DataError when the file cannot give it."""
-        return Utterance.read(self.recording, audio_blocks(self.path, features, None, self.start, self.duration))
+        sound = audio_blocks(self.path, features, None, self.start, self.duration)
+        return Utterance.read(self.recording, sound, self.warnings)
 
 
 @dataclass(frozen=True)

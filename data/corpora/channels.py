@@ -22,6 +22,7 @@ class ChannelSource:
     """Seconds."""
     duration: float | None = None
     """Seconds; None: to the end."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -30,4 +31,4 @@ class ChannelSource:
     def load(self, features: FeatureSettings) -> Utterance:
         """Read the channel, some seconds at a time. Raises DataError where the file cannot give it."""
         sound = audio_blocks(self.path, features, None, self.start, self.duration, self.channel)
-        return Utterance.read(self.recording, sound)
+        return Utterance.read(self.recording, sound, self.warnings)

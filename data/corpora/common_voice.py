@@ -1,20 +1,22 @@
 """Mozilla Common Voice: LANG/clips/*.mp3, and tables of tab-separated values, one a split.
 
-The tables are not CSV: a quotation mark in a sentence is part of the sentence, and nothing is escaped.
+Most tables are not CSV: a quotation mark in a sentence is part of the sentence, and nothing is escaped. Some rows are
+(`tables.py` tells them apart). A row that cannot be read is left out and counted.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.corpora.base import FileSource, Source, check_choice
-from data.corpora.text_files import existing_folder, listed_names, numbered_lines, summary
+from data.corpora.base import FileSource, Source, Unreadable, check_choice, mostly_readable
+from data.corpora.tables import table_rows
+from data.corpora.text_files import existing_folder, listed_names, summary
 from data.errors import DataError
 from data.index import Recording
+from data.names import name_fault
 
 # Tables of clips. validated and other are for training, without whatever dev and test hold.
 TABLES = {"train": "train", "dev": "dev", "test": "test", "validated": "train", "other": "train"}
@@ -67,7 +69,10 @@ class Clip:
 
 
 def sources(settings: CommonVoiceSettings) -> list[Source]:
-    """The clips of the tables, sorted by id, the clip's name. Raises DataError naming file and line."""
+    """The clips of the tables, sorted by id, the clip's name; and the rows that cannot be read.
+
+    Raises DataError naming file and line, also where that is half of a table or more.
+    """
     listed: dict[str, Source] = {}
     for folder in _language_folders(settings):
         for source in _language(folder, settings):
@@ -77,49 +82,58 @@ def sources(settings: CommonVoiceSettings) -> list[Source]:
     return sorted(listed.values(), key=lambda source: source.id)
 
 
-def read_clips(path: Path) -> Iterator[Clip]:
-    """The rows of a table. Raises DataError naming file and line: wrong columns, rows cut short, repeated clips."""
+def read_clips(path: Path) -> list[Clip | Unreadable]:
+    """The rows of a table. A row that cannot be read (cut short, no clip's name, one that stands twice) is Unreadable.
+
+    Raises DataError naming file and line: wrong columns, or half of the rows or more cannot be read.
+    """
+    listed: list[Clip | Unreadable] = []
     seen: set[str] = set()
-    for where, row in _rows(path, _COLUMNS):
-        name = row["path"] if "." in row["path"] else row["path"] + ".mp3"  # early releases leave it out
-        if not _CLIP.fullmatch(name) or name.startswith("."):
-            raise DataError(f"{where}: path is {name[:80]!r}, expected the name of a file in clips/")
-        if name in seen:
-            raise DataError(f"{where}: the clip {name} stands twice in this table")
-        seen.add(name)
-        if not row["client_id"].isprintable() or not row["client_id"]:
-            raise DataError(f"{where}: client_id is {row['client_id'][:80]!r}, expected a speaker's id")
-        votes = [_count(row, column, where) for column in ("up_votes", "down_votes")]
-        sentence = " ".join(row["sentence"].split())
-        yield Clip(where, name, sentence, row["client_id"], row.get("locale", ""), *votes)
+    for where, row in table_rows(path, _COLUMNS):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            clip = _clip(row, where)
+            if clip.name in seen:
+                raise DataError(f"{where}: the clip {clip.name} stands twice in this table")
+            seen.add(clip.name)
+            listed.append(clip)
+        except DataError as error:
+            listed.append(Unreadable(where, str(error)))
+    mostly_readable(listed)
+    return listed
+
+
+def _clip(row: dict[str, str], where: str) -> Clip:
+    """A row as a clip. Raises DataError naming the place."""
+    name = row["path"] if "." in row["path"] else row["path"] + ".mp3"  # early releases leave it out
+    if not _CLIP.fullmatch(name) or name.startswith("."):
+        raise DataError(f"{where}: path is {name[:80]!r}, expected the name of a file in clips/")
+    if fault := name_fault(row["client_id"]):
+        raise DataError(f"{where}: client_id {row['client_id'][:80]!r} {fault}, expected a speaker's id")
+    votes = [_count(row, column, where) for column in ("up_votes", "down_votes")]
+    sentence = " ".join(row["sentence"].split())
+    return Clip(where, name, sentence, row["client_id"], row.get("locale", ""), *votes)
 
 
 def read_durations(path: Path) -> dict[str, float]:
-    """Seconds of every clip, by `clip_durations.tsv` (milliseconds)."""
+    """Seconds of every clip, by `clip_durations.tsv` (milliseconds), but those of rows that cannot be read.
+
+    Raises DataError naming file and line: wrong columns, or half of the rows or more cannot be read.
+    """
     found = {}
-    for where, row in _rows(path, ("clip", "duration[ms]")):
-        if not row["duration[ms]"].isascii() or not row["duration[ms]"].isdigit() or len(row["duration[ms]"]) > 12:
-            raise DataError(f"{where}: duration[ms] is {row['duration[ms]'][:80]!r}, expected milliseconds")
-        found[row["clip"]] = int(row["duration[ms]"]) / 1000
-    return found
-
-
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """('FILE:LINE', values by column) of a table that has at least the needed columns."""
-    header: list[str] | None = None
-    for where, line in numbered_lines(path):
-        values = line.split("\t")
-        if header is None:
-            header = values
-            missing = [column for column in needed if column not in header]
-            if missing or len(set(header)) < len(header):
-                raise DataError(f"{where}: expected the columns {', '.join(needed)}, found {', '.join(header)[:300]}")
-        elif len(values) != len(header):
-            raise DataError(f"{where}: {len(values)} values where the header has {len(header)}: {line[:80]!r}")
+    listed: list[object] = []
+    for where, row in table_rows(path, ("clip", "duration[ms]")):
+        value = "" if isinstance(row, DataError) else row["duration[ms]"]
+        if isinstance(row, DataError):
+            listed.append(Unreadable(where, str(row)))
+        elif not value.isascii() or not value.isdigit() or len(value) > 12:
+            listed.append(Unreadable(where, f"{where}: duration[ms] is {value[:80]!r}, expected milliseconds"))
         else:
-            yield where, dict(zip(header, values, strict=True))
-    if header is None:
-        raise DataError(f"{path}: is empty; unpack the archive again")
+            listed.append(row)
+            found[row["clip"]] = int(value) / 1000
+    mostly_readable(listed)
+    return found
 
 
 def _count(row: dict[str, str], column: str, where: str) -> int:
@@ -144,23 +158,28 @@ def _language_folders(settings: CommonVoiceSettings) -> list[Path]:
     return [given / name for name in dict.fromkeys(settings.languages or there)]
 
 
-def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource]:
+def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource | Unreadable]:
     files = listed_names(folder / "clips")
     timed = settings.min_seconds > 0 or settings.max_seconds < math.inf
     seconds = read_durations(folder / "clip_durations.tsv") if timed else {}
     tables = [name for name in TABLES if name in settings.splits]  # published splits come before validated and other
     held_out = _held_out(folder) if {"validated", "other"} & set(tables) else (set(), set())
-    chosen: dict[str, FileSource] = {}
+    chosen: dict[str, FileSource | Unreadable] = {}
     missing: list[str] = []
     for table in tables:
         for clip in read_clips(folder / f"{table}.tsv"):
+            if isinstance(clip, Unreadable):
+                chosen[clip.id] = clip
+                continue
             extra = table not in ("train", "dev", "test")
             if extra and (clip.name in chosen or clip.speaker in held_out[0] or clip.sentence in held_out[1]):
                 continue
             if clip.name in chosen:
                 raise DataError(f"{clip.where}: the clip {clip.name} is in another split's table too")
             if timed and clip.name not in seconds:
-                raise DataError(f"{clip.where}: clip_durations.tsv has no {clip.name}; do not limit the seconds")
+                reason = f"{clip.where}: clip_durations.tsv has no {clip.name}, and the seconds are limited"
+                chosen[clip.name] = Unreadable(Path(clip.name).stem, reason)
+                continue
             if not _wanted(clip, seconds.get(clip.name), settings):
                 continue
             if clip.name not in files:
@@ -173,7 +192,8 @@ def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource]:
 
 def _held_out(folder: Path) -> tuple[set[str], set[str]]:
     """Speakers and sentences of dev and test."""
-    clips = [clip for table in ("dev", "test") for clip in read_clips(folder / f"{table}.tsv")]
+    listed = [clip for table in ("dev", "test") for clip in read_clips(folder / f"{table}.tsv")]
+    clips = [clip for clip in listed if isinstance(clip, Clip)]
     return {clip.speaker for clip in clips}, {clip.sentence for clip in clips}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from data.corpora.base import FileSource, check_choice, hash_share
 from data.corpora.debian_packages import package_folders
 from data.errors import DataError
+from data.folders import is_clutter
 from data.index import Recording
 
 PARTS = {
@@ -179,4 +180,5 @@ def _description(path: Path, language: str) -> str | None:
 
 
 def _files(folders: list[Path], pattern: str) -> list[Path]:
-    return sorted({path for folder in folders for path in folder.glob(pattern) if path.is_file()})
+    found = {path for folder in folders for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not is_clutter(path.name))

@@ -10,19 +10,20 @@ Two corpora, whose error rates do not compare: `earnings22`, the 6 + 6 calls of 
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data.corpora.base import FileSource, check_choice
+from data.corpora.base import FileSource, Unreadable, check_choice, mostly_readable
 from data.corpora.json_lines import is_file, text_field
 from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, written_or_spoken
-from data.corpora.text_files import existing_folder, numbered_lines, summary
+from data.corpora.tables import table_rows
+from data.corpora.text_files import existing_folder, summary
 from data.errors import DataError
 from data.index import Recording
+from data.skipped import NO_WORD_TIMES
 from data.splits import published_split
 from data.word_times.base import read_json
 
@@ -74,31 +75,44 @@ def sources(settings: Earnings22Settings) -> list[FileSource]:
     splits = {id: split for split in dict.fromkeys(settings.splits) for id in lists[split]}
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
         return _paper_layout(folder, splits, settings)
-    return _published_layout(folder, splits, _metadata(folder), settings)
+    # All that the table tells of these calls is the speaker: they are read without it too.
+    try:
+        metadata, unreadable = _metadata(folder)
+        reason = unreadable[0].reason if unreadable else f"{folder / 'metadata.csv'}: no row for the call"
+    except DataError as error:
+        metadata, reason = {}, str(error)
+    return _published_layout(folder, splits, metadata, settings, f"kept without its speaker: {reason}")
 
 
-def sources_full(settings: Earnings22FullSettings) -> list[FileSource]:
-    """All calls that metadata.csv lists, sorted by id, as the split test. Raises DataError as `sources` does."""
+def sources_full(settings: Earnings22FullSettings) -> list[FileSource | Unreadable]:
+    """All calls that metadata.csv lists, sorted by id, as the split test, then its rows that cannot be read.
+
+    Raises DataError as `sources` does, and where half of the table or more cannot be read.
+    """
     folder = existing_folder("folder", settings.folder)
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
         raise DataError(
             f"folder {folder} has the long-context paper's layout, with the calls of its dev and test lists alone: the "
             "full set needs the published repository; or prepare the corpus earnings22"
         )
-    metadata = _metadata(folder)
-    return _published_layout(folder, dict.fromkeys(metadata, "test"), metadata, settings)
+    metadata, unreadable = _metadata(folder)
+    return [*_published_layout(folder, dict.fromkeys(metadata, "test"), metadata, settings), *unreadable]
 
 
 def _published_layout(
-    folder: Path, splits: Mapping[str, str], metadata: Mapping[str, Mapping[str, str]], settings: Earnings22FullSettings
+    folder: Path,
+    splits: Mapping[str, str],
+    metadata: Mapping[str, Mapping[str, str]],
+    settings: Earnings22FullSettings,
+    without_row: str = "",
 ) -> list[FileSource]:
+    """The calls of `splits`; one that has no row in the table gets the warning `without_row`."""
     media = {id: folder / "media" / f"{id}.mp3" for id in sorted(splits)}
     _check_media(media, folder)
     listed = []
     for id, path in media.items():
-        row = metadata.get(id)
-        if row is None:
-            raise DataError(f"{folder / 'metadata.csv'}: no row for the call {id}")
+        row = {} if settings.speaker == "none" else metadata.get(id)
+        warnings = [without_row] if row is None else []
         transcripts = folder / "transcripts"
         aligned = transcripts / "force_aligned_nlp_references" / f"{id}.aligned.nlp"
         spoken = None
@@ -106,15 +120,21 @@ def _published_layout(
             spoken = read_normalizations(transcripts / "normalizations" / f"{id}.norm.json")
         tokens = read_nlp(transcripts / "nlp_references" / f"{id}.nlp")
         units = list(written_or_spoken(tokens, spoken, settings.punctuation))
+        words = None
+        if aligned.parent.is_dir():
+            try:
+                words = timed_words(units, read_nlp(aligned), str(aligned))
+            except DataError as error:
+                warnings.append(f"{NO_WORD_TIMES}: {error}")
         recording = Recording(
             id=id,
             text=" ".join(word for _, words in units for word in words),
-            words=timed_words(units, read_nlp(aligned), str(aligned)) if is_file(aligned) else None,
+            words=words,
             language="en",
-            speaker="" if settings.speaker == "none" else row[_COLUMNS[settings.speaker]].strip(),
+            speaker=row[_COLUMNS[settings.speaker]].strip() if row else "",
             split=splits[id],
         )
-        listed.append(FileSource(recording, path))
+        listed.append(FileSource(recording, path, tuple(warnings)))
     return listed
 
 
@@ -151,26 +171,20 @@ def _check_media(media: Mapping[str, Path], folder: Path) -> None:
                 raise DataError(f"{path}: a pointer of git-lfs and not the audio: run `git lfs pull` in the repository")
 
 
-def _metadata(folder: Path) -> dict[str, dict[str, str]]:
-    """The rows of metadata.csv by call. Raises DataError naming the file and the line."""
-    path = folder / "metadata.csv"
+def _metadata(folder: Path) -> tuple[dict[str, dict[str, str]], list[Unreadable]]:
+    """(The rows of metadata.csv by call, those that cannot be read).
+
+    Raises DataError naming the file and the line: other columns, or half of the rows or more cannot be read.
+    """
     rows: dict[str, dict[str, str]] = {}
-    header: list[str] = []
-    for where, line in numbered_lines(path):
-        try:
-            fields = next(csv.reader([line], strict=True))
-        except csv.Error as error:
-            raise DataError(f"{where}: not CSV ({error}): {line[:80]!r}") from error
-        if not header:
-            header = fields
-            missing = [name for name in ("File ID", *_COLUMNS.values()) if name not in header]
-            if missing:
-                raise DataError(f"{where}: no column {missing[0]!r}; is {folder} the folder earnings22?")
-            continue
-        if len(fields) != len(header):
-            raise DataError(f"{where}: {len(fields)} fields, the first line has {len(header)}: {line[:80]!r}")
-        row = dict(zip(header, fields, strict=True))
-        if not _ID.fullmatch(row["File ID"]) or row["File ID"] in rows:
-            raise DataError(f"{where}: File ID is {row['File ID'][:60]!r}, expected a name that is in no other line")
-        rows[row["File ID"]] = row
-    return rows
+    unreadable = []
+    for where, row in table_rows(folder / "metadata.csv", ("File ID", *_COLUMNS.values()), ","):
+        if isinstance(row, DataError):
+            unreadable.append(Unreadable(where, str(row)))
+        elif not _ID.fullmatch(row["File ID"]) or row["File ID"] in rows:
+            reason = f"{where}: File ID is {row['File ID'][:60]!r}, expected a name that is in no other line"
+            unreadable.append(Unreadable(where, reason))
+        else:
+            rows[row["File ID"]] = row
+    mostly_readable([*unreadable, *rows])
+    return rows, unreadable

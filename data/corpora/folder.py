@@ -1,6 +1,7 @@
 """Audio files with transcripts beside them, or a JSON-lines manifest as NeMo's (`manifest.py`).
 
-A folder: every audio file below it, `X.txt` beside `X.flac`, and word times in `X.words.json`, `X.TextGrid` or `X.ctm`.
+A folder: every audio file below it (`files_below`), `X.txt` beside `X.flac`, and word times in `X.words.json`,
+`X.TextGrid` or `X.ctm`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.corpora.base import FileSource, Source, hash_share
+from data.corpora.base import FileSource, Source, Unreadable, hash_share, mostly_readable
 from data.corpora.manifest import SPLIT_NAMES, manifest_sources
 from data.corpora.text_files import summary
 from data.errors import DataError
+from data.folders import files_below
 from data.index import Recording
+from data.names import escaped
+from data.skipped import NO_WORD_TIMES
 from data.word_times import SUFFIXES as WORD_TIMES
 from data.word_times import find_word_times
 
@@ -58,7 +62,10 @@ class FolderSettings:
 
 
 def sources(settings: FolderSettings) -> list[Source]:
-    """All recordings, sorted by id. Raises DataError, naming files, for whatever a look at the names can tell."""
+    """All recordings, and what cannot be one, sorted by id.
+
+    Raises DataError, naming files, for whatever a look at the names can tell of the whole.
+    """
     if settings.folder:
         return _from_folder(settings)
     given = {"train": settings.manifest, "dev": settings.dev_manifest, "test": settings.test_manifest}
@@ -75,9 +82,22 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
     folder = Path(settings.folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"folder is {settings.folder!r}: there is no such folder")
-    everything = sorted(folder.rglob("*"))
-    paths = [path for path in everything if path.suffix.lower() in SUFFIXES and path.is_file()]
+    found = files_below(folder)
+    everything = found.files
+    ids = {
+        path: path.relative_to(folder).with_suffix("").as_posix()
+        for path in everything
+        if path.suffix.lower() in SUFFIXES
+    }
     timed = {p.with_name(p.name.removesuffix(end)) for p in everything for end in WORD_TIMES if p.name.endswith(end)}
+    unread: list[Source] = [_unread(folder, path, reason) for path, reason in found.unread.items()]
+    paths = []
+    for path, id in ids.items():
+        try:
+            Recording(id)
+            paths.append(path)
+        except DataError as error:
+            unread.append(_unread(folder, path, str(error)))
     if not paths:
         raise DataError(f"folder {folder} holds no audio file ({', '.join(SUFFIXES)}), nor do the folders below it")
     missing = [] if settings.text != "required" else [p for p in paths if not p.with_suffix(".txt").is_file()]
@@ -96,13 +116,30 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
         )
     listed: list[Source] = []
     for path in paths:
-        id = path.relative_to(folder).with_suffix("").as_posix()
-        text = None if settings.text == "none" else _transcript(path.with_suffix(".txt"))
+        id = ids[path]
+        text, words, warnings = None, None, []
+        if settings.text != "none":
+            try:
+                text = _transcript(path.with_suffix(".txt"))
+            except DataError as error:
+                if settings.text == "required":
+                    listed.append(Unreadable(id, str(error)))
+                    continue
+                warnings.append(f"kept without its transcript: {error}")
+            try:
+                words = find_word_times(path) if path.with_suffix("") in timed else None
+            except DataError as error:
+                warnings.append(f"{NO_WORD_TIMES}: {error}")
         split = by_name[path] if use_names else _hash_split(text or id, settings)
         assert split is not None
-        words = find_word_times(path) if path.with_suffix("") in timed and settings.text != "none" else None
-        listed.append(FileSource(Recording(id, text, words, language=settings.language, split=split), path))
-    return sorted(listed, key=lambda source: source.id)
+        recording = Recording(id, text, words, language=settings.language, split=split)
+        listed.append(FileSource(recording, path, tuple(warnings)))
+    mostly_readable(listed)
+    return sorted([*listed, *unread], key=lambda source: source.id)
+
+
+def _unread(folder: Path, path: Path, reason: str) -> Unreadable:
+    return Unreadable(escaped(path.relative_to(folder).as_posix()), f"{escaped(str(path))}: {reason}")
 
 
 def _folder_split(path: Path) -> str | None:
@@ -117,6 +154,8 @@ def _transcript(path: Path) -> str | None:
         return " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise DataError(f"transcript {path} is not UTF-8 ({error}): convert it") from error
+    except OSError as error:
+        raise DataError(f"transcript {path} cannot be read ({error.strerror or error})") from error
 
 
 def _manifest_split(settings: FolderSettings, of_manifest: str | None, of_line: str | None, key: str) -> str:

@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from data.corpora.base import SPLITS, did_you_mean
-from data.corpora.lazy import LazySources
+from data.corpora.base import SPLITS, Unreadable, did_you_mean
+from data.corpora.lazy import LazySources, check_unique, repeat, with_faults
 from data.corpora.parquet_rows import Place, RowSource, read_columns, read_schema
 from data.corpora.remote import FileCache
+from data.corpora.text_files import listed_names
 from data.errors import DataError
 from data.index import Recording
 
@@ -90,33 +90,34 @@ def listing(settings: HuggingFaceSettings) -> pa.Table:
 
 
 def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
-    """Sources over a listing. Raises DataError unless there are rows and all ids are usable and unique."""
+    """Sources over a listing. A row without a usable id is Unreadable, under its place.
+
+    Raises DataError where there are no rows, half of the ids or more are unusable, or they are not unique.
+    """
     if not len(table):
         raise DataError(f"{dataset}: the files hold no rows")
-    for batch in table.select(["id", "address", "row"]).to_batches(max_chunksize=1 << 16):
-        for id, address, row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+    places: dict[int, str] = {}  # number of a row -> where it is
+    faults: list[str] = []
+    number = 0
+    for batch in table.select(["id", "address", "group", "row"]).to_batches(max_chunksize=1 << 16):
+        for id, *place in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             try:
                 Recording(id or "")
             except DataError as error:
-                raise DataError(f"{address}, row {row}: {error}; choose another --id_column") from error
+                address, group, row = place
+                places[number] = str(Place(address, group, row, ""))
+                faults.append(f"{places[number]}: {error}; choose another --id_column")
+            number += 1
+    if 2 * len(faults) >= number:
+        raise DataError(f"{faults[0]} ({len(faults)} of {number} rows are unusable)")
+    table = with_faults(table, places, faults)
     check_unique(table, dataset)
     return LazySources(table.unify_dictionaries(), partial(_source, cache))
 
 
-def check_unique(table: pa.Table, dataset: str) -> None:
-    """Raise DataError naming an id that more than one row has, and the splits ('part') that these rows are in."""
-    if pc.count_distinct(table["id"]).as_py() == len(table):
-        return
-    counts = pc.value_counts(table["id"].combine_chunks())
-    id = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
-    among = sorted(set(table.filter(pc.equal(table["id"], id))["part"].to_pylist()))
-    raise DataError(
-        f"{dataset}: the id {id!r} stands in more than one row (in {', '.join(among)}). Leave out a split that is "
-        "contained in another, with --splits; or the file is damaged"
-    )
-
-
-def _source(cache: FileCache, row: Mapping[str, Any]) -> RowSource:
+def _source(cache: FileCache, row: Mapping[str, Any]) -> RowSource | Unreadable:
+    if row["fault"] is not None:
+        return Unreadable(row["id"], row["fault"])
     text = row["text"]
     recording = Recording(
         id=row["id"],
@@ -183,7 +184,9 @@ def _saved_to_disk(folder: Path) -> dict[str, list[str]]:
     """The Arrow files of a folder that `save_to_disk` wrote, by split; empty where it is none."""
     single = (folder / "state.json").is_file()
     splits = (
-        {"train": folder} if single else {p.name: p for p in sorted(folder.iterdir()) if (p / "state.json").is_file()}
+        {"train": folder}
+        if single
+        else {p: folder / p for p in sorted(listed_names(folder)) if (folder / p / "state.json").is_file()}
     )
     return {name: [str(file) for file in sorted(part.glob("data-*.arrow"))] for name, part in splits.items()}
 
@@ -241,13 +244,6 @@ def _listing(settings: HuggingFaceSettings, part: str, split: str, files: Sequen
 
 def _where(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return {name: table[name] for name in ("group", "row")}
-
-
-def repeat(value: str, size: int) -> pa.Array:
-    """The same text for every row, stored once."""
-    return pa.DictionaryArray.from_arrays(
-        pa.repeat(pa.scalar(0, pa.int32()), size), pa.array([value], pa.large_string())
-    )
 
 
 def _ids(given: Any, column: str, part: str, first: int) -> Any:

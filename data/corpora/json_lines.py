@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.errors import DataError
+from data.names import name_fault
 
 # A cut of three hours with the times of all its words takes 2 MB; a file without line ends must not fill the memory.
 MAX_LINE_BYTES = 32 << 20
@@ -28,6 +29,14 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises DataError: no such file, damaged gzip, one that expands beyond reason, not UTF-8, not an object, a line of
     more than MAX_LINE_BYTES.
     """
+    for where, fields in json_lines_or_faults(path):
+        if isinstance(fields, DataError):
+            raise fields
+        yield where, fields
+
+
+def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """`json_lines`, but with the error in the place of a line that is not UTF-8 or not an object."""
     where = str(path)
     try:
         with open(path, "rb") as raw:
@@ -45,7 +54,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
-def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     number = blank = read = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -60,7 +69,11 @@ def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dic
             if blank > _MOST_BLANK_LINES:
                 raise DataError(f"{where}: more than {_MOST_BLANK_LINES} blank lines; is this a JSON-lines manifest?")
         else:
-            yield where, parse_object(line, where, first=number == 1)
+            try:
+                fields: dict[str, Any] | DataError = parse_object(line, where, first=number == 1)
+            except DataError as error:
+                fields = error
+            yield where, fields
 
 
 def parse_object(line: bytes, where: str, first: bool = True) -> dict[str, Any]:
@@ -117,8 +130,8 @@ def audio_path(name: str, base: Path, where: str) -> Path:
     The user gives the manifest, and manifests name files all over a system: an absolute path, or one with `..`, is
     what it says. Nothing but sound is read through it, and nothing is ever written.
     """
-    if not name or not name.replace("\t", " ").isprintable():
-        raise DataError(f"{where}: {shorten(name)} is not the path of an audio file")
+    if fault := name_fault(name):
+        raise DataError(f"{where}: {shorten(name)} is not the path of an audio file: it {fault}")
     try:
         return base / Path(name).expanduser()
     except RuntimeError as error:  # `~user` of nobody

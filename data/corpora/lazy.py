@@ -9,9 +9,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data.corpora.base import Source
+from data.errors import DataError
 
 _BATCH = 4096
 
@@ -47,3 +50,35 @@ class LazySources(Sequence[Source]):
             return dataclasses.replace(self, table=table)
         row = range(len(self))[index]  # IndexError, and negative ones
         return self.make(self.table.slice(row, 1).to_pylist()[0])
+
+
+def check_unique(table: pa.Table, dataset: str) -> None:
+    """Raise DataError naming an id that more than one row has, and the splits ('part') that these rows are in."""
+    if pc.count_distinct(table["id"]).as_py() == len(table):
+        return
+    counts = pc.value_counts(table["id"].combine_chunks())
+    id = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
+    among = sorted(set(table.filter(pc.equal(table["id"], id))["part"].to_pylist()))
+    raise DataError(
+        f"{dataset}: the id {id!r} stands in more than one row (in {', '.join(among)}). Leave out a split that is "
+        "contained in another, with --splits; or the file is damaged"
+    )
+
+
+def repeat(value: str, size: int) -> pa.Array:
+    """The same text for every row, stored once."""
+    return pa.DictionaryArray.from_arrays(
+        pa.repeat(pa.scalar(0, pa.int32()), size), pa.array([value], pa.large_string())
+    )
+
+
+def with_faults(table: pa.Table, ids: Mapping[int, str], faults: Sequence[str]) -> pa.Table:
+    """The table with a column `fault`, null but in the rows that `ids` numbers, which get those ids."""
+    if not ids:
+        return table.append_column("fault", pa.nulls(len(table), pa.large_string()))
+    numbers = np.fromiter(ids, np.int64, len(ids))
+    mask = np.zeros(len(table), bool)
+    mask[numbers] = True
+    named = pc.replace_with_mask(table["id"].combine_chunks(), mask, pa.array(ids.values(), table["id"].type))
+    told = pc.replace_with_mask(pa.nulls(len(table), pa.large_string()), mask, pa.array(faults, pa.large_string()))
+    return table.set_column(table.column_names.index("id"), "id", named).append_column("fault", told)

@@ -7,23 +7,36 @@ is taken as the manifest says it, absolute or with `..`: the user gives the mani
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpora.base import SPLITS, FileSource, SegmentSource, Source, check_choice
+from data.corpora.base import (
+    SPLITS,
+    FileSource,
+    MissingText,
+    SegmentSource,
+    Source,
+    Unreadable,
+    check_choice,
+    mostly_readable,
+)
 from data.corpora.channels import ChannelSource
-from data.corpora.json_lines import is_file, json_lines, label_field, text_field
-from data.corpora.lhotse_cuts import Cut, channels_of, read_cut, stretch, whole_recordings
+from data.corpora.json_lines import is_file, label_field, text_field
+from data.corpora.lhotse_cuts import Cut, channels_of, read_cuts, stretch, whole_recordings
 from data.corpora.text_files import summary
 from data.errors import DataError
 from data.index import Recording
+from data.names import escaped
+from data.skipped import NO_WORD_TIMES
 from data.transcripts import TOLERANCE, Word
 from data.word_times.alignments import lhotse_words
 
 # An alignment further outside of its supervision than this, in seconds, counts from somewhere else.
 _STRAY_SECONDS = 1.0
+
+_Source = FileSource | SegmentSource | ChannelSource | Unreadable
 
 
 @dataclass(frozen=True)
@@ -65,24 +78,29 @@ class LhotseSettings:
 
 
 def sources(settings: LhotseSettings) -> list[Source]:
-    """All recordings, sorted by id. Raises DataError naming file and line, or the audio files that do not exist."""
+    """All recordings, and the lines that cannot be read, sorted by id.
+
+    Raises DataError naming file and line, where half of a manifest's lines or more cannot be read; or the audio files
+    that do not exist.
+    """
     base = Path(settings.audio_folder).expanduser()
-    listed: list[FileSource | SegmentSource | ChannelSource] = []
+    listed: list[_Source] = []
     if settings.recordings:
         supervisions = Path(settings.supervisions).expanduser() if settings.supervisions else None
-        for cut in whole_recordings(Path(settings.recordings).expanduser(), supervisions, base):
-            listed += _listed(cut, settings, settings.split)
+        listed += _listed(
+            whole_recordings(Path(settings.recordings).expanduser(), supervisions, base), settings, settings.split
+        )
     else:
         for split, manifest in (
             (settings.split, settings.cuts),
             ("dev", settings.dev_cuts),
             ("test", settings.test_cuts),
         ):
-            for where, fields in json_lines(Path(manifest).expanduser()) if manifest else ():
-                listed += _listed(read_cut(fields, where, base), settings, split)
+            if manifest:
+                listed += _listed(read_cuts(Path(manifest).expanduser(), base), settings, split)
     if not listed:
         raise DataError("the manifests hold no cut or recording")
-    there = {source.path: is_file(source.path) for source in listed}
+    there = {source.path: is_file(source.path) for source in listed if not isinstance(source, Unreadable)}
     missing = [str(path) for path, found in there.items() if not found]
     if missing:
         raise DataError(
@@ -92,26 +110,48 @@ def sources(settings: LhotseSettings) -> list[Source]:
     return sorted(listed, key=lambda source: source.id)
 
 
-def _listed(cut: Cut, settings: LhotseSettings, split: str) -> Iterator[FileSource | SegmentSource | ChannelSource]:
-    """What a cut gives: itself, or each of its supervisions."""
-    for part in [cut] if settings.unit == "cuts" else _supervision_cuts(cut):
-        try:
-            recording = _recording(part, settings, split)
-        except DataError as error:
-            raise error if str(error).startswith(part.where) else DataError(f"{part.where}: {error}") from error
-        path, channels = next(file for file in part.audio.files if part.channel in file[1])
-        whole = part.start < TOLERANCE / 10 and part.duration > part.audio.duration - TOLERANCE / 10
-        if len(channels) > 1:
-            wanted = (0.0, None) if whole else (part.start, part.duration)
-            yield ChannelSource(recording, path, channels.index(part.channel), *wanted)
-        elif whole:
-            yield FileSource(recording, path)
-        else:
-            yield SegmentSource(recording, path, part.start, part.duration)
+def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: str) -> list[_Source]:
+    """What the cuts of a manifest give: each itself, or each of its supervisions."""
+    listed: list[_Source] = []
+    for cut in cuts:
+        if isinstance(cut, Unreadable):
+            listed.append(cut)
+            continue
+        parts: Iterable[Cut | Unreadable] = [cut] if settings.unit == "cuts" else _supervision_cuts(cut)
+        for part in parts:
+            if isinstance(part, Unreadable):
+                listed.append(part)
+                continue
+            try:
+                listed.append(_source(part, settings, split))
+            except MissingText:
+                raise
+            except DataError as error:
+                reason = str(error) if str(error).startswith(part.where) else f"{part.where}: {error}"
+                listed.append(Unreadable(f"{part.where}: {escaped(part.id)}", reason))
+    mostly_readable(listed)
+    return listed
 
 
-def _recording(cut: Cut, settings: LhotseSettings, split: str) -> Recording:
-    """Text, words and names from the cut's supervisions. Raises DataError where text is required and not to be had."""
+def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | SegmentSource | ChannelSource:
+    """A cut's stretch of sound, with what is known of it. Raises DataError."""
+    recording, warnings = _recording(cut, settings, split)
+    path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
+    whole = cut.start < TOLERANCE / 10 and cut.duration > cut.audio.duration - TOLERANCE / 10
+    if len(channels) > 1:
+        start, duration = (0.0, None) if whole else (cut.start, cut.duration)
+        return ChannelSource(recording, path, channels.index(cut.channel), start, duration, warnings)
+    if whole:
+        return FileSource(recording, path, warnings)
+    return SegmentSource(recording, path, cut.start, cut.duration, warnings)
+
+
+def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recording, tuple[str, ...]]:
+    """Text, words and names from the cut's supervisions, and why there are no words, where alignments cannot be used.
+
+    Raises DataError where text is required and not to be had.
+    """
+    warnings: list[str] = []
     texts: list[str | None] = []
     words: list[Word] | None = []
     languages, speakers = set(), set()
@@ -120,17 +160,17 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> Recording:
         speakers.add(label_field(fields, "speaker", where))
         if settings.text == "none":
             continue
-        text, aligned = _said(fields, where, cut)
+        text, aligned = _said(fields, where, cut, warnings)
         texts.append(text)
         if text and words is not None:
             words = None if aligned is None else words + aligned
     complete = bool(texts) and None not in texts
     if settings.text == "required" and not complete:
-        raise DataError(
+        raise MissingText(
             f"{cut.where}: {cut.id!r} has no supervision with text within it, or one that reaches beyond it and has no "
             "word alignment. Cut at supervisions (lhotse's trim_to_supervisions), or say --text optional"
         )
-    return Recording(
+    recording = Recording(
         id=cut.id,
         text=" ".join(text for text in texts if text) if complete else None,
         words=sorted(words, key=lambda word: word.start) if complete and words else None,
@@ -138,6 +178,7 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> Recording:
         speaker=speakers.pop() if len(speakers) == 1 else "",
         split=split,
     )
+    return recording, tuple(warnings)
 
 
 def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
@@ -150,15 +191,32 @@ def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
     return [(where, fields) for _, _, where, fields in sorted(found, key=lambda item: item[:2])]
 
 
-def _said(fields: Mapping[str, Any], where: str, cut: Cut) -> tuple[str | None, list[Word] | None]:
-    """(Text within the cut, None where it is not known; its words with times from the cut's start, or None)."""
+def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) -> tuple[str | None, list[Word] | None]:
+    """(Text within the cut, None where it is not known; its words with times from the cut's start, or None).
+
+    An alignment that cannot be used costs the times, with a warning. Where the text can be told by it alone, because
+    the supervision reaches beyond the cut or has no text, it raises DataError.
+    """
     text = text_field(fields, "text", where)
     start, end = stretch(fields, where)
+    inside = start >= -TOLERANCE and end <= cut.duration + TOLERANCE
+    known = " ".join(text.split()) if text is not None and inside else None
     alignment = fields.get("alignment")
     items = alignment.get("word") if isinstance(alignment, dict) else None
-    inside = start >= -TOLERANCE and end <= cut.duration + TOLERANCE
     if not items:
-        return (" ".join(text.split()) if text is not None and inside else None), None
+        return known, None
+    try:
+        words = _aligned(items, where, cut, start, end)
+    except DataError as error:
+        if known is None:
+            raise
+        warnings.append(f"{NO_WORD_TIMES}: {error}")
+        return known, None
+    return " ".join(word.word for word in words) if known is None else known, words
+
+
+def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list[Word]:
+    """The words within the cut of a supervision from `start` to `end`, with times from the cut's start."""
     words = []
     for word, begin, finish, confidence in lhotse_words(items, where):
         begin, finish = begin - cut.start, finish - cut.start
@@ -169,13 +227,23 @@ def _said(fields: Mapping[str, Any], where: str, cut: Cut) -> tuple[str | None, 
             )
         if 0 <= (begin + finish) / 2 < cut.duration:
             words.append(Word(word, round(max(0.0, begin), 6), round(max(0.0, finish), 6), confidence))
-    if text is None or not inside:
-        text = " ".join(word.word for word in words)
-    return " ".join(text.split()), words
+    return words
 
 
-def _supervision_cuts(cut: Cut) -> Iterator[Cut]:
+def _supervision_cuts(cut: Cut) -> list[Cut | Unreadable]:
     """Each supervision of the cut's channel as a cut of its own, as far as it lies in the cut."""
+    found: list[Cut | Unreadable] = []
+    for where, fields in cut.supervisions:
+        try:
+            found += _supervision_cut(replace(cut, supervisions=[(where, fields)]))
+        except DataError as error:
+            found.append(Unreadable(where, str(error)))
+    return found
+
+
+def _supervision_cut(cut: Cut) -> list[Cut]:
+    """The one supervision of a cut as a cut, none where it lies in another channel or outside. Raises DataError."""
+    found = []
     for where, fields in _in_time(cut):
         id = text_field(fields, "id", where)
         if id is None:
@@ -183,6 +251,9 @@ def _supervision_cuts(cut: Cut) -> Iterator[Cut]:
         start, end = stretch(fields, where)
         first, last = max(0.0, start), min(cut.duration, end)
         moved = {**fields, "start": start - first}
-        yield replace(
-            cut, id=id, start=cut.start + first, duration=last - first, supervisions=[(where, moved)], where=where
+        found.append(
+            replace(
+                cut, id=id, start=cut.start + first, duration=last - first, supervisions=[(where, moved)], where=where
+            )
         )
+    return found

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpora.json_lines import audio_path, json_lines, seconds_field, shorten, text_field
+from data.corpora.base import Unreadable
+from data.corpora.json_lines import (
+    audio_path,
+    json_lines,
+    json_lines_or_faults,
+    seconds_field,
+    shorten,
+    text_field,
+)
 from data.errors import DataError
 from data.transcripts import TOLERANCE
 
@@ -36,6 +44,17 @@ class Cut:
     where: str
 
 
+def read_cuts(manifest: Path, base: Path) -> Iterator[Cut | Unreadable]:
+    """The lines of a cut manifest. Raises DataError where the file cannot be read."""
+    for where, fields in json_lines_or_faults(manifest):
+        try:
+            if isinstance(fields, DataError):
+                raise fields
+            yield read_cut(fields, where, base)
+        except DataError as error:
+            yield Unreadable(where, str(error))
+
+
 def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
     """A line of a cut manifest. Raises DataError naming the place."""
     kind = fields.get("type")
@@ -60,8 +79,12 @@ def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
     return Cut(_id(fields, where), audio, channel, start, duration, numbered, where)
 
 
-def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) -> Iterator[Cut]:
-    """Every channel of every recording, with its supervisions."""
+def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) -> Iterator[Cut | Unreadable]:
+    """Every channel of every recording, with its supervisions.
+
+    Raises DataError where a file cannot be read, or a line of the supervisions: a recording of which some supervision
+    is missing would have the text of the others.
+    """
     owned: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     if supervisions is not None:
         for where, fields in json_lines(supervisions):
@@ -69,14 +92,22 @@ def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) ->
             if owner is None:
                 raise DataError(f"{where}: no recording_id; is this a supervision manifest?")
             owned.setdefault(owner, []).append((where, fields))
-    for where, fields in json_lines(recordings):
-        audio = _audio(fields, where, base)
+    unreadable = 0
+    for where, line in json_lines_or_faults(recordings):
+        try:
+            if isinstance(line, DataError):
+                raise line
+            audio = _audio(line, where, base)
+        except DataError as error:
+            unreadable += 1
+            yield Unreadable(where, str(error))
+            continue
         channels = [channel for _, held in audio.files for channel in held]
         mine = owned.pop(audio.id, [])
         for channel in channels:
             id = audio.id if len(channels) == 1 else f"{audio.id}-{channel}"
             yield Cut(id, audio, channel, 0.0, audio.duration, mine, where)
-    if owned:
+    if len(owned) > unreadable:  # else they are of the recordings whose lines cannot be read
         owner, ((where, _), *_) = next(iter(owned.items()))
         raise DataError(f"{where}: recording_id is {owner!r}, and {recordings} has no such recording")
 

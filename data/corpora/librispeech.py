@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Literal
 
 from data.corpora.base import FileSource, Source, Utterance, did_you_mean
-from data.corpora.text_files import existing_folder, listed_names, numbered_lines, summary
+from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines, summary
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
+from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
 from data.word_times import read_textgrid
 
 _SUBSET = re.compile(r"(train|dev|test)-[a-z]+(-\d+)?")
 _ID = re.compile(r"\d+-\d+-\d+")
+# A few of the published recordings could not be aligned.
+_NONE = f"{NO_WORD_TIMES}: the alignments have none of this recording"
 _ALIGNED = re.compile(r'(\S+) "([^"]*)" "([^"]*)"')
 
 
@@ -55,9 +58,22 @@ class TextGridSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Raises DataError where the sound or the TextGrid cannot be used."""
-        words = with_words(self.recording, read_textgrid(self.textgrid), str(self.textgrid))
-        return FileSource(words, self.path).load(features)
+        """Raises DataError where the sound cannot be used; without word times where the TextGrid cannot."""
+        try:
+            words: list[Word] | DataError = read_textgrid(self.textgrid)
+        except DataError as error:
+            words = error
+        return _timed(self.recording, self.path, words, str(self.textgrid)).load(features)
+
+
+def _timed(recording: Recording, path: Path, words: list[Word] | DataError, where: str) -> FileSource:
+    """The recording with these times; without, and with a warning, where they cannot be used."""
+    try:
+        if isinstance(words, DataError):
+            raise words
+        return FileSource(with_words(recording, words, where), path)
+    except DataError as error:
+        return FileSource(recording, path, (f"{NO_WORD_TIMES}: {error}",))
 
 
 def sources(settings: LibriSpeechSettings) -> list[Source]:
@@ -76,7 +92,7 @@ def sources(settings: LibriSpeechSettings) -> list[Source]:
                 listed += _chapter(chapter, subset, alignments)
         if len(listed) == before:
             raise DataError(f"{folder / subset} has no recordings with these settings")
-    if alignments and not any(isinstance(source, TextGridSource) or source.recording.words for source in listed):
+    if alignments and all(isinstance(source, FileSource) and source.warnings[-1:] == (_NONE,) for source in listed):
         raise DataError(f"alignments {alignments} has no .alignment.txt or .TextGrid of {', '.join(subsets)}")
     return [*sorted(listed, key=lambda source: source.id)]
 
@@ -146,23 +162,27 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
     silent = sorted(file for file in files if file.endswith(".flac") and file[:-5] not in texts)
     if silent:
         raise DataError(f"{folder / name}.trans.txt: has no transcript of {summary(silent)}; unpack the archive again")
-    words: dict[str, tuple[str, list[Word]]] = {}
+    words: dict[str, tuple[str, list[Word] | DataError]] = {}
     aligned: set[str] = set()
+    warning = _NONE if alignments else ""
     times = alignments / subset / speaker / folder.name if alignments else folder
     if alignments and times.is_dir():
-        aligned = listed_names(times)
-        if f"{name}.alignment.txt" in aligned:
-            words = read_alignment(times / f"{name}.alignment.txt")
+        try:
+            aligned = listed_names(times)
+            if f"{name}.alignment.txt" in aligned:
+                words = read_alignment(times / f"{name}.alignment.txt")
+        except DataError as error:
+            warning = f"{NO_WORD_TIMES}: {error}"
     listed: list[FileSource | TextGridSource] = []
     for id, text in texts.items():
         recording = Recording(id, text, language="en", speaker=speaker, split=subset.partition("-")[0])
         path = folder / f"{id}.flac"
         if id in words:
-            listed.append(FileSource(with_words(recording, words[id][1], words[id][0]), path))
+            listed.append(_timed(recording, path, words[id][1], words[id][0]))
         elif f"{id}.TextGrid" in aligned:
             listed.append(TextGridSource(recording, path, times / f"{id}.TextGrid"))
-        else:  # a few of the published recordings could not be aligned
-            listed.append(FileSource(recording, path))
+        else:
+            listed.append(FileSource(recording, path, (warning,) if warning else ()))
     return listed
 
 
@@ -178,31 +198,43 @@ def _transcripts(path: Path, chapter: str) -> dict[str, str]:
     return texts
 
 
-def read_alignment(path: Path) -> dict[str, tuple[str, list[Word]]]:
-    """An `.alignment.txt`: ('FILE:LINE', words with times in seconds) of every recording id.
+def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | DataError]]:
+    """An `.alignment.txt`: ('FILE:LINE', words with times in seconds, or why they cannot be used) by recording id.
 
-    Raises DataError naming file and line: wrong form, as many times as words not there, times that go back.
+    A line costs its own recording: one of another form, as many times as words not there, times that go back. Raises
+    DataError where the file cannot be read.
     """
-    found: dict[str, tuple[str, list[Word]]] = {}
-    for where, line in numbered_lines(path):
-        match = _ALIGNED.fullmatch(line.strip())
-        if not match:
-            raise DataError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')
-        id, spoken, ends = match[1], match[2].split(","), match[3].split(",")
-        if len(spoken) != len(ends):
-            raise DataError(f"{where}: {id} has {len(spoken)} words and silences, and {len(ends)} times")
-        if id in found:
-            raise DataError(f"{where}: {id} stands twice")
-        words, start = [], 0.0
-        for word, text in zip(spoken, ends, strict=True):
-            end = _seconds(text, where)
-            if end < start:
-                raise DataError(f"{where}: {id}: the end of {word!r}, {end} s, lies before its start, {start} s")
-            if word:
-                words.append(Word(word, start, end))
-            start = end
-        found[id] = where, words
+    found: dict[str, tuple[str, list[Word] | DataError]] = {}
+    for where, line in lines_or_faults(path):
+        if isinstance(line, DataError):
+            continue  # nobody can tell whose it is: its recording has none
+        id = line.partition(" ")[0]
+        try:
+            if id in found:
+                raise DataError(f"{where}: {id} stands twice")
+            found[id] = where, _aligned(line, where)
+        except DataError as error:
+            found[id] = where, error
     return found
+
+
+def _aligned(line: str, where: str) -> list[Word]:
+    """The words of a line. Raises DataError naming the place."""
+    match = _ALIGNED.fullmatch(line.strip())
+    if not match:
+        raise DataError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')
+    id, spoken, ends = match[1], match[2].split(","), match[3].split(",")
+    if len(spoken) != len(ends):
+        raise DataError(f"{where}: {id} has {len(spoken)} words and silences, and {len(ends)} times")
+    words, start = [], 0.0
+    for word, text in zip(spoken, ends, strict=True):
+        end = _seconds(text, where)
+        if end < start:
+            raise DataError(f"{where}: {id}: the end of {word!r}, {end} s, lies before its start, {start} s")
+        if word:
+            words.append(Word(word, start, end))
+        start = end
+    return words
 
 
 def _seconds(text: str, where: str) -> float:

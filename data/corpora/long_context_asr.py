@@ -22,7 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.corpora.base import SPLITS, FeatureUtterance, FileSource, Utterance, check_choice
+from data.corpora.base import (
+    SPLITS,
+    FeatureUtterance,
+    FileSource,
+    MissingText,
+    Unreadable,
+    Utterance,
+    check_choice,
+    mostly_readable,
+)
 from data.corpora.json_lines import audio_path, is_file, seconds_field, shorten, text_field
 from data.corpora.text_files import summary
 from data.errors import DataError
@@ -119,7 +128,8 @@ class AudioSource:
 
     def load(self, features: FeatureSettings) -> Utterance:
         utterance = self.file.load(features)
-        return Utterance(_with_words(utterance.recording, self.words, self.duration), utterance.sound)
+        recording = _with_words(utterance.recording, self.words, self.duration)
+        return Utterance(recording, utterance.sound, utterance.warnings)
 
 
 def _with_words(recording: Recording, path: Path | None, duration: float) -> Recording:
@@ -129,8 +139,12 @@ def _with_words(recording: Recording, path: Path | None, duration: float) -> Rec
     return replace(recording, text=" ".join(word.word for word in words), words=words)
 
 
-def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource] | list[AudioSource]:
-    """All recordings, sorted by id. Raises DataError, naming entry and field, or the files that do not exist."""
+def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioSource | Unreadable]:
+    """All recordings, and the entries that cannot be read, sorted by id.
+
+    Raises DataError, naming entry and field, where half of the entries or more cannot be read; or the files that do not
+    exist.
+    """
     if not settings.pairs:
         raise DataError(f"pairs is empty: say where {PAIRS_FILE} lies with --pairs FILE")
     path = Path(settings.pairs).expanduser()
@@ -138,22 +152,29 @@ def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource] | list[
     pairs = read_json(path)
     if not isinstance(pairs, dict) or not pairs:
         raise DataError(f"{path}: expected an object of recordings by id, with audio, txt and duration each")
-    entries = [(id, *_entry(pairs[id], f"{path}: {shorten(id)}", path.parent, settings)) for id in sorted(pairs)]
-    wanted = [file for _, audio, words, _ in entries for file in (audio, words) if file is not None]
+    listed: list[SpectrogramSource | AudioSource | Unreadable] = []
+    wanted: list[Path] = []
+    for id in sorted(pairs):
+        where = f"{path}: {shorten(id)}"
+        try:
+            audio, words, duration = _entry(pairs[id], where, path.parent, settings)
+            recording = Recording(id, language=settings.language, split=settings.split)
+        except MissingText:
+            raise
+        except DataError as error:
+            reason = str(error) if str(error).startswith(where) else f"{path}: {error}"
+            listed.append(Unreadable(where, reason))
+            continue
+        wanted += [audio] if words is None else [audio, words]
+        if settings.read == "audio":
+            listed.append(AudioSource(FileSource(recording, audio), duration, words))
+        else:
+            listed.append(SpectrogramSource(recording, audio, duration, words))
+    mostly_readable(listed)
     missing = [str(file) for file in wanted if not is_file(file)]
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(wanted)} files do not exist: {summary(missing)}")
-    spectrograms, sounds = [], []
-    for id, audio, words, duration in entries:
-        try:
-            recording = Recording(id, language=settings.language, split=settings.split)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        if settings.read == "audio":
-            sounds.append(AudioSource(FileSource(recording, audio), duration, words))
-        else:
-            spectrograms.append(SpectrogramSource(recording, audio, duration, words))
-    return sounds or spectrograms
+    return listed
 
 
 def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSettings) -> tuple[Path, Path | None, float]:
@@ -164,8 +185,10 @@ def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSetti
     if not duration:
         raise DataError(f"{where}: no 'duration' in seconds")
     names = {name: text_field(fields, name, where) for name in ("audio", "txt")}
-    if names["audio"] is None or (names["txt"] is None and settings.text == "required"):
-        raise DataError(f"{where}: no {'audio' if names['audio'] is None else 'txt'!r} (or say --text none)")
+    if names["audio"] is None:
+        raise DataError(f"{where}: no 'audio'")
+    if names["txt"] is None and settings.text == "required":
+        raise MissingText(f"{where}: no 'txt' (or say --text none)")
     audio = audio_path(names["audio"], base, where)
     if settings.read == "spectrogram" and not audio.name.endswith(".spec.pt"):
         audio = audio.with_suffix(".spec.pt")

@@ -14,11 +14,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpora.base import SPLITS, FileSource, SegmentSource
-from data.corpora.json_lines import audio_path, is_file, json_lines, label_field, seconds_field, shorten, text_field
+from data.corpora.base import SPLITS, FileSource, MissingText, SegmentSource, Unreadable, mostly_readable
+from data.corpora.json_lines import (
+    audio_path,
+    is_file,
+    json_lines_or_faults,
+    label_field,
+    seconds_field,
+    shorten,
+    text_field,
+)
 from data.corpora.text_files import summary
 from data.errors import DataError
 from data.index import Recording
+from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
 from data.word_times.alignments import nemo_words
 from data.word_times.base import in_order, probability, seconds, word_text
@@ -33,15 +42,16 @@ TextRule = Literal["required", "optional", "none"]
 
 def manifest_sources(
     manifest: Path, text: TextRule, language: str, split: Callable[[str | None, str], str]
-) -> list[FileSource | SegmentSource]:
-    """What a manifest lists, in its order.
+) -> list[FileSource | SegmentSource | Unreadable]:
+    """What a manifest lists, in its order. A line that cannot be read is Unreadable.
 
     Args:
         text: whether lines need a transcript; "none" leaves out those that there are.
         language: of lines that do not tell theirs.
         split: (the split that the line tells, or None; its text or id) -> its split.
     Raises:
-        DataError: naming file and line, or the audio files that do not exist.
+        DataError: naming file and line, where half of the lines or more cannot be read; or the audio files that do not
+            exist.
     """
     if _FAMILY.search(manifest.name):
         raise DataError(
@@ -49,12 +59,22 @@ def manifest_sources(
             "plain audio files (audio_filepath), or prepare them from where the tar files were made"
         )
     base = manifest.parent
-    listed = [_entry(fields, where, base, text, language, split) for where, fields in json_lines(manifest)]
+    listed: list[FileSource | SegmentSource | Unreadable] = []
+    for where, fields in json_lines_or_faults(manifest):
+        try:
+            if isinstance(fields, DataError):
+                raise fields
+            listed.append(_entry(fields, where, base, text, language, split))
+        except MissingText:
+            raise
+        except DataError as error:
+            listed.append(Unreadable(where, str(error)))
+    mostly_readable(listed)
     if not listed:
         raise DataError(f"manifest {manifest} is empty: a JSON object with audio_filepath, duration and text a line")
     there: dict[Path, bool] = {}
     for source in listed:
-        if source.path not in there:
+        if not isinstance(source, Unreadable) and source.path not in there:
             there[source.path] = is_file(source.path)
     missing = [str(path) for path, found in there.items() if not found]
     if missing:
@@ -84,7 +104,7 @@ def _entry(
         raise DataError(f"{where}: no 'audio_filepath': add it")
     text = text_field(fields, "text", where)
     if text is None and text_rule == "required":
-        raise DataError(f"{where}: no 'text': add it (or say --text optional or --text none)")
+        raise MissingText(f"{where}: no 'text': add it (or say --text optional or --text none)")
     text = None if text_rule == "none" else text
     start = seconds_field(fields, "offset", where)
     duration = seconds_field(fields, "duration", where)
@@ -95,11 +115,17 @@ def _entry(
         raise DataError(f"{where}: split is {shorten(told)}, known are {', '.join(SPLITS)}")
     path = audio_path(name, base, where)
     id = _SUFFIX.sub("", name) + ("" if start is None else f"@{start:.3f}")
+    words, warnings = None, []
+    if text_rule != "none":
+        try:
+            words = _words(fields, base, where, duration)
+        except DataError as error:
+            warnings.append(f"{NO_WORD_TIMES}: {error}")
     try:
         recording = Recording(
             id=id,
             text=text,
-            words=None if text_rule == "none" else _words(fields, base, where, duration),
+            words=words,
             language=text_field(fields, "lang", where) or text_field(fields, "language", where) or language,
             speaker=label_field(fields, "speaker", where),
             split=split(told and SPLIT_NAMES[told], text or id),
@@ -107,9 +133,9 @@ def _entry(
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
     if start is None:
-        return FileSource(recording, path)
+        return FileSource(recording, path, tuple(warnings))
     assert duration is not None
-    return SegmentSource(recording, path, start, duration)
+    return SegmentSource(recording, path, start, duration, tuple(warnings))
 
 
 def _words(fields: Mapping[str, Any], base: Path, where: str, duration: float | None) -> list[Word] | None:

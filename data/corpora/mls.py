@@ -8,7 +8,7 @@ On the hub `facebook/multilingual_librispeech` has seven languages and `parler-t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,13 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from data.corpora import huggingface
-from data.corpora.base import FileSource, check_choice
+from data.corpora.base import FileSource, Unreadable, check_choice
 from data.corpora.huggingface import HuggingFaceSettings
-from data.corpora.lazy import LazySources
+from data.corpora.lazy import LazySources, check_unique, repeat
 from data.corpora.remote import FileCache
-from data.corpora.text_files import existing_folder, listed_names, numbered_lines
+from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines
 from data.errors import DataError
+from data.folders import is_clutter
 from data.index import Recording
 
 LANGUAGES = {
@@ -120,7 +121,7 @@ def _from_folder(settings: MlsSettings) -> LazySources:
                 raise DataError(f"{folder}: split {split} is empty with these settings")
             rows.append(listed)
     table = pa.concat_tables(rows)
-    huggingface.check_unique(table, settings.folder)
+    check_unique(table, settings.folder)
     return LazySources(table.unify_dictionaries(), _file_source)
 
 
@@ -164,7 +165,11 @@ def _speakers(path: Path, gender: str) -> set[str] | None:
 
 
 def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
-    """Columns id, text, language, split, part, address (of the audio file): a row for every recording of a split."""
+    """Columns id, text, language, split, part, address (of the audio file), fault: a row for every recording of a
+    split. A line that cannot be read is a row with its place as id, and its fault.
+
+    Raises DataError where half of the lines or more cannot be read.
+    """
     part = "train" if split in LIMITED else split
     audio = folder / part / "audio"
     if not audio.is_dir():
@@ -175,31 +180,44 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
     ids: list[str] = []
     texts: list[str] = []
     paths: list[str] = []
-    for where, id, text in _transcripts(transcripts):
+    faults: list[str | None] = []
+    lines = bad = 0
+    for where, line in lines_or_faults(transcripts):
+        lines += 1
+        id, fault, text = _transcript(line, where)
+        if fault is not None:
+            bad += 1
+            for values, value in ((ids, f"{where} ({split})"), (texts, ""), (paths, ""), (faults, fault)):
+                values.append(value)
+            continue
         speaker, book, _ = id.split("_")
         if (wanted is not None and id not in wanted) or (speakers is not None and speaker not in speakers):
             continue
-        if not text:
-            raise DataError(f"{where}: {id} has no transcript; the line is cut short: fetch the file again")
         ids.append(id)
         texts.append(text)
         paths.append(f"{audio}/{speaker}/{book}/{id}{suffix}")
-    if wanted is not None and speakers is None and len(set(ids)) < len(wanted):
+        faults.append(None)
+    if bad and 2 * bad >= lines:
+        raise DataError(f"{next(filter(None, faults))} ({bad} of {lines} lines are unusable)")
+    if wanted is not None and speakers is None and len(wanted - set(ids)) > bad:
         lost = min(wanted - set(ids))
         raise DataError(f"{transcripts}: has no {lost}, which limited_supervision names: fetch the files again")
-    columns = {"id": ids, "text": texts, "address": paths}
+    columns = {"id": ids, "text": texts, "address": paths, "fault": faults}
     table = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
     same = {"language": _code(folder.name), "split": part, "part": f"{folder.name}/{split}"}
-    return pa.table(table | {name: huggingface.repeat(value, len(ids)) for name, value in same.items()})
+    return pa.table(table | {name: repeat(value, len(ids)) for name, value in same.items()})
 
 
-def _transcripts(path: Path) -> Iterator[tuple[str, str, str]]:
-    """('FILE:LINE', id, text) of `id<TAB>text` lines."""
-    for where, line in numbered_lines(path):
-        id, tab, text = line.partition("\t")
-        if not tab or not _ID.fullmatch(id):
-            raise DataError(f"{where}: expected SPEAKER_BOOK_NUMBER, a tab, and the text: {line[:80]!r}")
-        yield where, id, " ".join(text.split())
+def _transcript(line: str | DataError, where: str) -> tuple[str, str | None, str]:
+    """(Id, why the line cannot be used or None, text) of an `id<TAB>text` line."""
+    if isinstance(line, DataError):
+        return "", str(line), ""
+    id, tab, text = line.partition("\t")
+    if not tab or not _ID.fullmatch(id):
+        return "", f"{where}: expected SPEAKER_BOOK_NUMBER, a tab, and the text: {line[:80]!r}", ""
+    text = " ".join(text.split())
+    fault = None if text else f"{where}: {id} has no transcript; the line is cut short: fetch the file again"
+    return id, fault, text
 
 
 def _handles(folder: Path, split: str) -> set[str]:
@@ -218,13 +236,15 @@ def _handles(folder: Path, split: str) -> set[str]:
 def _suffix(audio: Path) -> str:
     """'.flac' or '.opus', whichever the first file has: asking for all of English would be ten million questions."""
     for path in audio.glob("*/*/*"):
-        if path.suffix in (".flac", ".opus"):
+        if path.suffix in (".flac", ".opus") and not any(map(is_clutter, path.relative_to(audio).parts)):
             return path.suffix
     raise DataError(f"{audio}: holds no SPEAKER/BOOK/*.flac or *.opus; unpack the archive again")
 
 
-def _file_source(row: Mapping[str, Any]) -> FileSource:
+def _file_source(row: Mapping[str, Any]) -> FileSource | Unreadable:
     id = row["id"]
+    if row["fault"] is not None:
+        return Unreadable(id, row["fault"])
     speaker = id.partition("_")[0]
     recording = Recording(id, row["text"], language=row["language"], speaker=speaker, split=row["split"])
     return FileSource(recording, Path(row["address"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,15 +18,18 @@ from pathlib import Path
 
 from data.corpora.text_files import numbered_lines
 from data.errors import DataError
+from data.names import name_fault
 from data.transcripts import Word
 from data.word_times.base import probability, read_json, seconds
 
 _COLUMNS = ("token", "ts", "endTs", "punctuation", "prepunctuation", "tags")
 _TAGS = re.compile(r"\[('(\d+):[^',\]]*'(, *'\d+:[^',\]]*')*)?\]")
-# What the aligner remarks on words whose time it knows: one token was replaced by its spoken form, word for word.
+# what the aligner remarks on words whose time it knows: one token was replaced by its spoken form, word for word.
 _HARMLESS = frozenset(("", "direct"))
-# Units that two transcripts of a call may differ by at one place.
+# Units that two transcripts of a call may differ by at one place between two anchors.
 _LONGEST_DIFFERENCE = 40
+# Units in a row that both transcripts have once: an anchor, beyond whatever lies between.
+_ANCHOR = 5
 
 _Time = tuple[float, float, float]  # start, end, confidence
 
@@ -65,7 +69,7 @@ def _fields(line: str, count: int, where: str) -> list[str]:
     fields = line.split("|")
     if len(fields) != count:
         raise DataError(f"{where}: {len(fields)} fields, the first line has {count}: {line[:80]!r}")
-    if not line.replace("\t", " ").isprintable():
+    if name_fault(line.replace("\t", " ")):
         raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
     return fields
 
@@ -110,7 +114,7 @@ def _candidate(candidate: object, where: str) -> tuple[float, list[str]]:
     words, likely = fields.get("verbalization"), probability(fields.get("probability"), where)
     if likely is None or not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
         raise DataError(f"{where}: expected a probability and a verbalization of words")
-    if not all(word.isprintable() for word in words):
+    if any(name_fault(word) for word in words):
         raise DataError(f"{where}: a control character in {words}")
     return likely, [word.strip() for word in words]
 
@@ -150,7 +154,7 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
     Confidence is 1 where the aligner found the word, 0 where the time is a guess: the aligner's own, or ours, which
     spreads words without a time over the gap between their neighbours.
 
-    Raises DataError naming the call where the two tables have less than half of their units in common.
+    Raises DataError naming the file where the two tables have less than half of their units in common.
     """
     times_of: list[list[NlpToken]] = []
     keys = []
@@ -159,7 +163,10 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
         keys.append(tag if isinstance(tag, str) else times_of[-1][0].token.strip("<>").lower())
     found = _match([key for key, _ in units], keys)
     if 2 * sum(place is not None for place in found) < len(units):
-        raise DataError(f"{name}: its transcript and its aligned transcript are not of the same call")
+        shared = sum(place is not None for place in found)
+        raise DataError(
+            f"{name}: has {shared} of the {len(units)} tokens of the transcript; cut short, or of another call"
+        )
     words: list[str] = []
     times: list[_Time | None] = []
     for (_, spelled), place in zip(units, found, strict=True):
@@ -170,18 +177,47 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
 
 
 def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
-    """For every key of a, its place in b: both are walked, and where they differ, the nearest two equal keys sought."""
+    """For every key of a, its place in b, None where it has none.
+
+    Both are walked from one anchor to the next, so that a stretch that one of them lacks, however long, costs itself.
+    """
     places: list[int | None] = [None] * len(a)
+    i = j = 0
+    for next_i, next_j in [*_anchors(a, b), (len(a), len(b))]:
+        _walk(a[i:next_i], b[j:next_j], i, j, places)
+        i, j = next_i, next_j
+    return places
+
+
+def _anchors(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
+    """Places in a and in b of the runs of _ANCHOR keys that each of them has once, rising in both."""
+    first, second = _single_runs(a), _single_runs(b)
+    pairs = [(i, second[run]) for run, i in first.items() if run in second]  # in the order of a
+    kept = _longest_rising([j for _, j in pairs])
+    return [pair for number, pair in enumerate(pairs) if number in kept]
+
+
+def _single_runs(keys: Sequence[str]) -> dict[tuple[str, ...], int]:
+    """Runs of _ANCHOR keys that occur once -> their places."""
+    runs = [tuple(keys[n : n + _ANCHOR]) for n in range(len(keys) - _ANCHOR + 1)]
+    counts = Counter(runs)
+    return {run: n for n, run in enumerate(runs) if counts[run] == 1}
+
+
+def _walk(a: Sequence[str], b: Sequence[str], first_a: int, first_b: int, places: list[int | None]) -> None:
+    """Set the places of a's keys in b, counted from `first_a` and `first_b`.
+
+    Both are walked, and where they differ, the nearest two equal keys sought.
+    """
     i = j = 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
-            places[i] = j
+            places[first_a + i] = first_b + j
             i, j = i + 1, j + 1
             continue
         skips = ((n, d - n) for d in range(1, _LONGEST_DIFFERENCE) for n in range(d + 1))
         m, n = next(((m, n) for m, n in skips if a[i + m : i + m + 2] == b[j + n : j + n + 2]), (1, 1))
         i, j = i + m, j + n
-    return places
 
 
 def _shared_out(count: int, tokens: Sequence[NlpToken]) -> list[_Time | None]:
@@ -205,20 +241,26 @@ def _shared_out(count: int, tokens: Sequence[NlpToken]) -> list[_Time | None]:
 
 def _in_order(times: Sequence[_Time | None]) -> list[_Time | None]:
     """Without the times that are out of order: a longest run of starts that do not fall stays."""
-    ends: list[float] = []  # the least start that a run of each length can end with
-    tops: list[int] = []  # its word
-    before: dict[int, int] = {}  # the word in front of a word, in the longest run that it ends
-    for number, time in enumerate(times):
-        if time is not None:
-            length = bisect_right(ends, time[0])
+    kept = _longest_rising([None if time is None else time[0] for time in times])
+    return [time if n in kept else None for n, time in enumerate(times)]
+
+
+def _longest_rising(values: Sequence[float | None]) -> set[int]:
+    """Places of a longest run of the values, not necessarily adjoining, that do not fall."""
+    ends: list[float] = []  # the least value that a run of each length can end with
+    tops: list[int] = []  # its place
+    before: dict[int, int] = {}  # the place in front of a place, in the longest run that it ends
+    for number, value in enumerate(values):
+        if value is not None:
+            length = bisect_right(ends, value)
             before[number] = tops[length - 1] if length else -1
-            ends[length : length + 1], tops[length : length + 1] = [time[0]], [number]
+            ends[length : length + 1], tops[length : length + 1] = [value], [number]
     kept = set()
     number = tops[-1] if tops else -1
     while number >= 0:
         kept.add(number)
         number = before[number]
-    return [time if n in kept else None for n, time in enumerate(times)]
+    return kept
 
 
 def _filled(times: Sequence[_Time | None]) -> list[_Time]:

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data.corpora.base import SPLITS, FileSource, SegmentSource, Utterance, check_choice
+from data.corpora.base import (
+    SPLITS,
+    FileSource,
+    SegmentSource,
+    Unreadable,
+    Utterance,
+    check_choice,
+    mostly_readable,
+)
 from data.corpora.text_files import existing_folder, listed_names, summary
 from data.errors import DataError
 from data.features import FeatureSettings
@@ -89,25 +97,38 @@ def _check_whole(path: Path) -> None:
             )
 
 
-def sources(settings: TedliumSettings) -> list[TalkSource | SegmentSource]:
-    """All talks or utterances, sorted by id. Raises DataError, naming what is missing or the STM's file and line."""
+def sources(settings: TedliumSettings) -> list[TalkSource | SegmentSource | Unreadable]:
+    """All talks or utterances, and training talks whose STM cannot be read, sorted by id.
+
+    Raises DataError, naming what is missing or the STM's file and line: of any talk of dev and test, and where half of
+    the training talks or more cannot be read.
+    """
     folder = existing_folder("folder", settings.folder)
     if (folder / settings.partition).is_dir():
         folder = folder / settings.partition
     partition = folder.resolve().name
-    listed: list[TalkSource | SegmentSource] = []
+    listed: list[TalkSource | SegmentSource | Unreadable] = []
     for split in dict.fromkeys(settings.splits):
         talks = _talks(folder, split)
         if split != "train" and partition != "speaker-adaptation" and not settings.incomplete:
             _check_complete(split, talks, folder)
+        unreadable: list[Unreadable] = []
         for talk in talks:
             stm = folder / split / "stm" / f"{talk}.stm"
-            segments = _segments(stm, talk)
+            try:
+                segments = _segments(stm, talk)
+            except DataError as error:
+                if split != "train" and not settings.incomplete:
+                    raise
+                unreadable.append(Unreadable(talk, str(error)))
+                continue
             audio = folder / split / "sph" / f"{talk}.sph"
             if settings.unit == "talks":
                 listed.append(TalkSource(_whole(talk, segments, split), audio))
             else:
                 listed += _utterances(talk, segments, split, audio)
+        mostly_readable([*unreadable, *talks[len(unreadable) :]])
+        listed += unreadable
     return sorted(listed, key=lambda source: source.id)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import DataError
+from data.folders import is_clutter
 
 # No line of a transcript or a table comes near; without a limit, a file with no line end would be read into memory.
 MAX_LINE_BYTES = 1 << 20
@@ -18,6 +19,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     Lines end in a line feed (and perhaps a carriage return) alone: other Unicode line ends occur within sentences.
     Raises DataError: no such file, not UTF-8, a NUL byte, a line of more than MAX_LINE_BYTES.
     """
+    for where, line in lines_or_faults(path):
+        if isinstance(line, DataError):
+            raise line
+        yield where, line
+
+
+def lines_or_faults(path: Path) -> Iterator[tuple[str, str | DataError]]:
+    """`numbered_lines`, but with the error in the place of a line that is not UTF-8 or has a NUL byte."""
     try:
         with open(path, "rb") as file:
             number = 0
@@ -26,21 +35,21 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                 where = f"{path}:{number}"
                 if len(raw) > MAX_LINE_BYTES:
                     raise DataError(f"{where}: a line of more than {MAX_LINE_BYTES} bytes; is this another file?")
-                line = _decode(raw, where, first=number == 1).rstrip("\r\n")
-                if line.strip():
+                line = _decode(raw, where, first=number == 1)
+                if isinstance(line, DataError):
                     yield where, line
+                elif line.strip():
+                    yield where, line.rstrip("\r\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _decode(raw: bytes, where: str, first: bool) -> str:
+def _decode(raw: bytes, where: str, first: bool) -> str | DataError:
     try:
         line = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from error
-    if "\0" in line:
-        raise DataError(f"{where}: a NUL byte; the file is damaged: fetch it again")
-    return line
+        return DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file")
+    return DataError(f"{where}: a NUL byte; the file is damaged: fetch it again") if "\0" in line else line
 
 
 def existing_folder(field: str, value: str) -> Path:
@@ -54,9 +63,10 @@ def existing_folder(field: str, value: str) -> Path:
 
 
 def listed_names(folder: Path) -> set[str]:
-    """Names of everything in a folder: one system call for thousands, where asking for each would be one for each."""
+    """Names of everything in a folder but what programs leave behind (`is_clutter`): one system call for thousands,
+    where asking for each would be one for each."""
     try:
-        return {entry.name for entry in os.scandir(folder)}
+        return {name for name in os.listdir(folder) if not is_clutter(name)}
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror or error})") from error
 

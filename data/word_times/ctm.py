@@ -4,7 +4,8 @@
     talk-1 A 11.34 0.20 YES 0.99
     talk-1 A 12.00 0.34 you
 
-file, channel, start, duration, word; then, where they are given, confidence (or NA), type and speaker.
+file, channel, start, duration, word; then, where they are given, confidence (or NA), type and speaker. Spaces and tabs
+part them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data.errors import DataError
+from data.names import space_fields
 from data.transcripts import Word
 from data.word_times.base import in_order, merged, probability, seconds, word_text
 
@@ -38,7 +40,7 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
     streams: dict[tuple[str, str], tuple[list[Word], list[int]]] = {}
     in_alternatives = skipping = False
     for number, line in _lines(path):
-        fields = line.split()
+        fields = space_fields(line)
         if not fields or line.lstrip().startswith(";;"):
             continue
         where = f"{path}:{number}"

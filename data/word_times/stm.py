@@ -1,8 +1,9 @@
 """NIST STM: segments of recordings with their times and text, as in TED-LIUM.
 
 A line is `RECORDING CHANNEL SPEAKER START END [<LABEL>] TEXT`, times in seconds; lines that begin with `;;` are
-comments. An STM gives the times of segments, not of words. What is not scored has the text
-`ignore_time_segment_in_scoring`, or the speaker `inter_segment_gap`.
+comments. Spaces and tabs part the fields, and a field in angle brackets behind the times is the label, whatever it
+holds: so NIST's sclite reads it (SCTK, src/sclite/stm.c). An STM gives the times of segments, not of words. What is not
+scored has the text `ignore_time_segment_in_scoring` in any case, or the speaker `inter_segment_gap`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
+from data.names import name_fault, space_fields
 from data.word_times.base import read_bytes, seconds
 
 IGNORED_TEXT = "ignore_time_segment_in_scoring"
@@ -20,6 +22,8 @@ GAP_SPEAKER = "inter_segment_gap"
 _FIELDS = 5  # in front of the label and the text
 # `word(2)`: the second pronunciation of the word.
 _PRONUNCIATION = re.compile(r"\(\d+\)$")
+# `<o,f0,male>`, `<>`, `<NA>`, `<o, f0, male>`; other spaces make it text, such as `<5 or >6`.
+_LABEL = re.compile(r"<[ \t]*([^<> \t,]*(?:,[ \t]*[^<> \t,]*)*)[ \t]*>")
 _EVENT = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]")
 # Endings that TED-LIUM writes as words of their own. Other words begin with an apostrophe too: 'cause, 'em, 'til.
 _CLITICS = frozenset(("'s", "'m", "'d", "'t", "'re", "'ve", "'ll", "'"))
@@ -44,7 +48,8 @@ class StmSegment:
     @property
     def ignored(self) -> bool:
         """True where the segment is not scored."""
-        return self.text.lower() == IGNORED_TEXT or self.speaker.lower() == GAP_SPEAKER
+        said = _EVENT.sub(" ", self.text).strip().lower()
+        return said == IGNORED_TEXT or self.speaker.lower() == GAP_SPEAKER
 
 
 def read_stm(path: Path) -> list[StmSegment]:
@@ -66,27 +71,24 @@ def read_stm(path: Path) -> list[StmSegment]:
 
 
 def _segment(line: str, where: str) -> StmSegment:
-    fields = line.split(maxsplit=_FIELDS)
+    fields = space_fields(line, _FIELDS)
     if len(fields) < _FIELDS:
         raise DataError(
             f"{where}: {len(fields)} fields, expected RECORDING CHANNEL SPEAKER START END <LABEL> TEXT: {line[:80]!r}"
         )
     recording, channel, speaker, *times = fields[:_FIELDS]
-    rest = fields[_FIELDS].strip() if len(fields) > _FIELDS else ""
-    if not line.replace("\t", " ").rstrip("\r").isprintable():
+    text = fields[_FIELDS].strip() if len(fields) > _FIELDS else ""
+    if name_fault(line.replace("\t", " ").rstrip("\r")):
         raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
     start, end = (seconds(value, where) for value in times)
     if not 0 <= start <= end < math.inf:  # also false for NaN
         raise DataError(
             f"{where}: from {start} to {end} s: a segment must start at 0 or later, and end after its start"
         )
-    # The label is optional, and text may begin with an event such as <unk>, which is no label.
-    label, text = "", rest
-    if rest.startswith("<") and ">" in rest:
-        inner, _, after = rest[1:].partition(">")
-        if "," in inner or inner == "NA":
-            label, text = inner, after.strip()
-    return StmSegment(recording, channel, speaker, start, end, label, text)
+    label = _LABEL.match(text)
+    if label is not None:
+        text = text[label.end() :].strip()
+    return StmSegment(recording, channel, speaker, start, end, label[1] if label else "", text)
 
 
 def plain_text(text: str) -> str:

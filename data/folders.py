@@ -1,0 +1,96 @@
+"""The one way in which a folder is searched for files: audio, transcripts, word times.
+
+Left out is what programs leave behind: names with a dot in front (`._x.wav` of macOS, `.cache`, `.ipynb_checkpoints`,
+`.DS_Store`) and those of CLUTTER. The folder itself may be called anything: the user named it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CLUTTER = frozenset(("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir"))
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's own."""
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below a folder."""
+
+    files: list[Path] = field(default_factory=list)
+    """Sorted. Those below a linked folder have the link's path."""
+    unread: dict[Path, str] = field(default_factory=dict)
+    """What could not be followed, with the reason: links to nothing, pipes, folders that cannot be listed, and links to a
+    folder that is read under another path or holds the searched one."""
+
+
+def files_below(root: Path) -> Found:
+    """All files below a folder, linked folders included, each folder once.
+
+    A folder that is there under its own name is read under that; of several links to one folder the first.
+    """
+    found = Found()
+    seen: dict[tuple[int, int], Path] = {}
+    above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
+    links: deque[Path] = deque()
+    _walk(root, found, seen, links)
+    while links:
+        link = links.popleft()
+        try:
+            identity = _identity(link)
+        except OSError as error:
+            found.unread[link] = f"cannot be followed ({error.strerror or error})"
+            continue
+        if identity in seen:
+            found.unread[link] = f"a link to a folder that is read as {seen[identity]}"
+        elif identity in above:
+            found.unread[link] = f"a link to a folder that holds {root}"
+        else:
+            _walk(link, found, seen, links)
+    found.files.sort()
+    return found
+
+
+def _walk(top: Path, found: Found, seen: dict[tuple[int, int], Path], links: deque[Path]) -> None:
+    """Add the files below a folder; put the linked folders there into `links`."""
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            identity = _identity(folder)
+            if identity in seen:  # another link has led here already
+                continue
+            seen[identity] = folder
+            with os.scandir(folder) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            found.unread[folder] = f"a folder that cannot be listed ({error.strerror or error})"
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if is_clutter(entry.name):
+                continue
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                elif entry.is_dir():
+                    links.append(path)
+                elif entry.is_file():
+                    found.files.append(path)
+                elif entry.is_symlink() and not path.exists():
+                    found.unread[path] = f"a link to nothing ({os.readlink(path)})"
+                else:
+                    found.unread[path] = "no regular file"
+            except OSError as error:  # links that lead in a circle
+                found.unread[path] = f"cannot be followed ({error.strerror or error})"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    state = os.stat(folder)
+    return state.st_dev, state.st_ino
