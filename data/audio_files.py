@@ -4,12 +4,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
-
+from data.audio import audio_seconds
 from data.errors import DataError
 
 AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".sph", ".w64",
@@ -24,7 +22,7 @@ class AudioFile:
     name: str
     """of its transcripts, relative to --out and without a suffix"""
     seconds: float
-    """as the header says; 0 where it cannot be read"""
+    """as the header says, or estimated where it does not; 0 where it cannot be read"""
     key: str
     """names what its transcripts are made from"""
 
@@ -53,12 +51,9 @@ def list_audio(audio: str, key: str) -> list[AudioFile]:
 
 def audio_file(path: Path, name: str, key: str) -> AudioFile:
     """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
-    state, seconds = path.stat(), 0.0
-    with suppress(soundfile.SoundFileError, RuntimeError, OSError):
-        header = soundfile.info(path)
-        seconds = header.frames / header.samplerate
+    state = path.stat()
     content = json.dumps([key, name, state.st_size, state.st_mtime_ns])
-    return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
+    return AudioFile(path, name, audio_seconds(path), hashlib.sha256(content.encode()).hexdigest())
 
 
 def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:

@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.corpora.base import FeatureUtterance, Source
-from data.errors import DataError
+from data.errors import DataError, SoundWarning
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
 from data.skipped import Skipped
@@ -42,13 +43,28 @@ class Extracted:
     recording: Recording
     log_mel: NDArray[np.float16]
     """float16 [frames, M]"""
+    warnings: tuple[str, ...] = ()
+    """What may be wrong with its sound."""
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     """Load one source and compute its log-mel; a DataError or a want of memory on the way makes it a skipped one.
 
-    Sound that comes in blocks is never held whole: only the float16 features grow with its length.
+    Sound that comes in blocks is never held whole: only the float16 features grow with its length. A SoundWarning on
+    the way becomes one of the result's; other warnings are shown.
     """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SoundWarning)
+        result = _extract(source, features)
+    for warning in caught:
+        if not issubclass(warning.category, SoundWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if isinstance(result, Skipped):
+        return result
+    return replace(result, warnings=tuple(str(w.message) for w in caught if issubclass(w.category, SoundWarning)))
+
+
+def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     values = bytearray()
     try:
         utterance = source.load(features)
@@ -172,9 +188,10 @@ class _Worker:
                 connection = self._connection()
                 connection.send(source)
                 answer = connection.recv()
-                if isinstance(answer, Recording):
+                if isinstance(answer, tuple):
+                    recording, heard = answer
                     values = np.frombuffer(connection.recv_bytes(), np.float16)
-                    return Extracted(answer, values.reshape(-1, self.features.num_mels))
+                    return Extracted(recording, values.reshape(-1, self.features.num_mels), heard)
             except (EOFError, OSError):
                 how = self._bury()
                 continue
@@ -232,7 +249,8 @@ def _server() -> ForkServerContext:
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
-    """The life of a worker process: answers every source with a Recording and its features, or a Skipped, or a str."""
+    """The life of a worker process: answers every source with (Recording, warnings) and the features, or a Skipped, or
+    a str."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group: the main process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -247,7 +265,7 @@ def _work(connection: Connection, features: FeatureSettings) -> None:
         if isinstance(result, Skipped):
             connection.send(result)
         else:
-            connection.send(result.recording)
+            connection.send((result.recording, result.warnings))
             connection.send_bytes(result.log_mel.reshape(-1).view(np.uint8).data)
 
 

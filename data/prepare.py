@@ -1,7 +1,8 @@
 """Turn a corpus into a dataset of log-mel shards: `python -m data.prepare CORPUS --out DIR [--field value ...]`.
 
 An interrupted preparation continues with the same command, and ends with the same dataset as an undisturbed one. A
-finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl.
+finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; suspect ones are
+kept, counted and listed in DIR/warnings.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data.features import FeatureSettings
 from data.index import DATASET_FILE, PREPARING_FILE, Layout, locked, read_json, write_json
 from data.progress import Interrupts, Progress
 from data.shards import DatasetWriter, open_dataset
-from data.skipped import Skipped, merge_skipped, skipped_path, summary, write_skipped
+from data.skipped import Skipped, list_path, merge_lists, read_list, summary, write_list
 
 CORPUS_FILE = "corpus.json"
 _PARTS_SHOWN = 16
@@ -90,7 +91,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
     folder = Path(settings.out)
     with Interrupts() as interrupts, _begin(folder, _identity(name, corpus_settings, sources), features, settings) as w:
         if w.finished:
-            merge_skipped(folder)
+            merge_lists(folder)
             print(f"prepare: {folder} is already prepared: {_totals(folder)}", flush=True)
             return False
         missing = w.missing_parts()
@@ -102,7 +103,7 @@ def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings
         with interrupts.held():
             complete = w.finish()
             if complete:
-                merge_skipped(folder)
+                merge_lists(folder)
         if not complete:
             print(f"prepare: part {w.part}/{w.parts} of {folder} is finished, {_missing(w.missing_parts(), w.parts)}")
             return w.part in missing
@@ -120,7 +121,8 @@ def _prepare_part(
         print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
     skipped: list[Skipped] = []
     allowed = settings.max_skipped_share * len(sources)
-    path = skipped_path(writer.path, writer.part, writer.parts)
+    path, warned_path = (list_path(writer.path, name, writer.part, writer.parts) for name in ("skipped", "warnings"))
+    warned = read_list(warned_path, writer.done_ids)
     results = extract_all(remaining, writer.features, min(settings.workers, max(1, len(remaining))))
     shard, begun = writer.shard, time.monotonic()
     try:
@@ -136,14 +138,20 @@ def _prepare_part(
                     writer.add(result.recording, result.log_mel)
                     if writer.shard == shard and time.monotonic() - begun > 60 * settings.shard_minutes:
                         writer.close()
+                warned += [Skipped(result.recording.id, warning) for warning in result.warnings]
+                progress.warnings += len(result.warnings)
                 if writer.shard != shard:
                     shard, begun = writer.shard, time.monotonic()
+                    write_list(warned_path, warned)  # as lasting as the shard
                 progress.update(len(result.log_mel) / writer.features.frames_per_second)
     finally:
         # All that is not done was tried again, so the list of a continued run is whole.
-        write_skipped(path, skipped)
+        write_list(path, skipped)
+        write_list(warned_path, warned)
+    if warned:
+        print(summary(f"{len(warned)} warnings", warned, warned_path), flush=True)
     if skipped:
-        print(summary(skipped, path), flush=True)
+        print(summary(f"skipped {len(skipped)} recordings", skipped, path), flush=True)
     if len(skipped) > allowed:
         raise DataError(
             f"at least {len(skipped)} of {len(sources)} recordings are unusable, more than max_skipped_share = "

@@ -49,13 +49,14 @@ class Interrupts:
 
 
 class Progress:
-    """Recordings done, audio-hours, speed, time left, skipped by reason: a bar on a terminal, elsewhere some lines."""
+    """Recordings, audio-hours, speed, time left, skipped by reason, warnings: a bar on a terminal, elsewhere lines."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.done = 0
         self.seconds = 0.0
         self.skipped: Counter[str] = Counter()
+        self.warnings = 0
         self.started = self.last_line = time.monotonic()
         self.bar = tqdm(
             total=total,
@@ -84,6 +85,8 @@ class Progress:
             more = len(self.skipped) - len(reasons)
             reasons += [f"{more} other reasons"] if more > 0 else []
             said.append(f"{self.skipped.total()} skipped ({'; '.join(reasons)})")
+        if self.warnings:
+            said.append(f"{self.warnings} warnings")
         return ", ".join(said)
 
     def update(self, seconds: float) -> None:

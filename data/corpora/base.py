@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data.audio import audio_blocks
 from data.errors import DataError
-from data.features import FeatureSettings, audio_blocks
+from data.features import FeatureSettings
 from data.index import Recording
 
 SPLITS = ("train", "dev", "test")
@@ -100,6 +101,17 @@ class SegmentSource:
     def load(self, features: FeatureSettings) -> Utterance:
         """Read the stretch alone, as a file is read. Raises DataError when the file cannot give it."""
         return Utterance.read(self.recording, audio_blocks(self.path, features, None, self.start, self.duration))
+
+
+@dataclass(frozen=True)
+class UnusableSource:
+    """A recording that cannot be used, as its listing tells already: skipped and counted when it is its turn."""
+
+    id: str
+    reason: str
+
+    def load(self, features: FeatureSettings) -> Utterance:
+        raise DataError(self.reason)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpora.base import SPLITS, FileSource, SegmentSource, Source, check_choice
+from data.corpora.base import SPLITS, FileSource, SegmentSource, Source, UnusableSource, check_choice
 from data.corpora.channels import ChannelSource
 from data.corpora.json_lines import is_file, json_lines, label_field, text_field
 from data.corpora.lhotse_cuts import Cut, channels_of, read_cut, stretch, whole_recordings
@@ -22,8 +22,13 @@ from data.index import Recording
 from data.transcripts import TOLERANCE, Word
 from data.word_times.alignments import lhotse_words
 
+_Listed = FileSource | SegmentSource | ChannelSource | UnusableSource
 # An alignment further outside of its supervision than this, in seconds, counts from somewhere else.
 _STRAY_SECONDS = 1.0
+
+
+class _Beyond(DataError):
+    """A supervision ends after the recording does: this one recording is skipped."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class LhotseSettings:
 def sources(settings: LhotseSettings) -> list[Source]:
     """All recordings, sorted by id. Raises DataError naming file and line, or the audio files that do not exist."""
     base = Path(settings.audio_folder).expanduser()
-    listed: list[FileSource | SegmentSource | ChannelSource] = []
+    listed: list[_Listed] = []
     if settings.recordings:
         supervisions = Path(settings.supervisions).expanduser() if settings.supervisions else None
         for cut in whole_recordings(Path(settings.recordings).expanduser(), supervisions, base):
@@ -82,7 +87,7 @@ def sources(settings: LhotseSettings) -> list[Source]:
                 listed += _listed(read_cut(fields, where, base), settings, split)
     if not listed:
         raise DataError("the manifests hold no cut or recording")
-    there = {source.path: is_file(source.path) for source in listed}
+    there = {s.path: is_file(s.path) for s in listed if not isinstance(s, UnusableSource)}
     missing = [str(path) for path, found in there.items() if not found]
     if missing:
         raise DataError(
@@ -92,15 +97,18 @@ def sources(settings: LhotseSettings) -> list[Source]:
     return sorted(listed, key=lambda source: source.id)
 
 
-def _listed(cut: Cut, settings: LhotseSettings, split: str) -> Iterator[FileSource | SegmentSource | ChannelSource]:
+def _listed(cut: Cut, settings: LhotseSettings, split: str) -> Iterator[_Listed]:
     """What a cut gives: itself, or each of its supervisions."""
     for part in [cut] if settings.unit == "cuts" else _supervision_cuts(cut):
         try:
             recording = _recording(part, settings, split)
+        except _Beyond as error:
+            yield UnusableSource(part.id, str(error))
+            continue
         except DataError as error:
             raise error if str(error).startswith(part.where) else DataError(f"{part.where}: {error}") from error
         path, channels = next(file for file in part.audio.files if part.channel in file[1])
-        whole = part.start < TOLERANCE / 10 and part.duration > part.audio.duration - TOLERANCE / 10
+        whole = part.start < TOLERANCE / 10 and abs(part.duration - part.audio.duration) < TOLERANCE / 10
         if len(channels) > 1:
             wanted = (0.0, None) if whole else (part.start, part.duration)
             yield ChannelSource(recording, path, channels.index(part.channel), *wanted)
@@ -124,6 +132,8 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> Recording:
         texts.append(text)
         if text and words is not None:
             words = None if aligned is None else words + aligned
+        if text is None and _is_last(cut) and stretch(fields, where)[1] > cut.duration + TOLERANCE:
+            raise _Beyond(f"{where}: ends after its recording of {cut.audio.duration} s")
     complete = bool(texts) and None not in texts
     if settings.text == "required" and not complete:
         raise DataError(
@@ -145,7 +155,7 @@ def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
     found = []
     for where, fields in cut.supervisions:
         start, end = stretch(fields, where)
-        if cut.channel in channels_of(fields, where) and start < cut.duration and end > 0:
+        if cut.channel in channels_of(fields, where) and (start < cut.duration or _is_last(cut)) and end > 0:
             found.append((start, end, where, fields))
     return [(where, fields) for _, _, where, fields in sorted(found, key=lambda item: item[:2])]
 
@@ -174,6 +184,11 @@ def _said(fields: Mapping[str, Any], where: str, cut: Cut) -> tuple[str | None, 
     return " ".join(text.split()), words
 
 
+def _is_last(cut: Cut) -> bool:
+    """Whether the cut goes to the recording's end: supervisions that end after it do so by mistake."""
+    return cut.start + cut.duration > cut.audio.duration - TOLERANCE / 10
+
+
 def _supervision_cuts(cut: Cut) -> Iterator[Cut]:
     """Each supervision of the cut's channel as a cut of its own, as far as it lies in the cut."""
     for where, fields in _in_time(cut):
@@ -181,7 +196,7 @@ def _supervision_cuts(cut: Cut) -> Iterator[Cut]:
         if id is None:
             raise DataError(f"{where}: a supervision without an id")
         start, end = stretch(fields, where)
-        first, last = max(0.0, start), min(cut.duration, end)
+        first, last = max(0.0, start), end if _is_last(cut) else min(cut.duration, end)
         moved = {**fields, "start": start - first}
         yield replace(
             cut, id=id, start=cut.start + first, duration=last - first, supervisions=[(where, moved)], where=where
