@@ -202,6 +202,8 @@ def outcomes(
                 if isinstance(result, Skipped):
                     yield Outcome(file, None, result.reason)
                 else:
+                    for warning in result.warnings:
+                        print(f"warning: {printable(warning)}", file=sys.stderr)
                     heard[file] = source_of(result.log_mel, recogniser.statistics)
                 del result  # hours of features, while the next are read
             yield from decode(recogniser, decoder, heard, config.inference, world)

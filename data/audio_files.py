@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
-
+from data.audio import audio_seconds
 from data.errors import DataError
 from data.folders import files_below
 from data.names import escaped
@@ -29,7 +26,7 @@ class AudioFile:
     name: str
     """of its transcripts, relative to --out and without a suffix"""
     seconds: float
-    """as the header says; 0 where it cannot be read"""
+    """as the header says, or estimated where it does not; 0 where it cannot be read"""
     key: str
     """names what its transcripts are made from"""
 
@@ -42,8 +39,8 @@ def is_audio(path: Path) -> bool:
 def list_audio(audio: str, key: str) -> list[AudioFile]:
     """The file, or all audio files below the folder (`files_below`), sorted. Raises DataError where there is none.
 
-    Files that differ in their suffix only keep it in the names of their transcripts. A file that cannot be read, such as
-    a named pipe or a link to nothing, is listed too: it fails when its turn comes, alone and by name. Folders that
+    Files that differ in their suffix only keep it in the names of their transcripts. A file that cannot be read, such
+    as a named pipe or a link to nothing, is listed too: it fails when its turn comes, alone and by name. Folders that
     could not be searched are named on stderr.
     """
     root = Path(audio).expanduser()
@@ -78,12 +75,10 @@ def audio_file(path: Path, name: str, key: str) -> AudioFile:
     """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
     size = changed = 0
     seconds = 0.0
-    with suppress(soundfile.SoundFileError, RuntimeError, OSError):
+    with suppress(OSError):
         state = path.stat()
         size, changed = state.st_size, state.st_mtime_ns
-        if stat.S_ISREG(state.st_mode):  # a named pipe would be waited for
-            header = soundfile.info(os.fsencode(path))
-            seconds = header.frames / header.samplerate
+        seconds = audio_seconds(path)
     content = json.dumps([key, name, size, changed])
     return AudioFile(path, name, seconds, hashlib.sha256(content.encode()).hexdigest())
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.corpora.base import FeatureUtterance, Source, Unreadable
-from data.errors import DataError
+from data.errors import DataError, SoundWarning
 from data.features import FeatureSettings, LogMel
 from data.index import Recording
 from data.skipped import NO_WORD_TIMES, Skipped
@@ -43,7 +44,7 @@ class Extracted:
     log_mel: NDArray[np.float16]
     """float16 [frames, M]"""
     warnings: tuple[str, ...] = ()
-    """What it is used without, and why."""
+    """What it is used without, and what may be wrong with its sound."""
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
@@ -51,10 +52,21 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     it a skipped one.
 
     Word times that cannot be the sound's are left out, with a warning: labels and sound are whole without them. Sound
-    that comes in blocks is never held whole: only the float16 features grow with its length.
+    that comes in blocks is never held whole: only the float16 features grow with its length. A SoundWarning on the way
+    becomes one of the result's; other warnings are shown.
     """
     if isinstance(source, Unreadable):
         return Skipped(source.id, source.reason, listed=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SoundWarning)
+        result = _extract(source, features)
+    heard = [str(warning.message) for warning in caught if issubclass(warning.category, SoundWarning)]
+    for other in (warning for warning in caught if not issubclass(warning.category, SoundWarning)):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    return result if isinstance(result, Skipped) else replace(result, warnings=(*result.warnings, *heard))
+
+
+def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     values = bytearray()
     try:
         utterance = source.load(features)
@@ -67,14 +79,14 @@ def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
         for block in blocks:
             values += block.to(torch.float16).numpy().data
         log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
-        recording, warnings = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
+        recording, told = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
     except DataError as error:
         return Skipped(source.id, str(error))
     except OSError as error:
         return Skipped(source.id, f"{source.id}: cannot be read ({error})")
     except MemoryError:
         return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
-    return Extracted(recording, log_mel, (*utterance.warnings, *warnings))
+    return Extracted(recording, log_mel, (*utterance.warnings, *told))
 
 
 def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording, tuple[str, ...]]:
@@ -190,9 +202,9 @@ class _Worker:
                 connection.send(source)
                 answer = connection.recv()
                 if isinstance(answer, tuple):
-                    recording, warnings = answer
+                    recording, told = answer
                     values = np.frombuffer(connection.recv_bytes(), np.float16)
-                    return Extracted(recording, values.reshape(-1, self.features.num_mels), warnings)
+                    return Extracted(recording, values.reshape(-1, self.features.num_mels), told)
             except (EOFError, OSError):
                 how = self._bury()
                 continue

@@ -26,8 +26,8 @@ class Found:
     files: list[Path] = field(default_factory=list)
     """Sorted. Those below a linked folder have the link's path."""
     unread: dict[Path, str] = field(default_factory=dict)
-    """What could not be followed, with the reason: links to nothing, pipes, folders that cannot be listed, and links to a
-    folder that is read under another path or holds the searched one."""
+    """What could not be followed, with the reason: links to nothing, pipes, folders that cannot be listed, and links
+    to a folder that is read under another path or holds the searched one."""
 
 
 def files_below(root: Path) -> Found:

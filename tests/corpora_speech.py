@@ -11,8 +11,9 @@ import soundfile
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from data.audio import resample
 from data.corpora.espeak import Synthesizer
-from data.features import FeatureSettings, resample
+from data.features import FeatureSettings
 
 FEATURES = FeatureSettings()
 VOICES = {"en": "en-us", "de": "de", "fr": "fr", "nl": "nl"}

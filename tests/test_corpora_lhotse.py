@@ -237,7 +237,6 @@ def changed(entry: dict, path: str, value: Any) -> dict:
         ("channel", 4, "channel is 4, the recording has none such"),
         ("channel", [0], r"channel is \[0\], the recording has none"),
         ("start", None, "no 'start'"),
-        ("duration", 9.0, "is no stretch of a recording of 2.0 s"),
         ("supervisions", 5, "supervisions is 5"),
         ("supervisions.0.text", ["x"], r"supervisions\[0\]: text is \['x'\], expected str"),
         ("supervisions.0.start", "0", r"supervisions\[0\]: start is '0', expected seconds"),

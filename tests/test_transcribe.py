@@ -279,6 +279,22 @@ def test_a_full_disk_ends_the_work_with_what_to_do(
         transcribe(setup, tmp_path / "out")
 
 
+def test_suspect_sound_is_transcribed_with_a_warning_and_flac_without_a_count_as_with_it(
+    setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_sound(tmp_path / "talks/a.flac", 2.0)
+    flac = (tmp_path / "talks/a.flac").read_bytes()
+    (tmp_path / "talks/b.flac").write_bytes(flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:])
+    sound, _ = soundfile.read(tmp_path / "talks/a.flac")
+    soundfile.write(tmp_path / "talks/inverted.wav", np.stack([sound, -sound], axis=1), 16000)
+    assert transcribe(setup, tmp_path / "out", audio=str(tmp_path / "talks"), formats="txt,json") == 0
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in told
+    assert (tmp_path / "out/inverted.txt").is_file()
+    assert (tmp_path / "out/a.txt").read_text() == (tmp_path / "out/b.txt").read_text()
+    assert json.loads((tmp_path / "out/b.json").read_text())["seconds"] == 2.01
+
+
 def test_a_second_start_does_only_what_has_changed(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data.audio import audio_blocks
 from data.errors import DataError
-from data.features import FeatureSettings, audio_blocks
+from data.features import FeatureSettings
 from data.index import Recording
 
 SPLITS = ("train", "dev", "test")

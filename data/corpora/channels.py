@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.audio import audio_blocks
 from data.corpora.base import Utterance
-from data.features import FeatureSettings, audio_blocks
+from data.features import FeatureSettings
 from data.index import Recording
 
 

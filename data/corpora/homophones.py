@@ -19,11 +19,12 @@ from functools import cache
 
 import numpy as np
 
+from data.audio import resample
 from data.corpora.base import Utterance
 from data.corpora.grammar import load_grammar, pick
 from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, speak, split_of
 from data.errors import DataError
-from data.features import FeatureSettings, resample
+from data.features import FeatureSettings
 from data.index import Recording
 
 _LANGUAGE = "en"

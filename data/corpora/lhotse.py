@@ -137,7 +137,7 @@ def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | Segm
     """A cut's stretch of sound, with what is known of it. Raises DataError."""
     recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
-    whole = cut.start < TOLERANCE / 10 and cut.duration > cut.audio.duration - TOLERANCE / 10
+    whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
     if len(channels) > 1:
         start, duration = (0.0, None) if whole else (cut.start, cut.duration)
         return ChannelSource(recording, path, channels.index(cut.channel), start, duration, warnings)
@@ -164,6 +164,8 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
         texts.append(text)
         if text and words is not None:
             words = None if aligned is None else words + aligned
+        if text is None and _is_last(cut) and stretch(fields, where)[1] > cut.duration + TOLERANCE:
+            raise DataError(f"{where}: ends after its recording of {cut.audio.duration} s")
     complete = bool(texts) and None not in texts
     if settings.text == "required" and not complete:
         raise MissingText(
@@ -186,7 +188,7 @@ def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
     found = []
     for where, fields in cut.supervisions:
         start, end = stretch(fields, where)
-        if cut.channel in channels_of(fields, where) and start < cut.duration and end > 0:
+        if cut.channel in channels_of(fields, where) and (start < cut.duration or _is_last(cut)) and end > 0:
             found.append((start, end, where, fields))
     return [(where, fields) for _, _, where, fields in sorted(found, key=lambda item: item[:2])]
 
@@ -230,6 +232,11 @@ def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list
     return words
 
 
+def _is_last(cut: Cut) -> bool:
+    """Whether the cut goes to the recording's end: supervisions that end after it do so by mistake."""
+    return cut.start + cut.duration > cut.audio.duration - TOLERANCE / 10
+
+
 def _supervision_cuts(cut: Cut) -> list[Cut | Unreadable]:
     """Each supervision of the cut's channel as a cut of its own, as far as it lies in the cut."""
     found: list[Cut | Unreadable] = []
@@ -249,7 +256,7 @@ def _supervision_cut(cut: Cut) -> list[Cut]:
         if id is None:
             raise DataError(f"{where}: a supervision without an id")
         start, end = stretch(fields, where)
-        first, last = max(0.0, start), min(cut.duration, end)
+        first, last = max(0.0, start), end if _is_last(cut) else min(cut.duration, end)
         moved = {**fields, "start": start - first}
         found.append(
             replace(

@@ -17,7 +17,6 @@ from data.corpora.json_lines import (
     text_field,
 )
 from data.errors import DataError
-from data.transcripts import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,6 @@ def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
     channel = fields.get("channel")
     if isinstance(channel, bool) or not isinstance(channel, int) or not any(channel in f[1] for f in audio.files):
         raise DataError(f"{where}: channel is {shorten(channel)}, the recording has none such")
-    if duration <= 0 or start + duration > audio.duration + TOLERANCE:
-        raise DataError(f"{where}: {start} to {start + duration} s is no stretch of a recording of {audio.duration} s")
     numbered = [(f"{where}: supervisions[{n}]", item) for n, item in enumerate(supervisions)]
     return Cut(_id(fields, where), audio, channel, start, duration, numbered, where)
 

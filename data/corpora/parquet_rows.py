@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.audio import audio_blocks
 from data.corpora.base import Utterance
 from data.corpora.remote import FileCache, retried
 from data.errors import DataError
-from data.features import FeatureSettings, audio_blocks
+from data.features import FeatureSettings
 from data.index import Recording
 
 # Rows that are decoded together: few, for a row may hold a whole hour.

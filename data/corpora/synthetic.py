@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from data.audio import resample
 from data.corpora.base import Utterance, check_choice, hash_share
 from data.corpora.espeak import Synthesizer, UnspeakableWord
 from data.corpora.grammar import LANGUAGES, Grammar, Topic, load_grammar, pick
 from data.errors import DataError
-from data.features import FeatureSettings, resample
+from data.features import FeatureSettings
 from data.index import Recording
 from data.transcripts import Word
 

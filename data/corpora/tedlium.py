@@ -8,32 +8,19 @@ STM gives the times of segments, not of words: the words of a talk have no times
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data.corpora.base import (
-    SPLITS,
-    FileSource,
-    SegmentSource,
-    Unreadable,
-    Utterance,
-    check_choice,
-    mostly_readable,
-)
+from data.corpora.base import SPLITS, FileSource, SegmentSource, Unreadable, check_choice, mostly_readable
 from data.corpora.text_files import existing_folder, listed_names, summary
 from data.errors import DataError
-from data.features import FeatureSettings
 from data.index import Recording
 from data.splits import published_split
 from data.word_times.stm import StmSegment, plain_text, read_stm
 
 _PARTITIONS = ("legacy", "speaker-adaptation")
-# `sample_count -i 16000000` and the like, in the kilobyte of text that a SPHERE file begins with.
-_SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -i (\d{1,12})\s*$", re.MULTILINE)
-_SPHERE_HEADER = 1024
 
 
 @dataclass(frozen=True)
@@ -61,43 +48,7 @@ class TedliumSettings:
             check_choice("splits", split, SPLITS)
 
 
-@dataclass(frozen=True)
-class TalkSource:
-    """A whole SPHERE file."""
-
-    recording: Recording
-    path: Path
-
-    @property
-    def id(self) -> str:
-        return self.recording.id
-
-    def load(self, features: FeatureSettings) -> Utterance:
-        """Read the talk. Raises DataError where it cannot be read, or is not all there."""
-        _check_whole(self.path)
-        return FileSource(self.recording, self.path).load(features)
-
-
-def _check_whole(path: Path) -> None:
-    """Raise DataError for a SPHERE file that was cut short: libsndfile reads what is there, and does not say so."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = file.read(_SPHERE_HEADER)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    fields = {name: int(value) for name, value in _SPHERE_FIELD.findall(header)}
-    frame = fields.get(b"sample_n_bytes", 0) * fields.get(b"channel_count", 1)
-    # A compressed file (none of TED-LIUM's is) says so, and its size tells nothing.
-    if frame and b"shorten" not in header and b"sample_count" in fields:
-        there = max(0, size - _SPHERE_HEADER) // frame
-        if there < fields[b"sample_count"]:
-            raise DataError(
-                f"{path}: cut short, {there} of {fields[b'sample_count']} samples are there; fetch it again"
-            )
-
-
-def sources(settings: TedliumSettings) -> list[TalkSource | SegmentSource | Unreadable]:
+def sources(settings: TedliumSettings) -> list[FileSource | SegmentSource | Unreadable]:
     """All talks or utterances, and training talks whose STM cannot be read, sorted by id.
 
     Raises DataError, naming what is missing or the STM's file and line: of any talk of dev and test, and where half of
@@ -107,7 +58,7 @@ def sources(settings: TedliumSettings) -> list[TalkSource | SegmentSource | Unre
     if (folder / settings.partition).is_dir():
         folder = folder / settings.partition
     partition = folder.resolve().name
-    listed: list[TalkSource | SegmentSource | Unreadable] = []
+    listed: list[FileSource | SegmentSource | Unreadable] = []
     for split in dict.fromkeys(settings.splits):
         talks = _talks(folder, split)
         if split != "train" and partition != "speaker-adaptation" and not settings.incomplete:
@@ -124,7 +75,7 @@ def sources(settings: TedliumSettings) -> list[TalkSource | SegmentSource | Unre
                 continue
             audio = folder / split / "sph" / f"{talk}.sph"
             if settings.unit == "talks":
-                listed.append(TalkSource(_whole(talk, segments, split), audio))
+                listed.append(FileSource(_whole(talk, segments, split), audio))
             else:
                 listed += _utterances(talk, segments, split, audio)
         mostly_readable([*unreadable, *talks[len(unreadable) :]])
