@@ -5,6 +5,10 @@ temporary folder, so the page cache is warm; the real loader then runs with one 
 masks of pretraining. Counts seconds of audio, not padding, that arrive in the main process. Then many small batches,
 and what the processes' own memory grew by from the first tenth of them to the last. The last line is JSON.
 
+`bare_conversion` is the rate at which torch turns float16 into float32 in one thread and nothing else,
+`bare_normalisation` that of conversion and normalisation into the loader's number of buffers; `share_of_...` is what
+a worker, which also reads, checks and draws masks, reaches of them at the same fill of the rows.
+
 The main process, which plans and receives, needs a quarter of a processor. Where there are but two, two workers cannot
 run twice as fast as one; `scaling_2_workers_with_processors_of_their_own` counts the workers' processor time instead.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import functools
+import itertools
 import os
 import pstats
 import statistics
@@ -22,10 +27,12 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from benchmarks.machine import print_figures
 from benchmarks.memory import family, memory, processor_seconds
 from bestrq.pretraining.masking import draw_span_mask
+from data.batch import SharedRows
 from data.features import FeatureSettings
 from data.index import LAYOUTS, Layout
 from data.loader import LoaderSettings, Plan, RowLoader
@@ -87,18 +94,27 @@ def growth(dataset: Dataset, options: argparse.Namespace) -> float:
     return (memory(family(), "Pss_Anon") - before) / 1e6
 
 
-def copy_speed(options: argparse.Namespace) -> float:
-    """Audio-seconds per second of the least that must happen: a row's float16 read and float32 written, in torch."""
-    import torch
-
+def bare_speeds(options: argparse.Namespace) -> tuple[float, float]:
+    """Audio-seconds per second of what must happen to a batch's values, in one thread: converted from float16 to
+    float32; and normalised too, a row at a time, into as many buffers as the workers of the loader fill in turns."""
     torch.set_num_threads(1)
-    source = torch.zeros(options.rows, options.row_frames, 80, dtype=torch.float16)
-    times = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        source.to(torch.float32)
-        times.append(time.perf_counter() - begin)
-    return options.rows * options.row_frames / 100 / statistics.median(times)
+    shape = (options.rows, options.row_frames, 80)
+    source, mean, inverse_std = torch.zeros(shape, dtype=torch.float16), torch.zeros(80), torch.ones(80)
+    buffers = itertools.cycle(SharedRows(options.prefetch + 2, shape).buffers)
+
+    def normalise() -> None:
+        for out, values in zip(next(buffers), source, strict=True):
+            out.copy_(values).sub_(mean).mul_(inverse_std)
+
+    rates = []
+    for action in (lambda: source.to(torch.float32), normalise):
+        times = []
+        for _ in range(40):
+            begin = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - begin)
+        rates.append(options.rows * options.row_frames / 100 / statistics.median(times))
+    return rates[0], rates[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -134,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scaling_of_work.append(2 * two_worked / one_worked)
             print(f"{one:,.0f} audio-s/s with one worker, {two:,.0f} with two", flush=True)
         fill = planned * 100 / (options.updates * options.rows * options.row_frames)
+        bare, normalised = bare_speeds(options)
         figures = {
             "audio_seconds_per_second_per_worker": round(statistics.median(rates)),
             "scaling_2_workers": round(statistics.median(scaling), 2),
@@ -143,7 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "highest": round(max(rates)),
             "in_process": round(statistics.median(measure(dataset, options, 0)[0] for _ in range(3))),
             "planning_alone": round(planning),
-            "bare_conversion": round(copy_speed(options)),
+            "bare_conversion": round(bare),
+            "bare_normalisation": round(normalised),
+            "share_of_bare_conversion": round(statistics.median(rates) / (fill * bare), 4),
+            "share_of_bare_normalisation": round(statistics.median(rates) / (fill * normalised), 4),
             "row_fill": round(fill, 4),
             "growth_mb": round(growth(dataset, options), 1),
             "growth_batches": options.growth_batches,

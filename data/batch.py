@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.errors import DataError
-from data.order import CropTable
+from data.order import Crops, CropTable
 from data.rows import DataState, Row
 from data.shards import Dataset, Normalisation
 from data.storage import StorageError
@@ -67,8 +67,17 @@ class Batch:
 class Job:
     """What a worker is asked for: the crops of every row, and the shared buffer to place them in (None: a new one)."""
 
-    rows: list[Row]
+    crops: np.ndarray
+    """int64 [8, n], row after row: row, slot, first frame in the row; recording, start, stop, seed, item of the crop.
+    One array, since a worker unpickles six small ones a row in the time of a tenth of its work."""
     slot: int | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], slot: int | None = None) -> Job:
+        sizes = [len(row.begin) for row in rows]
+        places = np.repeat(np.arange(len(rows)), sizes), np.concatenate([np.arange(size) for size in sizes])
+        of_rows = [[row.begin, *(getattr(row.crops, field.name) for field in fields(Crops))] for row in rows]
+        return cls(np.stack([*places, *map(np.concatenate, zip(*of_rows, strict=True))]), slot)
 
 
 @dataclass(frozen=True)
@@ -153,33 +162,31 @@ class RowReader:
             return error  # raised in the main process, without a worker's traceback around it
 
     def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
+        # Views of numpy's: torch takes ten times as long to cut one out.
+        values = log_mel.numpy()
         mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
-        segments = np.zeros((3, len(job.rows), self.max_segments), np.int64)
-        crops_of_rows: list[list[Crop]] = []
+        segments = np.zeros((3, len(values), self.max_segments), np.int64)
+        crops_of_rows: list[list[Crop]] = [[] for _ in values]
+        filled = [0] * len(values)
         bad: dict[str, str] = {}
-        for number, row in enumerate(job.rows):
-            crops, end = row.crops, 0
-            placed = []
-            columns = (row.begin, crops.recording, crops.start, crops.stop, crops.seed, crops.item)
-            for slot, (begin, *crop, seed, item) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-                log_mel[number, end:begin] = 0
-                room = log_mel[number, begin : begin + crop[2] - crop[1]]
-                found = self._place(room, (*crop, item), seed, bad)
-                end = begin
-                if found is None:
-                    continue
-                frames = found[2] - found[1]
-                end = begin + frames
-                segments[:, number, slot] = begin, frames, seed
-                if mask is not None and self.draw_mask is not None:
-                    mask[number, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), frames)
-                placed.append(found)
-            log_mel[number, end:] = 0
-            crops_of_rows.append(placed)
+        for row, slot, begin, recording, start, stop, seed, item in zip(*job.crops.tolist(), strict=True):
+            values[row, filled[row] : begin] = 0
+            filled[row] = begin
+            found = self._place(values[row, begin : begin + stop - start], (recording, start, stop, item), seed, bad)
+            if found is None:
+                continue
+            frames = found[2] - found[1]
+            filled[row] = end = begin + frames
+            segments[:, row, slot] = begin, frames, seed
+            if mask is not None and self.draw_mask is not None:
+                mask[row, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), frames)
+            crops_of_rows[row].append(found)
+        for row, end in enumerate(filled):
+            values[row, end:] = 0
         packed = None if mask is None else np.packbits(mask)
         return Reading(log_mel if keep else None, segments, packed, crops_of_rows, bad)
 
-    def _place(self, out: Tensor, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
+    def _place(self, out: np.ndarray, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
         """Read the crop, or a substitute, into the front of `out` [frames, M]; which one it was, None for neither."""
         substitutes = (self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))
         unanswered = 0
@@ -196,7 +203,7 @@ class RowReader:
                     bad[self.dataset.id(recording)] = str(error)
         return None
 
-    def _read(self, out: Tensor, recording: int, start: int, stop: int) -> None:
+    def _read(self, out: np.ndarray, recording: int, start: int, stop: int) -> None:
         try:
             self._read_once(out, recording, start, stop)
         except DataError as error:
@@ -205,13 +212,13 @@ class RowReader:
             self.dataset.forget(recording, start, stop)  # what a cache holds may be what is damaged
             self._read_once(out, recording, start, stop)
 
-    def _read_once(self, out: Tensor, recording: int, start: int, stop: int) -> None:
+    def _read_once(self, out: np.ndarray, recording: int, start: int, stop: int) -> None:
         if self.verify_checksums:
             values = self.dataset.read(recording, start, stop, verify=True)
         else:
             values = self._scratch[: stop - start]
             self.dataset.read_into(recording, start, values)
-        self.dataset.normalise_into(out, values, recording, self.normalisation)
+        self.dataset.normalise_into(torch.from_numpy(out), values, recording, self.normalisation)
 
 
 def _new_shared(shape: tuple[int, int, int]) -> Tensor:

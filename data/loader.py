@@ -141,7 +141,7 @@ class RowLoader:
             for plan in self.plans():
                 slot = shared.take()
                 pending.append((plan, slot))
-                yield Job(plan.rows, slot)
+                yield Job.of(plan.rows, slot)
 
         for reading in self._readings(reader, jobs()):
             if isinstance(reading, DataError):

@@ -16,14 +16,13 @@ SMALLEST_STD = 0.01
 
 def scale_of(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Statistics, float32 [M] each, as `normalise_into` takes them: (mean, 1 / std)."""
-    return mean, 1 / std.clamp(min=SMALLEST_STD)
+    return mean, std.clamp(min=SMALLEST_STD).reciprocal_()
 
 
 def normalise_into(out: Tensor, values: np.ndarray, mean: Tensor, inverse_std: Tensor) -> None:
     """Normalise float16 [n, M] into contiguous float32 [n, M]. Raises DataError for NaN and infinite values."""
     # torch converts float16 nine times as fast as numpy.
     out.copy_(torch.from_numpy(values)).sub_(mean).mul_(inverse_std)
-    flat = out.view(-1)
     # The quickest pass that any NaN or infinity survives; normalised float16 cannot overflow it otherwise.
-    if not math.isfinite(torch.dot(flat, flat)):
+    if not math.isfinite(out.sum()):
         raise DataError("NaN or infinite values")

@@ -7,6 +7,7 @@ unpickled, and names in an index cannot reach outside the dataset's folder. See 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import zlib
@@ -198,10 +199,11 @@ class Dataset:
         position, size = statistics_range(int(recording), self.features.num_mels)
         values = np.empty((2, self.features.num_mels), np.float32)
         try:
-            self.storage.read_into(ix.STATISTICS_FILE, position, memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+            self.storage.read_into(ix.STATISTICS_FILE, position, memoryview(values).cast("B"))  # type: ignore[arg-type]
         except OSError as error:
             raise DataError(f"{self.location}: statistics of {self.id(recording)!r}: {error}; {DAMAGED}") from error
-        if not np.isfinite(values).all() or values[1].min() < 0:
+        flat = values.ravel()
+        if not math.isfinite(np.dot(flat, flat)) or values[1].min() < 0:  # a third of the time of np.isfinite
             raise DataError(f"{self.location}: statistics of {self.id(recording)!r} cannot be; {DAMAGED}")
         return values
 
@@ -210,7 +212,7 @@ class Dataset:
         if normalisation == "dataset":
             mean, std = self._mean, self._std
         else:
-            mean, std = torch.from_numpy(self.mean_std(recording))
+            mean, std = map(torch.from_numpy, self.mean_std(recording))
         return scale_of(mean, std)
 
     def read_normalised(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import SharedRows
+from data.batch import Job, RowReader, SharedRows
 from data.errors import DataError
 from data.index import shard_name
 from data.loader import Batch, DataState, LoaderSettings, RowLoader
@@ -97,6 +98,30 @@ def test_a_batch_holds_the_normalised_frames_and_zeros_elsewhere(dataset: Datase
             unused = slice(len(batch.ids[row]), None)
             assert not batch.segment_length[row, unused].any() and not batch.segment_start[row, unused].any()
         assert not batch.log_mel[outside].any() and not batch.mask[outside].any()
+
+
+def test_a_crop_costs_a_worker_few_calls_and_few_bytes_of_its_job(dataset: Dataset) -> None:
+    """What bounds the rate of a worker beside the conversion itself, counted: a time would be the machine's."""
+    rows = loader(dataset)
+    plan = next(rows.plans())
+    job = Job.of(plan.rows)
+    crops = sum(len(row.begin) for row in plan.rows)
+    reader = RowReader(dataset, rows.crops, (8, 400, 80), SETTINGS.max_segments, draw)
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    reader[job]
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        reader[job]
+    finally:
+        sys.setprofile(before)
+    assert calls / crops < 64
+    assert len(pickle.dumps(job)) < 8 * 8 * crops + 512
 
 
 def test_an_epoch_reads_every_frame_once(dataset: Dataset) -> None:

@@ -40,6 +40,17 @@ def test_masks_are_unions_of_whole_spans(span):
         assert all(length >= span for length in runs(mask))
 
 
+@pytest.mark.parametrize("span", [1, 7, 40])
+def test_a_mask_is_the_union_of_the_spans_that_its_generator_starts(span):
+    for frames in [0, span - 1, span, span + 1, 500]:
+        for probability in (0.01, 0.3):
+            starts = np.random.default_rng(3).random(max(0, frames - span + 1), dtype=np.float32) < probability
+            union = np.zeros(frames, dtype=bool)
+            for start in np.flatnonzero(starts):
+                union[start : start + span] = True
+            assert np.array_equal(draw_span_mask(np.random.default_rng(3), frames, span, probability), union)
+
+
 def test_a_single_span_is_exactly_400_ms():
     class OneStart:
         def random(self, n, dtype):

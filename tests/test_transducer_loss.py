@@ -15,8 +15,10 @@ from torch import Tensor
 from benchmarks.live_bytes import LiveBytes
 from bestrq.config import ConfigError
 from bestrq.recognition.lattices import Lattices, check_labels
+from bestrq.recognition.transducer import TransducerSettings
 from bestrq.recognition.transducer_loss import (
     _passed,
+    _slices,
     sum_by_diagonals,
     sum_over_alignments,
     transducer_loss,
@@ -244,6 +246,25 @@ def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_thei
     assert sum(shares) < 0.8 * len(shares)
     for one, other in zip(got, wanted, strict=True):
         assert (one - other).abs().max() <= 4 * torch.finfo(torch.float32).eps * other.abs().max()
+
+
+def test_what_is_left_out_of_a_frame_is_all_together_a_rounding_error() -> None:
+    """Of all tails below that, the longest: a bound for single states would keep many more of a wide lattice."""
+    eps = torch.finfo(torch.float32).eps
+    tail = torch.full((40,), eps / 50)  # 0.8 together, of the 16 / 2 that may be left out on either side
+    flow = torch.cat((tail, torch.ones(16), tail.flip(0)))[None]
+    assert _passed(flow).tolist() == [40, 56]
+    assert _passed(torch.cat((flow, flow.roll(4)))).tolist() == [40, 64]  # 60, rounded up to a multiple of 8
+    flow[0, :40] = eps
+    assert _passed(flow).tolist() == [8, 56]
+
+
+def test_slices_on_the_cpu_are_few() -> None:
+    """Every operation of a slice is a barrier of all threads, which costs a time slice of the system where another
+    process is on a core: slices that only just fill a cache made the loss ten times slower there."""
+    labels = [torch.ones(100, dtype=torch.int64)] * 8
+    parts = list(_slices(Lattices([500] * 8, labels), torch.zeros(1024, 512), TransducerSettings.slice_bytes))
+    assert len(parts) <= 96
 
 
 def test_a_gradient_that_is_not_finite_is_never_left_out() -> None:

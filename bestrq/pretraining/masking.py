@@ -40,14 +40,15 @@ def draw_span_mask(
     generator: np.random.Generator, frames: int, span_frames: int, start_probability: float
 ) -> np.ndarray:
     """Mask of one segment, bool `[frames]`: whole spans only, so a segment shorter than a span stays unmasked."""
-    starts = generator.random(max(0, frames - span_frames + 1), dtype=np.float32) < start_probability
+    if frames < span_frames:
+        return np.zeros(frames, dtype=bool)
+    starts = generator.random(frames - span_frames + 1, dtype=np.float32) < start_probability
     # A frame is masked if a span started in its last `span_frames` frames: a running sum, without a loop over spans.
-    started = np.zeros(frames + 1, dtype=np.int32)
-    started[1 : 1 + len(starts)] = starts
-    started = np.cumsum(started)
-    started[1 + len(starts) :] = started[len(starts)]
-    behind = np.maximum(np.arange(1, frames + 1) - span_frames, 0)
-    return started[1:] > started[behind]
+    started = np.zeros(span_frames + frames, dtype=np.int32)
+    end = span_frames + len(starts)
+    np.add.accumulate(starts, dtype=np.int32, out=started[span_frames:end])
+    started[end:] = started[end - 1]
+    return started[span_frames:] > started[:frames]
 
 
 def expected_mask_share(frames: int, span_frames: int, start_probability: float) -> float:
