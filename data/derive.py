@@ -25,6 +25,11 @@ Entry = tuple[Dataset, int, Recording]
 """(where the sound is, the recording's number there, what the new dataset says of it)."""
 
 
+def beside(out: Path, kind: str) -> Path:
+    """A hidden path beside a folder, the same every time; short, for the folder's name may be as long as one can be."""
+    return out.with_name(f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]}.{kind}")
+
+
 def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = "") -> Dataset:
     """Write a dataset of the given recordings; the folder appears when it is complete.
 
@@ -38,10 +43,7 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists already: choose another folder, or delete it")
-    # Short, as the folder's name may be as long as a name can be; and the same every time, so that a killed attempt's
-    # remains make room for the next.
-    short = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
-    temporary, lock = out.with_name(f".{short}.tmp"), out.with_name(f".{short}.lock")
+    temporary, lock = beside(out, "tmp"), beside(out, "lock")  # a killed attempt's remains make room for the next
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with ix.locked(lock):

@@ -73,6 +73,9 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
     """What python does with these arguments, as far as the tests need it. Returns the exit status."""
     for number, file in enumerate(files):
         os.dup2(file, number)
+    # The server's own streams believe that their files are still those that it began with.
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -15,7 +15,7 @@ from bestrq.recognition.ctc import CTCModel, pad_labels
 from data import index as ix
 from data import skipped as skipped_module
 from data.damage import verify
-from data.derive import derive
+from data.derive import beside, derive
 from data.errors import DataError
 from data.index import Recording, locked
 from data.loader import LoaderSettings, RowLoader
@@ -286,7 +286,7 @@ class NeverLongEnough(CropOrder):
 def test_a_dataset_is_derived_by_one_process_at_a_time(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 100])
     entries = [(dataset, i, dataset.recording(i)) for i in range(2)]
-    with locked(tmp_path / ".out.lock"), pytest.raises(DataError, match="another process is writing"):
+    with locked(beside(tmp_path / "out", "lock")), pytest.raises(DataError, match="another process is writing"):
         derive(tmp_path / "out", entries)
     assert len(derive(tmp_path / "out", entries)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
