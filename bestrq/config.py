@@ -93,10 +93,10 @@ def run_main(
     shows its traceback: status 1; Ctrl-C gives 130. In a process group nothing waits for the other ranks on the way
     out: a rank that failed alone would wait for ever in a collective that the others never enter.
 
-    A program's text is UTF-8 whatever the locale; with `console_may_vanish` it goes on without a reader of what it
-    prints (`common.console`).
+    Text is UTF-8 regardless of the locale. With `console_may_vanish`, a closed stdout or stderr does not end the
+    program (`common.console`).
     """
-    if main.__module__ == "__main__":  # not where a test or a notebook calls this: the streams are not ours there
+    if main.__module__ == "__main__":  # a test or a notebook owns its streams
         set_up_console(console_may_vanish)
     status = 0
     mistakes: tuple[type[Exception], ...] = (ConfigError, *user_errors)

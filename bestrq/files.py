@@ -19,14 +19,14 @@ def sync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` to write under. Short: the name of `path` may be as long as a name can be."""
+    """Hidden temporary path beside `path`; short, because the name of `path` may already have the maximum length."""
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a whole file: temporary name in the same folder, fsync, rename over `path`, fsync of the folder.
 
-    Text becomes UTF-8. What is not Unicode in it (of a file name, say) becomes `\\udce9`, as JSON and YAML write it.
+    Text is encoded as UTF-8; lone surrogates (of a file name, say) are written as `\\udce9`, as in JSON and YAML.
     """
     temporary = temporary_name(path)
     try:

@@ -1,1 +1,1 @@
-"""What both libraries need: names of languages, rules of labels, the console. Imports nothing of this project."""
+"""Code shared by both libraries: languages, label rules, paths, console. Imports nothing else of this project."""

@@ -1,4 +1,4 @@
-"""Standard streams in UTF-8 whatever the locale, and printing that ends nothing."""
+"""Standard streams: UTF-8 regardless of the locale, and no error when the console is closed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 
 def set_up_console(may_vanish: bool = False) -> None:
-    """Call it once, first of all, in a program's `__main__`.
+    """Set stdout and stderr to UTF-8. Call it once, before anything else, in a program's `__main__`.
 
-    Where the locale is not UTF-8 (`LC_ALL=en_US.ISO-8859-1`), Python would decode arguments and file names by the
-    locale, too: the interpreter is started again in its UTF-8 mode. What a stream cannot encode, such as a file name
-    that is not UTF-8, is printed as `\\\\udce9`.
+    With a locale that is not UTF-8 (`LC_ALL=en_US.ISO-8859-1`), Python also decodes arguments and file names by the
+    locale, so the interpreter is restarted in its UTF-8 mode. Lone surrogates, as in a file name that is not UTF-8, are
+    printed as `\\udce9`.
 
-    may_vanish: what is printed is there for a reader only, and results lie in files. Then a console that has gone (a
-    closed pipe, a terminal that was closed, a full disk) ends nothing; what is printed after it is lost.
+    Args:
+        may_vanish: results go to files, and output is only informative. A closed console (pipe, terminal, full disk)
+            then does not end the program; later output is discarded.
     """
     is_utf8 = sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name == "utf-8"
     if not is_utf8 and sys.executable and sys.argv[0] not in ("", "-"):  # a program from stdin cannot be read twice
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
-        if stream is None:  # closed by whoever started the program: print does nothing
+        if stream is None:  # closed by the parent process: print does nothing
             continue
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         if may_vanish:
@@ -31,7 +32,7 @@ def set_up_console(may_vanish: bool = False) -> None:
 
 
 class _Vanishing:
-    """A text stream whose file becomes /dev/null at the first error."""
+    """Text stream that is redirected to /dev/null at the first write error."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

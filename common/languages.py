@@ -1,13 +1,13 @@
-"""The one table of languages: every code and name that a corpus or a user may write, and the code used here.
+"""Table of languages: the codes and names that corpora and users write, and the code used in this project.
 
-Codes are those of ISO 639: of two letters, of three letters in both forms (deu and ger), retired ones (iw), and of the
-members of a macrolanguage that are written like it (cmn, arz, azj). Names are English.
+Codes are ISO 639: two letters, three letters in both forms (deu and ger), retired ones (iw), and members of a
+macrolanguage that share its writing (cmn, arz, azj). Names are English.
 """
 
 import re
 from functools import cache
 
-# Codes, the one used here first, then names, the one shown first.
+# Codes (the one used in this project first), then names (the displayed one first).
 _TABLE = """
 aa aar Afar; ab abk Abkhazian; ae ave Avestan; af afr Afrikaans; ak aka Akan; am amh Amharic; an arg Aragonese;
 ar ara arb arz apc ary ars acm afb aeb arq ajp Arabic/Standard Arabic; as asm Assamese; av ava Avaric; ay aym Aymara;
@@ -61,10 +61,10 @@ _UNSPACED = frozenset(("zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "j
 
 @cache
 def language_code(language: str) -> str:
-    """The code of a language however it is written: "en", "en-GB", "eng", "English", "en_US.UTF-8" are "en".
+    """Code of a language from any spelling: "en", "en-GB", "eng", "English" and "en_US.UTF-8" give "en".
 
-    ISO 639-1 where the language has such a code. What is not in the table stays as it is, in lower case and without
-    its region; "" stays "".
+    ISO 639-1 if the language has such a code. A language that is not in the table is returned in lower case without its
+    region; "" gives "".
     """
     # A name may have several words; the subtags of a code and the region of a name come after it.
     words = re.split(r"[\W_]+", language.lower().strip())
@@ -73,7 +73,7 @@ def language_code(language: str) -> str:
 
 
 def language_name(language: str) -> str:
-    """The English name of a language, or what was given where it is not in the table."""
+    """English name of a language; the argument itself if it is not in the table."""
     return _NAMES.get(language_code(language), language)
 
 

@@ -1,11 +1,11 @@
-"""The text that a recogniser learns to write and by which it is scored: one set of rules for both.
+"""Label text: the form in which a recogniser learns to write text and is scored, by one set of rules.
 
 A label has letters, digits, the marks that belong to them, and apostrophes within words. References and hypotheses are
-made labels before they are normalised, so a transcript and its own label always score alike.
+converted to labels before normalisation, so a transcript and its own label always get the same score.
 
 In English the symbols that Whisper's normaliser reads are written as words: "$3.1 million" becomes "3 point 1 million
-dollars", "1,000" becomes "1000". That is what was said, and `with_symbols` gives the normaliser its symbols back, so
-"five percent" still equals "5%".
+dollars", "1,000" becomes "1000". These are the spoken words, and `with_symbols` restores the symbols for the
+normaliser, so "five percent" still equals "5%".
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from itertools import islice
 from common.languages import language_code
 
 BRACKET_WORDS = 5
-"""words that a pair of brackets may leave out at most; a stray bracket does not swallow a sentence"""
+"""maximum number of words removed with a pair of brackets, so that a stray bracket does not remove a sentence"""
 BRACKET_CHARACTERS = 40
 """the same in characters"""
 BRACKET_UNSPACED = 20
-"""the same in characters of scripts that are written without spaces"""
+"""the same in characters of scripts without spaces between words"""
 
-# A space that the rules insert within a word. Like all punctuation it becomes one in the end.
+# Stands for a space that the rules insert within a word. Like all punctuation it becomes a space in the end.
 _GAP = "_"
 # Unicode's Default_Ignorable_Code_Point: soft hyphen, joiners, marks of direction, BOM, variation selectors, fillers.
 _INVISIBLE = (
@@ -35,11 +35,11 @@ _INVISIBLE = (
 _APOSTROPHES = "\u2018\u2019\u201b\u2032\u2035\uff07`\u00b4\u02b9\u02bc\u02bd\u02c8\u02ca\u02cb\ua78b\ua78c\u055a\u05f3"
 # The okina is a letter in these languages, at the start of words too; in all others an apostrophe.
 _OKINA, _OKINA_LANGUAGES = "\u02bb", frozenset(("haw", "sm", "to", "ty"))
-# Malayalam's final consonants: before Unicode 5.1 consonant, virama and joiner, since then characters of their own.
+# Malayalam's final consonants: consonant, virama and joiner before Unicode 5.1, single characters since.
 _CHILLU = dict(zip("\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True))
 _CHILLU_SPELLED = re.compile(f"([{''.join(_CHILLU)}])\u0d4d\u200d")
 _NOT_SEEN = re.compile(f"[{_INVISIBLE}]")
-# The zero-width space is not seen either, but parts words.
+# The zero-width space is invisible too, but separates words.
 _FOLDED = str.maketrans(dict.fromkeys(_APOSTROPHES, "'") | {"\u200b": _GAP})
 
 _INSIDE = r"[^\[\](){}<>\uff08\uff09\uff3b\uff3d\u3010\u3011]"
@@ -48,7 +48,7 @@ _BRACKETS = re.compile(
         f"\\{pair[0]}({_INSIDE}*)\\{pair[1]}"
         for pair in ("[]", "{}", "()", "\uff08\uff09", "\uff3b\uff3d", "\u3010\u3011")
     )
-    # A tag of one word, or of several that stand by themselves. "x < y and a > b" has no tag.
+    # A tag of one word, or of several that are not attached to another word. "x < y and a > b" has no tag.
     + rf"|<((?:(?!\s){_INSIDE})+)>|(?<!\w)<((?=[^\W\d_]){_INSIDE}*(?<!\s))>(?!\w)"
 )
 _UNSPACED = re.compile(
@@ -72,7 +72,7 @@ _CLITIC = re.compile(r"(?<=[^\W_]) '(s|m|d|t|re|ve|ll)(?![\w'])")
 
 
 class _Letters(dict[int, str]):
-    """For `str.translate`: what is not written in a label becomes white space other than the space between words."""
+    """Table for `str.translate`: characters that labels do not have become line feeds, unlike spaces between words."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -87,10 +87,10 @@ _LETTERS = _Letters()
 def label_text(text: str, language: str = "") -> str:
     """The text that a recogniser learns to write: NFC, lower case, words of letters, digits and in-word apostrophes.
 
-    All else separates words (so "ice-cream" is two) and becomes one space, but invisible characters, which are left
-    out, and short texts in brackets, which are not said: "[laughter]", "<unk>", "(inaudible)". Marks that belong to
-    letters stay. Turkish and Azerbaijani keep their dotless i. In English, numbers and their symbols are read aloud
-    (see the module). May be empty, where nothing was said. The label of a label is the same label.
+    Other characters separate words ("ice-cream" is two) and become one space. Invisible characters are removed, and so
+    are short texts in brackets, which are not spoken: "[laughter]", "<unk>", "(inaudible)". Marks that belong to
+    letters are kept, and the dotless i of Turkish and Azerbaijani. English numbers and their symbols are written as
+    words (see the module). Empty if nothing was said. Idempotent.
 
     Args:
         language: code or name, as in `common.languages`.
@@ -99,13 +99,13 @@ def label_text(text: str, language: str = "") -> str:
 
 
 def label_words(words: Sequence[str], language: str = "") -> list[str]:
-    """The labels of a text's words, one for each; empty for those without, such as punctuation.
+    """Labels of a text's words, one per word; empty for a word without one, such as punctuation.
 
-    They are what joined makes `label_text` of the whole text, whose words are not independent: "[background noise]" is
-    left out, and "$3 million" is "3" and "million dollars".
+    Joined they are `label_text` of the whole text. The label of a word depends on its neighbours: "[background noise]"
+    is removed, and "$3 million" gives "3" and "million dollars".
     """
     code = language_code(language)
-    # Words may have white space in them: what it parts is counted, and joined again in the end.
+    # Words may contain white space: their parts are counted, and joined again in the end.
     counts = [len(word.split()) for word in words]
     text = fold(" ".join(" ".join(words).split()), code)
     if code in ("tr", "az"):
@@ -114,14 +114,14 @@ def label_words(words: Sequence[str], language: str = "") -> list[str]:
     text = _BRACKETS.sub(_outside, text)
     if code == "en":
         text = _read_aloud(text)
-    # NFC again: lower case of some capitals is a letter and a combining mark, and brackets stood before others.
+    # NFC again: some capitals are a letter and a mark in lower case, and a removed bracket may precede a mark.
     text = unicodedata.normalize("NFC", text).translate(_LETTERS)
     labels = map(_stripped, text.split(" "))
     return [" ".join(filter(None, islice(labels, count))) for count in counts]
 
 
 def fold(text: str, language: str = "") -> str:
-    """NFC, with one apostrophe (') for all that are written, and without characters that are not seen."""
+    """Text in NFC, with every variant of the apostrophe as ' and without invisible characters."""
     if text.isascii():
         return text.replace("`", "'")
     text = unicodedata.normalize("NFC", text)
@@ -133,8 +133,8 @@ def fold(text: str, language: str = "") -> str:
 
 
 def with_symbols(label: str) -> str:
-    """An English label with the symbols of numbers in place of their words: "3 point 1 million dollars" is "$3.1
-    million". Words that go with a number in words ("five percent") stay.
+    """English label with the words of number symbols replaced by the symbols: "3 point 1 million dollars" gives "$3.1
+    million". Words that follow a spelled-out number ("five percent") are kept.
     """
     label = _SAID_PERCENT.sub("%", _SAID_POINT.sub(".", label))
     symbols = {name: symbol for symbol, name in _CURRENCIES.items()}
@@ -142,7 +142,7 @@ def with_symbols(label: str) -> str:
 
 
 def _outside(found: re.Match[str]) -> str:
-    """What remains of a text in brackets: only the spaces, or all of it where it is too long to be a direction."""
+    """Replacement of a text in brackets: only its spaces, or all of it if it is too long for an annotation."""
     inside = next(group for group in found.groups() if group is not None).strip()
     too_long = (
         len(inside.split()) > BRACKET_WORDS
@@ -153,7 +153,7 @@ def _outside(found: re.Match[str]) -> str:
 
 
 def _read_aloud(text: str) -> str:
-    """English numbers as they are said, of folded text in lower case; every space stays one space."""
+    """Folded lower-case text with English numbers as they are spoken; the number of spaces does not change."""
     text = _CLITIC.sub(r"'\1 ", text)  # "it 's", as treebanks write
     if not any(digit in text for digit in "0123456789"):
         return text

@@ -1,4 +1,4 @@
-"""Audio files to mono sound at the features' sample rate, some seconds at a time."""
+"""Audio files, decoded to mono at the features' sample rate, a few seconds at a time."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from data.feature_settings import FeatureSettings
 from data.transcripts import TOLERANCE
 
 # Seconds of audio that are resampled at a time, and float32 values (of all channels) that are decoded at a time: they
-# bound the memory for hours of 48 kHz stereo, and for a header that lies. The first is fixed, as BLOCK_FRAMES of
-# the features is.
+# bound the memory for hours of 48 kHz stereo, and for a wrong header. The first is fixed, as BLOCK_FRAMES of the
+# features is.
 READ_SECONDS = 10
 _READ_VALUES = 1 << 20
 # Of a resampling kernel: those of all rates that are multiples of 25 Hz, up to 192 kHz, are below.
 _KERNEL_VALUES = 1 << 23
 _LOWEST_RATE = 1000
-# A header's length that so many frames fall short of is none: libsndfile says 2**63 - 1 where there is none.
+# Smallest length that means none: libsndfile reports 2**63 - 1 for a header without a length.
 _MOST_FRAMES = 1 << 62
-# Of sound that its header announces, this share and no more than TOLERANCE seconds may be missing, and always this many
-# bytes: some writers count their header.
+# Up to this share, and no more than TOLERANCE seconds, may be missing of the length in the header, and always this many
+# bytes: some writers count the header itself.
 _MISSING_SHARE, _MISSING_BYTES = 0.01, 128
-# Channels that have nothing in common have a mean of 1 / channels of their power, those that cancel out of 0.
+# Channels cancel if their mean has less than this fraction of the power that it has for uncorrelated channels.
 _CANCELLED = 0.1
 
 
@@ -56,16 +56,16 @@ def audio_blocks(
     """Read audio by soundfile, some seconds at a time: one channel, resampled, as blocks of float32 [samples].
 
     Memory does not depend on the audio's length, and the samples do not depend on the blocks. Issues a SoundWarning for
-    channels that cancel each other out in their mean, and for an Ogg file without an end.
+    channels that cancel each other out in their mean, and for an Ogg file without an end-of-stream page.
 
     Args:
         source: a path, or an open, seekable binary file (`name` then names it in errors).
-        start, duration: the stretch to read, in seconds; all of it when there is no duration. A stretch that ends up to
+        start, duration: the segment to read, in seconds; without a duration the whole file. A segment that ends up to
             TOLERANCE seconds after the sound is shortened.
-        channel: the channel to read, from 0; without one, as settings.channels says.
+        channel: the channel to read, from 0; by default as settings.channels says.
     Raises:
-        DataError naming the file: missing, unreadable, cut short, empty, of several streams, ending within the stretch,
-        with NaN or infinite samples, or with a sample rate that cannot be resampled. Some of these are seen only at the
+        DataError naming the file: missing, unreadable, truncated, empty, several concatenated streams, shorter than the
+        segment, NaN or infinite samples, or a sample rate that cannot be resampled. Some of these are only found at the
         end.
     """
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "audio bytes")
@@ -74,16 +74,16 @@ def audio_blocks(
             state = os.stat(source)
         except OSError as error:
             raise DataError(f"{name}: no such audio file ({error.strerror})") from error
-        if not stat.S_ISREG(state.st_mode):  # a named pipe would be waited for
-            raise DataError(f"{name}: is no regular file")
+        if not stat.S_ISREG(state.st_mode):  # opening a named pipe would block
+            raise DataError(f"{name}: not a regular file")
         if state.st_size == 0:
             raise DataError(f"{name}: the audio file is empty (0 bytes)")
     try:
         there = _extent(source)
         if there.several:
             raise DataError(
-                f"{name}: holds several streams one after the other (chained Ogg, or files joined with `cat`), and "
-                "only the first would be read; decode each by itself, and join or split the sound"
+                f"{name}: holds several streams (chained Ogg, or files joined with `cat`), of which only the first would "
+                "be read; decode each separately, and join or split the sound"
             )
         # soundfile encodes text strictly, and a name need not be UTF-8.
         with _SoundFile(os.fsencode(source) if isinstance(source, (str, os.PathLike)) else source) as audio:
@@ -98,21 +98,21 @@ def audio_blocks(
 
 
 def audio_seconds(path: Path) -> float:
-    """Length of an audio file by its header; estimated from its size where that tells none, 0 if it cannot be read."""
+    """Seconds of an audio file from its header; estimated from its size if the header has none, 0 if unreadable."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a named pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
             return 0.0
         with soundfile.SoundFile(os.fsencode(path)) as audio:
             if audio.frames < _MOST_FRAMES:
                 return audio.frames / audio.samplerate
-            # FLAC without its sample count: about half of 16 bits a sample.
+            # FLAC without a sample count: about one byte a sample.
             return path.stat().st_size / (audio.samplerate * audio.channels)
     except (soundfile.SoundFileError, RuntimeError, OSError):
         return 0.0
 
 
 class _SoundFile(soundfile.SoundFile):
-    """Read forward: soundfile seeks after every block, which fails at the end of FLAC without its sample count."""
+    """Sequential reader: soundfile seeks after every block, which fails at the end of FLAC without a sample count."""
 
     def seekable(self) -> bool:
         return False
@@ -131,13 +131,13 @@ def _extent(source: str | os.PathLike[str] | BinaryIO) -> Extent:
 
 @functools.lru_cache(maxsize=64)
 def _extent_of_file(path: str, size: int, changed: int) -> Extent:
-    """Once for all segments of a file."""
+    """`extent` of a file, cached for all its segments."""
     with open(path, "rb") as file:
         return extent(file)
 
 
 def _check_whole(audio: soundfile.SoundFile, there: Extent, name: str) -> None:
-    """Raise DataError where a noticeable part of the announced sound is not in the file; warn where it may not be."""
+    """Raise DataError if a noticeable part of the sound in the header is missing from the file; warn if it may be."""
     missing = round(audio.frames * there.missing / max(1, there.held))
     noticeable = min(_MISSING_SHARE * (audio.frames + missing), TOLERANCE * audio.samplerate)
     if there.missing > _MISSING_BYTES and missing > noticeable:
@@ -161,7 +161,7 @@ def _decode(
         wanted = round(duration * audio.samplerate)
         most = min(wanted, audio.frames - _seek(audio, start, name))
     samples, power = 0, _Power()
-    # What the header announces is not trusted to be there. More than that is never read, and the attempt costs time.
+    # The file may hold less than its header announces. More is never read, and attempting it takes time.
     while samples < most and len(block := audio.read(min(size, most - samples), "float32", always_2d=True)):
         samples += len(block)
         # Column by column: thirty times as fast as numpy's mean over a short axis.
@@ -177,14 +177,14 @@ def _decode(
         raise DataError(f"{name}: holds no audio samples" + (f" in the segment of {duration} s" if stretch else ""))
     if stretch and samples < wanted - TOLERANCE * audio.samplerate:
         raise DataError(f"{name}: ends before the segment's end, {start} + {duration} s")
-    # Compressed formats announce their length; some round it, none by a hundredth.
+    # Compressed formats announce their length; some round it, by less than 1 %.
     if not stretch and samples < (1 - _MISSING_SHARE) * wanted and wanted < _MOST_FRAMES:
         raise DataError(f"{name}: cut short, {samples} of {wanted} samples could be read")
     power.check(name)
 
 
 def _seek(audio: soundfile.SoundFile, start: float, name: str) -> int:
-    """Go to a segment's start, in samples. Raises DataError where the sound ends before it."""
+    """Seek to a segment's start and return it in samples. Raises DataError if the sound ends before it."""
     first = round(start * audio.samplerate)
     try:
         if first < audio.frames:
@@ -196,14 +196,14 @@ def _seek(audio: soundfile.SoundFile, start: float, name: str) -> int:
 
 
 class _Power:
-    """Power of the channels of a recording and of their mean, each without its own constant part."""
+    """Power of the channels of a recording and of their mean, each without its DC offset."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((2, 0))  # of samples, of their squares; of every channel, then of the mean
         self.samples = self.channels = 0
 
     def add(self, columns: np.ndarray, mono: Tensor) -> None:
-        """float32 [channels, samples] and their mean [samples]."""
+        """Add a block: float32 [channels, samples] and their mean [samples]."""
         signals = [torch.from_numpy(np.ascontiguousarray(column)) for column in columns] + [mono]
         sums = np.array([[signal.sum(dtype=torch.float64).item() for signal in signals],
                          [signal.square().sum(dtype=torch.float64).item() for signal in signals]])  # fmt: skip
@@ -211,7 +211,7 @@ class _Power:
         self.samples, self.channels = self.samples + len(mono), len(columns)
 
     def check(self, name: str) -> None:
-        """Issue a SoundWarning where the channels cancel each other out."""
+        """Issue a SoundWarning if the channels cancel each other out."""
         if not self.samples:
             return
         *channels, mean = self.sums[1] / self.samples - (self.sums[0] / self.samples) ** 2

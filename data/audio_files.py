@@ -26,7 +26,7 @@ class AudioFile:
     name: str
     """of its transcripts, relative to --out and without a suffix"""
     seconds: float
-    """as the header says, or estimated where it does not; 0 where it cannot be read"""
+    """from the header, or estimated; 0 if the file cannot be read"""
     key: str
     """names what its transcripts are made from"""
 
@@ -39,9 +39,9 @@ def is_audio(path: Path) -> bool:
 def list_audio(audio: str, key: str) -> list[AudioFile]:
     """The file, or all audio files below the folder (`files_below`), sorted. Raises DataError where there is none.
 
-    Files that differ in their suffix only keep it in the names of their transcripts. A file that cannot be read, such
-    as a named pipe or a link to nothing, is listed too: it fails when its turn comes, alone and by name. Folders that
-    could not be searched are named on stderr.
+    Files that differ only in their suffix keep it in the names of their transcripts. Unreadable files, such as named
+    pipes and broken links, are listed too, so that each fails on its own later. Folders that cannot be searched are
+    reported on stderr.
     """
     root = Path(audio).expanduser()
     if root.is_file():
@@ -61,9 +61,9 @@ def list_audio(audio: str, key: str) -> list[AudioFile]:
 
 
 def transcript_names(paths: Sequence[Path]) -> list[str]:
-    """What the transcripts of files are called, no two alike: the path, without its suffix where no other needs that.
+    """Unique names of the files' transcripts: the path, without its suffix unless two names would then be equal.
 
-    `a.wav` and `a.mp3` keep theirs, and then `a.wav.flac` does, which without would be the first one's.
+    `a.wav` and `a.mp3` keep their suffixes, and so does `a.wav.flac`, whose name would otherwise be `a.wav`.
     """
     names = [path.with_suffix("").as_posix() for path in paths]
     while shared := {name for name, count in Counter(names).items() if count > 1}:

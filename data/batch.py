@@ -69,7 +69,7 @@ class Job:
 
     crops: np.ndarray
     """int64 [8, n], row after row: row, slot, first frame in the row; recording, start, stop, seed, item of the crop.
-    One array, since a worker unpickles six small ones a row in the time of a tenth of its work."""
+    One array, because unpickling six small ones a row would take a tenth of a worker's time."""
     slot: int | None = None
 
     @classmethod
@@ -162,7 +162,7 @@ class RowReader:
             return error  # raised in the main process, without a worker's traceback around it
 
     def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
-        # Views of numpy's: torch takes ten times as long to cut one out.
+        # Slices of a numpy array: torch takes ten times as long for one.
         values = log_mel.numpy()
         mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
         segments = np.zeros((3, len(values), self.max_segments), np.int64)

@@ -26,7 +26,7 @@ Entry = tuple[Dataset, int, Recording]
 
 
 def beside(out: Path, kind: str) -> Path:
-    """A hidden path beside a folder, the same every time; short, for the folder's name may be as long as one can be."""
+    """Hidden path beside a folder, deterministic and short: the folder's name may already have the maximum length."""
     return out.with_name(f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]}.{kind}")
 
 

@@ -1,4 +1,4 @@
-"""The error that the data engine raises for a user's mistake, and the warning about sound that it reads."""
+"""The data engine's error for a user's mistake, and its warning about suspect audio."""
 
 
 class DataError(ValueError):
@@ -6,4 +6,4 @@ class DataError(ValueError):
 
 
 class SoundWarning(UserWarning):
-    """Sound that can be read, and may not be what it should be. The message names the file and what to do."""
+    """Audio that is readable but may be wrong. The message names the file and the fix."""

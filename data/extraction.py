@@ -44,26 +44,25 @@ class Extracted:
     log_mel: NDArray[np.float16]
     """float16 [frames, M]"""
     warnings: tuple[str, ...] = ()
-    """What it is used without, and what may be wrong with its sound."""
+    """Problems with its labels or its audio."""
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
-    """Load one source and compute its log-mel; a DataError, an error of the disk or a want of memory on the way makes
-    it a skipped one.
+    """Load one source and compute its log-mel; a DataError, an I/O error or a lack of memory gives a Skipped.
 
-    Word times that cannot be the sound's are left out, with a warning: labels and sound are whole without them. Sound
-    that comes in blocks is never held whole: only the float16 features grow with its length. A SoundWarning on the way
-    becomes one of the result's; other warnings are shown.
+    Word times that contradict the sound are dropped with a warning: text and sound stay usable. Sound that comes in
+    blocks is never held whole: only the float16 features grow with its length. A SoundWarning is added to the result's
+    warnings; other warnings are issued again.
     """
     if isinstance(source, Unreadable):
         return Skipped(source.id, source.reason, listed=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SoundWarning)
         result = _extract(source, features)
-    heard = [str(warning.message) for warning in caught if issubclass(warning.category, SoundWarning)]
+    issued = [str(warning.message) for warning in caught if issubclass(warning.category, SoundWarning)]
     for other in (warning for warning in caught if not issubclass(warning.category, SoundWarning)):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    return result if isinstance(result, Skipped) else replace(result, warnings=(*result.warnings, *heard))
+    return result if isinstance(result, Skipped) else replace(result, warnings=(*result.warnings, *issued))
 
 
 def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
@@ -90,7 +89,7 @@ def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
 
 
 def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording, tuple[str, ...]]:
-    """The recording, without its word times where they cannot be right, and the warning that says so."""
+    """The recording, without its word times if they are invalid, and the warning about it."""
     try:
         check_word_times(recording.words or (), seconds, recording.id)
     except DataError as error:
@@ -262,7 +261,7 @@ def _server() -> ForkServerContext:
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
-    """The life of a worker process: a source is answered by (Recording, warnings) and features, a Skipped, or a str."""
+    """Loop of a worker process: answers a source with (Recording, warnings) and features, a Skipped, or a str."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group: the main process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Sound to log-mel: the transform.
+"""Log-mel features of a waveform.
 
 Frame i is centred on sample `i * hop` (the signal is reflected at both ends), so `frames = 1 + samples // hop` and
 frame i stands for the time `i * hop_ms / 1000` seconds. Values are natural logarithms of mel energies of a waveform

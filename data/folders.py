@@ -1,7 +1,7 @@
-"""The one way in which a folder is searched for files: audio, transcripts, word times.
+"""Recursive search of a folder for files: audio, transcripts, word times.
 
-Left out is what programs leave behind: names with a dot in front (`._x.wav` of macOS, `.cache`, `.ipynb_checkpoints`,
-`.DS_Store`) and those of CLUTTER. The folder itself may be called anything: the user named it.
+Clutter is left out: names with a leading dot (`._x.wav` of macOS, `.cache`, `.ipynb_checkpoints`, `.DS_Store`) and
+those in CLUTTER. The searched folder itself may have any name.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ CLUTTER = frozenset(("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "sy
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder of that name is none of the user's own."""
+    """Whether a file or folder of this name was left by a system or a tool, not by the user."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies below a folder."""
+    """Result of a search."""
 
     files: list[Path] = field(default_factory=list)
     """Sorted. Those below a linked folder have the link's path."""
     unread: dict[Path, str] = field(default_factory=dict)
-    """What could not be followed, with the reason: links to nothing, pipes, folders that cannot be listed, and links
-    to a folder that is read under another path or holds the searched one."""
+    """Paths that were skipped, with the reason: broken links, pipes, folders that cannot be listed, and links to a
+    folder that is read under another path or contains the searched one.
+    """
 
 
 def files_below(root: Path) -> Found:
     """All files below a folder, linked folders included, each folder once.
 
-    A folder that is there under its own name is read under that; of several links to one folder the first.
+    A folder below `root` is read under its own path, any other one under the first link to it.
     """
     found = Found()
     seen: dict[tuple[int, int], Path] = {}
@@ -50,7 +51,7 @@ def files_below(root: Path) -> Found:
         if identity in seen:
             found.unread[link] = f"a link to a folder that is read as {seen[identity]}"
         elif identity in above:
-            found.unread[link] = f"a link to a folder that holds {root}"
+            found.unread[link] = f"a link to a folder that contains {root}"
         else:
             _walk(link, found, seen, links)
     found.files.sort()
@@ -64,7 +65,7 @@ def _walk(top: Path, found: Found, seen: dict[tuple[int, int], Path], links: deq
         folder = folders.pop()
         try:
             identity = _identity(folder)
-            if identity in seen:  # another link has led here already
+            if identity in seen:  # already reached through another link
                 continue
             seen[identity] = folder
             with os.scandir(folder) as listed:
@@ -84,10 +85,10 @@ def _walk(top: Path, found: Found, seen: dict[tuple[int, int], Path], links: deq
                 elif entry.is_file():
                     found.files.append(path)
                 elif entry.is_symlink() and not path.exists():
-                    found.unread[path] = f"a link to nothing ({os.readlink(path)})"
+                    found.unread[path] = f"a broken link ({os.readlink(path)})"
                 else:
-                    found.unread[path] = "no regular file"
-            except OSError as error:  # links that lead in a circle
+                    found.unread[path] = "not a regular file"
+            except OSError as error:  # circular links
                 found.unread[path] = f"cannot be followed ({error.strerror or error})"
 
 

@@ -78,7 +78,7 @@ class Recording:
     (pretraining, which needs no labels, takes them as any sound). None: none."""
 
     def __post_init__(self) -> None:
-        fault = "is taken by the shards' format" if self.id == "__metadata__" else name_fault(self.id)
+        fault = "is reserved by the shard format" if self.id == "__metadata__" else name_fault(self.id)
         if fault is not None:
             raise DataError(f"recording id {self.id!r} {fault}: give it another name")
 
@@ -200,7 +200,7 @@ def checksums(values: np.ndarray) -> list[int]:
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file under a temporary name; it takes its real name, synced to disk, when the block ends well."""
-    # Two machines may write it; and its own name may be as long as a name can be.
+    # Two machines may write it, and its name may already have the maximum length.
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:

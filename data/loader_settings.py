@@ -17,7 +17,7 @@ from data.storage import StorageSettings
 # What may change between two starts of one run: nothing here alters which crops come when.
 FREE_LOADER_FIELDS = ("num_workers", "prefetch", "start_method", "storage", "verify_checksums", "max_quarantined")
 
-# Where the data lie; a run may find them elsewhere as long as their fingerprint is the one that it began with.
+# Locations of the data. They may change between two starts of a run if the data's fingerprint does not.
 LOADER_PLACES = ("dataset", "mixture[].dataset")
 
 

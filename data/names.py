@@ -1,18 +1,18 @@
-"""Names: which characters a recording, a speaker or a file may have in its own, and fields that ASCII spaces part."""
+"""Valid names of recordings, speakers and files, and fields separated by ASCII white space."""
 
 from __future__ import annotations
 
 import re
 
-# Control characters end lines, fields and terminals; surrogates are no text (a file name's bytes that are not UTF-8).
-# Spaces of any kind, soft hyphens, joiners, private characters are somebody's spelling.
+# Control characters break lines, fields and terminals; surrogates are bytes of a file name that are not UTF-8. Spaces
+# of any kind, soft hyphens, joiners and private-use characters occur in real names.
 _REFUSED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SPACES = " \t\n\r\f\v"
 _SPACE = re.compile(f"[{_SPACES}]+")
 
 
 def name_fault(name: str) -> str | None:
-    """The reason why a text cannot be a name, or None: it is empty, or has control characters or surrogates."""
+    """Reason why a text is not a valid name, or None: empty, control characters, surrogates."""
     if not name.strip():
         return "is empty"
     found = _REFUSED.search(name)
@@ -24,14 +24,14 @@ def name_fault(name: str) -> str | None:
 
 
 def escaped(name: str) -> str:
-    """A name that can be printed and stored, whatever its characters: those that are refused as backslash escapes."""
+    """Form of a name that can be printed and stored: invalid characters as backslash escapes."""
     return _REFUSED.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 def space_fields(line: str, most: int = -1) -> list[str]:
-    """The fields of a line that spaces and tabs separate, at most `most` + 1 of them, as NIST's tools split it.
+    """Fields of a line, separated by ASCII white space as in NIST's tools; at most `most` + 1 of them.
 
-    Not `str.split()`, which also splits at spaces that are part of names, such as U+00A0 and U+3000.
+    Unlike `str.split()`, it keeps spaces that are part of names, such as U+00A0 and U+3000.
     """
     line = line.strip(_SPACES)
     return _SPACE.split(line, max(0, most)) if line else []

@@ -1,8 +1,8 @@
 """Turn a corpus into a dataset of log-mel shards: `python -m data.prepare CORPUS --out DIR [--field value ...]`.
 
 An interrupted preparation continues with the same command, and ends with the same dataset as an undisturbed one. A
-finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; those that are
-kept and not all they should be (without their word times, say), in DIR/warnings.jsonl.
+finished one is left alone. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; problems of
+recordings that are kept (unusable word times, say) in DIR/warnings.jsonl.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ class PrepareSettings:
     shard_minutes: float = 10.0
     """A shard is also closed after this many minutes of work, which bounds what SIGKILL or a power cut can lose."""
     max_skipped_share: float = 0.05
-    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1. Rows of
-    tables and files that tell of no recording count where it is 0 only; half of a table is an error in any case."""
+    """More than this share of unusable recordings (of a part) is an error: from 0 (none may be unusable) to 1.
+    Unreadable rows of tables and files that give no recording only count at 0; half of a table unreadable is always an
+    error.
+    """
 
     @property
     def share(self) -> tuple[int, int]:
@@ -121,7 +123,7 @@ def _prepare_part(
         remaining = [source for source in sources if source.id not in writer.done_ids]
         print(f"prepare: continuing: {len(writer.done_ids)} of {len(sources)} recordings are done", flush=True)
     skipped: list[Skipped] = []
-    unusable = 0  # without rows and files that are no recording: the corpus was judged by them when it was listed
+    unusable = 0  # without Unreadable rows and files, whose share was checked when they were listed
     allowed = settings.max_skipped_share * len(sources)
     path, warned_path = (list_path(writer.path, name, writer.part, writer.parts) for name in ("skipped", "warnings"))
     warned = Warnings(warned_path, writer.done_ids)

@@ -221,7 +221,7 @@ def read_ids(path: Path) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                line = line.strip(" \t\r\n")  # other spaces may be an id's own
+                line = line.strip(" \t\r\n")  # other spaces may be part of an id
                 id = json.loads(line).get("id", ...) if line.startswith("{") else line
                 if id is not None and not isinstance(id, str):
                     raise DataError(f"{path}, line {number}: a JSON line must have a field id, which is a text")

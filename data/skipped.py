@@ -1,8 +1,8 @@
-"""Recordings that cannot be used, and those that are used and not all they should be: both lists.
+"""Lists of skipped recordings, and of warnings about those that are kept.
 
-DIR/skipped.jsonl            {"id": ..., "reason": ...} a line, of recordings left out; not there when there are none
-DIR/warnings.jsonl           the same of recordings that are in the dataset: without their word times, say
-DIR/skipped-NNNNN.jsonl      of a part, until the parts are merged; so, too, DIR/warnings-NNNNN.jsonl
+DIR/skipped.jsonl            {"id": ..., "reason": ...} a line, for recordings left out; no file if there are none
+DIR/warnings.jsonl           the same for recordings in the dataset: unusable word times, say
+DIR/skipped-NNNNN.jsonl      of a part, until the parts are merged; likewise DIR/warnings-NNNNN.jsonl
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from data.names import escaped
 
 _List = Literal["skipped", "warnings"]
 NO_WORD_TIMES = "kept without word times"
-"""Begins the warning of a recording whose word times cannot be used."""
+"""Prefix of the warning about unusable word times."""
 _REASONS_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A recording and why it is listed."""
+    """A listed recording, with the reason."""
 
     id: str
     reason: str
     listed: bool = False
-    """Seen when the corpus was listed, so none of its recordings: it does not count in max_skipped_share."""
+    """Found when the corpus was listed, and not one of its recordings: not counted in max_skipped_share."""
 
     @property
     def kind(self) -> str:
@@ -42,7 +42,7 @@ class Skipped:
 
 
 def list_path(folder: Path, name: _List, part: int, parts: int) -> Path:
-    """Where a part's list belongs."""
+    """Path of a part's list."""
     return folder / (f"{name}.jsonl" if parts == 1 else f"{name}-{part:05d}.jsonl")
 
 
@@ -62,10 +62,10 @@ def _line(item: Skipped) -> bytes:
 
 
 class Warnings:
-    """The warnings of a part. Each is on the disk before its recording may be, so that a kill loses none.
+    """Warnings of a part. Each is on disk before its recording, so that a killed process loses none.
 
     Args:
-        path: of the list; what it holds of the recordings in `done`, by a preparation that was stopped, is kept.
+        path: of the list; warnings of an interrupted preparation about recordings in `done` are kept.
     """
 
     def __init__(self, path: Path, done: Container[str]) -> None:
@@ -74,7 +74,7 @@ class Warnings:
         write_list(path, self.items)
 
     def add(self, id: str, reasons: Iterable[str]) -> None:
-        """Raises DataError where the list cannot be written."""
+        """Append to the list. Raises DataError if it cannot be written."""
         new = [Skipped(id, reason) for reason in reasons]
         if not new:
             return
@@ -87,7 +87,7 @@ class Warnings:
 
 
 def read_list(path: Path, ids: Container[str]) -> list[Skipped]:
-    """Those of the list that have one of these ids, without a line that was cut off; none where there is no list."""
+    """Entries of a list with one of these ids, without truncated lines; empty if there is no list."""
     found = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):

@@ -181,7 +181,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokeniz
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the files in a folder that `load_tokenizer` reads, sorted. Raises DataError where it would."""
+    """Names of the files in a folder that `load_tokenizer` reads, sorted. Raises DataError as it does."""
     model = [MODEL_FILE] if isinstance(load_tokenizer(folder), BPETokenizer) else []
     return sorted([TOKENIZER_FILE, *model])
 

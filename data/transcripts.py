@@ -1,4 +1,4 @@
-"""Text of recordings: which words lie in a stretch of time, and how they become labels (`common.text`)."""
+"""Words of recordings with their times, and the words of a segment."""
 
 from __future__ import annotations
 

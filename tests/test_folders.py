@@ -75,7 +75,7 @@ def test_linked_folders_are_followed_once_and_circles_end(folder: Path, tmp_path
     found = listed(folder)
     assert [id for id, reason in found.items() if not reason] == ["a", "more/deep/c", "sub/b"]
     assert f"a link to a folder that is read as {folder}/sub" in found["again"]
-    assert "a link to a folder that holds" in found["up"]
+    assert "a link to a folder that contains" in found["up"]
     assert [file.name for file in list_audio(str(folder), "")] == ["a", "more/deep/c", "sub/b"]
     assert set(find_audio(str(folder), ["a", "b", "c"])) == {"a", "b", "c"}
 

@@ -85,7 +85,7 @@ def test_a_run_keeps_its_precision_on_another_machine_and_refuses_another(
     assert json.loads(run.record.read_text())["starts"][0]["precision"] == "why"
     (run.checkpoints / "step-00000010").mkdir(parents=True)
     again = resolve_precision(DistributedSettings(), run, World())
-    assert (again.name, again.reason) == (began, "as the run began")
+    assert (again.name, again.reason) == (began, "recorded by the run")
     other = "float32" if began == "bfloat16" else "bfloat16"
     config = with_precision(Config(), resolve_precision(DistributedSettings(precision=other), run, World()))
     with pytest.raises(ConfigError, match=rf"distributed\.precision was '{began}', is '{other}'"):

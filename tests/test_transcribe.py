@@ -198,7 +198,7 @@ def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
     soundfile.write(talks / "loud.wav", np.full(16000, 1e30), 16000, subtype="DOUBLE")
     return {
         "taken": "Is a directory", longest: "File name too long", "place": "a folder of other transcripts",
-        "sub/deep": "cannot be written", "pipe": "no regular file", "gone": "no such audio file",
+        "sub/deep": "cannot be written", "pipe": "not a regular file", "gone": "no such audio file",
         "locked": "Permission denied", "loud": "NaN or infinite",
     }  # fmt: skip
 

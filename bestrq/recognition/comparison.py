@@ -50,7 +50,7 @@ def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[
         the baseline's: negative where the system is better.
 
     Raises:
-        ConfigError: recordings, references or the rules that texts are scored by differ.
+        ConfigError: recordings, references or scoring rules differ.
     """
     (baseline, results), *others = systems.items()
     first = [recording_score(row) for row in results["recordings"]]
@@ -66,19 +66,19 @@ def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[
 
 
 def check_same_rules(systems: Results) -> None:
-    """Raises ConfigError unless one version of this project's rules scored all systems."""
+    """Raise ConfigError unless all systems were scored with the same version of the scoring rules."""
     versions = {name: results.get("versions", {}).get(SCORING, "1") for name, results in systems.items()}
     newest = max(versions.values(), key=int, default="")
     for name, version in versions.items():
         if version != newest:
             raise ConfigError(
-                f"{name} was scored by version {version} of the rules for texts, others by {newest}: evaluate {name} "
+                f"{name} was scored with version {version} of the scoring rules, others with {newest}: evaluate {name} "
                 "again"
             )
 
 
 def check_same_references(systems: Results) -> None:
-    """Raises ConfigError unless all systems were scored on the same recordings, by the same references and rules."""
+    """Raise ConfigError unless all systems were scored on the same recordings, references and scoring rules."""
     check_same_rules(systems)
     (first, results), *others = systems.items()
     wanted = {row["id"]: row["reference"] for row in results["recordings"]}

@@ -105,8 +105,8 @@ def read_hot_words(path: str | os.PathLike[str], encode: Callable[[str], Sequenc
     """Hot words of a file: UTF-8, a phrase a line; behind a tab may stand its weight in nats for a label.
 
     Args:
-        encode: of the tokenizer: text to labels. Phrases are written as in the labels it was trained on; apostrophes
-            of all kinds are one, and characters that are not seen are left out (`common.text.fold`).
+        encode: the tokenizer's function from text to labels. Phrases are written as in its training labels; apostrophe
+            variants are unified and invisible characters removed (`common.text.fold`).
         weight: of phrases that have none.
 
     Raises:

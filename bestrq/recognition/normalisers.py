@@ -1,11 +1,12 @@
-"""What is done to reference and hypothesis alike before they are compared, by language.
+"""Text normalisation of references and hypotheses before scoring, by language.
 
-First both become labels (`common.text.label_text`), as references did in training; so a recogniser that writes exactly
-the label of a text has no errors, in any language. Then come rules that are data, so that a report can list them, and
-Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english` and `whisper-basic` are Whisper's;
-`unicode` is this project's for all other languages; `unicode+xx` is `unicode` after the rules of the language xx.
+Both texts are first converted to labels (`common.text.label_text`), as references are for training, so a hypothesis
+equal to the label of a text has no errors in any language. Then follow the rules of the language, which are data so
+that a report can list them, and Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english` and
+`whisper-basic` are Whisper's; `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after the
+rules of the language xx.
 
-How far rates are those of Whisper's normaliser alone: docs/evaluation.md.
+Differences from Whisper's normaliser alone: docs/evaluation.md.
 """
 
 import re
@@ -22,7 +23,7 @@ from common.languages import is_unspaced, language_code
 from common.text import label_text, with_symbols
 
 RULES_VERSION = "2"
-"""changes whenever a text may be normalised to another one: rates of two versions are not compared"""
+"""increased whenever the normalised form of any text may change; rates of different versions are not compared"""
 
 Choice = Literal["auto", "whisper-english", "whisper-basic", "unicode"]
 """auto: `whisper-english` for English, else the rules of the language and `unicode`; the others: for all languages"""
@@ -75,25 +76,25 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 RULES["be"] = RULES["uk"]
 _LABEL = (
-    "labels: one apostrophe, invisible characters and short texts in brackets left out, lower case, punctuation turned "
-    "into spaces"
+    "labels: apostrophe variants unified, invisible characters and short texts in brackets removed, lower case, "
+    "punctuation replaced by spaces"
 )
-_UNICODE = f"{_LABEL}; NFKC, apostrophes turned into spaces, combining marks kept"
-# A recogniser in a loop may write any number of digits, and Whisper's rules fail from 4,300 on.
+_UNICODE = f"{_LABEL}; NFKC, apostrophes replaced by spaces, combining marks kept"
+# A looping recogniser may write any number of digits; Whisper's rules fail from 4,300 on.
 _ENDLESS = re.compile(r"(\w{1000})(?=\w)")
 
 
 @cache
 def normaliser(language: str, choice: Choice = "auto") -> Normaliser:
-    """The normaliser of a language, by any code or name that `common.languages` knows. A language without rules of its
-    own, or one that is not known (""), gets `unicode`; the name of the result says so.
+    """Normaliser of a language, given by any code or name in `common.languages`; `unicode` for a language without rules
+    of its own and for an unknown one ("").
 
-    Raises ConfigError for a choice that there is not.
+    Raises ConfigError for an unknown choice.
     """
     code = language_code(language)
     if choice == "whisper-english" or (choice == "auto" and code == "en"):
         described = (
-            f"{_LABEL}, numbers and their symbols read aloud; then Whisper's for English: numbers, contractions, "
+            f"{_LABEL}, numbers and their symbols as words; then Whisper's for English: numbers, contractions, "
             "fillers, British spelling"
         )
         return Normaliser("whisper-english", described, (), _labelled(_english(), code))

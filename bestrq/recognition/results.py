@@ -9,7 +9,7 @@ from bestrq.config import ConfigError
 
 FORMAT_VERSION = 3
 SCORING = "scoring rules"
-"""under `versions`: `normalisers.RULES_VERSION`; of results without it, "1"."""
+"""key in `versions` of `normalisers.RULES_VERSION`; results without it have version 1"""
 RESULTS, TRANSCRIPTS, TABLE, REPORT = "results.json", "transcripts.jsonl", "results.csv", "report.html"
 
 

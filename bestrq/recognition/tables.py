@@ -59,7 +59,7 @@ def table(
 
 
 def language_text(language: str) -> str:
-    """A language of a dataset in English, and how it is written there where that is more: "Portuguese (pt-BR)"."""
+    """English name of a dataset's language, with the dataset's code if that says more: "Portuguese (pt-BR)"."""
     name = _GROUPS.get(language) or language_name(language)
     return name if language in (*_GROUPS, name, language_code(language)) else f"{name} ({language})"
 

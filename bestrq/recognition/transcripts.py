@@ -49,8 +49,8 @@ def json_text(transcript: TimedTranscript) -> str:
 def ctm_text(transcript: TimedTranscript) -> str:
     """NIST's time-marked words: file, channel, start, duration, word, and confidence where it is known.
 
-    Fields are separated by spaces and tabs, so these become "_" in the recording's name; other spaces, such as U+3000,
-    separate nothing and stay. Source: SCTK, doc/infmts.htm.
+    Fields are separated by ASCII white space, which becomes "_" in the recording's name; other spaces, such as U+3000,
+    are kept. Source: SCTK, doc/infmts.htm.
     """
     name = re.sub(r"[ \t\n\r\f\v]+", "_", transcript.id)
     lines = []

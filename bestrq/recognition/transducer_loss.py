@@ -27,8 +27,8 @@ IMPOSSIBLE = -1e30
 """log-probability of an arc outside a band; minus infinity would make NaN of gradients"""
 
 CPU_SLICE_BYTES = 64 * 2**20
-"""upper bound of a slice on the CPU. One of 8 MiB, which stays in the cache, takes 6 % less processor time, but every
-operation on a slice is a barrier of all threads: with another process on a core, such slices took 3 times as long"""
+"""upper bound of a slice on the CPU. Slices of 8 MiB, which fit into the cache, take 6 % less processor time, but every
+operation on a slice is a barrier for all threads: with another process on a core they took 3 times as long"""
 
 
 def bytes_of_cell(joint_dim: int, vocab_size: int, itemsize: int) -> int:
@@ -102,8 +102,9 @@ def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]
 
 
 def _passed(flow: Tensor) -> Tensor:
-    """First state, and the one behind the last, int64 `[2]`, of those through which a slice's alignments pass, from the
-    gradients `[t, W]` of its cells: what a frame has outside is, all together, less than a frame's rounding error."""
+    """First and past-the-last state, int64 `[2]`, that a slice's alignments pass through, from the gradients `[t, W]`
+    of its cells. In every frame, the gradients of all other states sum to less than a frame's rounding error.
+    """
     num_states = flow.shape[1]
     tails = torch.stack((flow, flow.flip(1))).cumsum(dim=2)
     least = tails[0, :, -1].amax() * (torch.finfo(flow.dtype).eps / 2)  # on either side

@@ -115,12 +115,11 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def peak_flops(world: World, precision: Literal["float32", "bfloat16"]) -> float | None:
-    """FLOP/s that the devices of all ranks reach at best in this precision; None where that is not known. All ranks
-    must call it.
+    """Peak FLOP/s of the devices of all ranks together in this precision, None if unknown. All ranks must call it.
 
-    On a GPU a data sheet's figure for bfloat16; a GPU that is not in the table has None, and so has float32, since
-    whether TF32 is used changes it eightfold. On a CPU the rate of a matrix product, measured on all ranks at once;
-    emulated bfloat16 has None: much of a step then runs in float32, which is faster than its products.
+    GPU: the data sheet's figure for bfloat16; None for a GPU that is not in the table, and for float32, which TF32
+    makes eight times as fast. CPU: the rate of a matrix product, measured on all ranks at once; None for emulated
+    bfloat16, since much of a step then runs in float32, which is faster than the emulated products.
     """
     peak = 0.0
     if world.device.type == "cuda":
@@ -163,8 +162,8 @@ class Throughput:
 
     def interval(self, step: int) -> dict[str, float]:
         """Figures since the last call, over all ranks; all ranks must call it. Keys: `audio_seconds_per_second`,
-        `step_seconds`, `data_wait` (share, mean over ranks), `memory_gib` (largest rank), `eta_seconds`, and `mfu`
-        where the peak is known."""
+        `step_seconds`, `data_wait` (share, mean over ranks), `memory_gib` (largest rank), `eta_seconds`, and `mfu` if
+        the peak is known."""
         seconds = time.perf_counter() - self._begin
         totals = torch.tensor([self._audio, self._flops, self._wait / seconds], dtype=torch.float64)
         audio, flops, wait = self.world.sum(totals.to(self.world.device)).tolist()
@@ -176,7 +175,7 @@ class Throughput:
             "memory_gib": self.world.max(memory_gib(self.world)),
             "eta_seconds": step_seconds * max(0, self.total_steps - step),
         }
-        # A rate above the peak shows that the peak was measured too low, on a machine that was busy: it is not known.
+        # A rate above the peak means that the peak was measured too low on a busy machine: leave MFU out.
         if self.peak and 0 < flops / seconds <= self.peak:
             figures["mfu"] = flops / seconds / self.peak
         self._restart()

@@ -1,7 +1,7 @@
-"""Precision of matrix products: chosen from the hardware here, and nowhere else.
+"""Precision of matrix products, chosen from the hardware. No other module makes this choice.
 
-bfloat16 halves the bytes and, where the hardware multiplies it, more than halves the time. A CPU without such
-instructions emulates it several times slower than float32.
+bfloat16 halves the memory and, with hardware support, more than halves the time. A CPU without bfloat16 instructions
+emulates it, several times slower than float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 @dataclass(frozen=True)
 class Precision:
-    """Precision of a run, resolved: no longer 'auto'."""
+    """Resolved precision of a run, never 'auto'."""
 
     name: Literal["float32", "bfloat16"]
     reason: str
@@ -50,14 +50,14 @@ def processor_name() -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, and torch uses that."""
+    """Whether the device multiplies bfloat16 in hardware and torch uses those instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return _cpu_has_bfloat16()
 
 
 def _cpu_has_bfloat16() -> bool:
-    # The instructions alone are not enough: ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA may forbid them, and a build
+    # The instructions alone are not enough: ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA may disable them, and a build
     # without oneDNN has no kernels for them. oneDNN alone is not enough either: it accepts AVX-512 without bfloat16.
     if not any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16_INSTRUCTIONS):
         return False
@@ -67,8 +67,9 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 1024, patience: float = 0.3, limit: float = 5.0) -> float:
-    """FLOP/s of square matrix products on the CPU with the current number of threads, measured until it is steady:
-    until `patience` seconds passed without a product faster by 1 %, at most `limit` seconds."""
+    """Measured FLOP/s of square matrix products on the CPU with the current number of threads. Measuring ends after
+    `patience` seconds without a product faster by 1 %, or after `limit` seconds.
+    """
     left, right = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
     best, begin = float("inf"), time.perf_counter()
     improved = end = begin
@@ -83,39 +84,40 @@ def matmul_rate(dtype: torch.dtype, size: int = 1024, patience: float = 0.3, lim
 
 
 def emulation_factor() -> float:
-    """Time of a bfloat16 matrix product on this CPU over that of a float32 one, measured."""
+    """Measured time of a bfloat16 matrix product on this CPU, relative to float32."""
     rates = {dtype: matmul_rate(dtype, size=384, patience=0.1, limit=0.5) for dtype in DTYPES.values()}
     return rates[torch.float32] / rates[torch.bfloat16]
 
 
 def warn_of_emulation(field: str, precision: str, world: World) -> None:
-    """Print a warning on rank 0 where bfloat16 was asked for and this device emulates it. Call it on all ranks."""
+    """Print a warning on rank 0 if bfloat16 is requested and a device emulates it. All ranks must call it."""
     if precision != "bfloat16" or not world.any(not has_bfloat16(world.device)) or not world.is_main:
         return
     slower = ""
     if world.device.type == "cpu":
         slower = f": a matrix product takes {emulation_factor():.1f} times as long as in float32 (measured)"
     print(
-        f"warning: {field} is bfloat16, which {_device_name(world.device)} emulates{slower}. float32 is faster here",
+        f"warning: {field} is bfloat16, which {_device_name(world.device)} emulates{slower}; set it to float32",
         file=sys.stderr,
         flush=True,
     )
 
 
 def resolve_precision(settings: DistributedSettings, run: RunFolder, world: World) -> Precision:
-    """Precision of a run. Call it on all ranks, before `RunFolder.start`, which refuses another than the run's own.
+    """Precision of a run. All ranks must call it, before `RunFolder.start`, which refuses a precision other than the
+    run's own.
 
-    'auto' is the precision in which the run in the folder began, so that it continues with the same arithmetic on any
-    machine. In a new run it is bfloat16 if the devices of all ranks multiply that in hardware, else float32.
+    'auto' is the recorded precision of the run in the folder, so that it resumes with the same arithmetic on any
+    machine. For a new run it is bfloat16 if the devices of all ranks multiply it in hardware, else float32.
     """
     began = world.broadcast(run.began_with("distributed", "precision") if world.is_main else None)
     everywhere = not world.any(not has_bfloat16(world.device))
     if settings.precision != "auto":
-        precision = Precision(settings.precision, "as distributed.precision asks")
+        precision = Precision(settings.precision, "set by distributed.precision")
     elif began in DTYPES:
-        precision = Precision(began, "as the run began")
+        precision = Precision(began, "recorded by the run")
     elif everywhere:
-        precision = Precision("bfloat16", f"computed in hardware by {_device_name(world.device)}")
+        precision = Precision("bfloat16", f"in hardware on {_device_name(world.device)}")
     else:
         where = _device_name(world.device) if world.size == 1 else f"a device of the {world.size} processes"
         precision = Precision("float32", f"no bfloat16 hardware in {where}")
@@ -127,7 +129,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def with_precision(config: ConfigT, precision: Precision) -> ConfigT:
-    """The script's settings with the resolved precision: it is what config.yaml and checkpoints record."""
+    """The script's settings with the resolved precision, as config.yaml and checkpoints record it."""
     distributed: DistributedSettings = config.distributed  # type: ignore[attr-defined]
     return replace(config, distributed=replace(distributed, precision=precision.name))  # type: ignore[type-var]
 

@@ -37,7 +37,7 @@ class DistributedSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a GPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products, over float32 weights; auto takes bfloat16 where the hardware computes it, else float32."""
+    """Precision of matrix products; weights stay float32. auto: bfloat16 if the hardware supports it, else float32."""
     threads: int = 0
     """CPU threads of every process; 0 shares the cores among the processes of a machine, or obeys OMP_NUM_THREADS."""
     timeout_minutes: float = 30.0
@@ -264,7 +264,7 @@ def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
 
 def _shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, settings: DistributedSettings) -> nn.Module:
     mesh = init_device_mesh(world.device.type, (world.size,))
-    assert settings.precision != "auto", "resolve_precision comes first"
+    assert settings.precision != "auto", "call resolve_precision first"
     low = torch.bfloat16 if settings.precision == "bfloat16" else None
     # Inputs are never cast: autocast does that where it is right, and the quantizer must see float32 features.
     for block in blocks:
@@ -294,5 +294,5 @@ def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContext
 
 def autocast(world: World, settings: DistributedSettings) -> torch.autocast:
     """Context in which matrix products run in the resolved precision."""
-    assert settings.precision != "auto", "resolve_precision comes first"
+    assert settings.precision != "auto", "call resolve_precision first"
     return torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")

@@ -67,16 +67,16 @@ class RunFolder:
         """Make the folder, or continue in it; called by all ranks, done by rank 0.
 
         `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
-        from those that the run began with. `fingerprints` identify the data, by name (`dataset`,
-        `features.num_mels`); they may not change either, and the first that did is named.
+        from those that the run began with. `fingerprints` identify the data, by name (`dataset`, `features.num_mels`);
+        they may not change either, and the error names the first one that did.
 
-        `places` names the fields that say where data lie, each with the fingerprint that identifies these: data may
-        move, so the field may differ where that fingerprint was recorded. `origins` are fields that say where the first
-        start began (`finetune.init`), each with a function that gives the fingerprint of what is there. It is called
-        when there is no checkpoint yet, and when the field differs: only then is there anything to compare.
+        `places` maps fields that hold the location of data to the name of the data's fingerprint. Data may move, so
+        such a field may differ if that fingerprint was recorded. `origins` maps fields that hold the location of the
+        initial weights (`finetune.init`) to functions that compute their fingerprint. They are called before the first
+        checkpoint, and later only for a field that differs.
 
-        In a list, `data.mixture[].dataset` is the field of every item. `facts` go into run.json. Raises ConfigError on
-        all ranks when a field that may not change did, or the folder cannot be written.
+        A field of all items of a list is written `data.mixture[].dataset`. `facts` are added to run.json. Raises
+        ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
         """
         problem = None
         if world.is_main:
@@ -97,7 +97,7 @@ class RunFolder:
         self, values: dict[str, Any], defaults: dict[str, Any], free: Collection[str],
         fingerprints: Mapping[str, str], places: Mapping[str, str], origins: Mapping[str, Callable[[], str]],
     ) -> dict[str, str]:  # fmt: skip
-        """Fingerprints of `origins`, after a check that the settings are those of the run in the folder, if any."""
+        """Check the settings against those of the run in the folder, if any. Returns the fingerprints of `origins`."""
         starts = self._read_record()
         recorded: dict[str, str] = starts[-1].get("fingerprints", {}) if starts else {}
         trained = self._has_checkpoints()
@@ -127,9 +127,9 @@ class RunFolder:
         return {name: fingerprint() for name, fingerprint in origins.items()}
 
     def began_with(self, section: str, name: str) -> Any:
-        """A setting of the run in this folder; None where there is no checkpoint yet, or the run did not record it.
+        """Recorded setting of the run in this folder; None before the first checkpoint, or if it was not recorded.
 
-        Raises ConfigError where the recorded settings cannot be read.
+        Raises ConfigError if the recorded settings cannot be read.
         """
         if not (self._has_checkpoints() and self.config.exists()):
             return None
@@ -162,7 +162,7 @@ class _Difference:
 
     @property
     def pattern(self) -> str:
-        """The field without the numbers of list items: `data.mixture[].dataset`."""
+        """The field without list indices: `data.mixture[].dataset`."""
         return re.sub(r"\[\d+\]", "[]", self.field)
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ class _Difference:
 
 
 def _differences(before: Any, after: Any, free: Collection[str], field: str = "") -> list[_Difference]:
-    """Every field that differs and is not free. Lists of one length are compared item by item."""
+    """Fields that differ and are not free. Lists of equal length are compared item by item."""
     if field in free or before == after:
         return []
     if isinstance(before, dict) and isinstance(after, dict):

@@ -35,7 +35,7 @@ class Utterance:
     sound: Tensor | Iterator[Tensor]
     """float32 [samples]: all of them, or blocks of them in order, so that hours need not be held."""
     warnings: tuple[str, ...] = ()
-    """What the recording is used without, and why; counted and listed by a preparation."""
+    """Problems with labels or audio, such as unusable word times; counted and listed by data.prepare."""
 
     @functools.cached_property
     def waveform(self) -> Tensor:
@@ -57,7 +57,7 @@ class FeatureUtterance:
     log_mel: Tensor
     """float16 [frames, M]"""
     warnings: tuple[str, ...] = ()
-    """As of an Utterance."""
+    """As in Utterance."""
 
 
 class Source(Protocol):
@@ -76,13 +76,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of a source: a row of a table, or a file, that tells of no recording. It is skipped and counted.
+    """Stands in a list of sources for a table row or a file that gives no recording; it is skipped and counted.
 
-    One of a few rows costs itself; a list of them is checked by `mostly_readable`.
+    `mostly_readable` limits their share of a list.
     """
 
     id: str
-    """The recording's where it is known, else the place, such as FILE:LINE."""
+    """Id of the recording if known, else its location, such as FILE:LINE."""
     reason: str
 
     def load(self, features: FeatureSettings) -> Utterance:
@@ -91,7 +91,7 @@ class Unreadable:
 
 
 class MissingText(DataError):
-    """A recording has no transcript where `text` is required: an error of the whole, not of one row."""
+    """A recording without a transcript when `text` is required: an error of the whole corpus, not of one row."""
 
 
 def mostly_readable(listed: Sequence[object]) -> None:
@@ -110,7 +110,7 @@ class FileSource:
     recording: Recording
     path: Path
     warnings: tuple[str, ...] = ()
-    """As of an Utterance: what a look at the files beside the audio has told."""
+    """As in Utterance; found in the files beside the audio."""
 
     @property
     def id(self) -> str:

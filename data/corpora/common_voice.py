@@ -1,7 +1,7 @@
 """Mozilla Common Voice: LANG/clips/*.mp3, and tables of tab-separated values, one a split.
 
 Most tables are not CSV: a quotation mark in a sentence is part of the sentence, and nothing is escaped. Some rows are
-(`tables.py` tells them apart). A row that cannot be read is left out and counted.
+(`tables.py` distinguishes them). Unreadable rows are skipped and counted.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Clip:
 
 
 def sources(settings: CommonVoiceSettings) -> list[Source]:
-    """The clips of the tables, sorted by id, the clip's name; and the rows that cannot be read.
+    """Clips and unreadable rows of the tables, sorted by id; the id of a clip is its name.
 
-    Raises DataError naming file and line, also where that is half of a table or more.
+    Raises DataError naming file and line, also if half or more of a table is unreadable.
     """
     listed: dict[str, Source] = {}
     for folder in _language_folders(settings):
@@ -83,9 +83,9 @@ def sources(settings: CommonVoiceSettings) -> list[Source]:
 
 
 def read_clips(path: Path) -> list[Clip | Unreadable]:
-    """The rows of a table. A row that cannot be read (cut short, no clip's name, one that stands twice) is Unreadable.
+    """Rows of a table. A truncated row, an invalid clip name or a repeated clip gives an Unreadable.
 
-    Raises DataError naming file and line: wrong columns, or half of the rows or more cannot be read.
+    Raises DataError naming file and line: missing columns, or half or more of the rows unreadable.
     """
     listed: list[Clip | Unreadable] = []
     seen: set[str] = set()
@@ -105,7 +105,7 @@ def read_clips(path: Path) -> list[Clip | Unreadable]:
 
 
 def _clip(row: dict[str, str], where: str) -> Clip:
-    """A row as a clip. Raises DataError naming the place."""
+    """Parse a row. Raises DataError naming file and line."""
     name = row["path"] if "." in row["path"] else row["path"] + ".mp3"  # early releases leave it out
     if not _CLIP.fullmatch(name) or name.startswith("."):
         raise DataError(f"{where}: path is {name[:80]!r}, expected the name of a file in clips/")
@@ -117,7 +117,7 @@ def _clip(row: dict[str, str], where: str) -> Clip:
 
 
 def read_durations(path: Path) -> dict[str, float]:
-    """Seconds of every clip, by `clip_durations.tsv` (milliseconds), but those of rows that cannot be read.
+    """Seconds by clip, from `clip_durations.tsv` (milliseconds), without unreadable rows.
 
     Raises DataError naming file and line: wrong columns, or half of the rows or more cannot be read.
     """
@@ -177,7 +177,7 @@ def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource | 
             if clip.name in chosen:
                 raise DataError(f"{clip.where}: the clip {clip.name} is in another split's table too")
             if timed and clip.name not in seconds:
-                reason = f"{clip.where}: clip_durations.tsv has no {clip.name}, and the seconds are limited"
+                reason = f"{clip.where}: clip_durations.tsv has no {clip.name}; do not limit the seconds"
                 chosen[clip.name] = Unreadable(Path(clip.name).stem, reason)
                 continue
             if not _wanted(clip, seconds.get(clip.name), settings):

@@ -75,7 +75,7 @@ def sources(settings: Earnings22Settings) -> list[FileSource]:
     splits = {id: split for split in dict.fromkeys(settings.splits) for id in lists[split]}
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
         return _paper_layout(folder, splits, settings)
-    # All that the table tells of these calls is the speaker: they are read without it too.
+    # The table only gives the speaker of these calls, so they can be used without it.
     try:
         metadata, unreadable = _metadata(folder)
         reason = unreadable[0].reason if unreadable else f"{folder / 'metadata.csv'}: no row for the call"
@@ -85,9 +85,9 @@ def sources(settings: Earnings22Settings) -> list[FileSource]:
 
 
 def sources_full(settings: Earnings22FullSettings) -> list[FileSource | Unreadable]:
-    """All calls that metadata.csv lists, sorted by id, as the split test, then its rows that cannot be read.
+    """All calls in metadata.csv, sorted by id, as the split test, then its unreadable rows.
 
-    Raises DataError as `sources` does, and where half of the table or more cannot be read.
+    Raises DataError as `sources` does, and if half or more of the table is unreadable.
     """
     folder = existing_folder("folder", settings.folder)
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
@@ -106,7 +106,7 @@ def _published_layout(
     settings: Earnings22FullSettings,
     without_row: str = "",
 ) -> list[FileSource]:
-    """The calls of `splits`; one that has no row in the table gets the warning `without_row`."""
+    """The calls of `splits`. `without_row`: the warning for a call without a row in the table."""
     media = {id: folder / "media" / f"{id}.mp3" for id in sorted(splits)}
     _check_media(media, folder)
     listed = []
@@ -172,9 +172,9 @@ def _check_media(media: Mapping[str, Path], folder: Path) -> None:
 
 
 def _metadata(folder: Path) -> tuple[dict[str, dict[str, str]], list[Unreadable]]:
-    """(The rows of metadata.csv by call, those that cannot be read).
+    """(Rows of metadata.csv by call, unreadable rows).
 
-    Raises DataError naming the file and the line: other columns, or half of the rows or more cannot be read.
+    Raises DataError naming file and line: missing columns, or half or more of the rows unreadable.
     """
     rows: dict[str, dict[str, str]] = {}
     unreadable = []
@@ -182,7 +182,7 @@ def _metadata(folder: Path) -> tuple[dict[str, dict[str, str]], list[Unreadable]
         if isinstance(row, DataError):
             unreadable.append(Unreadable(where, str(row)))
         elif not _ID.fullmatch(row["File ID"]) or row["File ID"] in rows:
-            reason = f"{where}: File ID is {row['File ID'][:60]!r}, expected a name that is in no other line"
+            reason = f"{where}: File ID is {row['File ID'][:60]!r}, expected a unique name"
             unreadable.append(Unreadable(where, reason))
         else:
             rows[row["File ID"]] = row

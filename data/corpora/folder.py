@@ -62,9 +62,9 @@ class FolderSettings:
 
 
 def sources(settings: FolderSettings) -> list[Source]:
-    """All recordings, and what cannot be one, sorted by id.
+    """All recordings and unreadable files, sorted by id.
 
-    Raises DataError, naming files, for whatever a look at the names can tell of the whole.
+    Raises DataError, naming files, for problems of the whole folder that file names show.
     """
     if settings.folder:
         return _from_folder(settings)

@@ -90,13 +90,13 @@ def listing(settings: HuggingFaceSettings) -> pa.Table:
 
 
 def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
-    """Sources over a listing. A row without a usable id is Unreadable, under its place.
+    """Sources over a listing. A row without a usable id gives an Unreadable, with its location as id.
 
-    Raises DataError where there are no rows, half of the ids or more are unusable, or they are not unique.
+    Raises DataError if there are no rows, half or more of the ids are unusable, or ids are not unique.
     """
     if not len(table):
         raise DataError(f"{dataset}: the files hold no rows")
-    places: dict[int, str] = {}  # number of a row -> where it is
+    places: dict[int, str] = {}  # row number -> location
     faults: list[str] = []
     number = 0
     for batch in table.select(["id", "address", "group", "row"]).to_batches(max_chunksize=1 << 16):

@@ -36,7 +36,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """`json_lines`, but with the error in the place of a line that is not UTF-8 or not an object."""
+    """`json_lines`, with the error in place of a line that is not UTF-8 or not an object."""
     where = str(path)
     try:
         with open(path, "rb") as raw:

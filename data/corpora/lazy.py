@@ -73,7 +73,7 @@ def repeat(value: str, size: int) -> pa.Array:
 
 
 def with_faults(table: pa.Table, ids: Mapping[int, str], faults: Sequence[str]) -> pa.Table:
-    """The table with a column `fault`, null but in the rows that `ids` numbers, which get those ids."""
+    """Add a column `fault`, null except in the rows numbered by `ids`, which also get these ids."""
     if not ids:
         return table.append_column("fault", pa.nulls(len(table), pa.large_string()))
     numbers = np.fromiter(ids, np.int64, len(ids))

@@ -78,10 +78,10 @@ class LhotseSettings:
 
 
 def sources(settings: LhotseSettings) -> list[Source]:
-    """All recordings, and the lines that cannot be read, sorted by id.
+    """All recordings and unreadable lines, sorted by id.
 
-    Raises DataError naming file and line, where half of a manifest's lines or more cannot be read; or the audio files
-    that do not exist.
+    Raises DataError naming file and line if half or more of a manifest's lines are unreadable, or naming missing audio
+    files.
     """
     base = Path(settings.audio_folder).expanduser()
     listed: list[_Source] = []
@@ -111,7 +111,7 @@ def sources(settings: LhotseSettings) -> list[Source]:
 
 
 def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: str) -> list[_Source]:
-    """What the cuts of a manifest give: each itself, or each of its supervisions."""
+    """Sources of a manifest's cuts: of each cut, or of each of its supervisions."""
     listed: list[_Source] = []
     for cut in cuts:
         if isinstance(cut, Unreadable):
@@ -134,7 +134,7 @@ def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: s
 
 
 def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | SegmentSource | ChannelSource:
-    """A cut's stretch of sound, with what is known of it. Raises DataError."""
+    """Source of a cut: its segment of the audio, and its labels. Raises DataError."""
     recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
     whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
@@ -147,9 +147,9 @@ def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | Segm
 
 
 def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recording, tuple[str, ...]]:
-    """Text, words and names from the cut's supervisions, and why there are no words, where alignments cannot be used.
+    """Text, words and names from the cut's supervisions, and warnings about unusable alignments.
 
-    Raises DataError where text is required and not to be had.
+    Raises DataError, or MissingText if text is required and not available.
     """
     warnings: list[str] = []
     texts: list[str | None] = []
@@ -194,10 +194,10 @@ def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) -> tuple[str | None, list[Word] | None]:
-    """(Text within the cut, None where it is not known; its words with times from the cut's start, or None).
+    """(Text within the cut, None if unknown; its words with times from the cut's start, or None).
 
-    An alignment that cannot be used costs the times, with a warning. Where the text can be told by it alone, because
-    the supervision reaches beyond the cut or has no text, it raises DataError.
+    An unusable alignment gives no times and a warning. It raises DataError if only the alignment gives the text: the
+    supervision extends beyond the cut or has no text.
     """
     text = text_field(fields, "text", where)
     start, end = stretch(fields, where)
@@ -218,7 +218,7 @@ def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) 
 
 
 def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list[Word]:
-    """The words within the cut of a supervision from `start` to `end`, with times from the cut's start."""
+    """Words of a supervision from `start` to `end` that are within the cut, with times from the cut's start."""
     words = []
     for word, begin, finish, confidence in lhotse_words(items, where):
         begin, finish = begin - cut.start, finish - cut.start
@@ -233,7 +233,7 @@ def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list
 
 
 def _is_last(cut: Cut) -> bool:
-    """Whether the cut goes to the recording's end: supervisions that end after it do so by mistake."""
+    """Whether the cut ends with the recording: a supervision that ends later is an error."""
     return cut.start + cut.duration > cut.audio.duration - TOLERANCE / 10
 
 
@@ -249,7 +249,7 @@ def _supervision_cuts(cut: Cut) -> list[Cut | Unreadable]:
 
 
 def _supervision_cut(cut: Cut) -> list[Cut]:
-    """The one supervision of a cut as a cut, none where it lies in another channel or outside. Raises DataError."""
+    """The only supervision of a cut as a cut; empty if it is in another channel or outside. Raises DataError."""
     found = []
     for where, fields in _in_time(cut):
         id = text_field(fields, "id", where)

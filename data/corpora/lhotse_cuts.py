@@ -44,7 +44,7 @@ class Cut:
 
 
 def read_cuts(manifest: Path, base: Path) -> Iterator[Cut | Unreadable]:
-    """The lines of a cut manifest. Raises DataError where the file cannot be read."""
+    """Lines of a cut manifest, as cuts or Unreadable. Raises DataError if the file cannot be read."""
     for where, fields in json_lines_or_faults(manifest):
         try:
             if isinstance(fields, DataError):
@@ -79,8 +79,8 @@ def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
 def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) -> Iterator[Cut | Unreadable]:
     """Every channel of every recording, with its supervisions.
 
-    Raises DataError where a file cannot be read, or a line of the supervisions: a recording of which some supervision
-    is missing would have the text of the others.
+    Raises DataError if a file or a line of the supervisions cannot be read: a recording without one of its supervisions
+    would have incomplete text.
     """
     owned: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     if supervisions is not None:
@@ -104,7 +104,7 @@ def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) ->
         for channel in channels:
             id = audio.id if len(channels) == 1 else f"{audio.id}-{channel}"
             yield Cut(id, audio, channel, 0.0, audio.duration, mine, where)
-    if len(owned) > unreadable:  # else they are of the recordings whose lines cannot be read
+    if len(owned) > unreadable:  # else they belong to unreadable recordings
         owner, ((where, _), *_) = next(iter(owned.items()))
         raise DataError(f"{where}: recording_id is {owner!r}, and {recordings} has no such recording")
 

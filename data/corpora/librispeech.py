@@ -58,7 +58,7 @@ class TextGridSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Raises DataError where the sound cannot be used; without word times where the TextGrid cannot."""
+        """Raises DataError if the sound cannot be used. An unusable TextGrid gives a warning and no word times."""
         try:
             words: list[Word] | DataError = read_textgrid(self.textgrid)
         except DataError as error:
@@ -67,7 +67,7 @@ class TextGridSource:
 
 
 def _timed(recording: Recording, path: Path, words: list[Word] | DataError, where: str) -> FileSource:
-    """The recording with these times; without, and with a warning, where they cannot be used."""
+    """Source with these word times, or with a warning instead if they cannot be used."""
     try:
         if isinstance(words, DataError):
             raise words
@@ -199,15 +199,15 @@ def _transcripts(path: Path, chapter: str) -> dict[str, str]:
 
 
 def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | DataError]]:
-    """An `.alignment.txt`: ('FILE:LINE', words with times in seconds, or why they cannot be used) by recording id.
+    """Read an `.alignment.txt`: ('FILE:LINE', words with times in seconds, or the error) by recording id.
 
-    A line costs its own recording: one of another form, as many times as words not there, times that go back. Raises
-    DataError where the file cannot be read.
+    Errors of a single line: wrong format, different numbers of words and times, decreasing times. Raises DataError if
+    the file cannot be read.
     """
     found: dict[str, tuple[str, list[Word] | DataError]] = {}
     for where, line in lines_or_faults(path):
         if isinstance(line, DataError):
-            continue  # nobody can tell whose it is: its recording has none
+            continue  # of an unknown recording, which then has no alignment
         id = line.partition(" ")[0]
         try:
             if id in found:
@@ -219,7 +219,7 @@ def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | DataError]]:
 
 
 def _aligned(line: str, where: str) -> list[Word]:
-    """The words of a line. Raises DataError naming the place."""
+    """Words of a line. Raises DataError naming file and line."""
     match = _ALIGNED.fullmatch(line.strip())
     if not match:
         raise DataError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')

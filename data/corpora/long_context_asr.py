@@ -140,10 +140,9 @@ def _with_words(recording: Recording, path: Path | None, duration: float) -> Rec
 
 
 def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioSource | Unreadable]:
-    """All recordings, and the entries that cannot be read, sorted by id.
+    """All recordings and unreadable entries, sorted by id.
 
-    Raises DataError, naming entry and field, where half of the entries or more cannot be read; or the files that do not
-    exist.
+    Raises DataError naming entry and field if half or more of the entries are unreadable, or naming missing files.
     """
     if not settings.pairs:
         raise DataError(f"pairs is empty: say where {PAIRS_FILE} lies with --pairs FILE")

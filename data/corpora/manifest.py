@@ -43,15 +43,14 @@ TextRule = Literal["required", "optional", "none"]
 def manifest_sources(
     manifest: Path, text: TextRule, language: str, split: Callable[[str | None, str], str]
 ) -> list[FileSource | SegmentSource | Unreadable]:
-    """What a manifest lists, in its order. A line that cannot be read is Unreadable.
+    """Sources of a manifest in its order, with an Unreadable for every unreadable line.
 
     Args:
         text: whether lines need a transcript; "none" leaves out those that there are.
         language: of lines that do not tell theirs.
         split: (the split that the line tells, or None; its text or id) -> its split.
     Raises:
-        DataError: naming file and line, where half of the lines or more cannot be read; or the audio files that do not
-            exist.
+        DataError: naming file and line if half or more of the lines are unreadable, or naming missing audio files.
     """
     if _FAMILY.search(manifest.name):
         raise DataError(

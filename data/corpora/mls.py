@@ -165,10 +165,10 @@ def _speakers(path: Path, gender: str) -> set[str] | None:
 
 
 def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
-    """Columns id, text, language, split, part, address (of the audio file), fault: a row for every recording of a
-    split. A line that cannot be read is a row with its place as id, and its fault.
+    """Columns id, text, language, split, part, address (of the audio file), fault: one row per recording of a split. An
+    unreadable line gives a row with its location as id, and the fault.
 
-    Raises DataError where half of the lines or more cannot be read.
+    Raises DataError if half or more of the lines are unreadable.
     """
     part = "train" if split in LIMITED else split
     audio = folder / part / "audio"
@@ -209,7 +209,7 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
 
 
 def _transcript(line: str | DataError, where: str) -> tuple[str, str | None, str]:
-    """(Id, why the line cannot be used or None, text) of an `id<TAB>text` line."""
+    """(Id, fault or None, text) of an `id<TAB>text` line."""
     if isinstance(line, DataError):
         return "", str(line), ""
     id, tab, text = line.partition("\t")

@@ -24,11 +24,11 @@ from data.word_times.base import probability, read_json, seconds
 
 _COLUMNS = ("token", "ts", "endTs", "punctuation", "prepunctuation", "tags")
 _TAGS = re.compile(r"\[('(\d+):[^',\]]*'(, *'\d+:[^',\]]*')*)?\]")
-# what the aligner remarks on words whose time it knows: one token was replaced by its spoken form, word for word.
+# Remarks of the aligner on words with a known time: the token was replaced by its spoken form, word for word.
 _HARMLESS = frozenset(("", "direct"))
-# Units that two transcripts of a call may differ by at one place between two anchors.
+# Maximum number of units that two transcripts of a call may differ by at one place between two anchors.
 _LONGEST_DIFFERENCE = 40
-# Units in a row that both transcripts have once: an anchor, beyond whatever lies between.
+# Length of an anchor: a run of units that occurs once in both transcripts, whatever is between two of them.
 _ANCHOR = 5
 
 _Time = tuple[float, float, float]  # start, end, confidence
@@ -154,7 +154,7 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
     Confidence is 1 where the aligner found the word, 0 where the time is a guess: the aligner's own, or ours, which
     spreads words without a time over the gap between their neighbours.
 
-    Raises DataError naming the file where the two tables have less than half of their units in common.
+    Raises DataError naming the file if the alignment has less than half of the units.
     """
     times_of: list[list[NlpToken]] = []
     keys = []
@@ -162,8 +162,8 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
         times_of.append([token for _, token in group])
         keys.append(tag if isinstance(tag, str) else times_of[-1][0].token.strip("<>").lower())
     found = _match([key for key, _ in units], keys)
-    if 2 * sum(place is not None for place in found) < len(units):
-        shared = sum(place is not None for place in found)
+    shared = sum(place is not None for place in found)
+    if 2 * shared < len(units):
         raise DataError(
             f"{name}: has {shared} of the {len(units)} tokens of the transcript; cut short, or of another call"
         )
@@ -177,9 +177,9 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
 
 
 def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
-    """For every key of a, its place in b, None where it has none.
+    """Place in b of every key of a, or None.
 
-    Both are walked from one anchor to the next, so that a stretch that one of them lacks, however long, costs itself.
+    Both are walked from anchor to anchor, so that a section missing from one, however long, does not affect the rest.
     """
     places: list[int | None] = [None] * len(a)
     i = j = 0
@@ -190,7 +190,7 @@ def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
 
 
 def _anchors(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
-    """Places in a and in b of the runs of _ANCHOR keys that each of them has once, rising in both."""
+    """Places in a and in b of the runs of _ANCHOR keys that occur once in each, increasing in both."""
     first, second = _single_runs(a), _single_runs(b)
     pairs = [(i, second[run]) for run, i in first.items() if run in second]  # in the order of a
     kept = _longest_rising([j for _, j in pairs])
@@ -207,7 +207,7 @@ def _single_runs(keys: Sequence[str]) -> dict[tuple[str, ...], int]:
 def _walk(a: Sequence[str], b: Sequence[str], first_a: int, first_b: int, places: list[int | None]) -> None:
     """Set the places of a's keys in b, counted from `first_a` and `first_b`.
 
-    Both are walked, and where they differ, the nearest two equal keys sought.
+    Both are walked in parallel; at a difference, the nearest two equal keys are searched for.
     """
     i = j = 0
     while i < len(a) and j < len(b):
@@ -246,10 +246,10 @@ def _in_order(times: Sequence[_Time | None]) -> list[_Time | None]:
 
 
 def _longest_rising(values: Sequence[float | None]) -> set[int]:
-    """Places of a longest run of the values, not necessarily adjoining, that do not fall."""
-    ends: list[float] = []  # the least value that a run of each length can end with
+    """Places of a longest non-decreasing subsequence of the values."""
+    ends: list[float] = []  # smallest last value of a subsequence of each length
     tops: list[int] = []  # its place
-    before: dict[int, int] = {}  # the place in front of a place, in the longest run that it ends
+    before: dict[int, int] = {}  # place -> its predecessor in the longest subsequence that it ends
     for number, value in enumerate(values):
         if value is not None:
             length = bisect_right(ends, value)

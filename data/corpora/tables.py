@@ -1,9 +1,9 @@
-"""Tables in text files: tab- or comma-separated values under a header. A row that cannot be read costs itself.
+"""Tables in text files: tab- or comma-separated values under a header. An unreadable row is returned as an error.
 
-Corpora write their tables in two ways: with quotation marks that mean nothing (a sentence may begin with one and never
-end it), and as CSV, where a quoted value may hold the separator and line ends, and doubles its quotation marks. A row
-of tab-separated values is taken as it stands wherever it has as many values as the header, and for CSV where only that
-makes it whole, or the header is quoted.
+Corpora use two forms: plain values, where quotation marks have no meaning (a sentence may start with one that is never
+closed), and CSV, where a quoted value may contain the separator and line ends, and doubles its quotation marks. A
+tab-separated row is plain if it has as many values as the header, and CSV if only that makes it complete or the header
+is quoted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Literal
 from data.corpora.text_files import lines_or_faults
 from data.errors import DataError
 
-# Lines that one row may have: a quotation mark that is never closed must not be searched for to the end of the file.
+# Maximum number of lines of a row, so that an unclosed quotation mark is not searched for to the end of the file.
 _MOST_LINES = 32
-# A quoted value whose own quotation marks are doubled: nobody's sentence looks so.
+# A quoted value with doubled quotation marks inside, unlike any plain sentence.
 _DOUBLED = re.compile(r'"(?=[^"]*"")((?:[^"]|"")*)"')
 
 _Line = tuple[str, str | DataError]
@@ -28,12 +28,12 @@ _Line = tuple[str, str | DataError]
 def table_rows(
     path: Path, needed: tuple[str, ...], separator: Literal["\t", ","] = "\t"
 ) -> Iterator[tuple[str, dict[str, str] | DataError]]:
-    """('FILE:LINE', values by column) of every row; where it cannot be read, the error in the place of the values.
+    """('FILE:LINE', values by column) of every row, with the error in place of the values if it is unreadable.
 
     Args:
-        needed: columns that the header must have.
+        needed: required columns.
     Raises:
-        DataError: the file cannot be read, is empty, or has another header.
+        DataError: the file cannot be read, is empty, or lacks a required column.
     """
     lines = lines_or_faults(path)
     where, first = next(lines, (str(path), ""))
@@ -57,11 +57,12 @@ def table_rows(
 def _row(
     line: str, lines: Iterator[_Line], ahead: deque[_Line], count: int, separator: str, csv: bool
 ) -> list[str] | int:
-    """The `count` values of the row that begins with this line, and perhaps takes lines from `ahead`; else how many
-    values the line has by itself. `csv`: quotation marks are CSV's everywhere."""
+    """The `count` values of the row that starts with this line and may continue in `ahead`, else the number of values
+    of this line alone. `csv`: all rows are CSV.
+    """
     plain = line.split(separator)
     whole = not csv and len(plain) == count
-    # A last value with a quotation mark in front and none behind may go on in the next line.
+    # A last value with an opening but no closing quotation mark may continue in the next line.
     if whole and not (plain[-1].startswith('"') and _quoted(plain[-1], separator) is None):
         return [_DOUBLED.sub(_undoubled, value) if _DOUBLED.fullmatch(value) else value for value in plain]
     text = line
@@ -76,7 +77,7 @@ def _row(
         if len(ahead) == taken:
             ahead.extend([after] if (after := next(lines, None)) else [])
         following = ahead[taken][1] if taken < len(ahead) else None
-        # A line that is a row by itself is none's continuation.
+        # A line that is a complete row does not continue another one.
         if not isinstance(following, str) or count in (
             len(following.split(separator)),
             len(_quoted(following, separator) or ()),
@@ -87,7 +88,7 @@ def _row(
 
 
 def _quoted(text: str, separator: str) -> list[str] | None:
-    """The values of a row of CSV; None where it is none, or goes on in the next line."""
+    """Values of a CSV row; None if it is not CSV, or continues in the next line."""
     field = re.compile(rf'"((?:[^"]|"")*)"(?={separator}|\Z)|(?!")([^{separator}\n]*)')
     values, place = [], 0
     while match := field.match(text, place):

@@ -49,10 +49,10 @@ class TedliumSettings:
 
 
 def sources(settings: TedliumSettings) -> list[FileSource | SegmentSource | Unreadable]:
-    """All talks or utterances, and training talks whose STM cannot be read, sorted by id.
+    """All talks or utterances and the talks with an unreadable STM, sorted by id.
 
-    Raises DataError, naming what is missing or the STM's file and line: of any talk of dev and test, and where half of
-    the training talks or more cannot be read.
+    Raises DataError naming missing files, or file and line of an STM: of any talk of dev and test, and of train if half
+    or more of its talks are unreadable.
     """
     folder = existing_folder("folder", settings.folder)
     if (folder / settings.partition).is_dir():

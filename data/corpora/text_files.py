@@ -26,7 +26,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def lines_or_faults(path: Path) -> Iterator[tuple[str, str | DataError]]:
-    """`numbered_lines`, but with the error in the place of a line that is not UTF-8 or has a NUL byte."""
+    """`numbered_lines`, with the error in place of a line that is not UTF-8 or has a NUL byte."""
     try:
         with open(path, "rb") as file:
             number = 0
@@ -63,8 +63,7 @@ def existing_folder(field: str, value: str) -> Path:
 
 
 def listed_names(folder: Path) -> set[str]:
-    """Names of everything in a folder but what programs leave behind (`is_clutter`): one system call for thousands,
-    where asking for each would be one for each."""
+    """Names of a folder's entries except clutter (`is_clutter`), listed at once and not by a call per entry."""
     try:
         return {name for name in os.listdir(folder) if not is_clutter(name)}
     except OSError as error:

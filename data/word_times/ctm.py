@@ -4,8 +4,8 @@
     talk-1 A 11.34 0.20 YES 0.99
     talk-1 A 12.00 0.34 you
 
-file, channel, start, duration, word; then, where they are given, confidence (or NA), type and speaker. Spaces and tabs
-part them.
+file, channel, start, duration, word; then, where they are given, confidence (or NA), type and speaker. They are
+separated by spaces and tabs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """NIST STM: segments of recordings with their times and text, as in TED-LIUM.
 
 A line is `RECORDING CHANNEL SPEAKER START END [<LABEL>] TEXT`, times in seconds; lines that begin with `;;` are
-comments. Spaces and tabs part the fields, and a field in angle brackets behind the times is the label, whatever it
-holds: so NIST's sclite reads it (SCTK, src/sclite/stm.c). An STM gives the times of segments, not of words. What is not
-scored has the text `ignore_time_segment_in_scoring` in any case, or the speaker `inter_segment_gap`.
+comments. Fields are separated by spaces and tabs. Any field in angle brackets after the times is the label, as in
+NIST's sclite (SCTK, src/sclite/stm.c). An STM gives the times of segments, not of words. A segment that is not scored
+has the text `ignore_time_segment_in_scoring` in upper or lower case, or the speaker `inter_segment_gap`.
 """
 
 from __future__ import annotations
