@@ -40,11 +40,8 @@ def processor_name() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [
-            line
-            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.startswith("model name")
-        ]
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        models = [line for line in lines if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}" + (", bf16" if _cpu_has_bfloat16() else "")
 
@@ -119,7 +116,7 @@ def resolve_precision(settings: DistributedSettings, run: RunFolder, world: Worl
     elif everywhere:
         precision = Precision("bfloat16", f"in hardware on {_device_name(world.device)}")
     else:
-        where = _device_name(world.device) if world.size == 1 else f"a device of the {world.size} processes"
+        where = "the device of another rank" if has_bfloat16(world.device) else _device_name(world.device)
         precision = Precision("float32", f"no bfloat16 hardware in {where}")
     warn_of_emulation("distributed.precision", precision.name, world)
     return precision
@@ -135,4 +132,4 @@ def with_precision(config: ConfigT, precision: Precision) -> ConfigT:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({processor_name()})"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
