@@ -234,9 +234,9 @@ def in_folders(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def in_earlier_folders(cells: Sequence[Cell], out: Path) -> list[Cell]:
-    """The cells, those that were evaluated in `out` before in the folders they had then.
+    """The cells; those evaluated in `out` before keep their earlier folders.
 
-    A folder's name begins with the export's place, which may have changed since; it ends in the key, which has not.
+    A folder's name starts with the export's path, which may have changed since, and ends in the key, which has not.
     """
     placed, taken = [], {cell.folder for cell in cells}
     for cell in cells:
@@ -264,7 +264,7 @@ def with_keys(cell: Cell, config: Config, export_hash: str, fingerprint: str) ->
 
     What decides what is heard: weights, data, inference, encoder, decoder. Not the batch size, for outputs do not
     depend on it; nor where the dataset lies; nor which other recordings there are. What decides the results: that,
-    which recordings there are, their references, the rules that texts are scored by, and the bootstrap.
+    which recordings there are, their references, the scoring rules, and the bootstrap.
     """
     inference = {name: value for name, value in to_dict(cell.inference).items() if name != "batch_seconds"}
     decoder = to_dict(cell.decoder)

@@ -161,7 +161,7 @@ def train(config: Config) -> None:
                 )  # fmt: skip
         if is_validation or step % config.checkpoint.every_steps == 0:
             save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
-        if is_validation and world.is_main:  # after what it cost is on disk
+        if is_validation and world.is_main:  # after export and checkpoint are on disk
             print(f"step {step}/{config.run.steps}  dev WER {found.wer:.2%}  CER {found.cer:.2%}")
             print(f"    said:  {found.reference}\n    heard: {found.hypothesis[:200]}", flush=True)
 

@@ -130,7 +130,7 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
-# Fields that may name another place, where the data of this fingerprint are.
+# Fields that may hold another location if the fingerprint of the data is the same.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
@@ -158,8 +158,9 @@ def start_run(
     run: RunFolder, config: FinetuneConfig, dataset: Dataset, world: World, precision: Precision,
     also_free: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """`RunFolder.start` for a fine-tuning. A resumed one takes its weights from a checkpoint: finetune.init is looked
-    at again only where it names another place, which must then hold the same weights."""
+    """`RunFolder.start` for fine-tuning. A resumed run takes its weights from a checkpoint, so finetune.init is only
+    checked if it changed, and must then hold the same weights.
+    """
     init = config.finetune.init
     origins = {"finetune.init": partial(weights_fingerprint, init)} if init else {}
     facts = {"precision": str(precision)}
@@ -167,13 +168,13 @@ def start_run(
 
 
 def weights_fingerprint(init: str) -> str:
-    """SHA-256 (hex) of the weights of an export or checkpoint. Raises ConfigError where there are none."""
+    """SHA-256 (hex) of the weights of an export or checkpoint. Raises ConfigError if there are none."""
     try:
         return hash_of_file(Path(init) / "model.safetensors")
     except OSError as error:
         raise ConfigError(
-            f"finetune.init is {init}, which is not where this run began and cannot be compared with it: {error}; "
-            "give the old value, or the place where that export lies now"
+            f"finetune.init is {init}, which cannot be compared with the weights that this run began with: {error}; "
+            "give the old value, or the new location of that export"
         ) from error
 
 

@@ -86,7 +86,7 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
-# Fields that may name another place, where the data of this fingerprint are.
+# Fields that may hold another location if the fingerprint of the data is the same.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 

@@ -197,9 +197,9 @@ def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:
 
 
 def hash_of_export(export: Export) -> str:
-    """SHA-256 (hex) of what decides the outputs: weights, settings, tokenizer.
+    """SHA-256 (hex) of the files that determine the outputs: weights, settings, tokenizer.
 
-    Anything else in the folder counts for nothing: the model card, what a download or an editor keeps there.
+    Other files in the folder are ignored: the model card, leftovers of downloads and editors.
     """
     digest = hashlib.sha256()
     for name in sorted(["config.json", "model.safetensors", *tokenizer_files(export.path)]):

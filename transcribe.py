@@ -9,8 +9,8 @@ to stdout, "path<TAB>text". With it, talks/day1/a.mp3 becomes transcripts/day1/a
 for: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
 
 After Ctrl-C the same command goes on where it was; finished recordings are done again only if audio, model or a setting
-has changed. Files that cannot be read, or whose transcript cannot be written, cost themselves alone: they are listed at
-the end and in failed.jsonl, and the exit status is then 1.
+has changed. Files that cannot be read, or whose transcript cannot be written, are skipped and listed at the end and in
+failed.jsonl; the exit status is then 1.
 """
 
 import errno
@@ -60,7 +60,7 @@ STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
 BATCHES_HELD = 16
 """recordings of so many batches are held as features at a time, so that few batches are not full"""
 NO_FILE_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""errors of the whole of --out, not of one file there"""
+"""errors that concern all of --out, not one file in it"""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Outcome:
 
 
 def transcribe(config: Config, world: World) -> int:
-    """The whole work, as every process runs it. Returns, on rank 0, the number of files without a transcript."""
+    """Transcribe all files; every process calls it. Returns, on rank 0, the number of files without a transcript."""
     # Everything that a user can get wrong comes before any work.
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
@@ -279,9 +279,9 @@ def transcript_paths(name: str, config: Config) -> dict[str, Path]:
 
 
 def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
-    """Files, by name, whose transcript would take the place of a folder of other transcripts; with the reason.
+    """Files whose transcript would have the path of a folder of other transcripts: reason by name.
 
-    Of `a.wav` beside a folder `a.txt` it is `a.wav` that fails, not all that is in the folder.
+    With `a.wav` beside a folder `a.txt`, `a.wav` fails and the files in the folder do not.
     """
     folders = {parent.as_posix() for file in files for parent in Path(file.name).parents}
     places = {file.name: [f"{file.name}.{form}" for form in config.format_names if config.out] for file in files}
@@ -294,9 +294,9 @@ def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
 
 
 def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -> str:
-    """Write a transcript. Returns the reason why it cannot be written, or nothing.
+    """Write a transcript. Returns the reason if it cannot be written, else "".
 
-    Raises ConfigError where no other one could be written either.
+    Raises ConfigError if no transcript can be written any more.
     """
     try:
         write_transcript(file, transcript, config)
@@ -304,7 +304,7 @@ def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -
         if not config.out:
             raise
         if error.errno in NO_FILE_MORE:
-            raise ConfigError(f"out = {config.out}: {error}; make room, and the same command goes on") from error
+            raise ConfigError(f"out = {config.out}: {error}; free some space and run the same command again") from error
         return f"its transcript cannot be written: {error.filename2 or error.filename}: {error.strerror}"
     return ""
 
@@ -314,7 +314,7 @@ def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Confi
     if not config.out:
         print(f"{printable(str(file.path))}\t{transcript.text}", flush=True)
         if getattr(sys.stdout, "vanished", False):
-            raise ConfigError("out is missing, and stdout cannot be written any more: give a folder as --out FOLDER")
+            raise ConfigError("out is not set and stdout is closed: give a folder as --out FOLDER")
         return
     for form, path in transcript_paths(file.name, config).items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +365,7 @@ def collect_state(out: Path) -> dict[str, dict[str, str]]:
 
 
 def write_failed(out: Path, files: Sequence[AudioFile], failed: Mapping[str, str]) -> None:
-    """failed.jsonl, with the path and the reason of every file without a transcript; none where all have one."""
+    """Write failed.jsonl with path and reason of every file without a transcript; no file if all have one."""
     lines = [{"path": printable(str(f.path)), "reason": failed[f.name]} for f in files if f.name in failed]
     if lines:
         write_file(out / FAILED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

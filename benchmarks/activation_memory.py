@@ -7,9 +7,8 @@
 
 Bytes are those of tensors, counted operation by operation (`LiveBytes`): what is alive after the forward pass, and at
 the highest. Each mode is counted in a process of its own, whose peak of resident memory over a warmed-up start is
-printed beside. Bytes are those under bfloat16 autocast. Times are forward and backward of the encoder in the
-precision of the hardware, modes alternating. A line of
-JSON comes last:
+printed beside. Bytes are those under bfloat16 autocast. Times are forward and backward of the encoder in the precision
+of the hardware, modes alternating. A line of JSON comes last:
 
     predicted_over_measured_MODE   bytes kept for the backward pass, of the shape where they differ most
     predicted_over_measured_peak_MODE  the peak, last shape

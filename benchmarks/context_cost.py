@@ -99,7 +99,7 @@ def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:
 
 
 def run_pass(forward: Forward, mel: Tensor, length: Tensor, training: bool) -> Tensor:
-    """The output of a forward pass in the hardware's precision; in training, after its backward pass."""
+    """Output of a forward pass in the hardware's precision; with `training` the backward pass runs too."""
     with torch.set_grad_enabled(training), hardware_autocast():
         out = forward(mel, length)
     if training:

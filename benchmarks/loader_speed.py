@@ -5,9 +5,9 @@ temporary folder, so the page cache is warm; the real loader then runs with one 
 masks of pretraining. Counts seconds of audio, not padding, that arrive in the main process. Then many small batches,
 and what the processes' own memory grew by from the first tenth of them to the last. The last line is JSON.
 
-`bare_conversion` is the rate at which torch turns float16 into float32 in one thread and nothing else,
-`bare_normalisation` that of conversion and normalisation into the loader's number of buffers; `share_of_...` is what
-a worker, which also reads, checks and draws masks, reaches of them at the same fill of the rows.
+`bare_conversion` is the rate of torch's conversion of float16 to float32 alone, in one thread, and `bare_normalisation`
+that of conversion and normalisation into the loader's number of buffers; `share_of_...` is the rate of a worker, which
+also reads, checks and draws masks, relative to these at the same fill of the rows.
 
 The main process, which plans and receives, needs a quarter of a processor. Where there are but two, two workers cannot
 run twice as fast as one; `scaling_2_workers_with_processors_of_their_own` counts the workers' processor time instead.
@@ -95,8 +95,10 @@ def growth(dataset: Dataset, options: argparse.Namespace) -> float:
 
 
 def bare_speeds(options: argparse.Namespace) -> tuple[float, float]:
-    """Audio-seconds per second of what must happen to a batch's values, in one thread: converted from float16 to
-    float32; and normalised too, a row at a time, into as many buffers as the workers of the loader fill in turns."""
+    """Audio-seconds per second of the necessary work on a batch's values, in one thread: conversion from float16 to
+    float32; and conversion with normalisation, a row at a time, into as many buffers as the loader's workers use in
+    turn.
+    """
     torch.set_num_threads(1)
     shape = (options.rows, options.row_frames, 80)
     source, mean, inverse_std = torch.zeros(shape, dtype=torch.float16), torch.zeros(80), torch.ones(80)

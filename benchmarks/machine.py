@@ -1,4 +1,4 @@
-"""The precision that this machine's hardware computes, and the line of JSON that ends a benchmark."""
+"""Precision of this machine's hardware, and the line of JSON that ends a benchmark."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,9 @@ from bestrq.training.precision import DTYPES, has_bfloat16, processor_name
 
 
 def hardware_precision() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the CPU multiplies it in hardware; emulated, it would take a benchmark hours and say nothing."""
+    """bfloat16 if the CPU multiplies it in hardware, else float32: emulation takes hours and measures nothing
+    useful.
+    """
     return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float32"
 
 
@@ -25,7 +27,7 @@ def hardware_autocast() -> torch.autocast:
 
 
 def print_figures(figures: Mapping[str, Any], precision: str, threads: int | None = None) -> None:
-    """Print one line of JSON: the figures with the processor, its precision and the threads they were measured with.
+    """Print one line of JSON: the figures, the processor, the precision and the number of threads.
 
     Args:
         precision: of the arithmetic that was timed.

@@ -1,4 +1,4 @@
-"""The machine's rate of plain matrix products of a Conformer's shapes: what a model's FLOPs are held against."""
+"""The machine's rate of plain matrix products of a Conformer's shapes, the reference for a model's FLOPs."""
 
 import statistics
 import time

@@ -82,8 +82,8 @@ def audio_blocks(
         there = _extent(source)
         if there.several:
             raise DataError(
-                f"{name}: holds several streams (chained Ogg, or files joined with `cat`), of which only the first would "
-                "be read; decode each separately, and join or split the sound"
+                f"{name}: holds several streams (chained Ogg, or files joined with `cat`), of which only the first "
+                "would be read; decode each separately, and join or split the sound"
             )
         # soundfile encodes text strictly, and a name need not be UTF-8.
         with _SoundFile(os.fsencode(source) if isinstance(source, (str, os.PathLike)) else source) as audio:

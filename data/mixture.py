@@ -74,7 +74,7 @@ class DatasetGroup(Dataset):
         return self.datasets[part], int(recording) - int(self.first[part])
 
     def identity(self) -> dict[str, str]:
-        """As of one dataset, and every part's fingerprint by its field, so that an error names the part that differs."""
+        """As of one dataset, and every part's fingerprint by its field: an error then names the part that differs."""
         features = {name: value for name, value in self.datasets[0].identity().items() if name != "dataset"}
         parts = {f"data.mixture[{i}].dataset": dataset.fingerprint for i, dataset in enumerate(self.datasets)}
         return {**features, **parts, "dataset": self.fingerprint}

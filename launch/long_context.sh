@@ -131,7 +131,7 @@ together() {
     trap 'signalled=yes; [ -z "$child" ] || kill -TERM "$child" || true' HUP INT TERM
     "$@" &
     child=$!
-    [ -z "$signalled" ] || kill -TERM "$child" || true # it came before the command could be named
+    [ -z "$signalled" ] || kill -TERM "$child" || true # the signal came before the assignment
     while :; do # as in stoppable.sh
         signalled=""
         status=0

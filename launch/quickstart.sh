@@ -66,7 +66,7 @@ train() {
     [ "$status" = 0 ] || exit "$status"
 }
 
-if [ ! -d "$folder/pretrain/checkpoints" ]; then # what is half done already takes less
+if [ ! -d "$folder/pretrain/checkpoints" ]; then # a resumed quickstart takes less
     printf 'The quickstart will take '
     OMP_NUM_THREADS=$(($(nproc) / processes)) $python -m torch.distributed.run --standalone --nproc-per-node "$processes" \
         launch/quickstart_estimate.py --head "$head" "${tiny[@]+--steps=2}"

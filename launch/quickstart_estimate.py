@@ -1,10 +1,10 @@
-"""Time that the quickstart will take on this machine, estimated from a few measured updates.
+"""Estimated time of the quickstart on this machine, from a few measured updates.
 
     torchrun --nproc-per-node 2 launch/quickstart_estimate.py --head rnnt
 
-Updates of every kind run on rows of noise, in the processes and the precision that the quickstart will use: the
-arithmetic is the same as on speech. The rest (corpus, starts of programs, validation, evaluation, report) is taken to
-be as long as a fixed number of pretraining updates.
+Updates of every kind run on rows of noise, in the processes and the precision of the quickstart: the arithmetic is the
+same as on speech. The rest (corpus, program starts, validation, evaluation, report) is assumed to take as long as a
+fixed number of pretraining updates.
 """
 
 import argparse
@@ -33,17 +33,18 @@ from bestrq.training.run_folder import RunFolder
 from finetuning import FinetuneConfig
 
 VOCAB_SIZE = 40
-"""of the quickstart's characters, about"""
+"""approximate number of the quickstart's characters"""
 SECONDS_OF_A_SEGMENT = 5
 LABELS_OF_A_SEGMENT = 60
 WARM_UP = 2
 LOOP_FACTOR = 1.4
-"""time of a script's update over that of the update here, without loader, targets, clipping and logging; measured"""
+"""measured ratio of a training script's update to the update here, which has no loader, targets, clipping and
+logging"""
 REST = {"ctc": 1100, "rnnt": 2300}
-"""by head: updates here of pretraining that take as long as all that is no update; measured"""
+"""by head: measured time of everything but updates, in pretraining updates as timed here"""
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SECOND = {"ctc": ("ctc", finetune_ctc.Config), "rnnt": ("rnnt", finetune_rnnt.Config)}
-"""by head: config and settings of the second fine-tuning; the first is CTC"""
+SETTINGS: dict[str, type[FinetuneConfig]] = {"ctc": finetune_ctc.Config, "rnnt": finetune_rnnt.Config}
+"""by head"""
 
 Loss = Callable[[], Tensor]
 
@@ -67,7 +68,7 @@ def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Mo
 
 
 def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Module, Loss]:
-    """The same for CTC or RNN-T, as the settings are."""
+    """The same for CTC or RNN-T, by the type of the settings."""
     model: CTCModel | TransducerModel
     if isinstance(config, finetune_rnnt.Config):
         model = TransducerModel(config.encoder, config.transducer, VOCAB_SIZE)
@@ -104,8 +105,8 @@ def estimate(head: str, steps: int, updates: int, world: World) -> tuple[float, 
     config = with_precision(config, precision)
     update = update_seconds(*pretraining_loss(config, world), config, world, updates)
     total = update * (LOOP_FACTOR * (steps or config.run.steps) + REST[head])
-    for name, kind in (("ctc", finetune_ctc.Config), SECOND[head]):
-        tuning = from_dict(kind, load_yaml(CONFIGS / f"quickstart-{name}.yaml"))
+    for name in ("ctc", head):  # the first fine-tuning is always CTC
+        tuning = from_dict(SETTINGS[name], load_yaml(CONFIGS / f"quickstart-{name}.yaml"))
         tuning = with_precision(tuning, precision)
         seconds = update_seconds(*fine_tuning_loss(tuning, world), tuning, world, updates)
         total += LOOP_FACTOR * seconds * (steps or tuning.run.steps)
@@ -114,14 +115,14 @@ def estimate(head: str, steps: int, updates: int, world: World) -> tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head", choices=sorted(REST), default="ctc", help="of the second fine-tuning")
+    parser.add_argument("--head", choices=sorted(REST), default="ctc", help="head of the second fine-tuning")
     parser.add_argument("--updates", type=int, default=5, help="measured updates of every kind")
     parser.add_argument("--steps", type=int, default=0, help="updates of every run; 0 takes those of the configs")
     options = parser.parse_args()
     world = start_world(DistributedSettings())
     seconds, precision = estimate(options.head, options.steps, options.updates, world)
     if world.is_main:
-        print(f"about {round(seconds / 60, 1):g} minutes on this machine: a few updates were measured, in {precision}")
+        print(f"about {round(seconds / 60, 1):g} minutes on this machine, estimated from a few updates in {precision}")
     world.close()
 
 

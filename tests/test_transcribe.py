@@ -275,7 +275,7 @@ def test_a_full_disk_ends_the_work_with_what_to_do(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(script, "write_file", lambda path, content: None if path.suffix == ".jsonl" else full(path, 0))
-    with pytest.raises(ConfigError, match="No space left on device; make room, and the same command goes on"):
+    with pytest.raises(ConfigError, match="No space left on device; free some space and run the same command again"):
         transcribe(setup, tmp_path / "out")
 
 
