@@ -22,7 +22,7 @@ from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_c
 from bestrq.training.export import Export, write_export
 from bestrq.training.optimizer import OptimizerSettings
 from bestrq.training.precision import Precision
-from bestrq.training.process import DistributedSettings, World, unwrap
+from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.update import GuardSettings
 from data.cutting import CuttingSettings
@@ -118,10 +118,7 @@ class FinetuneConfig:
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
-    "distributed.device",
-    "distributed.strategy",
-    "distributed.threads",
-    "distributed.timeout_minutes",
+    *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
     "encoder.activation_checkpointing",
     "encoder.backend",
     "guard.max_bad_updates",

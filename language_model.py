@@ -14,10 +14,10 @@ from pathlib import Path
 from bestrq.config import ConfigError, parse, run_main
 from bestrq.recognition.ngram import perplexity, read_arpa
 from bestrq.recognition.ngram_training import train_ngram, write_arpa
+from common.text import label_text
 from data.errors import DataError
 from data.shards import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.transcripts import label_text
 
 
 @dataclass

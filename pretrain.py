@@ -36,7 +36,15 @@ from bestrq.training.flops import count_flops
 from bestrq.training.meters import MetricsLog, Throughput, console_line, peak_flops
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
 from bestrq.training.precision import Precision, resolve_precision, with_precision
-from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise, start_world
+from bestrq.training.process import (
+    FREE_DISTRIBUTED_FIELDS,
+    DistributedSettings,
+    World,
+    autocast,
+    gradient_sync,
+    parallelise,
+    start_world,
+)
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
@@ -75,10 +83,7 @@ class Config:
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
-    "distributed.device",
-    "distributed.strategy",
-    "distributed.threads",
-    "distributed.timeout_minutes",
+    *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
     "encoder.activation_checkpointing",
     "encoder.backend",
     "guard.max_bad_updates",

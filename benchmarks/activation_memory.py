@@ -22,7 +22,6 @@ import multiprocessing
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from bestrq.model.checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import RowLayout
 from bestrq.model.presets import PRESETS
+from bestrq.training.memory import forget_peak, resident_bytes
 
 
 def one_segment_rows(encoder: ConformerEncoder, batch: Rows) -> RowLayout:
@@ -109,12 +109,6 @@ def forward_backward(
     return kept
 
 
-def status_bytes(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (at the highest) of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
 def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, int]:
     """Bytes kept and at the highest, counted; and by how much the process grew. In a process of its own."""
     torch.set_num_threads(threads)
@@ -123,10 +117,10 @@ def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, i
     for rows in (small, batch):
         layout = one_segment_rows(encoder, rows)
         log_mel = torch.randn(rows.rows, rows.frames, settings.num_mels)
-        before = status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest is what it is now
+        before = resident_bytes("VmRSS")
+        forget_peak()
         forward_backward(encoder, log_mel, layout, bfloat16)  # leaves gradients, which the next pass adds to
-        process = status_bytes("VmHWM") - before
+        process = resident_bytes("VmHWM") - before
     with LiveBytes() as live:
         kept = forward_backward(encoder, log_mel, layout, bfloat16, live)
     return {"kept": kept, "peak": live.peak, "process": process}

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from common.paths import canonical_path
 from data.corpora import find_corpus
 from data.corpora.base import Source
 from data.errors import DataError
@@ -234,11 +235,10 @@ def _check_identity(folder: Path, there: dict[str, Any], identity: dict[str, Any
 
 
 def _place(value: Any) -> Any:
-    """A setting, with paths written in one way: absolute, without trailing slash or links. URLs stay as they are."""
+    """A setting with its paths in canonical form."""
     if isinstance(value, list):
         return [_place(one) for one in value]
-    is_path = isinstance(value, str) and value and "://" not in value
-    return os.path.realpath(os.path.expanduser(value)) if is_path else value
+    return canonical_path(value) if isinstance(value, str) else value
 
 
 def _missing(missing: Sequence[int], parts: int) -> str:

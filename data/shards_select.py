@@ -15,12 +15,12 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from common.text import label_text
 from data.corpora.base import did_you_mean, hash_share
 from data.derive import Entry, derive
 from data.errors import DataError
 from data.index import LABELS
 from data.shards import Dataset, Recording, open_dataset
-from data.transcripts import label_text
 
 Add = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 Item = TypeVar("Item")

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from common.text import label_text
 from data.cutting import CuttingSettings, cut_recording
 from data.errors import DataError
 from data.order import CropTable, NoCrops
 from data.shards import Dataset
-from data.transcripts import label_text
 
 Normalise = Callable[[str, str], str]
 

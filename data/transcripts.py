@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from common.text import label_text as label_text
 from data.errors import DataError
 
 

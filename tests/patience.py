@@ -1,10 +1,10 @@
-"""How long a test waits for what must come: only something that hangs is ever waited for to the end."""
+"""Timeouts of tests, so long that only a hang reaches them."""
 
 import time
 from collections.abc import Callable
 
 PATIENCE = 1200.0
-"""seconds; far more than load on the machine can cost"""
+"""seconds; far more than a loaded machine needs"""
 
 
 def wait_until(condition: Callable[[], object], what: Callable[[], str] = lambda: "", pause: float = 0.01) -> None:

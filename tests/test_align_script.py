@@ -18,12 +18,13 @@ from bestrq.config import ConfigError
 from bestrq.recognition.inference import InferenceSettings
 from bestrq.recognition.pieces import STAR
 from bestrq.training.process import World
+from common.text import label_text
 from data.errors import DataError
 from data.features import FeatureSettings
 from data.index import Recording
 from data.shards import Dataset, open_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
-from data.transcripts import Word, check_word_times, label_text
+from data.transcripts import Word, check_word_times
 from data.writer import DatasetWriter
 from evaluate import Recogniser
 from tests.gloo import run_distributed

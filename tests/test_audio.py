@@ -1,4 +1,4 @@
-"""Sound files as they come: without lengths, cut short, several in one, segments that end late, inverted channels."""
+"""Audio files in the wild: no length, truncated, several streams, segments that end late, inverted channels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = FeatureSettings()
 RATE = 16_000
 ID3 = b"ID3\x04\0\0\0\0\x02\x05" + bytes(2 * 128 + 5)
 ID3V1 = b"TAG" + bytes(125)
-SEVERAL = "several streams one after the other"
+SEVERAL = "several streams"
 
 # libsndfile's format and subtype, for every suffix that is listed and some more encodings.
 FORMATS = {
@@ -65,7 +65,7 @@ def encoded(kind: str, sound: NDArray[np.float32], rate: int = RATE, endian: str
 
 
 def uncounted(flac: bytes) -> bytes:
-    """Without the number of samples in STREAMINFO, as an encoder writes that streams."""
+    """Without the number of samples in STREAMINFO, as streaming encoders write it."""
     return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
 
 
@@ -231,7 +231,7 @@ def test_a_file_cut_short_is_refused(kind: str, share: float, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["wav", "w64", "aif", "au", "rf64", "sph"])
-def test_of_a_long_file_a_tenth_of_a_second_may_be_missing_and_no_more(kind: str, tmp_path: Path) -> None:
+def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_path: Path) -> None:
     whole = encoded(kind, noise(60))
     lost = len(encoded(kind, noise(60))) - len(encoded(kind, noise(59.95)))
     assert len(read_audio(write(tmp_path / f"a.{kind}", whole[:-lost]), SETTINGS)) <= 60 * RATE
@@ -283,7 +283,7 @@ def test_a_big_endian_wav_and_au_are_measured_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0xFFFFFFFE, 0x7FFFFFFF, 0x7FFFF000, 0x7F000000, 0x80000000])
-def test_a_length_that_a_pipe_left_open_is_no_cut(length: int, tmp_path: Path) -> None:
+def test_a_length_left_open_by_a_pipe_is_no_truncation(length: int, tmp_path: Path) -> None:
     for size in (0, length):
         assert len(read_audio(write(tmp_path / "a.wav", wav(noise(3), data=length, size=size)), SETTINGS)) == 3 * RATE
 
@@ -302,14 +302,14 @@ def test_other_formats_with_an_open_length_are_read(tmp_path: Path) -> None:
 
 
 def test_a_header_whose_length_counts_itself_is_no_cut(tmp_path: Path) -> None:
-    """As some recorders write it: the length of the file where that of the sound belongs."""
+    """As some recorders write it: the length of the file in place of that of the sound."""
     samples = noise(0.5)
     content = wav(samples, data=len(samples) + 56)
     assert len(read_audio(write(tmp_path / "a.wav", content), SETTINGS)) == len(samples)
 
 
 def test_a_file_of_zeros_behind_its_header_is_measured_at_once(tmp_path: Path) -> None:
-    """Zeros are no chunks to walk through; the file is mostly a hole."""
+    """Zeros are not read as chunks; the file is sparse."""
     with open(write(tmp_path / "a.wav", wav(noise(0.5))), "r+b") as file:
         file.truncate(1 << 31)
     assert len(read_audio(tmp_path / "a.wav", SETTINGS)) == RATE // 2
@@ -359,7 +359,7 @@ def test_tags_behind_mp3_are_no_second_file(tail: bytes, tmp_path: Path) -> None
 
 
 def test_an_ogg_file_without_its_last_page_is_read_with_a_warning(tmp_path: Path) -> None:
-    """Nothing tells whether it was cut between two pages or is a recording of a live stream."""
+    """It may be truncated between two pages, or a recording of a live stream."""
     for kind in ("ogg", "opus"):
         whole = encoded(kind, noise(5))
         path = write(tmp_path / f"a.{kind}", whole[: whole.rindex(b"OggS")])

@@ -29,7 +29,7 @@ SETTINGS = replace(PRESETS["quickstart"], num_layers=1, mask="window")
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_a_cell_has_a_time_and_a_resident_peak(mode: str) -> None:
-    # The resident size of a small cell depends on what the allocator had at hand: only that it is one can be told.
+    # The resident size of a small cell depends on the allocator's state: its value is not tested.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         cost = process.submit(measure, Cell("window", mode, 30, 2, SETTINGS), 1, 1).result()
     assert cost.milliseconds > 0 and cost.megabytes >= 0

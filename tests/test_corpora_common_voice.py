@@ -193,7 +193,7 @@ def test_rows_are_read_with_quotation_marks_of_both_meanings(tmp_path: Path) -> 
         assert all(clip.name in lines[int(clip.where.rpartition(":")[2]) - 1] for clip in clips)
 
 
-def test_a_quoted_last_value_may_go_on_in_the_next_line_and_a_lone_quote_does_not(tmp_path: Path) -> None:
+def test_a_quoted_last_value_may_continue_in_the_next_line_and_a_lone_quote_does_not(tmp_path: Path) -> None:
     rows = 's\ta\t"Ja\ndoch"\ns\tb\t"Ja\ns\tc\tx"\ns\td\t"\n'
     path = put(tmp_path / "train.tsv", f"client_id\tpath\tsentence\n{rows}")
     clips = [clip for clip in read_clips(path) if isinstance(clip, Clip)]
@@ -219,7 +219,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_row_that_cannot_be_read_costs_itself_and_is_told_with_its_line(
+def test_an_unreadable_row_is_skipped_and_reported_with_its_line(
     release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     lines = table(ROWS["train"]).encode().split(b"\n")[:-1]
@@ -238,13 +238,13 @@ def test_a_row_that_cannot_be_read_costs_itself_and_is_told_with_its_line(
     assert main(["common_voice", f"--folder={release}", *strict]) == 2
 
 
-def test_a_table_of_which_half_cannot_be_read_is_an_error(release: Path) -> None:
+def test_a_table_with_half_of_its_rows_unreadable_is_an_error(release: Path) -> None:
     put(release / "train.tsv", table(ROWS["train"]) + "short\n" * 2)
     with pytest.raises(DataError, match=r"train.tsv:4: 1 values where the header has 13: 'short' \(2 of 4 rows"):
         sources(CommonVoiceSettings(str(release)))
 
 
-def test_a_clip_without_a_duration_costs_itself_where_the_seconds_are_limited(release: Path) -> None:
+def test_a_clip_without_a_duration_is_skipped_if_the_seconds_are_limited(release: Path) -> None:
     path = release / "clip_durations.tsv"
     put(path, path.read_text().replace("common_voice_de_00000002.mp3\t2000\n", "").replace("03.mp3\t3000", "03.mp3\tx"))
     found = sources(CommonVoiceSettings(str(release), max_seconds=9.0))

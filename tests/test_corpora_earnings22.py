@@ -250,8 +250,8 @@ def test_words_beyond_a_difference_of_the_two_tables_find_their_times_again(tmp_
     check_word_times(words, 30.0, "a")
 
 
-def test_a_stretch_that_the_alignment_lacks_costs_itself_however_long(tmp_path: Path) -> None:
-    """As in call 4484088: what lies beyond has its times, although the words are common and come again."""
+def test_a_gap_of_any_length_in_the_alignment_affects_no_other_words(tmp_path: Path) -> None:
+    """As in call 4484088: words after the gap get their times, although they are common and repeated."""
     generator = random.Random(0)
     names = generator.choices([f"w{number}" for number in range(60)], k=3000)
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"{name}|1|||||LC|[]" for name in names))
@@ -265,8 +265,8 @@ def test_a_stretch_that_the_alignment_lacks_costs_itself_however_long(tmp_path: 
     check_word_times(words, 3000.0, "a")
 
 
-def test_an_alignment_that_lacks_nearly_all_costs_the_call_its_times_alone(published: Path, tmp_path: Path) -> None:
-    """As of call 4453076: all calls are prepared, and what is missing is counted and listed."""
+def test_a_call_whose_alignment_is_nearly_empty_is_kept_without_word_times(published: Path, tmp_path: Path) -> None:
+    """As in call 4453076: all calls are prepared, and the missing times are counted and listed."""
     folder = tmp_path / "earnings22"
     shutil.copytree(published, folder)
     name = f"transcripts/force_aligned_nlp_references/{CALL}.aligned.nlp"
@@ -283,7 +283,7 @@ def test_an_alignment_that_lacks_nearly_all_costs_the_call_its_times_alone(publi
     assert len(open_dataset(tmp_path / "out")) == 13 and not (tmp_path / "out/skipped.jsonl").exists()
 
 
-def test_what_the_table_of_calls_lacks_costs_the_speaker_or_the_row(published: Path, tmp_path: Path) -> None:
+def test_a_gap_in_the_table_of_calls_drops_the_speaker_or_the_row(published: Path, tmp_path: Path) -> None:
     folder = tmp_path / "earnings22"
     shutil.copytree(published, folder)
     rows = (folder / "metadata.csv").read_text().splitlines(keepends=True)

@@ -217,7 +217,7 @@ def test_unusable_ids_are_told(tmp_path: Path, change: dict, message: str) -> No
     assert len(listed(folder, id_column="-")) == 2
 
 
-def test_a_row_without_a_usable_id_costs_itself(tmp_path: Path) -> None:
+def test_a_row_without_a_usable_id_is_skipped(tmp_path: Path) -> None:
     rows = [row(n, TEXTS[n]) for n in range(3)] + [
         row(3, TEXTS[0]) | {"id": "a\nb"},
         row(4, TEXTS[0]) | {"id": "a\u3000b"},

@@ -265,7 +265,7 @@ def test_what_cannot_be_read_is_named_with_its_line(
     ],
 )
 @pytest.mark.parametrize("unit", ["cuts", "supervisions"])
-def test_an_alignment_that_cannot_be_used_costs_the_times_unless_it_alone_tells_the_text(
+def test_an_unusable_alignment_drops_the_times_unless_only_it_gives_the_text(
     folder: Path, tmp_path: Path, path: str, value: Any, complaint: str, unit: Any
 ) -> None:
     good = cut(folder, "c1", 0.25, 1.7, supervision("a", 0.1, "she sells", 0.35))
@@ -280,7 +280,7 @@ def test_an_alignment_that_cannot_be_used_costs_the_times_unless_it_alone_tells_
 
 
 @pytest.mark.parametrize("unit", ["cuts", "supervisions"])
-def test_a_line_that_cannot_be_read_costs_itself(folder: Path, tmp_path: Path, unit: Any) -> None:
+def test_an_unreadable_line_is_skipped(folder: Path, tmp_path: Path, unit: Any) -> None:
     good = [cut(folder, f"c{n}", 0.25, 1.7, supervision(f"a{n}", 0.1, "she sells", 0.35)) for n in range(4)]
     wrong = changed(good[0], "supervisions.0.start", "0")
     manifest = write(tmp_path / "c.jsonl", good[1], '{"id": "cut', wrong, good[2], good[3])

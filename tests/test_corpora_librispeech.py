@@ -134,7 +134,7 @@ def test_both_forms_of_the_alignments_give_the_transcripts_words_their_times(tre
     assert words["1089-134686-0000"] is None  # some recordings could not be aligned
 
 
-def test_an_alignment_of_other_words_costs_the_times_alone(tree: Path, alignments: Path) -> None:
+def test_an_alignment_of_other_words_only_drops_the_times(tree: Path, alignments: Path) -> None:
     path = alignments / "LibriSpeech/train-clean-100/19/198/19-198.alignment.txt"
     put(path, ALIGNMENT.replace("NORTHANGER,ABBEY", "NORTHANGER,").replace("0.600,1.000", "0.6,1.0"))
     textgrid = alignments / "LibriSpeech/dev-clean/84/121123/84-121123-0000.TextGrid"
@@ -161,7 +161,7 @@ def test_an_alignment_of_other_words_costs_the_times_alone(tree: Path, alignment
         ("x" * (1 << 21), "a line of more than"),
     ],
 )
-def test_a_damaged_alignment_costs_its_recordings_the_times_and_is_told(
+def test_a_damaged_alignment_drops_the_times_of_its_recordings_with_a_warning(
     tree: Path, alignments: Path, content: str | bytes, message: str
 ) -> None:
     path = put(alignments / "LibriSpeech/train-clean-100/19/198/19-198.alignment.txt", content)

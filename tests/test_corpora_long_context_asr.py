@@ -237,7 +237,7 @@ def test_a_bad_entry_is_named(tree: Path, pairs: object, complaint: str) -> None
 
 
 @pytest.mark.parametrize("read", ["spectrogram", "audio"])
-def test_an_entry_that_cannot_be_read_costs_itself(tree: Path, read: str) -> None:
+def test_an_unreadable_entry_is_skipped(tree: Path, read: str) -> None:
     good = {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1.0}
     pairs = {"a": good, "b\u3000c": good, "d\n": good, "e": {**good, "duration": "1"}, "f": good}
     (tree / "audio_txt_pairs.json").write_text(json.dumps(pairs))

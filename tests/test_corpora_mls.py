@@ -210,7 +210,7 @@ def test_a_gated_dataset_is_told_with_what_to_do(tmp_path: Path) -> None:
     assert "gated" in failed.stderr and "hf auth login" in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_a_transcript_line_that_cannot_be_read_costs_itself(german: Path) -> None:
+def test_an_unreadable_transcript_line_is_skipped(german: Path) -> None:
     path = german / "train/transcripts.txt"
     put(path, path.read_bytes() + b"no tab\n" + "100_8_000009\tgr\u00fcn\n".encode("latin-1"))
     put(german / "train/audio/100/7/._100_7_000000.flac", b"")  # macOS left it: the suffix is .opus all the same
@@ -221,7 +221,7 @@ def test_a_transcript_line_that_cannot_be_read_costs_itself(german: Path) -> Non
     assert found[0].load(FEATURES).recording.text == "das alte haus"
     assert len(list(sources(MlsSettings(folder=str(german), splits=["9_hours", "1_hours"])))) == 2 + 2 + 2 * len(bad)
     put(path, "no tab\n" * 9)
-    with pytest.raises(DataError, match=r"transcripts.txt:1: expected .* \(9 of 9 lines are unusable\)"):
+    with pytest.raises(DataError, match=r"transcripts.txt:1: expected .* \(9 of 9 rows are unusable\)"):
         sources(MlsSettings(folder=str(german)))
 
 

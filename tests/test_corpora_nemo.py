@@ -103,14 +103,14 @@ def test_a_line_that_cannot_be_read_is_named(folder: Path, more: dict, complaint
         ({"word_level_ctm_filepath": "lost.ctm"}, "lost.ctm: cannot be read"),
     ],
 )
-def test_word_times_that_cannot_be_read_cost_themselves(folder: Path, more: dict, complaint: str) -> None:
+def test_unreadable_word_times_are_dropped_with_a_warning(folder: Path, more: dict, complaint: str) -> None:
     (source,) = listed(folder, entry(**more))
     heard = source.load(FeatureSettings())
     assert (heard.recording.text, heard.recording.words) == ("sea shells", None)
     assert re.search(f"kept without word times: .*{complaint}", heard.warnings[0])
 
 
-def test_a_line_that_cannot_be_read_costs_itself_and_is_told_with_its_place(folder: Path) -> None:
+def test_an_unreadable_line_is_skipped_and_reported_with_its_number(folder: Path) -> None:
     lines = [json.dumps(entry(offset=n / 10, duration=0.1)) for n in range(3)]
     lines[1:1] = ['{"audio_filepath": "audio/one', json.dumps({"text": "x"})]
     (folder / "m.json").write_text("".join(f"{line}\n" for line in lines))

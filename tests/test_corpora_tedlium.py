@@ -183,7 +183,7 @@ def test_stm_lines_are_sorted_and_comments_and_labels_known(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("marker", ["ignore_time_segment_in_scoring", "IGNORE_TIME_SEGMENT_IN_SCORING"])
 @pytest.mark.parametrize("label", ["", "<> ", "<>\t", "<NA> ", "<o,f0,male> ", "<o,,> ", "<o, f0, x> ", "< > ", "<X>"])
-def test_any_field_in_angle_brackets_is_a_label_and_the_marker_ignores_with_and_without(
+def test_any_field_in_angle_brackets_is_a_label_and_the_marker_works_with_and_without_one(
     tmp_path: Path, label: str, marker: str
 ) -> None:
     path = tmp_path / "a.stm"
@@ -202,7 +202,7 @@ def test_text_with_angle_brackets_is_no_label(tmp_path: Path, text: str) -> None
     assert (segment.label, segment.text, segment.ignored) == ("", text, False)
 
 
-def test_a_training_talk_whose_stm_cannot_be_read_costs_itself(release: Path, sphere: Path) -> None:
+def test_a_training_talk_with_an_unreadable_stm_is_skipped(release: Path, sphere: Path) -> None:
     for talk in ("One_2001", "Two_2002"):
         add_talk(release, "train", talk, sphere, "")
     add_talk(release, "train", "Three_2003", sphere)

@@ -99,7 +99,7 @@ def test_what_cannot_be_joined_is_refused_and_leaves_nothing(dataset: Dataset, t
         derive(tmp_path / "set", everything(dataset))
 
 
-def test_a_name_as_long_as_a_name_can_be_is_a_good_one(tmp_path: Path) -> None:
+def test_a_folder_name_may_have_the_maximum_length(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / ("a" * 255), FeatureSettings()) as writer:
         writer.add(Recording("one"), np.zeros((10, 80)))
         writer.finish()

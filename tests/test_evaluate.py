@@ -59,7 +59,7 @@ def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> P
 
 
 def with_litter(export: str | Path, copy: Path) -> str:
-    """A copy of an export with what downloads, editors and file managers leave in a folder."""
+    """A copy of an export with leftovers of downloads, editors and file managers."""
     shutil.copytree(export, copy)
     for name in (".cache/huggingface/download", ".ipynb_checkpoints"):
         (copy / name).mkdir(parents=True)

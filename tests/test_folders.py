@@ -1,4 +1,4 @@
-"""A folder is searched in one way: what programs leave behind is left out, linked folders are followed once."""
+"""Search of folders: clutter is left out, linked folders are followed once."""
 
 import os
 from pathlib import Path
@@ -40,12 +40,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def listed(folder: Path, **more: object) -> dict[str, str]:
-    """'' by id of every recording, the reason by id of what is none."""
+    """Reason by id of every unreadable file, '' for a recording."""
     found = sources(FolderSettings(folder=str(folder), **more))  # type: ignore[arg-type]
     return {source.id: source.reason if isinstance(source, Unreadable) else "" for source in found}
 
 
-def test_what_programs_leave_behind_is_left_out_everywhere(folder: Path) -> None:
+def test_clutter_is_left_out_everywhere(folder: Path) -> None:
     for name in LEFT_BEHIND:
         put(folder / name, b"no audio")
     put(folder / "talk.stm", "a 1 s 0 1 x\n")
@@ -91,7 +91,7 @@ def test_a_folder_reached_by_two_links_is_read_under_the_first(tmp_path: Path) -
     assert set(files_below(root).unread) == {root / "two", root / "zero"}
 
 
-def test_broken_links_and_closed_folders_are_told_and_cost_nothing_else(
+def test_broken_links_and_unreadable_folders_are_reported_and_skipped(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
@@ -108,12 +108,12 @@ def test_broken_links_and_closed_folders_are_told_and_cost_nothing_else(
     monkeypatch.setattr(os, "scandir", closed)
     found = listed(folder)
     assert [id for id, reason in found.items() if not reason] == ["a", "sub/b"]
-    assert "a link to nothing" in found["gone.wav"] and "a link to nothing" in found["disk"]
+    assert "a broken link" in found["gone.wav"] and "a broken link" in found["disk"]
     assert "ring.wav" in found and "cannot be listed (Permission denied)" in found["locked"]
     files = {file.name: file for file in list_audio(str(folder), "")}
     assert set(files) == {"a", "gone", "ring", "sub/b"} and files["gone"].seconds == 0  # fails when its turn comes
     told = capsys.readouterr().err
-    assert "disk: a link to nothing" in told and "locked: a folder that cannot be listed" in told
+    assert "disk: a broken link" in told and "locked: a folder that cannot be listed" in told
     assert find_audio(str(folder), ["a", "gone"]) == {"a": folder / "a.wav"}
     out = tmp_path / "out"
     assert main(["folder", f"--folder={folder}", f"--out={out}", "--workers=1"]) == 0

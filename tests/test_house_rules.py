@@ -51,7 +51,7 @@ def test_the_one_module_that_reads_tensors_of_others_does_so_restricted() -> Non
     ("room", "stranger"),
     [("bestrq", "data"), ("data", "bestrq"), ("common", "bestrq"), ("common", "data"), ("common", "benchmarks")],
 )
-def test_the_libraries_do_not_know_each_other_and_common_knows_none(room: str, stranger: str) -> None:
+def test_the_libraries_do_not_import_each_other_and_common_imports_none(room: str, stranger: str) -> None:
     assert files_with(rf"^\s*(from|import) {stranger}\b", sorted((REPOSITORY / room).rglob("*.py"))) == []
 
 
@@ -95,7 +95,7 @@ def calls_in_the_locales_encoding(source: str) -> Iterator[int]:
 
 
 def test_text_is_never_in_the_encoding_of_the_locale() -> None:
-    """UTF-8 in and out, wherever a run is started."""
+    """Input and output are UTF-8 on every machine."""
     found = ["open(p)", "open(p, 'a')", "p.open('w')", "p.read_text()", "p.write_text(t)", "run(c, text=True)"]
     assert [list(calls_in_the_locales_encoding(line)) for line in found] == [[1]] * len(found)
     for path in [*SCRIPTS, *MODULES, *(REPOSITORY / "launch").glob("*.py")]:

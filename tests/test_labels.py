@@ -1,4 +1,4 @@
-"""A text and its own label score alike, in every language; one table of languages; what brackets may leave out."""
+"""A text and its own label get the same score in every language; codes of languages; limits of removed brackets."""
 
 import random
 import re
@@ -113,7 +113,7 @@ def test_the_labels_of_words_make_up_the_label_of_the_text(words: list[str], lan
     assert " ".join(" ".join(labels).split()) == label_text(text, language)
 
 
-def test_words_that_were_heard_in_time_have_no_errors_either() -> None:
+def test_a_timed_hypothesis_equal_to_the_label_has_no_errors_either() -> None:
     text = "don\u2019t [background noise] pay $3.1 million (or 5%) to Co\u00adop"
     heard = [TimedWord(word, i, i + 0.9) for i, word in enumerate(label_text(text, "en").split())]
     assert {word.kind for word in align_timed(text, heard, "en")} == {"hit"}
@@ -136,7 +136,7 @@ def test_the_okina_stays_a_letter_where_it_is_one() -> None:
 
 
 @pytest.mark.parametrize("language", ["fa", "hi", "ml", "he", "de", "en", "km"])
-def test_characters_that_are_not_seen_change_neither_label_nor_score(language: str) -> None:
+def test_invisible_characters_change_neither_label_nor_score(language: str) -> None:
     plain = "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645 \u0915\u0937 \u05e9\u05dc\u05d5\u05dd Kooperation"
     generator = random.Random(0)
     hidden = "\ufeff" + "".join(one + generator.choice(["", *INVISIBLE]) for one in plain)
@@ -149,7 +149,7 @@ def test_the_two_spellings_of_a_malayalam_chillu_are_one_and_a_zero_width_space_
     assert label_text("\u1781\u17d2\u1798\u200b\u178f", "km") == "\u1781\u17d2\u1798 \u178f"
 
 
-def test_brackets_leave_out_directions_and_never_a_sentence() -> None:
+def test_brackets_remove_annotations_and_never_a_sentence() -> None:
     for text in ("[laughter]", "<unk>", "(inaudible)", "{SMACK}", "[background noise]", "((noise))", "( Laughs. )",
                  "</i>", "<crosstalk start>", "[inaudible 00:12:34]", "\uff08\u7b11\uff09"):  # fmt: skip
         for language in ("en", "nl", "zh"):
@@ -244,7 +244,7 @@ def test_a_number_without_end_is_scored_like_any_other_word(text: str) -> None:
     assert score_recording("x", text, "two", "en").words.errors > 0
 
 
-def test_what_is_not_said_alike_is_still_an_error_in_english() -> None:
+def test_different_words_are_still_an_error_in_english() -> None:
     for said, heard in [
         ("5%", "5"),
         ("$20", "20"),

@@ -100,8 +100,8 @@ def test_a_batch_holds_the_normalised_frames_and_zeros_elsewhere(dataset: Datase
         assert not batch.log_mel[outside].any() and not batch.mask[outside].any()
 
 
-def test_a_crop_costs_a_worker_few_calls_and_few_bytes_of_its_job(dataset: Dataset) -> None:
-    """What bounds the rate of a worker beside the conversion itself, counted: a time would be the machine's."""
+def test_a_crop_takes_few_calls_and_few_bytes_of_a_job(dataset: Dataset) -> None:
+    """Counts the overhead that limits a worker's rate, since a measured time would depend on the machine."""
     rows = loader(dataset)
     plan = next(rows.plans())
     job = Job.of(plan.rows)

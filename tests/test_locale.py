@@ -1,4 +1,4 @@
-"""Text is UTF-8 and printing ends nothing, whatever the locale, the console and the names of files."""
+"""UTF-8 text and a closed console, for every locale and file name."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.fixture(scope="module")
 def latin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a locale in ISO-8859-1, made for the occasion."""
+    """Environment with a locale in ISO-8859-1, generated here."""
     folder = tmp_path_factory.mktemp("locales")
     command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / "en_US.ISO-8859-1")]
     try:
@@ -67,7 +67,7 @@ def make_dataset(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("script", "locale"), [("finetune_ctc.py", "ascii"), ("finetune_rnnt.py", "latin")], indirect=["locale"]
 )
-def test_fine_tuning_tells_what_it_heard_and_saves(script: str, tmp_path: Path, locale: dict[str, str]) -> None:
+def test_fine_tuning_prints_a_hypothesis_and_saves(script: str, tmp_path: Path, locale: dict[str, str]) -> None:
     dataset = make_dataset(tmp_path / JAPANESE)
     small = ["--transducer.prediction_dim=8", "--transducer.joint_dim=8"] if script == "finetune_rnnt.py" else []
     small += ["--data.rows=2", "--data.row_frames=400", "--data.num_workers=1", "--data.start_method=spawn"]
@@ -121,22 +121,21 @@ def test_data_are_prepared_and_shown_in_utf8(tmp_path: Path, locale: dict[str, s
 
 
 PRINTS = """
-import sys, time
+import sys
 from common.console import set_up_console
 if __name__ == "__main__":
     set_up_console(may_vanish={may_vanish})
     print("{text}\\udce9 \u00e9", flush=True)
     for number in range(3):
-        time.sleep(0.2)
-        print(number, "x" * 200_000, flush=True)
+        print(number, "x" * 200_000, flush=True)  # more than a pipe holds: waits until it is read or closed
         print("to stderr", file=sys.stderr, flush=True)
     open(sys.argv[1], "x").close()
 """
 
 
 @pytest.mark.parametrize("may_vanish", [True, False])
-def test_a_console_that_has_gone_ends_what_it_must_alone(may_vanish: bool, tmp_path: Path) -> None:
-    """A run goes on behind a closed pipe; a program whose output is its result does not."""
+def test_a_closed_console_ends_only_programs_whose_output_is_their_result(may_vanish: bool, tmp_path: Path) -> None:
+    """A run continues after its pipe is closed; a program whose output is its result fails."""
     script, mark = tmp_path / "script.py", tmp_path / "done"
     script.write_text(PRINTS.format(may_vanish=may_vanish, text="A"), encoding="utf-8")
     environment = os.environ | ASCII | {"PYTHONPATH": str(REPOSITORY)}

@@ -1,4 +1,4 @@
-"""Names with spaces and format characters of any kind go through corpora, datasets and transcripts; others cost one."""
+"""Names with any spaces and format characters work in corpora, datasets and transcripts; invalid ones are skipped."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_any_name_goes_through_a_dataset(tmp_path: Path) -> None:
     assert read_ids(listed) == [id.strip(" ") for id in ids if id[0] != "{"]
 
 
-def test_a_folder_of_odd_names_is_prepared_and_a_bad_name_costs_its_file(
+def test_a_folder_of_odd_names_is_prepared_and_a_file_with_an_invalid_name_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -89,7 +89,7 @@ def test_a_folder_of_odd_names_is_prepared_and_a_bad_name_costs_its_file(
 
 
 @pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2003", "\u2028", "\u00ad", "\u200c"])
-def test_fields_part_at_ascii_spaces_alone_in_stm_and_ctm(tmp_path: Path, space: str) -> None:
+def test_only_ascii_spaces_separate_fields_in_stm_and_ctm(tmp_path: Path, space: str) -> None:
     name = f"talk{space}one"
     (segment,) = read_stm(
         put(tmp_path / "a.stm", f"{name} 1\tan{space}na 0 1.5 <o,f0{space}x> gr\u00fc{space}\u00df  dich\n")

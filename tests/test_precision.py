@@ -1,4 +1,4 @@
-"""Precision is chosen from the hardware once, recorded resolved, and kept by a run wherever it continues."""
+"""Precision: chosen from the hardware once, recorded, and kept when a run resumes on another machine."""
 
 from __future__ import annotations
 

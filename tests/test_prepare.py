@@ -486,7 +486,7 @@ def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path
     assert not (tmp_path / "x").exists()
 
 
-def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_told_by_name() -> None:
+def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_reported_by_name() -> None:
     class Unsorted:
         id = "unsorted"
 
@@ -500,7 +500,7 @@ def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_told_by_n
 
 
 def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And another folder is another corpus, even with the same names in it: nothing proves that they sound alike."""
+    """Another folder is another corpus even with the same names in it, since its audio may differ."""
     for name in ("talks", "others"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "a.wav", np.ones(1600) / 2, 16000)

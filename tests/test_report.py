@@ -200,7 +200,7 @@ def test_results_of_other_rules_for_texts_are_not_compared() -> None:
     assert SCORING not in old["versions"] and compare_systems({"old": old, "same": old}, 200)
     for systems in ({"old": old, "new": new}, {"new": new, "old": old}):
         for made in (results_section, compare_systems):
-            with pytest.raises(ConfigError, match="old was scored by version 1 .* evaluate old again"):
+            with pytest.raises(ConfigError, match="old was scored with version 1 .* evaluate old again"):
                 made(systems)
 
 

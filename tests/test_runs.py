@@ -363,7 +363,7 @@ def test_a_resumed_fine_tuning_needs_what_it_started_from_no_more(dataset, undis
 
 
 @pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
-def test_a_validation_is_saved_before_it_is_told(script, dataset, tmp_path, monkeypatch):
+def test_a_validation_is_saved_before_it_is_printed(script, dataset, tmp_path, monkeypatch):
     def broken(*values, **options) -> None:
         if "heard" in str(values):
             raise OSError("no console")
@@ -453,7 +453,7 @@ def test_the_pretrained_encoder_may_move_and_another_one_is_refused(
 
 
 def test_without_a_recorded_fingerprint_a_moved_place_is_another_configuration(dataset, tmp_path, monkeypatch):
-    """Of a run that is older than the record: nothing proves that the data are the same."""
+    """A run from before fingerprints were recorded: the data cannot be compared."""
     moved, folder = shutil.copytree(dataset, tmp_path / "moved"), tmp_path / "run"
     start_run("pretrain", [f"--data.dataset={dataset}"], folder, monkeypatch)
     (folder / "run.json").write_text(json.dumps({"starts": [{"time": "2020"}]}))

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.text import label_text
 from data.errors import DataError
 from data.tokenizer import BLANK, BPETokenizer, CharTokenizer, load_tokenizer
-from data.transcripts import check_word_times, label_text, words_between
+from data.transcripts import check_word_times, words_between
 
 TEXTS = ["the cat sat on the mat", "l'été à noël", "příliš žluťoučký kůň", "the hat of the cat"] * 4
 TOKENIZERS = [CharTokenizer.train(TEXTS), BPETokenizer.train(TEXTS, 60)]

@@ -184,7 +184,7 @@ def test_a_broken_file_costs_itself_alone(
 
 
 def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
-    """Files that each have something wrong with them or with the place of their transcript; a part of each reason."""
+    """Files with a problem of their own or of their transcript's path, with a part of each reason."""
     sound = (talks / "short.wav").read_bytes()
     longest = "n" * 251  # with .wav as long as a name can be, with .json too long
     for name in ("taken.wav", f"{longest}.wav", "place.wav", "place.txt/inside.wav", "sub/deep.wav"):
@@ -204,7 +204,7 @@ def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
 
 
 def good_names(talks: Path) -> list[str]:
-    """Names that look like trouble and are none, with a transcript each."""
+    """Unusual but valid names, with a transcript each."""
     sound = (talks / "short.wav").read_bytes()
     good = ["n" * 250, os.fsdecode(b"caf\xe9"), "new\nline \u3000\u00ad \u65e5\u672c", "-rf", "place.txt/inside"]
     for name in good[:4]:
@@ -229,7 +229,7 @@ def transcribe_trouble(world: World, config: script.Config) -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_whatever_is_wrong_with_a_file_or_its_place_costs_it_alone(
+def test_a_problem_with_a_file_or_its_transcript_path_only_fails_that_file(
     setup: script.Config, tmp_path: Path, processes: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talks, out = shutil.copytree(setup.audio, tmp_path / "talks"), tmp_path / "out"
@@ -251,7 +251,7 @@ def test_whatever_is_wrong_with_a_file_or_its_place_costs_it_alone(
     assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in told
 
 
-def test_a_file_that_goes_while_others_are_transcribed_costs_itself_alone(
+def test_a_file_deleted_while_others_are_transcribed_fails_alone(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talks, original = shutil.copytree(setup.audio, tmp_path / "talks"), script.list_audio
@@ -266,10 +266,10 @@ def test_a_file_that_goes_while_others_are_transcribed_costs_itself_alone(
     assert set(files_of(tmp_path / "out")) >= {f"{name}.txt" for name in NAMES if name != "short"}
 
 
-def test_a_full_disk_ends_the_work_with_what_to_do(
+def test_a_full_disk_ends_the_command_with_a_fix(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other file would fail as well, after hours."""
+    """Every other file would fail too, after hours."""
 
     def full(path: Path, content: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -248,8 +248,8 @@ def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_thei
         assert (one - other).abs().max() <= 4 * torch.finfo(torch.float32).eps * other.abs().max()
 
 
-def test_what_is_left_out_of_a_frame_is_all_together_a_rounding_error() -> None:
-    """Of all tails below that, the longest: a bound for single states would keep many more of a wide lattice."""
+def test_the_gradients_left_out_of_a_frame_sum_to_a_rounding_error() -> None:
+    """The longest such tails: a bound on single states would keep many more of a wide lattice."""
     eps = torch.finfo(torch.float32).eps
     tail = torch.full((40,), eps / 50)  # 0.8 together, of the 16 / 2 that may be left out on either side
     flow = torch.cat((tail, torch.ones(16), tail.flip(0)))[None]
@@ -260,8 +260,9 @@ def test_what_is_left_out_of_a_frame_is_all_together_a_rounding_error() -> None:
 
 
 def test_slices_on_the_cpu_are_few() -> None:
-    """Every operation of a slice is a barrier of all threads, which costs a time slice of the system where another
-    process is on a core: slices that only just fill a cache made the loss ten times slower there."""
+    """Every operation of a slice is a barrier for all threads, each a scheduler time slice if another process is on a
+    core: slices of the cache's size made the loss ten times slower there.
+    """
     labels = [torch.ones(100, dtype=torch.int64)] * 8
     parts = list(_slices(Lattices([500] * 8, labels), torch.zeros(1024, 512), TransducerSettings.slice_bytes))
     assert len(parts) <= 96

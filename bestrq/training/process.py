@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bestrq.config import ConfigError
 
+FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "timeout_minutes")  # may change between two starts of a run
+
 
 @dataclass
 class DistributedSettings:

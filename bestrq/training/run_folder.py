@@ -21,6 +21,7 @@ from typing import Any
 from bestrq.config import ConfigError, load_yaml, save_yaml, to_dict
 from bestrq.files import write_file
 from bestrq.training.process import World
+from common.paths import canonical_path
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -184,9 +185,9 @@ def _differences(before: Any, after: Any, free: Collection[str], field: str = ""
 
 
 def _same_place(before: Any, after: Any) -> bool:
-    """Whether two paths are one, written differently: relative, with a trailing slash, through a link."""
-    given = [one for one in (before, after) if isinstance(one, str) and one and "://" not in one]
-    return len(given) == 2 and os.path.realpath(given[0]) == os.path.realpath(given[1])
+    """Whether two values are spellings of one path: relative, with a trailing slash, through a link."""
+    are_paths = isinstance(before, str) and isinstance(after, str)
+    return are_paths and canonical_path(before) == canonical_path(after)
 
 
 def _describe(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:

@@ -95,12 +95,16 @@ class MissingText(DataError):
 
 
 def mostly_readable(listed: Sequence[object]) -> None:
-    """Raise DataError, with the first reason, where half or more of a table's rows are Unreadable."""
+    """Raise DataError, with the first reason, if half or more of a table's rows are Unreadable."""
     bad = [row for row in listed if isinstance(row, Unreadable)]
-    if bad and 2 * len(bad) >= len(listed):
-        raise DataError(
-            bad[0].reason if len(listed) == 1 else f"{bad[0].reason} ({len(bad)} of {len(listed)} rows are unusable)"
-        )
+    if bad:
+        check_unusable(bad[0].reason, len(bad), len(listed))
+
+
+def check_unusable(reason: str, unusable: int, rows: int) -> None:
+    """Raise DataError, with the reason of the first one, if half or more of the rows are unusable."""
+    if 2 * unusable >= rows:
+        raise DataError(reason if rows == 1 else f"{reason} ({unusable} of {rows} rows are unusable)")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data.corpora.base import SPLITS, Unreadable, did_you_mean
+from data.corpora.base import SPLITS, Unreadable, check_unusable, did_you_mean
 from data.corpora.lazy import LazySources, check_unique, repeat, with_faults
 from data.corpora.parquet_rows import Place, RowSource, read_columns, read_schema
 from data.corpora.remote import FileCache
@@ -108,8 +108,8 @@ def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
                 places[number] = str(Place(address, group, row, ""))
                 faults.append(f"{places[number]}: {error}; choose another --id_column")
             number += 1
-    if 2 * len(faults) >= number:
-        raise DataError(f"{faults[0]} ({len(faults)} of {number} rows are unusable)")
+    if faults:
+        check_unusable(faults[0], len(faults), number)
     table = with_faults(table, places, faults)
     check_unique(table, dataset)
     return LazySources(table.unify_dictionaries(), partial(_source, cache))

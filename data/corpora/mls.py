@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from data.corpora import huggingface
-from data.corpora.base import FileSource, Unreadable, check_choice
+from data.corpora.base import FileSource, Unreadable, check_choice, check_unusable
 from data.corpora.huggingface import HuggingFaceSettings
 from data.corpora.lazy import LazySources, check_unique, repeat
 from data.corpora.remote import FileCache
@@ -197,8 +197,8 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
         texts.append(text)
         paths.append(f"{audio}/{speaker}/{book}/{id}{suffix}")
         faults.append(None)
-    if bad and 2 * bad >= lines:
-        raise DataError(f"{next(filter(None, faults))} ({bad} of {lines} lines are unusable)")
+    if bad:
+        check_unusable(next(filter(None, faults)), bad, lines)
     if wanted is not None and speakers is None and len(wanted - set(ids)) > bad:
         lost = min(wanted - set(ids))
         raise DataError(f"{transcripts}: has no {lost}, which limited_supervision names: fetch the files again")
