@@ -127,13 +127,16 @@ class RunFolder:
         return {name: fingerprint() for name, fingerprint in origins.items()}
 
     def began_with(self, section: str, name: str) -> Any:
-        """A setting of the run in this folder; None where there is no checkpoint yet, or the run did not record it.
+        """A setting of the run in this folder; None where there is no checkpoint yet, or it cannot be read.
 
-        Raises ConfigError where the recorded settings cannot be read.
+        `start` reports settings that cannot be read, on all ranks.
         """
         if not (self._has_checkpoints() and self.config.exists()):
             return None
-        values = load_yaml(self.config).get(section)
+        try:
+            values = load_yaml(self.config).get(section)
+        except ConfigError:
+            return None
         return values.get(name) if isinstance(values, dict) else None
 
     def _has_checkpoints(self) -> bool:
