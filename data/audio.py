@@ -154,7 +154,7 @@ def _decode(
 ) -> Iterator[Tensor]:
     """One channel, or the mean of all, as the file has it: blocks of float32 [samples]."""
     if channel is not None and channel >= audio.channels:
-        raise DataError(f"{name}: has {audio.channels} channels, and none of number {channel} (from 0)")
+        raise DataError(f"{name}: has {audio.channels} channels and no channel {channel} (from 0)")
     size = max(1, _READ_VALUES // audio.channels)
     wanted = most = audio.frames
     if stretch := duration is not None:

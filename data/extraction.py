@@ -78,14 +78,14 @@ def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
         for block in blocks:
             values += block.to(torch.float16).numpy().data
         log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
-        recording, told = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
+        recording, dropped = _with_checked_words(recording, len(log_mel) / features.frames_per_second)
     except DataError as error:
         return Skipped(source.id, str(error))
     except OSError as error:
         return Skipped(source.id, f"{source.id}: cannot be read ({error})")
     except MemoryError:
         return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
-    return Extracted(recording, log_mel, (*utterance.warnings, *told))
+    return Extracted(recording, log_mel, (*utterance.warnings, *dropped))
 
 
 def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording, tuple[str, ...]]:
@@ -201,9 +201,9 @@ class _Worker:
                 connection.send(source)
                 answer = connection.recv()
                 if isinstance(answer, tuple):
-                    recording, told = answer
+                    recording, found = answer
                     values = np.frombuffer(connection.recv_bytes(), np.float16)
-                    return Extracted(recording, values.reshape(-1, self.features.num_mels), told)
+                    return Extracted(recording, values.reshape(-1, self.features.num_mels), found)
             except (EOFError, OSError):
                 how = self._bury()
                 continue

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road on a laptop: speech -> shards -> BEST-RQ pretraining -> fine-tuning -> word error rate -> report.
 #
-#   bash launch/quickstart.sh                    on synthetic speech, made on the spot (about 8 minutes on 2 cores)
+#   bash launch/quickstart.sh                    on synthetic speech, made on the spot (minutes on 2 cores; says how many)
 #   bash launch/quickstart.sh --corpus fillets   on real speech: the Fish Fillets voices of Debian, Czech and Dutch
 #   bash launch/quickstart.sh --head rnnt        RNN-T beside CTC, both from the pretrained encoder, and its decoders
 #   bash launch/quickstart.sh --folder DIR       keep everything in DIR (default: runs/quickstart-CORPUS)

@@ -135,7 +135,7 @@ def test_early_releases_without_locale_and_suffix(tmp_path: Path) -> None:
     [
         ("client_id\t", "speaker\t", r"train.tsv:1: expected the columns client_id, path, sentence"),
         ("\tde\t\n", "\n", r"train.tsv:2: 11 values where the header has 13"),
-        ("_00000002.mp3", "_00000001.mp3", r"train.tsv:3: the clip common_voice_de_00000001.mp3 stands twice"),
+        ("_00000002.mp3", "_00000001.mp3", r"train.tsv:3: the clip common_voice_de_00000001.mp3 occurs twice"),
         ("common_voice_de_00000002", "../../secret", r"train.tsv:3: path is '../../secret.mp3'"),
         ("_00000002.mp3", "_00000004.mp3", r"test.tsv:2: the clip .*4.mp3 is in another split"),
         ("_00000002.mp3", "_00000099.mp3", r"clips: 1 clips are missing: common_voice_de_00000099.mp3"),
@@ -214,7 +214,7 @@ BAD_ROWS = {
     "a path": row("anna", 16, "x", 2, 0).replace("common", "../common").encode(),
     "no votes": row("anna", 17, "x", 2, 0).replace("\t2\t0\t", "\tx\t0\t").encode(),
     "no speaker": row("", 18, "x", 2, 0).encode(),
-    "a clip that stands twice": row("anna", 1, SENTENCE, 2, 0).encode(),
+    "a clip that occurs twice": row("anna", 1, SENTENCE, 2, 0).encode(),
 }
 
 

@@ -145,7 +145,7 @@ def test_configurations_and_splits_are_the_datasets_own(tmp_path: Path) -> None:
         listed(tmp_path)
     with pytest.raises(DataError, match="splits names 'valid', .* has dev, test, train, 9_hours, 1_hours"):
         listed(tmp_path, subset="german", splits=["valid"])
-    with pytest.raises(DataError, match=r"the id '100_7_000000' stands in more than one row \(in 9_hours, train\)"):
+    with pytest.raises(DataError, match=r"the id '100_7_000000' is in more than one row \(in 9_hours, train\)"):
         listed(tmp_path, subset="german")
 
 
@@ -205,7 +205,7 @@ def test_a_path_in_a_table_opens_no_file(tmp_path: Path, cell: dict | None) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": "r0"}, r"the id 'r0' stands in more than one row \(in train\)"),
+        ({"id": "r0"}, r"the id 'r0' is in more than one row \(in train\)"),
         ({"id": None}, r"parquet, row group 0, row 1: recording id '' is empty"),
         ({"id": "a\nb"}, r"parquet, row group 0, row 1: recording id 'a\\nb' has the control character U\+000A"),
     ],

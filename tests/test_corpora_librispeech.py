@@ -155,7 +155,7 @@ def test_an_alignment_of_other_words_only_drops_the_times(tree: Path, alignments
         ('19-198-0000 ",A," "0.1,0.2"\n', ":1: 19-198-0000 has 3 words and silences, and 2 times"),
         ('19-198-0000 "A,B" "0.5,0.2"\n', ":1: 19-198-0000: the end of 'B', 0.2 s, lies before its start, 0.5 s"),
         ('19-198-0000 "A,B" "0.5,nan"\n', ":1: 'nan' should be a time in seconds"),
-        ('19-198-0000 "A" "0.5"\n19-198-0000 "A" "0.5"\n', ":2: 19-198-0000 stands twice"),
+        ('19-198-0000 "A" "0.5"\n19-198-0000 "A" "0.5"\n', ":2: 19-198-0000 occurs twice"),
         ('19-198-0000 "A,B" "0.5,0.\n', ':1: expected ID "WORD,WORD" "END,END"'),
         (b"\xff\xfe\n", "none of this recording"),
         ("x" * (1 << 21), "a line of more than"),
@@ -176,7 +176,7 @@ def test_a_damaged_alignment_drops_the_times_of_its_recordings_with_a_warning(
     ("content", "message"),
     [
         ("19-198-0000 NORTHANGER ABBEY\n", r"has no transcript of 19-198-0001.flac"),
-        ("19-198-0000 A\n19-198-0000 B\n19-198-0001 C\n", r"19-198.trans.txt:2: 19-198-0000 stands twice"),
+        ("19-198-0000 A\n19-198-0000 B\n19-198-0001 C\n", r"19-198.trans.txt:2: 19-198-0000 occurs twice"),
         ("19-198-0000 A\n19-198-0001 B\n19-198-0002 C\n", r"1 audio files are missing: 19-198-0002.flac"),
         ("19-198-0000 A\n19-198-0001\n", r"19-198.trans.txt:2: expected 19-198-NUMBER and the text"),
         ("19-198-0000 A\n20-198-0001 B\n", r"19-198.trans.txt:2: expected 19-198-NUMBER and the text"),

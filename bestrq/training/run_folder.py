@@ -128,13 +128,16 @@ class RunFolder:
         return {name: fingerprint() for name, fingerprint in origins.items()}
 
     def began_with(self, section: str, name: str) -> Any:
-        """Recorded setting of the run in this folder; None before the first checkpoint, or if it was not recorded.
+        """Recorded setting of the run in this folder; None before the first checkpoint, or if it cannot be read.
 
-        Raises ConfigError if the recorded settings cannot be read.
+        `start` reports unreadable settings on all ranks.
         """
         if not (self._has_checkpoints() and self.config.exists()):
             return None
-        values = load_yaml(self.config).get(section)
+        try:
+            values = load_yaml(self.config).get(section)
+        except ConfigError:
+            return None
         return values.get(name) if isinstance(values, dict) else None
 
     def _has_checkpoints(self) -> bool:

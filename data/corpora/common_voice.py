@@ -95,7 +95,7 @@ def read_clips(path: Path) -> list[Clip | Unreadable]:
                 raise row
             clip = _clip(row, where)
             if clip.name in seen:
-                raise DataError(f"{where}: the clip {clip.name} stands twice in this table")
+                raise DataError(f"{where}: the clip {clip.name} occurs twice in this table")
             seen.add(clip.name)
             listed.append(clip)
         except DataError as error:

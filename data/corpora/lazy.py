@@ -60,7 +60,7 @@ def check_unique(table: pa.Table, dataset: str) -> None:
     id = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
     among = sorted(set(table.filter(pc.equal(table["id"], id))["part"].to_pylist()))
     raise DataError(
-        f"{dataset}: the id {id!r} stands in more than one row (in {', '.join(among)}). Leave out a split that is "
+        f"{dataset}: the id {id!r} is in more than one row (in {', '.join(among)}). Leave out a split that is "
         "contained in another, with --splits; or the file is damaged"
     )
 
@@ -80,5 +80,5 @@ def with_faults(table: pa.Table, ids: Mapping[int, str], faults: Sequence[str]) 
     mask = np.zeros(len(table), bool)
     mask[numbers] = True
     named = pc.replace_with_mask(table["id"].combine_chunks(), mask, pa.array(ids.values(), table["id"].type))
-    told = pc.replace_with_mask(pa.nulls(len(table), pa.large_string()), mask, pa.array(faults, pa.large_string()))
-    return table.set_column(table.column_names.index("id"), "id", named).append_column("fault", told)
+    reasons = pc.replace_with_mask(pa.nulls(len(table), pa.large_string()), mask, pa.array(faults, pa.large_string()))
+    return table.set_column(table.column_names.index("id"), "id", named).append_column("fault", reasons)

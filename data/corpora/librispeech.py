@@ -193,7 +193,7 @@ def _transcripts(path: Path, chapter: str) -> dict[str, str]:
         if not _ID.fullmatch(id) or not id.startswith(f"{chapter}-") or not text.strip():
             raise DataError(f"{where}: expected {chapter}-NUMBER and the text: {line[:80]!r}")
         if id in texts:
-            raise DataError(f"{where}: {id} stands twice; the file is damaged: unpack the archive again")
+            raise DataError(f"{where}: {id} occurs twice; the file is damaged: unpack the archive again")
         texts[id] = " ".join(text.split())
     return texts
 
@@ -211,7 +211,7 @@ def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | DataError]]:
         id = line.partition(" ")[0]
         try:
             if id in found:
-                raise DataError(f"{where}: {id} stands twice")
+                raise DataError(f"{where}: {id} occurs twice")
             found[id] = where, _aligned(line, where)
         except DataError as error:
             found[id] = where, error
