@@ -140,7 +140,7 @@ def test_a_slice_of_the_sources_is_the_same_sources(german: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("dev/transcripts.txt", "104_9_000004\twir lesen\n104_9_000004\twir\n", "the id '104_9_000004' stands in more"),
+        ("dev/transcripts.txt", "104_9_000004\twir lesen\n104_9_000004\twir\n", "the id '104_9_000004' is in more"),
         ("dev/transcripts.txt", "104_9_000004\twir\n104_9_0000", r"transcripts.txt:2: expected SPEAKER_BOOK_NUMBER, a"),
         ("dev/transcripts.txt", "104_9_000004\t\n", r"transcripts.txt:1: 104_9_000004 has no transcript"),
         ("dev/transcripts.txt", "../104_9_000004\twir\n", r"transcripts.txt:1: expected SPEAKER_BOOK_NUMBER, a"),
