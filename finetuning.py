@@ -21,7 +21,7 @@ from bestrq.recognition.validation import Heldout, ValidationSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
 from bestrq.training.export import Export, write_export
 from bestrq.training.optimizer import OptimizerSettings
-from bestrq.training.precision import Precision
+from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.update import GuardSettings
@@ -293,6 +293,7 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
             f"inference.mode is {config.inference.mode!r}: validation knows buffered, stitched and whole; "
             "give one of these, evaluate.py has the others"
         )
+    warn_of_emulation("inference.precision", config.inference.precision, world)
     sharded = world.size > 1 and config.distributed.strategy == "fsdp"
     if sharded and config.distributed.precision == "bfloat16":
         return replace(config.inference, precision="bfloat16")

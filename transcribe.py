@@ -44,6 +44,7 @@ from data.errors import DataError
 from data.extraction import Extracted, Skipped, extract_all
 from data.features import FeatureSettings
 from data.index import Recording, statistics
+from data.names import escaped
 from data.normalisation import normalise_into, scale_of
 from recogniser import (
     EncoderChanges,
@@ -161,7 +162,7 @@ def transcribe(config: Config, world: World) -> int:
         write_failed(Path(config.out), files, failed)
         print(f"{len(files) - len(failed)} of {len(files)} files are transcribed: {config.out}")
     if failed and world.is_main:
-        listing = "".join(f"\n  {printable(name)}: {reason}" for name, reason in failed.items())
+        listing = "".join(f"\n  {escaped(printable(f'{name}: {reason}'))}" for name, reason in failed.items())
         print(f"error: {len(failed)} of {len(files)} audio files could not be transcribed:{listing}", file=sys.stderr)
     # A launcher that saw another rank fail would stop this one before it has told.
     return len(failed) if world.is_main else 0
@@ -203,7 +204,7 @@ def outcomes(
                     yield Outcome(file, None, result.reason)
                 else:
                     for warning in result.warnings:
-                        print(f"warning: {printable(warning)}", file=sys.stderr)
+                        print(f"warning: {escaped(printable(warning))}", file=sys.stderr)
                     heard[file] = source_of(result.log_mel, recogniser.statistics)
                 del result  # hours of features, while the next are read
             yield from decode(recogniser, decoder, heard, config.inference, world)
@@ -312,7 +313,7 @@ def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -
 def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Config) -> None:
     """All formats into --out, each complete or not there; or a line to stdout."""
     if not config.out:
-        print(f"{printable(str(file.path))}\t{transcript.text}", flush=True)
+        print(f"{escaped(printable(str(file.path)))}\t{transcript.text}", flush=True)
         if getattr(sys.stdout, "vanished", False):
             raise ConfigError("out is not set and stdout is closed: give a folder as --out FOLDER")
         return

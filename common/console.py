@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import sys
 from typing import Any
@@ -24,7 +25,7 @@ def set_up_console(may_vanish: bool = False) -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
-        if stream is None:  # closed by the parent process: print does nothing
+        if not isinstance(stream, io.TextIOWrapper):  # closed by the parent process, or the stream of a notebook
             continue
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         if may_vanish:

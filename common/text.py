@@ -43,6 +43,7 @@ _NOT_SEEN = re.compile(f"[{_INVISIBLE}]")
 _FOLDED = str.maketrans(dict.fromkeys(_APOSTROPHES, "'") | {"\u200b": _GAP})
 
 _INSIDE = r"[^\[\](){}<>\uff08\uff09\uff3b\uff3d\u3010\u3011]"
+_OPENING = re.compile(r"[\[({<\uff08\uff3b\u3010]")
 _BRACKETS = re.compile(
     "|".join(
         f"\\{pair[0]}({_INSIDE}*)\\{pair[1]}"
@@ -56,6 +57,7 @@ _UNSPACED = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?\u2026\u061f]\s|[\u0964\u3002\uff01\uff1f]")
 
+_DIGIT = re.compile("[0-9]")
 _CURRENCIES = {"$": "dollar", "\u00a3": "pound", "\u20ac": "euro", "\u00a2": "cent"}
 _WIDE_SYMBOLS = str.maketrans("\uff05\ufe6a\uff04\ufe69\uffe1\uffe0", "%%$$\u00a3\u00a2")
 # With commas between thousands, or as in India between lakhs.
@@ -95,7 +97,7 @@ def label_text(text: str, language: str = "") -> str:
     Args:
         language: code or name, as in `common.languages`.
     """
-    return " ".join(filter(None, label_words(text.split(), language)))
+    return " ".join(filter(None, _labels(text.split(), language)))
 
 
 def label_words(words: Sequence[str], language: str = "") -> list[str]:
@@ -104,20 +106,26 @@ def label_words(words: Sequence[str], language: str = "") -> list[str]:
     Joined they are `label_text` of the whole text. The label of a word depends on its neighbours: "[background noise]"
     is removed, and "$3 million" gives "3" and "million dollars".
     """
-    code = language_code(language)
     # Words may contain white space: their parts are counted, and joined again in the end.
     counts = [len(word.split()) for word in words]
-    text = fold(" ".join(" ".join(words).split()), code)
+    labels = iter(_labels(" ".join(words).split(), language))
+    return [" ".join(filter(None, islice(labels, count))) for count in counts]
+
+
+def _labels(words: list[str], language: str) -> list[str]:
+    """`label_words` of words without white space."""
+    code = language_code(language)
+    text = fold(" ".join(words), code)
     if code in ("tr", "az"):
         text = text.replace("I", "\u0131").replace("\u0130", "i")
     text = text.lower()
-    text = _BRACKETS.sub(_outside, text)
+    if _OPENING.search(text):
+        text = _BRACKETS.sub(_outside, text)
     if code == "en":
         text = _read_aloud(text)
     # NFC again: some capitals are a letter and a mark in lower case, and a removed bracket may precede a mark.
     text = unicodedata.normalize("NFC", text).translate(_LETTERS)
-    labels = map(_stripped, text.split(" "))
-    return [" ".join(filter(None, islice(labels, count))) for count in counts]
+    return [word if word.isalnum() else _stripped(word) for word in text.split(" ")]
 
 
 def fold(text: str, language: str = "") -> str:
@@ -154,8 +162,9 @@ def _outside(found: re.Match[str]) -> str:
 
 def _read_aloud(text: str) -> str:
     """Folded lower-case text with English numbers as they are spoken; the number of spaces does not change."""
-    text = _CLITIC.sub(r"'\1 ", text)  # "it 's", as treebanks write
-    if not any(digit in text for digit in "0123456789"):
+    if " '" in text:
+        text = _CLITIC.sub(r"'\1 ", text)  # "it 's", as treebanks write
+    if not _DIGIT.search(text):
         return text
     text = _THOUSANDS.sub("", text.translate(_WIDE_SYMBOLS))
     if any(symbol in text for symbol in _CURRENCIES):
@@ -172,8 +181,6 @@ def _price(found: re.Match[str]) -> str:
 
 
 def _stripped(word: str) -> str:
-    if word.isalnum():
-        return word
     # An apostrophe within a word is spelling, one at a word's edge is a quotation mark (or an elision we give up).
     parts = (part.strip("'") for part in word.split())
     return " ".join(part for part in parts if any(map(str.isalnum, part)))

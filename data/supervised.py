@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from common.text import label_text
+from common.text import label_text, label_words
 from data.cutting import CuttingSettings, cut_recording
 from data.errors import DataError
 from data.order import CropTable, NoCrops
 from data.shards import Dataset
-
-Normalise = Callable[[str, str], str]
 
 
 class FixedCrops(CropTable):
@@ -67,19 +65,18 @@ def supervised_crops(
     max_frames: int,
     min_frames: int,
     seed: int = 0,
-    normalise: Normalise = label_text,
     cutting: CuttingSettings | None = None,
 ) -> FixedCrops:
     """The crops of labelled training: recordings whole, or cut between words (`data.cutting`).
 
     Cut are those that exceed max_frames or have excluded stretches. What cannot be used is left out, counted in
     `left_out` and logged as a warning: such recordings without word times, words that a cut could not spare, crops
-    below min_frames or without a word. Also logged is how many of the recordings that were cut have words that do not
-    make up their transcript: crops are labelled with the words, whole recordings with the transcript.
+    below min_frames or with an empty label (`common.text`). Also logged is how many of the recordings that were cut
+    have words that do not make up their transcript: crops are labelled with the words, whole recordings with the
+    transcript.
 
     Args:
         recordings: int [N], numbers of the recordings (`dataset.select(...)`).
-        normalise: (text, language) -> label; a crop whose label is empty is left out.
         cutting: what happens to a word at a cut; by default `CuttingSettings()`.
     Raises:
         DataError: recordings without a transcript (counted, the first named), limits that cannot be.
@@ -96,12 +93,11 @@ def supervised_crops(
         if text is None:
             silent.append(recording)
             continue
-        pieces, lost, agree = _pieces(dataset, recording, text, max_frames, normalise, cutting)
+        pieces, lost, agree = _pieces(dataset, recording, text, max_frames, cutting)
         left_out += lost
         if not agree:
             disagreeing.append(recording)
-        for start, stop, piece in pieces:
-            label = normalise(piece, dataset.language(recording))
+        for start, stop, label in pieces:
             if stop - start < min_frames:
                 left_out["crops that are too short"] += 1
             elif not label:
@@ -134,19 +130,21 @@ def _pieces(
     recording: int,
     text: str,
     max_frames: int,
-    normalise: Normalise,
     cutting: CuttingSettings | None,
 ) -> tuple[list[tuple[int, int, str]], Counter[str], bool]:
-    """(start, stop, text) of a recording's crops, what was left out, and whether its words make up its transcript."""
+    """(start, stop, label) of a recording's crops, what was left out, and whether its words make up its transcript."""
     frames = int(dataset.frames[recording])
-    excluded = dataset.excluded(recording) or []
+    excluded, language = dataset.excluded(recording) or [], dataset.language(recording)
+    label = label_text(text, language)
     if frames <= max_frames and not excluded:
-        return [(0, frames, text)], Counter(), True
+        return [(0, frames, label)], Counter(), True
     words = dataset.words(recording)
     if not words:
         kind = "recordings with excluded stretches" if excluded else "long recordings"
         return [], Counter({f"{kind} without word times": 1}), True
-    cut = cut_recording(words, frames, max_frames, dataset.features.frames_per_second, cutting, excluded)
-    said, language = " ".join(word.word for word in words), dataset.language(recording)
-    agree = normalise(said, language) == normalise(text, language)
-    return list(zip(cut.start, cut.stop, cut.texts, strict=True)), cut.left_out, agree
+    # The labels of all words at once: a cut may fall between two words that are a label together.
+    labels = label_words([word.word for word in words], language)
+    labelled = [word._replace(word=one) for word, one in zip(words, labels, strict=True)]
+    cut = cut_recording(labelled, frames, max_frames, dataset.features.frames_per_second, cutting, excluded)
+    texts = (" ".join(piece.split()) for piece in cut.texts)
+    return list(zip(cut.start, cut.stop, texts, strict=True)), cut.left_out, " ".join(filter(None, labels)) == label

@@ -324,6 +324,17 @@ def test_excluded_stretches_are_in_no_crop_even_of_short_recordings(tmp_path: Pa
     assert table.left_out == {EXCLUDED: 1, "recordings with excluded stretches without word times": 1}
 
 
+def test_labels_of_words_are_those_of_the_whole_text_wherever_it_is_cut(tmp_path: Path) -> None:
+    said = ["pay", "$3", "million", "[background", "noise]", "now"]
+    words = [Word(word, 2.0 * number + 0.2, 2.0 * number + 1.8) for number, word in enumerate(said)]
+    dataset, indices = make_labelled(
+        tmp_path, [(Recording("a", text=" ".join(said), words=words, language="en"), 1200)]
+    )
+    for max_frames in (200, 400, 600, 800):
+        table = supervised_crops(dataset, indices, max_frames, 50)
+        assert " ".join(table.texts) == "pay 3 million dollars now"
+
+
 def test_words_that_do_not_make_up_the_transcript_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,6 +30,13 @@ def test_an_export_reads_back_bit_for_bit_with_its_files(tmp_path: Path) -> None
         export.file("words.txt")
 
 
+def test_an_export_is_read_from_within_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_export(tmp_path / "runs/export", tensors(), {"kind": "test"}, "card")
+    monkeypatch.chdir(tmp_path / "runs/export")
+    for folder in (".", "./", "", "../export", "../../runs/./export/"):
+        assert read_export(folder).config == {"kind": "test"}
+
+
 def test_a_new_export_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_export(tmp_path / "export", tensors(1.0), {}, "old", {"old.txt": b""})
     write_export(tmp_path / "export", tensors(2.0), {}, "new")

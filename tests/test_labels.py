@@ -122,6 +122,17 @@ def test_a_timed_hypothesis_equal_to_the_label_has_no_errors_either() -> None:
     assert score_by_segments("x", segments, heard, "en").characters.errors == 0
 
 
+def test_labels_of_segments_have_no_errors_against_them_as_a_whole() -> None:
+    texts = ["she said (well", "that is $3", "million) all"]
+    segments = [ReferenceSegment(10 * i, 10 * i + 9, text) for i, text in enumerate(texts)]
+    labels = [label_text(text, "en").split() for text in texts]
+    heard = [
+        TimedWord(word, 10 * i + k, 10 * i + k + 0.9) for i, one in enumerate(labels) for k, word in enumerate(one)
+    ]
+    assert score_as_whole("x", segments, heard, "en").words.errors == 0
+    assert score_by_segments("x", segments, heard, "en").words.errors == 0
+
+
 @pytest.mark.parametrize("apostrophe", [*APOSTROPHES, "\u02bb", "\ua78c", "\u055a"])
 @pytest.mark.parametrize("language", ["en", "uk", "fr", ""])
 def test_every_apostrophe_is_one_in_labels_and_scores(apostrophe: str, language: str) -> None:

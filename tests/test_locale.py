@@ -1,7 +1,10 @@
 """UTF-8 text and a closed console, for every locale and file name."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +155,15 @@ def test_a_closed_console_ends_only_programs_whose_output_is_their_result(may_va
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, str(script), str(mark)], stdout=full, env=environment, check=False)
     assert (done.returncode == 0, mark.exists()) == (may_vanish, may_vanish)
+
+
+def test_streams_that_are_no_files_stay_as_they_are(tmp_path: Path) -> None:
+    """Of a notebook's `%run`, or of a program that keeps what another one prints."""
+    script = tmp_path / "script.py"
+    script.write_text("from common.console import set_up_console\nset_up_console(may_vanish=True)\nprint('printed')\n")
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(None):
+        runpy.run_path(str(script), run_name="__main__")
+    assert out.getvalue() == "printed\n"
 
 
 def test_what_is_not_unicode_is_written_as_json_writes_it(tmp_path: Path) -> None:

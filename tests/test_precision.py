@@ -11,11 +11,13 @@ import torch
 
 from benchmarks import machine
 from bestrq.config import ConfigError, load_yaml
+from bestrq.recognition.inference import InferenceSettings
 from bestrq.training import meters, precision
 from bestrq.training.meters import Throughput, peak_flops
 from bestrq.training.precision import has_bfloat16, matmul_rate, processor_name, resolve_precision, with_precision
 from bestrq.training.process import DistributedSettings, World, autocast
 from bestrq.training.run_folder import RunFolder
+from finetuning import FinetuneConfig, heldout_inference
 from tests.gloo import run_distributed
 
 CPU = torch.device("cpu")
@@ -111,6 +113,16 @@ def test_asking_for_emulated_bfloat16_warns_once_with_the_measured_factor(
     assert capsys.readouterr().err == ""
 
 
+def test_validation_in_emulated_bfloat16_warns_too(
+    hardware: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(precision, "emulation_factor", lambda: 8.25)
+    heldout_inference(FinetuneConfig(inference=InferenceSettings(precision="bfloat16")), World())
+    assert capsys.readouterr().err.count("inference.precision is bfloat16") == (0 if hardware else 1)
+    heldout_inference(FinetuneConfig(), World())
+    assert capsys.readouterr().err == ""
+
+
 def resolve_beside(world: World, folder: str) -> str:
     precision._cpu_has_bfloat16 = lambda: world.is_main  # type: ignore[assignment]
     return resolve_precision(DistributedSettings(), RunFolder(folder), world).name
@@ -118,6 +130,17 @@ def resolve_beside(world: World, folder: str) -> str:
 
 def test_ranks_on_different_processors_agree(tmp_path: Path) -> None:
     assert run_distributed(resolve_beside, 2, str(tmp_path)) == ["float32", "float32"]
+
+
+def peak_beside(world: World, name: str) -> tuple[float | None, float]:
+    meters.has_bfloat16 = lambda device: world.is_main  # type: ignore[attr-defined]
+    meters.matmul_rate = lambda dtype: 1e11  # type: ignore[attr-defined]
+    return peak_flops(world, name), world.max(world.rank)  # type: ignore[arg-type]
+
+
+def test_the_peak_of_ranks_on_different_processors_is_unknown_in_bfloat16_to_all() -> None:
+    assert run_distributed(peak_beside, 2, "bfloat16") == [(None, 1.0)] * 2
+    assert run_distributed(peak_beside, 2, "float32") == [(2e11, 1.0)] * 2
 
 
 def test_the_peak_is_that_of_the_precision_and_unknown_where_it_is_emulated(

@@ -405,6 +405,19 @@ def test_without_out_a_line_a_recording_goes_to_stdout(
     assert capsys.readouterr().out == f"{one}\t{expected['stereo']}"
 
 
+def test_a_name_takes_one_field_of_one_line_of_the_console(
+    setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "a\nb\tc\x1b[31m"
+    odd.mkdir()
+    shutil.copy(f"{setup.audio}/short.wav", odd / "x.wav")
+    (odd / "bad.wav").write_bytes(b"bad")
+    assert script.transcribe(replace(setup, audio=str(odd)), World()) == 1
+    out, err = capsys.readouterr()
+    assert out.split("\t")[:-1] == [f"{tmp_path}/a\\nb\\tc\\x1b[31m/x.wav"] and out.count("\n") == 1
+    assert err.count("\n") == 2 and "\x1b" not in err
+
+
 def test_features_are_held_for_some_batches_only(setup: script.Config) -> None:
     seconds = [9000.0, 40.0, 30.0, 20.0, 20.0, 0.0]
     files = [script.AudioFile(Path(), str(number), length, "") for number, length in enumerate(seconds)]

@@ -24,6 +24,7 @@ from bestrq.config import ConfigError
 from bestrq.recognition.normalisers import Choice, normaliser
 from bestrq.recognition.scoring import ErrorCounts, RecordingScore, score_normalised, score_recording
 from bestrq.recognition.words import TimedWord
+from common.text import label_text
 
 Outside = Literal["insert", "drop"]
 """what a word in no segment is: an insertion in the next one, or nothing"""
@@ -171,7 +172,7 @@ def score_as_whole(
     heard = sorted(words_outside_ignored(mine, words), key=_midpoint)
     return score_recording(
         id,
-        " ".join(one.text for one in scored),
+        " ".join(label_text(one.text, language) for one in scored),  # brackets and numbers end with their segment
         " ".join(word.word for word in heard),
         language,
         seconds,

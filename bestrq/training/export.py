@@ -100,7 +100,8 @@ def read_export(folder: str | Path) -> Export:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(f".old-{folder.name}")
+    whole = folder.absolute()  # "." has no name
+    return whole.parent / f".old-{whole.name}"
 
 
 def _recover(folder: Path) -> None:

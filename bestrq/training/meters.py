@@ -125,9 +125,10 @@ def peak_flops(world: World, precision: Literal["float32", "bfloat16"]) -> float
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device) if precision == "bfloat16" else ""
         peak = next((rate for part, rate in GPU_PEAKS.items() if part in name), 0.0)
-    elif precision == "float32" or has_bfloat16(world.device):
-        world.barrier()
-        peak = matmul_rate(DTYPES[precision])
+    else:
+        emulated = precision == "bfloat16" and not has_bfloat16(world.device)
+        if not world.any(emulated):  # and all ranks measure from here on
+            peak = matmul_rate(DTYPES[precision])
     if world.any(not peak):
         return None
     return float(world.sum(torch.tensor(peak, dtype=torch.float64, device=world.device)))
