@@ -18,7 +18,8 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from data.audio_headers import Extent, extent
+from data.audio_headers import Extent
+from data.audio_open import MOST_FRAMES, extent_of, opened
 from data.errors import DataError, SoundWarning
 from data.feature_settings import FeatureSettings
 from data.transcripts import TOLERANCE
@@ -31,11 +32,9 @@ _READ_VALUES = 1 << 20
 # Of a resampling kernel: those of all rates that are multiples of 25 Hz, up to 192 kHz, are below.
 _KERNEL_VALUES = 1 << 23
 _LOWEST_RATE = 1000
-# Smallest length that means none: libsndfile reports 2**63 - 1 for a header without a length.
-_MOST_FRAMES = 1 << 62
 # Up to this share, and no more than TOLERANCE seconds, may be missing of the length in the header, and always this many
-# bytes: some writers count the header itself.
-_MISSING_SHARE, _MISSING_BYTES = 0.01, 128
+# bytes (some writers count the header itself) and samples (MP3 is counted in frames of 1,152).
+_MISSING_SHARE, _MISSING_BYTES, _MISSING_FRAMES = 0.01, 128, 2 * 1152
 # Channels cancel if their mean has less than this fraction of the power that it has for uncorrelated channels.
 _CANCELLED = 0.1
 
@@ -56,7 +55,8 @@ def audio_blocks(
     """Read audio by soundfile, some seconds at a time: one channel, resampled, as blocks of float32 [samples].
 
     Memory does not depend on the audio's length, and the samples do not depend on the blocks. Issues a SoundWarning for
-    channels that cancel each other out in their mean, and for an Ogg file without an end-of-stream page.
+    channels that cancel each other out in their mean, for an Ogg file without an end-of-stream page, and where some
+    sound cannot be read.
 
     Args:
         source: a path, or an open, seekable binary file (`name` then names it in errors).
@@ -79,14 +79,13 @@ def audio_blocks(
         if state.st_size == 0:
             raise DataError(f"{name}: the audio file is empty (0 bytes)")
     try:
-        there = _extent(source)
+        there = extent_of(source)
         if there.several:
             raise DataError(
                 f"{name}: holds several streams (chained Ogg, or files joined with `cat`), of which only the first "
                 "would be read; decode each separately, and join or split the sound"
             )
-        # soundfile encodes text strictly, and a name need not be UTF-8.
-        with _SoundFile(os.fsencode(source) if isinstance(source, (str, os.PathLike)) else source) as audio:
+        with opened(source, there) as audio:
             if duration is None:
                 _check_whole(audio, there, name)
             if channel is None and settings.channels == "first":
@@ -103,7 +102,7 @@ def audio_seconds(path: Path) -> float:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
             return 0.0
         with soundfile.SoundFile(os.fsencode(path)) as audio:
-            if audio.frames < _MOST_FRAMES:
+            if audio.frames < MOST_FRAMES:
                 return audio.frames / audio.samplerate
             # FLAC without a sample count: about one byte a sample.
             return path.stat().st_size / (audio.samplerate * audio.channels)
@@ -111,42 +110,31 @@ def audio_seconds(path: Path) -> float:
         return 0.0
 
 
-class _SoundFile(soundfile.SoundFile):
-    """Sequential reader: soundfile seeks after every block, which fails at the end of FLAC without a sample count."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-def _extent(source: str | os.PathLike[str] | BinaryIO) -> Extent:
-    if isinstance(source, (str, os.PathLike)):
-        state = os.stat(source)
-        return _extent_of_file(os.fspath(source), state.st_size, state.st_mtime_ns)
-    place = source.tell()
-    try:
-        return extent(source)
-    finally:
-        source.seek(place)
-
-
-@functools.lru_cache(maxsize=64)
-def _extent_of_file(path: str, size: int, changed: int) -> Extent:
-    """`extent` of a file, cached for all its segments."""
-    with open(path, "rb") as file:
-        return extent(file)
-
-
 def _check_whole(audio: soundfile.SoundFile, there: Extent, name: str) -> None:
     """Raise DataError if a noticeable part of the sound in the header is missing from the file; warn if it may be."""
-    missing = round(audio.frames * there.missing / max(1, there.held))
-    noticeable = min(_MISSING_SHARE * (audio.frames + missing), TOLERANCE * audio.samplerate)
-    if there.missing > _MISSING_BYTES and missing > noticeable:
+    missing, beyond = (round(audio.frames * size / max(1, there.held)) for size in (there.missing, there.beyond))
+    if there.missing > _MISSING_BYTES and missing > _noticeable(audio, audio.frames + missing):
         raise DataError(
             f"{name}: cut short, {audio.frames} of about {audio.frames + missing} samples are there; fetch it again"
         )
     if there.unended:
         message = f"{name}: the last Ogg page does not end the stream: fetch it again if it was cut short"
         warnings.warn(message, SoundWarning, stacklevel=2)
+    if there.beyond and not audio.frames:
+        raise DataError(
+            f"{name}: its header announces no sound, and {there.beyond} bytes follow: complete it, or fetch it again"
+        )
+    if beyond > TOLERANCE * audio.samplerate:
+        message = (
+            f"{name}: its header has {audio.frames / audio.samplerate:.2f} s of sound, and {there.beyond} bytes behind "
+            "them are not read: if they are sound, correct the header (sox --ignore-length)"
+        )
+        warnings.warn(message, SoundWarning, stacklevel=2)
+
+
+def _noticeable(audio: soundfile.SoundFile, announced: int) -> float:
+    """Samples of the announced ones that must not be missing without a word."""
+    return min(_MISSING_SHARE * announced, TOLERANCE * audio.samplerate)
 
 
 def _decode(
@@ -173,13 +161,19 @@ def _decode(
         if not torch.isfinite(mono.sum(dtype=torch.float64)):
             raise DataError(f"{name}: audio with NaN or infinite samples; repair or remove it")
         yield mono
+    if samples == 0 and stretch and wanted:
+        raise DataError(f"{name}: ends before the segment's start at {start} s")
     if samples == 0:
         raise DataError(f"{name}: holds no audio samples" + (f" in the segment of {duration} s" if stretch else ""))
     if stretch and samples < wanted - TOLERANCE * audio.samplerate:
         raise DataError(f"{name}: ends before the segment's end, {start} + {duration} s")
-    # Compressed formats announce their length; some round it, by less than 1 %.
-    if not stretch and samples < (1 - _MISSING_SHARE) * wanted and wanted < _MOST_FRAMES:
-        raise DataError(f"{name}: cut short, {samples} of {wanted} samples could be read")
+    if not stretch and wanted < MOST_FRAMES:
+        # Compressed formats announce their length; some round it, by less than 1 %.
+        if samples < (1 - _MISSING_SHARE) * wanted:
+            raise DataError(f"{name}: cut short, {samples} of {wanted} samples could be read")
+        if wanted - samples > max(_MISSING_FRAMES, _noticeable(audio, wanted)):
+            message = f"{name}: {samples} of {wanted} samples could be read: fetch it again if it was cut short"
+            warnings.warn(message, SoundWarning, stacklevel=2)
     power.check(name)
 
 
@@ -190,7 +184,7 @@ def _seek(audio: soundfile.SoundFile, start: float, name: str) -> int:
         if first < audio.frames:
             return audio.seek(first)
     except soundfile.SoundFileError:
-        if audio.frames < _MOST_FRAMES:
+        if audio.frames < MOST_FRAMES:
             raise
     raise DataError(f"{name}: ends before the segment's start at {start} s")
 

@@ -1,7 +1,8 @@
 """Sound files as containers: whether all announced sound is there, and whether a second stream follows the first.
 
 libsndfile takes a WAV, AIFF, AU, W64, CAF or SPHERE file that was cut short for a shorter one, leaves out the page that
-an Ogg file was cut in, and reads the first alone of several streams in one file (chained Ogg, `cat a.flac b.flac`).
+an Ogg file was cut in and what lies behind the announced sound, reads the first alone of several streams in one file
+(chained Ogg, `cat a.flac b.flac`), and takes the length of MP3 that announces none from its first frames' bit rate.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 
@@ -19,13 +20,20 @@ class Extent:
     """What a file's structure tells of its sound. Formats that are not known here tell nothing."""
 
     held: int = 0
-    """Bytes of the announced sound (of Ogg: bytes of whole pages) that the file holds, where some are missing."""
+    """Bytes of the announced sound (of Ogg: of whole pages) that the file holds, where some are missing or beyond."""
     missing: int = 0
     """Bytes of the announced sound that the file lacks."""
     several: bool = False
     """A second file or stream follows the first."""
     unended: bool = False
     """Ogg without a page that ends the stream: a recording of a live stream, or a file cut between two pages."""
+    beyond: int = 0
+    """Bytes behind the announced sound that are no chunk, tag or zeros: sound, where a header was never brought up to
+    date or counts modulo 2**32. Not of W64 and SPHERE, which libsndfile reads to the end."""
+    unset: int = 0
+    """Where a WAV file has the length of its sound, if that is 0 and sound follows."""
+    uncounted: bool = False
+    """MP3 that does not tell how many frames it has."""
 
 
 def extent(file: BinaryIO) -> Extent:
@@ -44,7 +52,7 @@ def extent(file: BinaryIO) -> Extent:
     except struct.error:  # cut within its header, which libsndfile refuses
         return Extent()
     if magic == b"fLaC":
-        return Extent(several=_found(file, _FLAC, start + 4))
+        return Extent(several=_second_flac(file, start))
     if magic == b"OggS":
         return _of_ogg(file, size, start)
     return _of_mpeg(file, size, start)
@@ -61,39 +69,62 @@ _CHUNKS = {
     b"caff": (8, ">4sQ", 1),
 }
 _SOUND = {b"data", b"SSND", b"BODY"}
+_CHUNK_ID = re.compile(rb"[ -~]{4}")
 _SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -i (\d{1,12})\s*$", re.MULTILINE)
-# A STREAMINFO block after the magic; a page that begins a stream.
+# A STREAMINFO block after the magic; any page.
 _FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-_OGG_BEGIN = re.compile(rb"OggS\x00[\x02\x03\x06\x07]")
-_OGG_PAGE = 27 + 255 * 256
-"""The most bytes that a page has."""
+_OGG_PAGE_BEGIN = re.compile(rb"OggS\x00")
+_OGG_HEAD, _OGG_PAGE = 27 + 255, 27 + 255 * 256
+"""The most bytes that the head of a page has, and a page."""
 _MPEG_FRAME = 2881
 """The most bytes that a frame has."""
 _MOST_CHUNKS = 10_000
 _READ_BYTES = 1 << 20
+_PROBE_BYTES = 1 << 12
 
 
 def _of_chunks(file: BinaryIO, size: int, start: int, magic: bytes) -> Extent:
     first, head, alignment = _CHUNKS[magic]
     position, head_bytes, long = start + first, struct.calcsize(head), 0
+    sound: int | None = None  # bytes of it, once it has been passed
     for _ in range(_MOST_CHUNKS):
         if position + head_bytes > size:
             break
         id, length = struct.unpack(head, _at(file, position, head_bytes))
         if id[:4] in _CHUNKS:
             return Extent(several=True)
+        if sound is not None and magic != b"riff" and not _CHUNK_ID.match(id):
+            found = _with_beyond(file, size, position, sound)
+            unset = magic in (b"RIFF", b"RIFX") and not sound and found.beyond
+            return Extent(unset=position - 4) if unset else found
         position += head_bytes
         length -= head_bytes if magic == b"riff" else 0
         if id == b"ds64":  # RF64: the length of what is too long for 32 bits
             (long,) = struct.unpack("<8xQ", _at(file, position, 16))
         if id[:4] in _SOUND:
-            length = long if long and length == 0xFFFFFFFF else length
-            if _is_placeholder(length):
+            length = long or length  # whatever the chunk says: so libsndfile takes it
+            # Of length 0 libsndfile reads none in RIFF, and all in the others.
+            if _is_placeholder(length) and (length or magic in (b"FORM", b"riff", b"caff")):
                 return Extent()
             if position + length > size:
                 return Extent(size - position, position + length - size)
-        position += max(0, length) + -length % alignment
+            sound = length
+        position += max(0, length)
+        padding = -length % alignment
+        # Some writers leave out the byte that makes an odd length even.
+        unpadded = (
+            padding == 1 and _CHUNK_ID.match(_at(file, position, 4)) and not _CHUNK_ID.match(_at(file, position + 1, 4))
+        )
+        position += 0 if unpadded else padding
     return Extent()
+
+
+def _with_beyond(file: BinaryIO, size: int, position: int, sound: int) -> Extent:
+    """Of a file that goes on behind its sound with what is no chunk: tags, zeros that were reserved, or more sound."""
+    position = min(size, _after_tags(file, position))
+    places = (position, (position + size) // 2, max(position, size - _PROBE_BYTES))
+    filled = any(_at(file, place, _PROBE_BYTES).strip(b"\0") for place in places)
+    return Extent(held=sound, beyond=size - position if filled else 0)
 
 
 def _of_stretch(file: BinaryIO, size: int, start: int, begin: int, length: int) -> Extent:
@@ -103,7 +134,9 @@ def _of_stretch(file: BinaryIO, size: int, start: int, begin: int, length: int) 
     end = start + begin + length
     if end > size:
         return Extent(max(0, size - start - begin), min(length, end - size))
-    return Extent(several=_at(file, end, 4) == _at(file, start, 4))
+    if _at(file, end, 4) == _at(file, start, 4):
+        return Extent(several=True)
+    return _with_beyond(file, size, end, length)
 
 
 def _is_placeholder(length: int) -> bool:
@@ -123,31 +156,52 @@ def _of_sphere(file: BinaryIO, size: int, start: int) -> Extent:
     sample = fields.get(b"sample_n_bytes", 0) * fields.get(b"channel_count", 1)
     if not sample or b"shorten" in header:  # compressed: its size tells nothing
         return Extent()
-    return _of_stretch(file, size, start, len(header), fields.get(b"sample_count", 0) * sample)
+    there = _of_stretch(file, size, start, len(header), fields.get(b"sample_count", 0) * sample)
+    return replace(there, beyond=0)
+
+
+def _second_flac(file: BinaryIO, start: int) -> bool:
+    """Whether a FLAC stream begins behind the metadata of the one at `start`: pictures and comments may hold any bytes.
+
+    Sound may, too: what looks like a beginning must lead over its metadata to a frame.
+    """
+    frames = _after_metadata(file, start + 4)
+    return any(
+        re.match(rb"\xff[\xf8\xf9]", _at(file, _after_metadata(file, place + 4), 2))
+        for place in _places(file, _FLAC, frames)
+    )
+
+
+def _after_metadata(file: BinaryIO, position: int) -> int:
+    """The place behind blocks of FLAC's metadata, the first of which is at `position`."""
+    while len(head := _at(file, position, 4)) == 4:
+        position += 4 + int.from_bytes(head[1:], "big")
+        if head[0] & 0x80:
+            break
+    return position
 
 
 def _of_ogg(file: BinaryIO, size: int, start: int) -> Extent:
-    begun = start
-    while _OGG_BEGIN.match(_at(file, begun, 6)):  # streams beside each other all begin here
-        begun += _page_bytes(file, begun)
-    several = _found(file, _OGG_BEGIN, begun)
-    tail = max(start, size - _OGG_PAGE)
-    place = _at(file, tail, _OGG_PAGE).rfind(b"OggS\0")
-    if place < 0:
-        return Extent(several=several, unended=True)
-    last = tail + place
-    end = last + _page_bytes(file, last)
-    flags = _at(file, last + 5, 1) or b"\0"
-    # libsndfile reads whole pages.
-    return Extent(last, end - last if end > size else 0, several, unended=not flags[0] & 4)
-
-
-def _page_bytes(file: BinaryIO, position: int) -> int:
-    """Bytes of the Ogg page there; of one without a whole head, more than there are."""
-    head = _at(file, position, 27)
-    segments = _at(file, position + 27, head[26]) if len(head) == 27 else b""
-    whole = len(head) == 27 and len(segments) == head[26]
-    return 27 + len(segments) + sum(segments) if whole else _OGG_PAGE
+    """Page by page, as the bytes of a page may be any."""
+    position, held, beginning = start, 0, True
+    open_streams: set[bytes] = set()
+    while position < size:
+        head = _at(file, position, _OGG_HEAD)
+        lengths = head[27 : 27 + head[26]] if len(head) > 26 else b""
+        if head[:5] != b"OggS\0"[: len(head)]:  # junk, of which libsndfile takes no notice
+            position = next(_places(file, _OGG_PAGE_BEGIN, position + 1), size)
+            continue
+        whole = len(head) > 26 and len(lengths) == head[26]
+        end = position + (27 + len(lengths) + sum(lengths) if whole else _OGG_PAGE)
+        if end > size:  # libsndfile reads whole pages
+            return Extent(held, end - position, unended=True)
+        begins, ends, stream = head[5] & 2, head[5] & 4, head[14:18]
+        if begins and not beginning:  # streams beside each other all begin first
+            return Extent(several=True)
+        beginning = bool(begins)
+        open_streams = open_streams - {stream} if ends else open_streams | {stream}
+        position = held = end
+    return Extent(unended=bool(open_streams))
 
 
 def _of_mpeg(file: BinaryIO, size: int, start: int) -> Extent:
@@ -157,10 +211,12 @@ def _of_mpeg(file: BinaryIO, size: int, start: int) -> Extent:
     """
     first = _at(file, start, 64)
     tag = re.search(rb"Xing|Info", first)
-    if not _is_frame(first, first) or not tag:
+    if not _is_frame(first, first):
         return Extent()
-    flags = int.from_bytes(first[tag.end() : tag.end() + 4], "big")
-    place = tag.end() + (8 if flags & 1 else 4)
+    flags = int.from_bytes(first[tag.end() : tag.end() + 4], "big") if tag else 0
+    if not tag or not flags & 1:
+        return Extent(uncounted=True)
+    place = tag.end() + 8
     length = int.from_bytes(first[place : place + 4], "big") if flags & 2 else 0
     if not 0 < length < size - start:
         return Extent()
@@ -190,16 +246,13 @@ def _after_tags(file: BinaryIO, position: int) -> int:
     return position
 
 
-def _found(file: BinaryIO, pattern: re.Pattern[bytes], position: int) -> bool:
-    return any(pattern.search(block) for block in _overlapping(file, position))
-
-
-def _overlapping(file: BinaryIO, position: int) -> Iterator[bytes]:
-    """The rest of a file in blocks, each with the last bytes of the one before it."""
-    file.seek(position)
+def _places(file: BinaryIO, pattern: re.Pattern[bytes], position: int) -> Iterator[int]:
+    """Where the pattern, of up to 16 bytes, is found from `position` on; some places twice."""
     held = b""
-    while block := file.read(_READ_BYTES):
-        yield held + block
+    while block := _at(file, position, _READ_BYTES):
+        for match in pattern.finditer(held + block):
+            yield position - len(held) + match.start()
+        position += len(block)
         held = block[-16:]
 
 

@@ -300,6 +300,16 @@ def test_an_unreadable_line_is_skipped(folder: Path, tmp_path: Path, unit: Any) 
         sources(given_both)
 
 
+def test_a_supervision_of_no_length_costs_itself(folder: Path, tmp_path: Path) -> None:
+    """Its text is there, so it is none of those that are missing."""
+    said = [supervision("a", 0.1, "she sells"), supervision("b", 0.5, "sea", duration=0.0), supervision("c", 0.6, "by")]
+    manifest = write(tmp_path / "c.jsonl", cut(folder, "one", 0.25, 1.7, *said))
+    found = sources(LhotseSettings(cuts=manifest, unit="supervisions"))
+    assert sorted(source.id for source in found if not isinstance(source, Unreadable)) == ["a", "c"]
+    (fault,) = [source.reason for source in found if isinstance(source, Unreadable)]
+    assert "c.jsonl:1: supervisions[1]: the supervision 'b' has no length" in fault
+
+
 def test_lhotse_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     for given_settings, complaint in (
         ({}, "either --cuts FILE"),

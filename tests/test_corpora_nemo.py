@@ -170,3 +170,15 @@ def test_a_damaged_manifest_gives_recordings_or_one_error_with_its_place(data: s
         recording = source.recording  # type: ignore[attr-defined]
         check_word_times(recording.words or (), float("inf"), recording.id)
         assert f"{recording.text}{recording.language}{recording.speaker}".encode()
+
+
+def test_lines_that_begin_at_the_same_time_are_recordings_of_their_own(folder: Path) -> None:
+    """As of two speakers; a line that stands twice costs itself alone."""
+    lines = [entry(offset=0.1, duration=duration) for duration in (0.5, 0.6, 0.5)]
+    lines += [entry(), entry(), entry(offset=0.1004, duration=0.7), entry(offset=0.3, duration=0.5)]
+    found = listed(folder, *lines)
+    names = [source.id for source in found if not isinstance(source, Unreadable)]
+    wanted = ["audio/one", "audio/one@0.100", "audio/one@0.100+0.600", "audio/one@0.100+0.700", "audio/one@0.300"]
+    assert sorted(names) == wanted
+    faults = [source.reason for source in found if isinstance(source, Unreadable)]
+    assert [re.findall(r"m\.json:(\d)", reason) for reason in faults] == [["3", "1"], ["5", "4"]]

@@ -257,6 +257,8 @@ def _supervision_cut(cut: Cut) -> list[Cut]:
             raise DataError(f"{where}: a supervision without an id")
         start, end = stretch(fields, where)
         first, last = max(0.0, start), end if _is_last(cut) else min(cut.duration, end)
+        if last <= first:
+            raise DataError(f"{where}: the supervision {id!r} has no length within its recording")
         moved = {**fields, "start": start - first}
         found.append(
             replace(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,11 +60,12 @@ def manifest_sources(
         )
     base = manifest.parent
     listed: list[FileSource | SegmentSource | Unreadable] = []
+    places: dict[str, str] = {}
     for where, fields in json_lines_or_faults(manifest):
         try:
             if isinstance(fields, DataError):
                 raise fields
-            listed.append(_entry(fields, where, base, text, language, split))
+            listed.append(_with_own_id(_entry(fields, where, base, text, language, split), where, places))
         except MissingText:
             raise
         except DataError as error:
@@ -135,6 +137,22 @@ def _entry(
         return FileSource(recording, path, tuple(warnings))
     assert duration is not None
     return SegmentSource(recording, path, start, duration, tuple(warnings))
+
+
+def _with_own_id(source: FileSource | SegmentSource, where: str, places: dict[str, str]) -> FileSource | SegmentSource:
+    """A source whose id is none of `places` (id -> place), which it is put into.
+
+    Speakers begin at the same time: then the duration is a part of the id too. Raises DataError where that is the same,
+    or the line is for the whole of a file that has one.
+    """
+    id = source.id
+    longer = f"{id}+{source.duration:.3f}" if isinstance(source, SegmentSource) else id
+    if id in places:
+        id = longer
+    if longer in places:
+        raise DataError(f"{where}: {places[longer]} is the same stretch of a file of this name: leave one of them out")
+    places[id] = places[longer] = where
+    return source if id == source.id else replace(source, recording=replace(source.recording, id=id))
 
 
 def _words(fields: Mapping[str, Any], base: Path, where: str, duration: float | None) -> list[Word] | None:
