@@ -19,7 +19,7 @@ import torchaudio
 from torch import Tensor
 
 from data.audio_headers import Extent
-from data.audio_open import MOST_FRAMES, extent_of, opened
+from data.audio_open import MOST_FRAMES, extent_of, opened, opened_path
 from data.errors import DataError, SoundWarning
 from data.feature_settings import FeatureSettings
 from data.transcripts import TOLERANCE
@@ -101,7 +101,7 @@ def audio_seconds(path: Path) -> float:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
             return 0.0
-        with soundfile.SoundFile(os.fsencode(path)) as audio:
+        with open(path, "rb") as file, opened_path(path, file) as audio:
             if audio.frames < MOST_FRAMES:
                 return audio.frames / audio.samplerate
             # FLAC without a sample count: about one byte a sample.

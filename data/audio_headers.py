@@ -70,7 +70,8 @@ _CHUNKS = {
 }
 _SOUND = {b"data", b"SSND", b"BODY"}
 _CHUNK_ID = re.compile(rb"[ -~]{4}")
-_SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) -i (\d{1,12})\s*$", re.MULTILINE)
+# Numbers are of type -i, but libsndfile itself writes the bytes of a sample of u-law as text, -s1.
+_SPHERE_FIELD = re.compile(rb"^(sample_count|sample_n_bytes|channel_count) +-\w+ +(\d{1,12})\s*$", re.MULTILINE)
 # A STREAMINFO block after the magic; any page.
 _FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _OGG_PAGE_BEGIN = re.compile(rb"OggS\x00")
@@ -93,8 +94,10 @@ def _of_chunks(file: BinaryIO, size: int, start: int, magic: bytes) -> Extent:
         id, length = struct.unpack(head, _at(file, position, head_bytes))
         if id[:4] in _CHUNKS:
             return Extent(several=True)
-        if sound is not None and magic != b"riff" and not _CHUNK_ID.match(id):
+        if sound is not None and not _CHUNK_ID.match(id):
             found = _with_beyond(file, size, position, sound)
+            if magic == b"riff":
+                return replace(found, beyond=0)
             unset = magic in (b"RIFF", b"RIFX") and not sound and found.beyond
             return Extent(unset=position - 4) if unset else found
         position += head_bytes
@@ -121,6 +124,8 @@ def _of_chunks(file: BinaryIO, size: int, start: int, magic: bytes) -> Extent:
 
 def _with_beyond(file: BinaryIO, size: int, position: int, sound: int) -> Extent:
     """Of a file that goes on behind its sound with what is no chunk: tags, zeros that were reserved, or more sound."""
+    if any(magic in _at(file, position, 16) for magic in _CHUNKS):  # behind bytes that fill up the first
+        return Extent(several=True)
     position = min(size, _after_tags(file, position))
     places = (position, (position + size) // 2, max(position, size - _PROBE_BYTES))
     filled = any(_at(file, place, _PROBE_BYTES).strip(b"\0") for place in places)

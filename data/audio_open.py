@@ -47,18 +47,30 @@ def opened(source: str | os.PathLike[str] | BinaryIO, there: Extent) -> Iterator
     Raises:
         soundfile.SoundFileError, OSError: it cannot be opened.
     """
-    # soundfile encodes text strictly, and a name need not be UTF-8.
-    file = os.fsencode(source) if isinstance(source, (str, os.PathLike)) else source
     with ExitStack() as stack:
-        audio = stack.enter_context(_SoundFile(file))
+        if not isinstance(source, (str, os.PathLike)):
+            file, audio = source, stack.enter_context(_SoundFile(source))
+        else:
+            file = stack.enter_context(open(source, "rb"))
+            audio = stack.enter_context(opened_path(source, file))
         # libsndfile would stop at a length estimated from the bit rate of the first frames, a third of some files.
         uncounted = there.uncounted and audio.format == "MP3"
         if uncounted or there.unset:
-            raw = open(file, "rb") if isinstance(file, bytes) else file  # noqa: SIM115 - closed by the stack
-            if isinstance(file, bytes):
-                stack.callback(raw.close)
-            audio = stack.enter_context(_SoundFile(_Corrected(raw, uncounted, there.unset)))
+            audio = stack.enter_context(_SoundFile(_Corrected(file, uncounted, there.unset)))
         yield audio
+
+
+def opened_path(path: str | os.PathLike[str], file: BinaryIO) -> soundfile.SoundFile:
+    """The sound of a path that is open as `file`, which must stay open. Raises soundfile.SoundFileError.
+
+    By its path libsndfile takes a file for the sound of the resource fork `._X` beside it, which macOS leaves beside
+    every X: no MP3 can be read then. By its descriptor it cannot see the name's ending, which tells of some formats.
+    """
+    try:
+        return _SoundFile(file.fileno(), closefd=False)
+    except soundfile.SoundFileError:
+        # soundfile encodes text strictly, and a name need not be UTF-8.
+        return _SoundFile(os.fsencode(path))
 
 
 class _SoundFile(soundfile.SoundFile):

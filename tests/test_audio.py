@@ -44,12 +44,14 @@ FORMATS = {
     "opus": ("OGG", "OPUS"),
     "rf64": ("RF64", "PCM_16"),
     "sph": ("NIST", "PCM_16"),
+    "ulaw.sph": ("NIST", "ULAW"),
     "w64": ("W64", "PCM_16"),
     "wav": ("WAV", "PCM_16"),
     "wavex": ("WAVEX", "FLOAT"),
     "ulaw.wav": ("WAV", "ULAW"),
     "adpcm.wav": ("WAV", "IMA_ADPCM"),
     "alac.caf": ("CAF", "ALAC_16"),
+    "s8.caf": ("CAF", "PCM_S8"),
 }
 
 
@@ -335,6 +337,16 @@ def test_files_of_two_codecs_put_together_are_refused(first: str, second: str, t
     joined = encoded(first, noise(3)) + encoded(second, noise(2, channels=2))
     with pytest.raises(DataError, match=SEVERAL):
         read_audio(write(tmp_path / f"two.{first}", joined), SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["caf", "s8.caf", "ulaw.wav", "aif", "rf64"])
+def test_files_of_odd_lengths_put_together_are_refused(kind: str, tmp_path: Path) -> None:
+    """Whatever fills the first one up."""
+    for samples in (24_001, 24_002, 24_003):
+        whole = encoded(kind, noise(2)[:samples])
+        assert len(read_audio(write(tmp_path / f"one.{kind}", whole), SETTINGS)) >= samples
+        with pytest.raises(DataError, match=SEVERAL):
+            read_audio(write(tmp_path / f"two.{kind}", whole + whole), SETTINGS)
 
 
 def test_tagged_and_streamed_files_put_together_are_refused(tmp_path: Path) -> None:

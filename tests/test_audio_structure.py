@@ -12,12 +12,12 @@ import soundfile
 import torch
 
 from data import audio_open
-from data.audio import audio_blocks, read_audio
+from data.audio import audio_blocks, audio_seconds, read_audio
 from data.corpora.base import FileSource, SegmentSource
 from data.errors import DataError
 from data.extraction import Extracted, extract
 from data.index import Recording
-from tests.test_audio import ID3, ID3V1, RATE, SETTINGS, chunk, encoded, noise, uncounted, wav, write
+from tests.test_audio import FORMATS, ID3, ID3V1, RATE, SETTINGS, chunk, encoded, noise, uncounted, wav, write
 
 
 def samples_of(content: bytes, path: Path) -> int:
@@ -207,3 +207,22 @@ def test_a_file_is_measured_once_for_all_its_segments_in_any_order(
         for path in paths:
             SegmentSource(Recording("a"), path, start, 0.2).load(SETTINGS)
     assert measured == list(map(str, paths))
+
+
+# What macOS leaves beside files
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+@pytest.mark.parametrize("fork", [b"", b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4072), b"junk" * 99])
+def test_a_file_is_read_whatever_macos_left_beside_it(fork: bytes, kind: str, tmp_path: Path) -> None:
+    """libsndfile takes `._X` for the resource fork of X, and then X for a file of Sound Designer II."""
+    path = write(tmp_path / f"a.{kind}", encoded(kind, noise(1)))
+    write(tmp_path / f"._a.{kind}", fork)
+    assert len(read_audio(path, SETTINGS)) >= RATE and audio_seconds(path) >= 1
+    for start in (0.0, 0.5):
+        assert len(SegmentSource(Recording("a"), path, start, 0.5).load(SETTINGS).waveform) == RATE // 2
+
+
+def test_a_format_that_the_ending_alone_tells_is_still_read(tmp_path: Path) -> None:
+    content = bytes(3000) + encoded("mp3", noise(1))
+    assert len(read_audio(write(tmp_path / "a.mp3", content), SETTINGS)) == RATE

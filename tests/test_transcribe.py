@@ -221,7 +221,7 @@ def transcribe_trouble(world: World, config: script.Config) -> int:
         original = soundfile.SoundFile.__init__
 
         def opened(self: Any, file: Any, *arguments: Any, **options: Any) -> None:
-            no_permission(file)
+            no_permission(os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file)
             original(self, file, *arguments, **options)
 
         patch.setattr(soundfile.SoundFile, "__init__", opened)
