@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bestrq.model.convolution import ConvolutionModule, convolve_in_segments, depthwise
 from bestrq.model.norms import MaskedBatchNorm
+from bestrq.training.process import World
+from tests.gloo import run_distributed
 
 Rows = list[list[tuple[int, int]]]
 """(start, length) of the segments of each row, in frames; a length of 0 marks an unused slot"""
@@ -162,3 +164,22 @@ def test_the_gradient_of_the_depthwise_weight_has_the_weights_strides() -> None:
     out = depthwise(torch.randn(2, 9, 6), weight, torch.zeros(6), 2)
     out.sum().backward()
     assert weight.grad is not None and weight.grad.stride() == weight.stride()
+
+
+def convolve_few_channels(world: World, dim: int, kernel: int) -> float:
+    torch.manual_seed(0)
+    values = [torch.randn(2, 160, dim), torch.randn(dim, 1, kernel), torch.randn(dim)]
+    given = [value.bfloat16().requires_grad_() for value in values]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = depthwise(*given, kernel // 2)
+    assert found.dtype == torch.bfloat16
+    found.float().square().sum().backward()
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in given)
+    expected = depthwise(*(value.detach().float() for value in given), kernel // 2)
+    return float((found.float() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("dim", "kernel"), [(16, 31), (8, 15), (17, 31)])
+def test_few_channels_are_convolved_in_bfloat16_too(dim: int, kernel: int) -> None:
+    """In a process of its own: what this guards against never returns."""
+    assert run_distributed(convolve_few_channels, 1, dim, kernel)[0] < 0.01

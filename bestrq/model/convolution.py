@@ -98,6 +98,10 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     On a CPU, a padding of more than (K - 1) / 2 is slow.
     """
     if x.device.type == "cpu":
+        if x.dtype == torch.bfloat16 and len(weight) <= 16:
+            # oneDNN never returns, from K = 15 on (torch 2.14). Autocast would come back to its bfloat16.
+            with torch.autocast("cpu", enabled=False):
+                return depthwise(x.float(), weight.float(), bias.float(), padding).to(x.dtype)
         return _ChannelsLastDepthwise.apply(x, weight, bias, padding)
     return F.conv1d(x.mT, weight, bias, padding=padding, groups=len(weight)).mT
 
