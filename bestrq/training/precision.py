@@ -94,7 +94,7 @@ def warn_of_emulation(field: str, precision: str, world: World) -> None:
     if world.device.type == "cpu":
         slower = f": a matrix product takes {emulation_factor():.1f} times as long as in float32 (measured)"
     print(
-        f"warning: {field} is bfloat16, which {_device_name(world.device)} emulates{slower}; set it to float32",
+        f"warning: {field} is bfloat16, which {_device_name(world.device)} emulates{slower}; float32 is faster here",
         file=sys.stderr,
         flush=True,
     )
