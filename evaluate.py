@@ -35,26 +35,35 @@ from urllib.parse import quote
 import torch
 from tqdm import tqdm
 
-from bestrq.config import ConfigError, parse, run_main
-from bestrq.files import write_file
-from bestrq.recognition import pages
-from bestrq.recognition.console import comparison_table, rates_table
-from bestrq.recognition.decoders import Decoder, decode_recordings
-from bestrq.recognition.inference import Source
-from bestrq.recognition.results import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
-from bestrq.recognition.stm_scoring import ReferenceSegment
-from bestrq.recognition.subtitles import SubtitleSettings
-from bestrq.recognition.transcripts import WRITERS, TimedTranscript
+from bestrq.long_form.decoders import Decoder, decode_recordings
+from bestrq.long_form.inference import Source
+from bestrq.report import pages
+from bestrq.report.console import comparison_table, rates_table
+from bestrq.report.results import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.scoring.stm import ReferenceSegment
 from bestrq.training.export import read_export
 from bestrq.training.memory import PeakMemory
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
-from data.audio_files import find_audio
-from data.errors import DataError
+from bestrq.transcripts.subtitles import SubtitleSettings
+from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
+from common.config import parse, run_main
+from common.errors import UserError
+from common.files import write_file
+from data.audio.files import find_audio
 from data.features import FeatureSettings, difference
-from data.shards import Dataset, open_dataset
-from evaluation import Cell, Config, DataSettings, cells_of, in_earlier_folders, in_folders, try_cell, with_keys
-from evaluation_results import (
+from data.format.dataset import Dataset, open_dataset
+from pipelines.evaluation import (
+    Cell,
+    Config,
+    DataSettings,
+    cells_of,
+    in_earlier_folders,
+    in_folders,
+    try_cell,
+    with_keys,
+)
+from pipelines.evaluation_results import (
     Evaluated,
     describe,
     evaluate_recording,
@@ -64,7 +73,7 @@ from evaluation_results import (
     transcript_of,
     window_edges,
 )
-from recogniser import (
+from pipelines.recogniser import (
     EncoderChanges,
     Recogniser,
     hash_of_export,
@@ -109,7 +118,7 @@ def select_recordings(dataset: Dataset, settings: DataSettings, has_stm: bool = 
     chosen = chosen[: settings.max_recordings or None]
     silent = [dataset.id(i) for i in chosen if dataset.text(i) is None]
     if silent and not has_stm:
-        raise DataError(
+        raise UserError(
             f"{dataset.location}: {len(silent)} of {len(chosen)} recordings have no transcript, such as {silent[0]!r}: "
             "give a split whose recordings have one"
         )
@@ -117,7 +126,7 @@ def select_recordings(dataset: Dataset, settings: DataSettings, has_stm: bool = 
 
 
 def prepare(path: str, config: Config, dataset: Dataset, world: World) -> list[Cell]:
-    """The cells of a model with their keys, each tried for what does not go together. Raises ConfigError."""
+    """The cells of a model with their keys, each tried for what does not go together. Raises UserError."""
     export = read_export(path)
     recogniser = load_recogniser(export)
     check_features(recogniser.features, dataset, config)
@@ -133,7 +142,7 @@ def prepare(path: str, config: Config, dataset: Dataset, world: World) -> list[C
 def check_features(features: FeatureSettings, dataset: Dataset, config: Config) -> None:
     """The model must see the numbers that it was trained on."""
     if different := difference(features, dataset.features):
-        raise ConfigError(
+        raise UserError(
             f"the features of {config.data.dataset} are not those of the model (model != dataset): "
             f"{'; '.join(different)}. Prepare the dataset again with the model's features"
         )
@@ -141,10 +150,10 @@ def check_features(features: FeatureSettings, dataset: Dataset, config: Config) 
 
 @functools.lru_cache(maxsize=1)  # the next cell is mostly of the same model
 def load(export: str, export_hash: str, changes: EncoderChanges) -> Recogniser:
-    """A model, ready to decode. Raises ConfigError where it is not the one that was there at the start."""
+    """A model, ready to decode. Raises UserError where it is not the one that was there at the start."""
     read = read_export(export)
     if hash_of_export(read) != export_hash:  # a training that goes on writes a better one
-        raise ConfigError(f"{export} has changed since this evaluation began: start it again, or evaluate a copy")
+        raise UserError(f"{export} has changed since this evaluation began: start it again, or evaluate a copy")
     return load_recogniser(read, changes)
 
 
@@ -157,7 +166,7 @@ def evaluate_cell(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"out = {config.out}: cannot make this folder ({error}); choose another one") from error
+        raise UserError(f"out = {config.out}: cannot make this folder ({error}); choose another one") from error
     if not world.broadcast(is_finished(folder, cell.key) if world.is_main else None):
         recogniser = load(cell.export, cell.export_hash, cell.encoder)
         decoder = make_decoder(recogniser, cell.decoder, cell.export)
@@ -218,7 +227,7 @@ def is_finished(folder: Path, key: str) -> bool:
 
 def earlier_results(folder: Path, decode_key: str) -> dict[str, Any] | None:
     """Those in the folder, where the same was heard; None where there are none."""
-    with suppress(ConfigError):
+    with suppress(UserError):
         results = read_results(folder)
         if results.get("decode_key") == decode_key and (folder / TRANSCRIPTS).exists():
             return results
@@ -376,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,), console_may_vanish=True)
+    run_main(main, console_may_vanish=True)

@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from bestrq.config import parse, run_main
+from bestrq.long_form.decoders import GreedyCTC
 from bestrq.recognition.ctc import CTCModel, pad_labels, reinitialise_top_blocks
-from bestrq.recognition.decoders import GreedyCTC
 from bestrq.recognition.spec_augment import spec_augment
-from bestrq.recognition.validation import validate
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import MetricsLog, Throughput, console_line
 from bestrq.training.optimizer import build_optimizer, set_learning_rates
@@ -26,9 +24,9 @@ from bestrq.training.process import autocast, gradient_sync, parallelise, start_
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
-from data.errors import DataError
-from data.loader import DataState
-from finetuning import (
+from common.config import parse, run_main
+from data.loading.loader import DataState
+from pipelines.finetuning import (
     Best,
     FinetuneConfig,
     Updates,
@@ -43,6 +41,7 @@ from finetuning import (
     stages_of,
     start_run,
 )
+from pipelines.validation import validate
 
 
 @dataclass
@@ -186,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,), console_may_vanish=True)
+    run_main(main, console_may_vanish=True)

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from bestrq.config import parse, run_main, to_dict
+from bestrq.long_form.decoders import DecoderSettings, TransducerDecoder
 from bestrq.recognition.ctc import pad_labels, reinitialise_top_blocks
-from bestrq.recognition.decoders import DecoderSettings, TransducerDecoder
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
-from bestrq.recognition.validation import validate
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import MetricsLog, Throughput, console_line
 from bestrq.training.optimizer import build_optimizer, set_learning_rates
@@ -27,9 +25,9 @@ from bestrq.training.process import autocast, gradient_sync, parallelise, start_
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import UpdateGuard, report_skipped_update, seed_step
-from data.errors import DataError
-from data.loader import DataState
-from finetuning import (
+from common.config import parse, run_main, to_dict
+from data.loading.loader import DataState
+from pipelines.finetuning import (
     Best,
     FinetuneConfig,
     Updates,
@@ -44,6 +42,7 @@ from finetuning import (
     stages_of,
     start_run,
 )
+from pipelines.validation import validate
 
 
 @dataclass
@@ -193,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,), console_may_vanish=True)
+    run_main(main, console_may_vanish=True)

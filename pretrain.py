@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestrq.config import ConfigError, parse, run_main, to_dict
 from bestrq.model.conformer import EncoderSettings
 from bestrq.pretraining.masking import MaskingSettings, draw_span_mask, num_runs
 from bestrq.pretraining.objective import BestRQ, MaskedRows, mask_rows
@@ -48,9 +47,10 @@ from bestrq.training.process import (
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
-from data.errors import DataError
-from data.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
-from data.shards import Dataset
+from common.config import parse, run_main, to_dict
+from common.errors import UserError
+from data.format.dataset import Dataset
+from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
 
 
 @dataclass
@@ -298,12 +298,10 @@ def show_pictures(
 
 
 def check_targets(checkpoint: Checkpoint, quantizer: RandomProjectionQuantizer) -> None:
-    """Refuse to continue on other targets than those of the checkpoint. Raises ConfigError naming the tensor."""
+    """Refuse to continue on other targets than those of the checkpoint. Raises UserError naming the tensor."""
     for name, tensor in quantizer.state_dict().items():
         if not torch.equal(checkpoint.extra_tensors[f"quantizer.{name}"], tensor.cpu()):
-            raise ConfigError(
-                f"{checkpoint.path} has another quantizer: its {name} differs from that of quantizer.seed"
-            )
+            raise UserError(f"{checkpoint.path} has another quantizer: its {name} differs from that of quantizer.seed")
 
 
 def save(run, step, model, optimizer, quantizer, data_state, code_counts, dataset, config, world) -> None:
@@ -381,4 +379,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,), console_may_vanish=True)
+    run_main(main, console_may_vanish=True)

@@ -29,24 +29,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bestrq.config import ConfigError, parse, run_main, to_dict
-from bestrq.files import hash_of_file, write_file
-from bestrq.recognition.decoders import Decoder, DecoderSettings, decode_recordings
-from bestrq.recognition.inference import InferenceSettings, Source
-from bestrq.recognition.subtitles import SubtitleSettings
-from bestrq.recognition.transcripts import WRITERS, TimedTranscript
+from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recordings
+from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.training.export import Export, read_export
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
-from data.audio_files import AudioFile, list_audio
+from bestrq.transcripts.subtitles import SubtitleSettings
+from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
+from common.config import parse, run_main, to_dict
+from common.errors import UserError
+from common.files import hash_of_file, write_file
+from data.audio.files import AudioFile, list_audio
 from data.corpora.base import FileSource
-from data.errors import DataError
-from data.extraction import Extracted, Skipped, extract_all
 from data.features import FeatureSettings
-from data.index import Recording, statistics
+from data.format.index import Recording, statistics
+from data.format.normalisation import normalise_into, scale_of
 from data.names import escaped
-from data.normalisation import normalise_into, scale_of
-from recogniser import (
+from data.prepare.extraction import Extracted, Skipped, extract_all
+from pipelines.recogniser import (
     EncoderChanges,
     Recogniser,
     hash_of_export,
@@ -95,15 +95,15 @@ class Config:
     def __post_init__(self) -> None:
         for name, what in (("export", "FOLDER"), ("audio", "FILE_OR_FOLDER")):
             if not getattr(self, name):
-                raise ConfigError(f"{name} is missing: give it as --{name} {what}")
+                raise UserError(f"{name} is missing: give it as --{name} {what}")
         unknown = [name for name in self.format_names if name not in WRITERS]
         if unknown or not self.format_names:
-            raise ConfigError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
+            raise UserError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
         audio = Path(self.audio).expanduser()
         if self.out and Path(self.out).resolve() == (audio if audio.is_dir() else audio.parent).resolve():
-            raise ConfigError(f"out = {self.out}: X.txt beside X.wav may be what was said; choose another folder")
+            raise UserError(f"out = {self.out}: X.txt beside X.wav may be what was said; choose another folder")
         if self.workers < 0:
-            raise ConfigError(f"workers = {self.workers}: give 1 or more, or 0 (automatic)")
+            raise UserError(f"workers = {self.workers}: give 1 or more, or 0 (automatic)")
 
     @property
     def format_names(self) -> list[str]:
@@ -127,7 +127,7 @@ def transcribe(config: Config, world: World) -> int:
     decoder = make_decoder(recogniser, config.decoder, config.export)
     check_statistics(recogniser, export)
     if world.size > 1 and not config.out:
-        raise ConfigError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
+        raise UserError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
     # By rank 0 alone: a network file system may show a new file to some first.
     listed = list_audio(config.audio, key_of(config, hash_of_export(export))) if world.is_main else []
     fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])
@@ -169,9 +169,9 @@ def transcribe(config: Config, world: World) -> int:
 
 
 def check_statistics(recogniser: Recogniser, export: Export) -> None:
-    """Raises ConfigError where the model wants statistics of its training data, and they are missing."""
+    """Raises UserError where the model wants statistics of its training data, and they are missing."""
     if recogniser.normalisation == "dataset" and recogniser.statistics is None:
-        raise ConfigError(
+        raise UserError(
             f"{export.path} was trained with data.normalisation 'dataset', but holds no statistics of its data (it is "
             "an older export, or was trained on a mixture): prepare the audio with data.prepare and use evaluate.py"
         )
@@ -297,7 +297,7 @@ def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
 def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -> str:
     """Write a transcript. Returns the reason if it cannot be written, else "".
 
-    Raises ConfigError if no transcript can be written any more.
+    Raises UserError if no transcript can be written any more.
     """
     try:
         write_transcript(file, transcript, config)
@@ -305,7 +305,7 @@ def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -
         if not config.out:
             raise
         if error.errno in NO_FILE_MORE:
-            raise ConfigError(f"out = {config.out}: {error}; free some space and run the same command again") from error
+            raise UserError(f"out = {config.out}: {error}; free some space and run the same command again") from error
         return f"its transcript cannot be written: {error.filename2 or error.filename}: {error.strerror}"
     return ""
 
@@ -315,7 +315,7 @@ def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Confi
     if not config.out:
         print(f"{escaped(printable(str(file.path)))}\t{transcript.text}", flush=True)
         if getattr(sys.stdout, "vanished", False):
-            raise ConfigError("out is not set and stdout is closed: give a folder as --out FOLDER")
+            raise UserError("out is not set and stdout is closed: give a folder as --out FOLDER")
         return
     for form, path in transcript_paths(file.name, config).items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,7 @@ def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
         out.mkdir(parents=True, exist_ok=True)
         entries = collect_state(out)
     except OSError as error:
-        raise ConfigError(f"out = {config.out}: cannot write into this folder ({error}); choose another one") from error
+        raise UserError(f"out = {config.out}: cannot write into this folder ({error}); choose another one") from error
     done = {name for name, entry in entries.items() if not entry["reason"]}
     return [
         file.name
@@ -388,4 +388,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, user_errors=(DataError,), console_may_vanish=True)
+    run_main(main, console_may_vanish=True)

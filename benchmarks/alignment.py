@@ -1,4 +1,4 @@
-"""How well align.py finds word times: `python -m benchmarks.alignment --model EXPORT`.
+"""How well tools/align.py finds word times: `python -m benchmarks.alignment --model EXPORT`.
 
 EXPORT is a recogniser of the synthetic corpus, such as runs/quickstart-synthetic/pretrained/export of the quickstart.
 Speaks recordings of the test voices with espeak-ng, whose word times are exact, in the language that the model knows,
@@ -34,12 +34,12 @@ import numpy as np
 from benchmarks.machine import print_figures
 from data.corpora.synthetic import SyntheticSource
 from data.features import FeatureSettings, LogMel
-from data.index import Recording
-from data.shards import Dataset, open_dataset
+from data.format.dataset import Dataset, open_dataset
+from data.format.index import Recording
+from data.format.writer import DatasetWriter
 from data.transcripts import Word
-from data.writer import DatasetWriter
 
-SCRIPT = Path(__file__).resolve().parent.parent / "align.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "tools/align.py"
 # Kind of recording: minutes (0: an utterance of 2 to 15 s), and how many of them.
 KINDS = {"utterances": (0.0, 200), "1_min": (1.0, 30), "10_min": (10.0, 6), "60_min": (60.0, 2)}
 SENTENCE = 8  # words that are left out or put in together
@@ -136,7 +136,7 @@ def run_script(dataset: Dataset, model: str, out: Path, more: Sequence[str]) -> 
                 )
             time.sleep(0.05)
     if process.returncode:
-        raise SystemExit(f"align.py ended with {process.returncode}: see above")
+        raise SystemExit(f"tools/align.py ended with {process.returncode}: see above")
     lines = (out / "unaligned.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = time.perf_counter() - begin
     return Outcome(open_dataset(out), [json.loads(line)["id"] for line in lines], seconds, round(memory / 1000))
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--language", default="es", help="language of the model and of the recordings")
     parser.add_argument("--seed", type=int, default=1, help="of the recordings; another one than the corpus's")
     parser.add_argument("--share", type=float, default=1.0, help="of the recordings; at least 2 of a kind are made")
-    parser.add_argument("more", nargs="*", help="after --: settings of align.py")
+    parser.add_argument("more", nargs="*", help="after --: settings of tools/align.py")
     options = parser.parse_args(arguments)
     more = ["--device", "cpu", "--inference.context_seconds", "10", *options.more]
     with tempfile.TemporaryDirectory() as name:

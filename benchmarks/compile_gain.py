@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks.machine import hardware_autocast, hardware_dtype, hardware_precision, print_figures
-from bestrq.model import dropout
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
+from bestrq.model.cpu import dropout
 from bestrq.model.presets import PRESETS
 
 GAP = 1

@@ -32,8 +32,8 @@ import pyarrow as pa
 import torch
 
 from benchmarks.machine import print_figures
-from data.compression import BLOCK_FRAMES, Codec, decode, encode
-from data.shards import Dataset, DatasetWriter, open_dataset
+from data.format.compression import BLOCK_FRAMES, Codec, decode, encode
+from data.format.dataset import Dataset, DatasetWriter, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = (256, 512, 1024, 4096)

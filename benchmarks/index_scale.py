@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from benchmarks.machine import print_figures
 from benchmarks.memory import family, memory
-from data import index as ix
+from common.files import replace_file, write_json
 from data.features import FeatureSettings
-from data.index_file import statistics_header
-from data.loader import LoaderSettings, RowLoader
-from data.rows import DataState
-from data.shards import open_dataset
+from data.format import index as ix
+from data.format.dataset import open_dataset
+from data.format.index_file import statistics_header
+from data.loading.loader import LoaderSettings, RowLoader
+from data.loading.rows import DataState
 
 SHARD_BYTES = 2_000_000_000
 LABELS = {
@@ -54,13 +55,13 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
         codes = rng.integers(0, len(values), recordings, np.int32)
         numbers[name] = pa.DictionaryArray.from_arrays(codes, pa.array(values))
     schema = ix.index_schema()
-    with ix.replace_file(folder / ix.INDEX_FILE) as file, pa.ipc.new_file(file, schema) as writer:
+    with replace_file(folder / ix.INDEX_FILE) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([numbers[name] for name in schema.names], schema=schema))
     schema = ix.recordings_schema()
     with (
-        ix.replace_file(folder / ix.RECORDINGS_FILE) as file,
+        replace_file(folder / ix.RECORDINGS_FILE) as file,
         pa.ipc.new_file(file, schema) as writer,
-        ix.replace_file(folder / ix.STATISTICS_FILE) as statistics,
+        replace_file(folder / ix.STATISTICS_FILE) as statistics,
     ):
         statistics.write(statistics_header(recordings, features.num_mels))
         for first in tqdm(range(0, recordings, ix.BATCH_ROWS), "index", disable=None):
@@ -80,7 +81,7 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
             hole.truncate(SHARD_BYTES + 65536 + 2000 * features.num_mels * ix.BYTES_PER_VALUE)
     fields = {"mean": [-5.0] * features.num_mels, "std": [1.0] * features.num_mels, "fingerprint": "made up"}
     totals = {"recordings": recordings, "frames": int(frames.sum())}
-    ix.write_json(folder / ix.DATASET_FILE, {**ix.head(features, "plain"), **fields, **totals})
+    write_json(folder / ix.DATASET_FILE, {**ix.head(features, "plain"), **fields, **totals})
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:

@@ -32,11 +32,11 @@ import torch
 from benchmarks.machine import print_figures
 from benchmarks.memory import family, memory, processor_seconds
 from bestrq.pretraining.masking import draw_span_mask
-from data.batch import SharedRows
 from data.features import FeatureSettings
-from data.index import LAYOUTS, Layout
-from data.loader import LoaderSettings, Plan, RowLoader
-from data.shards import Dataset, DatasetWriter, Recording, open_dataset
+from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.format.index import LAYOUTS, Layout
+from data.loading.batch import SharedRows
+from data.loading.loader import LoaderSettings, Plan, RowLoader
 
 
 def write_synthetic(folder: str, hours: float, layout: Layout = "plain", seed: int = 0) -> Dataset:

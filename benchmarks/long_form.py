@@ -39,10 +39,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import print_figures
+from bestrq.long_form.inference import InferenceSettings, Mode, Source, StreamedOutputs, transcribe
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
-from bestrq.recognition.inference import InferenceSettings, Mode, Source, StreamedOutputs, transcribe
 from bestrq.training.memory import forget_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 

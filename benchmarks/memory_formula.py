@@ -1,7 +1,8 @@
 """What training keeps in memory, as a formula: bytes of weights, of activations in every mode, of the head.
 
 The coefficients are those of this code under bfloat16 autocast; `python -m benchmarks.activation_memory --fit` finds
-them by counting, and tests/test_memory_formula.py checks that they are still right. docs/memory.md explains the terms.
+them by counting, and tests/benchmarks/test_memory_formula.py checks that they are still right. docs/memory.md explains
+the terms.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bestrq.model.attention.segments import MAX_WEIGHTS
 from bestrq.model.checkpointing import MODES
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.cpu.attention import MAX_WEIGHTS
 from bestrq.model.presets import PRESETS
 
 

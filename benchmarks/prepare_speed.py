@@ -31,7 +31,7 @@ from benchmarks.machine import print_figures
 from data.corpora.folder import FolderSettings
 from data.corpora.synthetic import SyntheticSettings, sources
 from data.features import FeatureSettings
-from data.prepare import PrepareSettings, prepare
+from data.prepare.prepare import PrepareSettings, prepare
 
 # soundfile's format and subtype; Opus and MP3 at its default bit rates.
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "mp3": ("MP3", "MPEG_LAYER_III")}

@@ -13,7 +13,7 @@ from bestrq.model.presets import PRESETS
 from bestrq.pretraining.masking import MaskingSettings, draw_span_mask
 from bestrq.pretraining.objective import BestRQ, MaskedRows, mask_rows
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
-from data.packing import Row
+from data.loading.packing import Row
 
 FRAMES_PER_SECOND = 100
 NUM_MELS = 80

@@ -30,8 +30,8 @@ import numpy as np
 from benchmarks import range_read_systems as systems
 from benchmarks.machine import print_figures
 from data.features import FeatureSettings
-from data.shards import Dataset, DatasetWriter, Recording, open_dataset
-from data.storage import StorageSettings, open_storage
+from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.storage.local import StorageSettings, open_storage
 
 FRAMES, LENGTH = 720_000, 3000
 BYTES = LENGTH * 80 * 2

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 
 from benchmarks.machine import hardware_precision, print_figures
 from benchmarks.rnnt_loss_peers import PEERS, Problem, missing
-from bestrq.recognition import transducer_loss as ours
-from bestrq.recognition.lattices import Lattices
-from bestrq.recognition.pruning import SimpleJoint
+from bestrq.recognition.losses import transducer as ours
+from bestrq.recognition.losses.lattices import Lattices
+from bestrq.recognition.losses.pruning import SimpleJoint
+from bestrq.recognition.losses.transducer import transducer_loss
 from bestrq.recognition.transducer import TransducerSettings
-from bestrq.recognition.transducer_loss import transducer_loss
 from bestrq.training.memory import forget_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 

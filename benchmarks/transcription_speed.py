@@ -41,15 +41,15 @@ from torch import Tensor, nn
 
 from benchmarks.encoder_peers import require
 from benchmarks.machine import print_figures
+from bestrq.long_form.decoders import GreedyCTC, decode_recordings
+from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.model.conformer import EncoderSettings
 from bestrq.model.presets import PRESETS
 from bestrq.recognition.ctc import CTCModel
-from bestrq.recognition.decoders import GreedyCTC, decode_recordings
-from bestrq.recognition.inference import InferenceSettings, Source
-from bestrq.recognition.words import timed_words
+from bestrq.transcripts.words import timed_words
 from data.features import FeatureSettings, LogMel
-from data.index import statistics
-from data.normalisation import normalise_into, scale_of
+from data.format.index import statistics
+from data.format.normalisation import normalise_into, scale_of
 from data.tokenizer import CharTokenizer
 
 RATE = 16000

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from data.errors import DataError
+from common.errors import UserError
 
 # Fields that came later, with what was true before: that is not written, so that older datasets and models keep their
 # hash.
@@ -49,7 +49,7 @@ class FeatureSettings:
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, fix: str) -> None:
             if not ok:
-                raise DataError(f"features.{field} is {getattr(self, field)!r}: {fix}")
+                raise UserError(f"features.{field} is {getattr(self, field)!r}: {fix}")
 
         require(self.sample_rate > 0, "sample_rate", "must be positive")
         require(self.num_mels > 0, "num_mels", "must be positive")
@@ -82,11 +82,11 @@ class FeatureSettings:
 
     @classmethod
     def from_dict(cls, fields: dict[str, int | float | str]) -> FeatureSettings:
-        """The inverse of `to_dict`. Raises DataError on an unknown or a missing field."""
+        """The inverse of `to_dict`. Raises UserError on an unknown or a missing field."""
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) | set(_LATER) != known:
             wrong = sorted((set(fields) | set(_LATER)) ^ known) if isinstance(fields, dict) else fields
-            raise DataError(f"feature settings with unknown or missing fields: {wrong}; expected {sorted(known)}")
+            raise UserError(f"feature settings with unknown or missing fields: {wrong}; expected {sorted(known)}")
         return cls(**fields)  # type: ignore[arg-type]
 
     def hash(self) -> str:

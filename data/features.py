@@ -14,7 +14,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from data.errors import DataError
+from common.errors import UserError
 from data.feature_settings import FeatureSettings as FeatureSettings
 from data.feature_settings import difference as difference
 
@@ -27,7 +27,7 @@ class LogMel:
     """`LogMel(settings)(waveform)`: float32 [samples] -> float32 [frames, M], natural logarithm of mel energies.
 
     Equals `log(clamp(torchaudio.transforms.MelSpectrogram(...)))` to rounding; computed in blocks that fit the cache.
-    Raises DataError for audio shorter than a window or with NaN or infinite samples.
+    Raises UserError for audio shorter than a window or with NaN or infinite samples.
     """
 
     def __init__(self, settings: FeatureSettings) -> None:
@@ -47,7 +47,7 @@ class LogMel:
     def __call__(self, waveform: Tensor | np.ndarray) -> Tensor:
         waveform = torch.as_tensor(waveform, dtype=torch.float32)
         if waveform.ndim != 1:
-            raise DataError(f"a waveform must have one dimension [samples], not the shape {list(waveform.shape)}")
+            raise UserError(f"a waveform must have one dimension [samples], not the shape {list(waveform.shape)}")
         return torch.cat(list(self.blocks([waveform])))
 
     def blocks(self, sound: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -77,7 +77,7 @@ class LogMel:
                 yield self._log_mel(held.unfold(0, s.n_fft, s.hop)[:whole])
                 held, done = held[whole * s.hop :], done + whole
         if samples < shortest:
-            raise DataError(f"audio of {samples} samples is too short: at least {shortest} are needed")
+            raise UserError(f"audio of {samples} samples is too short: at least {shortest} are needed")
         held = torch.cat([held, tail[:-1].flip(0)])
         if done <= samples // s.hop:
             yield self._log_mel(held.unfold(0, s.n_fft, s.hop)[: 1 + samples // s.hop - done])
@@ -94,13 +94,13 @@ class LogMel:
             log_mel[begin : begin + BLOCK_FRAMES] = mel
         # One sum tells: it is finite exactly when all values are (logarithms of float32 cannot overflow it).
         if not torch.isfinite(log_mel.sum()):
-            raise DataError("audio with NaN or infinite samples: repair or remove the recording")
+            raise UserError("audio with NaN or infinite samples: repair or remove the recording")
         return log_mel
 
 
 def _standardized(frames: Tensor) -> Tensor:
-    """float32 [frames, M] with every bin at zero mean and unit (unbiased) standard deviation. Raises DataError."""
+    """float32 [frames, M] with every bin at zero mean and unit (unbiased) standard deviation. Raises UserError."""
     values = (frames - frames.mean(dim=0)) / frames.std(dim=0)
     if not torch.isfinite(values.sum()):
-        raise DataError("audio with a mel bin that never changes, such as silence: it cannot be standardized")
+        raise UserError("audio with a mel bin that never changes, such as silence: it cannot be standardized")
     return values

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.errors import DataError
-from data.index import replace_file
+from common.errors import UserError
+from common.files import replace_file
 from data.names import escaped
 
 _List = Literal["skipped", "warnings"]
@@ -74,7 +74,7 @@ class Warnings:
         write_list(path, self.items)
 
     def add(self, id: str, reasons: Iterable[str]) -> None:
-        """Append to the list. Raises DataError if it cannot be written."""
+        """Append to the list. Raises UserError if it cannot be written."""
         new = [Skipped(id, reason) for reason in reasons]
         if not new:
             return
@@ -82,7 +82,7 @@ class Warnings:
             with open(self.path, "ab") as file:
                 file.writelines(map(_line, new))
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error}); free some space and run again") from error
+            raise UserError(f"{self.path}: cannot be written ({error}); free some space and run again") from error
         self.items += new
 
 

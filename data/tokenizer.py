@@ -13,8 +13,8 @@ from typing import Protocol
 
 import sentencepiece
 
-from data.errors import DataError
-from data.index import read_json, replace_file, write_json
+from common.errors import UserError
+from common.files import read_json_object, replace_file, write_json
 
 BLANK = 0
 TOKENIZER_FILE = "tokenizer.json"
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         """
 
     def encode(self, text: str) -> list[int]:
-        """Ids in 1 .. vocab_size - 1. Raises DataError for characters that the tokenizer does not know."""
+        """Ids in 1 .. vocab_size - 1. Raises UserError for characters that the tokenizer does not know."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; blanks are skipped."""
@@ -58,7 +58,7 @@ class CharTokenizer:
 
     def __init__(self, characters: Sequence[str], replace_unknown: bool = False) -> None:
         if not characters or any(len(c) != 1 for c in characters) or len(set(characters)) != len(characters):
-            raise DataError(f"tokenizer characters {list(characters)[:8]}: must be distinct single characters")
+            raise UserError(f"tokenizer characters {list(characters)[:8]}: must be distinct single characters")
         self.characters = list(characters)
         self.replace_unknown = replace_unknown
         self._ids = {c: i + 1 for i, c in enumerate(self.characters)}
@@ -68,7 +68,7 @@ class CharTokenizer:
         """Know the characters that occur in `texts` (and the space)."""
         characters = {" "}.union(*texts)
         if characters == {" "}:
-            raise DataError("the texts to train a tokenizer on hold no characters")
+            raise UserError("the texts to train a tokenizer on hold no characters")
         return cls(sorted(characters), replace_unknown)
 
     @property
@@ -114,11 +114,11 @@ class BPETokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise DataError(f"the SentencePiece model cannot be read ({error}); train the tokenizer again") from error
+            raise UserError(f"the SentencePiece model cannot be read ({error}); train the tokenizer again") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, replace_unknown: bool = False) -> BPETokenizer:
-        """Train on `texts`. vocab_size: number of ids, the blank included. Raises DataError where it does not fit."""
+        """Train on `texts`. vocab_size: number of ids, the blank included. Raises UserError where it does not fit."""
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -136,7 +136,7 @@ class BPETokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            raise DataError(f"vocab_size {vocab_size}: no BPE tokenizer of these texts can have it: {error}") from error
+            raise UserError(f"vocab_size {vocab_size}: no BPE tokenizer of these texts can have it: {error}") from error
         return cls(model.getvalue(), replace_unknown)
 
     @property
@@ -164,11 +164,11 @@ class BPETokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokenizer:
-    """The tokenizer that `save` wrote into a folder. Raises DataError where there is none, or it is damaged."""
+    """The tokenizer that `save` wrote into a folder. Raises UserError where there is none, or it is damaged."""
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
-        raise DataError(f"{folder} holds no {TOKENIZER_FILE}: no tokenizer was saved there")
-    fields = read_json(path)
+        raise UserError(f"{folder} holds no {TOKENIZER_FILE}: no tokenizer was saved there")
+    fields = read_json_object(path)
     kind, replace_unknown = fields.get("kind"), bool(fields.get("replace_unknown", False))
     if kind == "char" and isinstance(fields.get("characters"), list):
         return CharTokenizer(fields["characters"], replace_unknown)
@@ -176,12 +176,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokeniz
         try:
             return BPETokenizer((path.parent / MODEL_FILE).read_bytes(), replace_unknown)
         except OSError as error:
-            raise DataError(f"{path.parent / MODEL_FILE}: {error}; save the tokenizer again") from error
-    raise DataError(f"{path}: kind is {kind!r}, known are 'char' and 'bpe'")
+            raise UserError(f"{path.parent / MODEL_FILE}: {error}; save the tokenizer again") from error
+    raise UserError(f"{path}: kind is {kind!r}, known are 'char' and 'bpe'")
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the files in a folder that `load_tokenizer` reads, sorted. Raises DataError as it does."""
+    """Names of the files in a folder that `load_tokenizer` reads, sorted. Raises UserError as it does."""
     model = [MODEL_FILE] if isinstance(load_tokenizer(folder), BPETokenizer) else []
     return sorted([TOKENIZER_FILE, *model])
 
@@ -201,7 +201,7 @@ def _printable(piece: str) -> str:
 def _raise_unknown(text: str, known: Iterable[str]) -> None:
     unknown = sorted(set(text) - set(known))
     named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:12])
-    raise DataError(
+    raise UserError(
         f"characters that the tokenizer does not know: {named} in {text[:80]!r}. Normalise the text "
         "(data.transcripts.label_text), train the tokenizer on texts that hold them, or set replace_unknown"
     )

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data.errors import DataError
+from common.errors import UserError
 
 
 class Word(NamedTuple):
@@ -67,12 +67,12 @@ def word_fault(words: Sequence[Sequence[Any]], duration: float, overlap: float =
 
 
 def check_word_times(words: Sequence[Sequence[Any]], duration: float, name: str) -> None:
-    """Raise DataError naming the recording and the word unless times are sorted, ordered and within [0, duration]."""
+    """Raise UserError naming the recording and the word unless times are sorted, ordered and within [0, duration]."""
     fault = word_fault(words, duration)
     if fault is not None:
         number, problem = fault
         word, start, end = words[number][:3]
-        raise DataError(f"recording {name!r}, word {number} {word!r} at {start} to {end} s: {problem}")
+        raise UserError(f"recording {name!r}, word {number} {word!r} at {start} to {end} s: {problem}")
 
 
 def _start(word: Sequence[Any]) -> float:

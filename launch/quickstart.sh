@@ -102,7 +102,7 @@ if [ "$head" = ctc ]; then
 else
     fine_tune rnnt rnnt "${from_pretrained[@]}"
     headline "A language model of the transcripts"
-    $python language_model.py --export "$folder/rnnt/export" --data.dataset "$dataset" --data.language "$language" \
+    $python -m tools.train_ngram --export "$folder/rnnt/export" --data.dataset "$dataset" --data.language "$language" \
         --out "$folder/lm.arpa"
     evaluate pretrained pretrained
     evaluate rnnt rnnt

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import finetune_ctc
 import finetune_rnnt
 import pretrain
-from bestrq.config import from_dict, load_yaml, run_main
 from bestrq.pretraining.objective import BestRQ
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel
@@ -30,7 +29,8 @@ from bestrq.training.optimizer import build_optimizer
 from bestrq.training.precision import Precision, resolve_precision, with_precision
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
-from finetuning import FinetuneConfig
+from common.config import from_dict, load_yaml, run_main
+from pipelines.finetuning import FinetuneConfig
 
 VOCAB_SIZE = 40
 """approximate number of the quickstart's characters"""

@@ -19,12 +19,11 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bestrq.config import ConfigError, run_main
-from bestrq.recognition import charts, report
-from bestrq.recognition.comparison import Results, compare_systems
-from bestrq.recognition.recordings import recordings_section
-from bestrq.recognition.results import read_results, read_transcripts
-from bestrq.recognition.sections import (
+from bestrq.report import charts, report
+from bestrq.report.comparison import Results, compare_systems
+from bestrq.report.recording_table import recordings_section
+from bestrq.report.results import read_results, read_transcripts
+from bestrq.report.sections import (
     breakdowns_section,
     cells_section,
     comparison_section,
@@ -32,8 +31,10 @@ from bestrq.recognition.sections import (
     results_section,
     transcripts_section,
 )
-from bestrq.recognition.tables import percent
+from bestrq.report.tables import percent
 from bestrq.training.meters import read_metrics
+from common.config import run_main
+from common.errors import UserError
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> charts.Series | None:
@@ -89,7 +90,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray] | None:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot read {path}: {error}. Remove it to go on without this picture") from error
+        raise UserError(f"cannot read {path}: {error}. Remove it to go on without this picture") from error
 
 
 def describe_usage(counts: np.ndarray) -> str:
@@ -116,7 +117,7 @@ def parse_systems(values: Sequence[str]) -> dict[str, Path]:
     pairs = [value.partition("=") for value in values]
     for (name, equals, folder), value in zip(pairs, values, strict=True):
         if not (name and equals and folder):
-            raise ConfigError(f"--systems {value}: write NAME=FOLDER, such as pretrained=results/pretrained")
+            raise UserError(f"--systems {value}: write NAME=FOLDER, such as pretrained=results/pretrained")
     return {name: Path(folder) for name, _, folder in pairs}
 
 

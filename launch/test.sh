@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh                      everything
 #   bash launch/test.sh -m "not slurm"       without the SLURM cluster
-#   bash launch/test.sh tests/test_order.py  one file
+#   bash launch/test.sh tests/data/loading/test_order.py  one file
 #   bash launch/test.sh -n 0 -s -k stream    in one process, with what the tests print
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

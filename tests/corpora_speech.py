@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data.audio import resample
+from data.audio.reading import resample
 from data.corpora.espeak import Synthesizer
 from data.features import FeatureSettings
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bestrq.recognition.lattices import Lattices
+from bestrq.recognition.losses.lattices import Lattices
 
 JOINT, VOCAB = 6, 5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.features import FeatureSettings
-from data.shards import Dataset, DatasetWriter, Recording, open_dataset
+from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
 
 FEATURES = FeatureSettings()
 

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bestrq.recognition.breakdowns import (
+from bestrq.report.results import FORMAT_VERSION, RESULTS, TRANSCRIPTS
+from bestrq.scoring.breakdowns import (
     align_timed,
     by_duration,
     by_edge_distance,
@@ -14,10 +15,9 @@ from bestrq.recognition.breakdowns import (
     by_speaker,
     confusions,
 )
-from bestrq.recognition.normalisers import normalisers_used
-from bestrq.recognition.results import FORMAT_VERSION, RESULTS, TRANSCRIPTS
-from bestrq.recognition.scoring import RecordingScore, score_by_language, score_recording
-from bestrq.recognition.words import TimedWord
+from bestrq.scoring.normalisers import normalisers_used
+from bestrq.scoring.word_errors import RecordingScore, score_by_language, score_recording
+from bestrq.transcripts.words import TimedWord
 
 WORD_SECONDS = 0.5
 

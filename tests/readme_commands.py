@@ -39,13 +39,15 @@ TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers
 TINY_CORPUS = "--languages en --train_hours 0.02 --dev_utterances 2 --test_utterances 2 --test_long_recordings 0"
 TWO_PROCESSES = {"--nproc-per-node 8": "--nproc-per-node 2"}
 
-LONG_CONTEXT = "tests/test_long_context.py runs it, on corpora of a few seconds"
+LONG_CONTEXT = "tests/experiments/test_long_context.py runs it, on corpora of a few seconds"
 
 COMMANDS: dict[str, Run | Elsewhere] = {
     "bash launch/quickstart.sh": Run("--tiny"),
-    "bash launch/quickstart.sh --corpus fillets": Elsewhere("fetches 100 MB; tests/test_corpora.py reads a small copy"),
+    "bash launch/quickstart.sh --corpus fillets": Elsewhere(
+        "fetches 100 MB; tests/data/corpora/test_corpora.py reads a small copy"
+    ),
     "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
-    "bash launch/context_effect.sh": Run("--tiny"),
+    "bash experiments/context_effect.sh": Run("--tiny"),
     "bash launch/test.sh": Elsewhere("this is what it runs"),
     "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
         exchange={"/data/speech": SPEECH_FOLDER}
@@ -59,29 +61,29 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "--out results/base": Run("--device cpu"),
     "torchrun --nproc-per-node 8 finetune_rnnt.py --config configs/base-120m-rnnt.yaml "
     "--finetune.init runs/base-120m/export": Run(f"{TINY_RUN} --finetune.vocab_size=20", TWO_PROCESSES),
-    "python language_model.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out lm.arpa": Run(),
+    "python -m tools.train_ngram --export runs/base-120m-rnnt/export "
+    "--data.dataset datasets/train --out lm.arpa": Run(),
     "python evaluate.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out results/rnnt "
     "--decoder.beam 4 --decoder.language_model lm.arpa": Run("--device cpu"),
-    "python compare.py --results results/base results/rnnt --out results/compare": Run("--resamples 100"),
+    "python -m tools.compare --results results/base results/rnnt --out results/compare": Run("--resamples 100"),
     "python evaluate.py --export runs/base-120m-ctc/export --data.dataset datasets/train --out results/sweep "
     "--grid.contexts '[5, 20, 80, 0]'": Run("--device cpu", {"[5, 20, 80, 0]": "[5, 0]"}),
-    "bash launch/long_context.sh prepare --tedlium DIR --earnings22 DIR": Elsewhere(LONG_CONTEXT),
-    "bash launch/long_context.sh train": Elsewhere(LONG_CONTEXT),
-    "bash launch/long_context.sh evaluate": Elsewhere(LONG_CONTEXT),
+    "bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR": Elsewhere(LONG_CONTEXT),
+    "bash experiments/long_context.sh train": Elsewhere(LONG_CONTEXT),
+    "bash experiments/long_context.sh evaluate": Elsewhere(LONG_CONTEXT),
     "python transcribe.py --export runs/base-120m-rnnt/export --audio talks --out transcripts "
     "--formats txt,json,srt": Run("--device cpu", {"talks": SPEECH_FOLDER}),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
-        "tests/test_slurm.py does it, on two nodes"
+        "tests/launch/test_slurm.py does it, on two nodes"
     ),
     "python -m data.prepare synthetic --out datasets/synthetic": Run(TINY_CORPUS),
     "python -m data.shards inspect datasets/synthetic": Run(),
     "python -m data.shards verify datasets/synthetic": Run(),
     "sbatch --array=0-15 launch/prepare.sbatch mls --languages de,fr --out datasets/mls": Elsewhere(
-        "tests/test_slurm.py does it with another corpus, tests/test_corpora_mls.py reads this one"
+        "tests/launch/test_slurm.py does it with another corpus, tests/data/corpora/test_corpora_mls.py reads this one"
     ),
-    "python align.py --data.dataset datasets/train --model runs/base-120m-ctc/export --out datasets/train-timed": Run(
-        "--device cpu"
-    ),
+    "python -m tools.align --data.dataset datasets/train --model runs/base-120m-ctc/export "
+    "--out datasets/train-timed": Run("--device cpu"),
     "python -m benchmarks.pretraining_speed": Run("--only-ours --utterances 2 --row-seconds 20 --rows 1 --repeats 1"),
     "python -m benchmarks.encoder_speed": Run(
         "--systems --preset base-120m --workload equal --layers 1 --seconds-of-audio 10 --batch-seconds 10 --repeats 1"
@@ -105,7 +107,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m benchmarks.range_read": Run("--only-ours --recordings 1 --rounds 2"),
     "python -m benchmarks.compression --dataset datasets/synthetic": Run("--minutes 0.5 --crops 2"),
     "python -m benchmarks.alignment --model runs/base-120m-ctc/export": Elsewhere(
-        "a model of two updates aligns nothing; tests/test_align_script.py runs the script"
+        "a model of two updates aligns nothing; tests/scripts/test_align_script.py runs the script"
     ),
     "python -m benchmarks.prepare_speed": Elsewhere("needs lhotse, which is in requirements-benchmarks.txt only"),
 }

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from data.features import FeatureSettings
-from data.index import Recording
-from data.writer import DatasetWriter
+from data.format.index import Recording
+from data.format.writer import DatasetWriter
 
 WORDS = "ana bela cid dora eva fabio gil hugo ida jan".split()
 

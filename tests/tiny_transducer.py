@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bestrq.decoding.transducer_search import Transducer
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.prediction import State
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
-from bestrq.recognition.transducer_search import Transducer
 
 VOCAB = 5
 MELS = 8

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bestrq.model.attention.module import SelfAttention
 from bestrq.model.checkpointing import run_block
 from bestrq.model.convolution import ConvolutionModule
-from bestrq.model.dropout import Dropout
+from bestrq.model.cpu.dropout import Dropout
 from bestrq.model.initialisation import initialise_blocks, initialise_subsampling
 from bestrq.model.layout import RowLayout, Segments, StageLayout, make_layout
 from bestrq.model.norms import make_norm

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bestrq.model.attention.backends import Plan, choose_backend, make_plan
-from bestrq.model.masks import Mask
-from bestrq.model.masks.causal import CausalMask
-from bestrq.model.masks.chunk import ChunkMask, draw_chunk_size
-from bestrq.model.masks.segment import SegmentMask
-from bestrq.model.masks.window import WindowMask
+from bestrq.model.attention.masks import Mask
+from bestrq.model.attention.masks.causal import CausalMask
+from bestrq.model.attention.masks.chunk import ChunkMask, draw_chunk_size
+from bestrq.model.attention.masks.segment import SegmentMask
+from bestrq.model.attention.masks.window import WindowMask
 from bestrq.model.positions import rotary_phase
 from bestrq.model.settings import EncoderSettings
 

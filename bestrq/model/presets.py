@@ -1,4 +1,4 @@
-"""Named encoders. Their parameter counts stand in tests/test_presets.py."""
+"""Named encoders. Their parameter counts stand in tests/model/test_presets.py."""
 
 from bestrq.model.settings import EncoderSettings, StageSettings
 

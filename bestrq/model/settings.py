@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from bestrq.config import ConfigError
+from common.errors import UserError
 
 FREE_ENCODER_FIELDS = (
     *("dropout", "attention_dropout", "layer_drop", "activation_checkpointing", "backend"),
@@ -14,7 +14,7 @@ FREE_ENCODER_FIELDS = (
 
 def _require(ok: bool, name: str, value: object, fix: str) -> None:
     if not ok:
-        raise ConfigError(f"encoder.{name}: {value!r} is not possible: {fix}")
+        raise UserError(f"encoder.{name}: {value!r} is not possible: {fix}")
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class EncoderSettings:
         try:
             if self.earlier_stages:
                 _ = self.stages  # each is checked as it is made
-        except ConfigError as error:
-            raise ConfigError(f"encoder.earlier_stages: {error}") from None
+        except UserError as error:
+            raise UserError(f"encoder.earlier_stages: {error}") from None
 
     def _check_choices(self) -> None:
         choices = {

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bestrq.config import ConfigError
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.positions import rotary_phase
+from common.errors import UserError
 
 
 @dataclass
@@ -32,13 +32,13 @@ def start_stream(encoder: ConformerEncoder) -> StreamState:
     """The state before the first chunk.
 
     Raises:
-        ConfigError: the encoder looks ahead, so it cannot stream; naming the setting.
+        UserError: the encoder looks ahead, so it cannot stream; naming the setting.
     """
     settings, parameter = encoder.settings, next(encoder.parameters())
     wanted = {"mask": "chunk", "causal_convolution": True, "earlier_stages": [], "group_size": 1}
     for name, value in wanted.items():
         if getattr(settings, name) != value:
-            raise ConfigError(f"encoder.{name} is {getattr(settings, name)!r}: streaming needs {value!r}")
+            raise UserError(f"encoder.{name} is {getattr(settings, name)!r}: streaming needs {value!r}")
     if encoder.training:
         raise ValueError("the encoder is in training mode: put it into evaluation mode before streaming")
     heads = settings.num_kv_heads or settings.num_heads

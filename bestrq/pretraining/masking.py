@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bestrq.config import ConfigError
+from common.errors import UserError
 
 
 @dataclass
@@ -27,13 +27,13 @@ class MaskingSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.start_probability < 1:
-            raise ConfigError(
+            raise UserError(
                 f"masking.start_probability is {self.start_probability}: give a probability in (0, 1), such as 0.01"
             )
         if self.span_ms < 10:
-            raise ConfigError(f"masking.span_ms is {self.span_ms}: give at least one frame (10 ms), such as 400")
+            raise UserError(f"masking.span_ms is {self.span_ms}: give at least one frame (10 ms), such as 400")
         if self.noise_std < 0:
-            raise ConfigError(f"masking.noise_std is {self.noise_std}: give 0 or more, such as 0.1")
+            raise UserError(f"masking.noise_std is {self.noise_std}: give 0 or more, such as 0.1")
 
 
 def draw_span_mask(

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from bestrq.files import write_file
+from common.files import write_file
 
 matplotlib.use("Agg")  # no display on a cluster node
 from matplotlib.figure import Figure

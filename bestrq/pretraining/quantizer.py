@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.config import ConfigError
+from common.errors import UserError
 
 # Similarities of this many (stack, code) pairs are held at once: 64 MiB of float32.
 MAX_SIMILARITIES = 1 << 24
@@ -34,7 +34,7 @@ class QuantizerSettings:
     def __post_init__(self) -> None:
         for name in ("num_codebooks", "codebook_size", "codebook_dim"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"quantizer.{name} is {getattr(self, name)}: give at least 1")
+                raise UserError(f"quantizer.{name} is {getattr(self, name)}: give at least 1")
 
 
 def stack_frames(log_mel: Tensor, stride: int) -> Tensor:
@@ -44,7 +44,7 @@ def stack_frames(log_mel: Tensor, stride: int) -> Tensor:
     """
     rows, frames, num_mels = log_mel.shape
     if frames % stride:
-        raise ConfigError(f"row_frames is {frames}: give a multiple of the encoder's stride {stride}")
+        raise UserError(f"row_frames is {frames}: give a multiple of the encoder's stride {stride}")
     return log_mel.reshape(rows, frames // stride, stride * num_mels)
 
 

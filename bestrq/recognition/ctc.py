@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.config import ConfigError, from_dict, to_dict
+from bestrq.decoding.tokens import BLANK
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import FREE_ENCODER_FIELDS
-from bestrq.recognition.decoding import BLANK
 from bestrq.training.export import Export, read_trained
+from common.config import from_dict, to_dict
+from common.errors import UserError
 
 
 @dataclass
@@ -172,10 +173,10 @@ def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: in
     random state is left as it was. Before wrapping in DDP or FSDP.
 
     Raises:
-        ConfigError: `num_blocks` is negative or more than the encoder has.
+        UserError: `num_blocks` is negative or more than the encoder has.
     """
     if not 0 <= num_blocks <= len(encoder.blocks):
-        raise ConfigError(
+        raise UserError(
             f"reinitialise_top_blocks = {num_blocks}, but the encoder has {len(encoder.blocks)} blocks: "
             f"choose 0 to {len(encoder.blocks)}"
         )
@@ -191,7 +192,7 @@ def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
     `FREE_ENCODER_FIELDS` may differ.
 
     Raises:
-        ConfigError: there is no export, or naming the field or tensor that differs.
+        UserError: there is no export, or naming the field or tensor that differs.
     """
     pretrained = read_trained(folder)
     # Through EncoderSettings, so that an export older than a field has that field's default.
@@ -202,12 +203,12 @@ def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
         if name not in FREE_ENCODER_FIELDS and ours[name] != theirs[name]
     ]
     if differing:
-        raise ConfigError(f"{folder} holds another encoder: {'; '.join(differing)}")
+        raise UserError(f"{folder} holds another encoder: {'; '.join(differing)}")
     tensors = {name: tensor for name, tensor in pretrained.tensors.items() if name.startswith("encoder.")}
     with torch.device("meta"):
         wanted = {f"encoder.{name}": t.shape for name, t in ConformerEncoder(settings).state_dict().items()}
     wrong = sorted(name for name in wanted.keys() | tensors.keys()
                    if name not in wanted or name not in tensors or tensors[name].shape != wanted[name])  # fmt: skip
     if wrong:
-        raise ConfigError(f"{folder}: {len(wrong)} tensors do not fit its own settings, such as {wrong[0]}")
+        raise UserError(f"{folder}: {len(wrong)} tensors do not fit its own settings, such as {wrong[0]}")
     return replace(pretrained, tensors=tensors)

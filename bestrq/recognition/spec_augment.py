@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bestrq.config import ConfigError
+from common.errors import UserError
+from common.hashing import INCREMENT, splitmix64
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class SpecAugmentSettings:
     def __post_init__(self) -> None:
         for field in ("num_freq_masks", "max_freq_width", "num_time_masks", "max_time_width"):
             if getattr(self, field) < 0:
-                raise ConfigError(f"spec_augment.{field} = {getattr(self, field)}: choose 0 (none) or more")
+                raise UserError(f"spec_augment.{field} = {getattr(self, field)}: choose 0 (none) or more")
         if self.time_mask_period < 1:
-            raise ConfigError(f"spec_augment.time_mask_period = {self.time_mask_period}: choose at least 1 mel frame")
+            raise UserError(f"spec_augment.time_mask_period = {self.time_mask_period}: choose at least 1 mel frame")
         if not 0.0 <= self.max_time_share <= 1.0:
-            raise ConfigError(f"spec_augment.max_time_share = {self.max_time_share}: choose a share from 0 to 1")
+            raise UserError(f"spec_augment.max_time_share = {self.max_time_share}: choose a share from 0 to 1")
 
 
 def spec_augment(
@@ -107,11 +108,5 @@ def _uniform(seed: Tensor, draw: Tensor, bound: Tensor) -> Tensor:
     A counter-based generator, because a stateful one would make a mask depend on what was drawn before it. The
     mixing function is that of SplitMix64 (Steele, Lea and Flood 2014); int64 products wrap as needed.
     """
-    bits = _mix(_mix(seed[..., None] + 0x5BEC) + draw * -0x61C8864680B583EB)
+    bits = splitmix64(splitmix64(seed[..., None] + 0x5BEC) + draw * INCREMENT)
     return ((bits >> 11) & ((1 << 53) - 1)) % bound
-
-
-def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
-    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
-    return bits ^ ((bits >> 31) & ((1 << 33) - 1))

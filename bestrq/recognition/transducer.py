@@ -15,16 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bestrq.config import ConfigError
+from bestrq.decoding.tdt_search import TDTState, tdt_greedy
+from bestrq.decoding.transducer_search import GreedyState, greedy_search
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.recognition.ctc import ctc_loss, frame_log_probs, segment_frames
-from bestrq.recognition.lattices import Lattices, check_labels
+from bestrq.recognition.losses.lattices import Lattices, check_labels
+from bestrq.recognition.losses.pruning import SimpleJoint
+from bestrq.recognition.losses.tdt import check_durations, tdt_loss
+from bestrq.recognition.losses.transducer import frames_of_slice, transducer_loss
 from bestrq.recognition.prediction import LSTMPrediction, State, StatelessPrediction
-from bestrq.recognition.pruning import SimpleJoint
-from bestrq.recognition.tdt_loss import check_durations, tdt_loss
-from bestrq.recognition.tdt_search import TDTState, tdt_greedy
-from bestrq.recognition.transducer_loss import frames_of_slice, transducer_loss
-from bestrq.recognition.transducer_search import GreedyState, greedy_search
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,24 @@ class TransducerSettings:
     def __post_init__(self) -> None:
         for name in ("context", "prediction_dim", "prediction_layers", "joint_dim", "slice_bytes"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"transducer.{name} is {getattr(self, name)}: give 1 or more")
+                raise UserError(f"transducer.{name} is {getattr(self, name)}: give 1 or more")
         for name in ("ctc_weight", "fast_emit", "simple_weight", "sigma"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"transducer.{name} is {getattr(self, name)}: give 0 or more")
+                raise UserError(f"transducer.{name} is {getattr(self, name)}: give 0 or more")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"transducer.dropout is {self.dropout}: give a share from 0 to below 1")
+            raise UserError(f"transducer.dropout is {self.dropout}: give a share from 0 to below 1")
         if self.durations:
             check_durations(self.durations)
             if self.fast_emit:
-                raise ConfigError(
+                raise UserError(
                     f"transducer.fast_emit is {self.fast_emit}: give 0 with durations, it is for the plain transducer"
                 )
         if self.prune_range < 0 or self.prune_range == 1:
-            raise ConfigError(f"transducer.prune_range is {self.prune_range}: give 2 or more, or 0 for all states")
+            raise UserError(f"transducer.prune_range is {self.prune_range}: give 2 or more, or 0 for all states")
 
 
 def check_slice_bytes(settings: TransducerSettings, vocab_size: int, most_labels: int, itemsize: int) -> None:
-    """Raise ConfigError, with the smallest value that works, where `slice_bytes` will be too small for a segment of
+    """Raise UserError, with the smallest value that works, where `slice_bytes` will be too small for a segment of
     `most_labels` labels, before any training. itemsize: bytes of a number in the products, 2 or 4."""
     # Without bands: of a segment of few frames, pruning keeps more states than prune_range, of a single one all.
     lattices = Lattices([1], [torch.zeros(most_labels, dtype=torch.int64)])
@@ -151,10 +151,10 @@ class TransducerModel(nn.Module):
         """Log-probabilities of the CTC head for every frame of every row, float32 (or float64) `[R, T, V]`.
 
         Raises:
-            ConfigError: the model has no such head.
+            UserError: the model has no such head.
         """
         if self.ctc_head is None:
-            raise ConfigError("decoder.head is 'ctc', but the transducer was trained with transducer.ctc_weight 0")
+            raise UserError("decoder.head is 'ctc', but the transducer was trained with transducer.ctc_weight 0")
         return frame_log_probs(self.ctc_head, self._hidden(log_mel, segment_start, segment_length))
 
     def start(self, num_sequences: int) -> State:
@@ -196,7 +196,7 @@ class TransducerModel(nn.Module):
             train_encoder: False runs the encoder without a graph: see `CTCModel.forward`.
 
         Raises:
-            ConfigError: a label is outside the vocabulary, or `slice_bytes` too small for one frame of a segment.
+            UserError: a label is outside the vocabulary, or `slice_bytes` too small for one frame of a segment.
         """
         check_labels(labels, label_lengths, self.vocab_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):

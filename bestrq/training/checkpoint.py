@@ -24,16 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bestrq.config import ConfigError
-from bestrq.files import crc32_of, sync, temporary_name, write_file
 from bestrq.training.process import World, unwrap
+from common.errors import UserError
+from common.files import crc32_of, sync, temporary_name, write_file
 
 FORMAT = 1
 COMPLETE = "COMPLETE"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(ConfigError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used or written. The message names the file and what is wrong with it."""
 
 
@@ -49,7 +49,7 @@ class CheckpointSettings:
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"checkpoint.{name} must be 1 or more, but is {getattr(self, name)}")
+                raise UserError(f"checkpoint.{name} must be 1 or more, but is {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bestrq.config import ConfigError, load_yaml
-from bestrq.files import sync, temporary_name
 from bestrq.training.checkpoint import read_tensors, verify_checkpoint
+from common.config import load_yaml
+from common.errors import UserError
+from common.files import read_json, read_json_object, sync, temporary_name
 
 OWN_FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -31,11 +32,11 @@ class Export:
     config: dict[str, Any]
 
     def file(self, name: str) -> bytes:
-        """Content of an extra file. Raises ConfigError when it is not there."""
+        """Content of an extra file. Raises UserError when it is not there."""
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise ConfigError(f"the export {self.path} lacks {name}: {error}") from error
+            raise UserError(f"the export {self.path} lacks {name}: {error}") from error
 
 
 def write_export(
@@ -48,13 +49,13 @@ def write_export(
     """Write an export, replacing an older one. Call it on rank 0 only, with whole tensors (`gather_model`).
 
     Written beside the folder and renamed into place. Two renames replace an older export; a crash right between them
-    leaves it under `.old-NAME`, from where the next write or read brings it back. Raises ConfigError for an extra
+    leaves it under `.old-NAME`, from where the next write or read brings it back. Raises UserError for an extra
     file whose name is not a plain one.
     """
     folder = Path(folder)
     for name in extra_files or {}:
         if name in OWN_FILES or name in ("", ".", "..") or Path(name).name != name:
-            raise ConfigError(f"an extra file of an export needs a plain name of its own, but has {name!r}")
+            raise UserError(f"an extra file of an export needs a plain name of its own, but has {name!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _recover(folder)
     temporary, old = temporary_name(folder), _old(folder)
@@ -75,27 +76,22 @@ def write_export(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _recover(folder)
-        raise ConfigError(f"cannot write the export {folder}: {error}") from error
+        raise UserError(f"cannot write the export {folder}: {error}") from error
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def read_export(folder: str | Path) -> Export:
-    """Read an export; tensors on the CPU. Raises ConfigError naming the file that is missing or damaged."""
+    """Read an export; tensors on the CPU. Raises UserError naming the file that is missing or damaged."""
     folder = Path(folder)
     _recover(folder)
     if not folder.is_dir():
-        raise ConfigError(f"there is no export at {folder}: give the folder that holds model.safetensors")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.json'} must be a JSON object, but is {type(config).__name__}")
+        raise UserError(f"there is no export at {folder}: give the folder that holds model.safetensors")
+    config = read_json_object(folder / "config.json")
     try:
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
+        raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
     return Export(folder, tensors, config)
 
 
@@ -114,23 +110,23 @@ def _recover(folder: Path) -> None:
 def read_trained(folder: str | Path) -> Export:
     """An export; or a checkpoint (RUN_FOLDER/checkpoints/step-...), read like one, with the settings of its run.
 
-    Raises ConfigError naming the file that is missing or damaged.
+    Raises UserError naming the file that is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / "state.json").exists():
         return read_export(folder)
     if problem := verify_checkpoint(folder):
-        raise ConfigError(f"{folder} cannot be used: {problem}; choose another checkpoint of the run")
+        raise UserError(f"{folder} cannot be used: {problem}; choose another checkpoint of the run")
     try:
         settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
-    except ConfigError as error:
-        raise ConfigError(
+    except UserError as error:
+        raise UserError(
             f"{folder} is a checkpoint, whose settings stand two folders above it: {error}; give it in its run folder, "
             "or an export"
         ) from error
     try:
-        features = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["features"]
+        features = read_json(folder / "state.json")["state"]["features"]
         config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}: its run has no {error} of an encoder; give RUN_FOLDER/export") from error
+        raise UserError(f"{folder}: its run has no {error} of an encoder; give RUN_FOLDER/export") from error
     return Export(folder, read_tensors(folder / "model.safetensors"), {**config, "features": features})

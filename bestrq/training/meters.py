@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from bestrq.files import write_file
 from bestrq.training.precision import DTYPES, has_bfloat16, matmul_rate
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
+from common.files import write_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

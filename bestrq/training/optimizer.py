@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from bestrq.config import ConfigError
+from common.errors import UserError
 
 
 @dataclass
@@ -53,9 +53,9 @@ class OptimizerSettings:
         }
         for name, (right, wanted) in conditions.items():
             if not right:
-                raise ConfigError(f"optimizer.{name} must be {wanted}, but is {getattr(self, name)}")
+                raise UserError(f"optimizer.{name} must be {wanted}, but is {getattr(self, name)}")
         if self.schedule == "noam" and self.warmup_steps == 0:
-            raise ConfigError("optimizer.warmup_steps must be above 0 with optimizer.schedule 'noam', but is 0")
+            raise UserError("optimizer.warmup_steps must be above 0 with optimizer.schedule 'noam', but is 0")
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: int) -> float:
@@ -82,7 +82,7 @@ def build_optimizer(
     """AdamW over named parameters, each group with its own settings (encoder and head, say).
 
     Parameters of one dimension (biases, norms) and frozen ones (`requires_grad` off, left out) need no weight decay.
-    Build it after `parallelise`: sharding replaces the parameters. Raises ConfigError when nothing is trainable.
+    Build it after `parallelise`: sharding replaces the parameters. Raises UserError when nothing is trainable.
     """
     param_groups = []
     for named_parameters, settings in groups:
@@ -102,7 +102,7 @@ def build_optimizer(
                     }  # fmt: skip
                 )
     if not param_groups:
-        raise ConfigError("the optimizer has no trainable parameter")
+        raise UserError("the optimizer has no trainable parameter")
     return torch.optim.AdamW(param_groups, fused=True)
 
 

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bestrq.config import ConfigError
+from common.errors import UserError
 
 FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "timeout_minutes")  # may change between two starts of a run
 
@@ -47,9 +47,9 @@ class DistributedSettings:
 
     def __post_init__(self) -> None:
         if self.threads < 0:
-            raise ConfigError(f"distributed.threads must be 0 (automatic) or more, but is {self.threads}")
+            raise UserError(f"distributed.threads must be 0 (automatic) or more, but is {self.threads}")
         if not self.timeout_minutes > 0:
-            raise ConfigError(f"distributed.timeout_minutes must be above 0, but is {self.timeout_minutes}")
+            raise UserError(f"distributed.timeout_minutes must be above 0, but is {self.timeout_minutes}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     """Read torchrun's variables, or those of a SLURM step (srun), or neither: one process.
 
     A batch script run by SLURM outside srun also sees SLURM_PROCID; only inside a step is SLURM_STEP_NUM_TASKS set.
-    Raises ConfigError when a variable that must be there is missing or not a number.
+    Raises UserError when a variable that must be there is missing or not a number.
     """
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -94,9 +94,9 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 port=int(environment.get("MASTER_PORT", 20000 + spread % 10000)),
             )
     except KeyError as error:
-        raise ConfigError(f"{error.args[0]} is missing from the environment of a distributed start") from error
+        raise UserError(f"{error.args[0]} is missing from the environment of a distributed start") from error
     except ValueError as error:
-        raise ConfigError(f"a variable of the distributed start is not a number: {error}") from error
+        raise UserError(f"a variable of the distributed start is not a number: {error}") from error
     return Launch()
 
 
@@ -104,7 +104,7 @@ def first_host(nodes: str) -> str:
     """First name of a SLURM node list: `node[07-09,12],other` gives `node07`."""
     found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
     if found is None:
-        raise ConfigError(f"cannot read the SLURM node list {nodes!r}: set MASTER_ADDR")
+        raise UserError(f"cannot read the SLURM node list {nodes!r}: set MASTER_ADDR")
     return found[1] + (found[2] or "") + found[3]
 
 
@@ -176,12 +176,12 @@ class World:
 def start_world(settings: DistributedSettings) -> World:
     """Join the process group that the launcher describes (none for a single process) and pick the device.
 
-    Raises ConfigError when CUDA is asked for and is not there, or a machine has fewer GPUs than processes.
+    Raises UserError when CUDA is asked for and is not there, or a machine has fewer GPUs than processes.
     """
     launch = read_launch(os.environ)
     cuda = settings.device != "cpu" and torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
-        raise ConfigError("distributed.device is 'cuda', but torch finds no CUDA GPU here: use 'auto' or 'cpu'")
+        raise UserError("distributed.device is 'cuda', but torch finds no CUDA GPU here: use 'auto' or 'cpu'")
     if threads := _threads(settings, launch):
         torch.set_num_threads(threads)
     device = torch.device("cpu")
@@ -190,7 +190,7 @@ def start_world(settings: DistributedSettings) -> World:
     else:
         count = torch.cuda.device_count()  # 1 where the scheduler shows every task only its own GPU
         if count > 1 and launch.local_rank >= count:
-            raise ConfigError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count}")
+            raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count}")
         device = torch.device("cuda", launch.local_rank % count)
         torch.cuda.set_device(device)
     if launch.size > 1:

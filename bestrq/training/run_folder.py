@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bestrq.config import ConfigError, load_yaml, save_yaml, to_dict
-from bestrq.files import write_file
 from bestrq.training.process import World
-from common.paths import canonical_path
+from common.config import load_yaml, save_yaml, to_dict
+from common.errors import UserError
+from common.files import canonical_path, write_file
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -43,9 +43,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name} must be 1 or more, but is {getattr(self, name)}")
+                raise UserError(f"run.{name} must be 1 or more, but is {getattr(self, name)}")
         if not self.folder:
-            raise ConfigError("run.folder is empty: give a folder, such as runs/first")
+            raise UserError("run.folder is empty: give a folder, such as runs/first")
 
 
 class RunFolder:
@@ -77,7 +77,7 @@ class RunFolder:
         checkpoint, and later only for a field that differs.
 
         A field of all items of a list is written `data.mixture[].dataset`. `facts` are added to run.json. Raises
-        ConfigError on all ranks when a field that may not change did, or the folder cannot be written.
+        UserError on all ranks when a field that may not change did, or the folder cannot be written.
         """
         problem = None
         if world.is_main:
@@ -88,11 +88,11 @@ class RunFolder:
                 save_yaml(values, self.config)
                 start = {**_describe(world, {**(fingerprints or {}), **began}), **(facts or {})}
                 write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))
-            except (ConfigError, OSError) as error:
-                problem = str(error) if isinstance(error, ConfigError) else f"cannot use the run folder: {error}"
+            except (UserError, OSError) as error:
+                problem = str(error) if isinstance(error, UserError) else f"cannot use the run folder: {error}"
         problem = world.broadcast(problem)
         if problem is not None:
-            raise ConfigError(problem)
+            raise UserError(problem)
 
     def _continue(
         self, values: dict[str, Any], defaults: dict[str, Any], free: Collection[str],
@@ -103,14 +103,14 @@ class RunFolder:
         recorded: dict[str, str] = starts[-1].get("fingerprints", {}) if starts else {}
         trained = self._has_checkpoints()
         if trained and not self.config.exists():
-            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
+            raise UserError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
         if trained:  # before the first checkpoint there is nothing that another configuration could spoil
             changed = _differences(_completed(load_yaml(self.config), defaults), values, free)
             proof = {**places, **{field: field for field in origins}}
             changed = [one for one in changed if not (one.pattern in proof and _same_place(one.before, one.after))]
             moved = {one.field: one for one in changed if proof.get(one.pattern) in recorded}
             if differences := [str(one) for one in changed if one.field not in moved]:
-                raise ConfigError(
+                raise UserError(
                     f"the run in {self.path} began with another configuration: {'; '.join(differences)}. "
                     "Take the old value, or another run folder"
                 )
@@ -120,7 +120,7 @@ class RunFolder:
                     elsewhere = "".join(
                         f" ({one})" for one in moved.values() if name in (one.field, proof[one.pattern])
                     )
-                    raise ConfigError(
+                    raise UserError(
                         f"the run in {self.path} began with {name} {recorded[name]}, and now it is {fingerprint}"
                         f"{elsewhere}: give the old data, or another run folder"
                     )
@@ -136,7 +136,7 @@ class RunFolder:
             return None
         try:
             values = load_yaml(self.config).get(section)
-        except ConfigError:
+        except UserError:
             return None
         return values.get(name) if isinstance(values, dict) else None
 
@@ -149,7 +149,7 @@ class RunFolder:
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"cannot read {self.record}: {error!r}. Move it away to go on without it") from error
+            raise UserError(f"cannot read {self.record}: {error!r}. Move it away to go on without it") from error
 
 
 def _completed(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from bestrq.files import write_file
 from bestrq.training.process import World
+from common.files import write_file
 
 STOP = "STOP"
 REQUEUE = "REQUEUE"

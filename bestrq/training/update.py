@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bestrq.config import ConfigError
 from bestrq.training.process import World
+from common.errors import UserError
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -50,11 +50,11 @@ class GuardSettings:
 
     def __post_init__(self) -> None:
         if self.max_bad_updates < 1:
-            raise ConfigError(f"guard.max_bad_updates must be 1 or more, but is {self.max_bad_updates}")
+            raise UserError(f"guard.max_bad_updates must be 1 or more, but is {self.max_bad_updates}")
         if not self.spike_sigma > 0:
-            raise ConfigError(f"guard.spike_sigma must be above 0, but is {self.spike_sigma}")
+            raise UserError(f"guard.spike_sigma must be above 0, but is {self.spike_sigma}")
         if self.spike_window < 8:
-            raise ConfigError(f"guard.spike_window must be 8 or more, but is {self.spike_window}")
+            raise UserError(f"guard.spike_window must be 8 or more, but is {self.spike_window}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ process, and is loaded there; loading the same source twice gives the same numbe
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data.audio import audio_blocks
-from data.errors import DataError
+from common.errors import UserError, did_you_mean
+from data.audio.reading import audio_blocks
 from data.features import FeatureSettings
-from data.index import Recording
+from data.format.index import Recording
 
 SPLITS = ("train", "dev", "test")
 
@@ -69,7 +68,7 @@ class Source(Protocol):
     def load(self, features: FeatureSettings) -> Utterance | FeatureUtterance:
         """Read or make the sound, or read the features.
 
-        Raises DataError where this one recording is unusable: it is skipped and counted.
+        Raises UserError where this one recording is unusable: it is skipped and counted.
         """
         ...
 
@@ -86,25 +85,25 @@ class Unreadable:
     reason: str
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Raises DataError with the reason."""
-        raise DataError(self.reason)
+        """Raises UserError with the reason."""
+        raise UserError(self.reason)
 
 
-class MissingText(DataError):
+class MissingText(UserError):
     """A recording without a transcript when `text` is required: an error of the whole corpus, not of one row."""
 
 
 def mostly_readable(listed: Sequence[object]) -> None:
-    """Raise DataError, with the first reason, if half or more of a table's rows are Unreadable."""
+    """Raise UserError, with the first reason, if half or more of a table's rows are Unreadable."""
     bad = [row for row in listed if isinstance(row, Unreadable)]
     if bad:
         check_unusable(bad[0].reason, len(bad), len(listed))
 
 
 def check_unusable(reason: str, unusable: int, rows: int) -> None:
-    """Raise DataError, with the reason of the first one, if half or more of the rows are unusable."""
+    """Raise UserError, with the reason of the first one, if half or more of the rows are unusable."""
     if 2 * unusable >= rows:
-        raise DataError(reason if rows == 1 else f"{reason} ({unusable} of {rows} rows are unusable)")
+        raise UserError(reason if rows == 1 else f"{reason} ({unusable} of {rows} rows are unusable)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class SegmentSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Read the stretch alone, as a file is read. Raises DataError when the file cannot give it."""
+        """Read the stretch alone, as a file is read. Raises UserError when the file cannot give it."""
         sound = audio_blocks(self.path, features, None, self.start, self.duration)
         return Utterance.read(self.recording, sound, self.warnings)
 
@@ -153,7 +152,7 @@ class Corpus:
     settings: type
     """The settings dataclass."""
     sources: Callable[[Any], Iterable[Source]]
-    """Settings -> everything the corpus has, in a fixed order, ids unique. Raises DataError for a user's mistake."""
+    """Settings -> everything the corpus has, in a fixed order, ids unique. Raises UserError for a user's mistake."""
     features: Callable[[Any], FeatureSettings] | None = None
     """Settings -> the features that its stored numbers have, for a corpus that is not all sound."""
     free: tuple[str, ...] = ()
@@ -165,13 +164,7 @@ def hash_share(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """' Did you mean X?' for the nearest of the known names, or nothing when none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
 def check_choice(field: str, value: str, known: Sequence[str]) -> None:
-    """Raise DataError unless the value is one of the known ones."""
+    """Raise UserError unless the value is one of the known ones."""
     if value not in known:
-        raise DataError(f"{field} is {value!r}, known are {', '.join(known)}.{did_you_mean(value, known)}")
+        raise UserError(f"{field} is {value!r}, known are {', '.join(known)}.{did_you_mean(value, known)}")

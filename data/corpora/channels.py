@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.audio import audio_blocks
+from data.audio.reading import audio_blocks
 from data.corpora.base import Utterance
 from data.features import FeatureSettings
-from data.index import Recording
+from data.format.index import Recording
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,6 @@ class ChannelSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Read the channel, some seconds at a time. Raises DataError where the file cannot give it."""
+        """Read the channel, some seconds at a time. Raises UserError where the file cannot give it."""
         sound = audio_blocks(self.path, features, None, self.start, self.duration, self.channel)
         return Utterance.read(self.recording, sound, self.warnings)

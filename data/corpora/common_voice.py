@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
 from data.corpora.base import FileSource, Source, Unreadable, check_choice, mostly_readable
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.errors import DataError
-from data.index import Recording
+from data.format.index import Recording
 from data.names import name_fault
 
 # Tables of clips. validated and other are for training, without whatever dev and test hold.
@@ -46,11 +46,11 @@ class CommonVoiceSettings:
 
     def __post_init__(self) -> None:
         if not self.splits:
-            raise DataError(f"splits is empty: say --splits with some of {', '.join(TABLES)}")
+            raise UserError(f"splits is empty: say --splits with some of {', '.join(TABLES)}")
         for split in self.splits:
             check_choice("splits", split, list(TABLES))
         if not 0 <= self.min_seconds < self.max_seconds:
-            raise DataError(f"min_seconds is {self.min_seconds}, max_seconds {self.max_seconds}: 0 <= min < max")
+            raise UserError(f"min_seconds is {self.min_seconds}, max_seconds {self.max_seconds}: 0 <= min < max")
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Clip:
 def sources(settings: CommonVoiceSettings) -> list[Source]:
     """Clips and unreadable rows of the tables, sorted by id; the id of a clip is its name.
 
-    Raises DataError naming file and line, also if half or more of a table is unreadable.
+    Raises UserError naming file and line, also if half or more of a table is unreadable.
     """
     listed: dict[str, Source] = {}
     for folder in _language_folders(settings):
         for source in _language(folder, settings):
             if source.id in listed:
-                raise DataError(f"{folder}: the clip {source.id} is in another language's folder too: remove one")
+                raise UserError(f"{folder}: the clip {source.id} is in another language's folder too: remove one")
             listed[source.id] = source
     return sorted(listed.values(), key=lambda source: source.id)
 
@@ -85,32 +85,32 @@ def sources(settings: CommonVoiceSettings) -> list[Source]:
 def read_clips(path: Path) -> list[Clip | Unreadable]:
     """Rows of a table. A truncated row, an invalid clip name or a repeated clip gives an Unreadable.
 
-    Raises DataError naming file and line: missing columns, or half or more of the rows unreadable.
+    Raises UserError naming file and line: missing columns, or half or more of the rows unreadable.
     """
     listed: list[Clip | Unreadable] = []
     seen: set[str] = set()
     for where, row in table_rows(path, _COLUMNS):
         try:
-            if isinstance(row, DataError):
+            if isinstance(row, UserError):
                 raise row
             clip = _clip(row, where)
             if clip.name in seen:
-                raise DataError(f"{where}: the clip {clip.name} occurs twice in this table")
+                raise UserError(f"{where}: the clip {clip.name} occurs twice in this table")
             seen.add(clip.name)
             listed.append(clip)
-        except DataError as error:
+        except UserError as error:
             listed.append(Unreadable(where, str(error)))
     mostly_readable(listed)
     return listed
 
 
 def _clip(row: dict[str, str], where: str) -> Clip:
-    """Parse a row. Raises DataError naming file and line."""
+    """Parse a row. Raises UserError naming file and line."""
     name = row["path"] if "." in row["path"] else row["path"] + ".mp3"  # early releases leave it out
     if not _CLIP.fullmatch(name) or name.startswith("."):
-        raise DataError(f"{where}: path is {name[:80]!r}, expected the name of a file in clips/")
+        raise UserError(f"{where}: path is {name[:80]!r}, expected the name of a file in clips/")
     if fault := name_fault(row["client_id"]):
-        raise DataError(f"{where}: client_id {row['client_id'][:80]!r} {fault}, expected a speaker's id")
+        raise UserError(f"{where}: client_id {row['client_id'][:80]!r} {fault}, expected a speaker's id")
     votes = [_count(row, column, where) for column in ("up_votes", "down_votes")]
     sentence = " ".join(row["sentence"].split())
     return Clip(where, name, sentence, row["client_id"], row.get("locale", ""), *votes)
@@ -119,13 +119,13 @@ def _clip(row: dict[str, str], where: str) -> Clip:
 def read_durations(path: Path) -> dict[str, float]:
     """Seconds by clip, from `clip_durations.tsv` (milliseconds), without unreadable rows.
 
-    Raises DataError naming file and line: wrong columns, or half of the rows or more cannot be read.
+    Raises UserError naming file and line: wrong columns, or half of the rows or more cannot be read.
     """
     found = {}
     listed: list[object] = []
     for where, row in table_rows(path, ("clip", "duration[ms]")):
-        value = "" if isinstance(row, DataError) else row["duration[ms]"]
-        if isinstance(row, DataError):
+        value = "" if isinstance(row, UserError) else row["duration[ms]"]
+        if isinstance(row, UserError):
             listed.append(Unreadable(where, str(row)))
         elif not value.isascii() or not value.isdigit() or len(value) > 12:
             listed.append(Unreadable(where, f"{where}: duration[ms] is {value[:80]!r}, expected milliseconds"))
@@ -141,7 +141,7 @@ def _count(row: dict[str, str], column: str, where: str) -> int:
     if not value:
         return 0
     if not value.isascii() or not value.isdigit() or len(value) > 9:
-        raise DataError(f"{where}: {column} is {value[:80]!r}, expected a number of votes")
+        raise UserError(f"{where}: {column} is {value[:80]!r}, expected a number of votes")
     return int(value)
 
 
@@ -152,9 +152,9 @@ def _language_folders(settings: CommonVoiceSettings) -> list[Path]:
     there = sorted(name for name in listed_names(given) if (given / name / "clips").is_dir())
     for language in settings.languages:
         if language not in there:
-            raise DataError(f"languages names {language!r}, {given} has {', '.join(there) or 'no LANG/clips'}")
+            raise UserError(f"languages names {language!r}, {given} has {', '.join(there) or 'no LANG/clips'}")
     if not there:
-        raise DataError(f"folder {given} has no folder clips, nor has any folder in it: unpack a language's archive")
+        raise UserError(f"folder {given} has no folder clips, nor has any folder in it: unpack a language's archive")
     return [given / name for name in dict.fromkeys(settings.languages or there)]
 
 
@@ -175,7 +175,7 @@ def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource | 
             if extra and (clip.name in chosen or clip.speaker in held_out[0] or clip.sentence in held_out[1]):
                 continue
             if clip.name in chosen:
-                raise DataError(f"{clip.where}: the clip {clip.name} is in another split's table too")
+                raise UserError(f"{clip.where}: the clip {clip.name} is in another split's table too")
             if timed and clip.name not in seconds:
                 reason = f"{clip.where}: clip_durations.tsv has no {clip.name}; do not limit the seconds"
                 chosen[clip.name] = Unreadable(Path(clip.name).stem, reason)
@@ -186,7 +186,7 @@ def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource | 
                 missing.append(clip.name)
             chosen[clip.name] = _source(folder, clip, TABLES[table])
     if missing:
-        raise DataError(f"{folder / 'clips'}: {len(missing)} clips are missing: {summary(missing)}; unpack it again")
+        raise UserError(f"{folder / 'clips'}: {len(missing)} clips are missing: {summary(missing)}; unpack it again")
     return list(chosen.values())
 
 

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from data.errors import DataError
+from common.errors import UserError
 
 
 def package_folders(packages: list[str], given: str, cache: Path) -> list[Path]:
@@ -18,19 +18,19 @@ def package_folders(packages: list[str], given: str, cache: Path) -> list[Path]:
         given: folder with their .deb files or with their unpacked content; empty: fetch them.
         cache: where packages are unpacked, one folder each; what is there is not fetched again.
     Raises:
-        DataError: saying what was being fetched or unpacked and what to do.
+        UserError: saying what was being fetched or unpacked and what to do.
     """
     if given:
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise DataError(f"folder is {given!r}: there is no such folder")
+            raise UserError(f"folder is {given!r}: there is no such folder")
         archives = [archive for package in packages for archive in sorted(folder.glob(f"{package}_*.deb"))[-1:]]
         if not archives:
             return [folder]  # already unpacked: the corpus finds out whether everything is there
         names = [archive.name.split("_")[0] for archive in archives]
         missing = [package for package in packages if package not in names]
         if missing:
-            raise DataError(f"folder {given} has no .deb file of {', '.join(missing)}: get it with {_command(missing)}")
+            raise UserError(f"folder {given} has no .deb file of {', '.join(missing)}: get it with {_command(missing)}")
         return [_unpack(archive, cache / archive.stem) for archive in archives]
     missing = [package for package in packages if not (cache / package).is_dir()]
     if missing:
@@ -67,8 +67,8 @@ def _download(packages: list[str], folder: Path) -> list[Path]:
     return archives_found
 
 
-def _failure(packages: list[str], reason: str) -> DataError:
-    return DataError(
+def _failure(packages: list[str], reason: str) -> UserError:
+    return UserError(
         f"could not fetch the Debian packages {', '.join(packages)} ({reason}). Check that this machine reaches its "
         "Debian or Ubuntu mirror (apt honours http_proxy; on Ubuntu they are in 'universe') and run again; or on a "
         f"machine that does, run {_command(packages)} and give the folder with the .deb files as --folder"
@@ -80,13 +80,13 @@ def _unpack(archive: Path, target: Path) -> Path:
     if target.is_dir():
         return target
     if shutil.which("dpkg-deb") is None:
-        raise DataError(f"unpacking {archive} needs dpkg-deb: unpack it elsewhere and give that folder as --folder")
+        raise UserError(f"unpacking {archive} needs dpkg-deb: unpack it elsewhere and give that folder as --folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpack-") as temporary:
         content = Path(temporary) / "content"
         error = _run(["dpkg-deb", "-x", str(archive.resolve()), str(content)], target.parent)
         if error:
-            raise DataError(f"could not unpack {archive} ({error}); fetch it again; the disk needs 1 GB free")
+            raise UserError(f"could not unpack {archive} ({error}); fetch it again; the disk needs 1 GB free")
         if not target.is_dir():  # another process may have been faster
             content.rename(target)
     return target

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
+from data.audio.folders import is_clutter
 from data.corpora.base import FileSource, check_choice, hash_share
 from data.corpora.debian_packages import package_folders
-from data.errors import DataError
-from data.folders import is_clutter
-from data.index import Recording
+from data.format.index import Recording
 
 PARTS = {
     "fillets-cs": ("fillets-ng-data", "fillets-ng-data-cs"),
@@ -49,13 +49,13 @@ class DebianVoicesSettings:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise DataError(f"parts is empty: name at least one of {', '.join(PARTS)}")
+            raise UserError(f"parts is empty: name at least one of {', '.join(PARTS)}")
         for part in self.parts:
             check_choice("parts", part, list(PARTS))
         for language in self.held_out_languages:
             check_choice("held_out_languages", language, ["cs", "nl"])
         if min(self.dev_share, self.test_share) < 0 or self.dev_share + self.test_share >= 1:
-            raise DataError(
+            raise UserError(
                 f"dev_share is {self.dev_share} and test_share {self.test_share}: both must be 0 or more, and leave "
                 "something to train"
             )
@@ -73,7 +73,7 @@ class FilletsSettings(DebianVoicesSettings):
 def sources(settings: DebianVoicesSettings) -> list[FileSource]:
     """All recordings, sorted by id; packages that are not there are fetched first.
 
-    Raises DataError when a package cannot be fetched, or its content is not found.
+    Raises UserError when a package cannot be fetched, or its content is not found.
     """
     packages = sorted({package for part in settings.parts for package in PARTS[part]})
     folders = package_folders(packages, settings.folder, Path(settings.cache).expanduser() / "debian_voices")
@@ -83,7 +83,7 @@ def sources(settings: DebianVoicesSettings) -> list[FileSource]:
         listed = list(_fillets(folders, language, settings) if name == "fillets" else _tuxpaint(folders))
         if not listed:
             where = ", ".join(map(str, folders))
-            raise DataError(f"{part}: no recordings below {where}; are the packages {', '.join(packages)} there?")
+            raise UserError(f"{part}: no recordings below {where}; are the packages {', '.join(packages)} there?")
         found += sorted(listed, key=lambda source: source.id)
     return found
 

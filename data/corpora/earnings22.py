@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
 from data.corpora.base import FileSource, Unreadable, check_choice, mostly_readable
 from data.corpora.json_lines import is_file, text_field
 from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, written_or_spoken
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, summary
-from data.errors import DataError
-from data.index import Recording
+from data.format.index import Recording
 from data.skipped import NO_WORD_TIMES
 from data.splits import published_split
 from data.word_times.base import read_json
@@ -69,7 +69,7 @@ class Earnings22Settings(Earnings22FullSettings):
 
 
 def sources(settings: Earnings22Settings) -> list[FileSource]:
-    """The calls of the published lists, sorted by id. Raises DataError, naming what is missing or damaged."""
+    """The calls of the published lists, sorted by id. Raises UserError, naming what is missing or damaged."""
     folder = existing_folder("folder", settings.folder)
     lists = published_split("earnings22")
     splits = {id: split for split in dict.fromkeys(settings.splits) for id in lists[split]}
@@ -79,7 +79,7 @@ def sources(settings: Earnings22Settings) -> list[FileSource]:
     try:
         metadata, unreadable = _metadata(folder)
         reason = unreadable[0].reason if unreadable else f"{folder / 'metadata.csv'}: no row for the call"
-    except DataError as error:
+    except UserError as error:
         metadata, reason = {}, str(error)
     return _published_layout(folder, splits, metadata, settings, f"kept without its speaker: {reason}")
 
@@ -87,11 +87,11 @@ def sources(settings: Earnings22Settings) -> list[FileSource]:
 def sources_full(settings: Earnings22FullSettings) -> list[FileSource | Unreadable]:
     """All calls in metadata.csv, sorted by id, as the split test, then its unreadable rows.
 
-    Raises DataError as `sources` does, and if half or more of the table is unreadable.
+    Raises UserError as `sources` does, and if half or more of the table is unreadable.
     """
     folder = existing_folder("folder", settings.folder)
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
-        raise DataError(
+        raise UserError(
             f"folder {folder} has the long-context paper's layout, with the calls of its dev and test lists alone: the "
             "full set needs the published repository; or prepare the corpus earnings22"
         )
@@ -124,7 +124,7 @@ def _published_layout(
         if aligned.parent.is_dir():
             try:
                 words = timed_words(units, read_nlp(aligned), str(aligned))
-            except DataError as error:
+            except UserError as error:
                 warnings.append(f"{NO_WORD_TIMES}: {error}")
         recording = Recording(
             id=id,
@@ -140,7 +140,7 @@ def _published_layout(
 
 def _paper_layout(folder: Path, splits: Mapping[str, str], settings: Earnings22Settings) -> list[FileSource]:
     if settings.text == "spoken":
-        raise DataError(f"text is 'spoken': {folder / TRANSCRIPTS_FILE} has texts as written; use the published layout")
+        raise UserError(f"text is 'spoken': {folder / TRANSCRIPTS_FILE} has texts as written; use the published layout")
     media = {id: folder / f"{splits[id]}_original" / f"{id}.mp3" for id in sorted(splits)}
     _check_media(media, folder)
     where = str(folder / TRANSCRIPTS_FILE)
@@ -149,37 +149,37 @@ def _paper_layout(folder: Path, splits: Mapping[str, str], settings: Earnings22S
     for id, path in media.items():
         text = text_field(texts, id, where) if isinstance(texts, dict) else None
         if text is None:
-            raise DataError(f"{where}: no text for the call {id}")
+            raise UserError(f"{where}: no text for the call {id}")
         plain = " ".join(_EVENT.sub(" ", text).split())
         listed.append(FileSource(Recording(id, plain, language="en", split=splits[id]), path))
     return listed
 
 
 def _check_media(media: Mapping[str, Path], folder: Path) -> None:
-    """Raise DataError unless all audio is there, and is audio: an evaluation of some of the calls is another one."""
+    """Raise UserError unless all audio is there, and is audio: an evaluation of some of the calls is another one."""
     if not media:
-        raise DataError(f"{folder}: lists no call")
+        raise UserError(f"{folder}: lists no call")
     missing = [id for id, path in media.items() if not is_file(path)]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{len(missing)} of {len(media)} calls have no audio below {folder}: {summary(missing)}; "
             f"expected {media[missing[0]]}"
         )
     for path in media.values():
         with open(path, "rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise DataError(f"{path}: a pointer of git-lfs and not the audio: run `git lfs pull` in the repository")
+                raise UserError(f"{path}: a pointer of git-lfs and not the audio: run `git lfs pull` in the repository")
 
 
 def _metadata(folder: Path) -> tuple[dict[str, dict[str, str]], list[Unreadable]]:
     """(Rows of metadata.csv by call, unreadable rows).
 
-    Raises DataError naming file and line: missing columns, or half or more of the rows unreadable.
+    Raises UserError naming file and line: missing columns, or half or more of the rows unreadable.
     """
     rows: dict[str, dict[str, str]] = {}
     unreadable = []
     for where, row in table_rows(folder / "metadata.csv", ("File ID", *_COLUMNS.values()), ","):
-        if isinstance(row, DataError):
+        if isinstance(row, UserError):
             unreadable.append(Unreadable(where, str(row)))
         elif not _ID.fullmatch(row["File ID"]) or row["File ID"] in rows:
             reason = f"{where}: File ID is {row['File ID'][:60]!r}, expected a unique name"

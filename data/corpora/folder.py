@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
+from data.audio.folders import files_below
 from data.corpora.base import FileSource, Source, Unreadable, hash_share, mostly_readable
 from data.corpora.manifest import SPLIT_NAMES, manifest_sources
 from data.corpora.text_files import summary
-from data.errors import DataError
-from data.folders import files_below
-from data.index import Recording
+from data.format.index import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.word_times import SUFFIXES as WORD_TIMES
@@ -53,9 +53,9 @@ class FolderSettings:
     def __post_init__(self) -> None:
         manifests = [self.manifest, self.dev_manifest, self.test_manifest]
         if bool(self.folder) == any(manifests):
-            raise DataError("give either --folder DIR or --manifest FILE (with --dev_manifest, --test_manifest)")
+            raise UserError("give either --folder DIR or --manifest FILE (with --dev_manifest, --test_manifest)")
         if min(self.dev_share, self.test_share) < 0 or self.dev_share + self.test_share > 1:
-            raise DataError(
+            raise UserError(
                 f"dev_share is {self.dev_share} and test_share {self.test_share}: both must be 0 or more, together at "
                 "most 1"
             )
@@ -64,7 +64,7 @@ class FolderSettings:
 def sources(settings: FolderSettings) -> list[Source]:
     """All recordings and unreadable files, sorted by id.
 
-    Raises DataError, naming files, for problems of the whole folder that file names show.
+    Raises UserError, naming files, for problems of the whole folder that file names show.
     """
     if settings.folder:
         return _from_folder(settings)
@@ -81,7 +81,7 @@ def sources(settings: FolderSettings) -> list[Source]:
 def _from_folder(settings: FolderSettings) -> list[Source]:
     folder = Path(settings.folder).expanduser()
     if not folder.is_dir():
-        raise DataError(f"folder is {settings.folder!r}: there is no such folder")
+        raise UserError(f"folder is {settings.folder!r}: there is no such folder")
     found = files_below(folder)
     everything = found.files
     ids = {
@@ -96,13 +96,13 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
         try:
             Recording(id)
             paths.append(path)
-        except DataError as error:
+        except UserError as error:
             unread.append(_unread(folder, path, str(error)))
     if not paths:
-        raise DataError(f"folder {folder} holds no audio file ({', '.join(SUFFIXES)}), nor do the folders below it")
+        raise UserError(f"folder {folder} holds no audio file ({', '.join(SUFFIXES)}), nor do the folders below it")
     missing = [] if settings.text != "required" else [p for p in paths if not p.with_suffix(".txt").is_file()]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{len(missing)} of {len(paths)} audio files in {folder} have no .txt transcript beside them: "
             f"{summary([str(path) for path in missing])}. Add them, or say --text optional or --text none"
         )
@@ -110,7 +110,7 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
     use_names = settings.split_by == "folder" or (settings.split_by == "auto" and any(by_name.values()))
     outside = [path for path, split in by_name.items() if use_names and split is None]
     if outside:
-        raise DataError(
+        raise UserError(
             f"{len(outside)} audio files in {folder} are in no folder named train, dev, valid or test: "
             f"{summary([str(path) for path in outside])}. Move them, or say --split_by hash"
         )
@@ -121,14 +121,14 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
         if settings.text != "none":
             try:
                 text = _transcript(path.with_suffix(".txt"))
-            except DataError as error:
+            except UserError as error:
                 if settings.text == "required":
                     listed.append(Unreadable(id, str(error)))
                     continue
                 warnings.append(f"kept without its transcript: {error}")
             try:
                 words = find_word_times(path) if path.with_suffix("") in timed else None
-            except DataError as error:
+            except UserError as error:
                 warnings.append(f"{NO_WORD_TIMES}: {error}")
         split = by_name[path] if use_names else _hash_split(text or id, settings)
         assert split is not None
@@ -153,9 +153,9 @@ def _transcript(path: Path) -> str | None:
     try:
         return " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise DataError(f"transcript {path} is not UTF-8 ({error}): convert it") from error
+        raise UserError(f"transcript {path} is not UTF-8 ({error}): convert it") from error
     except OSError as error:
-        raise DataError(f"transcript {path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"transcript {path} cannot be read ({error.strerror or error})") from error
 
 
 def _manifest_split(settings: FolderSettings, of_manifest: str | None, of_line: str | None, key: str) -> str:

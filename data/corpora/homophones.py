@@ -19,13 +19,13 @@ from functools import cache
 
 import numpy as np
 
-from data.audio import resample
+from common.errors import UserError
+from data.audio.reading import resample
 from data.corpora.base import Utterance
 from data.corpora.grammar import load_grammar, pick
 from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, speak, split_of
-from data.errors import DataError
 from data.features import FeatureSettings
-from data.index import Recording
+from data.format.index import Recording
 
 _LANGUAGE = "en"
 
@@ -50,10 +50,10 @@ class HomophoneSettings:
     def __post_init__(self) -> None:
         for name in ("train_hours", "dev_recordings", "test_recordings"):
             if getattr(self, name) < 0:
-                raise DataError(f"{name} is {getattr(self, name)}: must not be negative")
+                raise UserError(f"{name} is {getattr(self, name)}: must not be negative")
         for name in ("recording_seconds", "cue_seconds"):
             if getattr(self, name) <= 0:
-                raise DataError(f"{name} is {getattr(self, name)}: must be positive")
+                raise UserError(f"{name} is {getattr(self, name)}: must be positive")
 
 
 @dataclass(frozen=True)

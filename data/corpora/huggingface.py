@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from data.corpora.base import SPLITS, Unreadable, check_unusable, did_you_mean
+from common.errors import UserError, did_you_mean
+from data.corpora.base import SPLITS, Unreadable, check_unusable
 from data.corpora.lazy import LazySources, check_unique, repeat, with_faults
 from data.corpora.parquet_rows import Place, RowSource, read_columns, read_schema
 from data.corpora.remote import FileCache
 from data.corpora.text_files import listed_names
-from data.errors import DataError
-from data.index import Recording
+from data.format.index import Recording
 
 REQUIREMENTS = "requirements-huggingface.txt"
 # Names under which datasets keep these; the first one that is there is taken.
@@ -69,16 +69,16 @@ class HuggingFaceSettings:
 
     def __post_init__(self) -> None:
         if self.cache_gb < 0:
-            raise DataError(f"cache_gb is {self.cache_gb}: must be 0 (keep all) or more")
+            raise UserError(f"cache_gb is {self.cache_gb}: must be 0 (keep all) or more")
 
 
 def sources(settings: HuggingFaceSettings) -> LazySources:
     """All recordings, split by split in the order of the rows (so that a row group is read once), without the sound.
 
-    Raises DataError: the library is missing; no such dataset, configuration, split or column; ids that are not unique.
+    Raises UserError: the library is missing; no such dataset, configuration, split or column; ids that are not unique.
     """
     if not settings.dataset:
-        raise DataError("dataset is empty: say --dataset OWNER/NAME as on the hub, or a folder")
+        raise UserError("dataset is empty: say --dataset OWNER/NAME as on the hub, or a folder")
     return checked(listing(settings), settings.dataset, FileCache(settings.cache, round(settings.cache_gb * 1e9)))
 
 
@@ -92,10 +92,10 @@ def listing(settings: HuggingFaceSettings) -> pa.Table:
 def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
     """Sources over a listing. A row without a usable id gives an Unreadable, with its location as id.
 
-    Raises DataError if there are no rows, half or more of the ids are unusable, or ids are not unique.
+    Raises UserError if there are no rows, half or more of the ids are unusable, or ids are not unique.
     """
     if not len(table):
-        raise DataError(f"{dataset}: the files hold no rows")
+        raise UserError(f"{dataset}: the files hold no rows")
     places: dict[int, str] = {}  # row number -> location
     faults: list[str] = []
     number = 0
@@ -103,7 +103,7 @@ def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
         for id, *place in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             try:
                 Recording(id or "")
-            except DataError as error:
+            except UserError as error:
                 address, group, row = place
                 places[number] = str(Place(address, group, row, ""))
                 faults.append(f"{places[number]}: {error}; choose another --id_column")
@@ -130,7 +130,7 @@ def _source(cache: FileCache, row: Mapping[str, Any]) -> RowSource | Unreadable:
 
 
 def data_files(settings: HuggingFaceSettings) -> dict[str, list[str]]:
-    """The files of every split, by the split's name. Raises DataError with what to do where they cannot be found."""
+    """The files of every split, by the split's name. Raises UserError with what to do where they cannot be found."""
     local = Path(settings.dataset).expanduser()
     if local.is_dir():
         saved = _saved_to_disk(local)
@@ -144,12 +144,12 @@ def data_files(settings: HuggingFaceSettings) -> dict[str, list[str]]:
             revision=settings.revision or None,
         )
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
-        raise DataError(_explain(settings, error)) from error
+        raise UserError(_explain(settings, error)) from error
     found = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
     other = [file for files in found.values() for file in files if not file.endswith(".parquet")]
     if other or not found:
         what = f"{PurePosixPath(other[0]).name} and the like" if other else "no data files"
-        raise DataError(
+        raise UserError(
             f"dataset {settings.dataset} holds {what}, this reader takes Parquet. For most datasets the hub keeps a "
             f"Parquet copy: hf download {settings.dataset} --repo-type dataset --revision refs/convert/parquet "
             "--local-dir DIR, then --dataset DIR/CONFIG. Audio files of your own: the corpus `folder`"
@@ -161,7 +161,7 @@ def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"the library `datasets` is needed ({error}): pip install -r {REQUIREMENTS}") from error
+        raise UserError(f"the library `datasets` is needed ({error}): pip install -r {REQUIREMENTS}") from error
     return datasets
 
 
@@ -208,20 +208,20 @@ def _wanted_splits(settings: HuggingFaceSettings, known: Sequence[str]) -> dict[
     for entry in settings.splits or known:
         name, _, split = entry.partition("=")
         if name not in known:
-            raise DataError(
+            raise UserError(
                 f"splits names {name!r}, {settings.dataset} {settings.subset} has {', '.join(known)}."
                 f"{did_you_mean(name, known)}"
             )
         split = split or next((s for prefix, s in _SPLIT_PREFIXES.items() if name.lower().startswith(prefix)), "")
         if split not in SPLITS:
-            raise DataError(f"splits: is {name!r} for train, dev or test? Say --splits {name}=train (with the others)")
+            raise UserError(f"splits: is {name!r} for train, dev or test? Say --splits {name}=train (with the others)")
         wanted[name] = split
     return wanted
 
 
 def _listing(settings: HuggingFaceSettings, part: str, split: str, files: Sequence[str]) -> pa.Table:
     if not files:
-        raise DataError(f"split {part!r} of {settings.dataset} has no files")
+        raise UserError(f"split {part!r} of {settings.dataset} has no files")
     columns = find_columns(settings, read_schema(files[0]), files[0])
     needed = sorted({name for kind, name in columns.items() if kind != "audio" and name})
     with ThreadPoolExecutor(min(_LISTING_THREADS, len(files))) as pool:
@@ -258,14 +258,14 @@ def _ids(given: Any, column: str, part: str, first: int) -> Any:
 def find_columns(settings: HuggingFaceSettings, schema: pa.Schema, address: str) -> dict[str, str]:
     """The columns of audio, text, language, speaker and id, as the settings say or as guessed; '' where there is none.
 
-    Raises DataError listing the columns where a named one is missing, or audio or text cannot be guessed.
+    Raises UserError listing the columns where a named one is missing, or audio or text cannot be guessed.
     """
     names = list(schema.names)
     found = {}
     for kind, guesses in GUESSES.items():
         said = getattr(settings, f"{kind}_column")
         if said and said != "-" and said not in names:
-            raise DataError(f"{kind}_column is {said!r}, {address} has {', '.join(names)}.{did_you_mean(said, names)}")
+            raise UserError(f"{kind}_column is {said!r}, {address} has {', '.join(names)}.{did_you_mean(said, names)}")
         fitting = [name for name in names if kind != "audio" or _holds_sound(schema.field(name).type)]
         guess = next((name for name in guesses if name in fitting), "")
         if kind == "audio" and not guess and len(fitting) == 1:
@@ -273,12 +273,12 @@ def find_columns(settings: HuggingFaceSettings, schema: pa.Schema, address: str)
         found[kind] = {"": guess, "-": ""}.get(said, said)
     described = ", ".join(f"{field.name} ({str(field.type)[:60]})" for field in schema)
     if not found["audio"] or not _holds_sound(schema.field(found["audio"]).type):
-        raise DataError(
+        raise UserError(
             f"{address}: no column holds sound as struct<bytes, path> or binary: say --audio_column NAME. "
             f"Columns: {described}"
         )
     if not found["text"] and settings.text_column != "-":
-        raise DataError(
+        raise UserError(
             f"{address}: which column is the transcript? Say --text_column NAME, or - where there is none. "
             f"Columns: {described}"
         )

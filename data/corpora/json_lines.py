@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.errors import DataError
+from common.errors import UserError
 from data.names import name_fault
 
 # A cut of three hours with the times of all its words takes 2 MB; a file without line ends must not fill the memory.
@@ -26,16 +26,16 @@ _GZIP_MAGIC = b"\x1f\x8b"
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """('FILE:LINE', the line's JSON object) of every line that is not blank, read as they are asked for.
 
-    Raises DataError: no such file, damaged gzip, one that expands beyond reason, not UTF-8, not an object, a line of
+    Raises UserError: no such file, damaged gzip, one that expands beyond reason, not UTF-8, not an object, a line of
     more than MAX_LINE_BYTES.
     """
     for where, fields in json_lines_or_faults(path):
-        if isinstance(fields, DataError):
+        if isinstance(fields, UserError):
             raise fields
         yield where, fields
 
 
-def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     """`json_lines`, with the error in place of a line that is not UTF-8 or not an object."""
     where = str(path)
     try:
@@ -49,61 +49,61 @@ def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | Dat
                 with gzip.GzipFile(fileobj=raw) as unzipped:
                     yield from _objects(unzipped, path, _FREE_BYTES + _MAX_EXPANSION * size)  # type: ignore[arg-type]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{where}: damaged gzip ({error}); fetch or write it again") from error
+        raise UserError(f"{where}: damaged gzip ({error}); fetch or write it again") from error
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
-def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     number = blank = read = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         read += len(line)
         where = f"{path}:{number}"
         if len(line) > MAX_LINE_BYTES:
-            raise DataError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MB; is this a JSON-lines manifest?")
+            raise UserError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MB; is this a JSON-lines manifest?")
         if read > most:
-            raise DataError(f"{where}: gzip that expands more than {_MAX_EXPANSION} times; refused")
+            raise UserError(f"{where}: gzip that expands more than {_MAX_EXPANSION} times; refused")
         if not line.strip():
             blank += 1
             if blank > _MOST_BLANK_LINES:
-                raise DataError(f"{where}: more than {_MOST_BLANK_LINES} blank lines; is this a JSON-lines manifest?")
+                raise UserError(f"{where}: more than {_MOST_BLANK_LINES} blank lines; is this a JSON-lines manifest?")
         else:
             try:
-                fields: dict[str, Any] | DataError = parse_object(line, where, first=number == 1)
-            except DataError as error:
+                fields: dict[str, Any] | UserError = parse_object(line, where, first=number == 1)
+            except UserError as error:
                 fields = error
             yield where, fields
 
 
 def parse_object(line: bytes, where: str, first: bool = True) -> dict[str, Any]:
-    """The JSON object of a line. Raises DataError naming the place."""
+    """The JSON object of a line. Raises UserError naming the place."""
     try:
         # The C parser recurses: brackets nested a thousand deep raise, and are no manifest.
         fields = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object ({error}): {line[:80]!r}") from error
+        raise UserError(f"{where}: not a JSON object ({error}): {line[:80]!r}") from error
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: not a JSON object: {line[:80]!r}")
+        raise UserError(f"{where}: not a JSON object: {line[:80]!r}")
     return fields
 
 
 def text_field(fields: Mapping[str, Any], name: str, where: str) -> str | None:
-    """The text in a field; None where there is none. Raises DataError where it is something else, or not Unicode."""
+    """The text in a field; None where there is none. Raises UserError where it is something else, or not Unicode."""
     value = fields.get(name)
     if value is None:
         return None
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is {shorten(value)}, expected str")
+        raise UserError(f"{where}: {name} is {shorten(value)}, expected str")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {name} {shorten(value)} is not Unicode text ({error.reason})") from error
+        raise UserError(f"{where}: {name} {shorten(value)} is not Unicode text ({error.reason})") from error
     return value
 
 
 def seconds_field(fields: Mapping[str, Any], name: str, where: str, negative: bool = False) -> float | None:
-    """Seconds in a field; None where there is none. Raises DataError unless it is finite, and 0 or more."""
+    """Seconds in a field; None where there is none. Raises UserError unless it is finite, and 0 or more."""
     value = fields.get(name)
     if value is None:
         return None
@@ -112,12 +112,12 @@ def seconds_field(fields: Mapping[str, Any], name: str, where: str, negative: bo
     except OverflowError:
         seconds = math.nan
     if not math.isfinite(seconds) or (seconds < 0 and not negative):
-        raise DataError(f"{where}: {name} is {shorten(value)}, expected seconds{'' if negative else ', 0 or more'}")
+        raise UserError(f"{where}: {name} is {shorten(value)}, expected seconds{'' if negative else ', 0 or more'}")
     return seconds
 
 
 def label_field(fields: Mapping[str, Any], name: str, where: str) -> str:
-    """A name such as a speaker's, which may be written as a whole number; "" where there is none. Raises DataError."""
+    """A name such as a speaker's, which may be written as a whole number; "" where there is none. Raises UserError."""
     value = fields.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
         return str(value)
@@ -131,11 +131,11 @@ def audio_path(name: str, base: Path, where: str) -> Path:
     what it says. Nothing but sound is read through it, and nothing is ever written.
     """
     if fault := name_fault(name):
-        raise DataError(f"{where}: {shorten(name)} is not the path of an audio file: it {fault}")
+        raise UserError(f"{where}: {shorten(name)} is not the path of an audio file: it {fault}")
     try:
         return base / Path(name).expanduser()
     except RuntimeError as error:  # `~user` of nobody
-        raise DataError(f"{where}: {shorten(name)}: {error}") from error
+        raise UserError(f"{where}: {shorten(name)}: {error}") from error
 
 
 def is_file(path: Path) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common.errors import UserError
 from data.corpora.base import Source
-from data.errors import DataError
 
 _BATCH = 4096
 
@@ -53,13 +53,13 @@ class LazySources(Sequence[Source]):
 
 
 def check_unique(table: pa.Table, dataset: str) -> None:
-    """Raise DataError naming an id that more than one row has, and the splits ('part') that these rows are in."""
+    """Raise UserError naming an id that more than one row has, and the splits ('part') that these rows are in."""
     if pc.count_distinct(table["id"]).as_py() == len(table):
         return
     counts = pc.value_counts(table["id"].combine_chunks())
     id = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
     among = sorted(set(table.filter(pc.equal(table["id"], id))["part"].to_pylist()))
-    raise DataError(
+    raise UserError(
         f"{dataset}: the id {id!r} is in more than one row (in {', '.join(among)}). Leave out a split that is "
         "contained in another, with --splits; or the file is damaged"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.errors import UserError
 from data.corpora.base import (
     SPLITS,
     FileSource,
@@ -26,8 +27,7 @@ from data.corpora.channels import ChannelSource
 from data.corpora.json_lines import is_file, label_field, text_field
 from data.corpora.lhotse_cuts import Cut, channels_of, read_cuts, stretch, whole_recordings
 from data.corpora.text_files import summary
-from data.errors import DataError
-from data.index import Recording
+from data.format.index import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import TOLERANCE, Word
@@ -70,17 +70,17 @@ class LhotseSettings:
         check_choice("unit", self.unit, ["cuts", "supervisions"])
         check_choice("text", self.text, ["required", "optional", "none"])
         if bool(self.recordings) == bool(self.cuts or self.dev_cuts or self.test_cuts):
-            raise DataError("give either --cuts FILE (with --dev_cuts, --test_cuts), or --recordings FILE")
+            raise UserError("give either --cuts FILE (with --dev_cuts, --test_cuts), or --recordings FILE")
         if self.supervisions and not self.recordings:
-            raise DataError("supervisions is given without recordings: cuts have their own")
+            raise UserError("supervisions is given without recordings: cuts have their own")
         if self.recordings and not self.supervisions and (self.text != "none" or self.unit == "supervisions"):
-            raise DataError("supervisions is empty: give --supervisions FILE, or say --text none with --unit cuts")
+            raise UserError("supervisions is empty: give --supervisions FILE, or say --text none with --unit cuts")
 
 
 def sources(settings: LhotseSettings) -> list[Source]:
     """All recordings and unreadable lines, sorted by id.
 
-    Raises DataError naming file and line if half or more of a manifest's lines are unreadable, or naming missing audio
+    Raises UserError naming file and line if half or more of a manifest's lines are unreadable, or naming missing audio
     files.
     """
     base = Path(settings.audio_folder).expanduser()
@@ -99,11 +99,11 @@ def sources(settings: LhotseSettings) -> list[Source]:
             if manifest:
                 listed += _listed(read_cuts(Path(manifest).expanduser(), base), settings, split)
     if not listed:
-        raise DataError("the manifests hold no cut or recording")
+        raise UserError("the manifests hold no cut or recording")
     there = {source.path: is_file(source.path) for source in listed if not isinstance(source, Unreadable)}
     missing = [str(path) for path, found in there.items() if not found]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{len(missing)} of {len(there)} audio files of the manifests do not exist: {summary(missing)}. Relative "
             f"paths count from {base.absolute()}: see --audio_folder"
         )
@@ -126,7 +126,7 @@ def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: s
                 listed.append(_source(part, settings, split))
             except MissingText:
                 raise
-            except DataError as error:
+            except UserError as error:
                 reason = str(error) if str(error).startswith(part.where) else f"{part.where}: {error}"
                 listed.append(Unreadable(f"{part.where}: {escaped(part.id)}", reason))
     mostly_readable(listed)
@@ -134,7 +134,7 @@ def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: s
 
 
 def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | SegmentSource | ChannelSource:
-    """Source of a cut: its segment of the audio, and its labels. Raises DataError."""
+    """Source of a cut: its segment of the audio, and its labels. Raises UserError."""
     recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
     whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
@@ -149,7 +149,7 @@ def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | Segm
 def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recording, tuple[str, ...]]:
     """Text, words and names from the cut's supervisions, and warnings about unusable alignments.
 
-    Raises DataError, or MissingText if text is required and not available.
+    Raises UserError, or MissingText if text is required and not available.
     """
     warnings: list[str] = []
     texts: list[str | None] = []
@@ -165,7 +165,7 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
         if text and words is not None:
             words = None if aligned is None else words + aligned
         if text is None and _is_last(cut) and stretch(fields, where)[1] > cut.duration + TOLERANCE:
-            raise DataError(f"{where}: ends after its recording of {cut.audio.duration} s")
+            raise UserError(f"{where}: ends after its recording of {cut.audio.duration} s")
     complete = bool(texts) and None not in texts
     if settings.text == "required" and not complete:
         raise MissingText(
@@ -196,7 +196,7 @@ def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
 def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) -> tuple[str | None, list[Word] | None]:
     """(Text within the cut, None if unknown; its words with times from the cut's start, or None).
 
-    An unusable alignment gives no times and a warning. It raises DataError if only the alignment gives the text: the
+    An unusable alignment gives no times and a warning. It raises UserError if only the alignment gives the text: the
     supervision extends beyond the cut or has no text.
     """
     text = text_field(fields, "text", where)
@@ -209,7 +209,7 @@ def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) 
         return known, None
     try:
         words = _aligned(items, where, cut, start, end)
-    except DataError as error:
+    except UserError as error:
         if known is None:
             raise
         warnings.append(f"{NO_WORD_TIMES}: {error}")
@@ -223,7 +223,7 @@ def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list
     for word, begin, finish, confidence in lhotse_words(items, where):
         begin, finish = begin - cut.start, finish - cut.start
         if begin < start - _STRAY_SECONDS or finish > end + _STRAY_SECONDS:
-            raise DataError(
+            raise UserError(
                 f"{where}: the word {word!r} is aligned at {begin:.2f} s of the cut, its supervision at {start:.2f} to "
                 f"{end:.2f} s; alignments count from the start of the recording"
             )
@@ -243,22 +243,22 @@ def _supervision_cuts(cut: Cut) -> list[Cut | Unreadable]:
     for where, fields in cut.supervisions:
         try:
             found += _supervision_cut(replace(cut, supervisions=[(where, fields)]))
-        except DataError as error:
+        except UserError as error:
             found.append(Unreadable(where, str(error)))
     return found
 
 
 def _supervision_cut(cut: Cut) -> list[Cut]:
-    """The only supervision of a cut as a cut; empty if it is in another channel or outside. Raises DataError."""
+    """The only supervision of a cut as a cut; empty if it is in another channel or outside. Raises UserError."""
     found = []
     for where, fields in _in_time(cut):
         id = text_field(fields, "id", where)
         if id is None:
-            raise DataError(f"{where}: a supervision without an id")
+            raise UserError(f"{where}: a supervision without an id")
         start, end = stretch(fields, where)
         first, last = max(0.0, start), end if _is_last(cut) else min(cut.duration, end)
         if last <= first:
-            raise DataError(f"{where}: the supervision {id!r} has no length within its recording")
+            raise UserError(f"{where}: the supervision {id!r} has no length within its recording")
         moved = {**fields, "start": start - first}
         found.append(
             replace(

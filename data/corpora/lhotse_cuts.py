@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from data.corpora.base import Unreadable
 from data.corpora.json_lines import (
     audio_path,
@@ -16,7 +17,6 @@ from data.corpora.json_lines import (
     shorten,
     text_field,
 )
-from data.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -44,34 +44,34 @@ class Cut:
 
 
 def read_cuts(manifest: Path, base: Path) -> Iterator[Cut | Unreadable]:
-    """Lines of a cut manifest, as cuts or Unreadable. Raises DataError if the file cannot be read."""
+    """Lines of a cut manifest, as cuts or Unreadable. Raises UserError if the file cannot be read."""
     for where, fields in json_lines_or_faults(manifest):
         try:
-            if isinstance(fields, DataError):
+            if isinstance(fields, UserError):
                 raise fields
             yield read_cut(fields, where, base)
-        except DataError as error:
+        except UserError as error:
             yield Unreadable(where, str(error))
 
 
 def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
-    """A line of a cut manifest. Raises DataError naming the place."""
+    """A line of a cut manifest. Raises UserError naming the place."""
     kind = fields.get("type")
     if kind != "MonoCut":
-        raise DataError(
+        raise UserError(
             f"{where}: a cut of type {shorten(kind)}, only MonoCut is read: take its tracks or channels apart with "
             "lhotse, or save it as audio (save_audios) and read that"
         )
     if not isinstance(fields.get("recording"), dict):
-        raise DataError(f"{where}: a cut without its recording; cuts of features alone are not read")
+        raise UserError(f"{where}: a cut without its recording; cuts of features alone are not read")
     supervisions = fields.get("supervisions") or []
     if not isinstance(supervisions, list) or not all(isinstance(item, dict) for item in supervisions):
-        raise DataError(f"{where}: supervisions is {shorten(supervisions)}, expected a list of objects")
+        raise UserError(f"{where}: supervisions is {shorten(supervisions)}, expected a list of objects")
     start, duration = (_needed(fields, name, where) for name in ("start", "duration"))
     audio = _audio(fields["recording"], f"{where}: recording", base)
     channel = fields.get("channel")
     if isinstance(channel, bool) or not isinstance(channel, int) or not any(channel in f[1] for f in audio.files):
-        raise DataError(f"{where}: channel is {shorten(channel)}, the recording has none such")
+        raise UserError(f"{where}: channel is {shorten(channel)}, the recording has none such")
     numbered = [(f"{where}: supervisions[{n}]", item) for n, item in enumerate(supervisions)]
     return Cut(_id(fields, where), audio, channel, start, duration, numbered, where)
 
@@ -79,7 +79,7 @@ def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
 def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) -> Iterator[Cut | Unreadable]:
     """Every channel of every recording, with its supervisions.
 
-    Raises DataError if a file or a line of the supervisions cannot be read: a recording without one of its supervisions
+    Raises UserError if a file or a line of the supervisions cannot be read: a recording without one of its supervisions
     would have incomplete text.
     """
     owned: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -87,15 +87,15 @@ def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) ->
         for where, fields in json_lines(supervisions):
             owner = text_field(fields, "recording_id", where)
             if owner is None:
-                raise DataError(f"{where}: no recording_id; is this a supervision manifest?")
+                raise UserError(f"{where}: no recording_id; is this a supervision manifest?")
             owned.setdefault(owner, []).append((where, fields))
     unreadable = 0
     for where, line in json_lines_or_faults(recordings):
         try:
-            if isinstance(line, DataError):
+            if isinstance(line, UserError):
                 raise line
             audio = _audio(line, where, base)
-        except DataError as error:
+        except UserError as error:
             unreadable += 1
             yield Unreadable(where, str(error))
             continue
@@ -106,26 +106,26 @@ def whole_recordings(recordings: Path, supervisions: Path | None, base: Path) ->
             yield Cut(id, audio, channel, 0.0, audio.duration, mine, where)
     if len(owned) > unreadable:  # else they belong to unreadable recordings
         owner, ((where, _), *_) = next(iter(owned.items()))
-        raise DataError(f"{where}: recording_id is {owner!r}, and {recordings} has no such recording")
+        raise UserError(f"{where}: recording_id is {owner!r}, and {recordings} has no such recording")
 
 
 def _audio(fields: Mapping[str, Any], where: str, base: Path) -> Audio:
-    """The description of a recording. Raises DataError where it is more than files to be read as they are."""
+    """The description of a recording. Raises UserError where it is more than files to be read as they are."""
     transforms = fields.get("transforms") or []
     for transform in transforms if isinstance(transforms, list) else [transforms]:
         name = transform.get("name") if isinstance(transform, dict) else transform
         if name != "Resample":  # the files have another rate then, and the same sound
-            raise DataError(f"{where}: transform {shorten(name)} is not applied here: save the audio with lhotse first")
+            raise UserError(f"{where}: transform {shorten(name)} is not applied here: save the audio with lhotse first")
     entries = fields.get("sources")
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{where}: no list of sources; is this a recording?")
+        raise UserError(f"{where}: no list of sources; is this a recording?")
     files = []
     for entry in entries:
         kind, channels = (entry.get("type"), entry.get("channels")) if isinstance(entry, dict) else (None, None)
         if kind != "file":
-            raise DataError(f"{where}: an audio source of type {shorten(kind)}, only 'file' is read: save it as files")
+            raise UserError(f"{where}: an audio source of type {shorten(kind)}, only 'file' is read: save it as files")
         if not isinstance(channels, list) or not channels or not all(type(c) is int for c in channels):
-            raise DataError(f"{where}: channels of a source are {shorten(channels)}, expected a list of numbers")
+            raise UserError(f"{where}: channels of a source are {shorten(channels)}, expected a list of numbers")
         files.append((audio_path(text_field(entry, "source", where) or "", base, where), channels))
     return Audio(_id(fields, where), _needed(fields, "duration", where), files)
 
@@ -135,7 +135,7 @@ def channels_of(fields: Mapping[str, Any], where: str) -> list[int]:
     value = fields.get("channel", 0)
     channels = value if isinstance(value, list) else [value]
     if not all(type(channel) is int for channel in channels):
-        raise DataError(f"{where}: channel is {shorten(value)}, expected a number or a list of numbers")
+        raise UserError(f"{where}: channel is {shorten(value)}, expected a number or a list of numbers")
     return channels
 
 
@@ -143,19 +143,19 @@ def stretch(fields: Mapping[str, Any], where: str) -> tuple[float, float]:
     """(Start, end) of a supervision, which may begin before its cut."""
     start = seconds_field(fields, "start", where, negative=True)
     if start is None:
-        raise DataError(f"{where}: no 'start'")
+        raise UserError(f"{where}: no 'start'")
     return start, start + _needed(fields, "duration", where)
 
 
 def _needed(fields: Mapping[str, Any], name: str, where: str) -> float:
     value = seconds_field(fields, name, where)
     if value is None:
-        raise DataError(f"{where}: no {name!r}")
+        raise UserError(f"{where}: no {name!r}")
     return value
 
 
 def _id(fields: Mapping[str, Any], where: str) -> str:
     id = text_field(fields, "id", where)
     if not id:
-        raise DataError(f"{where}: no 'id'")
+        raise UserError(f"{where}: no 'id'")
     return id

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data.corpora.base import FileSource, Source, Utterance, did_you_mean
+from common.errors import UserError, did_you_mean
+from data.corpora.base import FileSource, Source, Utterance
 from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines, summary
-from data.errors import DataError
 from data.features import FeatureSettings
-from data.index import Recording
+from data.format.index import Recording
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
 from data.word_times import read_textgrid
@@ -58,26 +58,26 @@ class TextGridSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Raises DataError if the sound cannot be used. An unusable TextGrid gives a warning and no word times."""
+        """Raises UserError if the sound cannot be used. An unusable TextGrid gives a warning and no word times."""
         try:
-            words: list[Word] | DataError = read_textgrid(self.textgrid)
-        except DataError as error:
+            words: list[Word] | UserError = read_textgrid(self.textgrid)
+        except UserError as error:
             words = error
         return _timed(self.recording, self.path, words, str(self.textgrid)).load(features)
 
 
-def _timed(recording: Recording, path: Path, words: list[Word] | DataError, where: str) -> FileSource:
+def _timed(recording: Recording, path: Path, words: list[Word] | UserError, where: str) -> FileSource:
     """Source with these word times, or with a warning instead if they cannot be used."""
     try:
-        if isinstance(words, DataError):
+        if isinstance(words, UserError):
             raise words
         return FileSource(with_words(recording, words, where), path)
-    except DataError as error:
+    except UserError as error:
         return FileSource(recording, path, (f"{NO_WORD_TIMES}: {error}",))
 
 
 def sources(settings: LibriSpeechSettings) -> list[Source]:
-    """Every recording of the subsets, sorted by id. Raises DataError naming file and line."""
+    """Every recording of the subsets, sorted by id. Raises UserError naming file and line."""
     folder = _root(existing_folder("folder", settings.folder), "folder")
     subsets = _subsets(folder, settings.subsets)
     alignments = (
@@ -91,20 +91,20 @@ def sources(settings: LibriSpeechSettings) -> list[Source]:
             if speakers is None or chapter.parent.name in speakers:
                 listed += _chapter(chapter, subset, alignments)
         if len(listed) == before:
-            raise DataError(f"{folder / subset} has no recordings with these settings")
+            raise UserError(f"{folder / subset} has no recordings with these settings")
     if alignments and all(isinstance(source, FileSource) and source.warnings[-1:] == (_NONE,) for source in listed):
-        raise DataError(f"alignments {alignments} has no .alignment.txt or .TextGrid of {', '.join(subsets)}")
+        raise UserError(f"alignments {alignments} has no .alignment.txt or .TextGrid of {', '.join(subsets)}")
     return [*sorted(listed, key=lambda source: source.id)]
 
 
 def with_words(recording: Recording, words: list[Word], where: str) -> Recording:
-    """The recording with these times. Raises DataError naming `where` unless they are of its transcript's words.
+    """The recording with these times. Raises UserError naming `where` unless they are of its transcript's words.
 
     The words themselves are the transcript's: aligners write other letter cases, and <unk> for unknown words.
     """
     text = (recording.text or "").split()
     if len(text) != len(words):
-        raise DataError(f"{where}: {len(words)} words are aligned, the transcript of {recording.id} has {len(text)}")
+        raise UserError(f"{where}: {len(words)} words are aligned, the transcript of {recording.id} has {len(text)}")
     timed = [aligned._replace(word=word) for word, aligned in zip(text, words, strict=True)]
     return dataclasses.replace(recording, words=timed)
 
@@ -114,14 +114,14 @@ def _root(folder: Path, setting: str) -> Path:
     for candidate in (folder, folder / "LibriSpeech"):
         if candidate.is_dir() and any(_SUBSET.fullmatch(name) for name in listed_names(candidate)):
             return candidate
-    raise DataError(f"{setting} {folder} holds no subset such as train-clean-100, nor does a folder LibriSpeech in it")
+    raise UserError(f"{setting} {folder} holds no subset such as train-clean-100, nor does a folder LibriSpeech in it")
 
 
 def _subsets(folder: Path, wanted: list[str]) -> list[str]:
     there = sorted(name for name in listed_names(folder) if _SUBSET.fullmatch(name) and (folder / name).is_dir())
     for name in wanted:
         if name not in there:
-            raise DataError(f"subsets names {name!r}, {folder} has {', '.join(there)}.{did_you_mean(name, there)}")
+            raise UserError(f"subsets names {name!r}, {folder} has {', '.join(there)}.{did_you_mean(name, there)}")
     return list(dict.fromkeys(wanted)) or there
 
 
@@ -135,7 +135,7 @@ def _speakers(path: Path, gender: str) -> set[str] | None:
             continue
         fields = [part.strip() for part in line.split("|")]
         if len(fields) < 5 or not fields[0].isdigit() or fields[1] not in ("F", "M"):
-            raise DataError(f"{where}: expected id | F or M | subset | minutes | name: {line[:80]!r}")
+            raise UserError(f"{where}: expected id | F or M | subset | minutes | name: {line[:80]!r}")
         if fields[1] == gender:
             speakers.add(fields[0])
     return speakers
@@ -156,13 +156,13 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
     texts = _transcripts(folder / f"{name}.trans.txt", name)
     missing = [f"{id}.flac" for id in texts if f"{id}.flac" not in files]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{folder}: {len(missing)} audio files are missing: {summary(missing)}; unpack the archive again"
         )
     silent = sorted(file for file in files if file.endswith(".flac") and file[:-5] not in texts)
     if silent:
-        raise DataError(f"{folder / name}.trans.txt: has no transcript of {summary(silent)}; unpack the archive again")
-    words: dict[str, tuple[str, list[Word] | DataError]] = {}
+        raise UserError(f"{folder / name}.trans.txt: has no transcript of {summary(silent)}; unpack the archive again")
+    words: dict[str, tuple[str, list[Word] | UserError]] = {}
     aligned: set[str] = set()
     warning = _NONE if alignments else ""
     times = alignments / subset / speaker / folder.name if alignments else folder
@@ -171,7 +171,7 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
             aligned = listed_names(times)
             if f"{name}.alignment.txt" in aligned:
                 words = read_alignment(times / f"{name}.alignment.txt")
-        except DataError as error:
+        except UserError as error:
             warning = f"{NO_WORD_TIMES}: {error}"
     listed: list[FileSource | TextGridSource] = []
     for id, text in texts.items():
@@ -191,46 +191,46 @@ def _transcripts(path: Path, chapter: str) -> dict[str, str]:
     for where, line in numbered_lines(path):
         id, _, text = line.partition(" ")
         if not _ID.fullmatch(id) or not id.startswith(f"{chapter}-") or not text.strip():
-            raise DataError(f"{where}: expected {chapter}-NUMBER and the text: {line[:80]!r}")
+            raise UserError(f"{where}: expected {chapter}-NUMBER and the text: {line[:80]!r}")
         if id in texts:
-            raise DataError(f"{where}: {id} occurs twice; the file is damaged: unpack the archive again")
+            raise UserError(f"{where}: {id} occurs twice; the file is damaged: unpack the archive again")
         texts[id] = " ".join(text.split())
     return texts
 
 
-def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | DataError]]:
+def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | UserError]]:
     """Read an `.alignment.txt`: ('FILE:LINE', words with times in seconds, or the error) by recording id.
 
-    Errors of a single line: wrong format, different numbers of words and times, decreasing times. Raises DataError if
+    Errors of a single line: wrong format, different numbers of words and times, decreasing times. Raises UserError if
     the file cannot be read.
     """
-    found: dict[str, tuple[str, list[Word] | DataError]] = {}
+    found: dict[str, tuple[str, list[Word] | UserError]] = {}
     for where, line in lines_or_faults(path):
-        if isinstance(line, DataError):
+        if isinstance(line, UserError):
             continue  # of an unknown recording, which then has no alignment
         id = line.partition(" ")[0]
         try:
             if id in found:
-                raise DataError(f"{where}: {id} occurs twice")
+                raise UserError(f"{where}: {id} occurs twice")
             found[id] = where, _aligned(line, where)
-        except DataError as error:
+        except UserError as error:
             found[id] = where, error
     return found
 
 
 def _aligned(line: str, where: str) -> list[Word]:
-    """Words of a line. Raises DataError naming file and line."""
+    """Words of a line. Raises UserError naming file and line."""
     match = _ALIGNED.fullmatch(line.strip())
     if not match:
-        raise DataError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')
+        raise UserError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')
     id, spoken, ends = match[1], match[2].split(","), match[3].split(",")
     if len(spoken) != len(ends):
-        raise DataError(f"{where}: {id} has {len(spoken)} words and silences, and {len(ends)} times")
+        raise UserError(f"{where}: {id} has {len(spoken)} words and silences, and {len(ends)} times")
     words, start = [], 0.0
     for word, text in zip(spoken, ends, strict=True):
         end = _seconds(text, where)
         if end < start:
-            raise DataError(f"{where}: {id}: the end of {word!r}, {end} s, lies before its start, {start} s")
+            raise UserError(f"{where}: {id}: the end of {word!r}, {end} s, lies before its start, {start} s")
         if word:
             words.append(Word(word, start, end))
         start = end
@@ -243,5 +243,5 @@ def _seconds(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise DataError(f"{where}: {text[:40]!r} should be a time in seconds")
+        raise UserError(f"{where}: {text[:40]!r} should be a time in seconds")
     return value

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from data.corpora.base import (
     SPLITS,
     FeatureUtterance,
@@ -34,9 +35,8 @@ from data.corpora.base import (
 )
 from data.corpora.json_lines import audio_path, is_file, seconds_field, shorten, text_field
 from data.corpora.text_files import summary
-from data.errors import DataError
 from data.features import FeatureSettings, difference
-from data.index import Recording
+from data.format.index import Recording
 from data.word_times.base import read_json
 from data.word_times.google import read_google_words
 
@@ -102,11 +102,11 @@ class SpectrogramSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> FeatureUtterance:
-        """Raises DataError where other features are asked for, or the file is not such a spectrogram."""
+        """Raises UserError where other features are asked for, or the file is not such a spectrogram."""
         stored = spectrogram_features()
         differences = difference(features, stored)
         if differences:
-            raise DataError(
+            raise UserError(
                 f"{self.path}: the stored spectrogram has other features (asked for != stored): "
                 f"{'; '.join(differences)}. Ask for the stored ones (--features.FIELD VALUE), or say --read audio"
             )
@@ -142,15 +142,15 @@ def _with_words(recording: Recording, path: Path | None, duration: float) -> Rec
 def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioSource | Unreadable]:
     """All recordings and unreadable entries, sorted by id.
 
-    Raises DataError naming entry and field if half or more of the entries are unreadable, or naming missing files.
+    Raises UserError naming entry and field if half or more of the entries are unreadable, or naming missing files.
     """
     if not settings.pairs:
-        raise DataError(f"pairs is empty: say where {PAIRS_FILE} lies with --pairs FILE")
+        raise UserError(f"pairs is empty: say where {PAIRS_FILE} lies with --pairs FILE")
     path = Path(settings.pairs).expanduser()
     path = path / PAIRS_FILE if path.is_dir() else path
     pairs = read_json(path)
     if not isinstance(pairs, dict) or not pairs:
-        raise DataError(f"{path}: expected an object of recordings by id, with audio, txt and duration each")
+        raise UserError(f"{path}: expected an object of recordings by id, with audio, txt and duration each")
     listed: list[SpectrogramSource | AudioSource | Unreadable] = []
     wanted: list[Path] = []
     for id in sorted(pairs):
@@ -160,7 +160,7 @@ def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioS
             recording = Recording(id, language=settings.language, split=settings.split)
         except MissingText:
             raise
-        except DataError as error:
+        except UserError as error:
             reason = str(error) if str(error).startswith(where) else f"{path}: {error}"
             listed.append(Unreadable(where, reason))
             continue
@@ -172,20 +172,20 @@ def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioS
     mostly_readable(listed)
     missing = [str(file) for file in wanted if not is_file(file)]
     if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(wanted)} files do not exist: {summary(missing)}")
+        raise UserError(f"{path}: {len(missing)} of {len(wanted)} files do not exist: {summary(missing)}")
     return listed
 
 
 def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSettings) -> tuple[Path, Path | None, float]:
-    """(The file to read, the transcript or None, seconds). Raises DataError naming the entry."""
+    """(The file to read, the transcript or None, seconds). Raises UserError naming the entry."""
     if not isinstance(fields, Mapping):
-        raise DataError(f"{where}: {shorten(fields)} is no object with audio, txt and duration")
+        raise UserError(f"{where}: {shorten(fields)} is no object with audio, txt and duration")
     duration = seconds_field(fields, "duration", where)
     if not duration:
-        raise DataError(f"{where}: no 'duration' in seconds")
+        raise UserError(f"{where}: no 'duration' in seconds")
     names = {name: text_field(fields, name, where) for name in ("audio", "txt")}
     if names["audio"] is None:
-        raise DataError(f"{where}: no 'audio'")
+        raise UserError(f"{where}: no 'audio'")
     if names["txt"] is None and settings.text == "required":
         raise MissingText(f"{where}: no 'txt' (or say --text none)")
     audio = audio_path(names["audio"], base, where)
@@ -201,21 +201,21 @@ def read_spectrogram(path: Path, duration: float) -> Tensor:
     Args:
         duration: of the recording, in seconds: the file may not hold much more.
     Raises:
-        DataError: naming the file and what is wrong with it.
+        UserError: naming the file and what is wrong with it.
     """
     most = math.ceil((duration + _SLACK_SECONDS) * FRAMES_PER_SECOND)
     _check_archive(path, 2 * MELS * most + _SLACK_BYTES)
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - other people's files, checked
     except Exception as error:  # torch raises whatever the archive's damage leads to, and there is no list of it
-        raise DataError(f"{path}: torch cannot read it ({str(error)[:200]})") from error
+        raise UserError(f"{path}: torch cannot read it ({str(error)[:200]})") from error
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype != torch.float16:
-        raise DataError(f"{path}: holds {_described(tensor)}, expected a tensor of float16")
+        raise UserError(f"{path}: holds {_described(tensor)}, expected a tensor of float16")
     if tensor.ndim != 3 or tensor.shape[:2] != (1, MELS) or not 0 < tensor.shape[2] <= most:
-        raise DataError(f"{path}: holds {_described(tensor)}, expected [1, {MELS}, T] with T of 1 to {most} frames")
+        raise UserError(f"{path}: holds {_described(tensor)}, expected [1, {MELS}, T] with T of 1 to {most} frames")
     values = tensor[0].T.contiguous()
     if not torch.isfinite(values).all():
-        raise DataError(f"{path}: NaN or infinite values in the spectrogram")
+        raise UserError(f"{path}: NaN or infinite values in the spectrogram")
     return values
 
 
@@ -224,41 +224,41 @@ def _described(value: object) -> str:
 
 
 def _check_archive(path: Path, most_bytes: int) -> None:
-    """Raise DataError unless a file is an archive of torch.save with one tensor's storage and pickle, and no more.
+    """Raise UserError unless a file is an archive of torch.save with one tensor's storage and pickle, and no more.
 
     That the storage is as large as the pickle claims is seen by torch.
     """
     try:
         if path.stat().st_size > most_bytes:
-            raise DataError(f"{path}: larger than the {most_bytes} bytes that its recording's duration allows")
+            raise UserError(f"{path}: larger than the {most_bytes} bytes that its recording's duration allows")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise DataError(f"{path}: a compressed record; torch.save writes none")
+                raise UserError(f"{path}: a compressed record; torch.save writes none")
             folders = {name.filename.split("/", 1)[0] for name in records}
             inside = {record.filename.split("/", 1)[-1]: record for record in records}
             if len(folders) != 1 or len(inside) != len(records) or "data.pkl" not in inside:
-                raise DataError(f"{path}: not an archive of torch.save")
+                raise UserError(f"{path}: not an archive of torch.save")
             if inside["data.pkl"].file_size > _LARGEST_PICKLE:
-                raise DataError(f"{path}: a pickle of {inside['data.pkl'].file_size} bytes is not that of one tensor")
+                raise UserError(f"{path}: a pickle of {inside['data.pkl'].file_size} bytes is not that of one tensor")
             pickled = archive.read(inside["data.pkl"])
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, UserError):
             raise
-        raise DataError(f"{path}: not an archive of torch.save ({error})") from error
+        raise UserError(f"{path}: not an archive of torch.save ({error})") from error
     _check_pickle(pickled, path)
     storages = [name for name in inside if name.startswith("data/")]
     if len(storages) != 1:
-        raise DataError(f"{path}: holds {len(storages)} storages, expected that of one tensor")
+        raise UserError(f"{path}: holds {len(storages)} storages, expected that of one tensor")
 
 
 def _check_pickle(pickled: bytes, path: Path) -> None:
-    """Raise DataError where a pickle names anything that a half-precision tensor does not need. Nothing is run."""
+    """Raise UserError where a pickle names anything that a half-precision tensor does not need. Nothing is run."""
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name in _REFUSED_OPCODES or (opcode.name == "GLOBAL" and argument not in _TENSOR_NAMES):
-                raise DataError(f"{path}: its pickle asks for {shorten(argument)}, which no spectrogram needs; refused")
+                raise UserError(f"{path}: its pickle asks for {shorten(argument)}, which no spectrogram needs; refused")
     except (ValueError, IndexError, UnicodeDecodeError, OverflowError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, UserError):
             raise
-        raise DataError(f"{path}: a damaged pickle ({error})") from error
+        raise UserError(f"{path}: a damaged pickle ({error})") from error

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common.errors import UserError
 from data.corpora.base import SPLITS, FileSource, MissingText, SegmentSource, Unreadable, mostly_readable
 from data.corpora.json_lines import (
     audio_path,
@@ -26,8 +27,7 @@ from data.corpora.json_lines import (
     text_field,
 )
 from data.corpora.text_files import summary
-from data.errors import DataError
-from data.index import Recording
+from data.format.index import Recording
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
 from data.word_times.alignments import nemo_words
@@ -51,10 +51,10 @@ def manifest_sources(
         language: of lines that do not tell theirs.
         split: (the split that the line tells, or None; its text or id) -> its split.
     Raises:
-        DataError: naming file and line if half or more of the lines are unreadable, or naming missing audio files.
+        UserError: naming file and line if half or more of the lines are unreadable, or naming missing audio files.
     """
     if _FAMILY.search(manifest.name):
-        raise DataError(
+        raise UserError(
             f"manifest {manifest} stands for many files of a tarred dataset, which is not read: give a manifest of "
             "plain audio files (audio_filepath), or prepare them from where the tar files were made"
         )
@@ -63,23 +63,23 @@ def manifest_sources(
     places: dict[str, str] = {}
     for where, fields in json_lines_or_faults(manifest):
         try:
-            if isinstance(fields, DataError):
+            if isinstance(fields, UserError):
                 raise fields
             listed.append(_with_own_id(_entry(fields, where, base, text, language, split), where, places))
         except MissingText:
             raise
-        except DataError as error:
+        except UserError as error:
             listed.append(Unreadable(where, str(error)))
     mostly_readable(listed)
     if not listed:
-        raise DataError(f"manifest {manifest} is empty: a JSON object with audio_filepath, duration and text a line")
+        raise UserError(f"manifest {manifest} is empty: a JSON object with audio_filepath, duration and text a line")
     there: dict[Path, bool] = {}
     for source in listed:
         if not isinstance(source, Unreadable) and source.path not in there:
             there[source.path] = is_file(source.path)
     missing = [str(path) for path, found in there.items() if not found]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{len(missing)} of {len(there)} audio files of {manifest} do not exist: {summary(missing)}. A relative "
             f"audio_filepath counts from {base}"
         )
@@ -94,15 +94,15 @@ def _entry(
     language: str,
     split: Callable[[str | None, str], str],
 ) -> FileSource | SegmentSource:
-    """One line of a manifest. Raises DataError naming the file and the line."""
+    """One line of a manifest. Raises UserError naming the file and the line."""
     if "shard_id" in fields:
-        raise DataError(
+        raise UserError(
             f"{where}: shard_id {shorten(fields['shard_id'])}: a line of a tarred dataset, which is not read: give the "
             "manifest of the plain audio files that it was made from"
         )
     name = text_field(fields, "audio_filepath", where)
     if name is None:
-        raise DataError(f"{where}: no 'audio_filepath': add it")
+        raise UserError(f"{where}: no 'audio_filepath': add it")
     text = text_field(fields, "text", where)
     if text is None and text_rule == "required":
         raise MissingText(f"{where}: no 'text': add it (or say --text optional or --text none)")
@@ -110,17 +110,17 @@ def _entry(
     start = seconds_field(fields, "offset", where)
     duration = seconds_field(fields, "duration", where)
     if start is not None and not duration:
-        raise DataError(f"{where}: an entry with an offset needs its duration too")
+        raise UserError(f"{where}: an entry with an offset needs its duration too")
     told = text_field(fields, "split", where)
     if told is not None and told not in SPLIT_NAMES:
-        raise DataError(f"{where}: split is {shorten(told)}, known are {', '.join(SPLITS)}")
+        raise UserError(f"{where}: split is {shorten(told)}, known are {', '.join(SPLITS)}")
     path = audio_path(name, base, where)
     id = _SUFFIX.sub("", name) + ("" if start is None else f"@{start:.3f}")
     words, warnings = None, []
     if text_rule != "none":
         try:
             words = _words(fields, base, where, duration)
-        except DataError as error:
+        except UserError as error:
             warnings.append(f"{NO_WORD_TIMES}: {error}")
     try:
         recording = Recording(
@@ -131,8 +131,8 @@ def _entry(
             speaker=label_field(fields, "speaker", where),
             split=split(told and SPLIT_NAMES[told], text or id),
         )
-    except DataError as error:
-        raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
     if start is None:
         return FileSource(recording, path, tuple(warnings))
     assert duration is not None
@@ -142,7 +142,7 @@ def _entry(
 def _with_own_id(source: FileSource | SegmentSource, where: str, places: dict[str, str]) -> FileSource | SegmentSource:
     """A source whose id is none of `places` (id -> place), which it is put into.
 
-    Speakers begin at the same time: then the duration is a part of the id too. Raises DataError where that is the same,
+    Speakers begin at the same time: then the duration is a part of the id too. Raises UserError where that is the same,
     or the line is for the whole of a file that has one.
     """
     id = source.id
@@ -150,7 +150,7 @@ def _with_own_id(source: FileSource | SegmentSource, where: str, places: dict[st
     if id in places:
         id = longer
     if longer in places:
-        raise DataError(f"{where}: {places[longer]} is the same stretch of a file of this name: leave one of them out")
+        raise UserError(f"{where}: {places[longer]} is the same stretch of a file of this name: leave one of them out")
     places[id] = places[longer] = where
     return source if id == source.id else replace(source, recording=replace(source.recording, id=id))
 
@@ -162,13 +162,13 @@ def _words(fields: Mapping[str, Any], base: Path, where: str, duration: float | 
     if items is None:
         return nemo_words(fields, base, where, most)
     if not isinstance(items, list):
-        raise DataError(f"{where}: words is {shorten(items)}, expected a list of [word, start, end]")
+        raise UserError(f"{where}: words is {shorten(items)}, expected a list of [word, start, end]")
     words, places = [], []
     for number, item in enumerate(items):
         at = f"{where}: words[{number}]"
         values = [item.get(field) for field in Word._fields] if isinstance(item, dict) else item
         if not isinstance(values, list) or len(values) not in (3, 4):
-            raise DataError(f"{at}: {shorten(item)} is not [word, start, end] or [word, start, end, confidence]")
+            raise UserError(f"{at}: {shorten(item)} is not [word, start, end] or [word, start, end, confidence]")
         word, start, end = word_text(values[0], at), seconds(values[1], at), seconds(values[2], at)
         if word:
             words.append(Word(word, start, end, probability(values[3], at) if len(values) == 4 else None))

@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from common.errors import UserError
+from data.audio.folders import is_clutter
 from data.corpora import huggingface
 from data.corpora.base import FileSource, Unreadable, check_choice, check_unusable
 from data.corpora.huggingface import HuggingFaceSettings
 from data.corpora.lazy import LazySources, check_unique, repeat
 from data.corpora.remote import FileCache
 from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines
-from data.errors import DataError
-from data.folders import is_clutter
-from data.index import Recording
+from data.format.index import Recording
 
 LANGUAGES = {
     "de": "german",
@@ -70,21 +70,21 @@ class MlsSettings:
         for language in self.languages:
             check_choice("languages", _code(language), list(LANGUAGES))
         if not self.splits:
-            raise DataError(f"splits is empty: say --splits with some of {', '.join(SPLITS)}")
+            raise UserError(f"splits is empty: say --splits with some of {', '.join(SPLITS)}")
         for split in self.splits:
             check_choice("splits", split, SPLITS)
         if "train" in self.splits and set(self.splits) & set(LIMITED):
-            raise DataError(
+            raise UserError(
                 f"splits is {', '.join(self.splits)}: train contains the limited supervision; name only one"
             )
         if self.cache_gb < 0:
-            raise DataError(f"cache_gb is {self.cache_gb}: must be 0 (keep all) or more")
+            raise UserError(f"cache_gb is {self.cache_gb}: must be 0 (keep all) or more")
         if self.gender != "all" and not self.folder:
-            raise DataError("gender: only OpenSLR's metainfo.txt tells it, so it needs --folder")
+            raise UserError("gender: only OpenSLR's metainfo.txt tells it, so it needs --folder")
 
 
 def sources(settings: MlsSettings) -> LazySources:
-    """Every recording, by language and split, in the order of the files. Raises DataError naming file and line."""
+    """Every recording, by language and split, in the order of the files. Raises UserError naming file and line."""
     return _from_folder(settings) if settings.folder else _from_hub(settings)
 
 
@@ -118,7 +118,7 @@ def _from_folder(settings: MlsSettings) -> LazySources:
         for split in dict.fromkeys(settings.splits):
             listed = _listed(folder, split, speakers)
             if not len(listed):
-                raise DataError(f"{folder}: split {split} is empty with these settings")
+                raise UserError(f"{folder}: split {split} is empty with these settings")
             rows.append(listed)
     table = pa.concat_tables(rows)
     check_unique(table, settings.folder)
@@ -135,12 +135,12 @@ def _language_folders(settings: MlsSettings) -> list[Path]:
         if not re.fullmatch(r"mls_[a-z]+(_opus)?", name) or code not in LANGUAGES or not (parent / name).is_dir():
             continue
         if code in found:
-            raise DataError(f"{parent} holds {found[code].name} and {name}, the same recordings: give one as --folder")
+            raise UserError(f"{parent} holds {found[code].name} and {name}, the same recordings: give one as --folder")
         found[code] = parent / name
     wanted = [_code(language) for language in settings.languages] or list(found)
     missing = [code for code in wanted if code not in found]
     if missing or not found:
-        raise DataError(
+        raise UserError(
             f"folder {given} holds no mls_LANGUAGE{' for ' + ', '.join(missing) if missing else ''}: it should hold "
             f"folders such as mls_german or mls_german_opus, unpacked from OpenSLR 94"
         )
@@ -156,9 +156,9 @@ def _speakers(path: Path, gender: str) -> set[str] | None:
         fields = [part.strip() for part in line.split("|")]
         if number == 0:
             if fields[:2] != ["SPEAKER", "GENDER"]:
-                raise DataError(f"{where}: the header should begin with SPEAKER | GENDER: {line[:80]!r}")
+                raise UserError(f"{where}: the header should begin with SPEAKER | GENDER: {line[:80]!r}")
         elif len(fields) < 2 or not fields[0].isdigit() or fields[1] not in ("F", "M"):
-            raise DataError(f"{where}: expected a speaker's number and F or M, separated by |: {line[:80]!r}")
+            raise UserError(f"{where}: expected a speaker's number and F or M, separated by |: {line[:80]!r}")
         elif fields[1] == gender:
             speakers.add(fields[0])
     return speakers
@@ -168,12 +168,12 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
     """Columns id, text, language, split, part, address (of the audio file), fault: one row per recording of a split. An
     unreadable line gives a row with its location as id, and the fault.
 
-    Raises DataError if half or more of the lines are unreadable.
+    Raises UserError if half or more of the lines are unreadable.
     """
     part = "train" if split in LIMITED else split
     audio = folder / part / "audio"
     if not audio.is_dir():
-        raise DataError(f"{audio}: there is no such folder; unpack the archive of {folder.name} again")
+        raise UserError(f"{audio}: there is no such folder; unpack the archive of {folder.name} again")
     wanted = _handles(folder, split) if split in LIMITED else None
     suffix = _suffix(audio)
     transcripts = folder / part / "transcripts.txt"
@@ -201,16 +201,16 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
         check_unusable(next(filter(None, faults)), bad, lines)
     if wanted is not None and speakers is None and len(wanted - set(ids)) > bad:
         lost = min(wanted - set(ids))
-        raise DataError(f"{transcripts}: has no {lost}, which limited_supervision names: fetch the files again")
+        raise UserError(f"{transcripts}: has no {lost}, which limited_supervision names: fetch the files again")
     columns = {"id": ids, "text": texts, "address": paths, "fault": faults}
     table = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
     same = {"language": _code(folder.name), "split": part, "part": f"{folder.name}/{split}"}
     return pa.table(table | {name: repeat(value, len(ids)) for name, value in same.items()})
 
 
-def _transcript(line: str | DataError, where: str) -> tuple[str, str | None, str]:
+def _transcript(line: str | UserError, where: str) -> tuple[str, str | None, str]:
     """(Id, fault or None, text) of an `id<TAB>text` line."""
-    if isinstance(line, DataError):
+    if isinstance(line, UserError):
         return "", str(line), ""
     id, tab, text = line.partition("\t")
     if not tab or not _ID.fullmatch(id):
@@ -226,10 +226,10 @@ def _handles(folder: Path, split: str) -> set[str]:
     for name in LIMITED[split]:
         for where, line in numbered_lines(folder / "train" / "limited_supervision" / name / "handles.txt"):
             if not _ID.fullmatch(line.strip()):
-                raise DataError(f"{where}: expected an id, SPEAKER_BOOK_NUMBER: {line[:80]!r}")
+                raise UserError(f"{where}: expected an id, SPEAKER_BOOK_NUMBER: {line[:80]!r}")
             ids.add(line.strip())
     if not ids:
-        raise DataError(f"{folder}: the lists of limited_supervision/{LIMITED[split][0]} are empty: fetch them again")
+        raise UserError(f"{folder}: the lists of limited_supervision/{LIMITED[split][0]} are empty: fetch them again")
     return ids
 
 
@@ -238,7 +238,7 @@ def _suffix(audio: Path) -> str:
     for path in audio.glob("*/*/*"):
         if path.suffix in (".flac", ".opus") and not any(map(is_clutter, path.relative_to(audio).parts)):
             return path.suffix
-    raise DataError(f"{audio}: holds no SPEAKER/BOOK/*.flac or *.opus; unpack the archive again")
+    raise UserError(f"{audio}: holds no SPEAKER/BOOK/*.flac or *.opus; unpack the archive again")
 
 
 def _file_source(row: Mapping[str, Any]) -> FileSource | Unreadable:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from common.errors import UserError
 from data.corpora.text_files import numbered_lines
-from data.errors import DataError
 from data.names import name_fault
 from data.transcripts import Word
 from data.word_times.base import probability, read_json, seconds
@@ -55,37 +55,37 @@ class NlpToken:
 
 
 def read_nlp(path: Path) -> list[NlpToken]:
-    """A table of tokens, aligned or not. Raises DataError naming the file and the line."""
+    """A table of tokens, aligned or not. Raises UserError naming the file and the line."""
     lines = numbered_lines(path)
     where, header = next(lines, (f"{path}:1", ""))
     columns = header.split("|")
     missing = [name for name in _COLUMNS if name not in columns]
     if missing:
-        raise DataError(f"{where}: no column {missing[0]!r} in {header[:80]!r}; is this a table of tokens?")
+        raise UserError(f"{where}: no column {missing[0]!r} in {header[:80]!r}; is this a table of tokens?")
     return [_token(dict(zip(columns, _fields(line, len(columns), where), strict=True)), where) for where, line in lines]
 
 
 def _fields(line: str, count: int, where: str) -> list[str]:
     fields = line.split("|")
     if len(fields) != count:
-        raise DataError(f"{where}: {len(fields)} fields, the first line has {count}: {line[:80]!r}")
+        raise UserError(f"{where}: {len(fields)} fields, the first line has {count}: {line[:80]!r}")
     if name_fault(line.replace("\t", " ")):
-        raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
+        raise UserError(f"{where}: a control character; the file is damaged: fetch it again")
     return fields
 
 
 def _token(fields: Mapping[str, str], where: str) -> NlpToken:
     token = fields["token"].strip()
     if not token:
-        raise DataError(f"{where}: an empty token")
+        raise UserError(f"{where}: an empty token")
     tags = _TAGS.fullmatch(fields["tags"].strip())
     if tags is None:
-        raise DataError(f"{where}: tags are {fields['tags'][:60]!r}, expected ['NUMBER:CLASS'] or []")
+        raise UserError(f"{where}: tags are {fields['tags'][:60]!r}, expected ['NUMBER:CLASS'] or []")
     # A word that the aligner deleted has no time.
     start, end = (seconds(fields[name], where) if fields[name].strip() else None for name in ("ts", "endTs"))
     for name, value in (("ts", start), ("endTs", end)):
         if value is not None and not 0 <= value < math.inf:
-            raise DataError(f"{where}: {name} is {value}, expected seconds, 0 or more")
+            raise UserError(f"{where}: {name} is {value}, expected seconds, 0 or more")
     guessed = not _HARMLESS.issuperset(part.strip() for part in fields.get("ali_comment", "").split(","))
     return NlpToken(token, fields["prepunctuation"], fields["punctuation"], tags.group(2) or "", start, end, guessed)
 
@@ -93,17 +93,17 @@ def _token(fields: Mapping[str, str], where: str) -> NlpToken:
 def read_normalizations(path: Path) -> dict[str, list[str]]:
     """Tag number -> the words of its most probable spoken form (the first of equals; it may have no words).
 
-    Raises DataError naming the file and the tag.
+    Raises UserError naming the file and the tag.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object of normalisations by number")
+        raise UserError(f"{path}: expected a JSON object of normalisations by number")
     best = {}
     for tag, entry in content.items():
         where = f"{path}: normalisation {tag[:20]!r}"
         candidates = entry.get("candidates") if isinstance(entry, dict) else None
         if not isinstance(candidates, list) or not candidates:
-            raise DataError(f"{where}: no list of candidates")
+            raise UserError(f"{where}: no list of candidates")
         forms = [_candidate(candidate, f"{where}, candidate {n}") for n, candidate in enumerate(candidates)]
         best[tag] = max(forms, key=lambda form: form[0])[1]
     return best
@@ -113,9 +113,9 @@ def _candidate(candidate: object, where: str) -> tuple[float, list[str]]:
     fields = candidate if isinstance(candidate, dict) else {}
     words, likely = fields.get("verbalization"), probability(fields.get("probability"), where)
     if likely is None or not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
-        raise DataError(f"{where}: expected a probability and a verbalization of words")
+        raise UserError(f"{where}: expected a probability and a verbalization of words")
     if any(name_fault(word) for word in words):
-        raise DataError(f"{where}: a control character in {words}")
+        raise UserError(f"{where}: a control character in {words}")
     return likely, [word.strip() for word in words]
 
 
@@ -154,7 +154,7 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
     Confidence is 1 where the aligner found the word, 0 where the time is a guess: the aligner's own, or ours, which
     spreads words without a time over the gap between their neighbours.
 
-    Raises DataError naming the file if the alignment has less than half of the units.
+    Raises UserError naming the file if the alignment has less than half of the units.
     """
     times_of: list[list[NlpToken]] = []
     keys = []
@@ -164,7 +164,7 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
     found = _match([key for key, _ in units], keys)
     shared = sum(place is not None for place in found)
     if 2 * shared < len(units):
-        raise DataError(
+        raise UserError(
             f"{name}: has {shared} of the {len(units)} tokens of the transcript; cut short, or of another call"
         )
     words: list[str] = []

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.audio import audio_blocks
+from common.errors import UserError
+from data.audio.reading import audio_blocks
 from data.corpora.base import Utterance
 from data.corpora.remote import FileCache, retried
-from data.errors import DataError
 from data.features import FeatureSettings
-from data.index import Recording
+from data.format.index import Recording
 
 # Rows that are decoded together: few, for a row may hold a whole hour.
 _ROWS = 8
@@ -62,19 +62,19 @@ class RowSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Raises DataError naming file and row where the cell, or the audio in it, cannot be read."""
+        """Raises UserError naming file and row where the cell, or the audio in it, cannot be read."""
         place = self.place
         try:
             cell = _arrow_cell(place) if place.group < 0 else _parquet_cell(place, self.cache)
         except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, MemoryError) as error:
-            if isinstance(error, DataError):
+            if isinstance(error, UserError):
                 raise
-            raise DataError(f"{place}: cannot be read ({error}); the file is damaged: fetch it again") from error
+            raise UserError(f"{place}: cannot be read ({error}); the file is damaged: fetch it again") from error
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes) or not data:
             path = cell.get("path") if isinstance(cell, dict) else cell
             # A path in a table could name any file of this machine: only sound within the table is read.
-            raise DataError(f"{place}: column {place.column!r} holds no audio bytes (path: {str(path)[:200]!r})")
+            raise UserError(f"{place}: column {place.column!r} holds no audio bytes (path: {str(path)[:200]!r})")
         return Utterance.read(self.recording, audio_blocks(io.BytesIO(data), features, str(place)))
 
 
@@ -131,14 +131,14 @@ def _arrow_table(path: str) -> pa.Table:
 
 
 def read_schema(address: str) -> pa.Schema:
-    """The columns of a Parquet file (also a remote one) or of an Arrow stream. Raises DataError naming the file."""
+    """The columns of a Parquet file (also a remote one) or of an Arrow stream. Raises UserError naming the file."""
     return _described(address, lambda: _schema(address))
 
 
 def read_columns(address: str, columns: list[str]) -> pa.Table:
     """Those columns of all rows as large_string, and int32 'group' and 'row', where the row is; 'a.b' is a's field b.
 
-    Of a remote file only the ranges of these columns are fetched. Raises DataError naming the file.
+    Of a remote file only the ranges of these columns are fetched. Raises UserError naming the file.
     """
     return _described(address, lambda: _columns(address, columns))
 
@@ -147,9 +147,9 @@ def _described(address: str, action: Callable[[], _T]) -> _T:
     try:
         return retried(action, address) if "://" in address else action()
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, UserError):
             raise
-        raise DataError(f"{address}: cannot be read as {_kind(address)} ({error}); fetch it again") from error
+        raise UserError(f"{address}: cannot be read as {_kind(address)} ({error}); fetch it again") from error
 
 
 def _kind(address: str) -> str:

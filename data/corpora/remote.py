@@ -17,8 +17,8 @@ from typing import TypeVar
 import fsspec
 import pyarrow as pa
 
-from data.errors import DataError
-from data.storage import StorageSettings, retry
+from common.errors import UserError
+from data.storage.local import StorageSettings, retry
 
 RANGE_BYTES = 16 << 20
 RETRIES = StorageSettings()
@@ -37,13 +37,13 @@ class FileCache:
     def open(self, address: str) -> pa.NativeFile:
         """The file at a local path or a fetched copy, open for reading (and readable even when it must make room).
 
-        Raises DataError naming the address: no such file, no permission, or unreachable after several attempts.
+        Raises UserError naming the address: no such file, no permission, or unreachable after several attempts.
         """
         if "://" not in address:
             try:
                 return pa.OSFile(address)
             except OSError as error:
-                raise DataError(f"{address}: cannot be read ({error})") from error
+                raise UserError(f"{address}: cannot be read ({error})") from error
         folder = Path(self.folder).expanduser()
         path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rsplit('/', 1)[-1][-100:]}"
         try:
@@ -58,7 +58,7 @@ class FileCache:
                 os.utime(path)
                 return pa.OSFile(str(path))
         except OSError as error:
-            raise DataError(f"{folder}: the cache cannot be written ({error}): choose another folder") from error
+            raise UserError(f"{folder}: the cache cannot be written ({error}): choose another folder") from error
 
     def _make_room(self, newest: Path) -> None:
         if not self.limit:
@@ -78,7 +78,7 @@ def _fetch(address: str, path: Path) -> None:
     store, name = fsspec.core.url_to_fs(address)
     size = retried(lambda: store.size(name), address)
     if size is None:
-        raise DataError(f"{address}: the store does not tell the file's size; download it and give the local folder")
+        raise UserError(f"{address}: the store does not tell the file's size; download it and give the local folder")
     with open(path, "ab") as file:
         if file.tell() > size:
             file.truncate(0)
@@ -97,21 +97,21 @@ def _range(store: fsspec.AbstractFileSystem, name: str, begin: int, end: int) ->
 def retried(action: Callable[[], _T], address: str) -> _T:
     """What the action gives, tried again after growing waits where a network fails.
 
-    Raises DataError naming the address: at once where trying again is no use (missing, not allowed), else at last.
+    Raises UserError naming the address: at once where trying again is no use (missing, not allowed), else at last.
     """
     try:
         return retry(lambda: _told(action), address, RETRIES)
     except PermissionError as error:
-        raise DataError(
+        raise UserError(
             f"{address}: access is refused ({error}). If the dataset is gated, accept its terms on its page, then log "
             "in with `hf auth login` or set HF_TOKEN"
         ) from error
     except FileNotFoundError as error:
-        raise DataError(f"{address}: there is no such file, or nobody may see it without logging in") from error
+        raise UserError(f"{address}: there is no such file, or nobody may see it without logging in") from error
     except OSError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # what came is wrong: no matter of the network
-        raise DataError(
+        raise UserError(
             f"{error}. Check the network, then run the same command again; or download the dataset and give its folder"
         ) from error
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from data.audio import resample
+from common.errors import UserError
+from data.audio.reading import resample
 from data.corpora.base import Utterance, check_choice, hash_share
 from data.corpora.espeak import Synthesizer, UnspeakableWord
 from data.corpora.grammar import LANGUAGES, Grammar, Topic, load_grammar, pick
-from data.errors import DataError
 from data.features import FeatureSettings
-from data.index import Recording
+from data.format.index import Recording
 from data.transcripts import Word
 
 # espeak's name of the base voice, where it is not the language's code.
@@ -68,16 +68,16 @@ class SyntheticSettings:
 
     def __post_init__(self) -> None:
         if not self.languages:
-            raise DataError("languages is empty: name at least one of " + ", ".join(LANGUAGES))
+            raise UserError("languages is empty: name at least one of " + ", ".join(LANGUAGES))
         for language in self.languages:
             check_choice("languages", language, LANGUAGES)
         for name in ("train_hours", "dev_utterances", "test_utterances", "test_long_recordings"):
             if getattr(self, name) < 0:
-                raise DataError(f"{name} is {getattr(self, name)}: must not be negative")
+                raise UserError(f"{name} is {getattr(self, name)}: must not be negative")
         if not 0 <= self.train_long_share <= 1:
-            raise DataError(f"train_long_share is {self.train_long_share}: must be from 0 to 1")
+            raise UserError(f"train_long_share is {self.train_long_share}: must be from 0 to 1")
         if self.long_minutes <= 0:
-            raise DataError(f"long_minutes is {self.long_minutes}: must be positive")
+            raise UserError(f"long_minutes is {self.long_minutes}: must be positive")
 
 
 @dataclass(frozen=True)

@@ -14,44 +14,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
 from data.corpora.text_files import lines_or_faults
-from data.errors import DataError
 
 # Maximum number of lines of a row, so that an unclosed quotation mark is not searched for to the end of the file.
 _MOST_LINES = 32
 # A quoted value with doubled quotation marks inside, unlike any plain sentence.
 _DOUBLED = re.compile(r'"(?=[^"]*"")((?:[^"]|"")*)"')
 
-_Line = tuple[str, str | DataError]
+_Line = tuple[str, str | UserError]
 
 
 def table_rows(
     path: Path, needed: tuple[str, ...], separator: Literal["\t", ","] = "\t"
-) -> Iterator[tuple[str, dict[str, str] | DataError]]:
+) -> Iterator[tuple[str, dict[str, str] | UserError]]:
     """('FILE:LINE', values by column) of every row, with the error in place of the values if it is unreadable.
 
     Args:
         needed: required columns.
     Raises:
-        DataError: the file cannot be read, is empty, or lacks a required column.
+        UserError: the file cannot be read, is empty, or lacks a required column.
     """
     lines = lines_or_faults(path)
     where, first = next(lines, (str(path), ""))
-    if isinstance(first, DataError):
+    if isinstance(first, UserError):
         raise first
     if not first:
-        raise DataError(f"{path}: is empty; fetch it again")
+        raise UserError(f"{path}: is empty; fetch it again")
     csv = separator == "," or first.startswith('"')
     header = _quoted(first, separator) or first.split(separator)
     if set(needed) - set(header) or len(set(header)) < len(header):
-        raise DataError(f"{where}: expected the columns {', '.join(needed)}, found {', '.join(header)[:300]}")
+        raise UserError(f"{where}: expected the columns {', '.join(needed)}, found {', '.join(header)[:300]}")
     ahead: deque[_Line] = deque()
     while row := ahead.popleft() if ahead else next(lines, None):
         where, line = row
-        values = line if isinstance(line, DataError) else _row(line, lines, ahead, len(header), separator, csv)
+        values = line if isinstance(line, UserError) else _row(line, lines, ahead, len(header), separator, csv)
         if isinstance(values, int):
-            values = DataError(f"{where}: {values} values where the header has {len(header)}: {str(line)[:80]!r}")
-        yield where, values if isinstance(values, DataError) else dict(zip(header, values, strict=True))
+            values = UserError(f"{where}: {values} values where the header has {len(header)}: {str(line)[:80]!r}")
+        yield where, values if isinstance(values, UserError) else dict(zip(header, values, strict=True))
 
 
 def _row(

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError
 from data.corpora.base import SPLITS, FileSource, SegmentSource, Unreadable, check_choice, mostly_readable
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.errors import DataError
-from data.index import Recording
+from data.format.index import Recording
 from data.splits import published_split
 from data.word_times.stm import StmSegment, plain_text, read_stm
 
@@ -43,7 +43,7 @@ class TedliumSettings:
         check_choice("unit", self.unit, ["talks", "segments"])
         check_choice("partition", self.partition, _PARTITIONS)
         if not self.splits:
-            raise DataError(f"splits is empty: name at least one of {', '.join(SPLITS)}")
+            raise UserError(f"splits is empty: name at least one of {', '.join(SPLITS)}")
         for split in self.splits:
             check_choice("splits", split, SPLITS)
 
@@ -51,7 +51,7 @@ class TedliumSettings:
 def sources(settings: TedliumSettings) -> list[FileSource | SegmentSource | Unreadable]:
     """All talks or utterances and the talks with an unreadable STM, sorted by id.
 
-    Raises DataError naming missing files, or file and line of an STM: of any talk of dev and test, and of train if half
+    Raises UserError naming missing files, or file and line of an STM: of any talk of dev and test, and of train if half
     or more of its talks are unreadable.
     """
     folder = existing_folder("folder", settings.folder)
@@ -68,7 +68,7 @@ def sources(settings: TedliumSettings) -> list[FileSource | SegmentSource | Unre
             stm = folder / split / "stm" / f"{talk}.stm"
             try:
                 segments = _segments(stm, talk)
-            except DataError as error:
+            except UserError as error:
                 if split != "train" and not settings.incomplete:
                     raise
                 unreadable.append(Unreadable(talk, str(error)))
@@ -84,16 +84,16 @@ def sources(settings: TedliumSettings) -> list[FileSource | SegmentSource | Unre
 
 
 def _talks(folder: Path, split: str) -> list[str]:
-    """The talks of a split, each with audio and STM. Raises DataError where one of the two is missing."""
+    """The talks of a split, each with audio and STM. Raises UserError where one of the two is missing."""
     if not (folder / split).is_dir():
-        raise DataError(f"folder {folder} has no folder {split!r}; say which there are with --splits, or give another")
+        raise UserError(f"folder {folder} has no folder {split!r}; say which there are with --splits, or give another")
     names = {kind: _stems(folder / split / kind, f".{kind}") for kind in ("sph", "stm")}
     for kind, other in (("sph", "stm"), ("stm", "sph")):
         missing = sorted(names[other] - names[kind])
         if missing:
-            raise DataError(f"{folder / split / kind} lacks {len(missing)} .{kind} files: {summary(missing)}")
+            raise UserError(f"{folder / split / kind} lacks {len(missing)} .{kind} files: {summary(missing)}")
     if not names["sph"]:
-        raise DataError(f"{folder / split / 'sph'} holds no .sph file")
+        raise UserError(f"{folder / split / 'sph'} holds no .sph file")
     return sorted(names["sph"])
 
 
@@ -105,22 +105,22 @@ def _check_complete(split: str, talks: list[str], folder: Path) -> None:
     published = published_split("tedlium")[split]
     missing = sorted(set(published) - set(talks))
     if missing:
-        raise DataError(
+        raise UserError(
             f"{folder / split} lacks {len(missing)} of the {len(published)} published talks: {summary(missing)}. Fetch "
             f"them, leave {split} out of --splits, or say --incomplete true"
         )
 
 
 def _segments(stm: Path, talk: str) -> list[StmSegment]:
-    """The segments of a talk in the order of time. Raises DataError where the STM is empty or of another talk."""
+    """The segments of a talk in the order of time. Raises UserError where the STM is empty or of another talk."""
     segments = read_stm(stm)
     if not segments:
-        raise DataError(f"{stm}: holds no segment")
+        raise UserError(f"{stm}: holds no segment")
     # A few talks' files have the name's ending (such as _2009P) in another form: that the file is this talk's is told
     # by its own name, and one STM with several recordings is none of TED-LIUM's.
     names = {segment.recording for segment in segments}
     if len(names) > 1:
-        raise DataError(f"{stm}: segments of {len(names)} recordings ({summary(sorted(names))}), expected {talk} alone")
+        raise UserError(f"{stm}: segments of {len(names)} recordings ({summary(sorted(names))}), expected {talk} alone")
     return segments
 
 

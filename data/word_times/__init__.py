@@ -1,4 +1,4 @@
-"""Word times as other programs write them. Every reader gives `Word`s sorted by start, or a DataError with the place.
+"""Word times as other programs write them. Every reader gives `Word`s sorted by start, or a UserError with the place.
 
 What is out of order is refused: a program that writes one word in the wrong place has most likely written others with
 the wrong times, and chunks cut by such times get labels that were not said in them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.errors import DataError
+from common.errors import UserError
 from data.transcripts import Word
 from data.word_times.alignments import lhotse_words, nemo_words, read_words_json
 from data.word_times.ctm import read_ctm
@@ -32,13 +32,13 @@ def find_word_times(audio_path: str | Path) -> list[Word] | None:
     """The words of X.words.json, X.TextGrid or X.ctm beside X.flac, in seconds; None where there is none of them.
 
     A .words.json holds our own list or Google's answer; a .ctm with several recordings must have one named X.
-    Raises DataError for a file that cannot be right, and where there are two.
+    Raises UserError for a file that cannot be right, and where there are two.
     """
     audio = Path(audio_path)
     beside = [audio.with_name(audio.stem + suffix) for suffix in SUFFIXES]
     found = [path for path in beside if path.is_file()]
     if len(found) > 1 and not all(path.samefile(found[0]) for path in found):  # a file system may ignore case
-        raise DataError(f"{audio}: word times in both {found[0].name} and {found[1].name}; keep one of them")
+        raise UserError(f"{audio}: word times in both {found[0].name} and {found[1].name}; keep one of them")
     if not found:
         return None
     path = found[0]
@@ -50,5 +50,5 @@ def find_word_times(audio_path: str | Path) -> list[Word] | None:
     if len(recordings) == 1:
         return next(iter(recordings.values()))
     if recordings and audio.stem not in recordings:
-        raise DataError(f"{path}: {len(recordings)} recordings, none of them {audio.stem!r}; split the file")
+        raise UserError(f"{path}: {len(recordings)} recordings, none of them {audio.stem!r}; split the file")
     return recordings.get(audio.stem, [])

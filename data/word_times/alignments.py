@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from common.errors import UserError
 from data.transcripts import Word
 from data.word_times.base import in_order, probability, read_json, seconds, word_text
 from data.word_times.ctm import read_ctm
@@ -30,7 +30,7 @@ def read_words_json(path: str | Path, duration: float = math.inf) -> list[Word]:
     Args:
         duration: of the recording in seconds, where it is known.
     Raises:
-        DataError: naming the file and the word.
+        UserError: naming the file and the word.
     """
     path = Path(path)
     content = read_json(path)
@@ -38,13 +38,13 @@ def read_words_json(path: str | Path, duration: float = math.inf) -> list[Word]:
         return google_words(content, str(path), duration)
     items = content.get("words") if isinstance(content, dict) else content
     if not isinstance(items, list):
-        raise DataError(f"{path}: expected a list of [word, start, end]")
+        raise UserError(f"{path}: expected a list of [word, start, end]")
     words, places = [], []
     for number, item in enumerate(items):
         where = f"{path}: words[{number}]"
         fields = [item.get(name) for name in Word._fields] if isinstance(item, dict) else item
         if not isinstance(fields, list) or len(fields) not in (3, 4):
-            raise DataError(f"{where}: {str(item)[:60]} is not [word, start, end] or [word, start, end, confidence]")
+            raise UserError(f"{where}: {str(item)[:60]} is not [word, start, end] or [word, start, end, confidence]")
         text, start, end = word_text(fields[0], where), seconds(fields[1], where), seconds(fields[2], where)
         confidence = probability(fields[3], where) if len(fields) == 4 else None
         if text:
@@ -64,14 +64,14 @@ def lhotse_words(alignment: Sequence[Any], where: str, offset: float = 0.0, dura
         offset: seconds added to every start: what the times are counted from, on the recording's own clock.
     """
     if not isinstance(alignment, list):
-        raise DataError(f"{where}: alignment is {str(alignment)[:60]}, expected a list of [symbol, start, duration]")
+        raise UserError(f"{where}: alignment is {str(alignment)[:60]}, expected a list of [symbol, start, duration]")
     words, numbers = [], []
     for number, item in enumerate(alignment):
         at = f"{where}: alignment[{number}]"
         if isinstance(item, dict):
             item = [item.get(name) for name in ("symbol", "start", "duration", "score")]
         if not isinstance(item, list) or len(item) not in (3, 4):
-            raise DataError(f"{at}: {str(item)[:60]} is not [symbol, start, duration, score]")
+            raise UserError(f"{at}: {str(item)[:60]} is not [symbol, start, duration, score]")
         text, start, length = word_text(item[0], at), seconds(item[1], at) + offset, seconds(item[2], at)
         score = None if len(item) < 4 or item[3] is None else seconds(item[3], at)
         if text:
@@ -94,9 +94,9 @@ def nemo_words(entry: Mapping[str, Any], folder: Path, where: str, duration: flo
     if name is None:
         return None
     if not isinstance(name, str) or "\0" in name:
-        raise DataError(f"{where}: {_NEMO_FIELDS[0]} is {str(name)[:60]!r}, expected the path of a CTM file")
+        raise UserError(f"{where}: {_NEMO_FIELDS[0]} is {str(name)[:60]!r}, expected the path of a CTM file")
     recordings = read_ctm(folder / Path(name).expanduser())
     if len(recordings) > 1:
-        raise DataError(f"{where}: {name} has the words of {len(recordings)} recordings, expected one")
+        raise UserError(f"{where}: {name} has the words of {len(recordings)} recordings, expected one")
     words = next(iter(recordings.values()), [])
     return in_order(words, lambda i: f"{where}: {name}, word {i}", duration)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data.errors import DataError
+from common.errors import UserError
 from data.names import space_fields
 from data.transcripts import Word
 from data.word_times.base import in_order, merged, probability, seconds, word_text
@@ -33,7 +33,7 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
     Args:
         durations: seconds of recordings, where they are known: words beyond them are refused.
     Raises:
-        DataError: naming file and line, for whatever is not a line of a CTM, and for words of a channel that are
+        UserError: naming file and line, for whatever is not a line of a CTM, and for words of a channel that are
             unsorted, overlap, or have times that cannot be.
     """
     path = Path(path)
@@ -45,11 +45,11 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
             continue
         where = f"{path}:{number}"
         if len(fields) < 5:
-            raise DataError(f"{where}: {len(fields)} fields; a CTM line is: file channel start duration word")
+            raise UserError(f"{where}: {len(fields)} fields; a CTM line is: file channel start duration word")
         mark = fields[4].upper()
         if mark in ("<ALT_BEGIN>", "<ALT>", "<ALT_END>"):
             if in_alternatives == (mark == "<ALT_BEGIN>"):
-                raise DataError(f"{where}: {mark} where it cannot be; <ALT_BEGIN>, <ALT> and <ALT_END> come in order")
+                raise UserError(f"{where}: {mark} where it cannot be; <ALT_BEGIN>, <ALT> and <ALT_END> come in order")
             in_alternatives, skipping = mark != "<ALT_END>", mark == "<ALT>"
             continue
         start, length = (seconds(field, where) for field in fields[2:4])
@@ -57,13 +57,13 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
         confidence = probability(fields[5] if len(fields) > 5 else None, where)
         no_word = len(fields) > 6 and fields[6].lower() in _NO_WORDS
         if not 0 <= length < math.inf:
-            raise DataError(f"{where}: duration is {fields[3]}, it must be 0 or more")
+            raise UserError(f"{where}: duration is {fields[3]}, it must be 0 or more")
         words, lines = streams.setdefault((fields[0], fields[1]), ([], []))
         if not (skipping or no_word or word in ("", "@")):
             words.append(Word(word, start, round(start + length, 6), confidence))
             lines.append(number)
     if in_alternatives:
-        raise DataError(f"{path}: ends within <ALT_BEGIN> ... <ALT_END>; cut short?")
+        raise UserError(f"{path}: ends within <ALT_BEGIN> ... <ALT_END>; cut short?")
     recordings: dict[str, list[list[Word]]] = {}
     for (recording, _), (words, lines) in streams.items():
         duration = (durations or {}).get(recording, math.inf)
@@ -73,16 +73,16 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, none longer than a CTM's could be. Raises DataError."""
+    """Numbered lines, none longer than a CTM's could be. Raises UserError."""
     try:
         with open(path, "rb") as file:
             number = 0
             while line := file.readline(_LONGEST_LINE + 1):
                 number += 1
                 if len(line) > _LONGEST_LINE:
-                    raise DataError(f"{path}:{number}: longer than {_LONGEST_LINE} bytes; not a CTM")
+                    raise UserError(f"{path}:{number}: longer than {_LONGEST_LINE} bytes; not a CTM")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 ({error}); convert it") from error
+        raise UserError(f"{path}:{number}: not UTF-8 ({error}); convert it") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error

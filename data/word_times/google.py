@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from common.errors import UserError
 from data.transcripts import Word
 from data.word_times.base import in_order, probability, read_json, seconds, word_text
 
@@ -22,7 +22,7 @@ def read_google_words(path: str | Path, duration: float = math.inf) -> list[Word
     Args:
         duration: of the recording in seconds, where it is known.
     Raises:
-        DataError: naming file and place: not such a file, or words that are unsorted, overlap, or have times that
+        UserError: naming file and place: not such a file, or words that are unsorted, overlap, or have times that
             cannot be.
     """
     path = Path(path)
@@ -33,11 +33,11 @@ def google_words(answer: Any, where: str, duration: float = math.inf) -> list[Wo
     """`read_google_words` of what the file `where` holds."""
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list):
-        raise DataError(f"{where}: no list 'results'; not an answer of Google's recogniser")
+        raise UserError(f"{where}: no list 'results'; not an answer of Google's recogniser")
     numbered = [(f"results[{i}].alternatives[0].words", _words(result)) for i, result in enumerate(results)]
     bad = [place for place, words in numbered if words is None]
     if bad:
-        raise DataError(f"{where}: {bad[0]}: no list of words there")
+        raise UserError(f"{where}: {bad[0]}: no list of words there")
     if numbered and any(isinstance(item, dict) and item.get("speakerTag") for item in numbered[-1][1] or ()):
         numbered = numbered[-1:]
     words, places = [], []
@@ -45,7 +45,7 @@ def google_words(answer: Any, where: str, duration: float = math.inf) -> list[Wo
         for number, item in enumerate(items or ()):
             at = f"{where}: {place}[{number}]"
             if not isinstance(item, dict):
-                raise DataError(f"{at}: not an object with word, startTime and endTime")
+                raise UserError(f"{at}: not an object with word, startTime and endTime")
             text = word_text(item.get("word"), at)
             # Zero is their sign for a confidence that is not told; a start that is not told is 0 s.
             start = _time(item.get("startTime", item.get("startOffset", "0s")), at)
@@ -69,7 +69,7 @@ def _words(result: Any) -> list[Any] | None:
 
 
 def _time(value: Any, where: str) -> float:
-    """Seconds of "1.300s". Raises DataError."""
+    """Seconds of "1.300s". Raises UserError."""
     if not isinstance(value, str) or not value.endswith("s"):
-        raise DataError(f'{where}: time is {str(value)[:40]!r}, expected seconds such as "1.300s"')
+        raise UserError(f'{where}: time is {str(value)[:40]!r}, expected seconds such as "1.300s"')
     return seconds(value[:-1], where)

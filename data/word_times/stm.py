@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
+from common.errors import UserError
 from data.names import name_fault, space_fields
 from data.word_times.base import read_bytes, seconds
 
@@ -56,14 +56,14 @@ def read_stm(path: Path) -> list[StmSegment]:
     """The segments of an STM file, sorted by recording, start and end; the lines need not be.
 
     Raises:
-        DataError: naming the file, or the file and the line: not readable, too large, not UTF-8, a line with
+        UserError: naming the file, or the file and the line: not readable, too large, not UTF-8, a line with
             fewer than five fields, a time that is no number, is negative, or ends before the start.
     """
     raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from error
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from error
     # Not splitlines(), which also splits at characters that occur within sentences.
     lines = enumerate(text.split("\n"), 1)
     segments = [_segment(line, f"{path}:{n}") for n, line in lines if line.strip() and not line.startswith(";;")]
@@ -73,16 +73,16 @@ def read_stm(path: Path) -> list[StmSegment]:
 def _segment(line: str, where: str) -> StmSegment:
     fields = space_fields(line, _FIELDS)
     if len(fields) < _FIELDS:
-        raise DataError(
+        raise UserError(
             f"{where}: {len(fields)} fields, expected RECORDING CHANNEL SPEAKER START END <LABEL> TEXT: {line[:80]!r}"
         )
     recording, channel, speaker, *times = fields[:_FIELDS]
     text = fields[_FIELDS].strip() if len(fields) > _FIELDS else ""
     if name_fault(line.replace("\t", " ").rstrip("\r")):
-        raise DataError(f"{where}: a control character; the file is damaged: fetch it again")
+        raise UserError(f"{where}: a control character; the file is damaged: fetch it again")
     start, end = (seconds(value, where) for value in times)
     if not 0 <= start <= end < math.inf:  # also false for NaN
-        raise DataError(
+        raise UserError(
             f"{where}: from {start} to {end} s: a segment must start at 0 or later, and end after its start"
         )
     label = _LABEL.match(text)

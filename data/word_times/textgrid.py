@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.errors import DataError
+from common.errors import UserError
 from data.transcripts import Word
 from data.word_times.base import in_order, merged, read_bytes, word_text
 
@@ -32,7 +32,7 @@ def read_textgrid(path: str | Path, tier: str = "words", duration: float = math.
     Args:
         duration: of the recording in seconds, where it is known.
     Raises:
-        DataError: naming file and line: not a TextGrid, cut short, no such tier (the tiers are named), or intervals
+        UserError: naming file and line: not a TextGrid, cut short, no such tier (the tiers are named), or intervals
             that are unsorted, overlap, or lie outside of the tier.
     """
     path = Path(path)
@@ -40,7 +40,7 @@ def read_textgrid(path: str | Path, tier: str = "words", duration: float = math.
     reader = _Reader(path, text)
     kind = reader.string(), reader.string()
     if not kind[0].startswith("ooTextFile") or kind[1] != "TextGrid":
-        raise DataError(f"{path}: begins with {kind[0][:40]!r}, {kind[1][:40]!r}; not a TextGrid saved as text")
+        raise UserError(f"{path}: begins with {kind[0][:40]!r}, {kind[1][:40]!r}; not a TextGrid saved as text")
     reader.number(), reader.number()
     tiers = reader.count() if reader.flag() == "<exists>" else 0
     names, streams = [], []
@@ -59,14 +59,14 @@ def read_textgrid(path: str | Path, tier: str = "words", duration: float = math.
                 word = word_text(label, reader.where(place))
                 # The limits are written with as many digits as the intervals: no tolerance is needed but rounding's.
                 if not start - 1e-3 <= begin <= stop <= end + 1e-3:
-                    raise DataError(f"{reader.where(place)}: interval {begin} to {stop} in a tier {start} to {end}")
+                    raise UserError(f"{reader.where(place)}: interval {begin} to {stop} in a tier {start} to {end}")
                 if word:
                     words.append(Word(word, max(begin, 0.0), stop))
                     places.append(place)
         if is_intervals and wanted:
             streams.append(in_order(words, lambda i, places=places: reader.where(places[i]), duration))  # type: ignore[misc]
     if not streams:
-        raise DataError(f"{path}: no interval tier {tier!r}; there are {[name[:40] for name in names[:20]]}")
+        raise UserError(f"{path}: no interval tier {tier!r}; there are {[name[:40] for name in names[:20]]}")
     return merged(streams)
 
 
@@ -93,7 +93,7 @@ class _Reader:
         kind, text = next(self._tokens, ("end", ""))
         if kind != wanted:
             found = {"end": "the end of the file: cut short?", "open": "a quote that is never closed"}.get(kind, text)
-            raise DataError(f"{self.where(self.place)}: expected a {wanted}, found {found[:60]}")
+            raise UserError(f"{self.where(self.place)}: expected a {wanted}, found {found[:60]}")
         return text
 
     def string(self) -> str:
@@ -108,7 +108,7 @@ class _Reader:
     def count(self) -> int:
         number = self.number()
         if not 0 <= number < 2**53 or number != int(number):
-            raise DataError(f"{self.where(self.place)}: {number} cannot be a number of tiers or intervals")
+            raise UserError(f"{self.where(self.place)}: {number} cannot be a number of tiers or intervals")
         return int(number)
 
 
@@ -118,5 +118,5 @@ def _decode(path: Path) -> str:
     try:
         text = content.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not {error.encoding} ({error}); save it as UTF-8") from error
+        raise UserError(f"{path}: not {error.encoding} ({error}); save it as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

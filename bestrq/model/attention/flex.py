@@ -8,7 +8,8 @@ themselves fill widths up to a power of two, and take float32, bfloat16 and floa
 What holds of torch 2.14 and must be looked at again with another: fresh closures every batch and layer, over tensors of
 the same shape, find the compiled kernel again and are let go of; a learned bias gets its gradient if it is indexed
 once; DDP and FSDP2 change nothing; under activation checkpointing the kernel runs a second time, 'selective' or not,
-since a compiled kernel is not an operation that the policy sees. tests/test_flex.py shows what of this runs on a CPU.
+since a compiled kernel is not an operation that the policy sees. tests/model/test_flex.py shows what of this runs on a
+CPU.
 """
 
 from functools import cache

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bestrq.model.attention.flex import attend_flex
 from bestrq.model.attention.reference import attend_reference
 from bestrq.model.attention.sdpa import attend_bands, attend_dense, split_heads
-from bestrq.model.attention.segments import attend_in_segments
+from bestrq.model.cpu.attention import attend_in_segments
 from bestrq.model.layout import StageLayout
 from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings

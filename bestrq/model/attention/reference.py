@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bestrq.model.masks import dense
+from bestrq.model.attention.masks import dense
 from bestrq.model.positions import rotate
 
 if TYPE_CHECKING:

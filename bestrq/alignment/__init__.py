@@ -1,0 +1,1 @@
+"""Word times by forced alignment."""

@@ -1,0 +1,1 @@
+"""Searches from frame scores to tokens: greedy, beam, language-model fusion."""

@@ -1,0 +1,1 @@
+"""CPU implementations: the attention loop over segments and dropout."""

@@ -1,0 +1,1 @@
+"""Losses over the lattice of a transducer."""

@@ -1,0 +1,1 @@
+"""Error rates, their breakdowns and significance."""

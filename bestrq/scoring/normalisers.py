@@ -1,0 +1,155 @@
+"""Text normalisation of references and hypotheses before scoring, by language.
+
+Both texts are first converted to labels (`common.text.label_text`), as references are for training, so a hypothesis
+equal to the label of a text has no errors in any language. Then follow the rules of the language, which are data so
+that a report can list them, and Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english` and
+`whisper-basic` are Whisper's; `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after the
+rules of the language xx.
+
+Differences from Whisper's normaliser alone: docs/evaluation.md.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal
+
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from common.errors import UserError
+from common.languages import is_unspaced, language_code
+from common.text import label_text, with_symbols
+
+RULES_VERSION = "2"
+"""increased whenever the normalised form of any text may change; rates of different versions are not compared"""
+
+Choice = Literal["auto", "whisper-english", "whisper-basic", "unicode"]
+"""auto: `whisper-english` for English, else the rules of the language and `unicode`; the others: for all languages"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A replacement in one language, where the same word is written in two ways."""
+
+    pattern: str
+    """regular expression, matched against labels; \\u escapes"""
+    replacement: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """A function of text, its name, and what it does in words."""
+
+    name: str
+    description: str
+    rules: tuple[Rule, ...]
+    clean: Callable[[str], str]
+    """text to text with single spaces"""
+    unspaced: bool = False
+    """the language is written without spaces, and those between the words here, which are characters, count for none"""
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON and the report."""
+        return {"description": self.description, "rules": [asdict(rule) for rule in self.rules]}
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "ar": (
+        Rule("[\\u064B-\\u0652\\u0670\\u0640]", "", "vowel marks and tatweel are optional"),
+        Rule("[\\u0622\\u0623\\u0625]", "\u0627", "alef is written with or without hamza and madda"),
+    ),
+    "de": (Rule("[\\u00DF\\u1E9E]", "ss", "sharp s is ss in Switzerland and in capitals"),),
+    "fr": (
+        Rule("(?i)\\u0153", "oe", "the ligature is optional"),
+        Rule("(?i)\\u00E6", "ae", "the ligature is optional"),
+    ),
+    "he": (Rule("[\\u05B0-\\u05BC\\u05C1\\u05C2\\u05C7]", "", "vowel points are optional"),),
+    "ro": (
+        Rule("[\\u0163\\u0162]", "\u021b", "t with cedilla stands for t with comma in older texts"),
+        Rule("[\\u015F\\u015E]", "\u0219", "s with cedilla stands for s with comma in older texts"),
+    ),
+    "ru": (Rule("(?i)\\u0451", "\u0435", "yo is mostly written as ye"),),
+    "uk": (Rule("(?<=\\w)'(?=\\w)", "\u02bc", "the apostrophe is part of a word"),),
+}
+RULES["be"] = RULES["uk"]
+_LABEL = (
+    "labels: apostrophe variants unified, invisible characters and short texts in brackets removed, lower case, "
+    "punctuation replaced by spaces"
+)
+_UNICODE = f"{_LABEL}; NFKC, apostrophes replaced by spaces, combining marks kept"
+# A looping recogniser may write any number of digits; Whisper's rules fail from 4,300 on.
+_ENDLESS = re.compile(r"(\w{1000})(?=\w)")
+
+
+@cache
+def normaliser(language: str, choice: Choice = "auto") -> Normaliser:
+    """Normaliser of a language, given by any code or name in `common.languages`; `unicode` for a language without rules
+    of its own and for an unknown one ("").
+
+    Raises UserError for an unknown choice.
+    """
+    code = language_code(language)
+    if choice == "whisper-english" or (choice == "auto" and code == "en"):
+        described = (
+            f"{_LABEL}, numbers and their symbols as words; then Whisper's for English: numbers, contractions, "
+            "fillers, British spelling"
+        )
+        return Normaliser("whisper-english", described, (), _labelled(_english(), code))
+    if choice == "whisper-basic":
+        described = "Whisper's for all languages: as `unicode`, but combining marks are turned into spaces too"
+        return Normaliser("whisper-basic", described, (), _labelled(BasicTextNormalizer(), code))
+    unspaced = is_unspaced(code)
+    if choice == "unicode" or (choice == "auto" and code not in RULES and not unspaced):
+        return Normaliser("unicode", _UNICODE, (), _labelled(BasicTextNormalizer(preserve_marks=True), code))
+    if choice != "auto":
+        raise UserError(f"normaliser = {choice!r}: give auto, whisper-english, whisper-basic or unicode")
+    rules = RULES.get(code, ())
+    described = f"{_UNICODE}; every character counts as a word" if unspaced else f"{_UNICODE}; first the rules"
+    basic = BasicTextNormalizer(preserve_marks=True, split_letters=unspaced)
+    return Normaliser(f"unicode+{code}", described, rules, _labelled(_with_rules(rules, basic), code), unspaced)
+
+
+def normalisers_used(names_and_languages: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """What a report says of the normalisers of a corpus.
+
+    Args:
+        names_and_languages: name of the normaliser and language of every recording.
+
+    Returns:
+        By name: description, rules, languages; and a note where a language has no rules of its own.
+    """
+    languages: dict[str, set[str]] = {}
+    for name, language in names_and_languages:
+        languages.setdefault(name, set()).add(language)
+    used = {}
+    for name in sorted(languages):
+        mine = sorted(languages[name])
+        choice: Any = "auto" if "+" in name else name
+        used[name] = {**normaliser(mine[0], choice).facts(), "languages": mine}
+        if name == "unicode":
+            known = ", ".join(language or "not given" for language in mine)
+            used[name]["note"] = f"no rules of their own, so the general ones: {known}"
+    return used
+
+
+def _labelled(clean: Callable[[str], str], language: str) -> Callable[[str], str]:
+    return lambda text: " ".join(clean(label_text(text, language)).split())
+
+
+def _english() -> Callable[[str], str]:
+    whisper = EnglishTextNormalizer()
+    return lambda label: whisper(with_symbols(_ENDLESS.sub(r"\1 ", label)))
+
+
+def _with_rules(rules: tuple[Rule, ...], clean: Callable[[str], str]) -> Callable[[str], str]:
+    compiled = [(re.compile(rule.pattern), rule.replacement) for rule in rules]
+
+    def normalise(text: str) -> str:
+        for pattern, replacement in compiled:
+            text = pattern.sub(replacement, text)
+        return clean(text)
+
+    return normalise

@@ -1,0 +1,1 @@
+"""Transcripts with word times and their file formats."""

@@ -1,0 +1,108 @@
+"""Writing files so that a crash leaves the old state or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.errors import UserError
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """Hidden temporary path beside `path`; short, because the name of `path` may already have the maximum length."""
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name in its folder; it is synced and renamed to `path` if the block succeeds."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Replace a whole file (`replace_file`).
+
+    Text is encoded as UTF-8; lone surrogates (of a file name, say) are written as `\\udce9`, as in JSON and YAML.
+    """
+    with replace_file(path) as file:
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a JSON value, in ASCII and indented by 1."""
+    write_file(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Value of a JSON file in UTF-8. Raises UserError that names the file if it is missing or invalid."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, place: Path | str) -> Any:
+    """Value of JSON text in UTF-8, with or without a byte-order mark. Raises UserError that names the place."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # invalid UTF-8, invalid JSON, brackets nested a thousand deep
+        raise UserError(f"{place}: not JSON in UTF-8 ({error})") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Like `read_json`, for a file with a JSON object."""
+    return as_object(read_json(path), path)
+
+
+def as_object(value: Any, place: Path | str) -> dict[str, Any]:
+    """The value, if it is a JSON object. Raises UserError that names the place."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected a JSON object, not {type(value).__name__}")
+    return value
+
+
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file's bytes: finds a torn write or a flipped bit, not a forgery."""
+    value = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_path(path: str) -> str:
+    """Absolute path without links, `~` and trailing slash. URLs and "" are returned unchanged."""
+    return path if not path or "://" in path else os.path.realpath(os.path.expanduser(path))

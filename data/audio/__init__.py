@@ -1,0 +1,1 @@
+"""Audio files: search, headers and decoding."""

@@ -1,0 +1,1 @@
+"""The dataset format: reading and writing."""

@@ -1,0 +1,150 @@
+"""The crops of labelled training: recordings whole, long ones and those with excluded stretches cut between words."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.errors import UserError
+from common.text import label_text, label_words
+from data.format.dataset import Dataset
+from data.loading.cutting import CuttingSettings, cut_recording
+from data.loading.order import CropTable, NoCrops
+
+
+class FixedCrops(CropTable):
+    """A table of crops with transcripts, the same in every epoch, in another order each time.
+
+    Args:
+        recording, start, stop: int [N].
+        texts: N transcripts.
+        left_out: what did not become a crop: a count for every reason.
+    """
+
+    labelled = True
+
+    def __init__(
+        self,
+        recording: Sequence[int] | np.ndarray,
+        start: Sequence[int] | np.ndarray,
+        stop: Sequence[int] | np.ndarray,
+        texts: Sequence[str],
+        seed: int = 0,
+        left_out: dict[str, int] | None = None,
+    ) -> None:
+        columns = (np.asarray(column, np.int64) for column in (recording, start, stop))
+        self.recording, self.start, self.stop = columns
+        self.texts = texts
+        self.seed = seed
+        self.left_out = left_out or {}
+        if not len(self.recording) == len(self.start) == len(self.stop) == len(texts):
+            raise UserError("a crop table's columns differ in length")
+        if not texts:
+            raise UserError("a crop table without crops: nothing to train on")
+        lengths = self.stop - self.start
+        self.max_frames, self.min_frames = int(lengths.max()), int(lengths.min())
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def mean_frames(self) -> float:
+        return float((self.stop - self.start).mean())
+
+    def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.recording[item], self.start[item], self.stop[item]
+
+
+def supervised_crops(
+    dataset: Dataset,
+    recordings: np.ndarray,
+    max_frames: int,
+    min_frames: int,
+    seed: int = 0,
+    cutting: CuttingSettings | None = None,
+) -> FixedCrops:
+    """The crops of labelled training: recordings whole, or cut between words (`data.cutting`).
+
+    Cut are those that exceed max_frames or have excluded stretches. What cannot be used is left out, counted in
+    `left_out` and logged as a warning: such recordings without word times, words that a cut could not spare, crops
+    below min_frames or with an empty label (`common.text`). Also logged is how many of the recordings that were cut
+    have words that do not make up their transcript: crops are labelled with the words, whole recordings with the
+    transcript.
+
+    Args:
+        recordings: int [N], numbers of the recordings (`dataset.select(...)`).
+        cutting: what happens to a word at a cut; by default `CuttingSettings()`.
+    Raises:
+        UserError: recordings without a transcript (counted, the first named), limits that cannot be.
+        NoCrops: nothing is left.
+    """
+    if not 0 < min_frames <= max_frames:
+        raise UserError(f"min_frames {min_frames} and max_frames {max_frames}: need 0 < min_frames <= max_frames")
+    columns = array("q"), array("q"), array("q")  # 64-bit integers, which numpy then takes as they are
+    labels: list[str] = []
+    left_out: Counter[str] = Counter()
+    silent, disagreeing = [], []
+    for recording in recordings.tolist():
+        text = dataset.text(recording)
+        if text is None:
+            silent.append(recording)
+            continue
+        pieces, lost, agree = _pieces(dataset, recording, text, max_frames, cutting)
+        left_out += lost
+        if not agree:
+            disagreeing.append(recording)
+        for start, stop, label in pieces:
+            if stop - start < min_frames:
+                left_out["crops that are too short"] += 1
+            elif not label:
+                left_out["crops without a word"] += 1
+            else:
+                for column, value in zip(columns, (recording, start, stop), strict=True):
+                    column.append(value)
+                labels.append(label)
+    if silent:
+        raise UserError(
+            f"{dataset.location}: {len(silent)} of {len(recordings)} recordings have no transcript, the first is "
+            f"{dataset.id(silent[0])!r}; select others, or prepare the dataset with its transcripts"
+        )
+    log = logging.getLogger(__name__)
+    if left_out:
+        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        log.warning("%s: left out of training: %s", dataset.location, counts)
+    if disagreeing:
+        message = "%s: the words of %d long recordings do not make up their transcripts, the first is %r"
+        log.warning(message, dataset.location, len(disagreeing), dataset.id(disagreeing[0]))
+    if not labels:
+        limits = f"{min_frames} to {max_frames} frames"
+        raise NoCrops(f"{dataset.location}: no crop of {limits} with a transcript: {dict(left_out)}")
+    numbers, starts, stops = (np.frombuffer(column, np.int64) for column in columns)
+    return FixedCrops(numbers, starts, stops, labels, seed, dict(left_out))
+
+
+def _pieces(
+    dataset: Dataset,
+    recording: int,
+    text: str,
+    max_frames: int,
+    cutting: CuttingSettings | None,
+) -> tuple[list[tuple[int, int, str]], Counter[str], bool]:
+    """(start, stop, label) of a recording's crops, what was left out, and whether its words make up its transcript."""
+    frames = int(dataset.frames[recording])
+    excluded, language = dataset.excluded(recording) or [], dataset.language(recording)
+    label = label_text(text, language)
+    if frames <= max_frames and not excluded:
+        return [(0, frames, label)], Counter(), True
+    words = dataset.words(recording)
+    if not words:
+        kind = "recordings with excluded stretches" if excluded else "long recordings"
+        return [], Counter({f"{kind} without word times": 1}), True
+    # The labels of all words at once: a cut may fall between two words that are a label together.
+    labels = label_words([word.word for word in words], language)
+    labelled = [word._replace(word=one) for word, one in zip(words, labels, strict=True)]
+    cut = cut_recording(labelled, frames, max_frames, dataset.features.frames_per_second, cutting, excluded)
+    texts = (" ".join(piece.split()) for piece in cut.texts)
+    return list(zip(cut.start, cut.stop, texts, strict=True)), cut.left_out, " ".join(filter(None, labels)) == label

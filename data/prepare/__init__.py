@@ -1,0 +1,1 @@
+"""Preparation: from a corpus to a dataset."""

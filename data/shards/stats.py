@@ -1,0 +1,113 @@
+"""A table of a dataset's durations, texts and speech rate, for all of it or by language, speaker or split."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.format.dataset import Dataset
+from data.format.index import LABELS
+
+BY = LABELS
+HEADER = (
+    "recordings", "hours", "shortest", "median", "longest",
+    "with text", "words", "characters", "distinct words", "distinct characters", "words/s", "characters/s",
+)  # fmt: skip
+_PENDING = 1 << 16
+
+
+@dataclass
+class _Distinct:
+    """Counts different strings by 64-bit hashes, 8 bytes each."""
+
+    seen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    pending: set[int] = field(default_factory=set)
+
+    def add(self, strings: Iterable[str]) -> None:
+        self.pending.update(map(hash, strings))
+        if len(self.pending) > _PENDING:
+            self.fold()
+
+    def fold(self) -> int:
+        """Their number so far."""
+        self.seen = np.union1d(self.seen, np.fromiter(self.pending, np.int64, len(self.pending)))
+        self.pending = set()
+        return len(self.seen)
+
+
+@dataclass
+class _Texts:
+    """What the texts of a group add up to."""
+
+    recordings: int = 0
+    frames: int = 0
+    words: int = 0
+    characters: int = 0
+    vocabulary: _Distinct = field(default_factory=_Distinct)
+    alphabet: set[str] = field(default_factory=set)
+
+    def add(self, text: str, frames: int) -> None:
+        words = text.split()
+        self.recordings += 1
+        self.frames += frames
+        self.words += len(words)
+        self.characters += sum(map(len, words))
+        self.vocabulary.add(words)
+        self.alphabet.update(*words)
+
+
+def statistics_table(dataset: Dataset, by: str | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, as text. Words are what spaces separate; characters are counted without spaces; rates are over
+    the recordings with text. Raises UserError where the index is damaged.
+    """
+    if by is None:
+        names, codes = ["all"], np.zeros(len(dataset), np.int32)
+    else:
+        names, codes = dataset.index.labels[by]
+    texts = _texts(dataset, codes, len(names))
+    rate = dataset.features.frames_per_second
+    order = np.argsort(codes, kind="stable")
+    edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    rows = []
+    for group in sorted(range(len(names)), key=lambda g: names[g]):
+        seconds = dataset.frames[order[edges[group] : edges[group + 1]]] / rate
+        if not len(seconds):
+            continue
+        t = texts[group]
+        spoken = t.frames / rate
+        numbers: list[float | None] = [
+            len(seconds), seconds.sum() / 3600, seconds.min(), float(np.median(seconds)), seconds.max(),
+            t.recordings, t.words, t.characters, t.vocabulary.fold(), len(t.alphabet),
+            t.words / spoken if spoken else None, t.characters / spoken if spoken else None,
+        ]  # fmt: skip
+        rows.append([names[group] or "-", *map(_cell, numbers)])
+    return [by or "", *HEADER], rows
+
+
+def _texts(dataset: Dataset, codes: np.ndarray, groups: int) -> list[_Texts]:
+    """Texts are looked at a batch of the index at a time."""
+    texts, first = [_Texts() for _ in range(groups)], 0
+    for batch in dataset.index.batches:
+        dataset.index.value("text", first)  # checks the column
+        for number, text in enumerate(batch["text"].to_pylist(), first):
+            if text is not None:
+                texts[codes[number]].add(text, int(dataset.frames[number]))
+        first += len(batch)
+    return texts
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def write_csv(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as the text of a CSV file (RFC 4180)."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""Byte ranges of local and remote files."""

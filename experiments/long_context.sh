@@ -1,0 +1,348 @@
+#!/usr/bin/env bash
+# How much context does a recogniser need? From downloaded TED-LIUM and Earnings-22 to the table of word error rates:
+# one model a context, each evaluated on whole recordings at the context it was trained with (docs/long_context.md).
+#
+#   bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR   datasets; either corpus may be left out
+#   bash experiments/long_context.sh train                                    a seed model, word times, a model a context
+#   bash experiments/long_context.sh evaluate                                 every model on every test set; table, curves
+#
+# Parts of these: `seed` is the seed model and the word times alone, `table` the tables of what is evaluated so far.
+#
+#   --folder DIR           keep everything in DIR (default: runs/long-context)
+#   --contexts "512 2048"  frames of context, 100 a second (default: 512 to 360000; evaluate: all that have a model)
+#   --cross                evaluate every model at every context too
+#   --frames N             frames of an update, the same for every context (default: 393216)
+#   --pretrained EXPORT    encoder, such as one of pretrain.py, that the seed model begins from (default: from scratch)
+#   --seed EXPORT          recogniser in place of the seed model: gives the word times, and every model begins from it
+#   --data DATASET         train on this dataset, which has word times, in place of TED-LIUM's talks
+#   --config FILE          recipe of the models (default: configs/fast-115m-long-context-ctc.yaml)
+#   --nproc-per-node N     processes (default: one a GPU; fewer where an update has fewer rows)
+#   -- ARGUMENTS           further settings for data.prepare, finetune_ctc.py or evaluate.py, whichever the command runs
+#
+# Finished steps are skipped and interrupted ones continue: after Ctrl-C, or on another day, run the same command again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -n "${LONG_CONTEXT_JOB:-}" ]; then # in a job of experiments/long_context.sbatch
+    source launch/slurm_job.sh
+else
+    # shellcheck source=launch/stoppable.sh
+    source launch/stoppable.sh
+fi
+
+fail() {
+    say "error: $1"
+    exit 2
+}
+
+again=$*
+command=${1:-}
+case "$command" in
+    -h | --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+        exit 0
+        ;;
+    prepare | seed | train | evaluate | table) shift ;;
+    *) fail "'$command' is no command; there are prepare, train, evaluate, and in parts seed, table (--help)" ;;
+esac
+folder=runs/long-context contexts="" cross="" frames=393216 pretrained="" seed="" data="" tedlium="" earnings22=""
+config=configs/fast-115m-long-context-ctc.yaml processes="" tiny=() more=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --folder | --contexts | --frames | --pretrained | --seed | --data | --config | --tedlium | --earnings22 | --nproc-per-node)
+            [ $# -ge 2 ] || fail "$1 needs a value; --help shows how"
+            name=${1#--}
+            [ "$name" != nproc-per-node ] || name=processes
+            printf -v "$name" %s "$2"
+            shift 2
+            ;;
+        --cross)
+            cross=yes
+            shift
+            ;;
+        --tiny) # for the tests: two updates of a model of nothing
+            tiny=(--run.steps 2 --run.log_every 1 --finetune.tokenizer char --finetune.freeze_encoder_steps 0
+                --encoder.dim 16 --encoder.num_layers 1 --encoder.num_heads 2 --encoder.feedforward_dim 16
+                --encoder.subsampling_factor 4 --encoder.subsampling_channels 4 --data.num_workers 0
+                --data.min_seconds 0.1 --distributed.device cpu --distributed.precision float32)
+            shift
+            ;;
+        --)
+            shift
+            more=("$@")
+            break
+            ;;
+        *) fail "unknown argument '$1'; --help lists them" ;;
+    esac
+done
+for number in $contexts $frames $processes; do
+    [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "'$number' is no number of frames or processes: give whole numbers above 0"
+done
+
+datasets=$folder/datasets models=$folder/models part=""
+task="" # the number of this task in an array of jobs
+[ -z "${LONG_CONTEXT_JOB:-}" ] || task=${SLURM_ARRAY_TASK_ID:-}
+all_contexts="512 1024 2048 4096 8192 16384 32768 65536 131072 262144 360000"
+test_sets=(tedlium earnings22 earnings22-full)
+
+headline() { printf '\n== %s\n' "$1"; }
+is_prepared() { [ -f "$datasets/$1/dataset.json" ]; }
+seconds() { printf '%d.%02d' $(($1 / 100)) $(($1 % 100)); }
+
+# A task of an array finds done what has to be done once: two of them at it would spoil each other's work.
+is_alone() { [ -z "$task" ]; }
+
+# choose LIST: `chosen` are these contexts, or in a task of an array one of them.
+choose() {
+    local list
+    read -ra list <<<"$1"
+    chosen=("${list[@]}")
+    is_alone && return
+    [ "$task" -lt ${#list[@]} ] ||
+        fail "task $task of the array has no context: there are ${#list[@]} ($1), so give --array=0-$((${#list[@]} - 1))"
+    chosen=("${list[task]}")
+}
+
+# --- starting programs: here, or in every task of a job
+
+count_processes() {
+    if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
+        processes=${processes:-${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
+    elif [ -z "$processes" ]; then
+        processes=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+}
+
+# run SCRIPT ARGUMENTS...: a script that keeps what is done, on all processes.
+run() {
+    if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
+        PROCESSES_PER_NODE=$processes requeueing torchrun_on_every_node "$@"
+    elif [ "$processes" = 1 ]; then
+        together "$PYTHON" "$@"
+    else
+        together "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@"
+    fi
+}
+
+# together COMMAND...: run it to its end; a signal meanwhile goes on to it. A kill of this script alone would else leave
+# it at work, and the same command given again would start a second one on the same files. Its exit status.
+together() {
+    local status signalled=""
+    child=""
+    trap 'signalled=yes; [ -z "$child" ] || kill -TERM "$child" || true' HUP INT TERM
+    "$@" &
+    child=$!
+    [ -z "$signalled" ] || kill -TERM "$child" || true # the signal came before the assignment
+    while :; do # as in stoppable.sh
+        signalled=""
+        status=0
+        wait "$child" || status=$?
+        [ -n "$signalled" ] || break
+    done
+    trap - HUP INT TERM
+    return "$status"
+}
+
+# requeueing COMMAND...: before the job's time limit the command is ended, and the job requeued to continue it.
+requeueing() {
+    local status=0
+    trap - HUP INT TERM USR1 USR2 # stoppable leaves them ignored, which the command would inherit
+    child=""
+    trap '[ -z "$child" ] || { kill "$child"; wait "$child" || true; }; requeue; exit' USR2
+    ("$@") &
+    child=$!
+    wait "$child" || status=$?
+    trap - USR2
+    return "$status"
+}
+
+# train_model NAME ROWS ARGUMENTS...: to its end; this script ends with it where it is stopped.
+train_model() {
+    local run=$models/$1 rows=$2 nodes=1 each=$processes status=0
+    shift 2
+    if [ -e "$run/finished" ]; then
+        echo "$run is finished; it is trained anew when that folder is removed"
+        return
+    fi
+    [ -z "${LONG_CONTEXT_JOB:-}" ] || nodes=$SLURM_JOB_NUM_NODES
+    while ((each > 1 && rows % (nodes * each))); do each=$((each - 1)); done
+    local arguments=(finetune_ctc.py --config "$config" --run.folder "$run" --data.rows "$rows" "$@"
+        "${tiny[@]}" "${more[@]}")
+    if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
+        PROCESSES_PER_NODE=$each stoppable "$run" torchrun_on_every_node "${arguments[@]}" || status=$?
+        if [ -e "$run/REQUEUE" ]; then
+            rm -f "$run/REQUEUE"
+            requeue
+            exit
+        fi
+    else
+        together bash launch/torchrun.sh -n "$each" "${arguments[@]}" || status=$?
+        [ "$status" != 75 ] || printf '\nStopped. The same command continues: bash experiments/long_context.sh %s\n' "$again"
+    fi
+    [ "$status" = 0 ] || exit "$status"
+    touch "$run/finished"
+}
+
+# --- the steps
+
+prepare() {
+    local release=$tedlium workers=()
+    [ -n "$tedlium$earnings22" ] || fail "nothing to prepare: give --tedlium DIR, --earnings22 DIR, or both"
+    # Looked at before hours of work on the first corpus.
+    if [ -n "$tedlium" ]; then
+        [ ! -d "$tedlium/legacy" ] || release=$tedlium/legacy
+        [ -d "$release/test/stm" ] || fail "--tedlium $tedlium: there is no test/stm, as all releases of TED-LIUM have it"
+    fi
+    if [ -n "$earnings22" ] && [ ! -f "$earnings22/metadata.csv" ] && [ ! -f "$earnings22/full_transcripts.json" ]; then
+        fail "--earnings22 $earnings22: there is neither metadata.csv nor full_transcripts.json; give the folder earnings22"
+    fi
+    [ ${#tiny[@]} = 0 ] || workers=(--workers 1)
+    if [ -n "$tedlium" ]; then
+        prepare_one tedlium-segments tedlium --folder "$tedlium" --unit segments "${workers[@]}"
+        prepare_one tedlium tedlium --folder "$tedlium" "${workers[@]}"
+        mkdir -p "$datasets/tedlium-stm"
+        cp "$release"/test/stm/*.stm "$datasets/tedlium-stm/" # to score by, where TED-LIUM itself may be gone
+    fi
+    if [ -n "$earnings22" ]; then
+        prepare_one earnings22 earnings22 --folder "$earnings22" "${workers[@]}"
+        if [ -f "$earnings22/metadata.csv" ]; then
+            prepare_one earnings22-full earnings22-full --folder "$earnings22" "${workers[@]}"
+        else
+            echo "The full set of Earnings-22 is left out: this is the long-context paper's copy, which has 12 calls."
+        fi
+    fi
+}
+
+prepare_one() { # NAME CORPUS ARGUMENTS...
+    headline "Preparing $datasets/$1"
+    local start=(together)
+    [ -z "${LONG_CONTEXT_JOB:-}" ] || start=(requeueing on_one_node)
+    "${start[@]}" "$PYTHON" -m data.prepare "$2" --out "$datasets/$1" "${@:3}" "${more[@]}"
+}
+
+# The seed model has heard utterances alone. Its work is to say when the words of the talks were spoken, for a talk
+# cannot be cut before; and every context begins from its encoder, so that they differ by their context alone.
+train_seed() {
+    if [ -z "$seed" ]; then
+        is_prepared tedlium-segments || fail "$datasets has no tedlium-segments: run prepare --tedlium DIR, or give --seed"
+        headline "The seed model, on utterances"
+        local start=(--finetune.freeze_encoder_steps 0 --finetune.encoder_learning_rate 0 --optimizer.learning_rate 1e-3)
+        [ -z "$pretrained" ] || start=(--finetune.init "$pretrained")
+        train_model seed $((frames < 3072 ? 1 : frames / 3072)) --data.dataset "$datasets/tedlium-segments" --data.row_frames 3072 \
+            --data.max_segments 16 --data.max_seconds 30 --inference.context_seconds 30 "${start[@]}"
+    fi
+    if [ -z "$data" ]; then
+        is_prepared tedlium || fail "$datasets has no tedlium: run prepare --tedlium DIR, or give --data DATASET"
+        headline "Word times of the talks"
+        local forgiving=()
+        [ ${#tiny[@]} = 0 ] || forgiving=(--alignment.max_cost 1000 --device cpu) # after two updates it hears nothing
+        run -m tools.align --data.dataset "$datasets/tedlium" --data.split train --model "$seed_export" \
+            --out "$datasets/tedlium-timed" "${forgiving[@]}"
+    fi
+}
+
+train_contexts() {
+    if is_alone; then
+        train_seed
+    elif [ -z "$data" ] && ! is_prepared tedlium-timed; then
+        fail "$datasets has no tedlium-timed: run the command seed before the array of contexts"
+    fi
+    choose "${contexts:-$all_contexts}"
+    local context rows
+    for context in "${chosen[@]}"; do
+        [ "$context" -le "$frames" ] || fail "a context of $context frames does not fit an update of --frames $frames"
+        # As many rows as hold a context each and together exactly the update's frames.
+        rows=$((frames / context))
+        while ((frames % rows)); do rows=$((rows - 1)); done
+        headline "Context of $context frames: $rows rows of $((frames / rows))"
+        train_model "context-$context" "$rows" --data.dataset "${data:-$datasets/tedlium-timed}" \
+            --data.row_frames $((frames / rows)) --data.max_seconds "$(seconds "$context")" \
+            --inference.context_seconds "$(seconds "$context")" --finetune.init "$seed_export"
+    done
+}
+
+# has_model CONTEXT: whether there is an export; says so where it may still become a better one.
+has_model() {
+    [ -e "$models/context-$1/export/config.json" ] || return
+    [ -e "$models/context-$1/finished" ] ||
+        say "note: the model of context $1 is not trained to its end; the best so far is evaluated"
+}
+
+evaluate() {
+    local name context sets=() trained=()
+    for name in "${test_sets[@]}"; do ! is_prepared "$name" || sets+=("$name"); done
+    [ ${#sets[@]} -gt 0 ] || fail "$datasets has no test set: run prepare first"
+    if [ -z "$cross" ]; then
+        choose "${contexts:-$all_contexts}"
+    else
+        read -ra chosen <<<"${contexts:-$all_contexts}"
+        is_alone || part=$(array_part)
+    fi
+    for context in "${chosen[@]}"; do
+        if has_model "$context"; then
+            trained+=("$context")
+        elif [ -n "$contexts" ] || ! is_alone; then
+            fail "$models/context-$context has no export: train it first, or leave it out of --contexts"
+        fi
+    done
+    [ ${#trained[@]} -gt 0 ] || fail "$models has no model of any context: run train first"
+    for name in "${sets[@]}"; do
+        if [ -n "$cross" ]; then
+            evaluate_all "$name" "${trained[@]}"
+        else
+            for context in "${trained[@]}"; do evaluate_own "$name" "$context"; done
+        fi
+    done
+    ! is_alone || table
+}
+
+evaluate_own() { # SET CONTEXT
+    headline "Context of $2 frames: $1"
+    evaluate_on "$1" --export "$models/context-$2/export" --inference.context_seconds "$(seconds "$2")" \
+        --out "$folder/results/$1/context-$2"
+}
+
+evaluate_all() { # SET CONTEXTS...
+    headline "Every model at every context: $1"
+    local context exports="" lengths=""
+    for context in "${@:2}"; do
+        exports+="${exports:+, }$models/context-$context/export"
+        lengths+="${lengths:+, }$(seconds "$context")"
+    done
+    evaluate_on "$1" --export "$models/context-$2/export" --grid.exports "[$exports]" --grid.contexts "[$lengths]" \
+        --out "$folder/cross/$1" ${part:+--grid.part "$part"}
+}
+
+evaluate_on() { # SET ARGUMENTS...
+    local stm=()
+    [ "$1" != tedlium ] || stm=(--stm "$datasets/tedlium-stm")
+    run evaluate.py --data.dataset "$datasets/$1" --data.split test "${stm[@]}" "${@:2}" "${more[@]}"
+}
+
+# With curves: report/SET/report.html puts the models side by side, each difference with its significance.
+table() {
+    local name model models_of
+    for name in "${test_sets[@]}"; do
+        # The shortest context first: the others are compared to it. Of what is finished: others may be at work.
+        mapfile -t models_of < <(
+            for model in "$folder/results/$name"/context-*; do
+                [ ! -e "$model/results.json" ] || printf '%s\n' "$model"
+            done | sort -V
+        )
+        if [ ${#models_of[@]} -gt 0 ]; then
+            headline "Comparison: $name"
+            "$PYTHON" -m tools.compare --results "${models_of[@]}" --out "$folder/report/$name"
+        fi
+    done
+    headline "The table"
+    "$PYTHON" experiments/long_context_table.py --folder "$folder"
+}
+
+seed_export=${seed:-$models/seed/export}
+case "$command" in train | seed | evaluate) count_processes ;; esac
+case "$command" in
+    prepare) prepare ;;
+    seed) train_seed ;;
+    train) train_contexts ;;
+    evaluate) evaluate ;;
+    table) table ;;
+esac

@@ -1,0 +1,1 @@
+"""Steps shared by the scripts; may import both libraries."""

@@ -1,0 +1,202 @@
+"""The command line and YAML parser, and how scripts end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from common.config import field_names, from_dict, load_yaml, parse, run_main, save_yaml, to_dict
+from common.errors import UserError
+
+
+@dataclass
+class Wheel:
+    """The wheel."""
+
+    radius: float = 0.5
+    """Radius in metres."""
+    kind: Literal["spoke", "disc"] = "spoke"
+    """How it is built."""
+    range: tuple[float, float] = (0.25, 4.0)
+    """Smallest and largest radius."""
+
+    def __post_init__(self) -> None:
+        if self.radius <= 0:
+            raise UserError(f"wheel.radius must be above 0, but is {self.radius}")
+
+
+@dataclass(frozen=True)
+class Axle:
+    """An axle."""
+
+    length: float = 1.0
+    """Length in metres."""
+
+
+@dataclass
+class Cart:
+    """The cart."""
+
+    wheel: Wheel = field(default_factory=Wheel)
+    """The wheel's section."""
+    name: str | None = None
+    """What it is called."""
+    steps: int = 10
+    """Length of the ride."""
+    spare: Wheel = field(default_factory=Wheel)
+    """The spare wheel's section."""
+    axles: list[Axle] = field(default_factory=list)
+    """Axles, each a section."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"steps must be 0 or more, but is {self.steps}")
+
+
+def recipe(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "wheel:\n  radius: 2e-1\n  kind: disc\nsteps: 3\n")
+    cart = parse(Cart, ["--config", path, "--wheel.radius", "0.75", "--name=x"])
+    assert cart == Cart(Wheel(0.75, "disc"), "x", 3)
+    assert isinstance(cart.wheel, Wheel) and cart.wheel.range == (0.25, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "meant"),
+    [
+        ("--wheel.radios=3", "wheel.radios", "wheel.radius"),
+        ("--stepps=3", "stepps", "steps"),
+        ("--radius=3", "radius", "wheel.radius' or 'spare.radius"),
+        ("--radis=3", "radis", "wheel.radius' or 'spare.radius"),
+        ("wheel: {radios: 3}", "wheel.radios", "wheel.radius"),
+        ("stepps: 3", "stepps", "steps"),
+        ("weel: {radius: 3}", "weel.radius", "wheel.radius"),
+        ("--step=3", "step", "steps"),  # no abbreviations: a new field would change what they mean
+    ],
+)
+def test_an_unknown_field_is_an_error_with_the_nearest_name(tmp_path: Path, text: str, named: str, meant: str) -> None:
+    arguments = [text] if text.startswith("--") else ["--config", recipe(tmp_path, text)]
+    with pytest.raises(UserError, match=f"unknown field '{named}': did you mean '{meant}'"):
+        parse(Cart, arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("--wheel.radius=wide", ["wheel.radius", "wide", "float"]),
+        ("--steps=1.5", ["steps", "1.5", "int"]),
+        ("--wheel.kind=square", ["wheel.kind", "square", "spoke", "disc"]),
+        ("wheel: {radius: wide}", ["wheel.radius", "wide", "float"]),
+        ("wheel: 5", ["wheel", "mapping", "5"]),
+        ("steps: 3\nwheel:", ["wheel", "mapping", "None"]),
+        ("--wheel.radius=-1", ["wheel.radius", "-1", "above 0"]),
+        ("--steps=-4", ["steps", "-4", "0 or more"]),
+        ("a: [b", ["pars"]),
+        ("--config=/nowhere.yaml", ["/nowhere.yaml", "not exist"]),
+    ],
+)
+def test_a_wrong_value_names_the_field_the_value_and_what_is_expected(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    arguments = [text] if text.startswith("--") else ["--config", recipe(tmp_path, text)]
+    with pytest.raises(UserError) as caught:
+        parse(Cart, arguments)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert "<class" not in str(caught.value)
+
+
+def test_help_shows_every_field_with_the_string_under_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(Cart, ["--help"], description="Rides a cart.")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for text in ("Rides a cart.", "Radius in metres.", "How it is built.", "Smallest and largest radius.",
+                 "What it is called.", "Length of the ride."):  # fmt: skip
+        assert text in shown
+    assert all(f"--{name}" in shown for name in field_names(Cart))
+
+
+def test_print_config_and_save_yaml_read_back_as_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cart = Cart(Wheel(1e-5, "disc", (1.0, 2.0)), "N\u00e4me: #1", 7)
+    path = tmp_path / "cart.yaml"
+    save_yaml(cart, path)
+    assert json.loads(json.dumps(to_dict(cart))) == to_dict(cart)  # JSON-able as it is: no tuples
+    assert parse(Cart, ["--config", str(path)]) == cart
+    assert from_dict(Cart, load_yaml(path)) == cart == from_dict(Cart, to_dict(cart))
+    with pytest.raises(SystemExit):
+        parse(Cart, ["--config", str(path), "--print_config"])
+    printed = recipe(tmp_path, capsys.readouterr().out)
+    assert parse(Cart, ["--config", printed]) == cart
+
+
+def test_a_list_of_sections_comes_from_a_file_and_goes_into_one(tmp_path: Path) -> None:
+    cart = parse(Cart, ["--config", recipe(tmp_path, "axles:\n  - {length: 2}\n  - {length: 1}\n")])
+    assert cart.axles == [Axle(2.0), Axle(1.0)]
+    assert parse(Cart, ["--axles", '[{"length": 2}, {"length": 1}]']) == from_dict(Cart, to_dict(cart)) == cart
+    with pytest.raises(UserError, match="axles"):
+        parse(Cart, ["--axles", '[{"lenght": 2}]'])
+    with pytest.raises(UserError, match="^axles: length: Expected a float"):
+        parse(Cart, ["--axles", '[{"length": "x"}]'])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wheel: {class_path: planted.Thing}",
+        "axles: [{class_path: planted.Thing}]",
+        "wheel: !!python/object/apply:planted.thing [1]",
+    ],
+)
+def test_a_configuration_cannot_name_code_to_run(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = recipe(tmp_path, text)
+    with pytest.raises(UserError):
+        parse(Cart, ["--config", path])
+    with pytest.raises(UserError):
+        from_dict(Cart, load_yaml(path))
+    assert not (tmp_path / "ran").exists()
+
+
+class OtherError(UserError):
+    """A user error of another room."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown", "traceback"),
+    [
+        (UserError("steps is -1"), 2, "error: steps is -1\n", False),
+        (OtherError("no such file"), 2, "error: no such file\n", False),
+        (ValueError("a bug"), 1, "ValueError: a bug", True),
+        (KeyboardInterrupt(), 130, "interrupted", False),
+    ],
+)
+def test_user_mistakes_end_without_a_traceback_and_bugs_with_one(
+    error: BaseException, status: int, shown: str, traceback: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    output = capsys.readouterr().err
+    assert caught.value.code == status
+    assert shown in output and ("Traceback" in output) == traceback
+
+
+def test_a_good_end_gives_status_0_or_what_main_returns() -> None:
+    for returned, status in ((None, 0), (3, 3)):
+        with pytest.raises(SystemExit) as caught:
+            run_main(lambda returned=returned: returned)
+        assert caught.value.code == status

@@ -1,0 +1,150 @@
+"""The corpus of homophones: nothing but the telling sentences gives a topic away, and all else is as in `synthetic`."""
+
+import hashlib
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bestrq.scoring.normalisers import normaliser
+from common.errors import UserError
+from data.corpora.espeak import Synthesizer
+from data.corpora.homophones import (
+    HomophoneSettings,
+    HomophoneSource,
+    draw_sentence,
+    homophones,
+    sources,
+    word_lists,
+)
+from data.corpora.registry import CORPORA
+from data.corpora.synthetic import VARIANTS, SyntheticSource, split_of
+from data.features import FeatureSettings
+
+FEATURES = FeatureSettings()
+TOPICS = word_lists()["topic"]
+SMALL = HomophoneSettings(train_hours=0.02, dev_recordings=2, test_recordings=2, recording_seconds=18, cue_seconds=6)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> list:
+    return [(source, source.load(FEATURES)) for source in sources(SMALL)]
+
+
+def test_homophones_have_the_same_phonemes_and_all_other_words_their_own() -> None:
+    lists = word_lists()
+    alone_in = {*lists} - {"homophone", "topic", "template"}
+    others = {word for name in alone_in for entry in lists[name] for word in entry.split()}
+    others |= {"the", "is", "and"}
+    with Synthesizer("en-us") as voice:
+        writings = zip(*map(homophones, TOPICS), strict=True)
+        sounds = [{voice.phonemes(word) for word in written} for written in writings]
+        assert all(len(one) == 1 for one in sounds)
+        assert len(set.union(*sounds)) == len(sounds)
+        alone = {voice.phonemes(word) for word in others}
+        assert len(alone) == len(others) and not alone & set.union(*sounds)
+
+
+def test_no_word_is_written_alike_in_two_topics_and_scoring_keeps_them_apart() -> None:
+    told = [{*homophones(topic), *word_lists()[topic]} for topic in TOPICS]
+    assert sum(map(len, told)) == len(set.union(*told))
+    words = sorted(set.union(*told))
+    assert len({normaliser("en").clean(word) for word in words}) == len(words)
+
+
+def test_a_sentence_without_a_cue_is_the_same_sound_in_every_topic() -> None:
+    """To the last sample: a listener who has heard nothing else can but guess."""
+    first, second = (draw_sentence(random.Random(7), topic, is_cue=False) for topic in TOPICS)
+    assert first != second
+    with Synthesizer("en-us+f2") as voice:
+        sound, times = voice.speak(first)
+    with Synthesizer("en-us+f2") as voice:
+        other_sound, other_times = voice.speak(second)
+    assert np.array_equal(sound, other_sound) and times == other_times
+
+
+def test_the_grammar_gives_nothing_away() -> None:
+    """The same draws give the same sentence but for its nouns, with and without a cue."""
+    nouns = set().union(*map(homophones, TOPICS), *(word_lists()[topic] for topic in TOPICS))
+    for seed in range(50):
+        drawn = [draw_sentence(random.Random(seed), topic, cue) for topic in TOPICS for cue in (False, True)]
+        frames = {tuple("noun" if word in nouns else word for word in sentence) for sentence in drawn}
+        assert len(frames) == 1
+
+
+def test_a_recording_keeps_to_its_topic_and_tells_it_again_and_again(loaded: list) -> None:
+    longer = HomophoneSource("train-00000-castle", "train", "castle", 90.0, 12.0, 0)
+    for source, utterance in [*loaded, (longer, longer.load(FEATURES))]:
+        words = utterance.recording.words
+        said = {word.word for word in words}
+        for topic in TOPICS:
+            its_own = {*homophones(topic), *word_lists()[topic]}
+            assert bool(its_own & said) == (topic == source.topic)
+        # The first cue is due after the mean at the latest, later ones after two to four thirds of it; the sentence
+        # before it has to end, and its own nouns may stand seconds apart.
+        cues = [word.start for word in words if word.word in word_lists()[source.topic]]
+        assert cues[0] < source.cue_seconds + 6
+        gaps = [after - before for before, after in pairwise(cues) if after - before > 5]
+        assert all(source.cue_seconds * 2 / 3 - 5 < gap < source.cue_seconds * 4 / 3 + 6 for gap in gaps)
+        assert source.seconds <= len(utterance.waveform) / FEATURES.sample_rate < source.seconds + 8
+    assert len(gaps) >= 5
+
+
+def test_splits_share_neither_voices_nor_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken: dict[str, set[str]] = {"train": set(), "dev": set(), "test": set()}
+    speak, current = Synthesizer.speak, ""
+
+    def note(self: Synthesizer, words: list[str]) -> tuple:
+        spoken[current].add(" ".join(words))
+        return speak(self, words)
+
+    monkeypatch.setattr(Synthesizer, "speak", note)
+    for source in sources(SMALL):
+        current = source.split
+        recording = source.load(FEATURES).recording
+        assert recording.split == source.split
+        assert recording.speaker.removeprefix("en-") in VARIANTS[source.split]
+    assert min(map(len, spoken.values())) > 6
+    for split, sentences in spoken.items():
+        assert {split_of(sentence) for sentence in sentences} == {split}
+
+
+def test_topics_take_equal_shares_of_every_split() -> None:
+    listed = sources(HomophoneSettings(train_hours=1, recording_seconds=60))
+    assert len({source.id for source in listed}) == len(listed) == 60 + 12 + 40
+    for split in ("train", "dev", "test"):
+        counts = [sum(s.split == split and s.topic == topic for s in listed) for topic in TOPICS]
+        assert len(set(counts)) == 1
+
+
+def test_a_recording_is_a_pure_function_of_its_source(loaded: list) -> None:
+    for source, first in loaded:
+        again = source.load(FEATURES)
+        assert first.recording == again.recording and first.waveform.equal(again.waveform)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("train_hours", -1.0), ("test_recordings", -2), ("recording_seconds", 0.0), ("cue_seconds", -3.0)],
+)
+def test_settings_name_the_field_and_the_value(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{field} is {value}"):
+        HomophoneSettings(**{field: value})
+
+
+def test_prepare_knows_the_corpus() -> None:
+    assert CORPORA["homophones"].settings is HomophoneSettings
+
+
+@pytest.mark.parametrize(
+    ("id", "language", "seconds", "digest"),
+    [
+        ("train-000007-de", "de", 0.0, "69cf1e38756ba552"),
+        ("test-long-000001-en", "en", 70.0, "75752cfcbb2c7871"),
+    ],
+)
+def test_the_corpus_synthetic_says_what_it_always_said(id: str, language: str, seconds: float, digest: str) -> None:
+    """What the quickstart's figures were measured on: texts by their hash, which no version of espeak changes."""
+    recording = SyntheticSource(id, id.split("-")[0], language, seconds, 0).load(FEATURES).recording
+    assert hashlib.sha256(f"{recording.speaker} {recording.text}".encode()).hexdigest()[:16] == digest

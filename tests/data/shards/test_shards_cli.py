@@ -1,0 +1,452 @@
+"""The dataset tools: what they say is what a plain look at the recordings says, and originals stay as they are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data.format import index
+from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.shards import stats as shards_stats
+from data.shards import verify as damage
+from data.shards.command_line import main
+from data.shards.inspect import EDGES, totals
+from data.shards.select import split_of
+from data.shards.verify import faults, verify
+from data.transcripts import Word
+from tests.made_datasets import FEATURES, noise
+
+TEXTS = ["Ahoj svete", "ahoj, SVETE!", "good day", "", None, "good day", "a b c d", "x"]
+
+
+def write(folder: Path, recordings: list[Recording], lengths: list[int]) -> Dataset:
+    with DatasetWriter(folder, FEATURES, 100_000) as writer:
+        for number, recording in enumerate(recordings):
+            writer.add(recording, noise(lengths[number], number))
+        writer.finish()
+    return open_dataset(folder)
+
+
+def some(count: int = 24) -> tuple[list[Recording], list[int]]:
+    recordings = [
+        Recording(
+            f"r{n:02d}",
+            TEXTS[n % 8],
+            [Word("w", 0.0, 0.1, n / count), Word("v", 0.1, 0.2)] if n % 3 == 0 else None,
+            ["en", "cs", ""][n % 3],
+            f"s{n % 5}",
+            ["train", "train", "dev", "test"][n % 4],
+        )
+        for n in range(count)
+    ]
+    return recordings, [26 + 37 * n for n in range(count)]  # one of them lasts a second, an edge of the histogram
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return write(tmp_path / "set", *some())
+
+
+@pytest.fixture
+def original(dataset: Dataset) -> Iterator[Dataset]:
+    """A dataset that must be, byte for byte, what it was."""
+    before = {path.name: path.read_bytes() for path in dataset.path.iterdir()}
+    yield dataset
+    assert {path.name: path.read_bytes() for path in dataset.path.iterdir()} == before
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def all_of(dataset: Dataset) -> list[Recording]:
+    return [dataset.recording(i) for i in range(len(dataset))]
+
+
+def rewrite(path: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
+    """Other values in a column of an Arrow file."""
+    with pa.ipc.open_file(path.read_bytes()) as file:
+        table = file.read_all()
+    number = table.schema.get_field_index(column)
+    values = pa.array(change(table[column].to_pylist()), table.schema.field(number).type)
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table.set_column(number, table.schema.field(number), values))
+
+
+def flip(path: Path, place: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 0x40]))
+
+
+def in_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that even a small dataset is verified by several processes."""
+    monkeypatch.setattr(damage, "_CHUNK_BYTES", 60_000)
+    monkeypatch.setattr(damage, "_PROCESS_BYTES", 60_000)
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def test_processes_find_what_one_finds_and_list_it(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recording in (3, 11, 20):
+        shard = dataset.path / index.shard_name(dataset.index.shard[recording])
+        flip(shard, int(dataset.index.offset[recording]) + 1000)
+    alone = faults(dataset)
+    assert [fault.id for fault in alone] == ["r03", "r11", "r20"]
+    in_small_tasks(monkeypatch)
+    assert len(damage._chunks(dataset)) > 12
+    listed = tmp_path / "bad.jsonl"
+    code, out, err = run(capsys, "verify", dataset.path, "--workers", 3, "--list", listed)
+    assert code == 1 and out.endswith("3 of 24 recordings are bad\n") and not err
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert lines == [{"id": fault.id, "file": fault.file, "problem": fault.problem} for fault in alone]
+    # And what was listed can be left out.
+    assert run(capsys, "filter", dataset.path, "--exclude-ids", listed, "--out", tmp_path / "whole")[0] == 0
+    rest = open_dataset(tmp_path / "whole")
+    assert len(rest) == 21 and not verify(rest)
+
+
+def test_ctrl_c_ends_all_processes(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    in_small_tasks(monkeypatch)
+    monkeypatch.setattr(damage, "as_completed", interrupted)
+    code, _, err = run(capsys, "verify", dataset.path, "--workers", 2)
+    assert code == 130 and err == "\ninterrupted\n" and not multiprocessing.active_children()
+
+
+def test_a_killed_process_is_one_error(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(_: object) -> NoReturn:
+        raise damage.BrokenProcessPool
+
+    in_small_tasks(monkeypatch)
+    monkeypatch.setattr(damage, "as_completed", killed)
+    code, _, err = run(capsys, "verify", dataset.path, "--workers", 2)
+    assert code == 2 and "use fewer workers" in err
+
+
+def swap_words(values: list[Any]) -> list[Any]:
+    values[6] = values[6][::-1]
+    return values
+
+
+def late_words(values: list[Any]) -> list[Any]:
+    values[6][1]["end"] = 99.0
+    return values
+
+
+CHANGES: dict[str, tuple[str, str, Callable[[list[Any]], list[Any]]]] = {
+    "text": ("recordings.arrow", "fingerprint", lambda values: ["other", *values[1:]]),
+    "speaker": ("index.arrow", "fingerprint", lambda values: ["s4", *values[1:]]),
+    "split": ("index.arrow", "fingerprint", lambda values: ["dev", *values[1:]]),
+    "id": ("recordings.arrow", "must be sorted", lambda values: [values[1], values[0], *values[2:]]),
+    "words": ("recordings.arrow", "'r06', word 1 'w' .* sort the words", swap_words),
+    "words ": ("recordings.arrow", "'r06', word 1 'v' .* ends beyond the recording", late_words),
+    "offset": ("index.arrow", "'r00'", lambda values: [values[0] + 160, *values[1:]]),
+}
+
+
+@pytest.mark.parametrize("column", CHANGES)
+def test_a_changed_index_is_found(dataset: Dataset, column: str) -> None:
+    file, message, change = CHANGES[column]
+    rewrite(dataset.path / file, column.strip(), change)
+    found = "\n".join(verify(open_dataset(dataset.path)))
+    assert re.search(message, found), found
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mean", [0.0] * 80), ("std", [9.0] * 80), ("hours", 1), ("shards", 99), ("fingerprint", "x")]
+)
+def test_wrong_totals_are_found(dataset: Dataset, field: str, value: object) -> None:
+    path = dataset.path / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    (found,) = faults(open_dataset(dataset.path))
+    assert found.file == "dataset.json" and field in found.problem
+
+
+def test_wrong_statistics_of_a_recording_are_found(dataset: Dataset) -> None:
+    path = dataset.path / "statistics.safetensors"
+    content = bytearray(path.read_bytes())
+    values = np.frombuffer(content, np.float32, offset=256).reshape(24, 2, 80)
+    values[5, 0, 7] += 0.02
+    values[9, 1, 0] *= 1.01
+    path.write_bytes(content)
+    assert [fault.id for fault in faults(open_dataset(dataset.path))] == ["r05", "r09"]
+
+
+@pytest.mark.parametrize("size", [0, 100, 256 + 24 * 640 - 1])
+def test_missing_statistics_are_one_fault_and_the_sound_is_checked_all_the_same(dataset: Dataset, size: int) -> None:
+    os.truncate(dataset.path / "statistics.safetensors", size)
+    flip(dataset.path / "shard-00001.safetensors", -1 + (dataset.path / "shard-00001.safetensors").stat().st_size)
+    found = faults(open_dataset(dataset.path))
+    assert [fault.file for fault in found] == ["statistics.safetensors", "shard-00001.safetensors"]
+
+
+def test_statistics_with_another_head_or_more_behind_them_are_found(dataset: Dataset) -> None:
+    path = dataset.path / "statistics.safetensors"
+    content = path.read_bytes()
+    for changed in (content.replace(b"F32", b"F64"), content + b"\0"):
+        path.write_bytes(changed)
+        assert [fault.file for fault in faults(open_dataset(dataset.path))] == [path.name]
+
+
+@pytest.mark.parametrize("place", ["size", "{", "F16", "shape", "data_offsets", "[0,"])
+def test_a_damaged_head_of_a_shard_is_found(dataset: Dataset, place: str) -> None:
+    path = dataset.path / "shard-00002.safetensors"
+    flip(path, 1 if place == "size" else path.read_bytes().index(place.encode()))
+    (found,) = faults(open_dataset(dataset.path))
+    assert found.file == "shard-00002.safetensors" and "header" in found.problem
+
+
+# --- inspect and stats -----------------------------------------------------------------------------------------------
+
+
+def test_totals_are_those_of_a_plain_count(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    fields, recordings, seconds = totals(dataset), all_of(dataset), dataset.frames / 100
+    groups = {
+        (g["split"], g["language"]): (g["recordings"], round(g["hours"], 9), g["speakers"]) for g in fields["groups"]
+    }
+    for (split, language), told in groups.items():
+        mine = [n for n, r in enumerate(recordings) if (r.split, r.language) == (split, language)]
+        speakers = {recordings[n].speaker for n in mine}
+        assert told == (len(mine), round(float(seconds[mine].sum()) / 3600, 9), len(speakers))
+    assert sum(count for count, *_ in groups.values()) == 24
+    below = 0.0
+    for edge, count in zip([*EDGES, np.inf], fields["durations"].values(), strict=True):
+        assert count == sum(below < s <= edge for s in seconds)
+        below = edge
+    confidences = [w.confidence for r in recordings for w in r.words or [] if w.confidence is not None]
+    assert fields["mean_confidence"] == pytest.approx(np.mean(confidences), abs=1e-6)
+    assert fields["with_text"] == sum(r.text is not None for r in recordings)
+    assert fields["with_words"] == sum(r.words is not None for r in recordings)
+    assert fields["bytes"] == sum(path.stat().st_size for path in dataset.path.glob("shard-*"))
+    code, out, _ = run(capsys, "inspect", dataset.path, "--json")
+    assert code == 0 and json.loads(out) == fields
+    code, out, _ = run(capsys, "inspect", dataset.path)
+    assert code == 0 and "24 recordings" in out and "#" in out and "cs" in out
+
+
+def test_unknown_speakers_are_not_counted_and_missing_shards_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = write(tmp_path / "set", [Recording("a"), Recording("b", speaker="s")], [700, 700])
+    assert [group["speakers"] for group in totals(made)["groups"]] == [1]
+    (made.path / "shard-00001.safetensors").unlink()
+    assert "1 MISSING" in run(capsys, "inspect", made.path)[1]
+
+
+def test_a_stretch_of_a_long_recording_is_drawn_with_its_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [Word(f"w{n}$^$", n * 1.0, n + 0.5) for n in range(100)]
+    long = write(tmp_path / "set", [Recording("long", words=words, excluded=[(41.0, 43.0)])], [10_000])
+    picture = tmp_path / "a.png"
+    asked = ["--id", "long", "--start", 40, "--seconds", 5]
+    code, out, _ = run(capsys, "inspect", long.path, *asked, "--png", picture, "--json")
+    told = json.loads(out)
+    assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    assert [word["word"] for word in told["words"]] == [f"w{n}$^$" for n in range(40, 45)] and told["word times"] == 100
+    for wrong in (["--start", 100], ["--seconds", 0], ["--seconds", 601], ["--start", -1], ["--start", "x"]):
+        code, _, err = run(capsys, "inspect", long.path, "--id", "long", *wrong, "--png", picture)
+        assert code == 2 and err.startswith("error: ") and str(wrong[0]).strip("-") in err
+
+
+@pytest.mark.parametrize("by", [None, "language", "speaker", "split"])
+def test_the_table_is_that_of_a_plain_count(
+    dataset: Dataset,
+    by: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shards_stats, "_PENDING", 1)
+    asked = ["--by", by] if by else []
+    code, out, _ = run(capsys, "stats", dataset.path, *asked, "--csv", tmp_path / "a.csv")
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert code == 0 and len(out.splitlines()) == len(rows) + 1
+    recordings = all_of(dataset)
+    names = sorted({getattr(r, by) for r in recordings}) if by else ["all"]
+    assert [row[by or ""] for row in rows] == [name or "-" for name in names]
+    for name, row in zip(names, rows, strict=True):
+        mine = [n for n, r in enumerate(recordings) if not by or getattr(r, by) == name]
+        seconds = dataset.frames[mine] / 100
+        spoken = [n for n in mine if recordings[n].text is not None]
+        words = [word for n in spoken for word in (recordings[n].text or "").split()]
+        letters = "".join(words)
+        rate = float(dataset.frames[spoken].sum()) / 100
+        expected: list[float] = [
+            len(mine),
+            seconds.sum() / 3600,
+            seconds.min(),
+            float(np.median(seconds)),
+            seconds.max(),
+        ]
+        expected += [len(spoken), len(words), len(letters), len(set(words)), len(set(letters))]
+        expected += [len(words) / rate, len(letters) / rate]
+        assert [float(cell) for cell in list(row.values())[1:]] == pytest.approx(expected, abs=0.00501)
+
+
+# --- split, filter, merge --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["text", "speaker", "recording"])
+def test_new_splits_share_nothing_and_are_the_same_again(
+    original: Dataset, by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = ["--dev-share", 0.3, "--test-share", 0.3, "--by", by]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(capsys, "split", original.path, "--out", tmp_path / name, *shares, "--seed", seed)[0] == 0
+    a, b, c = (open_dataset(tmp_path / name) for name in "abc")
+    assert a.fingerprint == b.fingerprint != c.fingerprint and not verify(a)
+    assert {r.split for r in all_of(a)} == {"train", "dev", "test"}
+    of: dict[str, set[str]] = {}
+    for r in all_of(a):
+        text = "".join(filter(str.isalnum, r.text or "")).lower() or r.id
+        of.setdefault({"text": text, "speaker": r.speaker, "recording": r.id}[by], set()).add(r.split)
+    assert all(len(splits) == 1 for splits in of.values())
+    # A recording's split does not depend on what else there is.
+    assert run(capsys, "filter", original.path, "--out", tmp_path / "few", "--language", "cs")[0] == 0
+    assert run(capsys, "split", tmp_path / "few", "--out", tmp_path / "d", *shares, "--seed", 1)[0] == 0
+    there = {r.id: r.split for r in all_of(a)}
+    assert all(there[r.id] == r.split for r in all_of(open_dataset(tmp_path / "d")))
+
+
+def test_case_and_punctuation_do_not_part_texts() -> None:
+    for n in range(40):
+        one, other = Recording("a", f"Text, number {n}."), Recording("b", f"text NUMBER {n}")
+        assert split_of(one, "text", 0, 0.3, 0.3) == split_of(other, "text", 0, 0.3, 0.3)
+
+
+def test_shares_are_about_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = write(tmp_path / "set", [Recording(f"{n}") for n in range(1000)], [2] * 1000)
+    assert run(capsys, "split", made.path, "--out", tmp_path / "a", "--dev-share", 0.1, "--test-share", 0.2)[0] == 0
+    counts = {name: count for name, (count, _) in open_dataset(tmp_path / "a").totals("split").items()}
+    assert abs(counts["dev"] - 100) < 40 and abs(counts["test"] - 200) < 50
+
+
+CONDITIONS: dict[str, Callable[[Recording, float], bool]] = {
+    "--language cs": lambda r, s: r.language == "cs",
+    "--language en --language cs --split dev": lambda r, s: r.language != "" and r.split == "dev",
+    "--speaker s1": lambda r, s: r.speaker == "s1",
+    "--min-seconds 2.85 --max-seconds 5.81": lambda r, s: 2.85 <= s <= 5.81,
+    "--has-text": lambda r, s: r.text is not None,
+    "--no-has-text": lambda r, s: r.text is None,
+    "--has-words --split test": lambda r, s: r.words is not None and r.split == "test",
+    "--no-has-words": lambda r, s: r.words is None,
+    "--min-confidence 0.5": lambda r, s: r.words is not None and (r.words[0].confidence or 0) >= 0.5,
+    "--ids IDS": lambda r, s: r.id in ("r01", "r02", "r23"),
+    "--exclude-ids IDS --has-words": lambda r, s: r.id not in ("r01", "r02", "r23") and r.words is not None,
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_filter_keeps_what_meets_all_conditions(
+    original: Dataset, condition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids").write_text('r01\n\n{"id": "r23", "problem": "x"}\n  r02 \n{"id": null}\nr01\n')
+    asked = condition.replace("IDS", str(tmp_path / "ids")).split()
+    assert run(capsys, "filter", original.path, "--out", tmp_path / "out", *asked)[0] == 0
+    seconds = original.frames / 100
+    wanted = [r for n, r in enumerate(all_of(original)) if CONDITIONS[condition](r, seconds[n])]
+    made = open_dataset(tmp_path / "out")
+    assert 0 < len(wanted) < 24 and all_of(made) == wanted and not verify(made)
+
+
+def test_merged_datasets_keep_all_under_ids_of_their_own(
+    original: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write(tmp_path / "other", [Recording("r05", "another"), Recording("a")], [70, 80])
+    code, _, err = run(capsys, "merge", original.path, other.path, "--out", tmp_path / "out")
+    assert code == 2 and f"'r05' is in {original.path} and in {other.path}: --prefix" in err
+    assert run(capsys, "merge", original.path, other.path, "--out", tmp_path / "out", "--prefix")[0] == 0
+    made = open_dataset(tmp_path / "out")
+    assert len(made) == 26 and not verify(made) and made.text(made.index.find("other/r05") or 0) == "another"
+    assert np.array_equal(made.read(made.index.find("set/r05") or 0), original.read(5))
+    code, _, err = run(capsys, "merge", original.path, original.path, "--out", tmp_path / "two", "--prefix")
+    assert code == 2 and "called 'set'" in err
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "verfy DIR": "no command 'verfy'.*Did you mean 'verify'",
+    "verify DIR --worker 2": "'--worker'.*Did you mean '--workers'",
+    "verify DIR --workers 0": "--workers.*'0'.*from 1",
+    "verify DIR --workers two": "--workers.*'two'",
+    "verify DIR --list /nowhere/x": "/nowhere/x.*cannot be written",
+    "inspect DIR --idd=3": "'--idd'.*Did you mean '--id'",
+    "inspect DIR --id r99": "no recording 'r99'",
+    "stats DIR --by colour": "--by.*'colour'.*'language'",
+    "stats": "required: DIR",
+    "split DIR": "required: --out",
+    "split DIR --out OUT --dev-share 1.5": "--dev-share.*'1.5'.*0 to 1",
+    "split DIR --out OUT --dev-share nan": "--dev-share.*'nan'",
+    "split DIR --out OUT --dev-share 0.6 --test-share 0.6": "more than 1",
+    "split DIR --out DIR": "exists already",
+    "filter DIR --out OUT --language cz": "--language is 'cz'.*Did you mean 'cs'",
+    "filter DIR --out OUT --min-seconds 99": "none of 24 recordings",
+    "filter DIR --out OUT --min-seconds x": "--min-seconds.*'x'",
+    "filter DIR --out OUT --ids /nowhere/ids": "/nowhere/ids: cannot be read",
+    "filter DIR --out OUT --ids BAD": "line 2: a JSON line must have a field id",
+    "filter DIR --out OUT --ids UNKNOWN": "no recording 'nobody'.*1 are unknown",
+    "filter DIR --out OUT --ids EMPTY": "lists no ids",
+    "merge DIR /nowhere --out OUT": "/nowhere is not a dataset",
+    "merge --out OUT": "required: DIR",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_that_tells_what_to_do(
+    original: Dataset, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").write_text('r01\n{"name": "r02"}\n')
+    (tmp_path / "unknown").write_text("r01\nnobody\n")
+    (tmp_path / "empty").write_text("\n")
+    places = {"DIR": original.path, "OUT": tmp_path / "out"}
+    places |= {name.upper(): tmp_path / name for name in ("bad", "unknown", "empty")}
+    there = sorted(tmp_path.iterdir())
+    code, _, err = run(capsys, *[places.get(word, word) for word in command.split()])
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(MISTAKES[command], err), err
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_recordings_without_a_speaker_are_not_split_by_speaker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = write(tmp_path / "set", [Recording("a"), Recording("b", speaker="s")], [30, 40])
+    code, _, err = run(capsys, "split", made.path, "--out", tmp_path / "out", "--by", "speaker")
+    assert code == 2 and "1 recordings have no speaker; use --by text" in err
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "stats", "split", "filter", "merge"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and "DIR" in out and f"data.shards {command}" in out

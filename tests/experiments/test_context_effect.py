@@ -1,0 +1,112 @@
+"""experiments/context_effect.sh and the table that it ends with, on results made by hand."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bestrq.report.results import FORMAT_VERSION
+from bestrq.scoring.word_errors import score_recording
+from common.errors import UserError
+from tests.paths import REPOSITORY
+
+REFERENCES = ["peter finds the flour", "the leek is old and the dough", "peter finds the pear and the tea"]
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "context_effect_table", REPOSITORY / "experiments/context_effect_table.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def write_cell(folder: Path, model: str, seconds: float, hypotheses: list[str]) -> None:
+    rows = [
+        score_recording(f"r{number}", reference, hypothesis, "en", 3.0).row()
+        for number, (reference, hypothesis) in enumerate(zip(REFERENCES, hypotheses, strict=True))
+    ]
+    results = {"format_version": FORMAT_VERSION, "scores": {}, "recordings": rows}
+    results |= {"export": f"runs/{model}/export", "context_seconds": seconds}
+    cell = folder / f"{model}-{seconds:g}"
+    cell.mkdir(parents=True)
+    (cell / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    guessed = [text.replace("flour", "flower").replace("tea", "tee") for text in REFERENCES]
+    write_cell(tmp_path, "short", 4, guessed)
+    write_cell(tmp_path, "short", 0, guessed)
+    write_cell(tmp_path, "long", 4, ["peter finds", *guessed[1:]])
+    write_cell(tmp_path, "long", 32, [*REFERENCES[:2], REFERENCES[2].replace("peter", "robert")])
+    write_cell(tmp_path, "long", 0, REFERENCES)
+    return tmp_path
+
+
+def test_errors_of_homophones_are_told_from_those_of_other_words(folder: Path) -> None:
+    """Of 18 words 5 are homophones; two of these are written wrongly, and once two words are not heard."""
+    cells = script.read_cells(folder)
+    scores = {cell: script.score_homophones(one, 100) for cell, one in cells.items()}
+    spelled, missed = scores[("short", 4.0)], scores[("long", 4.0)]
+    assert spelled.wer == pytest.approx(2 / 18)
+    assert spelled.homophone_errors == pytest.approx(2 / 5)
+    assert spelled.other_errors == 0
+    assert missed.wer == pytest.approx(3 / 18)
+    assert missed.homophone_errors == pytest.approx(2 / 5), "one not heard, one written wrongly"
+    assert missed.other_errors == pytest.approx(1 / 13)
+
+
+def test_the_models_are_compared_each_at_its_own_context_and_at_every_common_one(folder: Path) -> None:
+    found = script.effect(script.read_cells(folder), script.parse_own(["short=4", "long=32"]), 100)
+    assert found["own"]["wer"]["difference"] == pytest.approx((1 - 2) / 18)
+    assert found["own"]["first"] == ("long", 32.0) and found["own"]["second"] == ("short", 4.0)
+    assert {seconds: one["wer"]["difference"] for seconds, one in found["differences"].items()} == {
+        "4": pytest.approx(1 / 18),
+        "0": pytest.approx(-2 / 18),
+    }
+    assert script.verdict(found).startswith("long at 32 s less short at 4 s: -5.6 points of WER (")
+
+
+def test_the_table_has_a_line_for_every_context_and_whole_recordings_come_last(folder: Path) -> None:
+    found = script.effect(script.read_cells(folder), script.parse_own(["short=4", "long=32"]), 100)
+    lines = script.table(found).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 4 s", "| 32 s", "| whole recording"]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "11.1 %" in lines[2] and "| - | - | - |" in lines[3] + " |"
+
+
+@pytest.mark.parametrize(
+    ("own", "complaint"),
+    [
+        (["short=4", "long"], "--own long: write NAME=SECONDS"),
+        (["short=5", "long=32"], "--own short=5 was not evaluated"),
+    ],
+)
+def test_a_wrong_own_context_is_named(folder: Path, own: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        script.effect(script.read_cells(folder), script.parse_own(own), 100)
+
+
+def test_results_of_another_corpus_are_refused(folder: Path) -> None:
+    cells = script.read_cells(folder)
+    with pytest.raises(UserError, match="no homophone"):
+        script.score_homophones(cells[("short", 4.0)][:0], 100)
+
+
+@pytest.mark.parametrize(("arguments", "status", "said"), [(["--help"], 0, "context_effect.sh"), (["--x"], 2, "'--x'")])
+def test_the_script_explains_itself_and_refuses_what_it_does_not_know(
+    arguments: list[str], status: int, said: str
+) -> None:
+    done = subprocess.run(
+        ["bash", REPOSITORY / "experiments/context_effect.sh", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == status and said in done.stdout + done.stderr

@@ -1,0 +1,221 @@
+"""Dropout, depthwise convolution, layout and norms: each against its plain definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bestrq.model import conformer
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.cpu import dropout as dropout_module
+from bestrq.model.cpu.dropout import Dropout, drop_threshold, keep_scale, random_words
+from bestrq.model.norms import LayerNorm, make_norm
+from bestrq.model.settings import StageSettings
+from tests.layouts import row_layout
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_zeroes_its_share_and_scales_the_rest_exactly(share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    threshold = drop_threshold(share)
+    x = torch.ones(1001, 301, dtype=dtype)
+    y = Dropout(share)(x)
+    kept = y != 0
+    assert y.dtype == dtype
+    assert (y[kept] == torch.tensor(256 / (256 - threshold), dtype=dtype)).all()
+    expected, count = 1 - threshold / 256, x.numel()
+    assert abs(float(kept.double().mean()) - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_dropped_share_is_the_nearest_256th_and_never_all_or_none() -> None:
+    assert [drop_threshold(p) for p in (0.0, 1e-4, 0.1, 0.5, 0.999)] == [0, 1, 26, 128, 255]
+    assert keep_scale(0) == 1.0
+
+
+def test_dropout_masks_are_uncorrelated_from_element_to_element() -> None:
+    torch.manual_seed(0)
+    kept = (Dropout(0.5)(torch.ones(1 << 18)) != 0).double() - 0.5
+    for lag in (1, 2, 4, 7, 8, 16, 64):
+        correlation = float((kept[lag:] * kept[:-lag]).mean() / 0.25)
+        assert abs(correlation) < 4 / len(kept) ** 0.5
+
+
+def test_random_words_are_splitmix64() -> None:
+    def splitmix64(counter: int) -> int:
+        bits = 2**64 - 1
+        z = counter * 0x9E3779B97F4A7C15 & bits
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & bits
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & bits
+        return z ^ (z >> 31)
+
+    seed = 2**62 - 5
+    expected = [splitmix64(seed + i) for i in range(1000)]
+    assert [word % 2**64 for word in random_words(1000, seed).tolist()] == expected
+
+
+def test_dropout_repeats_with_the_global_seed_and_differs_between_calls() -> None:
+    drop, x = Dropout(0.3), torch.ones(999)
+    torch.manual_seed(5)
+    first, second = drop(x), drop(x)
+    torch.manual_seed(5)
+    assert torch.equal(drop(x), first) and torch.equal(drop(x), second) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    third = drop(x)
+    torch.set_rng_state(state)
+    assert torch.equal(drop(x), third)
+
+
+def test_dropout_gradients_pass_through_the_same_mask() -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(6, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    drop = Dropout(0.4)
+
+    def seeded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return drop.add(drop(x), y, 0.5)
+
+    assert torch.autograd.gradcheck(seeded, (x, y))
+    torch.manual_seed(1)
+    expected = drop(x) + 0.5 * drop(y)
+    torch.testing.assert_close(seeded(x, y), expected)
+
+
+def test_dropout_does_nothing_in_evaluation_or_at_share_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout_module, "draw_kept", lambda *_: pytest.fail("a mask was drawn"))
+    x, y = torch.randn(2, 5)
+    for drop in (Dropout(0.5).eval(), Dropout(0.0)):
+        assert torch.equal(drop(x), x) and torch.equal(drop.add(x, y, 0.5), x + 0.5 * y)
+
+
+# ---- layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 60), max_size=4), min_size=1, max_size=3),
+    reach=st.integers(0, 15),
+    data=st.data(),
+)
+def test_spread_segments_keep_their_reach_apart_whatever_the_order_of_the_slots(rows, reach, data) -> None:  # type: ignore
+    frames, starts, lengths = 400, [], []
+    for row in rows:
+        row_starts, end = [], 0
+        for length in row:
+            row_starts.append(end)
+            end = -(-(end + length + 4) // 4) * 4
+        pairs = data.draw(st.permutations([*zip(row_starts, row, strict=True), *[(0, 0)] * (4 - len(row))]))
+        starts.append([start for start, _ in pairs])
+        lengths.append([length for _, length in pairs])
+    layout = row_layout(starts, lengths, frames, kernel_size=2 * reach + 1)
+    stage = layout.output
+    spread = stage.convolution
+    assert int(stage.valid.sum()) == sum(-(-n // 4) for row in rows for n in row) == len(spread.frame)
+    assert int(layout.valid_mel.sum()) == sum(n for row in rows for n in row)
+    assert torch.equal(stage.valid.flatten().nonzero().squeeze(1), spread.frame)
+    segment_of = torch.full((stage.valid.numel(),), -1)
+    for number, (start, stop) in enumerate(stage.attention.segments):
+        segment_of[start:stop] = number
+    row_of_slot, place = spread.slot // spread.num_spread, spread.slot % spread.num_spread
+    assert torch.equal(row_of_slot, spread.frame // 100)
+    previous, here = segment_of[spread.frame[:-1]], segment_of[spread.frame[1:]]
+    distance, same_row = place.diff(), row_of_slot.diff() == 0
+    assert (distance[previous == here] == 1).all()
+    assert (distance[(previous != here) & same_row] > reach).all()
+
+
+@pytest.mark.parametrize("interpolation", [1.0, 4.0])
+def test_positions_count_from_the_start_of_each_segment(interpolation: float) -> None:
+    stage = row_layout([[0, 44]], [[40, 37]], 100, rotary_interpolation=interpolation).output
+    phase = stage.attention.rotary_phase
+    assert phase is not None
+    for start, stop in stage.attention.segments:
+        position = torch.arange(stop - start)
+        assert torch.equal(stage.position[0, start:stop], position)
+        expected = position.double() / interpolation * 1e4**-0.5
+        torch.testing.assert_close(phase[0, start:stop, 1].angle(), expected)
+
+
+def test_stages_of_an_efficient_conformer_halve_the_frames_of_every_segment() -> None:
+    earlier = [StageSettings(1, 8, 2, 8, group_size=3), StageSettings(1, 8, 2, 8)]
+    layout = row_layout([[0, 96]], [[90, 53]], 200, earlier_stages=earlier)  # rows are filled up to 240
+    assert [stage.valid.shape[1] for stage in layout.stages] == [60, 30, 15]
+    assert [stage.segment_start[0].tolist() for stage in layout.stages] == [[0, 24], [0, 12], [0, 6]]
+    assert [stage.segment_length[0].tolist() for stage in layout.stages] == [[23, 14], [12, 7], [6, 4]]
+    assert layout.stages[0].attention.segments == [(0, 8), (8, 13)]  # in groups of three frames
+
+
+@pytest.mark.parametrize("start, length, frames, word", [(6, 8, 40, "multiples"), (36, 8, 40, "ends behind")])
+def test_impossible_rows_are_refused(start: int, length: int, frames: int, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        row_layout([[start]], [[length]], frames)
+
+
+# ---- norms and the whole
+
+
+def test_norm_has_the_parameter_names_of_every_other_layer_norm() -> None:
+    norm = make_norm("layer_norm", 8)
+    assert isinstance(norm, LayerNorm) and set(norm.state_dict()) == {"weight", "bias"}
+    norm.load_state_dict(torch.nn.LayerNorm(8).state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(norm(x), F.layer_norm(x, (8,)))
+    with pytest.raises(ValueError, match="batch_norm"):
+        make_norm("batch_norm", 8)
+
+
+def test_encoder_error_stays_within_its_precision() -> None:
+    """float32 within 1e-5 and bfloat16 autocast within 2 % of float64, over the whole encoder."""
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(
+        EncoderSettings(dim=64, num_layers=3, num_heads=2, feedforward_dim=128, subsampling_channels=16)
+    ).eval()
+    log_mel = torch.randn(2, 200, 80)
+    rows = torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [200, 0]]), 200
+    with torch.no_grad():
+        single = encoder(log_mel, encoder.layout(*rows))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder(log_mel, encoder.layout(*rows))
+        encoder.double()
+        exact = encoder(log_mel.double(), encoder.layout(*rows))
+    assert (single - exact).norm() < 1e-5 * exact.norm()
+    assert (half - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
+    torch.manual_seed(0)
+    cpu = ConformerEncoder(EncoderSettings(dim=64, num_layers=2, num_heads=2, feedforward_dim=128)).double().eval()
+    log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
+    rows = torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200
+    expected = cpu(log_mel, cpu.layout(*rows))
+    grads = torch.autograd.grad(expected.pow(2).sum(), list(cpu.parameters()))
+    gpu = cpu.cuda()
+    got = gpu(log_mel.cuda(), gpu.layout(*rows))
+    got_grads = torch.autograd.grad(got.pow(2).sum(), list(gpu.parameters()))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
+    for a, b in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
+
+
+def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(
+        EncoderSettings(dim=32, num_layers=2, num_heads=2, feedforward_dim=48, subsampling_channels=8)
+    )
+    encoder.double().eval()
+    log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
+    layout = encoder.layout(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200)
+    whole = encoder(log_mel, layout)
+    monkeypatch.setattr(conformer, "SLICE", 7)
+    hidden: list[int] = []
+    for block in encoder.blocks:
+        block.feedforward_in.hidden.register_forward_hook(lambda *call: hidden.append(call[2].numel()))
+    with torch.no_grad():
+        sliced = encoder(log_mel, layout)
+    torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=1e-12)
+    assert max(hidden) == 7 * 48, "the hidden units of all frames stood at once"

@@ -1,0 +1,68 @@
+"""What the attention is built on: every mask's promises, and its drawing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bestrq.model.attention.masks import Mask, dense
+from bestrq.model.attention.masks.causal import CausalMask
+from bestrq.model.attention.masks.chunk import ChunkMask, draw_chunk_size
+from bestrq.model.attention.masks.draw import as_text, draw
+from bestrq.model.attention.masks.segment import SegmentMask
+from bestrq.model.attention.masks.window import WindowMask
+
+any_mask = st.one_of(
+    st.just(SegmentMask()),
+    st.just(CausalMask()),
+    st.builds(WindowMask, st.integers(1, 20)),
+    st.builds(ChunkMask, st.integers(1, 20), st.integers(-1, 4)),
+)
+
+
+@given(any_mask, st.integers(1, 70))
+def test_a_query_sees_itself_and_neither_end_of_its_interval_ever_falls_or_leaves_the_reach(
+    mask: Mask, length: int
+) -> None:
+    query = torch.arange(length)
+    first, stop = mask(query)
+    assert ((first <= query) & (query < stop)).all()
+    assert (first.diff() >= 0).all() and (stop.diff() >= 0).all()
+    before, behind = mask.reach
+    assert before is None or int((query - first).max()) <= before
+    assert behind is None or int((stop - 1 - query).max()) <= behind
+    assert mask(length) == tuple(int(end) for end in mask(torch.tensor(length)))
+
+
+@pytest.mark.parametrize(
+    "mask, drawn",
+    [
+        (SegmentMask(), "#####/#####/#####/#####/#####"),
+        (CausalMask(), "#..../##.../###../####./#####"),
+        (WindowMask(1), "##.../###../.###./..###/...##"),
+        (ChunkMask(2, 0), "##.../##.../..##./..##./....#"),
+        (ChunkMask(2, 1), "##.../##.../####./####./..###"),
+        (ChunkMask(2, -1), "##.../##.../####./####./#####"),
+    ],
+)
+def test_masks_are_what_their_names_say(mask: Mask, drawn: str) -> None:
+    assert as_text(dense(mask, 5)).split() == drawn.split("/")
+
+
+def test_a_mask_is_drawn_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(WindowMask, ["--frames", "1", "--length", "3"])
+    assert capsys.readouterr().out.split() == ["##.", "###", ".##"]
+    draw(ChunkMask, ["--size", "2", "--out", str(tmp_path / "mask.png")])
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_other_dynamic_chunk_is_the_whole_segment_and_the_rest_are_uniform() -> None:
+    torch.manual_seed(0)
+    drawn = [draw_chunk_size(16, 4) for _ in range(4000)]
+    assert drawn.count(None) == pytest.approx(2000, abs=130)
+    sizes = [size for size in drawn if size is not None]
+    assert {size: pytest.approx(len(sizes) / 4, abs=90) for size in (4, 8, 12, 16)} == {
+        size: sizes.count(size) for size in set(sizes)
+    }

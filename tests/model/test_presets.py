@@ -1,0 +1,111 @@
+"""Presets are as large as they say, and impossible settings are refused with the field, the value and the fix."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bestrq.model.conformer import ConformerEncoder
+from bestrq.model.presets import PRESETS
+from bestrq.model.settings import EncoderSettings, StageSettings
+from common.errors import UserError
+
+NUM_PARAMETERS = {
+    "quickstart": 1_310_768,
+    "conformer-s": 8_374_464,
+    "conformer-m": 26_270_720,
+    "conformer-l": 110_637_568,
+    "base-120m": 118_252_672,
+    "bestrq-94m": 85_683_200,
+    "fast-115m": 104_288_256,
+    "large-600m": 582_534_144,
+    "xl-1.1b": 1_017_363_456,
+    "efficient-13m": 12_511_488,
+    "efficient-31m": 28_291_336,
+    "efficient-126m": 112_784_912,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_its_parameter_count(name: str) -> None:
+    with torch.device("meta"):
+        encoder = ConformerEncoder(PRESETS[name])
+    assert sum(p.numel() for p in encoder.parameters()) == NUM_PARAMETERS[name]
+
+
+def test_every_preset_is_counted_and_no_other() -> None:
+    assert set(NUM_PARAMETERS) == set(PRESETS)
+
+
+def test_comparison_preset_has_the_shape_of_the_published_recipe() -> None:
+    s = PRESETS["bestrq-94m"]
+    shape = (s.num_layers, s.dim, s.feedforward_dim, s.num_heads, s.kernel_size)
+    assert shape == (12, 576, 2048, 8, 31)
+
+
+def test_settings_cannot_be_changed_behind_a_preset() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["quickstart"].dropout = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_mels", 0),
+        ("num_layers", 0),
+        ("num_heads", 5),
+        ("num_heads", 144),
+        ("num_kv_heads", 3),
+        ("num_kv_heads", -1),
+        ("feedforward", "relu"),
+        ("group_size", 0),
+        ("kernel_size", 8),
+        ("kernel_size", -3),
+        ("convolution_norm", "group_norm"),
+        ("norm", "batch_norm"),
+        ("subsampling", "max_pool"),
+        ("subsampling_factor", 8),
+        ("mask", "full"),
+        ("window", 0),
+        ("chunk_size", 0),
+        ("left_chunks", -2),
+        ("dynamic_chunks", True),
+        ("position", "sinus"),
+        ("rotary_theta", 0.0),
+        ("rotary_interpolation", -1.0),
+        ("relative_buckets", 30),
+        ("relative_max_distance", 16),
+        ("dropout", 1.0),
+        ("attention_dropout", -0.1),
+        ("layer_drop", 1.0),
+        ("activation_checkpointing", "some"),
+        ("backend", "flash"),
+    ],
+)
+def test_impossible_setting_names_field_value_and_fix(field: str, value: object) -> None:
+    with pytest.raises(UserError) as error:
+        EncoderSettings(**{field: value})  # type: ignore[arg-type]
+    message = str(error.value)
+    assert f"encoder.{field}" in message and repr(value) in message and ("give" in message or "choose" in message)
+
+
+@pytest.mark.parametrize(
+    "field, settings",
+    [
+        ("attention_dropout", {"backend": "flex"}),
+        ("activation_checkpointing", {"convolution_norm": "batch_norm", "activation_checkpointing": "full"}),
+        ("group_size", {"mask": "causal", "group_size": 2}),
+        ("window", {"mask": "window", "window": 7, "group_size": 2}),
+        ("chunk_size", {"mask": "chunk", "chunk_size": 6, "earlier_stages": [StageSettings(group_size=4)]}),
+        ("earlier_stages", {"earlier_stages": [StageSettings(num_heads=7)]}),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(field: str, settings: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"encoder.{field}"):
+        EncoderSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_targets_follow_the_total_stride() -> None:
+    efficient = PRESETS["efficient-13m"]
+    assert (efficient.subsampling_factor, efficient.stride, efficient.row_multiple) == (2, 8, 24)
+    assert (PRESETS["fast-115m"].stride, PRESETS["fast-115m"].row_multiple) == (8, 8)

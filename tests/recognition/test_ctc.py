@@ -1,0 +1,219 @@
+"""The CTC model: its loss by brute force, packing, impossible and empty segments, freezing, fresh top blocks."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from bestrq.long_form.inference import InferenceSettings, Source, transcribe
+from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.ctc import CTCModel, CTCOutput, frames_needed, pad_labels, reinitialise_top_blocks
+from common.errors import UserError
+
+MELS, VOCAB, FACTOR = 8, 5, 4
+
+
+def make_model(num_layers: int = 1, dropout: float = 0.0) -> CTCModel:
+    torch.manual_seed(0)
+    settings = EncoderSettings(
+        num_mels=MELS, dim=16, num_layers=num_layers, num_heads=2, feedforward_dim=24, kernel_size=5,
+        subsampling_channels=4, dropout=dropout, attention_dropout=dropout,
+    )  # fmt: skip
+    return CTCModel(settings, VOCAB).double()
+
+
+Row = list[tuple[int, int, list[int]]]
+"""segments of a row: start, length, labels"""
+
+
+def utterance(num_frames: int) -> Tensor:
+    """Features that depend on the length alone, so that they can be put anywhere."""
+    return torch.randn(num_frames, MELS, dtype=torch.float64, generator=torch.Generator().manual_seed(num_frames))
+
+
+def run(model: CTCModel, rows: list[Row], num_frames: int, label_padding: int = 0, **options: bool) -> CTCOutput:
+    log_mel = torch.zeros(len(rows), num_frames, MELS, dtype=torch.float64)
+    slots = max(len(row) for row in rows)
+    start, length = torch.zeros(2, len(rows), slots, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        for s, (first, size, _) in enumerate(row):
+            start[r, s], length[r, s] = first, size
+            log_mel[r, first : first + size] = utterance(size)
+    labels, label_lengths = pad_labels([labels for row in rows for _, _, labels in row])
+    extra = torch.full((len(labels), label_padding), 1)
+    return model(log_mel, start, length, torch.cat([labels, extra], dim=1), label_lengths, **options)
+
+
+def gradients(model: CTCModel, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def brute_force_loss(log_probs: Tensor, labels: list[int]) -> Tensor:
+    """-log of the summed probability of every path that collapses to the labels; `[T, V]`."""
+    paths = []
+    for path in itertools.product(range(VOCAB), repeat=len(log_probs)):
+        merged = [one for t, one in enumerate(path) if t == 0 or one != path[t - 1]]
+        if [one for one in merged if one != 0] == labels:
+            paths.append(log_probs[torch.arange(len(path)), torch.tensor(path)].sum())
+    return -torch.logsumexp(torch.stack(paths), dim=0)
+
+
+def test_loss_and_gradients_equal_those_of_all_paths_enumerated() -> None:
+    model = make_model()
+    rows: list[Row] = [[(0, 20, [1, 2]), (24, 13, [3, 3])], [(4, 17, []), (24, 7, [4])]]
+    output = run(model, rows, 40)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        for _, size, labels in row:
+            zero = torch.zeros(1, 1, dtype=torch.int64)
+            padded = torch.zeros(1, 20, MELS, dtype=torch.float64)
+            padded[0, :size] = utterance(size)
+            log_probs = model.log_probs(padded, zero, zero + size)[0, : -(-size // FACTOR)]
+            expected = expected + brute_force_loss(log_probs, labels)
+    assert torch.allclose(output.loss_sum, expected, rtol=0, atol=1e-9)
+    assert (int(output.num_labels), int(output.num_impossible)) == (5, 0)
+    assert output.num_frames.tolist() == [5, 4, 5, 2]
+    for got, wanted in zip(gradients(model, output.loss_sum), gradients(model, expected), strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-9)
+
+
+def test_loss_and_gradients_depend_on_neither_row_nor_padding_nor_neighbours() -> None:
+    model = make_model(num_layers=2)
+    segments = [(60, [1, 2, 3]), (33, [2, 2]), (18, []), (47, [4])]
+    alone = [run(model, [[(0, size, labels)]], 60) for size, labels in segments]
+    wanted = torch.stack([output.loss_sum for output in alone]).sum()
+    wanted_gradients = gradients(model, wanted)
+    layouts: list[list[Row]] = [
+        [[(0, 60, [1, 2, 3]), (64, 33, [2, 2]), (104, 18, []), (128, 47, [4])]],
+        [[(8, 18, []), (32, 60, [1, 2, 3])], [(100, 33, [2, 2])], [(4, 47, [4])]],
+    ]
+    for rows in layouts:
+        output = run(model, rows, 180, label_padding=3)
+        assert torch.allclose(output.loss_sum, wanted, rtol=0, atol=1e-9)
+        assert int(output.num_labels) == 6
+        pairs = zip(gradients(model, output.loss_sum), wanted_gradients, strict=True)
+        assert all(torch.allclose(got, want, rtol=0, atol=1e-9) for got, want in pairs)
+        sizes = [size for row in rows for _, size, _ in row]
+        assert output.num_frames.tolist() == [-(-size // FACTOR) for size in sizes]
+        best = {one: out.best_ids[0].tolist() for (one, _), out in zip(segments, alone, strict=True)}
+        for size, ids in zip(sizes, output.best_ids, strict=True):
+            assert ids[: -(-size // FACTOR)].tolist() == best[size]
+
+
+def test_impossible_segments_are_counted_and_change_nothing() -> None:
+    model = make_model()
+    possible = run(model, [[(0, 20, [1, 2])]], 40)
+    # Two encoder frames cannot carry 1, blank, 1, nor four labels.
+    both = run(model, [[(0, 20, [1, 2]), (24, 8, [1, 1])], [(0, 8, [1, 2, 3, 4])]], 40)
+    assert (int(both.num_impossible), int(both.num_labels)) == (2, 2)
+    assert torch.allclose(both.loss_sum, possible.loss_sum, rtol=0, atol=1e-9)
+    for got, wanted in zip(gradients(model, both.loss_sum), gradients(model, possible.loss_sum), strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-9)
+
+
+def test_frames_needed_is_the_shortest_length_with_a_finite_loss() -> None:
+    labels, lengths = pad_labels([[1, 1, 1], [1, 2, 3, 3], [], [2]])
+    needed = frames_needed(labels, lengths)
+    assert needed.tolist() == [5, 5, 0, 1]
+    for frames in range(1, 7):
+        uniform = torch.zeros(frames, 4, VOCAB).log_softmax(-1)
+        loss = torch.nn.functional.ctc_loss(uniform, labels, torch.full((4,), frames), lengths, reduction="none")
+        assert torch.equal(loss.isfinite(), frames >= needed)
+
+
+def test_a_batch_of_empty_transcripts_has_a_loss_and_no_labels() -> None:
+    output = run(make_model(), [[(0, 20, []), (24, 12, [])]], 40)
+    assert output.loss_sum > 0 and output.loss_sum.isfinite()
+    assert int(output.num_labels) == 0 and int(output.num_impossible) == 0
+
+
+def test_log_probs_are_float32_under_bfloat16_autocast() -> None:
+    model = make_model().float()
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs = model.log_probs(utterance(40).float()[None], zero, zero + 40)
+    assert log_probs.dtype == torch.float32
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(1, 10), atol=1e-6)  # bfloat16 would be off by 1e-3
+
+
+def test_a_frozen_encoder_gets_no_gradients_and_the_head_gets_the_same() -> None:
+    model = make_model()
+    rows: list[Row] = [[(0, 20, [1, 2])]]
+    run(model, rows, 20).loss_sum.backward()
+    head = [parameter.grad.clone() for parameter in model.head.parameters()]
+    model.zero_grad()
+    run(model, rows, 20, train_encoder=False).loss_sum.backward()
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+    for parameter, wanted in zip(model.head.parameters(), head, strict=True):
+        assert torch.equal(parameter.grad, wanted)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """This process as a world of one: the reducer and the sharding hooks run all the same."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", ["none", "ddp", "fsdp2"])
+def test_freezing_for_the_first_updates_works_in_every_parallel_mode(parallel: str, process_group: None) -> None:
+    plain, model = make_model(), make_model()
+    if parallel == "fsdp2":
+        for block in model.encoder.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if parallel == "ddp" else model
+    plain_optimizer, optimizer = (torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (plain, model))
+    rows: list[Row] = [[(0, 40, [1, 2]), (44, 16, [3])]]
+    before = [parameter.detach().clone() for parameter in plain.encoder.parameters()]
+    for step in range(5):
+        for one, its_optimizer in ((plain, plain_optimizer), (wrapped, optimizer)):
+            its_optimizer.zero_grad()
+            run(one, rows, 60, train_encoder=step >= 2).loss_sum.backward()
+            its_optimizer.step()
+        if step == 1:  # neither gradient nor weight decay has touched the frozen encoder
+            assert all(torch.equal(a, b) for a, b in zip(plain.encoder.parameters(), before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain.encoder.parameters(), before, strict=True))
+    for parameter, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        full = parameter.full_tensor() if parallel == "fsdp2" else parameter
+        assert torch.allclose(full, wanted, rtol=0, atol=1e-12)
+
+
+def test_top_blocks_are_fresh_and_the_others_and_the_random_state_are_kept() -> None:
+    model, again = make_model(num_layers=3), make_model(num_layers=3)
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    reinitialise_top_blocks(model.encoder, 2, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    reinitialise_top_blocks(again.encoder, 2, seed=5)
+    for name, value in model.encoder.state_dict().items():
+        assert torch.equal(value, again.encoder.state_dict()[name])
+        if not name.startswith(("blocks.1.", "blocks.2.")):
+            assert torch.equal(value, before[name])
+    for name in ("blocks.1.feedforward_in.hidden.weight", "blocks.2.feedforward_out.out.weight"):
+        fresh = model.encoder.state_dict()[name]
+        assert not torch.equal(fresh, before[name])
+        assert 0.8 < fresh.std() / before[name].std() < 1.25  # of the same initialisation
+    with pytest.raises(UserError, match="has 3 blocks: choose 0 to 3"):
+        reinitialise_top_blocks(model.encoder, 4, seed=0)
+
+
+def test_whole_recordings_come_out_the_same_in_any_batch() -> None:
+    model = make_model(num_layers=2).eval()
+    sources = [Source(n, lambda start, stop, n=n: utterance(n)[start:stop]) for n in (30, 41, 200, 203)]
+
+    def outputs(batch_seconds: float) -> dict[int, Tensor]:
+        settings = InferenceSettings(context_seconds=0.8, batch_seconds=batch_seconds)
+        return dict(transcribe(model.log_probs, sources, settings, FACTOR, 100.0))
+
+    one_by_one, together = outputs(0.1), outputs(1000.0)
+    for index, source in enumerate(sources):
+        assert one_by_one[index].shape == (-(-source.num_frames // FACTOR), VOCAB)
+        assert torch.allclose(one_by_one[index], together[index], rtol=0, atol=1e-9)

@@ -1,0 +1,312 @@
+"""The transducer model: its loss by enumeration, packing, accumulation, empty batches, CTC head, parallel modes."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.ctc import CTCModel, pad_labels
+from bestrq.recognition.transducer import TransducerModel, TransducerOutput, TransducerSettings, check_slice_bytes
+from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise
+from common.errors import UserError
+from tests.gloo import run_distributed
+from tests.lattices import arcs_of, assert_same, brute_force_loss
+
+MELS, VOCAB, FACTOR = 8, 5, 4
+ENCODER = EncoderSettings(
+    num_mels=MELS, dim=16, num_layers=2, num_heads=2, feedforward_dim=24, kernel_size=5, subsampling_channels=4,
+    dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "stateless": {},
+    "lstm-hybrid": {"prediction": "lstm", "ctc_weight": 0.3, "fast_emit": 0.1},
+    "durations": {"durations": [0, 1, 2], "prediction": "lstm"},
+    "pruned": {"prune_range": 2, "ctc_weight": 0.3, "simple_weight": 0.7},
+}
+every_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+Row = list[tuple[int, int, list[int]]]
+"""segments of a row: start, length, labels"""
+ROWS: list[Row] = [[(0, 20, [1, 2]), (24, 13, [3, 3, 3]), (40, 6, [4, 2, 1])], [(4, 17, []), (24, 7, [4])]]
+"""among them two frames with three labels, and no labels"""
+
+
+def make_model(kind: str = "stateless", **changed: Any) -> TransducerModel:
+    torch.manual_seed(0)
+    options = {"prediction_dim": 12, "joint_dim": 10, "dropout": 0.0} | KINDS[kind] | changed
+    return TransducerModel(ENCODER, TransducerSettings(**options), VOCAB).double()
+
+
+def utterance(num_frames: int) -> Tensor:
+    """Features that depend on the length alone, so that they can be put anywhere."""
+    return torch.randn(num_frames, MELS, dtype=torch.float64, generator=torch.Generator().manual_seed(num_frames))
+
+
+def batch(rows: list[Row], num_frames: int, label_padding: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    log_mel = torch.zeros(len(rows), num_frames, MELS, dtype=torch.float64)
+    start, length = torch.zeros(2, len(rows), max(1, *(len(row) for row in rows)), dtype=torch.int64)
+    for r, row in enumerate(rows):
+        for s, (first, size, _) in enumerate(row):
+            start[r, s], length[r, s] = first, size
+            log_mel[r, first : first + size] = utterance(size)
+    labels, label_lengths = pad_labels([labels for row in rows for _, _, labels in row])
+    if label_padding:
+        labels = torch.cat([labels, torch.zeros(len(labels), 2, dtype=torch.int64)], dim=1)
+        labels[torch.arange(labels.shape[1]) >= label_lengths[:, None]] = label_padding
+    return log_mel, start, length, labels, label_lengths
+
+
+def run(model: Any, rows: list[Row], num_frames: int = 48, **options: Any) -> TransducerOutput:
+    padding = options.pop("label_padding", 0)
+    return model(*batch(rows, num_frames, padding), **options)
+
+
+def gradients(model: TransducerModel, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=False))
+
+
+def searched_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tensor:
+    """`[T, U + 1, 2]` of one segment by itself, from what a search calls."""
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    padded = torch.nn.functional.pad(utterance(size), (0, 0, 0, 48 - size))
+    encoded = model.encode(padded[None], zero, zero + size)[0, : -(-size // FACTOR)]
+    state, predicted = model.start(1), []
+    for label in [0, *labels]:
+        one, state = model.predict(torch.tensor([label]), state)
+        predicted.append(one)
+    return arcs_of(model.joint(encoded[:, None], torch.cat(predicted)), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("kind", ["stateless", "lstm-hybrid"])
+def test_loss_and_gradients_equal_those_of_all_alignments_of_what_a_search_sees(kind: str) -> None:
+    model = make_model(kind, ctc_weight=0.0, fast_emit=0.0)
+    output = run(model, ROWS)
+    segments = [segment for row in ROWS for segment in row]
+    expected = torch.stack([brute_force_loss(searched_arcs(model, size, labels)) for _, size, labels in segments]).sum()
+    assert_same([output.loss_sum, output.transducer_sum], [expected, expected.detach()], 1e-9)
+    assert output.ctc_sum == 0 and not output.transducer_sum.requires_grad
+    assert_same(gradients(model, output.loss_sum), gradients(model, expected), 1e-9)
+
+
+@every_kind
+def test_loss_and_gradients_depend_on_neither_row_nor_padding_nor_neighbours(kind: str) -> None:
+    model = make_model(kind)
+    segments = [(60, [1, 2, 3]), (33, [2, 2]), (18, []), (47, [4])]
+    alone = [run(model, [[(0, size, labels)]], 60) for size, labels in segments]
+    wanted = torch.stack([output.loss_sum for output in alone]).sum()
+    wanted_gradients = gradients(model, wanted)
+    layouts: list[list[Row]] = [
+        [[(0, 60, [1, 2, 3]), (64, 33, [2, 2]), (104, 18, []), (128, 47, [4])]],
+        [[(8, 18, []), (32, 60, [1, 2, 3])], [], [(100, 33, [2, 2])], [(4, 47, [4])]],
+    ]
+    for rows in layouts:
+        for padding in (0, -7, 10**6):
+            output = run(model, rows, 180, label_padding=padding)
+            assert_same([output.loss_sum], [wanted], 1e-9)
+        assert_same(gradients(model, output.loss_sum), wanted_gradients, 1e-9)
+
+
+@every_kind
+def test_a_batch_in_two_calls_sums_to_the_same_gradients(kind: str) -> None:
+    model = make_model(kind)
+    whole = run(model, ROWS)
+    parts = [run(model, [row]) for row in ROWS]
+    assert_same([whole.loss_sum], [parts[0].loss_sum + parts[1].loss_sum], 1e-9)
+    wanted = gradients(model, whole.loss_sum)
+    for part in parts:
+        part.loss_sum.backward()
+    assert_same([parameter.grad for parameter in model.parameters()], wanted, 1e-9)
+
+
+@every_kind
+@pytest.mark.parametrize("slice_bytes", [2**12, 2**30])
+def test_slices_change_neither_loss_nor_gradients(kind: str, slice_bytes: int) -> None:
+    outputs = [(model, run(model, ROWS)) for model in (make_model(kind), make_model(kind, slice_bytes=slice_bytes))]
+    assert_same([outputs[1][1].loss_sum], [outputs[0][1].loss_sum], 1e-9)
+    assert_same(*(gradients(model, output.loss_sum) for model, output in outputs), 1e-9)
+
+
+@every_kind
+def test_a_budget_that_passes_the_check_before_training_is_enough_for_one_frame_of_all_labels(kind: str) -> None:
+    labels = [1, 2, 3, 4, 1, 2, 3]
+    with pytest.raises(UserError, match=r"give \d+ or more") as refused:
+        check_slice_bytes(make_model(kind, slice_bytes=1).settings, VOCAB, len(labels), itemsize=8)
+    smallest = int(re.findall(r"give (\d+) or more", str(refused.value))[0])
+    model = make_model(kind, slice_bytes=smallest)
+    check_slice_bytes(model.settings, VOCAB, len(labels), itemsize=8)
+    run(model, [[(0, FACTOR, labels)]]).loss_sum.backward()
+
+
+@every_kind
+def test_a_batch_of_no_segments_has_a_loss_and_gradients_of_zero(kind: str) -> None:
+    model = make_model(kind)
+    output = run(model, [[], []])
+    assert output.loss_sum == 0
+    output.loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name  # DDP waits for every one
+
+
+@every_kind
+def test_a_frozen_encoder_gets_no_gradients_and_the_rest_gets_the_same(kind: str) -> None:
+    model = make_model(kind)
+    wanted = dict(zip(dict(model.named_parameters()), gradients(model, run(model, ROWS).loss_sum), strict=True))
+    run(model, ROWS, train_encoder=False).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder."):
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, wanted[name])
+
+
+def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
+    model = make_model("lstm-hybrid")
+    ctc = CTCModel(ENCODER, VOCAB).double()
+    tensors = {name.replace("ctc_head.", "head."): tensor for name, tensor in model.state_dict().items()}
+    ctc.load_state_dict({name: tensors[name] for name in ctc.state_dict()})
+    output, wanted = run(model, ROWS), ctc(*batch(ROWS, 48))
+    assert int(wanted.num_impossible) == 2  # which CTC leaves out and the transducer does not
+    assert_same([output.ctc_sum], [wanted.loss_sum.detach()], 1e-9)
+    assert_same([output.loss_sum.detach()], [output.transducer_sum + 0.3 * output.ctc_sum], 1e-9)
+    plain = make_model("lstm-hybrid", ctc_weight=0.0)
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "ctc_head" not in name})
+    run(model, ROWS).loss_sum.backward()
+    run(plain, ROWS).loss_sum.backward()
+    wanted.loss_sum.backward()
+    theirs = dict(ctc.named_parameters()) | {f"ctc_head.{k}": p for k, p in ctc.head.named_parameters()}
+    others = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = 0.3 * theirs[name].grad if name in theirs else torch.zeros_like(parameter)
+        if name in others:
+            expected = expected + others[name].grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-9, msg=name)
+    log_mel, start, length, *_ = batch(ROWS, 48)
+    assert_same([model.ctc_log_probs(log_mel, start, length)], [ctc.log_probs(log_mel, start, length)], 1e-12)
+
+
+def test_without_a_ctc_head_its_outputs_are_refused_with_the_setting_named() -> None:
+    with pytest.raises(UserError, match="transducer.ctc_weight 0"):
+        make_model().ctc_log_probs(*batch(ROWS, 48)[:3])
+
+
+def test_a_prune_range_of_all_states_leaves_the_loss_as_it_is_beside_the_small_networks() -> None:
+    model = make_model("pruned", prune_range=4, ctc_weight=0.0)
+    plain = make_model("stateless")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("simple_joint.")}
+    plain.load_state_dict(tensors)
+    output, wanted = run(model, ROWS), run(plain, ROWS)
+    assert_same([output.transducer_sum], [wanted.transducer_sum], 1e-9)
+    doubled = make_model("pruned", prune_range=4, ctc_weight=0.0, simple_weight=1.4)
+    simple = (output.loss_sum - output.transducer_sum).detach()
+    assert simple > 1
+    again = run(doubled, ROWS)
+    assert_same([(again.loss_sum - again.transducer_sum).detach()], [2 * simple], 1e-9)
+    narrow = run(make_model("pruned", ctc_weight=0.0), ROWS)
+    assert narrow.transducer_sum > output.transducer_sum  # of fewer alignments
+
+
+@every_kind
+def test_bfloat16_autocast_follows_float32_and_leaves_float32_losses_and_gradients(kind: str) -> None:
+    """Tolerance 3 % of the loss, 10 % of the gradient: bfloat16 has 8 bits."""
+    results = []
+    for enabled in (False, True):
+        model = make_model(kind, prune_range=0).float()
+        log_mel, *rest = batch(ROWS, 48)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(log_mel.float(), *rest)
+        output.loss_sum.backward()
+        assert output.loss_sum.dtype == output.transducer_sum.dtype == torch.float32
+        assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+        results.append((output.loss_sum.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, grad), (low_loss, low_grad) = results
+    assert low_grad.isfinite().all() and not torch.equal(low_loss, loss)
+    assert abs(low_loss - loss) < 0.03 * loss and (low_grad - grad).norm() < 0.1 * grad.norm()
+
+
+@every_kind
+@pytest.mark.parametrize("wrong", [0, VOCAB, -1])
+def test_a_label_outside_the_vocabulary_is_refused_and_named(kind: str, wrong: int) -> None:
+    rows: list[Row] = [[(0, 20, [1, 2])], [(0, 17, [3, wrong, 2])]]
+    with pytest.raises(UserError, match=f"label {wrong} at position 1 of segment 1: .* labels 1 to {VOCAB - 1}"):
+        run(make_model(kind), rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("context", "prediction_dim", "prediction_layers", "joint_dim", "slice_bytes")),
+        *((name, -0.1) for name in ("ctc_weight", "fast_emit", "simple_weight", "dropout")),
+        *(("dropout", 1.0), ("prune_range", 1), ("prune_range", -1)),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_names_and_values(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"transducer.{name} is {value}: give "):
+        TransducerSettings(**{name: value})
+
+
+PARALLEL_ROWS: list[Row] = [ROWS[0], ROWS[1], [(8, 30, [4, 4, 1, 2])], []]
+
+
+def train_once(world: World, strategy: str, precision: str, accumulation: int, reshard: bool) -> dict[str, Tensor]:
+    """What a search sees first, then the whole gradients of one step."""
+    settings = DistributedSettings(strategy=strategy, device="cpu", precision=precision)
+    model = make_model("pruned", prediction="lstm", fast_emit=0.1)
+    model = model.float() if precision == "bfloat16" else model
+    parallel: Any = parallelise(model, model.encoder.blocks, world, settings)
+    if reshard:
+        assert isinstance(parallel, FSDPModule)
+        parallel.set_reshard_after_forward(True, recurse=False)  # the joint's weights are gathered again in backward
+    found = {}
+    if strategy == "fsdp" and precision == "float32" and not reshard:
+        register_fsdp_forward_method(model, "encode")
+        with torch.no_grad():
+            found["arcs"] = searched_arcs(model, 20, [1, 2])
+    rows = PARALLEL_ROWS[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
+    step = len(rows) // accumulation
+    for i in range(accumulation):
+        log_mel, *rest = batch(rows[i * step : (i + 1) * step], 48)
+        with gradient_sync(parallel, i == accumulation - 1):
+            with autocast(world, settings):
+                output = parallel(log_mel.to(next(model.parameters()).dtype), *rest)
+            output.loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)().clone()
+    return found
+
+
+CASES = {
+    "ddp": ("ddp", "float32", 1, False),
+    "ddp, 2 micro-batches": ("ddp", "float32", 2, False),
+    "fsdp": ("fsdp", "float32", 1, False),
+    "fsdp, 2 micro-batches": ("fsdp", "float32", 2, False),
+    "fsdp, resharded, 2 micro-batches": ("fsdp", "float32", 2, True),
+    "ddp, bfloat16": ("ddp", "bfloat16", 1, False),
+    "fsdp, bfloat16, 2 micro-batches": ("fsdp", "bfloat16", 2, False),
+}
+
+
+def train_every_way(world: World) -> dict[str, dict[str, Tensor]]:
+    return {name: train_once(world, *case) for name, case in CASES.items()}
+
+
+def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_even_where_a_rank_has_no_segments() -> None:
+    """Tolerance 1e-5 of float32 sums; under bfloat16 10 %: see above."""
+    wanted = train_once(World(), "ddp", "float32", 1, False)
+    low = train_once(World(), "ddp", "bfloat16", 1, False)
+    arcs = searched_arcs(make_model("pruned", prediction="lstm"), 20, [1, 2])
+    for results in run_distributed(train_every_way, 2):
+        for name, found in results.items():
+            if "arcs" in found:
+                torch.testing.assert_close(found.pop("arcs"), arcs.detach(), rtol=0, atol=1e-9)
+            assert found.keys() == wanted.keys()
+            for parameter, grad in found.items():
+                if "bfloat16" in name:
+                    error = (grad - low[parameter]).norm() / max(low[parameter].norm(), 1e-3)
+                    assert error < 0.1, (name, parameter)
+                else:
+                    torch.testing.assert_close(grad, wanted[parameter], rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}")

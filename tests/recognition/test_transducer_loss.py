@@ -1,0 +1,291 @@
+"""The transducer loss: by enumeration, beside torchaudio's, sliced, padded, long, extreme, and within its memory."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torchaudio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks.live_bytes import LiveBytes
+from bestrq.recognition.losses.lattices import Lattices, check_labels
+from bestrq.recognition.losses.transducer import (
+    _passed,
+    _slices,
+    sum_by_diagonals,
+    sum_over_alignments,
+    transducer_loss,
+)
+from bestrq.recognition.transducer import TransducerSettings
+from common.errors import UserError
+from tests.lattices import assert_same, brute_force_loss, joint_arcs, made_lattices
+
+ENOUGH = 2**40
+SIZES = [(4, 2), (1, 0), (3, 4), (2, 3), (1, 3), (3, 0), (4, 3)]
+"""(T, U), with no labels, one frame, both, and more labels than frames"""
+
+
+def weighted(losses: Tensor) -> Tensor:
+    """A scalar that gives every segment's loss another gradient."""
+    return (losses * torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)).sum()
+
+
+def loss_and_gradients(
+    tensors: Sequence[Tensor], lattices: Lattices, budget: int = ENOUGH, fast_emit: float = 0.0
+) -> list[Tensor]:
+    losses = transducer_loss(*tensors, lattices, budget, fast_emit)
+    return [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
+
+
+def brute_force(tensors: Sequence[Tensor], lattices: Lattices) -> list[Tensor]:
+    losses = torch.stack([brute_force_loss(arcs) for arcs in joint_arcs(tensors, lattices)])
+    return [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
+
+
+def smallest_budget(tensors: Sequence[Tensor], lattices: Lattices) -> int:
+    with pytest.raises(UserError, match="transducer.slice_bytes is 1:") as error:
+        transducer_loss(*tensors, lattices, 1)
+    found = re.search(r"give (\d+) or more", str(error.value))
+    assert found is not None
+    return int(found[1])
+
+
+def test_loss_and_all_gradients_equal_those_of_all_alignments_enumerated() -> None:
+    tensors, lattices = made_lattices(SIZES)
+    lattices.labels[-1][:] = 2  # one label repeated
+    assert_same(loss_and_gradients(tensors, lattices), brute_force(tensors, lattices), 1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_segment_alone_has_the_loss_of_all_alignments_in_float32_too(size: tuple[int, int]) -> None:
+    tensors, lattices = made_lattices([size])
+    assert_same(loss_and_gradients(tensors, lattices), brute_force(tensors, lattices), 1e-9)
+    low = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    got = loss_and_gradients(low, lattices)
+    assert all(tensor.dtype == torch.float32 for tensor in got)
+    assert_same([tensor.double() for tensor in got], brute_force(tensors, lattices), 1e-5)
+
+
+def test_the_sum_by_diagonals_equals_that_of_all_alignments_with_its_gradients() -> None:
+    for frames in range(1, 5):
+        for labels in range(5):
+            arcs = -torch.rand(frames, labels + 1, 2, dtype=torch.float64).requires_grad_()
+            wanted = brute_force_loss(arcs)
+            got = sum_by_diagonals(arcs)
+            assert abs(got - wanted) < 1e-12
+            # Alignments of T = 1, U = 0 take no label at all.
+            assert_same(torch.autograd.grad(got, arcs), torch.autograd.grad(wanted, arcs), 1e-12)
+
+
+def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary() -> None:
+    """To 2e-5 of each gradient's norm, for torchaudio's own are 1.4e-5 from those in float64, and ours 0.4e-5."""
+    sizes = [(60, 20), (37, 11)]
+    tensors, lattices = made_lattices(sizes, torch.float32, joint=16, vocab=50)
+    with torch.no_grad():
+        tensors[2] *= 0.25  # outputs as of fresh weights; of larger ones torchaudio's own gradients are off by 3e-5
+    got = loss_and_gradients(tensors, lattices, budget=2**18)
+    encoded, predicted = (
+        torch.nn.utils.rnn.pad_sequence(part.split(lengths), batch_first=True)
+        for part, lengths in zip(tensors, ([60, 37], [21, 12]), strict=False)
+    )
+    logits = torch.tanh(encoded[:, :, None] + predicted[:, None]) @ tensors[2].T + tensors[3]
+    targets = torch.nn.utils.rnn.pad_sequence(lattices.labels, batch_first=True).int()
+    lengths = torch.tensor(sizes, dtype=torch.int32).T.contiguous()
+    losses = torchaudio.functional.rnnt_loss(logits, targets, *lengths, blank=0, reduction="none")
+    wanted = [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).norm() < 2e-5 * other.norm()
+    exact = loss_and_gradients([tensor.detach().double().requires_grad_() for tensor in tensors], lattices, 2**18)
+    for one, other in zip(got, exact, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("size", [(30_000, 40), (300, 2000)], ids=["20-minutes", "2000-labels"])
+def test_long_segments_have_finite_losses_and_gradients_that_count_frames_and_labels(size: tuple[int, int]) -> None:
+    """Every alignment takes T blanks and U labels, so the arcs' gradients sum to -T and -U. Torchaudio's float32 sums
+    over 30,000 frames of fresh weights make an error of 2 % of that."""
+    tensors, lattices = made_lattices([size], torch.float32, joint=3, vocab=4)
+    got = loss_and_gradients(tensors, lattices, budget=2**22)
+    assert all(tensor.isfinite().all() for tensor in got)
+    arcs = torch.cat([part.flatten(0, 1) for part in joint_arcs(tensors, lattices)]).detach().requires_grad_()
+    losses = sum_over_alignments(arcs, lattices)
+    torch.testing.assert_close(got[0], losses.detach(), rtol=1e-5, atol=0)
+    [grad] = torch.autograd.grad(losses.sum(), arcs)
+    assert (-grad.sum(dim=0)).tolist() == pytest.approx(size, rel=5e-2)
+
+
+def test_extreme_logits_give_the_losses_and_gradients_of_float64() -> None:
+    tensors, lattices = made_lattices(SIZES)
+    with torch.no_grad():
+        tensors[2] *= 1e4
+    wanted = loss_and_gradients(tensors, lattices)
+    got = loss_and_gradients([tensor.detach().float().requires_grad_() for tensor in tensors], lattices)
+    for one, other in zip(got, wanted, strict=True):
+        assert other.isfinite().all() and (one - other).abs().max() < 1e-2 * other.abs().max()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.0, 1.0))
+def test_any_budget_gives_the_same_loss_and_gradients(share: float) -> None:
+    tensors, lattices = made_lattices(SIZES)
+    smallest = smallest_budget(tensors, lattices)
+    budget = smallest + int(share * 4 * smallest)
+    assert_same(loss_and_gradients(tensors, lattices, budget), loss_and_gradients(tensors, lattices), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_smallest_budget_named_works_and_a_byte_less_does_not(dtype: torch.dtype) -> None:
+    tensors, lattices = made_lattices(SIZES, dtype)
+    smallest = smallest_budget(tensors, lattices)
+    assert transducer_loss(*tensors, lattices, smallest).isfinite().all()
+    with pytest.raises(UserError, match=f"transducer.slice_bytes is {smallest - 1}: .* give {smallest} or more"):
+        transducer_loss(*tensors, lattices, smallest - 1)
+
+
+def peak_bytes(frames: int, dtype: torch.dtype, joint: int, vocab: int, banded: bool, slices: int) -> tuple[int, int]:
+    """The most bytes alive in forward and backward with a budget of so many times the smallest; and that one."""
+    tensors, lattices = made_lattices([(frames, 60)], dtype, joint, vocab)
+    if banded:
+        first = torch.arange(frames) * 30 // (frames - 1)
+        lattices = replace(lattices, first_state=[first], widths=[31])
+    smallest = smallest_budget(tensors, lattices)
+    live = LiveBytes()
+    with live:
+        transducer_loss(*tensors, lattices, slices * smallest).sum().backward()
+    return live.peak, smallest
+
+
+@pytest.mark.parametrize("banded", [False, True], ids=["whole", "banded"])
+@pytest.mark.parametrize(("joint", "vocab"), [(64, 256), (128, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_slice_stays_within_its_budget(
+    dtype: torch.dtype, joint: int, vocab: int, banded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Short slices would leave out more states, and so be smaller than they may be.
+    monkeypatch.setattr("bestrq.recognition.losses.transducer._passed", lambda flow: torch.tensor([0, flow.shape[1]]))
+    frames, slices, width = 20, 6, 31 if banded else 61
+    least, more = (peak_bytes(frames, dtype, joint, vocab, banded, count) for count in (1, slices))
+    assert more[0] - least[0] <= (slices - 1) * least[1]
+    # And not a frame more from the start; 24 bytes a cell stay, and gradients and what is added to them, in float32.
+    gradients = (frames + 61 + vocab) * joint + vocab
+    assert least[0] <= least[1] + frames * width * 24 + gradients * 8
+
+
+def test_a_longer_lattice_costs_a_few_numbers_a_cell_and_never_the_vocabulary() -> None:
+    joint, vocab, states = 32, 256, 61
+    (short, _), (long, _) = (peak_bytes(frames, torch.float32, joint, vocab, False, 1) for frames in (40, 80))
+    of_frame = states * 40 + joint * 16  # 40 bytes a cell, where the outputs would take 1024; gradients of the frame
+    assert 0 < long - short <= 40 * of_frame
+    of_weights = 3 * vocab * joint * 4
+    slice_of_a_frame = states * (3 * joint + 2 * vocab) * 4
+    assert short <= 40 * of_frame + of_weights + slice_of_a_frame + 2**12
+
+
+def test_lattices_of_mixed_sizes_summed_together_equal_each_alone() -> None:
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randint(1, 40, (40,), generator=generator).tolist()
+    states = torch.randint(0, 25, (40,), generator=generator).tolist()
+    sizes = [*zip(frames, states, strict=True), (1, 0), (1, 0), (200, 1), (1, 24)]
+    tensors, lattices = made_lattices(sizes, torch.float32)
+    arcs = torch.cat([part.flatten(0, 1) for part in joint_arcs(tensors, lattices)]).detach().requires_grad_()
+    together = sum_over_alignments(arcs, lattices)
+    parts = zip(arcs.split(lattices.cells), lattices.num_frames, lattices.labels, strict=True)
+    alone = torch.cat([sum_over_alignments(part, Lattices([n], [labels])) for part, n, labels in parts])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+    assert_same(*(torch.autograd.grad(weighted(one), arcs) for one in (together, alone)), 1e-6)
+    by_diagonals = sum_over_alignments(arcs.detach().double(), lattices)
+    torch.testing.assert_close(together.double(), by_diagonals, rtol=1e-5, atol=1e-5)
+
+
+def test_fast_emit_keeps_the_value_and_scales_the_gradients_of_labels_alone() -> None:
+    tensors, lattices = made_lattices(SIZES)
+    plain, faster = loss_and_gradients(tensors, lattices), loss_and_gradients(tensors, lattices, fast_emit=0.25)
+    torch.testing.assert_close(faster[0], plain[0], rtol=0, atol=1e-12)
+    arcs = joint_arcs(tensors, lattices)
+    losses = torch.stack([brute_force_loss(part) for part in arcs])
+    grads = torch.autograd.grad(weighted(losses), arcs, retain_graph=True)
+    scaled = [grad * grad.new_tensor([1.0, 1.25]) for grad in grads]
+    assert_same(faster[1:], torch.autograd.grad(arcs, tensors, scaled), 1e-9)
+    assert (faster[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_no_segments_have_no_losses_and_gradients_of_zero() -> None:
+    tensors, lattices = made_lattices([])
+    losses = transducer_loss(*tensors, lattices, 1)
+    assert losses.shape == (0,)
+    assert all(not grad.any() for grad in torch.autograd.grad(losses.sum(), tensors))
+
+
+@pytest.mark.parametrize("wrong", [0, 5, -1])
+def test_a_label_outside_the_vocabulary_is_named(wrong: int) -> None:
+    labels = torch.tensor([[1, 2, 99], [4, wrong, 3]])
+    with pytest.raises(UserError, match=f"label {wrong} at position 1 of segment 1: .* labels 1 to 4"):
+        check_labels(labels, torch.tensor([2, 2]), 5)
+    check_labels(labels, torch.tensor([2, 1]), 5)
+
+
+def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_their_rounding() -> None:
+    tensors, lattices = made_lattices([(300, 40)], torch.float32, 32, 48)
+    shares = []
+
+    def passed(flow: Tensor) -> Tensor:
+        span = _passed(flow)
+        shares.append(int(span.diff()) / flow.shape[1])
+        return span
+
+    smallest = smallest_budget(tensors, lattices)
+    with mock.patch("bestrq.recognition.losses.transducer._passed", passed):
+        got = loss_and_gradients(tensors, lattices, smallest)
+    with mock.patch("bestrq.recognition.losses.transducer._passed", lambda flow: torch.tensor([0, flow.shape[1]])):
+        wanted = loss_and_gradients(tensors, lattices, smallest)
+    assert sum(shares) < 0.8 * len(shares)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).abs().max() <= 4 * torch.finfo(torch.float32).eps * other.abs().max()
+
+
+def test_the_gradients_left_out_of_a_frame_sum_to_a_rounding_error() -> None:
+    """The longest such tails: a bound on single states would keep many more of a wide lattice."""
+    eps = torch.finfo(torch.float32).eps
+    tail = torch.full((40,), eps / 50)  # 0.8 together, of the 16 / 2 that may be left out on either side
+    flow = torch.cat((tail, torch.ones(16), tail.flip(0)))[None]
+    assert _passed(flow).tolist() == [40, 56]
+    assert _passed(torch.cat((flow, flow.roll(4)))).tolist() == [40, 64]  # 60, rounded up to a multiple of 8
+    flow[0, :40] = eps
+    assert _passed(flow).tolist() == [8, 56]
+
+
+def test_slices_on_the_cpu_are_few() -> None:
+    """Every operation of a slice is a barrier for all threads, each a scheduler time slice if another process is on a
+    core: slices of the cache's size made the loss ten times slower there.
+    """
+    labels = [torch.ones(100, dtype=torch.int64)] * 8
+    parts = list(_slices(Lattices([500] * 8, labels), torch.zeros(1024, 512), TransducerSettings.slice_bytes))
+    assert len(parts) <= 96
+
+
+def test_a_gradient_that_is_not_finite_is_never_left_out() -> None:
+    flow = torch.zeros(2, 40)
+    flow[0, 20], flow[1, 30] = 1.0, torch.nan
+    assert _passed(flow).tolist() == [0, 40]  # against NaN nothing is small
+    flow[1, 30] = torch.inf
+    assert _passed(flow).tolist() == [30, 38]
+    assert _passed(torch.zeros(2, 40)).tolist() == [0, 40]
+
+
+def test_float32_gradients_of_a_long_lattice_of_many_paths_follow_float64() -> None:
+    """Of every frame's blanks one is taken; torchaudio alone loses this along the lattice: its error is 0.7 % here."""
+    lattices = Lattices([2000], [torch.ones(200, dtype=torch.int64)])
+    arcs = torch.randn(2000 * 201, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 5
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = arcs.to(dtype).requires_grad_()
+        [loss] = sum_over_alignments(leaf, lattices)
+        grads.append(torch.autograd.grad(loss, leaf)[0].double())
+    assert (grads[1] - grads[0]).norm() < 2e-3 * grads[0].norm()
+    blanks = -grads[1][:, 0].view(2000, 201).sum(dim=1)
+    torch.testing.assert_close(blanks, torch.ones_like(blanks), rtol=0, atol=1e-5)

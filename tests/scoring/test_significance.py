@@ -1,0 +1,247 @@
+"""Intervals that hold the truth as often as they say, and tests of significance beside NIST's."""
+
+import math
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+
+from bestrq.scoring.significance import (
+    FEW,
+    bootstrap_interval,
+    mapsswe,
+    paired_bootstrap,
+    rate_intervals,
+    ratio_intervals,
+)
+
+SCLITE = shutil.which("sclite")
+needs_sclite = pytest.mark.skipif(SCLITE is None, reason="sclite (NIST's SCTK) is not on PATH")
+EXPERIMENTS = 1000
+# Mean and spread of the words of a recording (of their logarithm), of its error rate, and how many recordings.
+SITUATIONS = {
+    "three calls": (8000, 0.5, 0.15, 0.07, 3),
+    "six calls": (8000, 0.5, 0.15, 0.07, 6),
+    "eleven talks": (2500, 0.4, 0.06, 0.03, 11),
+    "twenty calls": (8000, 0.5, 0.15, 0.07, 20),
+    "125 calls": (8000, 0.5, 0.15, 0.07, 125),
+    "sixty utterances": (20, 0.6, 0.1, 0.08, 60),
+}
+
+
+def simulate(situation: str, seed: int, count: int = EXPERIMENTS) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of two equally good systems `[2, recordings, experiments]`, and lengths: recordings differ in both."""
+    words, spread, mean, deviation, n = SITUATIONS[situation]
+    generator = np.random.default_rng(seed)
+    lengths = generator.lognormal(math.log(words), spread, (n, count)).astype(np.int64) + 1
+    size = mean * (1 - mean) / deviation**2 - 1
+    rates = generator.beta(mean * size, (1 - mean) * size, (n, count))
+    return generator.binomial(lengths, rates, (2, n, count)), lengths
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_rate_intervals_hold_the_truth_in_93_to_97_percent_of_1000_experiments(situation: str) -> None:
+    (errors, _), lengths = simulate(situation, seed=1)
+    ends = np.array(rate_intervals(errors, lengths, num_resamples=1000)).T
+    truth = SITUATIONS[situation][2]  # lengths and rates are independent, so the rate of all words is the mean rate
+    covered = np.mean((ends[0] <= truth) & (truth <= ends[1]))
+    assert 0.93 <= covered <= 0.97
+
+
+@pytest.mark.parametrize("situation", ["eleven talks", "125 calls", "sixty utterances"])
+def test_intervals_of_differences_hold_the_truth_in_93_to_97_percent_of_1000_experiments(situation: str) -> None:
+    (first, second), lengths = simulate(situation, seed=2)
+    low, high = ratio_intervals(first - second, lengths, num_resamples=1000, seed=0)
+    assert 0.93 <= np.mean((low <= 0) & (high >= 0)) <= 0.97
+
+
+def test_studentised_interval_is_that_of_a_plain_loop() -> None:
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(5, 50, size=40)
+    errors = generator.binomial(lengths, 0.3)
+
+    def rate_and_deviation(picked: np.ndarray) -> tuple[float, float]:
+        e, n = errors[picked], lengths[picked]
+        rate = e.sum() / n.sum()
+        return rate, math.sqrt(((e - rate * n) ** 2).sum()) / n.sum()
+
+    rate, deviation = rate_and_deviation(np.arange(40))
+    resamples = [rate_and_deviation(generator.integers(0, 40, size=40)) for _ in range(8000)]
+    low, high = np.quantile([(one - rate) / spread for one, spread in resamples], [0.025, 0.975])
+    expected = (rate - high * deviation, rate - low * deviation)
+    assert np.allclose(bootstrap_interval(errors, lengths), expected, atol=0.004)
+
+
+def test_quantities_resampled_together_get_the_intervals_that_each_has_alone() -> None:
+    (errors, others), lengths = simulate("twenty calls", seed=4, count=1)
+    both = np.concatenate([errors, others], axis=1)
+    together = rate_intervals(both, np.repeat(lengths, 2, axis=1), 500, seed=7)
+    alone = [rate_intervals(one, lengths, 500, seed=7)[0] for one in (errors, others)]
+    assert np.allclose(together, alone, rtol=1e-12)
+    assert alone[0] != rate_intervals(errors, lengths, 500, seed=8)[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_interval_that_says_nothing_is_none_and_no_error_is_no_crash() -> None:
+    errors, lengths = np.arange(20) ** 2 % 7, np.arange(20) + 7
+    for n in (0, 1, 2):
+        assert bootstrap_interval(errors[:n], lengths[:n]) is None
+    for n in (3, FEW - 1, FEW, 20):
+        none = np.zeros(n, dtype=np.int64)
+        assert bootstrap_interval(none, lengths[:n], 100) == (0.0, 0.0)
+        assert rate_intervals(none[:, None], lengths[:n, None], 100) == [(0.0, 0.0)]
+        assert bootstrap_interval(errors[:n], none, 100) is None
+        low, high = rate_intervals(np.eye(n, 1, dtype=np.int64), lengths[:n, None], 100)[0]  # one error in all
+        assert 0 <= low < 1 / lengths[:n].sum() < high < 10
+
+
+def test_paired_bootstrap_is_sure_of_a_difference_that_each_rate_alone_does_not_show() -> None:
+    generator = np.random.default_rng(5)
+    lengths = generator.integers(500, 1500, size=20)
+    hard = generator.beta(2, 8, size=20)  # recordings differ far more than systems do
+    second = generator.binomial(lengths, hard)
+    first = generator.binomial(second, 0.9)
+    found = paired_bootstrap(first, second, lengths)
+    assert found is not None and found.interval is not None
+    assert found.interval[0] < found.difference < found.interval[1] < 0 and found.probability_first_better > 0.99
+    a, b = (bootstrap_interval(errors, lengths) for errors in (first, second))
+    assert a is not None and b is not None and a[1] > b[0]
+    same = paired_bootstrap(second, second, lengths)
+    assert same is not None and (same.difference, same.probability_first_better) == (0.0, 0.5)
+    assert paired_bootstrap(first * 0, first * 0, first * 0) is None
+
+
+REFERENCES = [
+    "the cat sat on the mat and then it went away home again now",
+    "one two three four five six seven eight nine ten",
+]
+FIRST = [
+    "the cat sit on the mat and then it went a way home again now",
+    "one two tree four five six seven eight nine ten",
+]
+SECOND = [
+    "the cat sat on a mat and then it went away home again now",
+    "one two three for five six seven ate nine ten",
+]
+
+
+def test_mapsswe_is_that_of_nist_on_a_worked_example() -> None:
+    # sc_stats 1.3 (SCTK): 4 segments, mean 0.250, standard deviation 1.258, Z 0.397. Its p, 0.697, is that of a Z cut
+    # to two digits. By hand: "sat on the" 1 - 1, "away" 2 - 0, "three four" 1 - 1, "eight" 0 - 1.
+    found = mapsswe(REFERENCES, FIRST, SECOND)
+    assert (found.num_segments, found.mean_difference) == (4, 0.25)
+    assert found.standard_deviation == pytest.approx(1.258, abs=5e-4)
+    assert found.statistic == pytest.approx(0.397, abs=5e-4)
+    assert found.p_value == pytest.approx(0.691, abs=5e-4)
+    reverse = mapsswe(REFERENCES, SECOND, FIRST)
+    assert (reverse.statistic, reverse.p_value) == (-found.statistic, found.p_value)
+
+
+@pytest.mark.parametrize("first, second, segments", [
+    ("x b c d e", "a b c d x", 2),  # three words between
+    ("a x c x e", "a b c d e", 1),  # one word between is no boundary
+    ("a x c d x", "a b c d e", 2),  # two are
+    ("a x c q d x", "a b c d e", 1),  # with an insertion between they are not
+    ("q a b c d e", "a b c d e q", 2),
+    ("", "a b c d e", 1),
+    ("a b c d e", "a b c d e", 0),
+])  # fmt: skip
+def test_segments_end_at_two_words_that_both_systems_have_right(first: str, second: str, segments: int) -> None:
+    assert mapsswe(["a b c d e"], [first], [second]).num_segments == segments
+
+
+def test_mapsswe_says_nothing_of_equal_systems() -> None:
+    for references, hypotheses in (([], []), ([""], [""]), (REFERENCES, FIRST)):
+        found = mapsswe(references, hypotheses, hypotheses)
+        assert (found.statistic, found.p_value) == (None, 1.0)
+
+
+def heard(words: list[str], rate: float, generator: random.Random) -> str:
+    """Words with errors, of which some come in bursts."""
+    out: list[str] = []
+    burst = 0
+    for word in words:
+        burst = generator.randrange(1, 4) if not burst and generator.random() < rate else max(burst - 1, 0)
+        kind = generator.random() if burst else 1.0
+        if kind < 0.6:
+            out.append(f"x{generator.randrange(50)}")
+        elif kind < 0.8:
+            out += [word, f"y{generator.randrange(50)}"]
+        elif not burst:
+            out.append(word)
+    return " ".join(out)
+
+
+def test_p_values_of_equal_systems_are_uniform_and_of_a_better_one_small() -> None:
+    generator = random.Random(6)
+    p_values, better = [], []
+    for trial in range(400):
+        words = [f"w{generator.randrange(300)}" for _ in range(900)]
+        first, second = (heard(words, 0.08, generator) for _ in range(2))
+        p_values.append(mapsswe([" ".join(words)], [first], [second]).p_value)
+        if trial < 40:
+            better.append(mapsswe([" ".join(words)], [heard(words, 0.03, generator)], [second]).p_value)
+    ordered = np.sort(p_values)
+    distance = np.abs(ordered - (np.arange(400) + 0.5) / 400).max() + 0.5 / 400
+    assert distance < 1.36 / math.sqrt(400)  # Kolmogorov and Smirnov, 5 %
+    assert 0.02 <= np.mean(ordered < 0.05) <= 0.08
+    assert np.median(better) < 0.001
+
+
+def trn(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(f"{text} (s-{i:05d})\n" for i, text in enumerate(texts)))
+    return path
+
+
+def sclite(folder: Path, references: list[str], hypotheses: list[str], name: str, *more: str) -> str:
+    """Runs sclite on texts; its report of alignments."""
+    files = trn(folder / "reference.trn", references), trn(folder / f"{name}.trn", hypotheses)
+    command = [str(SCLITE), "-i", "spu_id", "-s", "-r", str(files[0]), "trn", "-h", str(files[1]), "trn", "-f", "0"]
+    return subprocess.run([*command, *more], check=True, capture_output=True, text=True, cwd=folder).stdout
+
+
+@needs_sclite
+@pytest.mark.parametrize("vocabulary, may_differ", [(2000, False), (3, True)])
+def test_error_counts_beside_sclite_on_200_pairs(tmp_path: Path, vocabulary: int, may_differ: bool) -> None:
+    generator = random.Random(7)
+    names = [f"w{i}" for i in range(vocabulary)]
+    weights = [1 / (i + 1) for i in range(vocabulary)]
+    references = [generator.choices(names, weights, k=generator.randrange(1, 30)) for _ in range(200)]
+    if may_differ:
+        hypotheses = [" ".join(generator.choices(names, k=generator.randrange(1, 30))) for _ in range(200)]
+    else:
+        hypotheses = [heard(words, 0.2, generator) for words in references]
+    texts = [" ".join(words) for words in references]
+    report = sclite(tmp_path, texts, hypotheses, "system", "-o", "pralign", "stdout")
+    theirs = [tuple(map(int, found)) for found in re.findall(r"#I\) (\d+) (\d+) (\d+) (\d+)", report)]
+    outputs = [jiwer.process_words(*pair) for pair in zip(texts, hypotheses, strict=True)]
+    ours = [(one.hits, one.substitutions, one.deletions, one.insertions) for one in outputs]
+    assert len(theirs) == 200
+    if not may_differ:
+        assert [sum(one[1:]) for one in theirs] == [sum(one[1:]) for one in ours]
+    # Theirs is the cheapest alignment at 4, 3 and 3; ours the one with the fewest errors.
+    for (_, s, d, i), (_, sub, deleted, inserted) in zip(theirs, ours, strict=True):
+        assert 4 * s + 3 * (d + i) <= 4 * sub + 3 * (deleted + inserted) and s + d + i >= sub + deleted + inserted
+
+
+@needs_sclite
+def test_mapsswe_beside_sc_stats(tmp_path: Path) -> None:
+    generator = random.Random(8)
+    references = [[f"w{generator.randrange(500)}" for _ in range(20)] for _ in range(100)]
+    texts = [" ".join(words) for words in references]
+    systems = {name: [heard(words, 0.1, generator) for words in references] for name in ("a", "b")}
+    for name, hypotheses in systems.items():
+        sclite(tmp_path, texts, hypotheses, name, "-o", "sgml")
+    piped = "".join((tmp_path / f"{name}.trn.sgml").read_text() for name in systems)
+    command = [str(Path(str(SCLITE)).with_name("sc_stats")), "-p", "-t", "mapsswe", "-v", "-n", "-"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, input=piped).stdout
+    found = re.search(r"# segs: (\d+)\).*\(mean: (\S+)\) \(std dev: (\S+)\) \(Z Stat: (\S+)\)", report)
+    assert found is not None
+    ours = mapsswe(texts, *systems.values())
+    figures = [ours.num_segments, ours.mean_difference, ours.standard_deviation, ours.statistic]
+    assert figures == pytest.approx([float(one) for one in found.groups()], abs=6e-4)

@@ -1,0 +1,163 @@
+"""Scoring by time on cases made by hand, and beside NIST's sclite where it is installed."""
+
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bestrq.scoring.stm import (
+    ReferenceSegment,
+    assign_words,
+    score_as_whole,
+    score_by_segments,
+    score_segments,
+)
+from bestrq.scoring.word_errors import ErrorCounts
+from bestrq.transcripts.words import TimedWord
+from common.errors import UserError
+
+SCLITE = shutil.which("sclite")
+
+
+def at(word: str, middle: float, width: float = 0.2) -> TimedWord:
+    return TimedWord(word, middle - width / 2, middle + width / 2)
+
+
+def assigned(segments: list[ReferenceSegment], words: list[TimedWord], outside: str = "insert") -> list[str]:
+    """Texts of the scored segments beside what was assigned: "said: heard"."""
+    found = assign_words(segments, words, outside)  # type: ignore[arg-type]
+    return [f"{one.text}: {' '.join(word.word for word in mine)}".strip() for one, mine in found]
+
+
+def ignored(start: float, end: float) -> ReferenceSegment:
+    return ReferenceSegment(start, end, "ignore_time_segment_in_scoring", "inter_segment_gap", ignored=True)
+
+
+def test_words_go_to_the_segment_of_their_midpoint_and_edges_to_the_later_one() -> None:
+    segments = [ReferenceSegment(0, 2, "one"), ReferenceSegment(2, 4, "two")]
+    words = [TimedWord("a", 0.0, 1.0), TimedWord("long", 1.0, 2.8), TimedWord("late", 1.6, 2.6), at("edge", 2.0, 0.5)]
+    assert assigned(segments, words) == ["one: a long", "two: edge late"]
+
+
+def test_words_in_ignored_segments_never_count_wherever_the_segments_lie() -> None:
+    scored = [ReferenceSegment(0, 4, "one"), ReferenceSegment(6, 9, "two")]
+    hidden = [ignored(3, 6), ignored(3.5, 5), ignored(8, 8), ignored(9, 9.5), ignored(7, 7.5)]  # overlap, zero length
+    words = [at("yes", 2.99), at("no", 3.0), at("no", 3.8), at("no", 5.99), at("yes", 6.0), at("no", 7.2),
+             at("yes", 7.5), at("yes", 8.0), at("no", 9.2)]  # fmt: skip
+    generator = random.Random(0)
+    for _ in range(20):
+        mixed = [*scored, *hidden]
+        generator.shuffle(mixed)
+        generator.shuffle(words)
+        assert assigned(mixed, words) == ["one: yes", "two: yes yes yes"]
+        whole = score_as_whole("talk", mixed, words, "nl")
+        assert (whole.reference, whole.hypothesis) == ("one two", "yes yes yes yes")
+    assert assigned([ignored(0, 10)], words) == []
+
+
+def test_a_word_in_two_segments_counts_once_in_the_earlier_one() -> None:
+    segments = [ReferenceSegment(2, 4, "inner"), ReferenceSegment(3, 12, "later"), ReferenceSegment(0, 10, "outer")]
+    words = [at("a", 1), at("b", 3), at("c", 5), at("d", 10), at("e", 11)]
+    assert assigned(segments, words) == ["outer: a b c", "inner:", "later: d e"]
+
+
+def test_a_segment_of_no_length_loses_no_text_and_takes_no_word_of_others() -> None:
+    segments = [ReferenceSegment(0, 2, "one"), ReferenceSegment(1, 1, "none"), ReferenceSegment(2, 3, "two")]
+    words = [at("a", 0.5), at("b", 1.0), at("c", 2.5)]
+    assert assigned(segments, words) == ["one: a b", "none:", "two: c"]
+    score = score_by_segments("talk", segments, words, "nl")
+    assert score.words == ErrorCounts(substitutions=2, deletions=1, insertions=1)
+
+
+def test_words_outside_all_segments_are_insertions_in_the_next_or_dropped() -> None:
+    segments = [ReferenceSegment(1, 2, "one"), ReferenceSegment(4, 5, "two"), ignored(3.5, 4)]
+    words = [at("before", 0.5), at("a", 1.5), at("gap", 3.0), at("hidden", 3.7), at("b", 4.5), at("after", 9.0)]
+    assert assigned(segments, words) == ["one: before a", "two: gap b after"]
+    assert assigned(segments, words, "drop") == ["one: a", "two: b"]
+    assert score_as_whole("talk", segments, words, "nl").hypothesis == "before a gap b after"
+
+
+def test_channels_are_scored_apart() -> None:
+    segments = [
+        ReferenceSegment(0, 5, "left words", "anna", channel="1"), ReferenceSegment(0, 5, "right", "bob", channel="2"),
+        ReferenceSegment(5, 9, "", ignored=True, channel="2"),
+    ]  # fmt: skip
+    words = [at("left", 1), at("words", 6)]
+    left, right = (score_by_segments("call", segments, words, "nl", channel=channel) for channel in ("1", "2"))
+    assert (left.words, left.speaker) == (ErrorCounts(hits=2), "anna")  # the other channel's silence hides nothing
+    assert (right.words, right.speaker) == (ErrorCounts(substitutions=1), "bob")
+    mixed = score_as_whole("call", segments, words, "nl")
+    assert (mixed.reference, mixed.hypothesis, mixed.speaker) == ("left words right", "left", "")
+    with pytest.raises(UserError, match="'1', '2'"):
+        score_by_segments("call", segments, words, "nl", channel="A")
+
+
+def test_segments_are_aligned_each_by_itself_and_whole_talks_across() -> None:
+    segments = [ReferenceSegment(0, 2, "b a"), ReferenceSegment(2, 4, "c d")]
+    words = [at("b", 0.5), at("a", 2.1), at("c", 2.5), at("d", 3.5)]  # "a" was heard a little late
+    apart, whole = (score(
+        "talk", segments, words, "nl", seconds=4.0
+    ) for score in (score_by_segments, score_as_whole))  # fmt: skip
+    assert apart.words == ErrorCounts(hits=3, deletions=1, insertions=1)
+    assert whole.words == ErrorCounts(hits=4)
+    assert (apart.reference, apart.hypothesis, apart.seconds) == (whole.reference, whole.hypothesis, 4.0)
+    assert (apart.normaliser, whole.normaliser) == ("unicode", "unicode")
+
+
+def test_nothing_said_nothing_heard_and_broken_times() -> None:
+    assert score_by_segments("a", [], [], "nl").words == ErrorCounts()
+    assert score_as_whole("a", [], [at("x", 1)], "nl").words == ErrorCounts(insertions=1)
+    assert score_by_segments("a", [ReferenceSegment(0, 1, "x y")], [], "nl").words == ErrorCounts(deletions=2)
+    for start, end in ((2.0, 1.0), (float("nan"), 1.0), (0.0, float("inf"))):
+        for score in (score_by_segments, score_as_whole):
+            with pytest.raises(UserError, match="must not end before"):
+                score("a", [ReferenceSegment(start, end, "x")], [], "nl")
+
+
+@pytest.mark.skipif(SCLITE is None, reason="sclite (NIST's SCTK) is not on PATH")
+def test_segments_and_words_are_paired_as_sclite_pairs_them(tmp_path: Path) -> None:
+    generator = random.Random(9)
+    segments: list[ReferenceSegment] = []
+    clock = 0.0
+    for n in range(150):
+        start = max(0.0, clock + generator.choice([0.0, 0.0, 1.0, -0.6]))  # touching, apart, overlapping
+        length = generator.choice([0.0, 0.5, 2.0, 5.0])
+        text = " ".join(generator.choices("abcdefgh", k=generator.randrange(1, 8)))
+        segments.append(ReferenceSegment(round(start, 2), round(start + length, 2), text, f"s{n:03d}", channel="1"))
+        clock = start + length
+        if generator.random() < 0.3 and clock >= max(one.end for one in segments):
+            segments.append(ReferenceSegment(round(clock, 2), round(clock + 2, 2), "", "gap", True, "1"))
+            clock += 2
+    segments.sort(key=lambda one: (one.start, one.end))
+    # On odd thousandths, so that no midpoint is an edge up to rounding.
+    words = [at(generator.choice("abcdefgh"), round(clock * k / 900, 2) + 0.003, 0.05) for k in range(900)]
+    rows = [
+        f"talk 1 {one.speaker} {one.start} {one.end} "
+        f"<o,,> {'ignore_time_segment_in_scoring' if one.ignored else one.text}"
+        for one in segments
+    ]
+    (tmp_path / "ref.stm").write_text("\n".join(rows) + "\n")
+    rows = [f"talk 1 {word.start:.4f} {word.end - word.start:.4f} {word.word}" for word in words]
+    (tmp_path / "hyp.ctm").write_text("\n".join(rows) + "\n")
+    command = [str(SCLITE), "-s", "-r", "ref.stm", "stm", "-h", "hyp.ctm", "ctm", "-o", "pralign", "stdout", "-f", "0"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    theirs = {}
+    for speaker, alignment in re.findall(r"^id: \((\w+)-\d+\)\n(.*?)^Eval", report, re.MULTILINE | re.DOTALL):
+        heard = [word for line in re.findall(r"^HYP: (.*)", alignment, re.MULTILINE) for word in line.split()]
+        theirs[speaker] = " ".join(word.lower() for word in heard if set(word) != {"*"})
+    ours = {one.segment.speaker: one.hypothesis for one in score_segments(segments, words, "nl", channel="1")}
+    assert len(ours) == 150 and ours == theirs
+
+
+def test_a_pause_of_one_channel_hides_no_word_of_another_that_was_mixed_with_it() -> None:
+    segments = [
+        ReferenceSegment(0, 4, "we talk on", channel="A"),
+        ReferenceSegment(0, 9, "", "inter_segment_gap", ignored=True, channel="B"),
+    ]
+    words = [at("we", 1), at("talk", 2), at("on", 3), at("noise", 6)]
+    score = score_as_whole("x", segments, words, "nl")
+    assert score.words == ErrorCounts(hits=3)
+    assert score_as_whole("x", segments, words, "nl", channel="A").words == ErrorCounts(hits=3, insertions=1)

@@ -1,0 +1,305 @@
+"""evaluate.py: the same numbers from one process, two, and an interrupted one; mistakes are named before any work."""
+
+import csv
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+
+import evaluate as script
+from bestrq.long_form.inference import InferenceSettings
+from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.ctc import CTCModel
+from bestrq.report.results import SCORING, read_transcripts
+from bestrq.scoring.normalisers import RULES_VERSION
+from bestrq.training.export import read_export, write_export
+from bestrq.training.process import World
+from common.config import to_dict
+from common.errors import UserError
+from data.features import FeatureSettings
+from data.format.dataset import open_dataset
+from data.format.index import Recording
+from data.format.writer import DatasetWriter
+from data.tokenizer import CharTokenizer
+from pipelines.recogniser import hash_of_export, load_recogniser, mel_reader
+from tests.gloo import run_distributed
+from tests.report.test_report import check_page
+from tests.tiny import make_dataset
+
+
+def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> Path:
+    """An untrained recogniser whose head is loud enough to write something."""
+    torch.manual_seed(1)
+    encoder = EncoderSettings(
+        dim=16, num_layers=2, num_heads=2, feedforward_dim=24, kernel_size=5, subsampling_channels=4
+    )
+    tokenizer = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
+    model = CTCModel(encoder, tokenizer.vocab_size)
+    with torch.no_grad():
+        model.head.weight *= 20
+    tokenizer.save(folder.parent / "tokenizer")
+    config = {
+        "kind": kind, "encoder": to_dict(encoder), "vocab_size": tokenizer.vocab_size,
+        "features": features.to_dict(), "feature_hash": features.hash(), "normalisation": "recording",
+    }  # fmt: skip
+    files = {path.name: path.read_bytes() for path in (folder.parent / "tokenizer").iterdir()}
+    write_export(folder, model.state_dict(), config, "a card", files)
+    return folder
+
+
+def with_litter(export: str | Path, copy: Path) -> str:
+    """A copy of an export with leftovers of downloads, editors and file managers."""
+    shutil.copytree(export, copy)
+    for name in (".cache/huggingface/download", ".ipynb_checkpoints"):
+        (copy / name).mkdir(parents=True)
+        (copy / name / "config.json").write_text("{}")
+    for name in (".gitattributes", "notes.txt", "._model.safetensors", "tokenizer.model"):
+        (copy / name).write_bytes(b"of no use")
+    return str(copy)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> script.Config:
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_dataset(folder / "data")
+    (folder / "run").mkdir()
+    make_export(folder / "run" / "export", FeatureSettings())
+    return script.Config(
+        export=str(folder / "run" / "export"),
+        data=script.DataSettings(dataset=str(folder / "data"), split="train"),
+        inference=InferenceSettings(context_seconds=2.0, batch_seconds=8.0),
+        resamples=200,
+        device="cpu",
+    )
+
+
+def evaluate(config: script.Config, out: Path) -> dict[str, Any]:
+    script.evaluate(replace(config, out=str(out)), World())
+    return json.loads((out / "results.json").read_text())
+
+
+def comparable(results: dict[str, Any]) -> dict[str, Any]:
+    kept = ("key", "scores", "recordings", "dataset", "export_hash", "positions", "edge_distances", "confusions")
+    return {key: results[key] for key in kept}
+
+
+def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_path: Path, capsys) -> None:
+    results = evaluate(setup, tmp_path)
+    rows = results["recordings"]
+    assert len(rows) == 32 and [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    references, hypotheses = ([row[key] for row in rows] for key in ("reference", "hypothesis"))
+    assert any(hypotheses)
+    total = results["scores"]["all"]
+    assert total["wer"] == pytest.approx(jiwer.wer(references, hypotheses), abs=1e-12)
+    assert total["cer"] == pytest.approx(jiwer.cer(references, hypotheses), abs=1e-12)
+    assert total["cer_interval"][0] <= total["cer"] <= total["cer_interval"][1]
+    with open(tmp_path / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["id"] for row in table] == [row["id"] for row in rows]
+    assert [int(row["word_deletions"]) for row in table] == [row["word_deletions"] for row in rows]
+    assert "Evaluation of run" in check_page(tmp_path / "report.html").text
+    printed = capsys.readouterr().out
+    assert f"{100 * total['wer']:.1f} %" in printed and "report.html" in printed
+    names = ["report.html", "results.csv", "results.json", "transcripts.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_results_name_the_version_of_the_rules_for_texts(setup: script.Config, tmp_path: Path) -> None:
+    assert evaluate(setup, tmp_path)["versions"][SCORING] == RULES_VERSION
+
+
+def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp_path: Path) -> None:
+    results = evaluate(setup, tmp_path)
+    lines = {line["id"]: line for line in read_transcripts(tmp_path)}
+    kinds = {"=": "hits", "S": "substitutions", "D": "deletions", "I": "insertions"}
+    for row in results["recordings"]:
+        counts = Counter(kinds[kind] for kind, *_ in lines[row["id"]]["alignment"])
+        assert {name: counts[name] for name in kinds.values()} == {name: row[f"word_{name}"] for name in kinds.values()}
+        assert " ".join(word for word, *_ in lines[row["id"]]["words"]).split() == lines[row["id"]]["text"].split()
+        # Words with times were given: a deleted word is where it was said.
+        times = [time for kind, _, _, time in lines[row["id"]]["alignment"] if kind in "=SD"]
+        assert times == sorted(times) and (not times or times[-1] <= row["seconds"] + 0.01)
+    total = results["scores"]["all"]["words"]
+    for name, count in total.items():
+        assert sum(one["words"][name] for one in results["positions"]) == count
+    # Only the long recordings have windows, and so edges.
+    long = [row for row in results["recordings"] if row["seconds"] > 2.0]
+    near = results["edge_distances"]
+    assert 0 < len(long) < 32 and sum(sum(one["words"].values()) for one in near) == sum(
+        row[f"word_{name}"] for row in long for name in kinds.values()
+    )
+    cost = results["decoding"]
+    assert cost["peak_mb"] >= 0 and cost["real_time_factor"] * cost["audio_seconds_per_second"] == pytest.approx(1)
+
+
+def test_transcripts_come_in_the_formats_asked_for_even_afterwards(
+    setup: script.Config, tmp_path: Path, monkeypatch
+) -> None:
+    evaluate(setup, tmp_path)
+    monkeypatch.setattr(script, "decode_recordings", None)
+    evaluate(replace(setup, formats="ctm, txt"), tmp_path)
+    found = sorted(path.name for path in (tmp_path / "transcripts").iterdir())
+    assert found == sorted(f"rec-{n:03d}.{form}" for n in range(32) for form in ("ctm", "txt"))
+    [line] = [line for line in read_transcripts(tmp_path) if line["id"] == "rec-005"]
+    assert (tmp_path / "transcripts/rec-005.txt").read_text() == line["text"] + "\n"
+    ctm = [row.split() for row in (tmp_path / "transcripts/rec-005.ctm").read_text().splitlines()]
+    assert [row[4] for row in ctm] == [word for word, *_ in line["words"]] and ctm[0][:2] == ["rec-005", "1"]
+    with pytest.raises(UserError, match="formats = 'doc'"):
+        replace(setup, formats="doc")
+
+
+def test_a_model_that_knows_the_statistics_of_its_data_sees_other_data_by_them(tmp_path: Path) -> None:
+    features = FeatureSettings()
+    dataset = open_dataset(make_dataset(tmp_path / "data", recordings=10))
+    (tmp_path / "run").mkdir()
+    export = read_export(make_export(tmp_path / "run" / "export", features))
+    mean, inverse_std = torch.linspace(-3, 3, 80), torch.linspace(0.5, 2, 80)
+    export.config["normalisation"] = "dataset"
+    others = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
+    export.config["statistics"] = {"mean": mean.tolist(), "inverse_std": inverse_std.tolist()}
+    own = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
+    raw = torch.from_numpy(dataset.read(3, 10, 50)).float()
+    torch.testing.assert_close(own, (raw - mean) * inverse_std)
+    # A model of a mixture has none: each dataset has its own.
+    torch.testing.assert_close(others, torch.from_numpy(dataset.read_normalised(3, 10, 50, "dataset")))
+    export.config["statistics"] = {"mean": [0.0], "inverse_std": [1.0]}
+    with pytest.raises(UserError, match="statistics do not have 80 mel bins"):
+        load_recogniser(export)
+
+
+def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    first = evaluate(setup, tmp_path)
+    monkeypatch.setattr(script, "decode_recordings", None)
+    assert evaluate(setup, tmp_path) == first
+
+
+def test_other_files_in_an_export_change_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    first = evaluate(setup, tmp_path / "out")
+    whole = hashlib.sha256()  # the key that results on disk were made under
+    for path in sorted(Path(setup.export).iterdir()):
+        if path.name != "README.md":
+            whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    assert first["export_hash"] == whole.hexdigest()
+    monkeypatch.setattr(script, "decode_recordings", None)
+    littered = with_litter(setup.export, tmp_path / "run/export")
+    assert evaluate(replace(setup, export=littered, name=first["name"]), tmp_path / "out") == first
+    with open(tmp_path / "run/export/tokenizer.json", "a") as file:
+        file.write("\n")
+    assert hash_of_export(read_export(littered)) != first["export_hash"]
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    whole = evaluate(setup, tmp_path / "whole")
+    decoded: list[int] = []
+
+    def interrupted(model: Any, sources: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for count, output in enumerate(original(model, sources, *arguments, **options)):
+            if count == 5 and len(decoded) < 2:
+                raise KeyboardInterrupt
+            yield output
+        decoded.append(len(sources))
+
+    original = script.decode_recordings
+    monkeypatch.setattr(script, "decode_recordings", interrupted)
+    out = tmp_path / "broken"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(setup, out)
+        # A process that was killed has left half a line, and another evaluation a line of its own.
+        with open(out / "partial-00003.jsonl", "w") as file:
+            file.write('{"key": "another", "id": "rec-000", "text": "wrong"}\n{"key": "x", "id": "re')
+    decoded += [0, 0]
+    assert comparable(evaluate(setup, out)) == comparable(whole)
+    assert decoded[2] == 32 - 10  # five recordings of each of the two starts were kept
+
+
+def test_other_settings_do_not_reuse_what_was_decoded(setup: script.Config, tmp_path: Path) -> None:
+    first = evaluate(setup, tmp_path)
+    other = evaluate(replace(setup, inference=replace(setup.inference, context_seconds=0.0)), tmp_path)
+    assert other["key"] != first["key"]
+    larger_batch = evaluate(replace(setup, inference=replace(setup.inference, batch_seconds=60.0)), tmp_path / "b")
+    assert larger_batch["key"] == first["key"]
+
+
+def evaluate_on(world: World, config: script.Config) -> None:
+    script.evaluate(config, world)
+
+
+def test_two_processes_give_the_results_of_one(setup: script.Config, tmp_path: Path) -> None:
+    one = evaluate(setup, tmp_path / "one")
+    run_distributed(evaluate_on, 2, replace(setup, out=str(tmp_path / "two")))
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["decoding"]["world_size"] == 2
+    assert read_transcripts(tmp_path / "two") == read_transcripts(tmp_path / "one")
+    assert comparable(two) == comparable(one)
+
+
+def test_shares_are_even_and_cover_everything_once() -> None:
+    frames = np.random.default_rng(0).integers(10, 1000, size=101)
+    shares = [script.share_out(range(101), frames, World(rank=rank, size=4)) for rank in range(4)]
+    assert sorted(i for share in shares for i in share) == list(range(101))
+    loads = [int(frames[share].sum()) for share in shares]
+    assert max(loads) - min(loads) < 50
+
+
+def test_other_features_are_an_error_that_names_the_field(setup: script.Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    export = make_export(tmp_path / "run" / "export", FeatureSettings(low_hz=60.0))
+    with pytest.raises(UserError, match=r"low_hz: 60.0 != 20.0"):
+        evaluate(replace(setup, export=str(export)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    pretrained = make_export(tmp_path / "run" / "export", FeatureSettings(), kind="pretrained")
+    with pytest.raises(UserError, match="not a recogniser: give the export of finetune_ctc.py or finetune_rnnt.py"):
+        evaluate(replace(setup, export=str(pretrained)), tmp_path)
+    with pytest.raises(UserError, match="no recording with split 'tset'"):
+        evaluate(replace(setup, data=replace(setup.data, split="tset")), tmp_path)
+    with pytest.raises(UserError, match="there is no export at"):
+        evaluate(replace(setup, export=str(tmp_path / "nothing")), tmp_path)
+    with pytest.raises(UserError, match="data.dataset is missing"):
+        script.Config(export="x")
+    features = FeatureSettings()
+    with DatasetWriter(tmp_path / "untold", features) as writer:
+        writer.add(Recording("silent", None, split="test"), np.zeros((50, features.num_mels), np.float32))
+        writer.finish()
+    with pytest.raises(UserError, match="1 of 1 recordings have no transcript, such as 'silent'"):
+        evaluate(replace(setup, data=script.DataSettings(dataset=str(tmp_path / "untold"))), tmp_path)
+
+
+def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, script.__file__, "--export", "x", "--data.datset", "y"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2 and "data.dataset" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_dataset_in_object_storage_is_told_what_it_lacks(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, FeatureSettings()) as writer:
+        writer.add(Recording("a", split="test"), np.zeros((10, 80)))
+        writer.finish()
+    dataset = open_dataset(tmp_path)
+    dataset.location = "s3://bucket/data"
+    with pytest.raises(UserError, match="s3://bucket/data: 1 of 1 recordings have no transcript"):
+        script.select_recordings(dataset, script.DataSettings("s3://bucket/data"))
+
+
+def test_a_moved_dataset_is_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+    first = evaluate(setup, tmp_path / "out")
+    (tmp_path / "moved").symlink_to(setup.data.dataset, target_is_directory=True)
+    monkeypatch.setattr(script, "decode_recordings", None)
+    assert (
+        evaluate(replace(setup, data=replace(setup.data, dataset=str(tmp_path / "moved"))), tmp_path / "out") == first
+    )

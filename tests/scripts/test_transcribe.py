@@ -1,0 +1,470 @@
+"""transcribe.py: the words that evaluate.py finds, from any audio file; one that is broken costs itself alone."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import evaluate as evaluation
+import transcribe as script
+from bestrq.long_form.inference import InferenceSettings
+from bestrq.scoring.word_errors import text_normaliser
+from bestrq.training.process import World
+from common.errors import UserError
+from data.corpora.folder import FolderSettings
+from data.features import FeatureSettings
+from data.format.dataset import open_dataset
+from data.prepare.prepare import PrepareSettings, prepare
+from data.word_times import read_ctm, read_textgrid, read_words_json
+from pipelines.finetuning import statistics_of
+from tests.gloo import run_distributed
+from tests.scripts.test_evaluate import make_export, with_litter
+
+FORMATS = "txt,json,ctm,srt,vtt,TextGrid"
+NAMES = ["day1/stereo", "day1/talk", "long", "short", "silence", "telephone"]
+
+
+def make_sound(path: Path, seconds: float, rate: int = 16000, channels: int = 1, seed: int = 0) -> None:
+    """Tones that change every 200 ms, and noise."""
+    generator = np.random.default_rng(seed)
+    time = np.arange(round(seconds * rate)) / rate
+    pitch = generator.uniform(100, 3000, size=int(seconds / 0.2) + 1)[(time / 0.2).astype(int)]
+    sound = 0.3 * np.sin(2 * np.pi * pitch * time) + 0.02 * generator.normal(size=len(time))
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, np.stack([sound, sound / 2], axis=1)[:, :channels], rate)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> script.Config:
+    folder = tmp_path_factory.mktemp("transcribe")
+    talks = folder / "talks"
+    talks.mkdir()
+    make_sound(talks / "day1/talk.wav", 2.3, seed=1)
+    make_sound(talks / "day1/stereo.flac", 1.7, 44100, channels=2, seed=2)
+    make_sound(talks / "telephone.WAV", 3.1, 8000, seed=3)
+    make_sound(talks / "long.wav", 9.0, seed=4)
+    make_sound(talks / "short.wav", 0.1, seed=5)
+    soundfile.write(talks / "silence.flac", np.zeros(19200), 16000)
+    (talks / "notes.md").write_text("no audio")
+    (folder / "run").mkdir()
+    make_export(folder / "run/export", FeatureSettings())
+    return script.Config(
+        export=str(folder / "run/export"),
+        audio=str(talks),
+        formats=FORMATS,
+        inference=InferenceSettings(context_seconds=2.0, batch_seconds=8.0),
+        device="cpu",
+    )
+
+
+def transcribe(config: script.Config, out: Path, **changes: Any) -> int:
+    return script.transcribe(replace(config, out=str(out), **changes), World())
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """All but the list of what is finished, which is in the order of finishing."""
+    paths = [path for path in out.rglob("*") if path.is_file() and path.name != script.STATE]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, module: Any) -> dict[int, Any]:
+    """The tokens that a script finds, by the length of the recording in frames."""
+    found: dict[int, Any] = {}
+    original = module.decode_recordings
+
+    def spied(decoder: Any, sources: Any, *arguments: Any) -> Iterator[Any]:
+        for index, tokens in original(decoder, sources, *arguments):
+            found[sources[index].num_frames] = tokens
+            yield index, tokens
+
+    monkeypatch.setattr(module, "decode_recordings", spied)
+    return found
+
+
+@pytest.mark.parametrize("normalisation", ["recording", "dataset"])
+def test_transcripts_are_the_hypotheses_of_evaluate(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalisation: Any
+) -> None:
+    shutil.copytree(setup.audio, tmp_path / "talks")
+    for name in NAMES:
+        (tmp_path / "talks" / f"{name}.txt").write_text("something else")
+    corpus = FolderSettings(folder=str(tmp_path / "talks"), test_share=1.0, dev_share=0.0)
+    prepare("folder", corpus, FeatureSettings(), PrepareSettings(out=str(tmp_path / "data"), workers=1))
+    shutil.copytree(setup.export, tmp_path / "export")
+    fields = json.loads((tmp_path / "export/config.json").read_text()) | {"normalisation": normalisation}
+    fields |= statistics_of(open_dataset(tmp_path / "data"), normalisation)
+    (tmp_path / "export/config.json").write_text(json.dumps(fields))
+
+    ours, theirs = spy(monkeypatch, script), spy(monkeypatch, evaluation)
+    assert transcribe(setup, tmp_path / "out", export=str(tmp_path / "export")) == 0
+    data = evaluation.DataSettings(str(tmp_path / "data"))
+    config = evaluation.Config(str(tmp_path / "export"), str(tmp_path / "results"), data=data, device="cpu")
+    evaluation.evaluate(replace(config, inference=setup.inference, resamples=100), World())
+    assert ours == theirs and len(ours) == len(NAMES) and sum(len(one.ids) for one in ours.values()) > 50
+    rows = json.loads((tmp_path / "results/results.json").read_text())["recordings"]
+    assert [row["id"] for row in rows] == NAMES
+    for row in rows:
+        text = json.loads((tmp_path / "out" / f"{row['id']}.json").read_text())["text"]
+        assert text_normaliser("")(text) == row["hypothesis"]
+
+
+def test_every_format_tells_the_same_words(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = spy(monkeypatch, script)
+    assert transcribe(setup, tmp_path) == 0
+    expected = {f"{name}.{form}" for name in NAMES for form in FORMATS.split(",")}
+    assert set(files_of(tmp_path)) == expected
+    for name in NAMES:
+        path = tmp_path / name
+        content = json.loads(path.with_suffix(".json").read_text())
+        text = " ".join(content["text"].split())
+        words = [word["word"] for word in content["words"]]
+        assert " ".join(words) == text and content["id"] == name
+        tokens = found[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
+        assert {word["start"] for word in content["words"]} <= {round(0.04 * first, 3) for first in tokens.first_frame}
+        ends = {min(round(0.04 * (n + 1), 3), content["seconds"]) for n in tokens.last_frame}
+        assert {word["end"] for word in content["words"]} <= ends
+        assert " ".join(path.with_suffix(".txt").read_text().split()) == text
+        assert [word.word for word in read_words_json(path.with_suffix(".json"))] == words
+        assert [word.word for word in read_textgrid(path.with_suffix(".TextGrid"))] == words
+        assert [word.word for one in read_ctm(path.with_suffix(".ctm")).values() for word in one] == words
+        for form in (".srt", ".vtt"):
+            blocks = [block.split("\n") for block in path.with_suffix(form).read_text().strip().split("\n\n")]
+            lines = [line for block in blocks for line in block[1 + (form == ".srt") :] if "-->" not in line]
+            assert " ".join(" ".join(line for line in lines if line != "WEBVTT").split()) == text
+    assert json.loads((tmp_path / "long.json").read_text())["seconds"] == 9.01
+
+
+def test_a_broken_file_costs_itself_alone(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And worker processes change nothing."""
+    transcribe(setup, tmp_path / "whole")
+    talks = shutil.copytree(setup.audio, tmp_path / "talks")
+    soundfile.write(talks / "nan.wav", np.array([0.1, np.nan] * 8000), 16000, subtype="FLOAT")
+    (talks / "day1/text.mp3").write_text("this is no audio")
+    (talks / "empty.wav").touch()
+    make_sound(talks / "cut.flac", 9.0)
+    os.truncate(talks / "cut.flac", (talks / "cut.flac").stat().st_size // 2)
+    make_sound(talks / "blink.wav", 0.01)
+    bad = ["blink", "cut", "day1/text", "empty", "nan"]
+    out = str(tmp_path / "out")
+    command = ["transcribe.py", "--export", setup.export, "--audio", str(talks), "--out", out, "--formats", FORMATS]
+    command += ["--inference.context_seconds", "2", "--inference.batch_seconds", "8", "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(script, "start_world", lambda settings: World())
+    assert script.main() == 1
+    told = capsys.readouterr().err
+    assert "error: 5 of 11 audio files could not be transcribed:" in told
+    reasons = dict(line.strip().split(": ", 1) for line in told.splitlines()[1:])
+    assert set(reasons) == set(bad) and "no such" not in told
+    for name, reason in {"nan": "NaN", "empty": "0 bytes", "blink": "too short", "cut": "cut.flac"}.items():
+        assert reason in reasons[name]
+    found = files_of(tmp_path / "out")
+    failed = [json.loads(line) for line in found.pop(script.FAILED).splitlines()]
+    paths = [
+        str(path) for path in sorted(talks.rglob("*")) if path.relative_to(talks).with_suffix("").as_posix() in bad
+    ]
+    assert [one["path"] for one in failed] == paths and len(paths) == 5
+    assert found == files_of(tmp_path / "whole")
+    # Repaired or gone, they are told of no more.
+    for path in paths:
+        os.unlink(path)
+    assert script.main() == 0 and files_of(tmp_path / "out") == found
+
+
+def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
+    """Files with a problem of their own or of their transcript's path, with a part of each reason."""
+    sound = (talks / "short.wav").read_bytes()
+    longest = "n" * 251  # with .wav as long as a name can be, with .json too long
+    for name in ("taken.wav", f"{longest}.wav", "place.wav", "place.txt/inside.wav", "sub/deep.wav"):
+        (talks / name).parent.mkdir(exist_ok=True)
+        (talks / name).write_bytes(sound)
+    (out / "taken.json").mkdir(parents=True)
+    (out / "sub").touch()  # stands for a folder that cannot be written to, also for root
+    os.mkfifo(talks / "pipe.wav")
+    (talks / "gone.wav").symlink_to("nothing")
+    (talks / "locked.wav").write_bytes(sound)
+    soundfile.write(talks / "loud.wav", np.full(16000, 1e30), 16000, subtype="DOUBLE")
+    return {
+        "taken": "Is a directory", longest: "File name too long", "place": "a folder of other transcripts",
+        "sub/deep": "cannot be written", "pipe": "not a regular file", "gone": "no such audio file",
+        "locked": "Permission denied", "loud": "NaN or infinite",
+    }  # fmt: skip
+
+
+def good_names(talks: Path) -> list[str]:
+    """Unusual but valid names, with a transcript each."""
+    sound = (talks / "short.wav").read_bytes()
+    good = ["n" * 250, os.fsdecode(b"caf\xe9"), "new\nline \u3000\u00ad \u65e5\u672c", "-rf", "place.txt/inside"]
+    for name in good[:4]:
+        (talks / f"{name}.wav").write_bytes(sound)
+    return good
+
+
+def transcribe_trouble(world: World, config: script.Config) -> int:
+    def no_permission(path: Any) -> None:
+        if b"locked" in os.fsencode(path):
+            raise PermissionError(13, "Permission denied", path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = soundfile.SoundFile.__init__
+
+        def opened(self: Any, file: Any, *arguments: Any, **options: Any) -> None:
+            no_permission(os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file)
+            original(self, file, *arguments, **options)
+
+        patch.setattr(soundfile.SoundFile, "__init__", opened)
+        return script.transcribe(config, world)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_problem_with_a_file_or_its_transcript_path_only_fails_that_file(
+    setup: script.Config, tmp_path: Path, processes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks, out = shutil.copytree(setup.audio, tmp_path / "talks"), tmp_path / "out"
+    trouble, good = folder_of_trouble(talks, out), good_names(talks)
+    config = replace(setup, audio=str(talks), out=str(out), formats="txt,json")
+    for _ in range(2):  # and at every start
+        if processes == 1:
+            assert transcribe_trouble(World(), config) == len(trouble)
+        else:
+            assert run_distributed(transcribe_trouble, 2, config) == [len(trouble), 0]
+        failed = [json.loads(line) for line in (out / script.FAILED).read_text().splitlines()]
+        reasons = {Path(one["path"]).relative_to(talks).with_suffix("").as_posix(): one["reason"] for one in failed}
+        assert reasons.keys() == trouble.keys()
+        assert {name for name, part in trouble.items() if part not in reasons[name]} == set()
+        for name in [*NAMES, *good]:
+            assert (out / f"{name}.txt").is_file() and json.loads((out / f"{name}.json").read_text())["words"]
+        assert not list(out.rglob(".*"))
+    told = capsys.readouterr().err if processes == 1 else "error: 8 of 19 audio files"
+    assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in told
+
+
+def test_a_file_deleted_while_others_are_transcribed_fails_alone(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks, original = shutil.copytree(setup.audio, tmp_path / "talks"), script.list_audio
+
+    def listed(*arguments: Any) -> list[script.AudioFile]:
+        files = original(*arguments)
+        (talks / "short.wav").unlink()
+        return files
+
+    monkeypatch.setattr(script, "list_audio", listed)
+    assert transcribe(setup, tmp_path / "out", audio=str(talks)) == 1
+    assert set(files_of(tmp_path / "out")) >= {f"{name}.txt" for name in NAMES if name != "short"}
+
+
+def test_a_full_disk_ends_the_command_with_a_fix(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other file would fail too, after hours."""
+
+    def full(path: Path, content: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "write_file", lambda path, content: None if path.suffix == ".jsonl" else full(path, 0))
+    with pytest.raises(UserError, match="No space left on device; free some space and run the same command again"):
+        transcribe(setup, tmp_path / "out")
+
+
+def test_suspect_sound_is_transcribed_with_a_warning_and_flac_without_a_count_as_with_it(
+    setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_sound(tmp_path / "talks/a.flac", 2.0)
+    flac = (tmp_path / "talks/a.flac").read_bytes()
+    (tmp_path / "talks/b.flac").write_bytes(flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:])
+    sound, _ = soundfile.read(tmp_path / "talks/a.flac")
+    soundfile.write(tmp_path / "talks/inverted.wav", np.stack([sound, -sound], axis=1), 16000)
+    assert transcribe(setup, tmp_path / "out", audio=str(tmp_path / "talks"), formats="txt,json") == 0
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in told
+    assert (tmp_path / "out/inverted.txt").is_file()
+    assert (tmp_path / "out/a.txt").read_text() == (tmp_path / "out/b.txt").read_text()
+    assert json.loads((tmp_path / "out/b.json").read_text())["seconds"] == 2.01
+
+
+def test_a_second_start_does_only_what_has_changed(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks, out = shutil.copytree(setup.audio, tmp_path / "talks"), tmp_path / "out"
+    config = replace(setup, audio=str(talks))
+    transcribe(config, out)
+    first = files_of(out)
+    found = spy(monkeypatch, script)
+    larger = replace(config.inference, batch_seconds=60.0)
+    assert transcribe(config, out, inference=larger) == 0 and not found and files_of(out) == first
+    make_sound(talks / "day1/talk.wav", 2.5, seed=9)  # another recording of that name
+    (out / "long.srt").unlink()
+    assert transcribe(config, out) == 0 and sorted(found) == [251, 901]
+    changed = {name for name, content in files_of(out).items() if content != first[name]}
+    assert {name.partition(".")[0] for name in changed} == {"day1/talk"}
+    transcribe(config, out, inference=replace(config.inference, context_seconds=1.0))
+    assert len(found) == len(NAMES)
+
+
+def test_other_files_in_an_export_change_nothing(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe(setup, tmp_path / "out")
+    found = spy(monkeypatch, script)
+    assert transcribe(setup, tmp_path / "out", export=with_litter(setup.export, tmp_path / "export")) == 0
+    assert not found
+
+
+def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transcribe(setup, tmp_path / "whole")
+    original, wrote = script.write_transcript, []
+
+    def interrupted(file: script.AudioFile, *arguments: Any) -> None:
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        original(file, *arguments)
+        wrote.append(file.name)
+
+    monkeypatch.setattr(script, "write_transcript", interrupted)
+    out = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        transcribe(setup, out)
+    with open(out / "transcribed-00003.jsonl", "w") as file:  # a process that was killed has left half a line
+        file.write('{"name": "short", "key": "another", "reason": ""}\n{"name": "sil')
+    monkeypatch.setattr(script, "write_transcript", original)
+    found = spy(monkeypatch, script)
+    assert transcribe(setup, out) == 0
+    assert len(found) == len(NAMES) - 2 and files_of(out) == files_of(tmp_path / "whole")
+    state = [json.loads(line)["name"] for line in (out / script.STATE).read_text().splitlines()]
+    assert sorted(state) == NAMES
+
+
+def test_a_stop_while_other_settings_replace_a_transcript_leaves_none_that_counts(
+    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe(setup, tmp_path)
+    whole, original = files_of(tmp_path), script.write_file
+
+    def interrupted(path: Path, *arguments: Any) -> None:
+        original(path, *arguments)
+        if path.suffix == ".txt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transcribe(setup, tmp_path, inference=replace(setup.inference, context_seconds=0.5))
+    assert files_of(tmp_path) != whole
+    assert transcribe(setup, tmp_path) == 0
+    assert files_of(tmp_path) == whole
+
+
+def transcribe_on(world: World, config: script.Config) -> tuple[int, list[str]]:
+    """The number of failures, and the files that this process has transcribed."""
+    original, wrote = script.write_transcript, []
+
+    def noted(file: script.AudioFile, *arguments: Any) -> None:
+        wrote.append(file.name)
+        original(file, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "write_transcript", noted)
+        return script.transcribe(config, world), wrote
+
+
+def test_two_processes_give_the_transcripts_of_one(setup: script.Config, tmp_path: Path) -> None:
+    talks = shutil.copytree(setup.audio, tmp_path / "talks")
+    (talks / "empty.wav").touch()
+    config = replace(setup, audio=str(talks))
+    assert transcribe(config, tmp_path / "one") == 1
+    (failed, first), (elsewhere, second) = run_distributed(transcribe_on, 2, replace(config, out=str(tmp_path / "two")))
+    assert (failed, elsewhere) == (1, 0) and first[0] == "long"
+    assert sorted(first + second) == NAMES and len(second) > 1
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+
+def test_without_out_a_line_a_recording_goes_to_stdout(
+    setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transcribe(setup, tmp_path)
+    capsys.readouterr()
+    assert script.transcribe(setup, World()) == 0
+    lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    expected = {path.stem: (tmp_path / f"{name}.txt").read_text() for name in NAMES for path in [Path(name)]}
+    assert {Path(path).stem: text + "\n" for path, text in lines.items()} == expected
+    one = f"{setup.audio}/day1/stereo.flac"
+    assert script.transcribe(replace(setup, audio=one), World()) == 0
+    assert capsys.readouterr().out == f"{one}\t{expected['stereo']}"
+
+
+def test_a_name_takes_one_field_of_one_line_of_the_console(
+    setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "a\nb\tc\x1b[31m"
+    odd.mkdir()
+    shutil.copy(f"{setup.audio}/short.wav", odd / "x.wav")
+    (odd / "bad.wav").write_bytes(b"bad")
+    assert script.transcribe(replace(setup, audio=str(odd)), World()) == 1
+    out, err = capsys.readouterr()
+    assert out.split("\t")[:-1] == [f"{tmp_path}/a\\nb\\tc\\x1b[31m/x.wav"] and out.count("\n") == 1
+    assert err.count("\n") == 2 and "\x1b" not in err
+
+
+def test_features_are_held_for_some_batches_only(setup: script.Config) -> None:
+    seconds = [9000.0, 40.0, 30.0, 20.0, 20.0, 0.0]
+    files = [script.AudioFile(Path(), str(number), length, "") for number, length in enumerate(seconds)]
+    groups = script.in_groups(files, 100.0)
+    assert [[file.seconds for file in group] for group in groups] == [[9000.0], [40.0, 30.0, 20.0], [20.0, 0.0]]
+    assert script.in_groups([], 100.0) == []
+
+
+def test_files_that_differ_in_their_suffix_keep_it(tmp_path: Path) -> None:
+    for name in ("b.wav", "a.wav", "a.mp3", "sub/a.ogg", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [file.name for file in script.list_audio(str(tmp_path), "")] == ["a.mp3", "a.wav", "b", "sub/a"]
+    (tmp_path / "a.wav.flac").touch()
+    (tmp_path / "a.wav.flac.ogg").touch()
+    names = [file.name for file in script.list_audio(str(tmp_path), "")]
+    assert names == ["a.mp3", "a.wav", "a.wav.flac", "a.wav.flac.ogg", "b", "sub/a"]
+
+
+def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"export": ""}, "export is missing: give it as --export FOLDER"),
+        ({"audio": ""}, "audio is missing: give it as --audio FILE_OR_FOLDER"),
+        ({"formats": "txt,doc"}, "formats = 'txt,doc': give some of txt,json,ctm,TextGrid,srt,vtt"),
+        ({"formats": ","}, "formats = ','"),
+        ({"workers": -1}, "workers = -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            replace(setup, **changes)  # type: ignore[arg-type]
+    for audio in (setup.audio, f"{setup.audio}/short.wav"):
+        with pytest.raises(UserError, match=r"out = .*: X.txt beside X.wav may be what was said"):
+            replace(setup, audio=audio, out=setup.audio)
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        transcribe(setup, tmp_path / "out", audio=str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no audio file in this folder; looked for .*\.wav"):
+        transcribe(setup, tmp_path / "out", audio=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="2 processes cannot share stdout"):
+        script.transcribe(setup, World(size=2))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="cannot write into this folder"):
+        transcribe(setup, tmp_path / "out")
+
+
+def test_an_export_without_the_statistics_that_it_needs_is_refused(setup: script.Config, tmp_path: Path) -> None:
+    shutil.copytree(setup.export, tmp_path / "export")
+    fields = json.loads((tmp_path / "export/config.json").read_text()) | {"normalisation": "dataset"}
+    (tmp_path / "export/config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="holds no statistics of its data"):
+        transcribe(setup, tmp_path / "out", export=str(tmp_path / "export"))

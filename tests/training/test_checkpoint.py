@@ -1,0 +1,338 @@
+"""Checkpoints: equal on every world size and strategy, whole or not there, and never code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bestrq.training import checkpoint as checkpoint_module
+from bestrq.training.checkpoint import (
+    COMPLETE,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
+from bestrq.training.process import DistributedSettings, World, parallelise
+from common.errors import UserError
+from common.files import crc32_of
+from tests.gloo import run_distributed
+
+Parts = tuple[nn.Module, torch.optim.Optimizer]
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "extra.safetensors")
+
+
+class Odd(nn.Module):
+    """Sizes that no world size divides, one smaller than the world, a buffer, and a parameter never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(5, 7)
+        self.head = nn.Linear(7, 1)
+        self.unused = nn.Parameter(torch.randn(3))
+        self.low = nn.Parameter(torch.randn(3, 3, dtype=torch.bfloat16), requires_grad=False)
+        self.register_buffer("seen", torch.tensor([3, 1, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.block(x)))
+
+
+def make(world: World, strategy: str, seed: int) -> Parts:
+    torch.manual_seed(seed)
+    settings = DistributedSettings(strategy=strategy, device="cpu", precision="float32")
+    model = Odd()
+    parallel = parallelise(model, [model.block], world, settings, find_unused_parameters=True)
+    optimizer = build_optimizer([(parallel.named_parameters(), OptimizerSettings(warmup_steps=0))])
+    return parallel, optimizer
+
+
+def advance(parts: Parts, steps: int, world_size: int = 1) -> None:
+    """Train on the same inputs on all ranks; each gives its share of one loss."""
+    model, optimizer = parts
+    for step in range(1, steps + 1):
+        set_learning_rates(optimizer, step, 10)
+        (model(torch.arange(10.0).view(2, 5) / 10).square().sum() / world_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(folder: Path, step: int, parts: Parts, world: World | None = None) -> Path:
+    extra = {"codebook": torch.arange(4.0)}
+    return save_checkpoint(folder, step, *parts, {"data": [step, 0]}, world or World(), extra)
+
+
+def save_as(world: World, strategy: str, folder: str) -> str:
+    parts = make(world, strategy, seed=1)
+    advance(parts, 3, world.size)
+    return str(save(Path(folder), 3, parts, world))
+
+
+def pass_on(world: World, strategy: str, source: str, target: str) -> tuple[int, dict[str, object], list[float]]:
+    parts = make(world, strategy, seed=2 + world.rank)
+    chosen = latest_checkpoint(Path(source), world)
+    assert chosen is not None
+    loaded = load_checkpoint(chosen, *parts, world)
+    save(Path(target), loaded.step, parts, world)
+    advance(parts, 2, world.size)  # what was loaded can be trained on
+    save(Path(target), loaded.step + 2, parts, world)
+    return loaded.step, loaded.state, loaded.extra_tensors["codebook"].tolist()
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    return {f"{file}:{name}": tensor for file in TENSOR_FILES for name, tensor in load_file(path / file).items()}
+
+
+def test_every_bit_survives_the_way_from_ddp_over_fsdp_on_3_to_fsdp_on_2_to_one_process(tmp_path: Path) -> None:
+    route = [("ddp", 2), ("fsdp", 3), ("fsdp", 2), ("ddp", 1)]
+    run_distributed(save_as, 2, "ddp", str(tmp_path / "0"))
+    first = contents(tmp_path / "0" / "step-00000003")
+    assert {"model.safetensors:block.weight", "model.safetensors:seen", "optimizer.safetensors:exp_avg_sq/head.bias",
+            "optimizer.safetensors:step/block.bias", "extra.safetensors:codebook"} <= first.keys()  # fmt: skip
+    assert not any("unused" in name or "module." in name for name in first if name.startswith("optimizer"))
+    assert first["model.safetensors:low"].dtype == torch.bfloat16
+    continued = []
+    for hop, (strategy, size) in enumerate(route[1:], start=1):
+        source, target = tmp_path / str(hop - 1), tmp_path / str(hop)
+        if hop > 1:
+            shutil.rmtree(source / "step-00000005")
+        results = run_distributed(pass_on, size, strategy, str(source), str(target))
+        assert results == [(3, {"data": [3, 0]}, [0.0, 1.0, 2.0, 3.0])] * size
+        passed = contents(target / "step-00000003")
+        assert passed.keys() == first.keys()
+        assert [name for name in first if not torch.equal(passed[name], first[name])] == []
+        continued.append(load_file(target / "step-00000005" / "model.safetensors"))
+    for other in continued[1:]:
+        torch.testing.assert_close(other, continued[0], rtol=1e-5, atol=1e-7)
+
+
+def single(folder: Path, steps: tuple[int, ...] = (1, 2)) -> Parts:
+    parts = make(World(), "ddp", seed=1)
+    for step in steps:
+        advance(parts, 1)
+        save(folder, step, parts)
+    return parts
+
+
+def test_training_on_from_a_checkpoint_equals_training_through_bit_for_bit(tmp_path: Path) -> None:
+    parts = single(tmp_path)
+    advance(parts, 2)
+    fresh = make(World(), "ddp", seed=9)
+    load_checkpoint(tmp_path / "step-00000002", *fresh, World())
+    advance(fresh, 2)
+    for (name, a), (_, b) in zip(parts[0].named_parameters(), fresh[0].named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def die_at(point: int, folder: Path) -> None:
+    """In a forked child: save step 2 and die at the given write to the folder, counted from 0."""
+    count = 0
+    writing = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+    def tick() -> None:
+        nonlocal count
+        if count == point:
+            os._exit(77)
+        count += 1
+
+    def on_event(event: str, arguments: tuple[object, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in writing or writes) and str(folder) in str(arguments[0]):
+            tick()
+
+    real_save = checkpoint_module.save_file
+
+    def save_in_pieces(tensors: dict[str, Tensor], path: Path) -> None:
+        tick()
+        real_save(tensors, path)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        tick()
+        path.write_bytes(content)
+        tick()
+
+    checkpoint_module.save_file = save_in_pieces
+    parts = make(World(), "ddp", seed=1)
+    advance(parts, 1)
+    sys.addaudithook(on_event)
+    save(folder, 2, parts)
+    os._exit(0)
+
+
+def test_a_kill_at_any_write_of_a_save_leaves_the_step_before_or_the_whole_new_one(tmp_path: Path) -> None:
+    parts = single(tmp_path / "first", (1,))
+    outcomes = []
+    for point in range(200):
+        folder = tmp_path / f"kill-{point}"
+        shutil.copytree(tmp_path / "first", folder)
+        child = os.fork()
+        if child == 0:
+            try:
+                die_at(point, folder)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 77)
+        chosen = latest_checkpoint(folder, World())
+        assert chosen is not None and verify_checkpoint(chosen) is None
+        outcomes.append(chosen.name)
+        load_checkpoint(chosen, *parts, World())
+        assert not list(folder.glob(".tmp-*"))
+        # The continued run reaches the same step again, and this time gets through.
+        again = save(folder, 2, parts)
+        assert latest_checkpoint(folder, World()) == again
+        if status == 0:
+            break
+    assert status == 0 and len(outcomes) > 15
+    assert outcomes == ["step-00000001"] * (len(outcomes) - 1) + ["step-00000002"]
+
+
+@pytest.mark.parametrize("file", [*TENSOR_FILES, "state.json", COMPLETE])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove", "empty"])
+def test_a_checkpoint_damaged_in_any_file_is_passed_over_for_the_one_before_and_named(
+    file: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single(tmp_path)
+    path = tmp_path / "step-00000002" / file
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "flip":
+        middle = len(content) // 2 if file != COMPLETE else content.index(b"crc32") + 9  # a digit of a checksum
+        changed = (content[middle] ^ 1,)
+        path.write_bytes(content[:middle] + bytes(changed) + content[middle + 1 :])
+    else:
+        path.write_bytes(b"" if damage == "empty" else content[:-3])
+    assert latest_checkpoint(tmp_path, World()) == tmp_path / "step-00000001"
+    assert "step-00000002" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_does_not_block_its_step_and_is_kept_for_inspection(tmp_path: Path) -> None:
+    parts = single(tmp_path)
+    (tmp_path / "step-00000002" / "state.json").write_text("{")
+    assert latest_checkpoint(tmp_path, World()) == tmp_path / "step-00000001"
+    assert len(list(tmp_path.glob("damaged-*-step-00000002"))) == 1
+    save(tmp_path, 2, parts)
+    assert latest_checkpoint(tmp_path, World()) == tmp_path / "step-00000002"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_a_complete_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    parts = single(tmp_path, (1,))
+    before = snapshot(tmp_path / "step-00000001")
+    advance(parts, 1)
+    save(tmp_path, 1, parts)
+    assert snapshot(tmp_path / "step-00000001") == before
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    single(tmp_path, (1, 2, 3, 4, 5))
+    (tmp_path / "step-00000006").mkdir()  # cut short, and newer than anything complete: not pruning's business
+    (tmp_path / "step-00000003" / COMPLETE).unlink()  # an earlier pruning was cut short here
+    prune_checkpoints(tmp_path, 2, 2, World())
+    left = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir())
+    assert left == [2, 4, 5, 6]
+
+
+class Hostile:
+    """Unpickling this writes a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.sentinel,))
+
+
+def test_a_planted_pickle_does_not_run_whatever_its_name(tmp_path: Path) -> None:
+    sentinel = tmp_path / "ran"
+    hostile = pickle.dumps(Hostile(sentinel))
+    parts = single(tmp_path / "run", (1,))
+    path = tmp_path / "run" / "step-00000001"
+    for name in (".metadata", "model.pt", "optimizer.pt", "__0_0.distcp", "state.pkl"):
+        (path / name).write_bytes(hostile)
+    assert latest_checkpoint(tmp_path / "run", World()) == path
+    load_checkpoint(path, *parts, World())
+    for name in (*TENSOR_FILES, "state.json"):
+        good, good_marker = (path / name).read_bytes(), (path / COMPLETE).read_bytes()
+        (path / name).write_bytes(hostile)
+        marker = json.loads(good_marker)
+        marker["files"][name] = {"bytes": len(hostile), "crc32": crc32_of(path / name)}
+        (path / COMPLETE).write_text(json.dumps(marker))
+        assert verify_checkpoint(path) is None  # the forger did his homework
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(path, *parts, World())
+        (path / name).write_bytes(good)
+        (path / COMPLETE).write_bytes(good_marker)
+    assert not sentinel.exists()
+    pickle.loads(hostile)
+    assert sentinel.exists()  # it does run where it is unpickled
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_names_and_shapes_that_differ(tmp_path: Path) -> None:
+    single(tmp_path, (1,))
+    other = Odd()
+    other.block = nn.Linear(5, 8)
+    other.more = nn.Linear(1, 1)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "step-00000001", other, None, World())
+    for part in ("more.weight is missing", "block.weight is [7, 5], but the model has [8, 5]", "model.safetensors"):
+        assert part in str(caught.value)
+
+
+def full_disk(world: World, folder: str) -> tuple[str, list[str], str]:
+    parts = make(world, "ddp", seed=1)
+    advance(parts, 1)
+    save(Path(folder), 1, parts, world)
+    real = checkpoint_module.save_file
+
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoint_module.save_file = fail
+    try:
+        save(Path(folder), 2, parts, world)
+        message = ""
+    except CheckpointError as error:
+        message = str(error)
+    checkpoint_module.save_file = real
+    left = sorted(os.listdir(folder))
+    world.barrier()
+    return message, left, save(Path(folder), 2, parts, world).name
+
+
+def test_a_full_disk_on_rank_0_is_an_error_on_all_ranks_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
+    for message, left, later in run_distributed(full_disk, 2, str(tmp_path)):
+        assert "No space left on device" in message and "step-00000002" in message
+        assert left == ["step-00000001"] and later == "step-00000002"
+
+
+def differing_views(world: World, mine: str, other: str) -> str:
+    chosen = latest_checkpoint(Path(mine if world.is_main else other), world)
+    return chosen.name if chosen else ""
+
+
+def test_rank_0_chooses_the_checkpoint_even_where_another_rank_sees_a_newer_one(tmp_path: Path) -> None:
+    single(tmp_path / "a", (1,))
+    single(tmp_path / "b", (1, 2))
+    views = run_distributed(differing_views, 2, str(tmp_path / "a"), str(tmp_path / "b"))
+    assert views == ["step-00000001"] * 2
+
+
+def test_no_folder_and_an_empty_folder_have_no_latest_checkpoint(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "none", World()) is None
+    assert latest_checkpoint(tmp_path, World()) is None

@@ -1,0 +1,143 @@
+"""Learning rates as a function of the step, AdamW's groups, seeds, and the guard against bad numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bestrq.training.optimizer import OptimizerSettings, build_optimizer, learning_rate_factor, set_learning_rates
+from bestrq.training.process import World
+from bestrq.training.update import GuardSettings, UpdateGuard, UpdateResult, seed_step
+from common.errors import UserError
+
+
+def test_the_warm_up_is_a_straight_line_to_the_peak_for_every_schedule() -> None:
+    for schedule in ("cosine", "noam", "constant"):
+        settings = OptimizerSettings(warmup_steps=10, schedule=schedule)
+        factors = [learning_rate_factor(settings, step, 100) for step in range(1, 11)]
+        assert factors == pytest.approx([step / 10 for step in range(1, 11)])
+
+
+def test_schedules_follow_their_closed_forms_after_the_warm_up() -> None:
+    cosine = OptimizerSettings(warmup_steps=10, schedule="cosine", final_fraction=0.1)
+    assert learning_rate_factor(cosine, 55, 100) == pytest.approx(0.55)  # half way: the mean of 1 and 0.1
+    assert learning_rate_factor(cosine, 100, 100) == pytest.approx(0.1)
+    assert learning_rate_factor(cosine, 170, 100) == pytest.approx(0.1)
+    noam = OptimizerSettings(warmup_steps=10, schedule="noam")
+    assert learning_rate_factor(noam, 40, 100) == pytest.approx(math.sqrt(10 / 40))
+    assert learning_rate_factor(OptimizerSettings(warmup_steps=0, schedule="constant"), 1, 100) == 1.0
+
+
+def test_weights_decay_and_biases_and_norms_do_not() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(1, 2, 3))
+    optimizer = build_optimizer([(model.named_parameters(), OptimizerSettings(weight_decay=0.3))])
+    decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {name: decay[parameter] for name, parameter in model.named_parameters()} == {
+        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.3, "2.bias": 0.0}  # fmt: skip
+
+
+def test_encoder_and_head_have_their_own_rates_and_a_frozen_group_does_not_move() -> None:
+    encoder, head = nn.Linear(3, 3), nn.Linear(3, 2)
+    slow = OptimizerSettings(learning_rate=1e-3, warmup_steps=0, schedule="constant", frozen_steps=2)
+    fast = OptimizerSettings(learning_rate=1e-2, warmup_steps=0, schedule="constant")
+    optimizer = build_optimizer([(encoder.named_parameters(), slow), (head.named_parameters(), fast)])
+    start = encoder.weight.detach().clone()
+    for step in range(1, 4):
+        before = head.weight.detach().clone()
+        rates = set_learning_rates(optimizer, step, 10)
+        assert rates == [0.0 if step <= 2 else 1e-3, 1e-2]
+        head(encoder(torch.ones(1, 3))).sum().backward()
+        optimizer.step()
+        assert torch.equal(encoder.weight, start) == (step <= 2)
+        assert not torch.equal(head.weight, before)
+
+
+def test_parameters_without_gradient_are_left_out_and_none_at_all_is_an_error() -> None:
+    model = nn.Linear(3, 3).requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable parameter"):
+        build_optimizer([(model.named_parameters(), OptimizerSettings())])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("learning_rate", 0.0), ("betas", (0.9, 1.0)), ("final_fraction", 1.5), ("clip_norm", -1.0)]
+)
+def test_impossible_settings_are_refused_by_name_and_value(field: str, value: object) -> None:
+    with pytest.raises(UserError) as caught:
+        OptimizerSettings(**{field: value})
+    assert field in str(caught.value) and str(value) in str(caught.value)
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_rank_and_on_nothing_else() -> None:
+    def draw(seed: int, step: int, rank: int) -> list[float]:
+        seed_step(seed, step, rank)
+        return torch.rand(4).tolist()
+
+    first = draw(1, 2, 0)
+    torch.rand(1000)
+    assert draw(1, 2, 0) == first
+    others = [draw(2, 2, 0), draw(1, 3, 0), draw(1, 2, 1), draw(12, 0, 0), draw(1, 20, 0)]
+    assert all(other != first for other in others) and len({tuple(other) for other in others}) == len(others)
+
+
+def guarded(settings: GuardSettings | None = None) -> tuple[nn.Module, torch.optim.Optimizer, UpdateGuard]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer([(model.named_parameters(), OptimizerSettings(warmup_steps=0))])
+    set_learning_rates(optimizer, 1, 10)
+    return model, optimizer, UpdateGuard(settings or GuardSettings())
+
+
+def update(parts: tuple[nn.Module, torch.optim.Optimizer, UpdateGuard], scale: float) -> UpdateResult:
+    model, optimizer, guard = parts
+    loss = scale * model(torch.ones(1, 3)).sum()
+    loss.backward()
+    return guard.apply_update(model, optimizer, loss.detach(), 0.0, World())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_update_changes_no_weight_and_no_optimizer_state(bad: float) -> None:
+    parts = guarded()
+    model, optimizer, _ = parts
+    assert update(parts, 1.0).applied
+    weight, moment = model.weight.detach().clone(), optimizer.state[model.weight]["exp_avg"].clone()
+    assert not update(parts, bad).applied
+    assert torch.equal(model.weight, weight) and torch.equal(optimizer.state[model.weight]["exp_avg"], moment)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert update(parts, 1.0).applied and not torch.equal(model.weight, weight)
+
+
+def test_a_non_finite_loss_with_finite_gradients_is_bad_too() -> None:
+    model, optimizer, guard = guarded()
+    model(torch.ones(1, 3)).sum().backward()
+    assert not guard.apply_update(model, optimizer, torch.tensor(math.inf), 0.0, World()).applied
+
+
+def test_bad_updates_in_a_row_end_the_run_and_a_good_one_between_starts_the_count_again() -> None:
+    parts = guarded(GuardSettings(max_bad_updates=3))
+    for scale in (math.nan, math.nan, 1.0, math.nan, math.nan):
+        update(parts, scale)
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        update(parts, math.nan)
+
+
+def test_clipping_scales_the_whole_gradient_to_the_norm_and_reports_the_norm_before() -> None:
+    model, _, guard = guarded()
+    plain = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = 100 * model(torch.ones(1, 3)).sum()
+    loss.backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+    result = guard.apply_update(model, plain, loss.detach(), 0.5, World())
+    moves = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+    moved = math.sqrt(sum(float(move.square().sum()) for move in moves))
+    assert result.grad_norm == pytest.approx(norm) and moved == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_spike_is_flagged_and_applied_and_ordinary_noise_is_not() -> None:
+    parts = guarded()
+    assert not any(update(parts, 1.0 + 0.1 * (step % 5)).spike for step in range(20))
+    result = update(parts, 20.0)
+    assert result.spike and result.applied

@@ -1,0 +1,64 @@
+"""Requests to stop: signals only set a flag, a file does the same, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bestrq.training.process import World
+from bestrq.training.stop import REQUEUE, STOP, StopRequest
+from tests.paths import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_a_flag_and_nothing_else(number: signal.Signals, tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path)
+    assert not stop.agreed(World())
+    os.kill(os.getpid(), number)
+    assert list(tmp_path.iterdir()) == [] and stop.agreed(World()) and stop.agreed(World())
+    assert stop.reason == number.name
+
+
+def test_a_stop_file_counts_from_when_it_is_there_and_makes_way_for_the_requeue_marker(tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path)
+    assert not stop.agreed(World())
+    (tmp_path / STOP).touch()
+    assert stop.agreed(World())
+    stop.leave_requeue_marker(World())
+    assert [path.name for path in tmp_path.iterdir()] == [REQUEUE]
+    assert "STOP" in (tmp_path / REQUEUE).read_text()
+
+
+def test_a_new_start_removes_the_old_requeue_marker_and_runs(tmp_path: Path) -> None:
+    (tmp_path / REQUEUE).touch()
+    stop = StopRequest(tmp_path)
+    assert not stop.agreed(World()) and list(tmp_path.iterdir()) == []
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from bestrq.training.process import World\n"
+        "from bestrq.training.stop import StopRequest\n"
+        "stop = StopRequest(sys.argv[1])\n"
+        "os.kill(os.getpid(), signal.SIGINT); print(stop.agreed(World()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('still here', flush=True)"
+    )
+    root = REPOSITORY
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (130, "True\n")
+    assert "Ctrl-C again" in done.stderr

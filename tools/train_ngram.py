@@ -1,0 +1,154 @@
+"""An n-gram language model of transcripts, for decoding with a recogniser: an ARPA file over its tokenizer's pieces.
+
+    python -m tools.train_ngram --export runs/ctc/export --data.dataset datasets/synthetic --order 4 --out lm.arpa
+    python -m tools.train_ngram --export runs/ctc/export --data.dataset datasets/calls --texts news.txt --out lm.arpa.gz
+
+Texts are normalised as for training the recogniser and split with its tokenizer; of the export nothing else is read.
+Smoothing is interpolated Witten-Bell. Printed are the n-grams of every order and the perplexity on a held-out split.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bestrq.decoding.ngram import perplexity, read_arpa
+from bestrq.decoding.ngram_training import train_ngram, write_arpa
+from common.config import parse, run_main
+from common.errors import UserError
+from common.text import label_text
+from data.format.dataset import Dataset, open_dataset
+from data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class DataSettings:
+    """Whose transcripts the model is trained on."""
+
+    dataset: str = ""
+    """dataset folder, made by `python -m data.prepare`; with --texts it may be missing"""
+    split: str = "train"
+    """split of the dataset"""
+    language: str = ""
+    """only recordings of this language; empty takes all. The texts of --texts are normalised as this language too"""
+
+
+@dataclass
+class Config:
+    """An n-gram language model over a recogniser's tokens."""
+
+    export: str = ""
+    """folder of the recogniser, RUN_FOLDER/export of a fine-tuning script; only its tokenizer is read"""
+    out: str = "lm.arpa"
+    """the ARPA file; gzipped if it ends in .gz"""
+    order: int = 4
+    """length of the longest n-grams, in tokens"""
+    texts: str = ""
+    """more text to train on, UTF-8, a sentence a line"""
+    heldout_split: str = "dev"
+    """split of the dataset for the perplexity; empty measures none"""
+    data: DataSettings = field(default_factory=DataSettings)
+    """transcripts"""
+
+    def __post_init__(self) -> None:
+        if not self.export:
+            raise UserError("export is missing: give it as --export FOLDER")
+        if not self.data.dataset and not self.texts:
+            raise UserError("data.dataset is missing: give it as --data.dataset FOLDER, or --texts FILE.txt")
+        if not 1 <= self.order <= 10:
+            raise UserError(f"order = {self.order}: give 1 to 10")
+        if self.data.dataset and self.heldout_split == self.data.split:
+            raise UserError(
+                f"heldout_split = {self.heldout_split} is trained on: give another split, or '' for no perplexity"
+            )
+
+
+def build(config: Config) -> None:
+    """Train, write, read back, measure."""
+    # Everything that a user can get wrong comes before any work.
+    tokenizer = load_tokenizer(config.export)
+    train: list[list[int]] = []
+    heldout: list[list[int]] = []
+    if config.data.dataset:
+        dataset = open_dataset(config.data.dataset)
+        train += encode(transcripts(dataset, config.data.split, config.data.language), tokenizer, config.data.split)
+        if config.heldout_split:
+            try:
+                held = transcripts(dataset, config.heldout_split, config.data.language)
+                heldout += encode(held, tokenizer, config.heldout_split)
+            except UserError as error:
+                raise UserError(f"heldout_split = {config.heldout_split}: {error}; '' measures none") from error
+    if config.texts:
+        train += encode(lines(config.texts, config.data.language), tokenizer, config.texts)
+    out = Path(config.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise UserError(f"out = {out}: cannot write this file ({error}); choose another one") from error
+
+    estimate = train_ngram(train, config.order, tokenizer.vocab_size)
+    try:
+        write_arpa(out, estimate, tokenizer.pieces)
+    except OSError as error:
+        raise UserError(f"out = {out}: cannot write this file ({error}); choose another one") from error
+    print(f"trained on {size(train)}")
+    orders = ", ".join(f"{count:,} of order {n}" for n, count in enumerate(estimate.num_ngrams, 1))
+    print(f"n-grams: {orders}")
+    model = read_arpa(out, tokenizer.pieces)  # the file as others will read it
+    if heldout:
+        print(f"perplexity per token on {config.heldout_split}: {perplexity(model, heldout):.2f}, {size(heldout)}")
+    print(f"language model: {out}")
+
+
+def transcripts(dataset: Dataset, split: str, language: str) -> Iterator[tuple[str, str]]:
+    """(name, label text) of a split's recordings; empty where a recording has no transcript."""
+    for recording in dataset.select(split, language or None).tolist():
+        text = dataset.text(recording) or ""
+        yield f"recording {dataset.id(recording)!r}", label_text(text, dataset.language(recording))
+
+
+def lines(path: str, language: str) -> Iterator[tuple[str, str]]:
+    """(name, label text) of a file's lines."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield f"line {number}", label_text(line, language)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"texts = {path}: cannot be read as UTF-8 text ({error}); give another file") from error
+
+
+def encode(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, source: str) -> list[list[int]]:
+    """Token ids of all texts that hold something the recogniser can write; how many do not is printed, with the first.
+
+    Raises UserError where none is left.
+    """
+    encoded, refused, empty = [], [], 0
+    for name, text in texts:
+        try:
+            ids = tokenizer.encode(text)
+        except UserError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        if ids:
+            encoded.append(ids)
+        else:
+            empty += 1
+    if refused:
+        total = len(encoded) + len(refused) + empty
+        print(f"{source}: left out {len(refused):,} of {total:,} texts, the first is {refused[0]}")
+    if not encoded:
+        raise UserError(
+            f"{source}: no text is left ({empty} empty, {len(refused)} with characters that the tokenizer does not "
+            "know): give other texts, or the export whose tokenizer knows them"
+        )
+    return encoded
+
+
+def size(sequences: list[list[int]]) -> str:
+    """How much text that is; the end of a text counts as a token."""
+    return f"{len(sequences):,} texts, {sum(map(len, sequences)) + len(sequences):,} tokens"
+
+
+if __name__ == "__main__":
+    run_main(lambda: build(parse(Config, description=__doc__)))
