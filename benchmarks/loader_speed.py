@@ -74,7 +74,7 @@ def measure(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> 
         if number == options.warm_up:
             begin, worked = time.perf_counter(), processor_seconds(family()[1:])
         elif number > options.warm_up:
-            seconds += int(batch.segment_length.sum()) / 100
+            seconds += int(batch.segments.length.sum()) / 100
             if number == options.warm_up + options.updates:
                 worked = processor_seconds(family()[1:]) - worked
                 break

@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from common.errors import UserError
+from common.segments import Segments
 from data.format.dataset import Dataset, Normalisation
 from data.loading.order import Crops, CropTable
 from data.loading.rows import DataState, Row
@@ -34,12 +35,8 @@ class Batch:
 
     log_mel: Tensor
     """float32 [R, F, M], normalised; zero outside segments."""
-    segment_start: Tensor
-    """int64 [R, S], first frame of every segment, multiples of the subsampling factor; 0 in unused slots."""
-    segment_length: Tensor
-    """int64 [R, S], frames; 0 marks an unused slot."""
-    segment_seed: Tensor
-    """int64 [R, S], a pure function of (seed, epoch, crop)."""
+    segments: Segments
+    """In mel frames; seeds are a pure function of (seed, epoch, crop)."""
     mask: Tensor | None
     """bool [R, F], as the loader's callable drew it; None where it has none."""
     text: list[list[str]]
@@ -55,12 +52,6 @@ class Batch:
     def ids(self) -> list[list[str]]:
         """'recording:start-stop' (frames) of every used segment. Looked up only here: few are ever asked for."""
         return [[f"{self.dataset.id(crop[0])}:{crop[1]}-{crop[2]}" for crop in row] for row in self.crops]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on a device."""
-        names = ("log_mel", "segment_start", "segment_length", "segment_seed", "mask")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None})
 
 
 @dataclass(frozen=True)

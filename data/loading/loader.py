@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
+from common.segments import Segments
 from data.format.dataset import Dataset
 from data.loading.batch import Batch, DrawMask, Job, Reading, RowReader, SharedRows
 from data.loading.loader_settings import FREE_LOADER_FIELDS, LOADER_PLACES, LoaderSettings
@@ -151,9 +152,10 @@ class RowLoader:
             log_mel = reading.log_mel if slot is None else shared.tensor(slot)
             assert log_mel is not None
             start, length, seed = torch.from_numpy(reading.segments)
+            segments = Segments(start, length, log_mel.shape[1], seed)
             mask = None if reading.mask is None else _unpacked(reading.mask, log_mel.shape[:2])
             text = [[self.crops.text(item) for *_, item in row] for row in reading.crops]
-            yield Batch(log_mel, start, length, seed, mask, text, reading.crops, plan.state, self.dataset)
+            yield Batch(log_mel, segments, mask, text, reading.crops, plan.state, self.dataset)
 
     def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading | UserError]:
         """Answers in the order of the jobs."""

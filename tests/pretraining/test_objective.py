@@ -7,6 +7,7 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.pretraining.masking import fill_with_noise
 from bestrq.pretraining.objective import BestRQ, mask_rows, target_frame_mask
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
+from common.segments import Segments
 
 FACTOR = 4
 ENCODER = EncoderSettings(
@@ -67,7 +68,7 @@ def test_no_leak_with_everything_masked_the_input_cannot_reach_the_output():
     for seed in (0, 1):
         clean = random_mel(1, 60, ENCODER.num_mels, seed=seed)
         noisy = fill_with_noise(clean, mask, starts, lengths, seeds, 0.1)
-        outputs.append(model.encoder(noisy, model.encoder.layout(starts, lengths, 60)))
+        outputs.append(model.encoder(noisy, model.encoder.layout(Segments(starts, lengths, 60))))
     assert torch.equal(*outputs)
 
 

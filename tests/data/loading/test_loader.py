@@ -84,7 +84,7 @@ def test_a_batch_holds_the_normalised_frames_and_zeros_elsewhere(dataset: Datase
         for row in range(8):
             end = -4
             for slot, name in enumerate(batch.ids[row]):
-                start, length = int(batch.segment_start[row, slot]), int(batch.segment_length[row, slot])
+                start, length = int(batch.segments.start[row, slot]), int(batch.segments.length[row, slot])
                 assert start % 4 == 0 and start >= end + 4 and length >= 50
                 end = start + length
                 recording, stretch = name.split(":")
@@ -92,11 +92,11 @@ def test_a_batch_holds_the_normalised_frames_and_zeros_elsewhere(dataset: Datase
                 number = int(dataset.select(ids=[recording])[0])
                 expected = dataset.read_normalised(number, first, last)
                 assert np.array_equal(batch.log_mel[row, start:end].numpy(), expected)
-                drawn = draw(np.random.Generator(np.random.PCG64(int(batch.segment_seed[row, slot]))), length)
+                drawn = draw(np.random.Generator(np.random.PCG64(int(batch.segments.seed[row, slot]))), length)
                 assert np.array_equal(batch.mask[row, start:end].numpy(), drawn)
                 outside[row, start:end] = False
             unused = slice(len(batch.ids[row]), None)
-            assert not batch.segment_length[row, unused].any() and not batch.segment_start[row, unused].any()
+            assert not batch.segments.length[row, unused].any() and not batch.segments.start[row, unused].any()
         assert not batch.log_mel[outside].any() and not batch.mask[outside].any()
 
 
@@ -283,10 +283,10 @@ def test_a_substitute_fits_in_its_place_and_brings_its_own_text(tmp_path: Path) 
     for (batch,) in islice(loader(dataset, crops=crops), 8):
         assert torch.isfinite(batch.log_mel).all()
         for row, (ids, row_texts) in enumerate(zip(batch.ids, batch.text, strict=True)):
-            used = batch.segment_length[row] > 0
+            used = batch.segments.length[row] > 0
             assert used.sum() == len(ids) == len(row_texts)
             for name, text, begin, length in zip(
-                ids, row_texts, batch.segment_start[row][used], batch.segment_length[row][used], strict=True
+                ids, row_texts, batch.segments.start[row][used], batch.segments.length[row][used], strict=True
             ):
                 recording = int(name.split(":")[0][1:])
                 assert text == f"text of {recording}" and int(length) == LENGTHS[recording]
@@ -299,7 +299,7 @@ def test_where_nothing_can_be_read_rows_are_empty_until_the_limit(tmp_path: Path
     for recording in range(3):
         break_recording(dataset, recording)
     (batch,) = next(iter(loader(open_dataset(dataset.path), replace(SETTINGS, rows=2, max_quarantined=3))))
-    assert batch.segment_length.sum() == 0 and not batch.log_mel.any() and not any(map(len, batch.ids))
+    assert batch.segments.length.sum() == 0 and not batch.log_mel.any() and not any(map(len, batch.ids))
     with pytest.raises(UserError, match="3 recordings cannot be read"):
         next(iter(loader(open_dataset(dataset.path), replace(SETTINGS, rows=2, max_quarantined=2))))
 

@@ -149,7 +149,7 @@ def test_batches_of_a_mixture_have_the_numbers_of_their_dataset(one: Dataset, tw
                 start, stop = map(int, crop.split("-"))
                 source = by_name[folder]
                 expected = source.read_normalised(int(source.select(ids=[id])[0]), start, stop)
-                begin = int(batch.segment_start[row, slot])
+                begin = int(batch.segments.start[row, slot])
                 assert np.array_equal(batch.log_mel[row, begin : begin + stop - start].numpy(), expected)
                 seen.add(folder)
     assert seen == {"one", "two"}
