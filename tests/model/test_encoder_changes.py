@@ -13,6 +13,7 @@ from bestrq.recognition.ctc import CTCModel
 from bestrq.training.export import Export, read_export, write_export
 from common.config import from_dict, to_dict
 from common.errors import UserError
+from common.segments import Segments
 from data.features import FeatureSettings
 from pipelines.recogniser import EncoderChanges, load_recogniser, make_decoder
 from tests.scripts.test_evaluate import make_export
@@ -29,7 +30,7 @@ def log_probs(export: Export, changes: EncoderChanges) -> Tensor:
     assert isinstance(model, CTCModel)
     log_mel = torch.randn(1, 400, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model.log_probs(log_mel, torch.tensor([[0]]), torch.tensor([[400]]))
+        return model.log_probs(log_mel, Segments(torch.tensor([[0]]), torch.tensor([[400]]), 400))
 
 
 def test_an_encoder_trained_on_chunks_of_changing_length_takes_any_mask() -> None:

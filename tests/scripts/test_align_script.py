@@ -43,7 +43,7 @@ class Ears:
     def to(self, device: Any) -> "Ears":
         return self
 
-    def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    def log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
         return (6 * log_mel.unflatten(1, (-1, 4)).mean(dim=2)[..., : LETTERS.vocab_size]).log_softmax(dim=-1)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,9 @@ def same(a: Sequence[Batch], b: Sequence[Batch]) -> bool:
     """The same rows in the same order, however they are divided into batches."""
 
     def joined(batches: Sequence[Batch], name: str) -> torch.Tensor:
-        return torch.cat([getattr(batch, name) for batch in batches])
+        return torch.cat([attrgetter(name)(batch) for batch in batches])
 
-    names = ("log_mel", "segment_start", "segment_length", "segment_seed", "mask")
+    names = ("log_mel", "segments.start", "segments.length", "segments.seed", "mask")
     ids = [[row for batch in batches for row in batch.ids] for batches in (a, b)]
     return ids[0] == ids[1] and all(torch.equal(joined(a, name), joined(b, name)) for name in names)
 
