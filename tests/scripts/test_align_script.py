@@ -17,6 +17,7 @@ from bestrq.alignment.pieces import STAR
 from bestrq.long_form.inference import InferenceSettings
 from bestrq.training.process import World
 from common.errors import UserError
+from common.segments import Segments
 from common.text import label_text
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
