@@ -21,7 +21,7 @@ from bestrq.training.optimizer import OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
 from bestrq.training.run_folder import RunFolder, RunSettings
-from bestrq.training.update import GuardSettings
+from bestrq.training.step import GuardSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file

@@ -89,6 +89,6 @@ def validate(
         reference, hypothesis = score.reference, score.hypothesis
     model.train()
     if not sharded:
-        world.sum(counts)
+        counts = world.sum(counts)
     word_errors, num_words, character_errors, num_characters = counts.tolist()
     return Validation(word_errors / max(num_words, 1), character_errors / max(num_characters, 1), reference, hypothesis)

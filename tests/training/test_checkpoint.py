@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from bestrq.training import checkpoint as checkpoint_module
 from bestrq.training.checkpoint import (
     COMPLETE,
-    CheckpointError,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -288,7 +287,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_and_shapes_that_d
     other = Odd()
     other.block = nn.Linear(5, 8)
     other.more = nn.Linear(1, 1)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         load_checkpoint(tmp_path / "step-00000001", other, None, World())
     for part in ("more.weight is missing", "block.weight is [7, 5], but the model has [8, 5]", "model.safetensors"):
         assert part in str(caught.value)
@@ -307,7 +306,7 @@ def full_disk(world: World, folder: str) -> tuple[str, list[str], str]:
     try:
         save(Path(folder), 2, parts, world)
         message = ""
-    except CheckpointError as error:
+    except UserError as error:
         message = str(error)
     checkpoint_module.save_file = real
     left = sorted(os.listdir(folder))

@@ -25,8 +25,8 @@ from bestrq.training.process import (
     read_launch,
     start_world,
 )
+from bestrq.training.step import GuardSettings, StepGuard
 from bestrq.training.stop import STOP, StopRequest
-from bestrq.training.update import GuardSettings, UpdateGuard
 from common.errors import UserError
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
@@ -79,7 +79,7 @@ Curves = tuple[list[float], list[float], dict[str, Tensor]]
 def train(world: World, settings: DistributedSettings, accumulation: int) -> Curves:
     """Losses and gradient norms of some steps, and the whole gradients of the first."""
     model, optimizer = make(world, settings)
-    guard = UpdateGuard(GuardSettings())
+    guard = StepGuard(GuardSettings())
     losses, norms, first = [], [], {}
     for step in range(1, STEPS + 1):
         x, targets, counted = (part.chunk(world.size)[world.rank] for part in global_batch(step))
@@ -97,7 +97,7 @@ def train(world: World, settings: DistributedSettings, accumulation: int) -> Cur
         if step == 1:
             first = {name.removeprefix("module."): whole(p.grad).clone() for name, p in model.named_parameters()}
         set_learning_rates(optimizer, step, STEPS)
-        norms.append(guard.apply_update(model, optimizer, loss, 0.1, world).grad_norm)
+        norms.append(guard.apply(model, optimizer, loss, 0.1, world).grad_norm)
         losses.append(float(world.sum(loss)))
     return losses, norms, first
 
@@ -143,7 +143,7 @@ def test_bfloat16_under_ddp_and_fsdp_follows_float32_and_leaves_float32_gradient
 def bad_number_on_rank_1(world: World, strategy: str, where: str) -> tuple[list[bool], bool, bool]:
     model, optimizer = make(world, chosen(strategy))
     set_learning_rates(optimizer, 5, 10)
-    guard = UpdateGuard(GuardSettings())
+    guard = StepGuard(GuardSettings())
     applied, changed = [], []
     for step in range(3):
         before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
@@ -151,7 +151,7 @@ def bad_number_on_rank_1(world: World, strategy: str, where: str) -> tuple[list[
         bad_here = step == 1 and world.rank == 1
         (loss * math.nan if bad_here and where == "gradient" else loss).backward()
         reported = loss.detach() * math.nan if bad_here else loss.detach()
-        applied.append(guard.apply_update(model, optimizer, reported, 1.0, world).applied)
+        applied.append(guard.apply(model, optimizer, reported, 1.0, world).applied)
         now = [whole(parameter.detach()) for parameter in model.parameters()]
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, now, strict=True)))
     return applied, changed == applied, all(bool(p.detach().isfinite().all()) for p in now)

@@ -63,7 +63,6 @@ def test_a_torn_line_in_a_record_does_not_hide_the_others(tmp_path: Path) -> Non
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = MetricsLog(RunFolder(tmp_path / "run"), 0, World(rank=1))
     log.write(1, {"loss": 1.0})
-    log.flush()
     log.close()
     assert not (tmp_path / "run").exists()
 
@@ -149,7 +148,7 @@ def test_a_run_continues_only_with_what_it_began_with_but_for_the_free_fields(tm
     run.start(Whole(Part(width=4), workers=8), World(), free=["workers"], fingerprints={"training": "x"})
     with pytest.raises(UserError, match=r"part\.width was 4, is 5"):
         run.start(Whole(Part(width=5), workers=8), World(), free=["workers"])
-    with pytest.raises(UserError, match="began with training x, and now it is y"):
+    with pytest.raises(UserError, match="started with training x, and now it is y"):
         run.start(Whole(Part(width=4), workers=8), World(), fingerprints={"training": "y"})
     run.start(Whole(Part(width=6, rate=0.5), workers=8), World(), free=["part"])  # a section may be free as a whole
     run.config.unlink()
