@@ -62,9 +62,7 @@ def split_recordings(
     if not split or not settings.every_steps:
         return training, training[:0]
     if split == data.split:
-        raise UserError(
-            f"validation.split is {split!r}, which is trained on (data.split): give another split, or a share"
-        )
+        raise UserError(f"validation.split is {split!r}, the split to train on: give another split, or a share of it")
     try:
         return training, dataset.select(split=split)
     except UserError as error:
