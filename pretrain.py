@@ -9,7 +9,6 @@ Ctrl-C saves a checkpoint and exits after the current step. RUN_FOLDER/export ho
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from jsonargparse.typing import PositiveInt
 from torch import nn
 
 from bestrq.model.conformer import EncoderSettings
-from bestrq.pretraining.masking import MaskingSettings, draw_span_mask
+from bestrq.pretraining.masking import MaskingSettings
 from bestrq.pretraining.model_card import model_card
 from bestrq.pretraining.monitoring import (
     COUNTERS,
@@ -153,11 +152,7 @@ def train(config: Config) -> None:
     # ---- Loader. The rows of a step depend neither on world size nor on accumulation nor on workers ----
     packing = {"multiple": config.encoder.row_multiple, "row_gap": config.encoder.row_gap}
     shares = {"rank": world.rank, "world_size": world.size, "accumulation": config.accumulation}
-    draw_mask = partial(
-        draw_span_mask,
-        span_frames=round(config.masking.span_ms / dataset.features.hop_ms),
-        start_probability=config.masking.start_probability,
-    )
+    draw_mask = config.masking.draw_function(dataset.features.hop_ms)
     crops = config.data.mixed_order(
         dataset, training, lambda recordings, seed: CropOrder(dataset.frames, *lengths, seed, recordings)
     )
@@ -240,8 +235,7 @@ def train(config: Config) -> None:
                 rates = validate(parallel_model, dev_rows, config.distributed, world)
             metrics.write(state.step, rates, kind="dev")
             if world.is_main:
-                line = f"dev loss {rates['dev_loss']:.4f}  acc {rates['dev_accuracy']:.2%}"
-                print(f"step {state.step}/{config.run.steps}  {line}", flush=True)
+                print(console_line(state.step, config.run.steps, rates), flush=True)
 
         # ---- Checkpoint ----
         if is_checkpoint and not is_last:

@@ -6,7 +6,9 @@ N(0, 0.1) noise. "Mask probability" has a different meaning in every toolkit, so
 start probability per mel frame, and the realised share of masked frames is logged.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +33,11 @@ class MaskingSettings:
     def __post_init__(self) -> None:
         if self.span_ms < 10:
             raise UserError(f"masking.span_ms is {self.span_ms}: give at least one frame (10 ms), such as 400")
+
+    def draw_function(self, hop_ms: float) -> Callable[[np.random.Generator, int], np.ndarray]:
+        """`draw_span_mask` with these settings, for the loader; picklable."""
+        frames = round(self.span_ms / hop_ms)
+        return partial(draw_span_mask, span_frames=frames, start_probability=self.start_probability)
 
 
 def draw_span_mask(

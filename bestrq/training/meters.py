@@ -253,7 +253,7 @@ def start_line(model: nn.Module, source: str, precision: Precision, world: World
 
 
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """Aligned console line of those of `loss`, `accuracy`, `learning_rate`, `grad_norm` and rates that are given."""
+    """Aligned console line of the given losses, accuracies, learning rate, gradient norm and rates."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, form in _COLUMNS.items():
         if name in values:
@@ -279,7 +279,9 @@ def duration(seconds: float) -> str:
 
 _COLUMNS = {
     "loss": lambda value: f"loss {value:8.4f}",
+    "dev_loss": lambda value: f"dev loss {value:.4f}",
     "accuracy": lambda value: f"acc {value:6.2%}",
+    "dev_accuracy": lambda value: f"acc {value:6.2%}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "grad_norm": lambda value: f"grad {value:8.3g}",
     "audio_seconds_per_second": _audio,
