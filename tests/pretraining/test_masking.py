@@ -1,4 +1,4 @@
-"""Span masks and noise: shares, lengths, borders, and that they depend on the segment's seed alone."""
+"""Span masks and noise: shares, lengths, borders, and their dependence on the segment's seed only."""
 
 from dataclasses import dataclass, field
 
@@ -73,7 +73,7 @@ def test_a_single_span_is_exactly_400_ms():
 
 
 def test_noise_depends_on_the_segments_seed_only():
-    """The same segment in another row, at another place, beside another neighbour, gets the same noise."""
+    """The same segment in another row, at another position, beside another segment, gets the same noise."""
     log_mel = torch.ones(2, 40, 5)
     mask = torch.ones(2, 40, dtype=torch.bool)
     starts, lengths = torch.tensor([[0, 16], [8, 0]]), torch.tensor([[10, 12], [12, 0]])

@@ -1,4 +1,4 @@
-"""The training loops as a whole: resume, worlds, accumulation. All equalities are on the real scripts."""
+"""Training loops: resume, world sizes, accumulation. All tests run the real scripts."""
 
 import json
 import re
@@ -59,10 +59,10 @@ def run(script: str, dataset: Path, folder: Path, *more: str) -> None:
     module.train(parse(module.Config, arguments(script, dataset, folder, *more)))
 
 
-def stop_after(monkeypatch, updates: int) -> None:
-    """The next run stops after so many updates, as if somebody had asked it to."""
-    asked = iter([False] * updates)
-    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(asked, True))
+def stop_after(monkeypatch, steps: int) -> None:
+    """Make the next run stop after a number of steps, as after a request to stop."""
+    answers = iter([False] * steps)
+    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(answers, True))
 
 
 def final_weights(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
@@ -114,9 +114,9 @@ def test_interrupted_twice_and_continued_with_other_workers_is_the_same(
     script, dataset, undisturbed, tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
-    for updates, workers in ((2, 0), (1, 2)):
+    for steps, workers in ((2, 0), (1, 2)):
         with monkeypatch.context() as patch:
-            stop_after(patch, updates)
+            stop_after(patch, steps)
             run(script, dataset, folder, f"--data.num_workers={workers}")
     run(script, dataset, folder, "--data.num_workers=1")
     assert_identical(final_weights(folder), final_weights(undisturbed[script]))
@@ -124,7 +124,7 @@ def test_interrupted_twice_and_continued_with_other_workers_is_the_same(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_without_warning_and_continued_is_the_same(script, dataset, undisturbed, tmp_path):
-    """SIGKILL as soon as the second checkpoint is complete: wherever in the next update that falls."""
+    """SIGKILL as soon as the second checkpoint is complete, at any point of the next step."""
     folder = tmp_path / "run"
     command = [sys.executable, f"{script}.py", *arguments(script, dataset, folder, "--checkpoint.every_steps=1")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
@@ -187,21 +187,23 @@ def without_dropout(dataset, tmp_path_factory) -> dict[str, Path]:
 def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(
     script, world_size, more, dataset, without_dropout, tmp_path
 ):
-    """Losses of ten updates agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
+    """Losses of ten steps agree to a relative 2e-4 in float32 without dropout: only the summation order differs."""
     reference, folder = without_dropout[script], tmp_path / "spread"
     if world_size == 1:
         run(script, dataset, folder, *EXACT[script], *more)
     else:
         run_distributed(run_in_world, world_size, script, arguments(script, dataset, folder, *EXACT[script], *more))
     assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
-    ours, theirs = final_weights(folder, 10), final_weights(reference, 10)
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+    weights, expected = final_weights(folder, 10), final_weights(reference, 10)
+    for name in expected:
+        torch.testing.assert_close(
+            weights[name], expected[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
 def test_fsdp_in_bfloat16_trains_and_validates(script, dataset, tmp_path):
-    """The blocks' weights are bfloat16 there, in validation too."""
+    """The blocks' weights are bfloat16, in validation too."""
     steps = ["--distributed.precision=bfloat16", "--run.steps=1"]
     options = arguments(script, dataset, tmp_path / "run", *steps, "--distributed.strategy=fsdp")
     run_distributed(run_in_world, 2, script, options)
@@ -229,7 +231,7 @@ def test_another_configuration_in_the_same_folder_is_refused(script, dataset, un
 
 
 def test_a_run_goes_on_after_an_upgrade_that_brought_new_settings(dataset, undisturbed, tmp_path):
-    """They have their defaults; another value is another configuration."""
+    """New settings have their defaults; another value is another configuration."""
     copy = shutil.copytree(undisturbed["pretrain"], tmp_path / "run")
     settings = yaml.safe_load((copy / "config.yaml").read_text())
     del settings["guard"], settings["encoder"]["rotary_interpolation"]
@@ -256,7 +258,7 @@ def test_other_features_are_refused_by_name(script, undisturbed, tmp_path):
     other = make_dataset(tmp_path / "other", recordings=30, low_hz=50.0)
     copy = tmp_path / "run"
     shutil.copytree(undisturbed[script], copy)
-    config = (copy / "config.yaml").read_text()  # the same place, other features there
+    config = (copy / "config.yaml").read_text()  # the same path, other features
     (copy / "config.yaml").write_text(re.sub(r"(?m)^  dataset: .*", f"  dataset: {other}", config))
     with pytest.raises(UserError, match=r"features.low_hz 20.0, and now it is 50.0"):
         run(script, other, copy)
@@ -297,7 +299,7 @@ def test_labels_outside_the_tokenizer_are_refused_before_training(dataset, tmp_p
 @pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
 @pytest.mark.parametrize("start", ["export", "checkpoints/step-00000005"])
 def test_fine_tuning_starts_from_the_pretrained_encoder(script, start, dataset, undisturbed, tmp_path):
-    """With a learning rate of nearly nothing the encoder stays what the export holds, but for the fresh top block."""
+    """At a negligible learning rate the encoder equals the export, except for the re-initialised top block."""
     init = undisturbed["pretrain"] / start
     options = [f"--finetune.init={init}", "--finetune.reinitialise_top_blocks=1", "--optimizer.learning_rate=1e-12"]
     run(script, dataset, tmp_path / "run", *options)
@@ -318,10 +320,10 @@ def test_stages_of_a_curriculum_have_their_rows_and_as_many_frames_an_update(dat
     original = finetuning.Updates.__iter__
 
     def noted(self):
-        for update in original(self):
-            shapes.append([tuple(batch.log_mel.shape[:2]) for batch in update])
-            longest.append(max(int(batch.segments.length.max()) for batch in update))
-            yield update
+        for batches in original(self):
+            shapes.append([tuple(batch.log_mel.shape[:2]) for batch in batches])
+            longest.append(max(int(batch.segments.length.max()) for batch in batches))
+            yield batches
 
     monkeypatch.setattr(finetuning.Updates, "__iter__", noted)
     stages = "[{after_step: 1, row_frames: 800, max_seconds: 7}, {after_step: 3, row_frames: 1600, max_seconds: 9}]"
@@ -377,7 +379,7 @@ def test_a_validation_is_saved_before_it_is_printed(script, dataset, tmp_path, m
 
 
 def start_run(script, places: list[str], folder: Path, monkeypatch, *more: str) -> None:
-    """The first two updates."""
+    """Run the first two steps."""
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         continue_run(script, places, folder, *more)

@@ -1,4 +1,4 @@
-"""The record of a run, its rates, its console line, and the run folder."""
+"""Metrics, rates, console lines and run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step, AdamW's groups, seeds, and the guard against bad numbers."""
+"""Learning rates as a function of the step, AdamW's groups, seeds, and the guard against non-finite numbers."""
 
 from __future__ import annotations
 
