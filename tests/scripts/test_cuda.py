@@ -126,10 +126,9 @@ def test_flex_in_bfloat16_is_as_exact_as_plain_products_and_softmax(
     qkv, bias = inputs(2, position, head_dim, exact_layout.valid.shape[1])
     exact = attend(exact_layout, qkv, bias, "reference", torch.float64)
     ours = attend(layout_on(device, "flex", torch.float32, **settings), qkv, bias, "flex", torch.bfloat16)
+    # The definition has no shared heads.
     rough_layout = layout_on("cpu", "dense", torch.float32, **settings)
-    qkv = torch.cat(
-        (qkv[:, :, :HEADS], qkv[:, :, HEADS:].repeat_interleave(2, dim=2)), dim=2
-    )  # the definition has no shared heads
+    qkv = torch.cat((qkv[:, :, :HEADS], qkv[:, :, HEADS:].repeat_interleave(2, dim=2)), dim=2)
     rough = attend(rough_layout, qkv, bias, "dense", torch.bfloat16)
     shared = rough[1][:, :, HEADS:].unflatten(2, (-1, 2)).sum(dim=3)
     rough[1] = torch.cat((rough[1][:, :, :HEADS], shared), dim=2)
