@@ -197,7 +197,8 @@ def test_all_ranks_agree_on_sums_flags_json_and_on_a_stop_that_one_rank_saw(tmp_
     for answers in run_distributed(agreements, 2, str(tmp_path)):
         assert answers == {
             "sum": (3.0, True), "max": -2.0, "any": (True, False),
-            "broadcast": {"n\u00e4me": [1, 2.5, None], "rank": 0}, "nothing": None, "before": False, "after": True, "file": True, "left": ["REQUEUE"]}  # fmt: skip
+            "broadcast": {"n\u00e4me": [1, 2.5, None], "rank": 0}, "nothing": None,
+            "before": False, "after": True, "file": True, "left": ["REQUEUE"]}  # fmt: skip
 
 
 def fail_on_rank_1(world: World) -> None:
