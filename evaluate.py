@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from bestrq.training.process import World
 from common.config import parse, run_main
 from common.errors import UserError
-from pipelines.evaluation import open_export, prepare, read_references, run_evaluation
-from pipelines.evaluation_settings import Config, evaluation_of
+from data.format.dataset import Dataset
+from pipelines.evaluation import check_evaluations, open_export, read_references, run_evaluation
+from pipelines.evaluation_settings import Config, Evaluation, evaluation_of
 from pipelines.recogniser import start_inference
 
 
@@ -30,12 +31,17 @@ def evaluate(config: Config, world: World) -> None:
     """Run the evaluation. All processes call it."""
     # Errors in the settings and files are raised here, before any work.
     references = read_references(config)
-    dataset = references.dataset
-    export, recogniser = open_export(config.export, dataset)
-    evaluation = evaluation_of(config, export, dataset.features.frames_per_second)
-    [evaluation] = prepare([evaluation], export, recogniser, config, dataset, world)
+    evaluation = prepare_evaluation(config, references.dataset, world)
 
     run_evaluation(evaluation, references, config, world)
+
+
+def prepare_evaluation(config: Config, dataset: Dataset, world: World) -> Evaluation:
+    """The evaluation with its keys. Raises UserError for settings that do not fit the export."""
+    export, recogniser = open_export(config.export, dataset)
+    evaluation = evaluation_of(config, export, dataset.features.frames_per_second)
+    [evaluation] = check_evaluations([evaluation], export, recogniser, config, dataset, world)
+    return evaluation
 
 
 def parse_command(argv: Sequence[str] | None = None) -> Config:

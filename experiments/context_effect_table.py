@@ -147,9 +147,7 @@ def main() -> None:
         "--own", nargs=2, required=True, metavar="NAME=SECONDS", help="the two models with their training contexts"
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument(
-        "--resamples", type=int, default=10_000, help="bootstrap resamples for the confidence intervals"
-    )
+    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap resamples for the intervals")
     arguments = parser.parse_args()
     numbers = effect(read_cells(arguments.results), parse_own(arguments.own), arguments.resamples)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     python experiments/long_context_table.py --folder runs/long-context
 
-FOLDER/results/SET/MODEL has the evaluation of each model with its training context, FOLDER/cross/SET those of each model
-with each context. Prints and writes FOLDER/table.md, and writes FOLDER/table.csv, one row per evaluation.
+FOLDER/results/SET/MODEL has the evaluation of a model with its training context, FOLDER/cross/SET those of each model
+with each context. Prints and writes FOLDER/table.md, and writes FOLDER/table.csv with one row per evaluation.
 """
 
 import argparse

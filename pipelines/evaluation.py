@@ -96,20 +96,20 @@ def select_recordings(dataset: Dataset, settings: DataSettings, has_stm: bool = 
 
 
 def open_export(path: str, dataset: Dataset) -> tuple[Export, Recogniser]:
-    """An export and its model. Raises UserError if it is no recogniser or was trained on other features."""
+    """An export and its model. Raises UserError if it is not a recogniser or was trained on other features."""
     export = read_export(path)
     recogniser = load_recogniser(export)
     check_features(recogniser.features, dataset)
     return export, recogniser
 
 
-def prepare(
+def check_evaluations(
     evaluations: Iterable[Evaluation], export: Export, recogniser: Recogniser, config: Config, dataset: Dataset,
     world: World,
 ) -> list[Evaluation]:  # fmt: skip
-    """Evaluations of one export, with keys. All processes call it.
+    """The evaluations of one export, with their keys. All processes call it.
 
-    Raises UserError, before any decoding, if a mode, decoder and attention mask do not go together.
+    Raises UserError if a mode, decoder and attention mask do not go together: each combination decodes some noise.
     """
     evaluations = list(evaluations)
     kinds = {(e.inference.mode, e.decoder, e.encoder.mask): e for e in evaluations}

@@ -45,7 +45,7 @@ from bestrq.training.export import read_export
 from bestrq.training.process import World
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
-from common.files import read_json_object, replace_file
+from common.files import read_json_object, replace_file, write_file, write_json
 from common.text import label_words
 from data.format.dataset import Dataset, open_dataset
 from data.shards.derive import Entry, derive
@@ -326,9 +326,8 @@ def finish(
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted here
         derive(folder, entries(dataset, results, recordings), name=Path(config.out).name)
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in unaligned)
-        for name, content in ((UNALIGNED, lines), (SUMMARY, json.dumps(summary, indent=1) + "\n")):
-            with replace_file(folder / name) as file:
-                file.write(content.encode())
+        write_file(folder / UNALIGNED, lines)
+        write_json(folder / SUMMARY, summary)
         os.replace(folder, config.out)
     print(
         f"aligned: {totals['recordings']:,} recordings, {totals['seconds'] / 3600:,.1f} h, {totals['words']:,} words "

@@ -32,8 +32,16 @@ from bestrq.training.export import Export
 from bestrq.training.process import World
 from common.config import from_dict, parse, run_main
 from common.errors import UserError
+from data.format.dataset import Dataset
 from pipelines import evaluation_settings
-from pipelines.evaluation import References, is_finished, open_export, prepare, read_references, run_evaluation
+from pipelines.evaluation import (
+    References,
+    check_evaluations,
+    is_finished,
+    open_export,
+    read_references,
+    run_evaluation,
+)
 from pipelines.evaluation_settings import Evaluation, evaluation_of, run_name
 from pipelines.recogniser import start_inference
 
@@ -97,16 +105,7 @@ def sweep(config: Config, world: World) -> None:
     """Evaluate all configurations, and report on them. All processes call it."""
     # Errors in the settings and files are raised here, before any work.
     references = read_references(config)
-    dataset = references.dataset
-    evaluations = []
-    for path in config.exports:
-        export, recogniser = open_export(path, dataset)
-        configurations = evaluations_of(config, export, dataset.features.frames_per_second)
-        evaluations += prepare(configurations, export, recogniser, config, dataset, world)
-    out = Path(config.out)
-    evaluations = in_folders(evaluations)
-    folders = world.broadcast([evaluation.folder for evaluation in in_earlier_folders(evaluations, out)])
-    evaluations = [replace(e, folder=folder) for e, folder in zip(evaluations, folders, strict=True)]
+    evaluations = prepare_evaluations(config, references.dataset, world)
 
     part = config.grid.select_part(evaluations)
     for number, evaluation in enumerate(part, 1):
@@ -116,6 +115,20 @@ def sweep(config: Config, world: World) -> None:
     if world.is_main:
         report(evaluations, references, config)
     world.barrier()
+
+
+def prepare_evaluations(config: Config, dataset: Dataset, world: World) -> list[Evaluation]:
+    """All evaluations with their keys and folders. Raises UserError for settings that do not fit an export."""
+    evaluations: list[Evaluation] = []
+    for path in config.exports:
+        export, recogniser = open_export(path, dataset)
+        configurations = evaluations_of(config, export, dataset.features.frames_per_second)
+        evaluations += check_evaluations(configurations, export, recogniser, config, dataset, world)
+    evaluations = in_folders(evaluations)
+    # Only rank 0 looks at --out, which other ranks may see in another state on a network file system.
+    placed = in_earlier_folders(evaluations, Path(config.out)) if world.is_main else evaluations
+    folders = world.broadcast([evaluation.folder for evaluation in placed])
+    return [replace(e, folder=folder) for e, folder in zip(evaluations, folders, strict=True)]
 
 
 def evaluations_of(config: Config, export: Export, frames_per_second: float) -> list[Evaluation]:

@@ -228,7 +228,7 @@ def test_an_interrupted_alignment_continues(
         with open(log, "ab") as file:  # a killed process leaves an incomplete line
             file.write(b'{"number": 3, "wor')
     # Interrupted again before the summary is written.
-    monkeypatch.setattr(script, "replace_file", None)
+    monkeypatch.setattr(script, "write_json", None)
     with pytest.raises(TypeError):
         run(config, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()

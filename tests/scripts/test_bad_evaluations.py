@@ -111,13 +111,13 @@ def test_a_language_without_its_own_rules_gets_the_general_ones_as_the_report_no
     export: str, tmp_path: Path
 ) -> None:
     texts = {"cy": "Dw i'n HOFFI coffi!", "en": "I don't like colour", "": "ana"}
-    rows = [(Recording(f"said-{code}", text, language=code), noise(150)) for code, text in texts.items()]
+    rows = [(Recording(f"text-{code}", text, language=code), noise(150)) for code, text in texts.items()]
     results = evaluate(export, make_dataset(tmp_path / "data", rows), tmp_path / "out")
     references = {row["id"]: (row["normaliser"], row["reference"]) for row in results["recordings"]}
     assert references == {
-        "said-cy": ("unicode", "dw i n hoffi coffi"),
-        "said-en": ("whisper-english", "i do not like color"),
-        "said-": ("unicode", "ana"),
+        "text-cy": ("unicode", "dw i n hoffi coffi"),
+        "text-en": ("whisper-english", "i do not like color"),
+        "text-": ("unicode", "ana"),
     }
     assert results["normalisers"].keys() == {"unicode", "whisper-english"}
     assert results["normalisers"]["unicode"]["languages"] == ["", "cy"]
@@ -151,19 +151,19 @@ def test_short_silent_and_long_recordings_are_scored_in_every_mode(way: str, tmp
     results = evaluate(
         make_export(tmp_path, kind), make_dataset(tmp_path / "data", rows), tmp_path / "out", inference, decoder=decoder
     )
-    found = {row["id"]: row for row in results["recordings"]}
-    assert found.keys() == {recording.id for recording, _ in rows} and found["long"]["hypothesis"]
-    for name, row in found.items():
-        said = 0 if "silence" in name else 3 if name == "long" else 2
-        assert row["word_hits"] + row["word_substitutions"] + row["word_deletions"] == said
-        assert (row["wer"] is None) == (said == 0)
+    by_id = {row["id"]: row for row in results["recordings"]}
+    assert by_id.keys() == {recording.id for recording, _ in rows} and by_id["long"]["hypothesis"]
+    for name, row in by_id.items():
+        num_words = 0 if "silence" in name else 3 if name == "long" else 2
+        assert row["word_hits"] + row["word_substitutions"] + row["word_deletions"] == num_words
+        assert (row["wer"] is None) == (num_words == 0)
     total = results["scores"]["all"]
-    errors = sum(row[f"word_{kind}"] for row in found.values() for kind in ("substitutions", "deletions", "insertions"))
+    errors = sum(row[f"word_{kind}"] for row in by_id.values() for kind in ("substitutions", "deletions", "insertions"))
     assert total["wer"] == pytest.approx(errors / 7) and total["num_recordings"] == 5
 
 
 def test_a_recording_within_a_window_has_the_same_transcript_in_every_mode(export: str, tmp_path: Path) -> None:
-    rows = [(Recording(f"said-{frames}", "ana"), noise(frames, frames)) for frames in (1, 10, 77, 199, 200)]
+    rows = [(Recording(f"text-{frames}", "ana"), noise(frames, frames)) for frames in (1, 10, 77, 199, 200)]
     dataset = make_dataset(tmp_path / "data", rows)
     modes: list[Mode] = ["buffered", "averaged", "stitched", "whole"]
     found = [
@@ -182,7 +182,7 @@ def test_non_finite_features_name_the_recording_and_keep_the_others(export: str,
     """As after a disk fault, since DatasetWriter refuses such values."""
     with pytest.raises(UserError, match="'bad': log-mel with NaN or infinite values"):
         make_dataset(tmp_path / "never", [(Recording("bad", "ana"), np.full((50, 80), np.nan, np.float32))])
-    rows = [(Recording(f"said-{n}", "ana"), noise(300 - 10 * n, n)) for n in range(8)]
+    rows = [(Recording(f"text-{n}", "ana"), noise(300 - 10 * n, n)) for n in range(8)]
     dataset = make_dataset(tmp_path / "data", rows)
     whole = evaluate(export, dataset, tmp_path / "whole")
     values = open_dataset(dataset).read(7)
@@ -191,11 +191,11 @@ def test_non_finite_features_name_the_recording_and_keep_the_others(export: str,
     place = good.index(values[100].tobytes())
     shard.write_bytes(good[:place] + b"\xff\x7f" + good[place + 2 :])
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="said-7"):
+    with pytest.raises(UserError, match="text-7"):
         evaluate(export, dataset, out)
     assert not (out / "results.json").exists()
     kept = "".join(path.read_text() for path in out.rglob("*.jsonl"))
-    assert "said-0" in kept and "said-7" not in kept
+    assert "text-0" in kept and "text-7" not in kept
     shard.write_bytes(good)
     assert evaluate(export, dataset, out)["recordings"] == whole["recordings"]
 
@@ -222,17 +222,17 @@ def spied(original: Any, into: list[Source], decoder: Decoder, sources: Any, *ar
 def test_features_of_audio_are_those_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"num_mels": 40, "high_hz": 4000.0, "hop_ms": 8.0, "mel_scale": "slaney"}
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(scale=0.1, size=12000), 16000)
-    heard: list[Source] = []
-    monkeypatch.setattr(transcribe, "decode_recordings", partial(spied, transcribe.decode_recordings, heard))
+    sources: list[Source] = []
+    monkeypatch.setattr(transcribe, "decode_recordings", partial(spied, transcribe.decode_recordings, sources))
     config = transcribe.Config(
         make_export(tmp_path, **changes), str(tmp_path / "a.wav"), str(tmp_path / "out"), device="cpu"
     )
     assert transcribe.transcribe(config, World()) == 0
     expected = extract(FileSource(Recording("a"), tmp_path / "a.wav"), FeatureSettings(**changes))
-    assert isinstance(expected, Extracted) and len(expected.log_mel) == heard[0].num_frames
+    assert isinstance(expected, Extracted) and len(expected.log_mel) == sources[0].num_frames
     log_mel = expected.log_mel.astype(np.float64)
     normal = (log_mel - log_mel.mean(axis=0)) / log_mel.std(axis=0)
-    assert np.allclose(heard[0].read_mel(0, heard[0].num_frames).numpy(), normal, atol=0.01)
+    assert np.allclose(sources[0].read_mel(0, sources[0].num_frames).numpy(), normal, atol=0.01)
 
 
 def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
@@ -251,11 +251,11 @@ def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
     with pytest.raises(SystemExit) as ended:
         run_main(transcribe.main)
     assert ended.value.code == 1
-    told = capsys.readouterr()
-    assert "99 of 100 files are transcribed" in told.out
-    headline, reason = told.err.strip().splitlines()
+    printed = capsys.readouterr()
+    assert "99 of 100 files are transcribed" in printed.out
+    headline, reason = printed.err.strip().splitlines()
     assert headline == "error: 1 of 100 audio files could not be transcribed:" and reason.strip().startswith("042: ")
-    assert "Traceback" not in told.err
+    assert "Traceback" not in printed.err
     names = [f"{number:03}" for number in range(100) if number != 42]
     for form in ("txt", "json"):
         assert sorted(path.stem for path in (tmp_path / "out").glob(f"*.{form}")) == names

@@ -80,16 +80,16 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 def spy(monkeypatch: pytest.MonkeyPatch, module: Any) -> dict[int, Any]:
     """Tokens that a module decodes, by the length of the recording in frames; filled while it runs."""
-    found: dict[int, Any] = {}
+    decoded: dict[int, Any] = {}
     original = module.decode_recordings
 
     def spied(decoder: Any, sources: Any, *arguments: Any) -> Iterator[Any]:
         for index, tokens in original(decoder, sources, *arguments):
-            found[sources[index].num_frames] = tokens
+            decoded[sources[index].num_frames] = tokens
             yield index, tokens
 
     monkeypatch.setattr(module, "decode_recordings", spied)
-    return found
+    return decoded
 
 
 @pytest.mark.parametrize("normalisation", ["recording", "dataset"])
@@ -120,7 +120,7 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
 
 
 def test_every_format_has_the_same_words(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     assert transcribe(setup, tmp_path) == 0
     expected = {f"{name}.{form}" for name in NAMES for form in FORMATS.split(",")}
     assert set(files_of(tmp_path)) == expected
@@ -130,7 +130,7 @@ def test_every_format_has_the_same_words(setup: script.Config, tmp_path: Path, m
         text = " ".join(content["text"].split())
         words = [word["word"] for word in content["words"]]
         assert " ".join(words) == text and content["id"] == name
-        tokens = found[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
+        tokens = decoded[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
         assert {word["start"] for word in content["words"]} <= {round(0.04 * first, 3) for first in tokens.first_frame}
         ends = {min(round(0.04 * (n + 1), 3), content["seconds"]) for n in tokens.last_frame}
         assert {word["end"] for word in content["words"]} <= ends
@@ -164,23 +164,23 @@ def test_a_broken_file_fails_alone(
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(script, "start_inference", lambda *settings: World())
     assert script.main() == 1
-    told = capsys.readouterr().err
-    assert "error: 5 of 11 audio files could not be transcribed:" in told
-    reasons = dict(line.strip().split(": ", 1) for line in told.splitlines()[1:])
-    assert set(reasons) == set(bad) and "no such" not in told
+    printed = capsys.readouterr().err
+    assert "error: 5 of 11 audio files could not be transcribed:" in printed
+    reasons = dict(line.strip().split(": ", 1) for line in printed.splitlines()[1:])
+    assert set(reasons) == set(bad) and "no such" not in printed
     for name, reason in {"nan": "NaN", "empty": "0 bytes", "blink": "too short", "cut": "cut.flac"}.items():
         assert reason in reasons[name]
-    found = files_of(tmp_path / "out")
-    failed = [json.loads(line) for line in found.pop(script.FAILED).splitlines()]
+    contents = files_of(tmp_path / "out")
+    failed = [json.loads(line) for line in contents.pop(script.FAILED).splitlines()]
     paths = [
         str(path) for path in sorted(talks.rglob("*")) if path.relative_to(talks).with_suffix("").as_posix() in bad
     ]
     assert [one["path"] for one in failed] == paths and len(paths) == 5
-    assert found == files_of(tmp_path / "whole")
+    assert contents == files_of(tmp_path / "whole")
     # Deleted files are no longer listed as failed.
     for path in paths:
         os.unlink(path)
-    assert script.main() == 0 and files_of(tmp_path / "out") == found
+    assert script.main() == 0 and files_of(tmp_path / "out") == contents
 
 
 def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
@@ -247,8 +247,8 @@ def test_a_problem_with_a_file_or_its_transcript_path_only_fails_that_file(
         for name in [*NAMES, *good]:
             assert (out / f"{name}.txt").is_file() and json.loads((out / f"{name}.json").read_text())["words"]
         assert not list(out.rglob(".*"))
-    told = capsys.readouterr().err if processes == 1 else "error: 8 of 19 audio files"
-    assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in told
+    printed = capsys.readouterr().err if processes == 1 else "error: 8 of 19 audio files"
+    assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in printed
 
 
 def test_a_file_deleted_while_others_are_transcribed_fails_alone(
@@ -288,8 +288,8 @@ def test_suspect_audio_is_transcribed_with_a_warning_and_flac_may_lack_a_sample_
     sound, _ = soundfile.read(tmp_path / "talks/a.flac")
     soundfile.write(tmp_path / "talks/inverted.wav", np.stack([sound, -sound], axis=1), 16000)
     assert transcribe(setup, tmp_path / "out", audio=str(tmp_path / "talks"), formats="txt,json") == 0
-    told = capsys.readouterr().err
-    assert told.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in told
+    printed = capsys.readouterr().err
+    assert printed.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in printed
     assert (tmp_path / "out/inverted.txt").is_file()
     assert (tmp_path / "out/a.txt").read_text() == (tmp_path / "out/b.txt").read_text()
     assert json.loads((tmp_path / "out/b.json").read_text())["seconds"] == 2.01
@@ -302,25 +302,25 @@ def test_a_second_run_transcribes_only_what_has_changed(
     config = replace(setup, audio=str(talks))
     transcribe(config, out)
     first = files_of(out)
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     larger = replace(config.inference, batch_seconds=60.0)
-    assert transcribe(config, out, inference=larger) == 0 and not found and files_of(out) == first
+    assert transcribe(config, out, inference=larger) == 0 and not decoded and files_of(out) == first
     make_sound(talks / "day1/talk.wav", 2.5, seed=9)  # another recording of that name
     (out / "long.srt").unlink()
-    assert transcribe(config, out) == 0 and sorted(found) == [251, 901]
+    assert transcribe(config, out) == 0 and sorted(decoded) == [251, 901]
     changed = {name for name, content in files_of(out).items() if content != first[name]}
     assert {name.partition(".")[0] for name in changed} == {"day1/talk"}
     transcribe(config, out, inference=replace(config.inference, context_seconds=1.0))
-    assert len(found) == len(NAMES)
+    assert len(decoded) == len(NAMES)
 
 
 def test_other_files_in_an_export_change_nothing(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transcribe(setup, tmp_path / "out")
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     assert transcribe(setup, tmp_path / "out", export=with_litter(setup.export, tmp_path / "export")) == 0
-    assert not found
+    assert not decoded
 
 
 def test_an_interrupted_run_continues(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,9 +340,9 @@ def test_an_interrupted_run_continues(setup: script.Config, tmp_path: Path, monk
     with open(out / "transcribed-00003.jsonl", "w") as file:  # a killed process leaves an incomplete line
         file.write('{"name": "short", "key": "another", "reason": ""}\n{"name": "sil')
     monkeypatch.setattr(script, "write_transcript", original)
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     assert transcribe(setup, out) == 0
-    assert len(found) == len(NAMES) - 2 and files_of(out) == files_of(tmp_path / "whole")
+    assert len(decoded) == len(NAMES) - 2 and files_of(out) == files_of(tmp_path / "whole")
     state = [json.loads(line)["name"] for line in (out / script.STATE).read_text().splitlines()]
     assert sorted(state) == NAMES
 
