@@ -119,10 +119,10 @@ def lines(path: str, language: str) -> Iterator[tuple[str, str]]:
 
 
 def encode(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, source: str) -> list[list[int]]:
-    """Token ids of texts. Texts that are empty are left out, and so are those that the tokenizer cannot encode, whose
-    number is printed.
+    """Token ids of texts.
 
-    Raises UserError if none is left.
+    Empty texts and texts that the tokenizer cannot encode are left out; the number of the latter is printed. Raises
+    UserError if no text is left.
     """
     encoded, refused, empty = [], [], 0
     for name, text in texts:
