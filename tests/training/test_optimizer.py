@@ -77,9 +77,9 @@ class Config:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("optimizer.learning_rate", "0.0"), ("optimizer.final_fraction", "1.5"), ("optimizer.clip_norm", "-1.0"),
-     ("optimizer.warmup_steps", "-1"), ("guard.max_bad_updates", "0"), ("guard.spike_window", "7"), ("guard.spike_sigma", "0.0"),
-     ("run.steps", "0"), ("run.log_every", "0"), ("checkpoint.every_steps", "0"), ("checkpoint.keep_last", "0"),
-     ("distributed.threads", "-1"), ("distributed.timeout_minutes", "0.0")],
+     ("optimizer.warmup_steps", "-1"), ("guard.max_bad_updates", "0"), ("guard.spike_window", "7"),
+     ("guard.spike_sigma", "0.0"), ("run.steps", "0"), ("run.log_every", "0"), ("checkpoint.every_steps", "0"),
+     ("checkpoint.keep_last", "0"), ("distributed.threads", "-1"), ("distributed.timeout_minutes", "0.0")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name_and_value(name: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is {value}: (expected|give)"):
