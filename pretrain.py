@@ -17,18 +17,18 @@ from torch import nn
 
 from bestrq.model.conformer import EncoderSettings
 from bestrq.pretraining.masking import MaskingSettings
-from bestrq.pretraining.model_card import model_card
-from bestrq.pretraining.monitoring import (
+from bestrq.pretraining.objective import BestRQ, MaskedRows, flops_per_row, frame_counts, mask_rows, validate
+from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
+from bestrq.pretraining.reporting import (
     COUNTERS,
     codebook_figures,
     count_codes,
     interval_means,
+    model_card,
     save_codebook_usage,
     save_pictures,
     warn_of_collapse,
 )
-from bestrq.pretraining.objective import BestRQ, MaskedRows, flops_per_row, frame_counts, mask_rows, validate
-from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.training.checkpoint import (
     Checkpoint,
     CheckpointSettings,
