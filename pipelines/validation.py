@@ -1,10 +1,11 @@
-"""Error rates on held-out recordings during training."""
+"""Validation during fine-tuning: error rates on held-out recordings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
 from bestrq.long_form.inference import InferenceSettings, Source
@@ -12,7 +13,6 @@ from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.scoring.word_errors import score_recording
 from bestrq.training.process import World
-from common.errors import UserError
 
 
 @dataclass
@@ -20,24 +20,18 @@ class ValidationSettings:
     """Word and character error rates on held-out recordings during training."""
 
     split: str = "dev"
-    """split of the dataset that is decoded"""
-    every_steps: int = 500
-    """updates between two validations; there is also one at the end"""
-    max_recordings: int = 0
-    """decode the first so many recordings only; 0 takes all"""
+    """split of the dataset to decode"""
+    every_steps: PositiveInt = 500
+    """steps between validations; the last step has one too"""
+    max_recordings: NonNegativeInt = 0
+    """number of recordings to decode, the first ones of the split; 0 takes all"""
     best_by: Literal["wer", "cer"] = "wer"
-    """error rate by which the best checkpoint is chosen"""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise UserError(f"validation.every_steps is {self.every_steps}: give 1 or more")
-        if self.max_recordings < 0:
-            raise UserError(f"validation.max_recordings is {self.max_recordings}: give 0 (all) or more")
+    """error rate that selects the best checkpoint"""
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """A recording to decode, and what was said in it."""
+    """Held-out recording and its reference."""
 
     id: str
     source: Source
@@ -47,7 +41,7 @@ class Heldout:
 
 @dataclass(frozen=True)
 class Validation:
-    """Corpus rates over all ranks, and one recording to look at."""
+    """Corpus error rates over all ranks, and the last recording of this rank as an example."""
 
     wer: float
     cer: float
@@ -64,31 +58,31 @@ def validate(
     frames_per_second: float,
     world: World,
 ) -> Validation:
-    """Decode held-out recordings, split over the ranks, and leave the model in training mode.
+    """Decode held-out recordings, distributed over the ranks, and leave the model in training mode.
 
-    The model is the plain one or FSDP's: every rank decodes its own recordings, so under FSDP2, whose forward is a
-    collective, all ranks go through the same number of batches: each decodes everything.
+    With DDP, every rank decodes its share with the unwrapped model. With FSDP2, whose forward is a collective, ranks
+    need equal numbers of batches, so every rank decodes all recordings.
 
     Args:
-        recordings: the same on all ranks, of similar length side by side.
-        decoder: of the model.
-        text_of: token ids to text.
+        decoder: decoder of the model.
+        recordings: the same on all ranks, sorted by length.
+        text_of: converts token ids to text.
     """
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    mine = list(recordings) if sharded else list(recordings[world.rank :: world.size])
+    recordings = list(recordings) if sharded else list(recordings[world.rank :: world.size])
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)
     reference = hypothesis = ""
     model.eval()
-    sources = [recording.source for recording in mine]
+    sources = [recording.source for recording in recordings]
     stride = model.encoder.settings.stride
     for index, tokens in decode_recordings(decoder, sources, settings, stride, frames_per_second, world.device):
-        score = score_recording(mine[index].id, mine[index].reference, text_of(tokens.ids), mine[index].language)
+        recording = recordings[index]
+        score = score_recording(recording.id, recording.reference, text_of(tokens.ids), recording.language)
         words, characters = score.words, score.characters
         totals = [words.errors, words.reference_length, characters.errors, characters.reference_length]
         counts += torch.tensor(totals, dtype=torch.float64, device=world.device)
         reference, hypothesis = score.reference, score.hypothesis
     model.train()
-    if not sharded:
-        world.sum(counts)
+    counts = counts if sharded else world.sum(counts)
     word_errors, num_words, character_errors, num_characters = counts.tolist()
     return Validation(word_errors / max(num_words, 1), character_errors / max(num_characters, 1), reference, hypothesis)
