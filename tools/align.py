@@ -32,8 +32,8 @@ from tqdm import tqdm
 from bestrq.alignment.alignment import (
     AlignmentSettings,
     LogProbSpool,
-    align_words,
     blank_excluded,
+    forced_alignment,
     refusal,
     word_times,
 )
@@ -252,7 +252,7 @@ def align_recordings(
                 excluded = excluded_frames(sources[index], len(best), frames_per_second / factor)
                 read = blank_excluded(spool.read, excluded.numpy())
                 best = best.masked_fill(excluded, BLANK)
-                placed = align_words(read, best.numpy(), transcript, vocab_size, config.alignment)
+                placed = forced_alignment(read, best.numpy(), transcript, vocab_size, config.alignment)
                 reason = refusal(placed, transcript, len(best), config.alignment)
                 times = word_times(placed, factor / frames_per_second, duration, config.alignment)
                 columns = (column.round(3).tolist() for column in (*times, placed.confidence))
@@ -271,7 +271,7 @@ def labels_of(words: list[str], tokenizer: Tokenizer, language: str) -> Transcri
     for label in labels:
         if label not in known:
             known[label] = labels_of_word(label, tokenizer)
-    return Transcript.of([known[label] for label in labels], encode(" ", tokenizer) or [])
+    return Transcript.from_words([known[label] for label in labels], encode(" ", tokenizer) or [])
 
 
 def labels_of_word(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -210,7 +210,7 @@ def test_an_interrupted_alignment_goes_on_and_ends_the_same(
 ) -> None:
     whole = run(config, tmp_path / "whole")
     done: list[int] = []
-    original = script.align_words
+    original = script.forced_alignment
 
     def interrupted(*arguments: Any) -> Any:
         if len(done) in (4, 9):
@@ -219,7 +219,7 @@ def test_an_interrupted_alignment_goes_on_and_ends_the_same(
         done.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(script, "align_words", interrupted)
+    monkeypatch.setattr(script, "forced_alignment", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "broken")
@@ -234,7 +234,7 @@ def test_an_interrupted_alignment_goes_on_and_ends_the_same(
     assert not (tmp_path / "broken").exists()
     monkeypatch.undo()
     hear_perfectly()
-    monkeypatch.setattr(script, "align_words", None)
+    monkeypatch.setattr(script, "forced_alignment", None)
     assert run(config, tmp_path / "broken").fingerprint == whole.fingerprint
     # No recording was aligned twice: 14 have labels, and the two that were in hand came again.
     assert sum(done) == 14
