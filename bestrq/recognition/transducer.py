@@ -1,6 +1,6 @@
 """Transducer (RNN-T) on packed rows: encoder, prediction network, joint network, and an optional CTC head.
 
-Every segment of a row is an utterance of its own. The loss never holds the joint network's outputs of a whole lattice:
+Every segment of a row is a separate utterance. The loss never holds the joint network's outputs of a whole lattice:
 see `losses.transducer`.
 
 Shapes: R rows, F mel frames per row, M mel bins, T encoder frames per row, D encoder width, J joint width, V
@@ -50,7 +50,7 @@ class TransducerSettings:
     fast_emit: NonNegativeFloat = 0.0
     """FastEmit: relative increase of the gradients of labels, for earlier emission; typically 0.005"""
     durations: list[int] = field(default_factory=list)
-    """token-and-duration transducer: durations of a token in frames, each with an output of its own, such as
+    """token-and-duration transducer: durations of a token in frames, each with its own output, such as
     [0, 1, 2, 3, 4]; empty: plain transducer"""
     sigma: NonNegativeFloat = 0.05
     """with durations: nats subtracted from every token's log-probability in training, which favours long durations"""
@@ -116,7 +116,7 @@ class Joint(nn.Module):
         self.output = nn.Linear(joint_dim, vocab_size + num_durations)
 
     def forward(self, encoded: Tensor, predicted: Tensor) -> Tensor:
-        """Log-probabilities of tokens and durations, each with a softmax of its own, `[..., V + num_durations]`, at
+        """Log-probabilities of tokens and durations, each with its own softmax, `[..., V + num_durations]`, at
         least float32.
 
         Args:

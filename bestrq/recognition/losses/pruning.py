@@ -82,7 +82,7 @@ def choose_band(passed: Tensor, width: int) -> Tensor:
     """First state of every frame's band, int64 `[T]`, from the probability of passing each cell, `[T, U + 1]`.
 
     The first band starts at state 0 and the last one ends with state U. Consecutive bands never move back and share a
-    state, so that alignments exist. The most probable band of every frame is moved only where this requires it.
+    state, so that alignments exist. The most probable band of every frame is moved only if this requires it.
     """
     num_frames, states = passed.shape
     highest, step = states - width, width - 1

@@ -122,7 +122,7 @@ def _visited_states(flow: Tensor) -> Tensor:
 class ArcScores(torch.autograd.Function):
     """Log-probabilities of every cell: blank, next label, and D durations.
 
-    The durations are the last D outputs and have a softmax of their own (see `tdt_loss`).
+    The durations are the last D outputs and have their own softmax (see `tdt_loss`).
     """
 
     @staticmethod
