@@ -14,7 +14,7 @@ from bestrq.pretraining.masking import MaskingSettings, draw_span_mask
 from bestrq.pretraining.objective import BestRQ, MaskedRows, mask_rows
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from common.segments import Segments
-from data.loading.packing import Row
+from data.loading.rows import Placement
 
 FRAMES_PER_SECOND = 100
 NUM_MELS = 80
@@ -61,7 +61,7 @@ class PackedRows:
     segments: Segments
 
 
-def collate(rows: list[Row], utterances: list[Tensor], row_frames: int, seed: int) -> PackedRows:
+def collate(rows: list[list[Placement]], utterances: list[Tensor], row_frames: int, seed: int) -> PackedRows:
     masking, slots = MaskingSettings(), max(len(row) for row in rows)
     starts, lengths, seeds = (torch.zeros(len(rows), slots, dtype=torch.int64) for _ in range(3))
     batch = PackedRows(
