@@ -34,7 +34,7 @@ from bestrq.model.checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import RowLayout
 from bestrq.model.presets import PRESETS
-from bestrq.training.memory import forget_peak, resident_bytes
+from bestrq.training.memory import reset_peak, resident_bytes
 from common.segments import Segments
 
 
@@ -119,7 +119,7 @@ def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, i
         layout = one_segment_rows(encoder, rows)
         log_mel = torch.randn(rows.rows, rows.frames, settings.num_mels)
         before = resident_bytes("VmRSS")
-        forget_peak()
+        reset_peak()
         forward_backward(encoder, log_mel, layout, bfloat16)  # leaves gradients, which the next pass adds to
         process = resident_bytes("VmHWM") - before
     with LiveBytes() as live:

@@ -41,7 +41,7 @@ from benchmarks.machine import hardware_autocast, hardware_precision, print_figu
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
-from bestrq.training.memory import forget_peak, resident_bytes
+from bestrq.training.memory import reset_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 from common.segments import Segments
 
@@ -120,7 +120,7 @@ def measure(cell: Cell, repeats: int, threads: int) -> Cost:
     def one_pass(rows: int, duration: int) -> Cost:
         frames = duration * FRAMES_PER_SECOND
         mel, length = torch.randn(rows, frames, cell.settings.num_mels), torch.full((rows, 1), frames)
-        forget_peak()
+        reset_peak()
         before, begin = resident_bytes("VmRSS"), time.perf_counter()
         out = run_pass(forward, mel, length, training)
         model.zero_grad(set_to_none=True)

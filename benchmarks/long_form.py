@@ -43,7 +43,7 @@ from bestrq.long_form.inference import InferenceSettings, Mode, Source, Streamed
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
-from bestrq.training.memory import forget_peak, resident_bytes
+from bestrq.training.memory import reset_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 
 FRAMES_PER_SECOND = 100
@@ -120,7 +120,7 @@ def measure(cell: Cell, threads: int) -> Cost:
         return time.perf_counter() - begin
 
     before = resident_bytes("VmRSS")
-    forget_peak()
+    reset_peak()
     run(WARM_UP)
     seconds = run(60 * cell.minutes)
     peak = resident_bytes("VmHWM") - before

@@ -45,7 +45,7 @@ from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.pruning import SimpleJoint
 from bestrq.recognition.losses.transducer import transducer_loss
 from bestrq.recognition.transducer import TransducerSettings
-from bestrq.training.memory import forget_peak, resident_bytes
+from bestrq.training.memory import reset_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
 
 OURS = ["ours", "ours_all_cells", "ours_pruned"]
@@ -122,7 +122,7 @@ def one_pass(cell: Cell, frames: int, labels: int) -> Cost:
     """Loss and all gradients of a problem of that size."""
     problem = draw_problem(cell, frames, labels)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bfloat16")
-    forget_peak()
+    reset_peak()
     before, begin, processor = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
     with autocast:
         loss = our_loss(problem, cell) if cell.system in OURS else PEERS[cell.system](problem)

@@ -56,13 +56,17 @@ def pretraining_section(run: Path) -> report.Section:
     rows = read_metrics(run / "metrics.jsonl")
     figures = curve(
         "Loss",
-        {"loss": series(rows, "loss"), "unigram entropy of the targets": series(rows, "unigram_entropy")},
-        "nats a target",
-        "What counts is the distance between the two: the entropy is what guessing by frequency alone would cost.",
+        {
+            "training": series(rows, "loss"),
+            "held-out": series(rows, "dev_loss"),
+            "unigram entropy of the targets": series(rows, "unigram_entropy"),
+        },
+        "nats per target",
+        "The entropy is the loss of a model that knows only the frequency of every code. Held-out masks are fixed.",
         from_zero=False,
     )
-    figures += curve("Masked accuracy", {"accuracy": series(rows, "accuracy")}, "share right",
-                     "Of the codes of masked frames.")  # fmt: skip
+    accuracy = {"training": series(rows, "accuracy"), "held-out": series(rows, "dev_accuracy")}
+    figures += curve("Masked accuracy", accuracy, "share correct", "Codes of masked frames.")
     body = report.chart_grid(figures) if figures else report.paragraph("No metrics were recorded.", "note")
     pictures = run / "pictures"
     if (example := read_tensors(pictures / "mask_example.safetensors")) is not None:

@@ -20,7 +20,7 @@ from bestrq.training.optimizer import OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
 from bestrq.training.run_folder import RunFolder, RunSettings
-from bestrq.training.update import GuardSettings
+from bestrq.training.step import GuardSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file
@@ -32,8 +32,7 @@ from data.loading.order import CropTable
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 from pipelines.validation import Heldout, ValidationSettings
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
+# ---- Settings ----
 
 
 @dataclass
@@ -128,8 +127,7 @@ FREE_FIELDS = (
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Held-out data
+# ---- Held-out data ----
 
 
 def heldout_recordings(dataset: Dataset, config: FinetuneConfig) -> list[Heldout]:
@@ -173,8 +171,7 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
     return config.inference
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Run folder
+# ---- Run folder ----
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def validate(
         counts += torch.tensor(totals, dtype=torch.float64, device=world.device)
         reference, hypothesis = score.reference, score.hypothesis
     model.train()
-    counts = counts if sharded else world.sum(counts)
+    if not sharded:
+        counts = world.sum(counts)
     word_errors, num_words, character_errors, num_characters = counts.tolist()
     return Validation(word_errors / max(num_words, 1), character_errors / max(num_characters, 1), reference, hypothesis)

@@ -1,8 +1,10 @@
-"""The frozen random-projection quantizer: what BEST-RQ predicts.
+"""Random-projection quantizer: the frozen targets of BEST-RQ.
 
-Chiu et al. 2022, "Self-supervised learning with random-projection quantizer for speech recognition"
-(arXiv 2202.01855), section 3.1. Two details decide whether it works and are often missed elsewhere: the input is
-normalised per mel bin (else the codes collapse), and the projection is normalised along the *code* dimension.
+Chiu et al. 2022, "Self-supervised learning with random-projection quantizer for speech recognition" (arXiv 2202.01855),
+section 3.1. Two details are essential: the input is normalised per mel bin (otherwise the codes collapse), and the
+projection is normalised along the *code* dimension.
+
+N stacks, C codebooks, V codes per codebook.
 """
 
 import math
@@ -10,37 +12,33 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from common.errors import UserError
 
-# Similarities of this many (stack, code) pairs are held at once: 64 MiB of float32.
+# (stack, code) pairs compared at a time: 64 MiB of float32 similarities.
 MAX_SIMILARITIES = 1 << 24
 
 
 @dataclass
 class QuantizerSettings:
-    """The frozen codebooks. All of it is drawn from `seed`, and stored in every checkpoint."""
+    """Frozen codebooks, drawn from `seed` and stored in every checkpoint."""
 
-    num_codebooks: int = 1
-    """independent codebooks, each with its own projection and its own softmax head"""
-    codebook_size: int = 8192
-    """codes in a codebook"""
-    codebook_dim: int = 16
-    """dimensions that a stack of mel frames is projected to"""
+    num_codebooks: PositiveInt = 1
+    """independent codebooks, each with its own projection and softmax head"""
+    codebook_size: PositiveInt = 8192
+    """codes per codebook"""
+    codebook_dim: PositiveInt = 16
+    """dimensions of the projection of a stack of mel frames"""
     seed: int = 142
-    """seed of the projections and the codes"""
-
-    def __post_init__(self) -> None:
-        for name in ("num_codebooks", "codebook_size", "codebook_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"quantizer.{name} is {getattr(self, name)}: give at least 1")
+    """seed of projections and codes"""
 
 
 def stack_frames(log_mel: Tensor, stride: int) -> Tensor:
-    """Join each `stride` consecutive mel frames: `[R, F, M]` -> `[R, T, stride * M]`.
+    """Concatenate each `stride` consecutive mel frames: `[R, F, M]` -> `[R, T, stride * M]`.
 
-    Stack t holds the mel frames of encoder frame t, because segments start at multiples of the factor.
+    Stack t holds the mel frames of encoder frame t, because segments start at multiples of the stride.
     """
     rows, frames, num_mels = log_mel.shape
     if frames % stride:
@@ -49,10 +47,10 @@ def stack_frames(log_mel: Tensor, stride: int) -> Tensor:
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Frozen projections and codebooks; no parameters, so nothing here is ever trained, decayed or sharded.
+    """Frozen projections and codebooks, as buffers: they are neither trained nor decayed nor sharded.
 
-    Buffers: `projection` float32 `[C, stack_dim, codebook_dim]`, Xavier uniform; `codebook` float32
-    `[C, V, codebook_dim]`, standard normal, each code scaled to unit norm.
+    `projection`: float32 `[C, stack_dim, codebook_dim]`, Xavier uniform. `codebook`: float32 `[C, V, codebook_dim]`,
+    standard normal, each code scaled to unit norm.
     """
 
     def __init__(self, settings: QuantizerSettings, stack_dim: int) -> None:
@@ -69,11 +67,10 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, stacks: Tensor) -> Tensor:
-        """Nearest code of each stack, in the buffers' own precision under any autocast.
+        """Nearest code of every stack, in the precision of the buffers under any autocast.
 
-        With both sides at unit norm the nearest code is the one with the largest inner product, so the lookup is one
-        matmul and an argmax. The stack's projection needs no normalising for that: its norm scales all inner
-        products of a row alike. It is normalised all the same, so that the products are cosines at any loudness.
+        Codes have unit norm, so the nearest code is the one with the largest inner product: one matrix product and an
+        argmax. Normalising the projected stack does not change the argmax; it bounds the products at any loudness.
 
         Args:
             stacks: normalised, unmasked mel stacks `[N, stack_dim]`.
@@ -88,13 +85,3 @@ class RandomProjectionQuantizer(nn.Module):
             codes_t = self.codebook.transpose(1, 2)
             nearest = [(part @ codes_t).argmax(dim=-1) for part in projected.split(chunk, dim=1)]
             return torch.cat(nearest, dim=1).T.contiguous()
-
-
-def unigram_entropy(counts: Tensor) -> Tensor:
-    """Entropy in nats of the code frequencies `[..., V]` -> float64 `[...]`; 0 where nothing was counted.
-
-    A model that knows only how often each code occurs reaches exactly this cross-entropy: a pretraining loss that
-    does not fall below it has learned nothing from the context.
-    """
-    frequency = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.special.entr(frequency).sum(dim=-1)

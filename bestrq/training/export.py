@@ -1,5 +1,7 @@
-"""The export: the folder that others use. `model.safetensors`, `config.json`, `README.md` (model card), extra files
-such as the tokenizer. Read by tools that know nothing of this project; reading runs no code."""
+"""Exports: `model.safetensors`, `config.json`, `README.md` (model card) and extra files such as the tokenizer.
+
+The format is readable without this project, and reading it executes no code.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bestrq.training.checkpoint import read_tensors, verify_checkpoint
@@ -25,14 +27,14 @@ OWN_FILES = ("model.safetensors", "config.json", "README.md")
 
 @dataclass(frozen=True)
 class Export:
-    """An export as read."""
+    """Content of an export."""
 
     path: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any]
 
     def file(self, name: str) -> bytes:
-        """Content of an extra file. Raises UserError when it is not there."""
+        """Content of an extra file. Raises UserError if it is missing."""
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
@@ -46,22 +48,24 @@ def write_export(
     model_card: str,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write an export, replacing an older one. Call it on rank 0 only, with whole tensors (`gather_model`).
+    """Write an export, replacing an existing one. Called on rank 0 only, with unsharded tensors (`gather_model`).
 
-    Written beside the folder and renamed into place. Two renames replace an older export; a crash right between them
-    leaves it under `.old-NAME`, from where the next write or read brings it back. Raises UserError for an extra
-    file whose name is not a plain one.
+    The export is written to a temporary folder and renamed. Two renames replace an existing export; after a crash
+    between them it is in `.old-NAME`, and the next write or read restores it. Raises UserError if writing fails, or if
+    the name of an extra file is reserved or has a folder.
     """
     folder = Path(folder)
     for name in extra_files or {}:
         if name in OWN_FILES or name in ("", ".", "..") or Path(name).name != name:
-            raise UserError(f"an extra file of an export needs a plain name of its own, but has {name!r}")
+            raise UserError(
+                f"invalid name of an extra file of an export: {name!r}; give a plain name that is not reserved"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _recover(folder)
     temporary, old = temporary_name(folder), _old(folder)
     try:
         temporary.mkdir()
-        # Copies: a safetensors file may not hold two names for the same memory.
+        # Copies, because save_file refuses tensors that share memory.
         whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
@@ -82,35 +86,31 @@ def write_export(
 
 
 def read_export(folder: str | Path) -> Export:
-    """Read an export; tensors on the CPU. Raises UserError naming the file that is missing or damaged."""
+    """Read an export, with tensors on the CPU. Raises UserError that names the missing or damaged file."""
     folder = Path(folder)
     _recover(folder)
     if not folder.is_dir():
         raise UserError(f"there is no export at {folder}: give the folder that holds model.safetensors")
     config = read_json_object(folder / "config.json")
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
-    return Export(folder, tensors, config)
+    return Export(folder, read_tensors(folder / "model.safetensors"), config)
 
 
 def _old(folder: Path) -> Path:
-    whole = folder.absolute()  # "." has no name
-    return whole.parent / f".old-{whole.name}"
+    absolute = folder.absolute()  # "." has no name
+    return absolute.parent / f".old-{absolute.name}"
 
 
 def _recover(folder: Path) -> None:
-    """Undo a replacement that was cut short between its two renames."""
+    """Undo a replacement interrupted between its two renames."""
     if not folder.exists() and _old(folder).exists():
         os.rename(_old(folder), folder)
     shutil.rmtree(_old(folder), ignore_errors=True)
 
 
 def read_trained(folder: str | Path) -> Export:
-    """An export; or a checkpoint (RUN_FOLDER/checkpoints/step-...), read like one, with the settings of its run.
+    """Read an export, or a checkpoint (RUN_FOLDER/checkpoints/step-...) with the settings of its run.
 
-    Raises UserError naming the file that is missing or damaged.
+    Raises UserError that names the missing or damaged file.
     """
     folder = Path(folder)
     if not (folder / "state.json").exists():
@@ -121,12 +121,12 @@ def read_trained(folder: str | Path) -> Export:
         settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
     except UserError as error:
         raise UserError(
-            f"{folder} is a checkpoint, whose settings stand two folders above it: {error}; give it in its run folder, "
-            "or an export"
+            f"{folder} is a checkpoint, and its settings are read from config.yaml two folders above: {error}; give a "
+            "checkpoint in its run folder, or an export"
         ) from error
     try:
         features = read_json(folder / "state.json")["state"]["features"]
         config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its run has no {error} of an encoder; give RUN_FOLDER/export") from error
+        raise UserError(f"{folder}: the settings of its run lack {error}; give RUN_FOLDER/export") from error
     return Export(folder, read_tensors(folder / "model.safetensors"), {**config, "features": features})

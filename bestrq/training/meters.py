@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl (the record), TensorBoard (the view), the console line, the rates."""
+"""Metrics logging and throughput: interval sums, metrics.jsonl, TensorBoard, console lines, FLOPs and rates."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from bestrq.training.precision import DTYPES, has_bfloat16, matmul_rate
+from bestrq.training.precision import DTYPES, Precision, has_bfloat16, matmul_rate
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
 from common.files import write_file
@@ -23,7 +25,7 @@ from common.files import write_file
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Dense bfloat16 rates in FLOP/s without sparsity, from the makers' data sheets; the first name that fits counts.
+# Dense bfloat16 FLOP/s from the manufacturers' data sheets; the first name contained in the device name applies.
 GPU_PEAKS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -40,23 +42,53 @@ GPU_PEAKS = {
 }
 
 
+class IntervalSums:
+    """Named float64 counters of a log interval.
+
+    `add` never synchronises host and device: tensors are accumulated on the device, numbers on the host. `totals` joins
+    both with one all-reduce and one transfer per interval.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._index = {name: index for index, name in enumerate(names)}
+        self._device_sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._host_sums = [0.0] * len(names)
+
+    def add(self, **values: Tensor | float) -> None:
+        """Add scalars to the counters of these names; tensors must be on the device."""
+        for name, value in values.items():
+            index = self._index[name]
+            if isinstance(value, Tensor):
+                self._device_sums[index] += value.detach()
+            else:
+                self._host_sums[index] += value
+
+    def totals(self, world: World) -> dict[str, float]:
+        """Sums over the interval and all ranks; the counters restart at 0. All ranks must call it."""
+        host_sums = torch.tensor(self._host_sums, dtype=torch.float64, device=self._device_sums.device)
+        totals = world.sum(self._device_sums + host_sums).tolist()
+        self._device_sums.zero_()
+        self._host_sums = [0.0] * len(totals)
+        return dict(zip(self._index, totals, strict=True))
+
+
 class MetricsLog:
-    """The numbers of a run, by step. Only rank 0 holds files; on the other ranks all methods do nothing."""
+    """Metrics of a run by step. Only rank 0 writes files; on other ranks all methods do nothing."""
 
     def __init__(self, folder: RunFolder, resume_step: int, world: World) -> None:
-        """Open the record and forget what lies beyond `resume_step` (0 for a new run): it will be written again."""
+        """Open the files and delete lines after `resume_step` (0 for a new run), which will be written again."""
         self._writer: SummaryWriter | None = None
         self._path = folder.metrics
         if world.is_main:
             truncate_metrics(folder.metrics, resume_step)
-            from torch.utils.tensorboard import SummaryWriter  # a slow import, and only rank 0 needs it
+            from torch.utils.tensorboard import SummaryWriter  # a slow import, needed on rank 0 only
 
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any], kind: str = "train") -> None:
-        """Append one line `{"step": ..., "kind": ..., NAME: VALUE}`; numbers go to TensorBoard as KIND/NAME.
+        """Append a line `{"step": ..., "kind": ..., NAME: VALUE}`; numbers also go to TensorBoard as KIND/NAME.
 
-        A non-finite number is null in the file: JSON has no name for it.
+        Non-finite numbers are null in the file, because JSON cannot represent them.
         """
         if self._writer is None:
             return
@@ -69,18 +101,13 @@ class MetricsLog:
 
     @property
     def active(self) -> bool:
-        """Whether this rank writes; on the others a picture need not be drawn."""
+        """Whether this rank writes files; other ranks need not draw pictures."""
         return self._writer is not None
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Show uint8 `[height, width, 3]` in TensorBoard; the record has numbers only."""
+        """Write an image, uint8 `[height, width, 3]`, to TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Push TensorBoard's events to disk; the record is there already."""
-        if self._writer is not None:
-            self._writer.flush()
 
     def close(self) -> None:
         """Close the files."""
@@ -93,7 +120,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a last line that was cut short does not count."""
+    """Complete lines of a metrics file; a truncated line is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -108,18 +135,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop all lines with a step beyond `last_step`, and torn ones. Atomic."""
+    """Delete lines with a step after `last_step` and truncated lines. Atomic."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= last_step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def peak_flops(world: World, precision: Literal["float32", "bfloat16"]) -> float | None:
-    """Peak FLOP/s of the devices of all ranks together in this precision, None if unknown. All ranks must call it.
+    """Peak FLOP/s of the devices of all ranks together in this precision; None if unknown. All ranks must call it.
 
-    GPU: the data sheet's figure for bfloat16; None for a GPU that is not in the table, and for float32, which TF32
-    makes eight times as fast. CPU: the rate of a matrix product, measured on all ranks at once; None for emulated
-    bfloat16, since much of a step then runs in float32, which is faster than the emulated products.
+    GPU: data sheet value for bfloat16; None for a GPU that is not in the table, and for float32, which TF32 accelerates
+    up to eight times. CPU: rate of a matrix product, measured on all ranks simultaneously; None for emulated bfloat16,
+    because most of a step then runs in float32, which is faster than the emulated products.
     """
     peak = 0.0
     if world.device.type == "cuda":
@@ -127,45 +154,69 @@ def peak_flops(world: World, precision: Literal["float32", "bfloat16"]) -> float
         peak = next((rate for part, rate in GPU_PEAKS.items() if part in name), 0.0)
     else:
         emulated = precision == "bfloat16" and not has_bfloat16(world.device)
-        if not world.any(emulated):  # and all ranks measure from here on
+        if not world.any(emulated):  # a barrier too, after which all ranks measure
             peak = matmul_rate(DTYPES[precision])
     if world.any(not peak):
         return None
     return float(world.sum(torch.tensor(peak, dtype=torch.float64, device=world.device)))
 
 
+@torch.no_grad()
+def count_flops(loss: Callable[[], Tensor]) -> int:
+    """FLOPs of the matrix products, convolutions and attention in a forward and backward pass of `loss()`.
+
+    Three times those of the forward pass, since the backward pass has two products of the same size for each. The
+    backward pass itself is not counted, because torch's counter treats the weight gradient of a depthwise convolution
+    as a dense one. The counter slows down every operator: call it once, before training.
+    """
+    with FlopCounterMode(display=False) as counter:
+        loss()
+    return 3 * counter.get_total_flops()
+
+
 class Throughput:
-    """Rates of an interval: audio per second, share of time spent waiting for data, MFU, memory, ETA."""
+    """Rates of a log interval: audio seconds per second, share of time waiting for data, MFU, memory, ETA."""
 
     def __init__(self, world: World, total_steps: int, peak: float | None = None) -> None:
-        """`peak` is the FLOP/s of all devices from `peak_flops`, or None for no MFU."""
+        """`peak`: FLOP/s of all devices (`peak_flops`); None omits the MFU."""
         self.world, self.total_steps, self.peak = world, total_steps, peak
         self._restart()
 
     def _restart(self) -> None:
-        self._begin = time.perf_counter()
+        self._start = time.perf_counter()
         self._steps, self._audio, self._flops, self._wait = 0, 0.0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the loader's `next`: time in here is time waiting for data."""
-        begin = time.perf_counter()
+        """Context of the loader's `next`, whose time counts as waiting for data."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._wait += time.perf_counter() - begin
+            self._wait += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose time is excluded from all rates, such as validation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
 
     def count(self, audio_seconds: float, flops: float = 0.0) -> None:
-        """One update done: this rank's seconds of audio (real, not padding) and model FLOPs (forward and backward)."""
+        """Count a finished step with this rank's audio (without padding) and model FLOPs (forward and backward)."""
         self._steps += 1
         self._audio += audio_seconds
         self._flops += flops
 
     def interval(self, step: int) -> dict[str, float]:
-        """Figures since the last call, over all ranks; all ranks must call it. Keys: `audio_seconds_per_second`,
-        `step_seconds`, `data_wait` (share, mean over ranks), `memory_gib` (largest rank), `eta_seconds`, and `mfu` if
-        the peak is known."""
-        seconds = time.perf_counter() - self._begin
+        """Rates since the last call, over all ranks; all ranks must call it.
+
+        Keys: `audio_seconds_per_second`, `step_seconds`, `data_wait` (share of time, mean over ranks), `memory_gib`
+        (maximum over ranks), `eta_seconds`, and `mfu` if the peak is known.
+        """
+        seconds = time.perf_counter() - self._start
         totals = torch.tensor([self._audio, self._flops, self._wait / seconds], dtype=torch.float64)
         audio, flops, wait = self.world.sum(totals.to(self.world.device)).tolist()
         step_seconds = seconds / max(1, self._steps)
@@ -176,7 +227,7 @@ class Throughput:
             "memory_gib": self.world.max(memory_gib(self.world)),
             "eta_seconds": step_seconds * max(0, self.total_steps - step),
         }
-        # A rate above the peak means that the peak was measured too low on a busy machine: leave MFU out.
+        # A rate above the peak means that a busy machine lowered the measured peak: omit the MFU.
         if self.peak and 0 < flops / seconds <= self.peak:
             figures["mfu"] = flops / seconds / self.peak
         self._restart()
@@ -184,16 +235,25 @@ class Throughput:
 
 
 def memory_gib(world: World) -> float:
-    """Peak memory of this process: what torch allocated on the GPU, or the resident set on the CPU."""
+    """Peak memory of this process: allocated by torch on the GPU, or the resident set on the CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def start_line(model: nn.Module, source: str, precision: Precision, world: World, step: int) -> str:
+    """Start of the first console line: resumed step, size and source of the model, processes, device and precision."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    start = f"continuing after step {step}" if step else "starting"
+    origin = f" from {source}" if source else ""
+    return (
+        f"{start}: {millions:.1f} M parameters{origin}, {world.size} process(es) on {world.device.type} in {precision}"
+    )
+
+
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """One aligned line of an interval, from whichever of these are there: `loss`, `accuracy`, `learning_rate`,
-    `grad_norm`, and the figures of `Throughput.interval`."""
+    """Aligned console line of the given losses, accuracies, learning rate, gradient norm and rates."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, form in _COLUMNS.items():
         if name in values:
@@ -202,7 +262,7 @@ def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
 
 
 def _audio(rate: float) -> str:
-    """Audio-hours per second where that is a readable number, audio-seconds per second below."""
+    """Audio-hours per second if at least 1, else audio-seconds per second."""
     return f"{rate / 3600:7.2f} audio-h/s" if rate >= 3600 else f"{rate:7.1f} audio-s/s"
 
 
@@ -219,7 +279,9 @@ def duration(seconds: float) -> str:
 
 _COLUMNS = {
     "loss": lambda value: f"loss {value:8.4f}",
+    "dev_loss": lambda value: f"dev loss {value:.4f}",
     "accuracy": lambda value: f"acc {value:6.2%}",
+    "dev_accuracy": lambda value: f"acc {value:6.2%}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "grad_norm": lambda value: f"grad {value:8.3g}",
     "audio_seconds_per_second": _audio,

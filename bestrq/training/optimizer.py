@@ -1,7 +1,6 @@
-"""AdamW, and learning rates that are a pure function of the step.
+"""AdamW with learning rates that are a pure function of the step.
 
-The learning rate has no state: every step computes it from the settings, so a checkpoint need not hold it and a
-changed setting counts from the resumed step on.
+The learning rate has no state: it is computed from the settings at every step, so checkpoints do not hold it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from common.errors import UserError
@@ -19,49 +19,38 @@ from common.errors import UserError
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with warm-up, a schedule, and clipping."""
+    """AdamW, learning rate schedule and gradient clipping."""
 
-    learning_rate: float = 1e-3
-    """Largest learning rate, reached at the end of the warm-up."""
+    learning_rate: PositiveFloat = 1e-3
+    """peak learning rate, reached at the end of the warm-up"""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of the running means of the gradient and of its square."""
-    eps: float = 1e-8
-    """Added to the denominator of the update."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; biases and norms have none."""
-    warmup_steps: int = 1000
-    """Updates over which the learning rate rises from 0 in a straight line."""
+    """decay rates of the running means of the gradient and of its square"""
+    eps: PositiveFloat = 1e-8
+    """term added to the denominator for numerical stability"""
+    weight_decay: NonNegativeFloat = 0.01
+    """decoupled weight decay of matrices; biases and norms have none"""
+    warmup_steps: NonNegativeInt = 1000
+    """optimizer steps of the linear warm-up from 0"""
     schedule: Literal["cosine", "noam", "constant"] = "cosine"
-    """After the warm-up: half a cosine down to the final fraction, inverse square root (Noam), or constant."""
-    final_fraction: float = 0.05
-    """Share of the largest learning rate left at the end of the cosine."""
-    clip_norm: float = 5.0
-    """Largest global norm of the gradient; 0 does not clip."""
-    frozen_steps: int = 0
-    """First updates during which these parameters do not move; the warm-up begins after them."""
+    """schedule after the warm-up: cosine decay to the final fraction, inverse square root (Noam), or constant"""
+    final_fraction: ClosedUnitInterval = 0.05
+    """fraction of the peak learning rate at the end of the cosine"""
+    clip_norm: NonNegativeFloat = 5.0
+    """maximum global norm of the gradient; 0 disables clipping"""
+    frozen_steps: NonNegativeInt = 0
+    """first optimizer steps that do not change these parameters; the warm-up starts after them"""
 
     def __post_init__(self) -> None:
-        conditions = {
-            "learning_rate": (self.learning_rate > 0, "above 0"),
-            "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
-            "eps": (self.eps > 0, "above 0"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
-            "final_fraction": (0 <= self.final_fraction <= 1, "in [0, 1]"),
-            "clip_norm": (self.clip_norm >= 0, "0 (no clipping) or more"),
-            "frozen_steps": (self.frozen_steps >= 0, "0 or more"),
-        }
-        for name, (right, wanted) in conditions.items():
-            if not right:
-                raise UserError(f"optimizer.{name} must be {wanted}, but is {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {self.betas}: give two numbers from 0 to below 1")
         if self.schedule == "noam" and self.warmup_steps == 0:
-            raise UserError("optimizer.warmup_steps must be above 0 with optimizer.schedule 'noam', but is 0")
+            raise UserError("optimizer.warmup_steps is 0 with optimizer.schedule 'noam': give 1 or more")
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: int) -> float:
-    """Share of `settings.learning_rate` used by update `step` (counted from 1) of `total_steps`.
+    """Fraction of `settings.learning_rate` at optimizer step `step` (from 1) of `total_steps`.
 
-    Noam is the schedule of Vaswani et al. 2017, scaled so that its peak is 1.
+    Noam is the schedule of Vaswani et al. 2017 ("Attention is all you need"), scaled to a peak of 1.
     """
     step, total_steps = step - settings.frozen_steps, total_steps - settings.frozen_steps
     if step <= 0:
@@ -79,10 +68,10 @@ def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: in
 def build_optimizer(
     groups: Sequence[tuple[Iterable[tuple[str, nn.Parameter]], OptimizerSettings]],
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters, each group with its own settings (encoder and head, say).
+    """AdamW over groups of named parameters, such as encoder and head, each with its own settings.
 
-    Parameters of one dimension (biases, norms) and frozen ones (`requires_grad` off, left out) need no weight decay.
-    Build it after `parallelise`: sharding replaces the parameters. Raises UserError when nothing is trainable.
+    One-dimensional parameters (biases, norms) have no weight decay; parameters without `requires_grad` are skipped.
+    Called after `parallelise`, because sharding replaces the parameters. Raises UserError if nothing is trainable.
     """
     param_groups = []
     for named_parameters, settings in groups:
@@ -107,7 +96,7 @@ def build_optimizer(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int) -> list[float]:
-    """Give every group the learning rate of update `step` (from 1); returns those of the settings, in their order."""
+    """Set the learning rates of optimizer step `step` (from 1); returns one per settings object, in their order."""
     rates: dict[int, float] = {}
     for group in optimizer.param_groups:
         settings = group["settings"]

@@ -1,7 +1,7 @@
-"""Precision of matrix products, chosen from the hardware. No other module makes this choice.
+"""Precision of matrix products, chosen by the hardware support for bfloat16.
 
-bfloat16 halves the memory and, with hardware support, more than halves the time. A CPU without bfloat16 instructions
-emulates it, several times slower than float32.
+bfloat16 halves the memory and, with hardware support, more than halves the time. CPUs without bfloat16 instructions
+emulate it, several times slower than float32.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 @dataclass(frozen=True)
 class Precision:
-    """Resolved precision of a run, never 'auto'."""
+    """Resolved precision of a run."""
 
     name: Literal["float32", "bfloat16"]
     reason: str
-    """for the console and run.json"""
+    """reason of the choice, for the console and run.json"""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
 
 
 def processor_name() -> str:
-    """Model of this machine's CPU with the instruction set that torch uses, such as `AMD EPYC 7763, AVX2`."""
+    """CPU model and the instruction set used by torch, such as `AMD EPYC 7763, AVX2`."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -64,19 +64,20 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 1024, patience: float = 0.3, limit: float = 5.0) -> float:
-    """Measured FLOP/s of square matrix products on the CPU with the current number of threads. Measuring ends after
-    `patience` seconds without a product faster by 1 %, or after `limit` seconds.
+    """Measured FLOP/s of square matrix products on the CPU with the current number of threads.
+
+    The measurement ends after `patience` seconds without an improvement of 1 %, or after `limit` seconds.
     """
     left, right = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2))
-    best, begin = float("inf"), time.perf_counter()
-    improved = end = begin
-    while end - improved < patience and end - begin < limit:
-        start = time.perf_counter()
+    best, start = float("inf"), time.perf_counter()
+    improved = now = start
+    while now - improved < patience and now - start < limit:
+        product_start = time.perf_counter()
         left @ right
-        end = time.perf_counter()
-        if end - start < best * 0.99:
-            improved = end
-        best = min(best, end - start)
+        now = time.perf_counter()
+        if now - product_start < best * 0.99:
+            improved = now
+        best = min(best, now - product_start)
     return 2 * size**3 / best
 
 
@@ -101,23 +102,23 @@ def warn_of_emulation(field: str, precision: str, world: World) -> None:
 
 
 def resolve_precision(settings: DistributedSettings, run: RunFolder, world: World) -> Precision:
-    """Precision of a run. All ranks must call it, before `RunFolder.start`, which refuses a precision other than the
-    run's own.
+    """Precision of a run. All ranks must call it before `RunFolder.start`, which refuses to change the precision of a
+    run.
 
     'auto' is the recorded precision of the run in the folder, so that it resumes with the same arithmetic on any
     machine. For a new run it is bfloat16 if the devices of all ranks multiply it in hardware, else float32.
     """
-    began = world.broadcast(run.began_with("distributed", "precision") if world.is_main else None)
-    everywhere = not world.any(not has_bfloat16(world.device))
+    recorded = world.broadcast(run.recorded_setting("distributed", "precision") if world.is_main else None)
+    all_have_bfloat16 = not world.any(not has_bfloat16(world.device))
     if settings.precision != "auto":
         precision = Precision(settings.precision, "set by distributed.precision")
-    elif began in DTYPES:
-        precision = Precision(began, "recorded by the run")
-    elif everywhere:
+    elif recorded in DTYPES:
+        precision = Precision(recorded, "recorded by the run")
+    elif all_have_bfloat16:
         precision = Precision("bfloat16", f"in hardware on {_device_name(world.device)}")
     else:
-        where = "the device of another rank" if has_bfloat16(world.device) else _device_name(world.device)
-        precision = Precision("float32", f"no bfloat16 hardware in {where}")
+        device = "the device of another rank" if has_bfloat16(world.device) else _device_name(world.device)
+        precision = Precision("float32", f"no bfloat16 hardware in {device}")
     warn_of_emulation("distributed.precision", precision.name, world)
     return precision
 
@@ -126,7 +127,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def with_precision(config: ConfigT, precision: Precision) -> ConfigT:
-    """The script's settings with the resolved precision, as config.yaml and checkpoints record it."""
+    """Copy of the script's settings with the resolved precision, as recorded in config.yaml and checkpoints."""
     distributed: DistributedSettings = config.distributed  # type: ignore[attr-defined]
     return replace(config, distributed=replace(distributed, precision=precision.name))  # type: ignore[type-var]
 

@@ -1,11 +1,11 @@
-"""One process or many: who I am, what I agree on with the others, and how the model is spread over us.
+"""Distributed setup: ranks, collectives, DDP and FSDP2.
 
-The same script runs as `python X.py`, under torchrun, and directly under SLURM's srun. Everything that depends on the
+The same script runs as `python X.py`, under torchrun, and directly under SLURM's srun. All code that depends on the
 backend (gloo on CPU, NCCL on CUDA) is in this file.
 
-Contract on gradients: the loss given to `backward()` is the local sum divided by the *global* number of targets, and
-`parallelise` *sums* gradients over ranks (torch's own default averages). So the gradients are those of one process
-with the whole batch, whatever the world size and however unevenly the targets fall.
+Gradient contract: the loss passed to `backward()` is the local sum divided by the *global* number of targets, and
+`parallelise` *sums* gradients over ranks (torch averages by default). The gradients therefore equal those of one
+process with the whole batch, for any world size and any distribution of targets over ranks.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,34 +28,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 
-FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "timeout_minutes")  # may change between two starts of a run
+FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "timeout_minutes")  # may change when a run is resumed
 
 
 @dataclass
 class DistributedSettings:
-    """How the work is spread over processes, and on what it runs."""
+    """Processes, devices and precision."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp keeps the whole model in every process; fsdp shards weights, gradients and optimizer state (FSDP2)."""
+    """ddp replicates the model in every process; fsdp shards weights, gradients and optimizer state (FSDP2)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is a GPU."""
+    """auto: CUDA if torch finds a GPU, else the CPU"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; weights stay float32. auto: bfloat16 if the hardware supports it, else float32."""
-    threads: int = 0
-    """CPU threads of every process; 0 shares the cores among the processes of a machine, or obeys OMP_NUM_THREADS."""
-    timeout_minutes: float = 30.0
-    """How long a collective waits for the other processes before it gives up."""
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise UserError(f"distributed.threads must be 0 (automatic) or more, but is {self.threads}")
-        if not self.timeout_minutes > 0:
-            raise UserError(f"distributed.timeout_minutes must be above 0, but is {self.timeout_minutes}")
+    """precision of matrix products; weights stay float32. auto: bfloat16 if the hardware supports it, else float32"""
+    threads: NonNegativeInt = 0
+    """CPU threads per process; 0: OMP_NUM_THREADS if set, else the cores divided by the processes of the machine"""
+    timeout_minutes: PositiveFloat = 30.0
+    """maximum time that a collective waits for the other processes"""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says about this process: ranks, counts, and where rank 0 listens."""
+    """Ranks, process counts and rendezvous address, as set by the launcher."""
 
     rank: int = 0
     local_rank: int = 0
@@ -65,10 +60,10 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Read torchrun's variables, or those of a SLURM step (srun), or neither: one process.
+    """Read the variables of torchrun, or of a SLURM step (srun); without either, a single process.
 
-    A batch script run by SLURM outside srun also sees SLURM_PROCID; only inside a step is SLURM_STEP_NUM_TASKS set.
-    Raises UserError when a variable that must be there is missing or not a number.
+    SLURM_PROCID is also set in a batch script outside srun; SLURM_STEP_NUM_TASKS is set only inside a step. Raises
+    UserError if a required variable is missing or is not a number.
     """
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -83,7 +78,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
             )
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-            # The step id moves the port, so that two steps of one job, or two jobs of one node, do not meet.
+            # The port depends on job and step, so that two steps of a job, or two jobs on a node, do not collide.
             spread = 97 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
             return Launch(
                 rank=int(environment["SLURM_PROCID"]),
@@ -94,22 +89,22 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 port=int(environment.get("MASTER_PORT", 20000 + spread % 10000)),
             )
     except KeyError as error:
-        raise UserError(f"{error.args[0]} is missing from the environment of a distributed start") from error
+        raise UserError(f"{error.args[0]} is missing from the environment of a distributed launch") from error
     except ValueError as error:
-        raise UserError(f"a variable of the distributed start is not a number: {error}") from error
+        raise UserError(f"an environment variable of a distributed launch is not a number: {error}") from error
     return Launch()
 
 
 def first_host(nodes: str) -> str:
-    """First name of a SLURM node list: `node[07-09,12],other` gives `node07`."""
-    found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
-    if found is None:
-        raise UserError(f"cannot read the SLURM node list {nodes!r}: set MASTER_ADDR")
-    return found[1] + (found[2] or "") + found[3]
+    """First host of a SLURM node list: `node[07-09,12],other` gives `node07`."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    if match is None:
+        raise UserError(f"cannot parse the SLURM node list {nodes!r}: set MASTER_ADDR")
+    return match[1] + (match[2] or "") + match[3]
 
 
 def _tasks_of_node(environment: Mapping[str, str]) -> int:
-    """Tasks on this node out of `2(x3),1`: the entry of SLURM_NODEID."""
+    """Number of tasks on this node: entry SLURM_NODEID of a list such as `2(x3),1`."""
     counts: list[int] = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, times = part.partition("(x")
@@ -120,7 +115,10 @@ def _tasks_of_node(environment: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. Every method but `is_main` must be called by all ranks, in the same order."""
+    """Rank, world size and device of this process, and the collectives.
+
+    All ranks must call every method, in the same order.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -129,17 +127,18 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; the tensor must lie on `self.device`."""
+        """Sum over ranks, as a new tensor; the argument must be on `self.device`."""
+        total = tensor.detach().clone()
         if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+            dist.all_reduce(total)
+        return total
 
     def max(self, value: float) -> float:
-        """Largest value over ranks. Not for NaN, which backends treat differently: use `any(isnan)`."""
+        """Maximum over ranks. Backends treat NaN differently: use `any(isnan)`."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -147,11 +146,11 @@ class World:
         return float(tensor.item())
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says yes."""
+        """Whether the flag is set on any rank."""
         return self.max(float(flag)) > 0
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's JSON-able value, on all ranks. Bytes of JSON, not pickle, go over the wire."""
+        """Value of rank 0, returned on all ranks; sent as JSON, not pickle."""
         if self.size == 1:
             return value
         content = json.dumps(value).encode() if self.is_main else b""
@@ -175,33 +174,33 @@ class World:
         return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in rows.cpu()] if self.is_main else []
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this method."""
         self.any(False)
 
     def close(self) -> None:
-        """Leave the process group; the last thing that a script does when all went well."""
+        """Leave the process group, as the last call of a successful script."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def start_world(settings: DistributedSettings) -> World:
-    """Join the process group that the launcher describes (none for a single process) and pick the device.
+    """Join the launcher's process group (none for a single process) and select the device.
 
-    Raises UserError when CUDA is asked for and is not there, or a machine has fewer GPUs than processes.
+    Raises UserError if CUDA is requested but unavailable, or if a machine has fewer GPUs than processes.
     """
     launch = read_launch(os.environ)
     cuda = settings.device != "cpu" and torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
-        raise UserError("distributed.device is 'cuda', but torch finds no CUDA GPU here: use 'auto' or 'cpu'")
+        raise UserError("distributed.device is 'cuda', but torch finds no CUDA GPU: use 'auto' or 'cpu'")
     if threads := _threads(settings, launch):
         torch.set_num_threads(threads)
     device = torch.device("cpu")
     if not cuda:
         keep_freed_memory()
     else:
-        count = torch.cuda.device_count()  # 1 where the scheduler shows every task only its own GPU
+        count = torch.cuda.device_count()  # 1 if the scheduler restricts every task to one GPU
         if count > 1 and launch.local_rank >= count:
-            raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count}")
+            raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count} processes")
         device = torch.device("cuda", launch.local_rank % count)
         torch.cuda.set_device(device)
     if launch.size > 1:
@@ -217,20 +216,20 @@ def start_world(settings: DistributedSettings) -> World:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensors; does nothing with another C library.
+    """Let glibc keep freed memory for later tensors; no effect with other C libraries.
 
-    By itself it maps every tensor above 32 MB anew, and the system zeroes its pages at the first touch: a quarter of
-    the time of an encoder on an hour of sound, for which it pays in memory (`python -m benchmarks.context_cost`).
+    By default glibc maps new pages for every tensor above 32 MB, and the kernel zeroes them: a quarter of the time of
+    an encoder on an hour of audio. The price is a higher resident size (`python -m benchmarks.context_cost`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # malloc.h's numbers of the options
-        mallopt(trim_threshold, -1)  # never
+        trim_threshold, mmap_max = -1, -4  # option numbers of malloc.h
+        mallopt(trim_threshold, -1)  # disabled
         mallopt(mmap_max, 0)
 
 
 def _threads(settings: DistributedSettings, launch: Launch) -> int:
-    """Threads to set, or 0 to leave torch's own choice."""
+    """Number of threads to set, or 0 for torch's default."""
     if settings.threads or launch.size == 1 or "OMP_NUM_THREADS" in os.environ:
         return settings.threads
     return max(1, len(os.sched_getaffinity(0)) // launch.local_size)
@@ -243,12 +242,12 @@ def parallelise(
     settings: DistributedSettings,
     find_unused_parameters: bool = False,
 ) -> nn.Module:
-    """Spread a model over the world; a single process gets it back as it is.
+    """Wrap a model in DDP or shard it with FSDP2; a single process gets the model unchanged.
 
-    Rank 0's weights and buffers are given to all ranks first. `blocks` are sharded one by one, so that only one of
-    them is whole at a time; the rest of the model is one more shard. Under fsdp with bfloat16 the blocks' weights are
-    gathered in bfloat16, the rest (subsampling, quantizer, heads) in float32, and gradients are reduced in float32.
-    `find_unused_parameters` is for DDP with a part of the model left out of the loss.
+    Weights and buffers of rank 0 are broadcast first. Under fsdp every block is a unit, so that only one is gathered
+    at a time, and the rest of the model is another unit. With bfloat16 the blocks are gathered in bfloat16, the rest
+    (subsampling, heads) in float32; gradients are reduced in float32. DDP needs `find_unused_parameters` if part of the
+    model does not contribute to the loss.
     """
     model.to(world.device)
     if world.size == 1:
@@ -270,16 +269,16 @@ def parallelise(
 
 
 def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook: a sum where the default is a mean. DDP reads these annotations: no strings here."""
+    """DDP communication hook that sums instead of averaging. DDP inspects the annotations, so they are not strings."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def _shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, settings: DistributedSettings) -> nn.Module:
     mesh = init_device_mesh(world.device.type, (world.size,))
     assert settings.precision != "auto", "call resolve_precision first"
     low = torch.bfloat16 if settings.precision == "bfloat16" else None
-    # Inputs are never cast: autocast does that where it is right, and the quantizer must see float32 features.
+    # Inputs are not cast: autocast selects the dtype of each operator.
     for block in blocks:
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -292,12 +291,12 @@ def _shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, settings
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP's wrapper; any other module as it is."""
+    """Module wrapped by DDP; any other module unchanged."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
-    """Around forward and backward of a micro-batch: exchange gradients only when `enabled`, on the last one."""
+    """Context of forward and backward of a micro-batch; gradients are reduced only if `enabled`, for the last one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
     elif isinstance(model, DistributedDataParallel) and not enabled:
@@ -306,6 +305,6 @@ def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContext
 
 
 def autocast(world: World, settings: DistributedSettings) -> torch.autocast:
-    """Context in which matrix products run in the resolved precision."""
+    """Context that runs matrix products in the resolved precision."""
     assert settings.precision != "auto", "call resolve_precision first"
     return torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")

@@ -1,6 +1,6 @@
-"""The folder of a run: what was asked for, where it ran, and what came of it.
+"""Run folder: resolved settings, record of every start, metrics, checkpoints and export.
 
-`config.yaml` (resolved), `run.json` (one entry a start), `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/`.
+`config.yaml`, `run.json` (one entry per start), `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
+
 from bestrq.training.process import World
 from common.config import load_yaml, save_yaml, to_dict
 from common.errors import UserError
-from common.files import canonical_path, write_file
+from common.files import canonical_path, read_json, write_file
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -29,27 +31,24 @@ SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RES
 
 @dataclass
 class RunSettings:
-    """Where a run lies, how long it is, and how often it speaks."""
+    """Folder, length, seed and logging of a run."""
 
     folder: str = "runs/run"
-    """run folder: checkpoints, metrics, export. The same command continues what lies there."""
-    steps: int = 1000
-    """updates of the whole run"""
+    """folder of checkpoints, metrics and export; a run in it is resumed"""
+    steps: PositiveInt = 1000
+    """optimizer steps of the run"""
     seed: int = 0
-    """initial weights and dropout; the data have a seed of their own"""
-    log_every: int = 10
-    """updates between two lines of the console and of metrics.jsonl"""
+    """seed of initial weights and dropout (data.seed is the seed of the data)"""
+    log_every: PositiveInt = 10
+    """optimizer steps between two lines of the console and of metrics.jsonl"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name} must be 1 or more, but is {getattr(self, name)}")
         if not self.folder:
             raise UserError("run.folder is empty: give a folder, such as runs/first")
 
 
 class RunFolder:
-    """Paths of a run, and the record of its starts."""
+    """Paths of a run, and the checks and record of its starts."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -59,76 +58,85 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
+        self.pictures = self.path / "pictures"
 
     def start(
         self, settings: Any, world: World, free: Collection[str] = (), fingerprints: Mapping[str, str] | None = None,
         places: Mapping[str, str] | None = None, origins: Mapping[str, Callable[[], str]] | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Make the folder, or continue in it; called by all ranks, done by rank 0.
+        """Create the folder, or check that the run in it can be resumed; called by all ranks, executed by rank 0.
 
-        `settings` is the script's dataclass. `free` names fields and sections (`run.steps`, `loader`) that may differ
-        from those that the run began with. `fingerprints` identify the data, by name (`dataset`, `features.num_mels`);
-        they may not change either, and the error names the first one that did.
+        A field of all items of a list is written `data.mixture[].dataset`.
 
-        `places` maps fields that hold the location of data to the name of the data's fingerprint. Data may move, so
-        such a field may differ if that fingerprint was recorded. `origins` maps fields that hold the location of the
-        initial weights (`finetune.init`) to functions that compute their fingerprint. They are called before the first
-        checkpoint, and later only for a field that differs.
+        Args:
+            settings: the script's dataclass.
+            free: fields and sections (`run.steps`, `checkpoint`) that may change when a run is resumed.
+            fingerprints: of the data, by name (`dataset`, `features.num_mels`); they may not change.
+            places: field that holds the location of data -> name of the data's fingerprint. The field may change if
+                that fingerprint was recorded, because data may be moved.
+            origins: field that holds the location of initial weights (`finetune.init`) -> function that computes their
+                fingerprint. Called before the first checkpoint, and later only if the field has changed.
+            facts: further values for run.json.
 
-        A field of all items of a list is written `data.mixture[].dataset`. `facts` are added to run.json. Raises
-        UserError on all ranks when a field that may not change did, or the folder cannot be written.
+        Raises:
+            UserError: on all ranks, if a fixed field or fingerprint has changed, or the folder is not writable.
         """
         problem = None
         if world.is_main:
             try:
                 values, defaults = to_dict(settings), to_dict(type(settings)())
-                began = self._continue(values, defaults, free, fingerprints or {}, places or {}, origins or {})
+                initial = self._check_resume(values, defaults, free, fingerprints or {}, places or {}, origins or {})
                 self.path.mkdir(parents=True, exist_ok=True)
                 save_yaml(values, self.config)
-                start = {**_describe(world, {**(fingerprints or {}), **began}), **(facts or {})}
+                start = {**_describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
                 write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))
             except (UserError, OSError) as error:
-                problem = str(error) if isinstance(error, UserError) else f"cannot use the run folder: {error}"
+                problem = str(error) if isinstance(error, UserError) else f"cannot write the run folder: {error}"
         problem = world.broadcast(problem)
         if problem is not None:
             raise UserError(problem)
 
-    def _continue(
+    def _check_resume(
         self, values: dict[str, Any], defaults: dict[str, Any], free: Collection[str],
         fingerprints: Mapping[str, str], places: Mapping[str, str], origins: Mapping[str, Callable[[], str]],
     ) -> dict[str, str]:  # fmt: skip
-        """Check the settings against those of the run in the folder, if any. Returns the fingerprints of `origins`."""
+        """Compare the settings with those of the run in the folder, if any. Returns the fingerprints of `origins`."""
         starts = self._read_record()
         recorded: dict[str, str] = starts[-1].get("fingerprints", {}) if starts else {}
         trained = self._has_checkpoints()
         if trained and not self.config.exists():
             raise UserError(f"{self.path} holds checkpoints but no config.yaml: choose another run folder")
-        if trained:  # before the first checkpoint there is nothing that another configuration could spoil
-            changed = _differences(_completed(load_yaml(self.config), defaults), values, free)
-            proof = {**places, **{field: field for field in origins}}
-            changed = [one for one in changed if not (one.pattern in proof and _same_place(one.before, one.after))]
-            moved = {one.field: one for one in changed if proof.get(one.pattern) in recorded}
-            if differences := [str(one) for one in changed if one.field not in moved]:
+        if not trained:  # no checkpoint yet: any configuration may start
+            return {name: fingerprint() for name, fingerprint in origins.items()}
+        fingerprint_of = {**places, **{field: field for field in origins}}  # field -> name of its fingerprint
+        changes = [
+            change
+            for change in _differences(_with_defaults(load_yaml(self.config), defaults), values, free)
+            if not (change.pattern in fingerprint_of and _same_path(change.before, change.after))
+        ]
+        moved = {change.field: change for change in changes if fingerprint_of.get(change.pattern) in recorded}
+        if refused := [str(change) for change in changes if change.field not in moved]:
+            raise UserError(
+                f"the run in {self.path} started with another configuration: {'; '.join(refused)}. "
+                "Restore the old value, or choose another run folder"
+            )
+        initial = {name: origins[name]() for name in origins if name in moved}
+        for name, fingerprint in {**fingerprints, **initial}.items():
+            if recorded.get(name, fingerprint) != fingerprint:
+                reasons = [
+                    f" ({change})"
+                    for change in moved.values()
+                    if name in (change.field, fingerprint_of[change.pattern])
+                ]
                 raise UserError(
-                    f"the run in {self.path} began with another configuration: {'; '.join(differences)}. "
-                    "Take the old value, or another run folder"
+                    f"the run in {self.path} started with {name} {recorded[name]}, and now it is {fingerprint}"
+                    f"{''.join(reasons)}: restore the old data, or choose another run folder"
                 )
-            began = {name: origins[name]() for name in origins if name in moved}
-            for name, fingerprint in {**fingerprints, **began}.items():
-                if recorded.get(name, fingerprint) != fingerprint:
-                    elsewhere = "".join(
-                        f" ({one})" for one in moved.values() if name in (one.field, proof[one.pattern])
-                    )
-                    raise UserError(
-                        f"the run in {self.path} began with {name} {recorded[name]}, and now it is {fingerprint}"
-                        f"{elsewhere}: give the old data, or another run folder"
-                    )
-            return {name: recorded[name] for name in origins if name in recorded}
-        return {name: fingerprint() for name, fingerprint in origins.items()}
+        return {name: recorded[name] for name in origins if name in recorded}
 
-    def began_with(self, section: str, name: str) -> Any:
-        """Recorded setting of the run in this folder; None before the first checkpoint, or if it cannot be read.
+    def recorded_setting(self, section: str, name: str) -> Any:
+        """Setting recorded by the run in this folder; None before the first checkpoint or if config.yaml is unreadable.
 
         `start` reports unreadable settings on all ranks.
         """
@@ -144,18 +152,22 @@ class RunFolder:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
 
     def _read_record(self) -> list[dict[str, Any]]:
-        try:
-            return list(json.loads(self.record.read_text(encoding="utf-8"))["starts"])
-        except FileNotFoundError:
+        if not self.record.exists():
             return []
+        try:
+            return list(read_json(self.record)["starts"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {self.record}: {error!r}. Move it away to go on without it") from error
+            raise UserError(
+                f"cannot read {self.record}: {error!r}. Move it elsewhere to continue without it"
+            ) from error
 
 
-def _completed(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the defaults of fields that are newer than it: a run continues after an upgrade."""
-    filled = {name: _completed(old.get(name, {}), value) for name, value in defaults.items() if isinstance(value, dict)}
-    return {**defaults, **old, **filled}
+def _with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Recorded configuration with the defaults of fields added since, so that a run can be resumed after an upgrade."""
+    sections = {
+        name: _with_defaults(old.get(name, {}), value) for name, value in defaults.items() if isinstance(value, dict)
+    }
+    return {**defaults, **old, **sections}
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,7 @@ class _Difference:
 
     @property
     def pattern(self) -> str:
-        """The field without list indices: `data.mixture[].dataset`."""
+        """Field name without list indices: `data.mixture[].dataset`."""
         return re.sub(r"\[\d+\]", "[]", self.field)
 
     def __str__(self) -> str:
@@ -178,23 +190,23 @@ def _differences(before: Any, after: Any, free: Collection[str], field: str = ""
     if field in free or before == after:
         return []
     if isinstance(before, dict) and isinstance(after, dict):
-        at = f"{field}." if field else ""
-        inner = [(f"{at}{name}", before.get(name), after.get(name)) for name in {**before, **after}]
+        prefix = f"{field}." if field else ""
+        inner = [(f"{prefix}{name}", before.get(name), after.get(name)) for name in {**before, **after}]
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         inner = [(f"{field}[{number}]", *pair) for number, pair in enumerate(zip(before, after, strict=True))]
     else:
         return [_Difference(field, before, after)]
-    return [one for name, old, new in inner for one in _differences(old, new, free, name)]
+    return [difference for name, old, new in inner for difference in _differences(old, new, free, name)]
 
 
-def _same_place(before: Any, after: Any) -> bool:
-    """Whether two values are spellings of one path: relative, with a trailing slash, through a link."""
+def _same_path(before: Any, after: Any) -> bool:
+    """Whether two values name the same path: relative, with a trailing slash, through a link."""
     are_paths = isinstance(before, str) and isinstance(after, str)
     return are_paths and canonical_path(before) == canonical_path(after)
 
 
-def _describe(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """One start. Of the environment only the SLURM ids: a dump of it would hold secrets."""
+def _describe_start(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Entry of run.json. Only SLURM ids of the environment are recorded: other variables may hold secrets."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
@@ -216,15 +228,15 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree, or None where it is not a git checkout."""
+    """Commit and dirty flag of the source tree, or None if it is not a git checkout."""
 
-    def ask(*arguments: str) -> str:
+    def run_git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
         ).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
+        return {"commit": run_git("rev-parse", "HEAD"), "dirty": bool(run_git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None

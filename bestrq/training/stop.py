@@ -1,7 +1,8 @@
-"""Stopping between two updates: SIGTERM, Ctrl-C, or a file named STOP in the run folder.
+"""Requests to stop a run between two optimizer steps: SIGTERM, Ctrl-C, or a file named STOP in the run folder.
 
-The script asks `agreed` after every update; on yes it saves, calls `leave_requeue_marker` and ends with status 0. The
-batch script, which saw the marker, requeues the job (launch/*.sbatch).
+The training loop calls `agreed` after every step. If it returns True, the script saves a checkpoint, calls
+`leave_requeue_marker` and exits with status 0; the batch script then finds the marker and requeues the job
+(launch/*.sbatch).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ REQUEUE = "REQUEUE"
 
 
 class StopRequest:
-    """Watches for a wish to stop. Signals only set a flag; a second Ctrl-C exits at once with status 130."""
+    """Signal handlers that record a request to stop. A second Ctrl-C exits at once with status 130."""
 
     def __init__(self, run_folder: Path) -> None:
-        """Install the handlers (main thread only). A REQUEUE marker of an earlier start is removed."""
+        """Install the handlers (main thread only) and remove the REQUEUE marker of an earlier start."""
         self.run_folder = Path(run_folder)
         self.requested = False
         self.reason = ""
@@ -39,20 +40,20 @@ class StopRequest:
             if self._interrupts > 1:
                 os._exit(130)
             # Not print: a handler may interrupt a print that holds the stream's lock.
-            os.write(2, b"stopping after this update; Ctrl-C again stops now\n")
+            os.write(2, b"stopping after this step; press Ctrl-C again to exit at once\n")
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank was asked to stop. All ranks must ask, once an update; all get the same answer.
+        """Whether any rank has a request to stop; the same result on all ranks. All ranks must call it.
 
-        Rank 0 alone looks for the file, so that a shared file system answers one question an update, not one a rank.
+        Only rank 0 looks for the STOP file: one access per step to a shared file system, not one per rank.
         """
         if world.is_main and not self.requested and (self.run_folder / STOP).exists():
             self.requested, self.reason = True, f"the file {STOP}"
         return world.any(self.requested)
 
     def leave_requeue_marker(self, world: World) -> None:
-        """After the save: rank 0 writes REQUEUE and removes STOP, so that the continued run does not stop again."""
+        """Write REQUEUE and remove STOP (rank 0), after the checkpoint; otherwise the resumed run would stop again."""
         if world.is_main:
-            write_file(self.run_folder / REQUEUE, (self.reason or "another rank was asked to stop") + "\n")
+            write_file(self.run_folder / REQUEUE, (self.reason or "stop requested on another rank") + "\n")
             (self.run_folder / STOP).unlink(missing_ok=True)
         world.barrier()

@@ -78,7 +78,7 @@ def test_fine_tuning_prints_a_hypothesis_and_saves(script: str, tmp_path: Path, 
     done = start(locale, script, *ENCODER, *RUN, *small, *run, f"--data.dataset={dataset}")
     assert (done.returncode, done.stderr.decode()) == (0, "")
     out = done.stdout.decode()
-    said = [line for line in out.splitlines() if line.startswith("    said:")]
+    said = [line for line in out.splitlines() if line.startswith("    reference:")]
     assert len(said) == 2 and JAPANESE[0] in said[0] and f"h of labels in {dataset}" in out
     assert set(JAPANESE) <= set(load_tokenizer(tmp_path / TEXT / "export").pieces)
     assert f"dataset: {dataset}" in (tmp_path / TEXT / "config.yaml").read_text(encoding="utf-8")

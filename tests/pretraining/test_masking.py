@@ -1,4 +1,6 @@
-"""Span masks and noise: shares, lengths, borders, and that they depend on the segment's seed alone."""
+"""Span masks and noise: shares, lengths, borders, and their dependence on the segment's seed only."""
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -7,12 +9,21 @@ import torch
 from bestrq.pretraining.masking import (
     MaskingSettings,
     draw_span_mask,
-    expected_mask_share,
     fill_with_noise,
     num_runs,
 )
+from common.config import parse
 from common.errors import UserError
 from common.segments import Segments
+
+
+def expected_mask_share(frames: int, span_frames: int, start_probability: float) -> float:
+    """Closed form of the masked share of a segment: frame i is masked unless no span that covers it starts."""
+    i = np.arange(frames)
+    first_start = np.maximum(i - span_frames + 1, 0)
+    last_start = np.minimum(i, frames - span_frames)
+    covering = np.maximum(last_start - first_start + 1, 0)
+    return float((1 - (1 - start_probability) ** covering).mean())
 
 
 @pytest.mark.parametrize(("frames", "start_probability"), [(40, 0.4), (41, 0.3), (250, 0.02), (1600, 0.01)])
@@ -62,7 +73,7 @@ def test_a_single_span_is_exactly_400_ms():
 
 
 def test_noise_depends_on_the_segments_seed_only():
-    """The same segment in another row, at another place, beside another neighbour, gets the same noise."""
+    """The same segment in another row, at another position, beside another segment, gets the same noise."""
     log_mel = torch.ones(2, 40, 5)
     mask = torch.ones(2, 40, dtype=torch.bool)
     starts, lengths = torch.tensor([[0, 16], [8, 0]]), torch.tensor([[10, 12], [12, 0]])
@@ -87,7 +98,12 @@ def test_num_runs():
     assert num_runs(mask) == 3
 
 
-def test_bad_settings_name_the_field():
-    for field, value in [("start_probability", 1.5), ("span_ms", 1), ("noise_std", -1.0)]:
-        with pytest.raises(UserError, match=f"masking.{field} is {value}"):
-            MaskingSettings(**{field: value})
+@dataclass
+class Config:
+    masking: MaskingSettings = field(default_factory=MaskingSettings)
+
+
+@pytest.mark.parametrize(("name", "value"), [("start_probability", 1.5), ("span_ms", 1), ("noise_std", -1.0)])
+def test_bad_settings_name_the_field(name, value):
+    with pytest.raises(UserError, match=f"masking.{name} is {value}: (expected|give)"):
+        parse(Config, [f"--masking.{name}={value}"])

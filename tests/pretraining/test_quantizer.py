@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bestrq.pretraining.quantizer import (
-    QuantizerSettings,
-    RandomProjectionQuantizer,
-    stack_frames,
-    unigram_entropy,
-)
+from bestrq.pretraining.monitoring import unigram_entropy
+from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
 from common.errors import UserError
 
 

@@ -1,7 +1,7 @@
-"""What only a GPU can show. `pytest -m cuda` runs these on a machine that has one.
+"""Tests that need a GPU: `pytest -m cuda` runs them on a machine with one.
 
-Where a test can, it also runs on the CPU, on a few of its cases, so that it is known to run; FlexAttention's graphs
-then go uncompiled, without the check that keeps their gradients off a CPU.
+If possible, some of their cases also run on the CPU, which shows that the test itself works; FlexAttention then runs
+uncompiled, without its check against gradients on a CPU.
 """
 
 import json
@@ -81,7 +81,7 @@ def attend(layout: StageLayout, qkv: Tensor, bias: Tensor | None, backend: str, 
 
 
 def inputs(num_kv_heads: int, position: str, head_dim: int, frames: int) -> tuple[Tensor, Tensor | None]:
-    """Values that bfloat16 holds exactly, so that only arithmetic differs between precisions."""
+    """Values that bfloat16 represents exactly, so that precisions differ in the arithmetic only."""
     torch.manual_seed(0)
     qkv = torch.randn(2, frames, HEADS + 2 * num_kv_heads, head_dim).bfloat16().double()
     return qkv, torch.randn(HEADS, 2 * 11 + 1).bfloat16().double() if position == "relative" else None
@@ -126,8 +126,9 @@ def test_flex_in_bfloat16_is_as_exact_as_plain_products_and_softmax(
     qkv, bias = inputs(2, position, head_dim, exact_layout.valid.shape[1])
     exact = attend(exact_layout, qkv, bias, "reference", torch.float64)
     ours = attend(layout_on(device, "flex", torch.float32, **settings), qkv, bias, "flex", torch.bfloat16)
+    # The definition has no shared heads.
     rough_layout = layout_on("cpu", "dense", torch.float32, **settings)
-    qkv = torch.cat((qkv[:, :, :HEADS], qkv[:, :, HEADS:].repeat_interleave(2, dim=2)), dim=2)  # it knows no sharing
+    qkv = torch.cat((qkv[:, :, :HEADS], qkv[:, :, HEADS:].repeat_interleave(2, dim=2)), dim=2)
     rough = attend(rough_layout, qkv, bias, "dense", torch.bfloat16)
     shared = rough[1][:, :, HEADS:].unflatten(2, (-1, 2)).sum(dim=3)
     rough[1] = torch.cat((rough[1][:, :, :HEADS], shared), dim=2)
@@ -176,7 +177,7 @@ def test_fifty_batches_train_without_compiling_again(device: str) -> None:
 
 
 def make_encoder(settings: EncoderSettings) -> ConformerEncoder:
-    """Biases of relative positions are not 0, as they are at first."""
+    """Encoder whose biases of relative positions are not at their initial value of 0."""
     torch.manual_seed(0)
     encoder = ConformerEncoder(settings)
     for name, parameter in encoder.named_parameters():
@@ -208,7 +209,7 @@ def losses_of(encoder: ConformerEncoder, device: str, backend: str | None, bfloa
 def test_presets_train_in_bfloat16_by_sdpa_and_flex_as_in_float32_on_the_cpu(
     device: str, preset: str, mode: str
 ) -> None:
-    """One block a stage, at full width."""
+    """One block per stage, at full width."""
     settings = PRESETS[preset]
     stages = [replace(stage, num_layers=1) for stage in settings.earlier_stages]
     settings = replace(

@@ -1,4 +1,4 @@
-"""The RNN-T stage from end to end: it learns, its export decodes in every way, and mistakes are named."""
+"""RNN-T fine-tuning end to end: it learns, its export works with every decoder, and errors name the setting."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ RATE = ["--optimizer.learning_rate=1e-2", "--optimizer.warmup_steps=10", "--opti
 
 @pytest.fixture(scope="module")
 def hybrid(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has seen this one recording again and again."""
+    """A run trained on this recording only."""
     folder = tmp_path_factory.mktemp("hybrid") / "run"
     train(finetune_rnnt, dataset, folder, *SMALL, *STEPS, *RATE, "--transducer.ctc_weight=1")
     return folder

@@ -1,4 +1,4 @@
-"""Every file in configs/ belongs to a script, holds only what that script knows, and trains."""
+"""Every recipe in configs/ belongs to a script, has only fields of that script, and trains."""
 
 import dataclasses
 import importlib
@@ -17,12 +17,12 @@ from common.config import parse
 from tests.paths import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
-# The experiment of experiments/context_effect.sh has an encoder of its own.
+# experiments/context_effect.sh has its own encoder.
 OF_PRESETS = [recipe for recipe in RECIPES if recipe.stem != "context-effect-ctc"]
 
 
 def script_of(recipe: Path) -> ModuleType:
-    """The script that a recipe is for, by its name: -ctc, -rnnt or -evaluate, and all others pretraining."""
+    """Script of a recipe, by its name: -ctc, -rnnt or -evaluate; pretraining without any of these."""
     words = recipe.stem.split("-")
     names = {"ctc": "finetune_ctc", "rnnt": "finetune_rnnt", "evaluate": "evaluate"}
     return importlib.import_module(next((script for word, script in names.items() if word in words), "pretrain"))
@@ -30,7 +30,7 @@ def script_of(recipe: Path) -> ModuleType:
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """A training script takes the signals over; give them back."""
+    """Restore the signal handlers that a training script has replaced."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
@@ -44,17 +44,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_holds_only_what_its_script_knows(recipe: Path) -> None:
+def test_recipe_has_only_fields_of_its_script(recipe: Path) -> None:
     lines = recipe.read_text().splitlines()
-    assert lines[0].startswith("# "), "the first line says what the recipe is for"
+    assert lines[0].startswith("# "), "the first line describes the purpose of the recipe"
     parse(script_of(recipe).Config, ["--config", str(recipe)])
     dataset = yaml.safe_load(recipe.read_text()).get("data", {}).get("dataset", "")
-    assert not dataset.startswith("/"), "a recipe names no place on one machine"
+    assert not dataset.startswith("/"), "a recipe names no path of a particular machine"
 
 
 @pytest.mark.parametrize("recipe", OF_PRESETS, ids=lambda path: path.stem)
 def test_recipe_has_the_shape_of_its_preset(recipe: Path) -> None:
-    """quickstart-ctc and quickstart-pretrain have the encoder of the preset quickstart, and so on."""
+    """For example, quickstart-ctc and quickstart-pretrain have the encoder of the preset quickstart."""
     config = parse(script_of(recipe).Config, ["--config", str(recipe)])
     preset = next(encoder for name, encoder in PRESETS.items() if recipe.stem.startswith(name))
     free = {name: getattr(preset, name) for name in FREE_ENCODER_FIELDS}
@@ -63,7 +63,7 @@ def test_recipe_has_the_shape_of_its_preset(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(recipe: Path, dataset: Path, tmp_path: Path, signals: None) -> None:
-    """Two updates with all its settings but the sizes."""
+    """Two optimizer steps with all settings of the recipe except the sizes."""
     script = script_of(recipe)
     small = [*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"]
     if script.__name__ != "pretrain":

@@ -1,4 +1,4 @@
-"""The training loops as a whole: resume, worlds, accumulation. All equalities are on the real scripts."""
+"""Training loops: resume, world sizes, accumulation. All tests run the real scripts."""
 
 import json
 import re
@@ -59,10 +59,10 @@ def run(script: str, dataset: Path, folder: Path, *more: str) -> None:
     module.train(parse(module.Config, arguments(script, dataset, folder, *more)))
 
 
-def stop_after(monkeypatch, updates: int) -> None:
-    """The next run stops after so many updates, as if somebody had asked it to."""
-    asked = iter([False] * updates)
-    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(asked, True))
+def stop_after(monkeypatch, steps: int) -> None:
+    """Make the next run stop after a number of steps, as after a request to stop."""
+    answers = iter([False] * steps)
+    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(answers, True))
 
 
 def final_weights(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
@@ -114,9 +114,9 @@ def test_interrupted_twice_and_continued_with_other_workers_is_the_same(
     script, dataset, undisturbed, tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
-    for updates, workers in ((2, 0), (1, 2)):
+    for steps, workers in ((2, 0), (1, 2)):
         with monkeypatch.context() as patch:
-            stop_after(patch, updates)
+            stop_after(patch, steps)
             run(script, dataset, folder, f"--data.num_workers={workers}")
     run(script, dataset, folder, "--data.num_workers=1")
     assert_identical(final_weights(folder), final_weights(undisturbed[script]))
@@ -124,7 +124,7 @@ def test_interrupted_twice_and_continued_with_other_workers_is_the_same(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_without_warning_and_continued_is_the_same(script, dataset, undisturbed, tmp_path):
-    """SIGKILL as soon as the second checkpoint is complete: wherever in the next update that falls."""
+    """SIGKILL as soon as the second checkpoint is complete, at any point of the next step."""
     folder = tmp_path / "run"
     command = [sys.executable, f"{script}.py", *arguments(script, dataset, folder, "--checkpoint.every_steps=1")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
@@ -187,21 +187,23 @@ def without_dropout(dataset, tmp_path_factory) -> dict[str, Path]:
 def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(
     script, world_size, more, dataset, without_dropout, tmp_path
 ):
-    """Losses of ten updates agree to a relative 2e-4 in float32 without dropout: only the order of sums differs."""
+    """Losses of ten steps agree to a relative 2e-4 in float32 without dropout: only the summation order differs."""
     reference, folder = without_dropout[script], tmp_path / "spread"
     if world_size == 1:
         run(script, dataset, folder, *EXACT[script], *more)
     else:
         run_distributed(run_in_world, world_size, script, arguments(script, dataset, folder, *EXACT[script], *more))
     assert losses(folder) == pytest.approx(losses(reference), rel=2e-4)
-    ours, theirs = final_weights(folder, 10), final_weights(reference, 10)
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+    weights, expected = final_weights(folder, 10), final_weights(reference, 10)
+    for name in expected:
+        torch.testing.assert_close(
+            weights[name], expected[name], rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
 def test_fsdp_in_bfloat16_trains_and_validates(script, dataset, tmp_path):
-    """The blocks' weights are bfloat16 there, in validation too."""
+    """The blocks' weights are bfloat16, in validation too."""
     steps = ["--distributed.precision=bfloat16", "--run.steps=1"]
     options = arguments(script, dataset, tmp_path / "run", *steps, "--distributed.strategy=fsdp")
     run_distributed(run_in_world, 2, script, options)
@@ -229,7 +231,7 @@ def test_another_configuration_in_the_same_folder_is_refused(script, dataset, un
 
 
 def test_a_run_goes_on_after_an_upgrade_that_brought_new_settings(dataset, undisturbed, tmp_path):
-    """They have their defaults; another value is another configuration."""
+    """New settings have their defaults; another value is another configuration."""
     copy = shutil.copytree(undisturbed["pretrain"], tmp_path / "run")
     settings = yaml.safe_load((copy / "config.yaml").read_text())
     del settings["guard"], settings["encoder"]["rotary_interpolation"]
@@ -256,7 +258,7 @@ def test_other_features_are_refused_by_name(script, undisturbed, tmp_path):
     other = make_dataset(tmp_path / "other", recordings=30, low_hz=50.0)
     copy = tmp_path / "run"
     shutil.copytree(undisturbed[script], copy)
-    config = (copy / "config.yaml").read_text()  # the same place, other features there
+    config = (copy / "config.yaml").read_text()  # the same path, other features
     (copy / "config.yaml").write_text(re.sub(r"(?m)^  dataset: .*", f"  dataset: {other}", config))
     with pytest.raises(UserError, match=r"features.low_hz 20.0, and now it is 50.0"):
         run(script, other, copy)
@@ -265,10 +267,10 @@ def test_other_features_are_refused_by_name(script, undisturbed, tmp_path):
 
 
 def test_non_finite_losses_update_nothing_name_the_samples_and_end_the_run(dataset, tmp_path, monkeypatch, capfd):
-    with pytest.raises(RuntimeError, match="5 updates in a row"):
+    with pytest.raises(RuntimeError, match="5 steps in a row"):
         monkeypatch.setattr(pretrain, "mask_rows", poisoned_rows)
         run("pretrain", dataset, tmp_path / "run", "--run.steps=9")
-    assert "step 1: no rank updates" in capfd.readouterr().err
+    assert "step 1 skipped on all ranks" in capfd.readouterr().err
     saved = [load_file(path / "model.safetensors") for _, path in list_checkpoints(tmp_path / "run/checkpoints")]
     assert len(saved) == 2
     assert_identical(*saved)
@@ -297,7 +299,7 @@ def test_labels_outside_the_tokenizer_are_refused_before_training(dataset, tmp_p
 @pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
 @pytest.mark.parametrize("start", ["export", "checkpoints/step-00000005"])
 def test_fine_tuning_starts_from_the_pretrained_encoder(script, start, dataset, undisturbed, tmp_path):
-    """With a learning rate of nearly nothing the encoder stays what the export holds, but for the fresh top block."""
+    """At a negligible learning rate the encoder equals the export, except for the re-initialised top block."""
     init = undisturbed["pretrain"] / start
     options = [f"--finetune.init={init}", "--finetune.reinitialise_top_blocks=1", "--optimizer.learning_rate=1e-12"]
     run(script, dataset, tmp_path / "run", *options)
@@ -309,7 +311,7 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(script, start, dataset, 
 
 def test_a_checkpoint_without_its_run_is_refused_with_what_to_give(dataset, undisturbed, tmp_path):
     shutil.copytree(undisturbed["pretrain"] / "checkpoints/step-00000005", tmp_path / "loose")
-    with pytest.raises(UserError, match=r"loose is a checkpoint, .*; give it in its run folder, or an export"):
+    with pytest.raises(UserError, match=r"loose is a checkpoint, .*; give .* in its run folder, or an export"):
         run("finetune_ctc", dataset, tmp_path / "run", f"--finetune.init={tmp_path / 'loose'}")
 
 
@@ -318,10 +320,10 @@ def test_stages_of_a_curriculum_have_their_rows_and_as_many_frames_an_update(dat
     original = curriculum.CurriculumLoader.__iter__
 
     def noted(self):
-        for update in original(self):
-            shapes.append([tuple(batch.log_mel.shape[:2]) for batch in update])
-            longest.append(max(int(batch.segments.length.max()) for batch in update))
-            yield update
+        for batches in original(self):
+            shapes.append([tuple(batch.log_mel.shape[:2]) for batch in batches])
+            longest.append(max(int(batch.segments.length.max()) for batch in batches))
+            yield batches
 
     monkeypatch.setattr(curriculum.CurriculumLoader, "__iter__", noted)
     stages = "[{after_step: 1, row_frames: 800, max_seconds: 7}, {after_step: 3, row_frames: 1600, max_seconds: 9}]"
@@ -366,7 +368,7 @@ def test_a_resumed_fine_tuning_needs_what_it_started_from_no_more(dataset, undis
 @pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
 def test_a_validation_is_saved_before_it_is_printed(script, dataset, tmp_path, monkeypatch):
     def broken(*values, **options) -> None:
-        if "heard" in str(values):
+        if "hypothesis" in str(values):
             raise OSError("no console")
 
     monkeypatch.setattr(SCRIPTS[script], "print", broken, raising=False)
@@ -377,7 +379,7 @@ def test_a_validation_is_saved_before_it_is_printed(script, dataset, tmp_path, m
 
 
 def start_run(script, places: list[str], folder: Path, monkeypatch, *more: str) -> None:
-    """The first two updates."""
+    """Run the first two steps."""
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         continue_run(script, places, folder, *more)
@@ -401,7 +403,7 @@ def test_moved_data_continue_a_run_bit_for_bit_and_other_data_are_refused(
     start_run(script, [f"--data.dataset={dataset}"], run_folder, monkeypatch)
     other = make_dataset(tmp_path / "other", recordings=30, seed=9)
     before = (run_folder / "run.json").read_text()
-    with pytest.raises(UserError, match=r"began with dataset \w+, and now it is \w+ \(data.dataset was .*other'\)"):
+    with pytest.raises(UserError, match=r"started with dataset \w+, and now it is \w+ \(data.dataset was .*other'\)"):
         continue_run(script, [f"--data.dataset={other}"], run_folder)
     assert (run_folder / "run.json").read_text() == before
     monkeypatch.chdir(tmp_path)
@@ -420,8 +422,8 @@ def test_a_mixture_may_move_but_its_parts_order_and_weights_may_not_change(scrip
     start_run(script, mixture((dataset, 1.0), (second, 2.0)), folder, monkeypatch)
     refused = [
         (mixture((dataset, 1.0), (moved, 3.0)), r"data.mixture\[1\].weight was 2.0, is 3.0"),
-        (mixture((dataset, 1.0), (third, 2.0)), r"began with data.mixture\[1\].dataset \w+, and now it is .*third"),
-        (mixture((moved, 1.0), (dataset, 2.0)), r"began with data.mixture\[0\].dataset"),
+        (mixture((dataset, 1.0), (third, 2.0)), r"started with data.mixture\[1\].dataset \w+, and now it is .*third"),
+        (mixture((moved, 1.0), (dataset, 2.0)), r"started with data.mixture\[0\].dataset"),
         (mixture((moved, 2.0), (dataset, 1.0)), r"data.mixture\[0\].weight was 1.0, is 2.0"),
         (mixture((dataset, 1.0)), r"data.mixture was \["),
         ([f"--data.dataset={dataset}"], r"data.mixture was \["),
@@ -443,7 +445,7 @@ def test_the_pretrained_encoder_may_move_and_another_one_is_refused(
     (folder / "tokenizer/.ipynb_checkpoints").mkdir()
     init.rename(tmp_path / "moved")
     earlier = pretrained / "checkpoints/step-00000004"
-    with pytest.raises(UserError, match=r"began with finetune.init \w+, and now it is \w+ \(finetune.init was"):
+    with pytest.raises(UserError, match=r"started with finetune.init \w+, and now it is \w+ \(finetune.init was"):
         continue_run(script, data, folder, f"--finetune.init={earlier}")
     with pytest.raises(UserError, match=r"finetune.init is .*nowhere, .* cannot be compared"):
         continue_run(script, data, folder, f"--finetune.init={tmp_path / 'nowhere'}")

@@ -1,4 +1,4 @@
-"""Checkpoints: equal on every world size and strategy, whole or not there, and never code."""
+"""Checkpoints: independent of world size and strategy, complete or ignored, and free of code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from bestrq.training import checkpoint as checkpoint_module
 from bestrq.training.checkpoint import (
     COMPLETE,
-    CheckpointError,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -85,7 +84,7 @@ def pass_on(world: World, strategy: str, source: str, target: str) -> tuple[int,
     assert chosen is not None
     loaded = load_checkpoint(chosen, *parts, world)
     save(Path(target), loaded.step, parts, world)
-    advance(parts, 2, world.size)  # what was loaded can be trained on
+    advance(parts, 2, world.size)  # training continues from the loaded state
     save(Path(target), loaded.step + 2, parts, world)
     return loaded.step, loaded.state, loaded.extra_tensors["codebook"].tolist()
 
@@ -273,7 +272,7 @@ def test_a_planted_pickle_does_not_run_whatever_its_name(tmp_path: Path) -> None
         marker = json.loads(good_marker)
         marker["files"][name] = {"bytes": len(hostile), "crc32": crc32_of(path / name)}
         (path / COMPLETE).write_text(json.dumps(marker))
-        assert verify_checkpoint(path) is None  # the forger did his homework
+        assert verify_checkpoint(path) is None  # the marker of the forged file is correct
         with pytest.raises(UserError, match=name):
             load_checkpoint(path, *parts, World())
         (path / name).write_bytes(good)
@@ -288,7 +287,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_and_shapes_that_d
     other = Odd()
     other.block = nn.Linear(5, 8)
     other.more = nn.Linear(1, 1)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         load_checkpoint(tmp_path / "step-00000001", other, None, World())
     for part in ("more.weight is missing", "block.weight is [7, 5], but the model has [8, 5]", "model.safetensors"):
         assert part in str(caught.value)
@@ -307,7 +306,7 @@ def full_disk(world: World, folder: str) -> tuple[str, list[str], str]:
     try:
         save(Path(folder), 2, parts, world)
         message = ""
-    except CheckpointError as error:
+    except UserError as error:
         message = str(error)
     checkpoint_module.save_file = real
     left = sorted(os.listdir(folder))
@@ -321,8 +320,8 @@ def test_a_full_disk_on_rank_0_is_an_error_on_all_ranks_and_the_earlier_checkpoi
         assert left == ["step-00000001"] and later == "step-00000002"
 
 
-def differing_views(world: World, mine: str, other: str) -> str:
-    chosen = latest_checkpoint(Path(mine if world.is_main else other), world)
+def differing_views(world: World, main_folder: str, other_folder: str) -> str:
+    chosen = latest_checkpoint(Path(main_folder if world.is_main else other_folder), world)
     return chosen.name if chosen else ""
 
 

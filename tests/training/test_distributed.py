@@ -1,4 +1,4 @@
-"""Several processes: the same gradients as one, the same decisions everywhere, and how processes find each other."""
+"""Several processes: the gradients of a single process, joint decisions, and the rendezvous."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bestrq.training.process import (
     read_launch,
     start_world,
 )
+from bestrq.training.step import GuardSettings, StepGuard
 from bestrq.training.stop import STOP, StopRequest
-from bestrq.training.update import GuardSettings, UpdateGuard
 from common.errors import UserError
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
@@ -57,7 +57,7 @@ def chosen(strategy: str, precision: str = "float32") -> DistributedSettings:
 
 
 def make(world: World, settings: DistributedSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(world.rank)  # only rank 0's initial weights may count
+    torch.manual_seed(world.rank)  # rank 0's initial weights must be used
     model = Blocks()
     model = parallelise(model, model.blocks, world, settings)
     options = OptimizerSettings(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1)
@@ -65,7 +65,7 @@ def make(world: World, settings: DistributedSettings) -> tuple[nn.Module, torch.
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, targets, and which frames count: from none to all of them, so unevenly that ranks differ a lot."""
+    """Inputs, targets, and the frames that count: from none to all, so that ranks differ strongly."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(ROWS, 6, 5, generator=generator)
     targets = torch.randint(0, 3, (ROWS, 6), generator=generator)
@@ -79,7 +79,7 @@ Curves = tuple[list[float], list[float], dict[str, Tensor]]
 def train(world: World, settings: DistributedSettings, accumulation: int) -> Curves:
     """Losses and gradient norms of some steps, and the whole gradients of the first."""
     model, optimizer = make(world, settings)
-    guard = UpdateGuard(GuardSettings())
+    guard = StepGuard(GuardSettings())
     losses, norms, first = [], [], {}
     for step in range(1, STEPS + 1):
         x, targets, counted = (part.chunk(world.size)[world.rank] for part in global_batch(step))
@@ -97,7 +97,7 @@ def train(world: World, settings: DistributedSettings, accumulation: int) -> Cur
         if step == 1:
             first = {name.removeprefix("module."): whole(p.grad).clone() for name, p in model.named_parameters()}
         set_learning_rates(optimizer, step, STEPS)
-        norms.append(guard.apply_update(model, optimizer, loss, 0.1, world).grad_norm)
+        norms.append(guard.apply(model, optimizer, loss, 0.1, world).grad_norm)
         losses.append(float(world.sum(loss)))
     return losses, norms, first
 
@@ -113,7 +113,7 @@ def train_all(world: World, precision: str) -> dict[str, Curves]:
 
 
 def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_and_loss_curves() -> None:
-    """Float32 tolerance: 1e-5 relative, for sums of a few dozen terms taken in another order."""
+    """Float32 tolerance: 1e-5 relative, for a different summation order of a few dozen terms."""
     losses, norms, gradients = train(World(), chosen("ddp"), 1)
     assert losses[-1] < losses[0] and all(norm > 0.1 for norm in norms)  # it learns, and clipping is at work
     others = {"one process, 4 micro-batches": train(World(), chosen("ddp"), 4)}
@@ -143,7 +143,7 @@ def test_bfloat16_under_ddp_and_fsdp_follows_float32_and_leaves_float32_gradient
 def bad_number_on_rank_1(world: World, strategy: str, where: str) -> tuple[list[bool], bool, bool]:
     model, optimizer = make(world, chosen(strategy))
     set_learning_rates(optimizer, 5, 10)
-    guard = UpdateGuard(GuardSettings())
+    guard = StepGuard(GuardSettings())
     applied, changed = [], []
     for step in range(3):
         before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
@@ -151,7 +151,7 @@ def bad_number_on_rank_1(world: World, strategy: str, where: str) -> tuple[list[
         bad_here = step == 1 and world.rank == 1
         (loss * math.nan if bad_here and where == "gradient" else loss).backward()
         reported = loss.detach() * math.nan if bad_here else loss.detach()
-        applied.append(guard.apply_update(model, optimizer, reported, 1.0, world).applied)
+        applied.append(guard.apply(model, optimizer, reported, 1.0, world).applied)
         now = [whole(parameter.detach()) for parameter in model.parameters()]
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, now, strict=True)))
     return applied, changed == applied, all(bool(p.detach().isfinite().all()) for p in now)
@@ -170,9 +170,9 @@ def test_a_bad_number_on_rank_1_stops_the_update_of_every_rank_and_the_next_one_
 
 
 def agreements(world: World, folder: str) -> dict[str, object]:
-    mine = torch.tensor([world.rank + 1.0])
+    tensor = torch.tensor([world.rank + 1.0])
     answers: dict[str, object] = {
-        "sum": float(world.sum(mine)),
+        "sum": (float(world.sum(tensor)), float(tensor) == world.rank + 1.0),  # the argument is unchanged
         "max": world.max(-3.0 + world.rank),
         "any": (world.any(world.rank == 1), world.any(False)),
         "broadcast": world.broadcast({"n\u00e4me": [1, 2.5, None], "rank": world.rank}),
@@ -196,8 +196,9 @@ def agreements(world: World, folder: str) -> dict[str, object]:
 def test_all_ranks_agree_on_sums_flags_json_and_on_a_stop_that_one_rank_saw(tmp_path: Path) -> None:
     for answers in run_distributed(agreements, 2, str(tmp_path)):
         assert answers == {
-            "sum": 3.0, "max": -2.0, "any": (True, False), "broadcast": {"n\u00e4me": [1, 2.5, None], "rank": 0},
-            "nothing": None, "before": False, "after": True, "file": True, "left": ["REQUEUE"]}  # fmt: skip
+            "sum": (3.0, True), "max": -2.0, "any": (True, False),
+            "broadcast": {"n\u00e4me": [1, 2.5, None], "rank": 0}, "nothing": None,
+            "before": False, "after": True, "file": True, "left": ["REQUEUE"]}  # fmt: skip
 
 
 def fail_on_rank_1(world: World) -> None:

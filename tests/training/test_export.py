@@ -1,4 +1,4 @@
-"""The exported model: what is written is what is read, and damage is named."""
+"""Exports: reading returns the written content, and damage is an error that names the file."""
 
 from __future__ import annotations
 

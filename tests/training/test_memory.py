@@ -1,4 +1,4 @@
-"""The peak memory of a piece of work is its own, whatever the process did before."""
+"""Peak memory of a section of code, independent of earlier work of the process."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The record of a run, its rates, its console line, and the run folder."""
+"""Metrics, rates, console lines and run folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bestrq.training import meters
 from bestrq.training.meters import (
+    IntervalSums,
     MetricsLog,
     Throughput,
     console_line,
@@ -26,6 +27,7 @@ from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
 from common.config import load_yaml
 from common.errors import UserError
+from tests.gloo import run_distributed
 
 
 def log_steps(folder: RunFolder, resume: int, steps: range, offset: float) -> None:
@@ -63,9 +65,36 @@ def test_a_torn_line_in_a_record_does_not_hide_the_others(tmp_path: Path) -> Non
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = MetricsLog(RunFolder(tmp_path / "run"), 0, World(rank=1))
     log.write(1, {"loss": 1.0})
-    log.flush()
     log.close()
     assert not (tmp_path / "run").exists()
+
+
+def interval_sums(world: World) -> list[dict[str, float]]:
+    """Totals of two intervals: counters on the device and on the host, a rank without any, and an empty interval."""
+    sums = IntervalSums(("loss", "frames", "unused"), world.device)
+    for number in range(3 if world.is_main else 0):
+        sums.add(loss=torch.tensor(0.1), frames=2**53 + number)
+        sums.add(loss=torch.tensor(1.0, dtype=torch.float64))
+    return [sums.totals(world), sums.totals(world)]
+
+
+def test_interval_sums_are_float64_over_all_ranks_and_restart() -> None:
+    expected = {"loss": 3 * float(torch.tensor(0.1)) + 3.0, "frames": float(3 * 2**53 + 4), "unused": 0.0}
+    for totals, empty in [interval_sums(World()), *run_distributed(interval_sums, 2)]:
+        assert totals == pytest.approx(expected, rel=1e-15) and list(totals) == list(expected)
+        assert empty == dict.fromkeys(expected, 0.0)
+
+
+def test_time_of_a_pause_counts_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
+    throughput = Throughput(World(), total_steps=20)
+    with throughput.paused():
+        now[0] += 7.0
+    now[0] += 2.0
+    throughput.count(audio_seconds=30.0)
+    figures = throughput.interval(step=1)
+    assert figures["audio_seconds_per_second"] == pytest.approx(15.0) and figures["step_seconds"] == pytest.approx(2.0)
 
 
 def test_throughput_figures_follow_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +178,7 @@ def test_a_run_continues_only_with_what_it_began_with_but_for_the_free_fields(tm
     run.start(Whole(Part(width=4), workers=8), World(), free=["workers"], fingerprints={"training": "x"})
     with pytest.raises(UserError, match=r"part\.width was 4, is 5"):
         run.start(Whole(Part(width=5), workers=8), World(), free=["workers"])
-    with pytest.raises(UserError, match="began with training x, and now it is y"):
+    with pytest.raises(UserError, match="started with training x, and now it is y"):
         run.start(Whole(Part(width=4), workers=8), World(), fingerprints={"training": "y"})
     run.start(Whole(Part(width=6, rate=0.5), workers=8), World(), free=["part"])  # a section may be free as a whole
     run.config.unlink()

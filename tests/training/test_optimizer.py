@@ -1,8 +1,9 @@
-"""Learning rates as a function of the step, AdamW's groups, seeds, and the guard against bad numbers."""
+"""Learning rates as a function of the step, AdamW's groups, seeds, and the guard against non-finite numbers."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, learning_rate_factor, set_learning_rates
 from bestrq.training.process import World
-from bestrq.training.update import GuardSettings, UpdateGuard, UpdateResult, seed_step
+from bestrq.training.step import GuardSettings, StepGuard, StepResult, seed_step
+from common.config import parse
 from common.errors import UserError
 
 
@@ -61,13 +63,27 @@ def test_parameters_without_gradient_are_left_out_and_none_at_all_is_an_error() 
         build_optimizer([(model.named_parameters(), OptimizerSettings())])
 
 
+@dataclass
+class Config:
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("learning_rate", 0.0), ("betas", (0.9, 1.0)), ("final_fraction", 1.5), ("clip_norm", -1.0)]
-)
-def test_impossible_settings_are_refused_by_name_and_value(field: str, value: object) -> None:
-    with pytest.raises(UserError) as caught:
-        OptimizerSettings(**{field: value})
-    assert field in str(caught.value) and str(value) in str(caught.value)
+    ("name", "value"),
+    [("optimizer.learning_rate", "0.0"), ("optimizer.final_fraction", "1.5"), ("optimizer.clip_norm", "-1.0"),
+     ("optimizer.warmup_steps", "-1"), ("guard.max_bad_updates", "0"), ("guard.spike_window", "7")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name_and_value(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{name} is {value}: (expected|give)"):
+        parse(Config, [f"--{name}={value}"])
+
+
+def test_decay_rates_of_1_and_noam_without_warm_up_are_refused() -> None:
+    with pytest.raises(UserError, match=r"optimizer.betas is \(0.9, 1.0\): give two numbers from 0 to below 1"):
+        parse(Config, ["--optimizer.betas=[0.9, 1.0]"])
+    with pytest.raises(UserError, match=r"optimizer.warmup_steps is 0 with optimizer.schedule 'noam'"):
+        parse(Config, ["--optimizer.warmup_steps=0", "--optimizer.schedule=noam"])
 
 
 def test_what_a_step_draws_depends_on_seed_step_and_rank_and_on_nothing_else() -> None:
@@ -82,19 +98,19 @@ def test_what_a_step_draws_depends_on_seed_step_and_rank_and_on_nothing_else() -
     assert all(other != first for other in others) and len({tuple(other) for other in others}) == len(others)
 
 
-def guarded(settings: GuardSettings | None = None) -> tuple[nn.Module, torch.optim.Optimizer, UpdateGuard]:
+def guarded(settings: GuardSettings | None = None) -> tuple[nn.Module, torch.optim.Optimizer, StepGuard]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = build_optimizer([(model.named_parameters(), OptimizerSettings(warmup_steps=0))])
     set_learning_rates(optimizer, 1, 10)
-    return model, optimizer, UpdateGuard(settings or GuardSettings())
+    return model, optimizer, StepGuard(settings or GuardSettings())
 
 
-def update(parts: tuple[nn.Module, torch.optim.Optimizer, UpdateGuard], scale: float) -> UpdateResult:
+def update(parts: tuple[nn.Module, torch.optim.Optimizer, StepGuard], scale: float) -> StepResult:
     model, optimizer, guard = parts
     loss = scale * model(torch.ones(1, 3)).sum()
     loss.backward()
-    return guard.apply_update(model, optimizer, loss.detach(), 0.0, World())
+    return guard.apply(model, optimizer, loss.detach(), 0.0, World())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -112,14 +128,14 @@ def test_a_bad_update_changes_no_weight_and_no_optimizer_state(bad: float) -> No
 def test_a_non_finite_loss_with_finite_gradients_is_bad_too() -> None:
     model, optimizer, guard = guarded()
     model(torch.ones(1, 3)).sum().backward()
-    assert not guard.apply_update(model, optimizer, torch.tensor(math.inf), 0.0, World()).applied
+    assert not guard.apply(model, optimizer, torch.tensor(math.inf), 0.0, World()).applied
 
 
 def test_bad_updates_in_a_row_end_the_run_and_a_good_one_between_starts_the_count_again() -> None:
     parts = guarded(GuardSettings(max_bad_updates=3))
     for scale in (math.nan, math.nan, 1.0, math.nan, math.nan):
         update(parts, scale)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
         update(parts, math.nan)
 
 
@@ -130,7 +146,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm_and_reports_the_norm_bef
     loss = 100 * model(torch.ones(1, 3)).sum()
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
-    result = guard.apply_update(model, plain, loss.detach(), 0.5, World())
+    result = guard.apply(model, plain, loss.detach(), 0.5, World())
     moves = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
     moved = math.sqrt(sum(float(move.square().sum()) for move in moves))
     assert result.grad_norm == pytest.approx(norm) and moved == pytest.approx(0.5, rel=1e-4)

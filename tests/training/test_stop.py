@@ -1,4 +1,4 @@
-"""Requests to stop: signals only set a flag, a file does the same, and what is left behind."""
+"""Requests to stop by signal and by file, and the files left behind."""
 
 from __future__ import annotations
 
