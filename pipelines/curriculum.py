@@ -16,9 +16,9 @@ from pipelines.finetuning import FinetuneConfig
 
 
 def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSettings) -> CropTable:
-    """Training crops with their label texts, with the lengths of a stage's `data`.
+    """Training crops with their label texts; `data` gives the crop lengths of a stage.
 
-    With `label_minutes`, the crops of whole recordings that are chosen by the seed.
+    With `finetune.label_minutes`, only whole recordings of that total length, chosen at random by `data.seed`.
     """
     recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
     labelled = np.array([dataset.text(int(i)) is not None for i in recordings])

@@ -176,7 +176,7 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """A run and all that identifies it."""
+    """Folder, settings, data and processes of a fine-tuning run."""
 
     folder: RunFolder
     config: FinetuneConfig
