@@ -19,11 +19,12 @@ import torchaudio
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.audio.reading import READ_SECONDS, read_audio, resample
-from data.corpora.base import FileSource, SegmentSource
+from data.audio.reading import READ_SECONDS, resample
+from data.corpora.audio_files import FileSource
 from data.features import BLOCK_FRAMES, FeatureSettings, LogMel, difference
 from data.format.index import Recording
 from data.prepare.extraction import Extracted, extract
+from tests.decoded_audio import read_audio
 from tests.paths import REPOSITORY
 
 SETTINGS = FeatureSettings()
@@ -138,8 +139,8 @@ def test_a_long_stereo_file_read_in_blocks_gives_the_frames_of_one_pass(suffix: 
     samples, _ = soundfile.read(path, dtype="float32")
     one_pass = LogMel(SETTINGS)(resample([np.ascontiguousarray(samples).mean(axis=1)], rate, 16_000))
     utterance = FileSource(Recording("a"), path).load(SETTINGS)
-    assert not isinstance(utterance.sound, torch.Tensor)  # it is not held whole
-    assert torch.equal(torch.cat(list(LogMel(SETTINGS).blocks(utterance.sound))), one_pass)
+    assert not isinstance(utterance.audio, torch.Tensor)  # it is not held whole
+    assert torch.equal(torch.cat(list(LogMel(SETTINGS).blocks(utterance.audio))), one_pass)
     result = extract(FileSource(Recording("a"), path), SETTINGS)
     assert isinstance(result, Extracted) and np.array_equal(result.log_mel, one_pass.half().numpy())
 
@@ -148,11 +149,11 @@ def test_a_stretch_of_a_file_is_that_of_the_whole_one(tmp_path: Path) -> None:
     samples = noise(16_000 * 30)
     soundfile.write(tmp_path / "a.wav", samples.numpy(), 16_000, "FLOAT")
     for start, duration in ((0.0, 30.0), (1.5, 12.0), (29.0, 1.0), (3.0, 0.25)):
-        heard = SegmentSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS).waveform
+        heard = FileSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS).waveform
         assert torch.equal(heard, samples[int(start * 16_000) : int((start + duration) * 16_000)])
     for start, duration in ((29.0, 1.5), (31.0, 1.0), (3.0, 0.0)):
         with pytest.raises(UserError, match=r"a\.wav"):
-            SegmentSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS)
+            FileSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS)
 
 
 def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_features(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_feature
     program = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from data.corpora.base import FileSource\n"
+        "from data.corpora.audio_files import FileSource\n"
         "from data.extraction import extract\n"
         "from data.features import FeatureSettings\n"
         "from data.index import Recording\n"

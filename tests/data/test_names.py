@@ -19,7 +19,7 @@ from data.features import FeatureSettings
 from data.format.dataset import DatasetWriter, open_dataset
 from data.format.index import Recording
 from data.names import escaped, name_fault, space_fields
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from data.shards.select import read_ids
 from data.word_times import find_word_times, read_ctm
 from data.word_times.stm import read_stm

@@ -58,7 +58,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
-    scripts = ("evaluate", "align", "finetune_ctc", "data.prepare_cli", "data.corpora.tedlium")
+    scripts = ("evaluate", "align", "finetune_ctc", "data.prepare.prepare", "data.corpora.tedlium")
     with quick_python(
         *scripts, "pandas", "torch._dynamo", "torch.utils.tensorboard", "docstring_parser", "attr"
     ) as path:

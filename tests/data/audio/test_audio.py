@@ -15,15 +15,16 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from common.errors import SoundWarning, UserError
+from common.errors import AudioWarning, UserError
 from data.audio.files import AUDIO_SUFFIXES, list_audio
-from data.audio.reading import audio_blocks, audio_seconds, read_audio
-from data.corpora.base import FileSource, SegmentSource
-from data.corpora.channels import ChannelSource
+from data.audio.reading import audio_blocks, audio_seconds
+from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
 from data.format.index import Recording
-from data.prepare.command_line import main
-from data.prepare.extraction import Extracted, Skipped, extract, extract_all
+from data.prepare.extraction import Extracted, extract, extract_all
+from data.prepare.prepare import main
+from data.skipped import Skipped
+from tests.decoded_audio import read_audio
 
 SETTINGS = FeatureSettings()
 RATE = 16_000
@@ -96,13 +97,13 @@ def test_flac_without_its_sample_count_is_the_sound_of_one_with_it(
     end = audio_seconds(counted)
     for start, duration in ((0.0, 1.0), (0.0, end), (0.7, 0.5), (end - 1, 1.0), (end - 1, 1.003)):
         for channel in (None, channels - 1):
-            a, b = (ChannelSource(Recording("a"), path, 0, start, duration) for path in (counted, streamed))
+            a, b = (FileSource(Recording("a"), path, start, duration, 0) for path in (counted, streamed))
             assert torch.equal(a.load(SETTINGS).waveform, b.load(SETTINGS).waveform)
             heard = torch.cat(list(audio_blocks(streamed, SETTINGS, None, start, duration, channel)))
             assert len(heard) > 6000
     for start, duration in ((end, 0.5), (end + 60, 1.0), (end - 1, 1.5)):
         with pytest.raises(UserError, match=r"b\.flac: ends before the segment's"):
-            SegmentSource(Recording("a"), streamed, start, duration).load(SETTINGS)
+            FileSource(Recording("a"), streamed, start, duration).load(SETTINGS)
 
 
 def test_the_length_of_flac_without_its_sample_count_is_estimated_for_listings(tmp_path: Path) -> None:
@@ -126,10 +127,10 @@ def test_a_segment_that_ends_within_the_tolerance_after_the_sound_is_shortened(k
     path = write(tmp_path / f"a.{kind}", encoded(kind, noise(7.3365)))
     samples = len(read_audio(path, SETTINGS))
     for over in (0.0035, 0.09):
-        heard = SegmentSource(Recording("a"), path, 5.0, 2.3365 + over).load(SETTINGS).waveform
+        heard = FileSource(Recording("a"), path, 5.0, 2.3365 + over).load(SETTINGS).waveform
         assert len(heard) == samples - 5 * RATE
     for start, duration in ((5.0, 2.45), (7.34, 0.02), (9.0, 1.0)):
-        result = extract(SegmentSource(Recording("a"), path, start, duration), SETTINGS)
+        result = extract(FileSource(Recording("a"), path, start, duration), SETTINGS)
         assert isinstance(result, Skipped) and f"a.{kind}: ends before the segment's" in result.reason
 
 
@@ -245,9 +246,9 @@ def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_pat
 def test_segments_before_the_cut_are_read_and_those_behind_it_are_not(kind: str, tmp_path: Path) -> None:
     whole = encoded(kind, noise(3))
     path = write(tmp_path / f"a.{kind}", cut(kind, whole))
-    assert len(SegmentSource(Recording("a"), path, 0.2, 1.0).load(SETTINGS).waveform) == RATE
+    assert len(FileSource(Recording("a"), path, 0.2, 1.0).load(SETTINGS).waveform) == RATE
     with pytest.raises(UserError, match="ends before the segment's end"):
-        SegmentSource(Recording("a"), path, 1.0, 1.5).load(SETTINGS)
+        FileSource(Recording("a"), path, 1.0, 1.5).load(SETTINGS)
 
 
 def chunk(id: bytes, content: bytes) -> bytes:
@@ -325,7 +326,7 @@ def test_files_put_together_are_refused(kind: str, tmp_path: Path) -> None:
     first, second = encoded(kind, noise(3)), encoded(kind, noise(2, seed=1))
     for joined in (first + second, first + first):
         path = write(tmp_path / f"two.{kind}", joined)
-        for source in (FileSource(Recording("a"), path), SegmentSource(Recording("a"), path, 0.5, 1.0)):
+        for source in (FileSource(Recording("a"), path), FileSource(Recording("a"), path, 0.5, 1.0)):
             with pytest.raises(UserError, match=rf"two\.{kind}: .*{SEVERAL}"):
                 source.load(SETTINGS)
         with pytest.raises(UserError, match=SEVERAL):
@@ -412,7 +413,7 @@ def test_channels_that_cancel_each_other_out_are_warned_of_with_the_setting_that
             assert f"{name}.{kind}: the channels cancel each other out" in warning, name
             assert "--features.channels first" in warning
             assert not warned(path, FeatureSettings(channels="first"))
-            assert torch.isfinite(ChannelSource(Recording("a"), path, 0).load(SETTINGS).waveform).all()
+            assert torch.isfinite(FileSource(Recording("a"), path, channel=0).load(SETTINGS).waveform).all()
 
 
 def test_other_channels_are_not_warned_of(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def test_other_channels_are_not_warned_of(tmp_path: Path) -> None:
 
 def test_reading_a_file_alone_issues_the_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", encoded("wav", stereo(noise(1), -noise(1))))
-    with pytest.warns(SoundWarning, match="cancel"):
+    with pytest.warns(AudioWarning, match="cancel"):
         read_audio(path, SETTINGS)
 
 

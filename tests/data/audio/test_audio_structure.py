@@ -13,8 +13,8 @@ import torch
 
 from common.errors import UserError
 from data.audio import opening as audio_open
-from data.audio.reading import audio_blocks, audio_seconds, read_audio
-from data.corpora.base import FileSource, SegmentSource
+from data.audio.reading import audio_blocks, audio_seconds
+from data.corpora.audio_files import FileSource
 from data.format.index import Recording
 from data.prepare.extraction import Extracted, extract
 from tests.data.audio.test_audio import (
@@ -30,6 +30,7 @@ from tests.data.audio.test_audio import (
     wav,
     write,
 )
+from tests.decoded_audio import read_audio
 
 
 def samples_of(content: bytes, path: Path) -> int:
@@ -121,7 +122,7 @@ def test_a_wav_whose_length_was_never_set_is_read_to_its_end(size: int, tmp_path
     """As a recorder leaves it that was killed, or writes it into a pipe."""
     content = wav(noise(3), data=0, size=size)
     assert samples_of(content, tmp_path / "a.wav") == 3 * RATE
-    segment = SegmentSource(Recording("a"), tmp_path / "a.wav", 1.0, 1.5).load(SETTINGS).waveform
+    segment = FileSource(Recording("a"), tmp_path / "a.wav", 1.0, 1.5).load(SETTINGS).waveform
     assert torch.equal(segment, read_audio(tmp_path / "a.wav", SETTINGS)[RATE : RATE * 5 // 2])
     big = encoded("wav", noise(3), endian="BIG")
     place = big.index(b"data") + 4
@@ -196,7 +197,7 @@ def test_mp3_of_any_bit_rate_without_a_header_is_read_to_its_end(mode: str, tmp_
     assert torch.allclose(heard, whole[50 * RATE : 55 * RATE], atol=1e-5)
     for start, duration in ((70.0, 1.0), (59.0, 3.0)):
         with pytest.raises(UserError, match="ends before the segment's"):
-            SegmentSource(Recording("a"), tmp_path / "a.mp3", start, duration).load(SETTINGS)
+            FileSource(Recording("a"), tmp_path / "a.mp3", start, duration).load(SETTINGS)
 
 
 def test_a_long_compressed_file_that_lacks_some_seconds_is_warned_of(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_file_is_measured_once_for_all_its_segments_in_any_order(
     monkeypatch.setattr(audio_open, "extent", lambda file: measured.append(file.name) or original(file))
     for start in (0.0, 0.3, 0.6):
         for path in paths:
-            SegmentSource(Recording("a"), path, start, 0.2).load(SETTINGS)
+            FileSource(Recording("a"), path, start, 0.2).load(SETTINGS)
     assert measured == list(map(str, paths))
 
 
@@ -232,7 +233,7 @@ def test_a_file_is_read_whatever_macos_left_beside_it(fork: bytes, kind: str, tm
     write(tmp_path / f"._a.{kind}", fork)
     assert len(read_audio(path, SETTINGS)) >= RATE and audio_seconds(path) >= 1
     for start in (0.0, 0.5):
-        assert len(SegmentSource(Recording("a"), path, start, 0.5).load(SETTINGS).waveform) == RATE // 2
+        assert len(FileSource(Recording("a"), path, start, 0.5).load(SETTINGS).waveform) == RATE // 2
 
 
 def test_a_format_that_the_ending_alone_tells_is_still_read(tmp_path: Path) -> None:

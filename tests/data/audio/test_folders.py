@@ -13,7 +13,7 @@ from data.corpora.base import Unreadable
 from data.corpora.folder import FolderSettings, sources
 from data.corpora.text_files import listed_names
 from data.format.dataset import open_dataset
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from pipelines.evaluation import stm_files
 
 LEFT_BEHIND = [

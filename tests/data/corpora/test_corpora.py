@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from common.errors import UserError
-from data.corpora.base import FileSource
+from data.corpora.audio_files import FileSource
 from data.corpora.debian_packages import package_folders
 from data.corpora.debian_voices import DebianVoicesSettings, FilletsSettings, parse_dialogs
 from data.corpora.debian_voices import sources as debian_sources
@@ -28,7 +28,7 @@ from data.corpora.synthetic import VARIANTS, SyntheticSettings, split_of
 from data.corpora.synthetic import sources as synthetic_sources
 from data.features import FeatureSettings
 from data.format.index import Recording
-from data.prepare.command_line import parse
+from data.prepare.prepare import parse
 from tests.paths import REPOSITORY
 
 FEATURES = FeatureSettings()

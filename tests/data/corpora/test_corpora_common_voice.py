@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.corpora.base import FileSource, Unreadable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Unreadable
 from data.corpora.common_voice import Clip, CommonVoiceSettings, read_clips, read_durations, sources
 from data.corpora.registry import find_corpus
 from data.format.dataset import open_dataset
 from data.names import name_fault
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 
 HEADER = (
     "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\taccents\tvariant\t"

@@ -26,7 +26,8 @@ from data.corpora.long_context_asr import (
     spectrogram_features,
 )
 from data.features import FeatureSettings
-from data.prepare.extraction import Extracted, Skipped, extract
+from data.prepare.extraction import Extracted, extract
+from data.skipped import Skipped
 from data.transcripts import Word
 
 FUZZ = settings(max_examples=300, deadline=None, database=None)

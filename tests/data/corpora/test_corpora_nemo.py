@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.corpora.base import FileSource, SegmentSource, Unreadable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.folder import FolderSettings, sources
 from data.features import FeatureSettings
@@ -39,7 +40,7 @@ def entry(**more: object) -> dict:
     return {"audio_filepath": "audio/one.wav", "duration": 0.8, "text": "sea shells", "speaker": "s", **more}
 
 
-def listed(folder: Path, *entries: dict, name: str = "m.json", **more: object) -> list[FileSource | SegmentSource]:
+def listed(folder: Path, *entries: dict, name: str = "m.json", **more: object) -> list[FileSource]:
     text = "".join(json.dumps(e) + "\n" for e in entries)
     (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     found = sources(FolderSettings(manifest=str(folder / name), **more))  # type: ignore[arg-type]

@@ -23,10 +23,10 @@ from data.features import FeatureSettings
 from data.format.dataset import open_dataset
 from data.format.index import Recording
 from data.prepare import extraction
-from data.prepare.command_line import main, parse
-from data.prepare.extraction import Extracted, Skipped, extract, extract_all
-from data.prepare.prepare import PrepareSettings, prepare
+from data.prepare.extraction import Extracted, extract, extract_all
+from data.prepare.prepare import PrepareSettings, main, parse, prepare
 from data.prepare.progress import Progress
+from data.skipped import Skipped
 from tests.paths import REPOSITORY
 from tests.patience import wait_until
 

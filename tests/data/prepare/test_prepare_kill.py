@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from data.format.dataset import open_dataset
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 
@@ -29,7 +29,7 @@ with contextlib.suppress(ImportError):
     import pandas  # pyarrow does so late, and slowly
 from data.corpora.registry import find_corpus
 from data.prepare.prepare import prepare
-from data.prepare.command_line import parse
+from data.prepare.prepare import parse
 
 folder, parts, kills, seed = sys.argv[1], *map(int, sys.argv[2:5])
 corpus, features, settings = parse("folder", find_corpus("folder"), [*sys.argv[5:], "--out", "x"])
@@ -157,7 +157,7 @@ def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) ->
     arguments = [*write_audio(tmp_path / "audio", 40)[:-2], "--workers", "1", "--out"]
     # A slow disk: every recording takes 50 ms, so that the signal falls in the middle of a shard.
     program = (
-        "import sys, time, data.writer as w, data.prepare_cli as p\n"
+        "import sys, time, data.format.writer as w, data.prepare.prepare as p\n"
         "add = w.DatasetWriter.add\n"
         "def slowly(self, *a):\n    add(self, *a)\n    time.sleep(0.05)\n    len(self.done_ids) % 8 or self.close()\n"
         "w.DatasetWriter.add = slowly\n"
