@@ -201,10 +201,10 @@ def _ogg_extent(file: BinaryIO, size: int, start: int) -> Extent:
         end = position + (27 + len(lengths) + sum(lengths) if whole else _OGG_PAGE)
         if end > size:  # libsndfile reads complete pages
             return Extent(held, end - position, unended=True)
-        begins, ends, stream = head[5] & 2, head[5] & 4, head[14:18]
-        if begins and not at_start:  # multiplexed streams all start first
+        starts, ends, stream = head[5] & 2, head[5] & 4, head[14:18]
+        if starts and not at_start:  # multiplexed streams all start first
             return Extent(several=True)
-        at_start = bool(begins)
+        at_start = bool(starts)
         open_streams = open_streams - {stream} if ends else open_streams | {stream}
         position = held = end
     return Extent(unended=bool(open_streams))

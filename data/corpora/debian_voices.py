@@ -80,11 +80,11 @@ def sources(settings: DebianVoicesSettings) -> list[FileSource]:
     listed: list[FileSource] = []
     for part in sorted(set(settings.parts)):
         name, _, language = part.partition("-")
-        found = list(_fillets(folders, language, settings) if name == "fillets" else _tuxpaint(folders))
-        if not found:
+        recordings = list(_fillets(folders, language, settings) if name == "fillets" else _tuxpaint(folders))
+        if not recordings:
             where = ", ".join(map(str, folders))
             raise UserError(f"{part}: no recordings below {where}; it should hold the packages {', '.join(packages)}")
-        listed += sorted(found, key=lambda source: source.id)
+        listed += sorted(recordings, key=lambda source: source.id)
     return listed
 
 
@@ -175,10 +175,10 @@ def _tuxpaint(folders: list[Path]) -> Iterator[FileSource]:
 def _description(path: Path, language: str) -> str | None:
     if not path.is_file():
         return None
-    found = re.search(rf"^{language}\.utf8=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    return found[1].strip() or None if found else None
+    match = re.search(rf"^{language}\.utf8=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return match[1].strip() or None if match else None
 
 
 def _files(folders: list[Path], pattern: str) -> list[Path]:
-    found = {path for folder in folders for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not is_clutter(path.name))
+    paths = {path for folder in folders for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if not is_clutter(path.name))

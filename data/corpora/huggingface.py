@@ -82,8 +82,8 @@ def sources(settings: HuggingFaceSettings) -> LazySources:
 def listing(settings: HuggingFaceSettings) -> pa.Table:
     """Table with one row per recording: id, text, language, speaker, split, part, address, group, row, audio."""
     files = data_files(settings)
-    wanted = _wanted_splits(settings, list(files))
-    return pa.concat_tables([_listing(settings, name, split, files[name]) for name, split in wanted.items()])
+    selected = _selected_splits(settings, list(files))
+    return pa.concat_tables([_listing(settings, name, split, files[name]) for name, split in selected.items()])
 
 
 def checked(table: pa.Table, dataset: str, cache: FileCache) -> LazySources:
@@ -198,9 +198,9 @@ def _from_hub_cache(address: str) -> str:
     return path if isinstance(path, str) else address
 
 
-def _wanted_splits(settings: HuggingFaceSettings, known: Sequence[str]) -> dict[str, str]:
+def _selected_splits(settings: HuggingFaceSettings, known: Sequence[str]) -> dict[str, str]:
     """Splits to read: name in the dataset -> train, dev or test. Raises UserError."""
-    wanted = {}
+    selected = {}
     for entry in settings.splits or known:
         name, _, split = entry.partition("=")
         if name not in known:
@@ -213,8 +213,8 @@ def _wanted_splits(settings: HuggingFaceSettings, known: Sequence[str]) -> dict[
             raise UserError(
                 f"splits: is {name!r} for train, dev or test? Use --splits {name}=train (with the other splits)"
             )
-        wanted[name] = split
-    return wanted
+        selected[name] = split
+    return selected
 
 
 def _listing(settings: HuggingFaceSettings, part: str, split: str, files: Sequence[str]) -> pa.Table:

@@ -54,7 +54,7 @@ def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | Use
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
-def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+def _objects(file: BinaryIO, path: Path, max_bytes: float) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     number = blank = read = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -62,7 +62,7 @@ def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dic
         where = f"{path}:{number}"
         if len(line) > MAX_LINE_BYTES:
             raise UserError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MB; is this a JSON-lines manifest?")
-        if read > most:
+        if read > max_bytes:
             raise UserError(f"{where}: gzip that expands more than {_MAX_EXPANSION} times; refused")
         if not line.strip():
             blank += 1

@@ -117,13 +117,13 @@ def _root(folder: Path, setting: str) -> Path:
     raise UserError(f"{setting} {folder} holds no subset such as train-clean-100, directly or in a folder LibriSpeech")
 
 
-def _subsets(folder: Path, wanted: list[str]) -> list[str]:
+def _subsets(folder: Path, names: list[str]) -> list[str]:
     existing = sorted(name for name in listed_names(folder) if _SUBSET.fullmatch(name) and (folder / name).is_dir())
-    for name in wanted:
+    for name in names:
         if name not in existing:
             suggestion = did_you_mean(name, existing)
             raise UserError(f"subsets names {name!r}, {folder} has {', '.join(existing)}.{suggestion}")
-    return list(dict.fromkeys(wanted)) or existing
+    return list(dict.fromkeys(names)) or existing
 
 
 def _speakers(path: Path, gender: str) -> set[str] | None:

@@ -99,7 +99,7 @@ def _code(language: str) -> str:
 def _from_hub(settings: MlsSettings) -> LazySources:
     tables = []
     for code in dict.fromkeys(map(_code, settings.languages or LANGUAGES)):
-        wanted = HuggingFaceSettings(
+        hub_settings = HuggingFaceSettings(
             dataset=settings.english_dataset if code == "en" else settings.dataset,
             subset="" if code == "en" else LANGUAGES[code],
             splits=[*settings.splits],
@@ -108,7 +108,7 @@ def _from_hub(settings: MlsSettings) -> LazySources:
             language=code,
             revision=settings.revision,
         )
-        tables.append(huggingface.listing(wanted))
+        tables.append(huggingface.listing(hub_settings))
     cache = FileCache(settings.cache, round(settings.cache_gb * 1e9))
     return huggingface.checked(pa.concat_tables(tables), "Multilingual LibriSpeech", cache)
 
@@ -141,14 +141,14 @@ def _language_folders(settings: MlsSettings) -> list[Path]:
                 f"{parent} holds {folders[code].name} and {name}, the same recordings: give one as --folder"
             )
         folders[code] = parent / name
-    wanted = [_code(language) for language in settings.languages] or list(folders)
-    missing = [code for code in wanted if code not in folders]
+    codes = [_code(language) for language in settings.languages] or list(folders)
+    missing = [code for code in codes if code not in folders]
     if missing or not folders:
         raise UserError(
             f"folder {given} holds no mls_LANGUAGE{' for ' + ', '.join(missing) if missing else ''}: it should hold "
             f"folders such as mls_german or mls_german_opus, unpacked from OpenSLR 94"
         )
-    return [folders[code] for code in dict.fromkeys(wanted)]
+    return [folders[code] for code in dict.fromkeys(codes)]
 
 
 def _speakers(path: Path, gender: str) -> set[str] | None:
@@ -160,7 +160,7 @@ def _speakers(path: Path, gender: str) -> set[str] | None:
         fields = [part.strip() for part in line.split("|")]
         if number == 0:
             if fields[:2] != ["SPEAKER", "GENDER"]:
-                raise UserError(f"{where}: the header should begin with SPEAKER | GENDER: {line[:80]!r}")
+                raise UserError(f"{where}: expected a header SPEAKER | GENDER: {line[:80]!r}")
         elif len(fields) < 2 or not fields[0].isdigit() or fields[1] not in ("F", "M"):
             raise UserError(f"{where}: expected a speaker's number and F or M, separated by |: {line[:80]!r}")
         elif fields[1] == gender:
@@ -179,7 +179,7 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
     audio = folder / part / "audio"
     if not audio.is_dir():
         raise UserError(f"{audio}: no such folder; unpack the archive of {folder.name} again")
-    wanted = _handles(folder, split) if split in LIMITED else None
+    handles = _handles(folder, split) if split in LIMITED else None
     suffix = _suffix(audio)
     transcripts = folder / part / "transcripts.txt"
     ids: list[str] = []
@@ -196,7 +196,7 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
                 values.append(value)
             continue
         speaker, book, _ = id.split("_")
-        if (wanted is not None and id not in wanted) or (speakers is not None and speaker not in speakers):
+        if (handles is not None and id not in handles) or (speakers is not None and speaker not in speakers):
             continue
         ids.append(id)
         texts.append(text)
@@ -204,8 +204,8 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
         faults.append(None)
     if unreadable:
         check_unusable(next(filter(None, faults)), unreadable, lines)
-    if wanted is not None and speakers is None and len(wanted - set(ids)) > unreadable:
-        missing = min(wanted - set(ids))
+    if handles is not None and speakers is None and len(handles - set(ids)) > unreadable:
+        missing = min(handles - set(ids))
         raise UserError(f"{transcripts}: has no {missing}, which limited_supervision names: download the files again")
     columns = {"id": ids, "text": texts, "address": paths, "fault": faults}
     table = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}

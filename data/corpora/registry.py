@@ -1,4 +1,4 @@
-"""Table of corpora; each has a module of its own."""
+"""Table of the corpora, which have one module each."""
 
 from __future__ import annotations
 

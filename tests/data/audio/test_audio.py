@@ -238,7 +238,7 @@ def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_pat
     whole = encoded(kind, noise(60))
     lost = len(encoded(kind, noise(60))) - len(encoded(kind, noise(59.95)))
     assert len(read_audio(write(tmp_path / f"a.{kind}", whole[:-lost]), SETTINGS)) <= 60 * RATE
-    with pytest.raises(UserError, match=r"cut short, \d+ of about \d+ samples are there"):
+    with pytest.raises(UserError, match=r"truncated, has \d+ of about \d+ samples"):
         read_audio(write(tmp_path / f"b.{kind}", whole[: -4 * lost]), SETTINGS)
 
 
@@ -273,7 +273,7 @@ def test_chunks_around_the_sound_are_no_part_of_it(odd: bool, tmp_path: Path) ->
     assert len(read_audio(write(tmp_path / "a.wav", whole[:-10]), SETTINGS)) == 3 * RATE - odd  # of the last chunk
     assert len(read_audio(write(tmp_path / "a.wav", ID3 + whole), SETTINGS)) == 3 * RATE - odd
     for content in (whole[: len(whole) // 2], ID3 + whole[: len(whole) // 2]):
-        with pytest.raises(UserError, match="cut short, 2[34][0-9]{3} of about 4[78][0-9]{3} samples"):
+        with pytest.raises(UserError, match="truncated, has 2[34][0-9]{3} of about 4[78][0-9]{3} samples"):
             read_audio(write(tmp_path / "a.wav", content), SETTINGS)
 
 

@@ -110,7 +110,7 @@ def test_streams_beside_each_other_and_bytes_within_pages_are_no_second_stream(k
     with pytest.raises(UserError, match="several streams"):
         read_audio(write(tmp_path / "c", beside + beside), SETTINGS)
     for lost in (1, 10, 100):
-        with pytest.raises(UserError, match="cut short"):
+        with pytest.raises(UserError, match="truncated"):
             read_audio(write(tmp_path / "d", beside[:-lost]), SETTINGS)
 
 
@@ -141,7 +141,7 @@ def test_sound_behind_the_announced_length_is_warned_of(kind: str, tmp_path: Pat
     """A header that was not brought up to date, or counts more than 4 GiB in 32 bits."""
     shorter, longer = encoded(kind, noise(2)), encoded(kind, noise(3))
     content = shorter + longer[-2 * RATE :]
-    assert f"2.00 s of sound, and {2 * RATE} bytes behind" in warning_of(content, tmp_path / f"a.{kind}")
+    assert f"2.00 s of audio, and {2 * RATE} bytes after" in warning_of(content, tmp_path / f"a.{kind}")
     assert samples_of(shorter + longer[-1000:], tmp_path / f"b.{kind}") == 2 * RATE
 
 
@@ -169,7 +169,7 @@ def test_an_rf64_file_is_as_long_as_its_first_chunk_says(tmp_path: Path) -> None
     for length in (0, 4, 0xFFFFFFFF, 6 * RATE):
         content = whole[:place] + struct.pack("<I", length) + whole[place + 4 :]
         assert samples_of(content, tmp_path / "a.rf64") == 3 * RATE
-        with pytest.raises(UserError, match="cut short"):
+        with pytest.raises(UserError, match="truncated"):
             read_audio(io.BytesIO(content[:-RATE]), SETTINGS)
 
 
@@ -205,7 +205,7 @@ def test_a_long_compressed_file_that_lacks_some_seconds_is_warned_of(tmp_path: P
     whole = encoded("mp3", noise(600))
     assert samples_of(whole, tmp_path / "a.mp3") == 600 * RATE
     assert "of 9600000 samples could be read" in warning_of(whole[: -len(whole) // 150], tmp_path / "a.mp3")
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_audio(write(tmp_path / "a.mp3", whole[: -len(whole) // 50]), SETTINGS)
 
 

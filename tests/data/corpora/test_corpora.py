@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.audio_files import FileSource
 from data.corpora.debian_packages import package_folders
@@ -212,16 +213,17 @@ def test_a_long_recording_reaches_its_length_with_topics_that_come_back() -> Non
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("languages", ["xx"], "languages is 'xx'"),
-        ("languages", [], "languages is empty"),
-        ("train_hours", -1.0, "train_hours is -1.0"),
-        ("train_long_share", 1.5, "train_long_share is 1.5"),
-        ("long_minutes", 0.0, "long_minutes is 0.0"),
+        ("languages", "[xx]", "languages is 'xx'"),
+        ("languages", "[]", "languages is empty"),
+        ("train_hours", "-1.0", "train_hours is -1.0"),
+        ("train_long_share", "1.5", "train_long_share is 1.5"),
+        ("long_minutes", "0.0", "long_minutes is 0.0"),
+        ("dev_utterances", "-1", "dev_utterances is -1"),
     ],
 )
-def test_synthetic_settings_name_the_field_and_the_value(field: str, value: object, complaint: str) -> None:
+def test_synthetic_settings_name_the_field_and_the_value(field: str, value: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        SyntheticSettings(**{field: value})
+        parse_settings(SyntheticSettings, [f"--{field}={value}"])
 
 
 def test_an_unknown_corpus_gets_the_nearest_name() -> None:
@@ -315,7 +317,7 @@ def test_debian_folders_that_lack_what_is_needed_are_named(debian_tree: Path, tm
     with pytest.raises(UserError, match="no .deb file of fillets-ng-data-cs: .*apt-get download"):
         debian_sources(FilletsSettings(folder=str(tmp_path), parts=["fillets-cs"], cache=str(tmp_path / "cache")))
     with pytest.raises(UserError, match="parts is 'filets-cs'.*'fillets-cs'"):
-        DebianVoicesSettings(parts=["filets-cs"])
+        parse_settings(DebianVoicesSettings, ["--parts=[filets-cs]"])
 
 
 def test_a_failed_fetch_says_what_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +456,7 @@ def test_manifests_of_the_splits_name_them(tmp_path: Path) -> None:
         ({"audio_filepath": "a.wav", "text": "x", "offset": -1}, r"m\.json:2: offset is -1"),
         ({"audio_filepath": "a.wav", "text": "x", "offset": 1}, r"m\.json:2: .*needs its duration"),
         ({"audio_filepath": "a.wav", "text": "x", "split": "eval"}, r"m\.json:2: split is 'eval'"),
-        ({"audio_filepath": "b.wav", "text": "x"}, r"1 of 2 audio files .*b\.wav.*counts from"),
+        ({"audio_filepath": "b.wav", "text": "x"}, r"1 of 2 audio files .*b\.wav.*starts at"),
     ],
 )
 def test_a_bad_manifest_line_is_named(tmp_path: Path, line: dict | str, complaint: str) -> None:

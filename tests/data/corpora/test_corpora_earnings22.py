@@ -13,6 +13,7 @@ from fuzzed import damaged, damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.earnings22 import Earnings22FullSettings, Earnings22Settings, sources, sources_full
 from data.corpora.espeak import Synthesizer
@@ -156,7 +157,7 @@ def test_missing_calls_and_pointers_in_the_place_of_audio_are_named(published: P
     with pytest.raises(UserError, match="folder is empty"):
         sources(Earnings22Settings())
     with pytest.raises(UserError, match="splits is 'train'"):
-        Earnings22Settings(splits=["train"])
+        parse_settings(Earnings22Settings, ["--splits=[train]"])
 
 
 def test_a_cut_off_mp3_makes_its_call_unusable(published: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bestrq.scoring.normalisers import normaliser
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.espeak import Synthesizer
 from data.corpora.homophones import (
@@ -126,11 +127,11 @@ def test_a_recording_is_a_pure_function_of_its_source(loaded: list) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("train_hours", -1.0), ("test_recordings", -2), ("recording_seconds", 0.0), ("cue_seconds", -3.0)],
+    [("train_hours", "-1.0"), ("test_recordings", "-2"), ("recording_seconds", "0.0"), ("cue_seconds", "-3.0")],
 )
-def test_settings_name_the_field_and_the_value(field: str, value: float) -> None:
+def test_settings_name_the_field_and_the_value(field: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{field} is {value}"):
-        HomophoneSettings(**{field: value})
+        parse_settings(HomophoneSettings, [f"--{field}={value}"])
 
 
 def test_prepare_knows_the_corpus() -> None:

@@ -117,7 +117,7 @@ def test_columns_can_be_named_and_left_out(tmp_path: Path) -> None:
     ):
         listed(folder, speaker_column="redaer")
     with pytest.raises(
-        UserError, match=r"no column holds sound .* Columns: clip \(struct<bytes: binary, path: string>\)"
+        UserError, match=r"no column holds audio .* Columns: clip \(struct<bytes: binary, path: string>\)"
     ):
         listed(folder, audio_column="text")
 
@@ -243,9 +243,7 @@ def test_what_is_no_such_dataset_is_told_with_what_to_do(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="dataset is empty"):
         sources(HuggingFaceSettings())
     put(tmp_path / "tables/data.csv", "audio,text\n/etc/passwd,x\n")
-    with pytest.raises(
-        UserError, match=r"holds data.csv and the like, this reader takes Parquet.*refs/convert/parquet"
-    ):
+    with pytest.raises(UserError, match=r"holds files such as data.csv, but Parquet is required.*refs/convert/parquet"):
         listed(tmp_path / "tables")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="nothing: cannot be opened"):
@@ -437,5 +435,5 @@ def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_announces_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.corpora.parquet_rows.MAX_ROWS", 4)
-    with pytest.raises(UserError, match="5 rows are announced; at most 4"):
+    with pytest.raises(UserError, match="declares 5 rows; at most 4"):
         listed(dataset(tmp_path))

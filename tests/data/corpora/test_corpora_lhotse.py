@@ -220,8 +220,8 @@ def changed(entry: dict, path: str, value: Any) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
-        ("type", "MultiCut", "a cut of type 'MultiCut', only MonoCut is read"),
-        ("type", "MixedCut", "a cut of type 'MixedCut', only MonoCut is read"),
+        ("type", "MultiCut", "a cut of type 'MultiCut', only MonoCut is supported"),
+        ("type", "MixedCut", "a cut of type 'MixedCut', only MonoCut is supported"),
         ("type", None, "a cut of type None"),
         ("id", 3, "id is 3, expected str"),
         ("id", " ", "is empty"),

@@ -190,7 +190,7 @@ def test_damaged_transcripts_are_told_with_file_and_line(tree: Path, content: st
 
 
 def test_wrong_folders_are_told(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         sources(LibriSpeechSettings(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="holds no subset such as train-clean-100"):
         sources(LibriSpeechSettings(str(tree / "dev-clean")))

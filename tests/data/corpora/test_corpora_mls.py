@@ -12,6 +12,7 @@ from hub_copies import write_mls, write_mls_english
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.base import Unreadable
 from data.corpora.mls import MlsSettings, sources
@@ -162,7 +163,7 @@ def test_wrong_folders_and_settings_are_told(german: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="languages is 'klingon'"):
         MlsSettings(["klingon"])
     with pytest.raises(UserError, match="Did you mean '9_hours'"):
-        MlsSettings(splits=["9hours"])
+        parse_settings(MlsSettings, ["--splits=[9hours]"])
     with pytest.raises(UserError, match="holds no mls_LANGUAGE"):
         sources(MlsSettings(folder=str(german / "train")))
     for path in sorted((german / "dev/audio").rglob("*.opus")):

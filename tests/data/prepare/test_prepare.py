@@ -437,8 +437,8 @@ def test_the_help_lists_the_corpora_and_every_setting(capsys: pytest.CaptureFixt
     ("arguments", "complaint"),
     [
         (["syntetic", "--out", "x"], "Did you mean 'synthetic'?"),
-        (["synthetic", "--out", "x", "--train-hour", "1"], "Did you mean 'train_hours'?"),
-        (["synthetic", "--out", "x", "--features.num_mel", "8"], "Did you mean 'features.num_mels'?"),
+        (["synthetic", "--out", "x", "--train-hour", "1"], "did you mean 'train_hours'?"),
+        (["synthetic", "--out", "x", "--features.num_mel", "8"], "did you mean 'features.num_mels'?"),
         (["synthetic", "--out", "x", "--train_hours", "many"], "train_hours"),
         (["synthetic", "--out", "x", "--workers", "0"], "workers is 0"),
         (["synthetic"], "out"),
@@ -510,5 +510,5 @@ def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monke
     assert prepare("folder", FolderSettings(folder=str(tmp_path / "talks")), FeatureSettings(), settings)
     for place in (f"{tmp_path}/talks/", "talks", "./link"):
         assert not prepare("folder", FolderSettings(folder=place), FeatureSettings(), settings)
-    with pytest.raises(UserError, match="begun with another corpus .*folder: .*talks' != 'others'"):
+    with pytest.raises(UserError, match="prepared from another corpus .*folder: .*talks' != 'others'"):
         prepare("folder", FolderSettings(folder="others"), FeatureSettings(), settings)
