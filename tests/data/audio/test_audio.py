@@ -1,4 +1,4 @@
-"""Audio files in the wild: no length, truncated, several streams, segments that end late, inverted channels."""
+"""Audio files with faults: no length, truncated, several streams, segments that end late, inverted channels."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encoded(kind: str, sound: NDArray[np.float32], rate: int = RATE, endian: str
 
 
 def uncounted(flac: bytes) -> bytes:
-    """Without the number of samples in STREAMINFO, as streaming encoders write it."""
+    """FLAC without the number of samples in STREAMINFO, as written by streaming encoders."""
     return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
 
 
@@ -213,7 +213,7 @@ def test_a_lhotse_recording_whose_supervision_ends_after_it_is_skipped_alone(tmp
     assert all("ends after its recording of 7.3365 s" in entry["reason"] for entry in skipped)
 
 
-# Files that hold less than they announce
+# Files that hold less than they declare
 
 
 def cut(kind: str, content: bytes, share: float = 0.5) -> bytes:
@@ -256,7 +256,7 @@ def chunk(id: bytes, content: bytes) -> bytes:
 
 
 def wav(sound: NDArray[np.float32], *, data: int | None = None, size: int | None = None, odd: bool = False) -> bytes:
-    """8-bit, with chunks of odd lengths before and behind the sound; `data` and `size` in place of the true lengths."""
+    """8-bit WAV with chunks of odd lengths around the audio; `data` and `size` replace the true lengths."""
     samples = (128 + 127 * sound).astype(np.uint8).tobytes()[: -1 if odd else None]
     before = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, RATE, RATE, 1, 8)) + chunk(b"JUNK", b"odd")
     sounding = chunk(b"data", samples)
@@ -305,7 +305,7 @@ def test_other_formats_with_an_open_length_are_read(tmp_path: Path) -> None:
 
 
 def test_a_header_whose_length_counts_itself_is_no_cut(tmp_path: Path) -> None:
-    """As some recorders write it: the length of the file in place of that of the sound."""
+    """Written by some recorders: the length of the file instead of the audio."""
     samples = noise(0.5)
     content = wav(samples, data=len(samples) + 56)
     assert len(read_audio(write(tmp_path / "a.wav", content), SETTINGS)) == len(samples)
@@ -342,7 +342,7 @@ def test_files_of_two_codecs_put_together_are_refused(first: str, second: str, t
 
 @pytest.mark.parametrize("kind", ["caf", "s8.caf", "ulaw.wav", "aif", "rf64"])
 def test_files_of_odd_lengths_put_together_are_refused(kind: str, tmp_path: Path) -> None:
-    """Whatever fills the first one up."""
+    """Any padding of the first file."""
     for samples in (24_001, 24_002, 24_003):
         whole = encoded(kind, noise(2)[:samples])
         assert len(read_audio(write(tmp_path / f"one.{kind}", whole), SETTINGS)) >= samples
@@ -385,7 +385,7 @@ def test_an_ogg_file_without_its_last_page_is_read_with_a_warning(tmp_path: Path
             read_audio(write(tmp_path / f"b.{kind}", whole), SETTINGS)
 
 
-# Channels that cancel each other out
+# Channels that cancel in their mean
 
 
 def stereo(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -410,7 +410,7 @@ def test_channels_that_cancel_each_other_out_are_warned_of_with_the_setting_that
         for kind in ("wav", "flac"):
             path = write(tmp_path / f"{name}.{kind}", encoded(kind, samples, 44_100))
             (warning,) = warned(path)
-            assert f"{name}.{kind}: the channels cancel each other out" in warning, name
+            assert f"{name}.{kind}: the channels cancel (is one inverted?)" in warning, name
             assert "--features.channels first" in warning
             assert not warned(path, FeatureSettings(channels="first"))
             assert torch.isfinite(FileSource(Recording("a"), path, channel=0).load(SETTINGS).waveform).all()
@@ -458,7 +458,7 @@ def test_worker_processes_hand_warnings_over(tmp_path: Path) -> None:
 
 @pytest.fixture
 def recordings(tmp_path: Path) -> Path:
-    """Eight recordings, of which 02 and 05 have an inverted channel."""
+    """Eight recordings; 02 and 05 have an inverted channel."""
     (tmp_path / "audio").mkdir()
     for number in range(8):
         samples = noise(1, seed=number)
@@ -501,7 +501,7 @@ def test_the_warnings_of_parts_and_of_an_interrupted_preparation_are_those_of_a_
     assert not list(parts.glob("warnings-*"))
     broken = (recordings / "04.wav").read_bytes()
     (recordings / "04.wav").write_bytes(b"")
-    # Every recording is a shard of its own, so those before 04 are done; with 02 among them.
+    # Every recording has its own shard, so those before 04 are done, including 02.
     assert prepare(recordings, stopped, "--shard_minutes=1e-9", "--max_skipped_share=0") == 2
     assert listed(stopped / "warnings.jsonl") == ["02"]
     (recordings / "04.wav").write_bytes(broken)

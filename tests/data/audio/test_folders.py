@@ -1,4 +1,4 @@
-"""Search of folders: clutter is left out, linked folders are followed once."""
+"""Search of folders: clutter is ignored, linked folders are followed once."""
 
 import os
 from pathlib import Path

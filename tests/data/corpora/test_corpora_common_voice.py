@@ -1,4 +1,4 @@
-"""Common Voice: tables read to the byte (their quotation marks included), splits that share nothing, clear errors."""
+"""Common Voice: exact tables (including quotation marks), disjoint splits, clear errors."""
 
 import json
 import random
@@ -139,7 +139,7 @@ def test_early_releases_without_locale_and_suffix(tmp_path: Path) -> None:
         ("\tde\t\n", "\n", r"train.tsv:2: 11 values where the header has 13"),
         ("_00000002.mp3", "_00000001.mp3", r"train.tsv:3: the clip common_voice_de_00000001.mp3 occurs twice"),
         ("common_voice_de_00000002", "../../secret", r"train.tsv:3: path is '../../secret.mp3'"),
-        ("_00000002.mp3", "_00000004.mp3", r"test.tsv:2: the clip .*4.mp3 is in another split"),
+        ("_00000002.mp3", "_00000004.mp3", r"test.tsv:2: the clip .*4.mp3 is also in the table of another split"),
         ("_00000002.mp3", "_00000099.mp3", r"clips: 1 clips are missing: common_voice_de_00000099.mp3"),
         ("\t3\t1\t", "\tmany\t1\t", r"train.tsv:3: up_votes is 'many'"),
     ],

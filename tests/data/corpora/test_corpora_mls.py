@@ -63,7 +63,7 @@ def german(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
-    """Settings that read local copies of what lies on the hub."""
+    """Settings that read local copies of the hub's datasets."""
     copies = write_mls(tmp_path / "multilingual_librispeech"), write_mls_english(tmp_path / "mls_eng")
     return {"dataset": str(copies[0]), "english_dataset": str(copies[1])}
 
@@ -177,7 +177,7 @@ def test_wrong_folders_and_settings_are_told(german: Path, tmp_path: Path) -> No
 
 
 def prepare_from(hub: FakeHub, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command of a user whose hub this is."""
+    """Run the command with this server as the hub."""
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(out.parent / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "data.prepare", "mls", "--out", str(out), "--languages", "de", "--workers", "1"]
     command += ["--cache", str(out.parent / "cache"), *arguments]
@@ -199,7 +199,7 @@ def test_the_hub_is_streamed_into_a_dataset_in_bounded_space(tmp_path: Path) -> 
     expected = {id: (text, split, id[:3]) for split in ("train", "dev") for id, text in SPLITS[split]}
     assert found == expected
     assert files == {f"train-0000{n}-of-00002.parquet" for n in range(2)} | {"dev-00000-of-00001.parquet"}
-    # Files are 20 kB, the limit is 10: the newest alone is kept.
+    # Files are 20 kB, the limit is 10: only the newest is kept.
     assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix == ".parquet"]) == 1
     assert COMMIT in "".join(path for _, path, _ in hub.requests)
 

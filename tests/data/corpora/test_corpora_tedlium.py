@@ -1,4 +1,4 @@
-"""TED-LIUM: SPHERE audio and STM as published, whole talks and utterances, and nothing quietly left out."""
+"""TED-LIUM: published SPHERE audio and STM, whole talks and segments, and no silent omissions."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from data.word_times.stm import plain_text, read_stm
 FEATURES = FeatureSettings()
 DEV, TEST = published_split("tedlium")["dev"], published_split("tedlium")["test"]
 
-# The lines of a talk as in the releases: gaps as a speaker of their own, unsorted, marks of all kinds.
+# Lines of a talk as in the releases: gaps as a separate speaker, unsorted, marks of all kinds.
 LINES = """\
 AimeeMullins_2009P 1 inter_segment_gap 0 0.60 <o,,unknown> ignore_time_segment_in_scoring
 AimeeMullins_2009P 1 AimeeMullins 1.50 2.25 <o,f0,female> and {NOISE} i don 't a(2) <unk> 's know (2) {UH}
