@@ -30,9 +30,9 @@ Settings = TypeVar("Settings")
 # Expectations in words, for error messages about values of `jsonargparse.typing` and null.
 _EXPECTED = {
     "PositiveInt": "an integer above 0",
-    "NonNegativeInt": "an integer, 0 or more",
+    "NonNegativeInt": "an integer of at least 0",
     "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number, 0 or more",
+    "NonNegativeFloat": "a number of at least 0",
     "ClosedUnitInterval": "a number from 0 to 1",
     "OpenUnitInterval": "a number between 0 and 1",
     "NoneType": "null",

@@ -20,7 +20,7 @@ def is_clutter(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Search:
+class FileList:
     """Result of a search for files."""
 
     files: list[Path] = field(default_factory=list)
@@ -30,12 +30,12 @@ class Search:
     read under another path or contains the searched one."""
 
 
-def files_below(root: Path) -> Search:
+def files_below(root: Path) -> FileList:
     """Find all files below a folder, including linked folders; each folder is read once.
 
     A folder below `root` is read under its own path, any other one under the first link to it.
     """
-    result = Search()
+    result = FileList()
     seen: dict[tuple[int, int], Path] = {}
     above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     links: deque[Path] = deque()
@@ -57,7 +57,7 @@ def files_below(root: Path) -> Search:
     return result
 
 
-def _walk(top: Path, result: Search, seen: dict[tuple[int, int], Path], links: deque[Path]) -> None:
+def _walk(top: Path, result: FileList, seen: dict[tuple[int, int], Path], links: deque[Path]) -> None:
     """Add the files below a folder to `result`, and its linked folders to `links`."""
     folders = [top]
     while folders:

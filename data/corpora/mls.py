@@ -41,7 +41,7 @@ LANGUAGES = {
 LIMITED = {"9_hours": ["9hr"], "1_hours": [f"1hr/{n}" for n in range(6)]} | {
     f"10_minutes_{n}": [f"1hr/{n}"] for n in range(6)
 }
-Split = Literal[
+MlsSplit = Literal[
     "train", "dev", "test", "9_hours", "1_hours", "10_minutes_0", "10_minutes_1", "10_minutes_2", "10_minutes_3",
     "10_minutes_4", "10_minutes_5",
 ]  # fmt: skip
@@ -54,7 +54,7 @@ class MlsSettings:
 
     languages: list[str] = field(default_factory=list)
     """Codes or names, such as de or german; empty: all eight, or with --folder all that exist."""
-    splits: list[Split] = field(default_factory=lambda: ["train", "dev", "test"])
+    splits: list[MlsSplit] = field(default_factory=lambda: ["train", "dev", "test"])
     """train, dev, test; instead of train: 9_hours, 1_hours (limited supervision), with --folder 10_minutes_0 to _5."""
     folder: str = ""
     """Folder of OpenSLR's unpacked mls_LANGUAGE or mls_LANGUAGE_opus folders, or one of them; empty: the hub."""
@@ -76,7 +76,7 @@ class MlsSettings:
             if _code(language) not in LANGUAGES:
                 suggestion = did_you_mean(language, [*LANGUAGES, *LANGUAGES.values()])
                 raise UserError(f"languages is {language!r}, known are {', '.join(LANGUAGES)}.{suggestion}")
-        check_not_empty("splits", self.splits, get_args(Split))
+        check_not_empty("splits", self.splits, get_args(MlsSplit))
         if "train" in self.splits and set(self.splits) & set(LIMITED):
             raise UserError(
                 f"splits is {', '.join(self.splits)}: train contains the limited supervision; name only one"

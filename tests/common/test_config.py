@@ -139,7 +139,7 @@ def test_restricted_values_are_plain_numbers_and_refused_with_field_value_and_ex
         ("--boxes=1.5", "boxes is '1.5': expected an integer above 0"),
         ("--share=1.5", "share is 1.5: expected a number from 0 to 1"),
         ("--share=half", "share is 'half': expected a number from 0 to 1"),
-        ("--limit=-1", "limit is -1: expected an integer, 0 or more or null"),
+        ("--limit=-1", "limit is -1: expected an integer of at least 0 or null"),
         ("--goods=[hay,milc]", "goods is 'milc', known are hay, milk. Did you mean 'milk'?"),
     ):
         with pytest.raises(UserError) as caught:
