@@ -40,12 +40,13 @@ from common.config import parse, run_main, to_dict
 from common.errors import UserError
 from common.files import hash_of_file, read_json_lines, write_file
 from data.audio.files import AudioFile, list_audio
-from data.corpora.base import FileSource
+from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
 from data.format.index import Recording, statistics
 from data.format.normalisation import normalise_into, scale_of
 from data.names import escaped
-from data.prepare.extraction import Extracted, Skipped, extract_all
+from data.prepare.extraction import Extracted, extract_all
+from data.skipped import Skipped
 from pipelines.recogniser import (
     EncoderChanges,
     Recogniser,

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, did_you_mean
+from common.hashing import hash_share
 from common.text import label_text
-from data.corpora.base import hash_share
 from data.format.dataset import Dataset, Recording, open_dataset
 from data.format.index import LABELS
 from data.shards.derive import Entry, derive

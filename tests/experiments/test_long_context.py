@@ -60,7 +60,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
-    scripts = ("evaluate", "tools.align", "finetune_ctc", "data.prepare", "data.corpora.tedlium")
+    scripts = ("evaluate", "tools.align", "finetune_ctc", "data.prepare.prepare", "data.corpora.tedlium")
     with quick_python(
         *scripts, "pandas", "torch._dynamo", "torch.utils.tensorboard", "docstring_parser", "attr"
     ) as path:

@@ -18,7 +18,7 @@ from data.features import FeatureSettings
 from data.format.dataset import open_dataset
 from data.format.index import Recording
 from data.format.writer import DatasetWriter
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 

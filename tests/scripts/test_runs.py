@@ -291,7 +291,7 @@ def test_labels_outside_the_tokenizer_are_refused_before_training(dataset, tmp_p
     run("finetune_ctc", dataset, tmp_path / "run")
     tokenizer = tmp_path / "other/tokenizer"
     CharTokenizer(" abcdefgh").save(tokenizer)
-    with pytest.raises(UserError, match="characters that the tokenizer does not know"):
+    with pytest.raises(UserError, match="characters unknown to the tokenizer"):
         run("finetune_ctc", dataset, tmp_path / "other")
     assert not (tmp_path / "other/checkpoints").exists()
 

@@ -353,7 +353,7 @@ def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
     assert find_audio("", ["a"]) == {}
     with pytest.raises(UserError, match="no audio file there is named as a recording, such as 'x'"):
         find_audio(str(tmp_path), ["x"])
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         find_audio(str(tmp_path / "none"), ["x"])
     (tmp_path / "a.mp3").touch()
     assert find_audio(str(tmp_path), ["a"]) == {"a": tmp_path / "a.mp3"}  # the exact path has priority

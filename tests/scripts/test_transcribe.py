@@ -451,7 +451,7 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
             UserError, match="out = .* is the folder of the audio files, where X.txt may be the reference"
         ):
             replace(setup, audio=audio, out=setup.audio)
-    with pytest.raises(UserError, match="there is no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         transcribe(setup, tmp_path / "out", audio=str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no audio file in this folder; looked for .*\.wav"):
