@@ -42,8 +42,8 @@ from common.files import hash_of_file, write_file
 from data.audio.files import AudioFile, list_audio
 from data.corpora.base import FileSource
 from data.features import FeatureSettings
-from data.format.index import Recording, statistics
-from data.format.normalisation import normalise_into, scale_of
+from data.format.dataset import mean_and_std, normalisation_scale, normalise_into
+from data.format.schema import Recording
 from data.names import escaped
 from data.prepare.extraction import Extracted, Skipped, extract_all
 from pipelines.recogniser import (
@@ -251,7 +251,7 @@ def read_features(
 
 def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> Source:
     """A recording for the decoder, normalised as a dataset of it would be. log_mel: float16 [frames, M]."""
-    mean, inverse_std = dataset_statistics or scale_of(*map(torch.from_numpy, statistics(log_mel)))
+    mean, inverse_std = dataset_statistics or normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
     return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from common.errors import UserError, did_you_mean
 from data.audio.reading import audio_blocks
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 
 SPLITS = ("train", "dev", "test")
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from data.corpora.base import FileSource, Source, Unreadable, check_choice, mostly_readable
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import name_fault
 
 # Tables of clips. validated and other are for training, without whatever dev and test hold.

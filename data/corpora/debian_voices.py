@@ -18,7 +18,7 @@ from common.errors import UserError
 from data.audio.folders import is_clutter
 from data.corpora.base import FileSource, check_choice, hash_share
 from data.corpora.debian_packages import package_folders
-from data.format.index import Recording
+from data.format.schema import Recording
 
 PARTS = {
     "fillets-cs": ("fillets-ng-data", "fillets-ng-data-cs"),

@@ -16,7 +16,7 @@ from data.audio.folders import files_below
 from data.corpora.base import FileSource, Source, Unreadable, hash_share, mostly_readable
 from data.corpora.manifest import SPLIT_NAMES, manifest_sources
 from data.corpora.text_files import summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.word_times import SUFFIXES as WORD_TIMES

@@ -27,7 +27,7 @@ from data.corpora.channels import ChannelSource
 from data.corpora.json_lines import is_file, label_field, text_field
 from data.corpora.lhotse_cuts import Cut, channels_of, read_cuts, stretch, whole_recordings
 from data.corpora.text_files import summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import TOLERANCE, Word

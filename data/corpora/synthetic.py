@@ -22,7 +22,7 @@ from data.corpora.base import Utterance, check_choice, hash_share
 from data.corpora.espeak import Synthesizer, UnspeakableWord
 from data.corpora.grammar import LANGUAGES, Grammar, Topic, load_grammar, pick
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.transcripts import Word
 
 # espeak's name of the base voice, where it is not the language's code.

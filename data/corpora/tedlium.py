@@ -16,7 +16,7 @@ from typing import Literal
 from common.errors import UserError
 from data.corpora.base import SPLITS, FileSource, SegmentSource, Unreadable, check_choice, mostly_readable
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.splits import published_split
 from data.word_times.stm import StmSegment, plain_text, read_stm
 

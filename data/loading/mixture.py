@@ -113,7 +113,7 @@ class DatasetGroup(Dataset):
 
     def where(self, recording: int) -> str:
         dataset, number = self._of(recording)
-        return dataset.where(number)
+        return dataset.place(number)
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
         tables = [dataset.labels(name) for dataset in self.datasets]

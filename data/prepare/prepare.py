@@ -28,8 +28,9 @@ from common.files import canonical_path, read_json_object, write_json
 from data.corpora.base import Source
 from data.corpora.registry import find_corpus
 from data.features import FeatureSettings
-from data.format.dataset import DatasetWriter, open_dataset
-from data.format.index import DATASET_FILE, PREPARING_FILE, Layout, locked
+from data.format.dataset import open_dataset
+from data.format.schema import DATASET_FILE, PREPARING_FILE, Encoding
+from data.format.writer import DatasetWriter, locked
 from data.prepare.extraction import extract_all
 from data.prepare.progress import Interrupts, Progress
 from data.skipped import Skipped, Warnings, list_path, merge_lists, summary, write_list
@@ -51,7 +52,7 @@ class PrepareSettings:
     the last part to finish makes it a dataset, the same as one machine would."""
     merge: bool = False
     """Prepare nothing, but make a dataset of finished parts (where the last two did not see each other finish)."""
-    layout: Layout = "plain"
+    layout: Encoding = "plain"
     """plain: float16, quickest. Compressed: shuffle-zstd, exact, 70 % of the bytes; uint8, rounded to 256 steps of
     every bin, 36 to 43 % (docs/compression.md has the figures)."""
     shard_mb: int = 500

@@ -22,7 +22,7 @@ from common.errors import UserError
 from data.audio.reading import READ_SECONDS, read_audio, resample
 from data.corpora.base import FileSource, SegmentSource
 from data.features import BLOCK_FRAMES, FeatureSettings, LogMel, difference
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
 from tests.paths import REPOSITORY
 

@@ -21,7 +21,7 @@ from data.audio.reading import audio_blocks, audio_seconds, read_audio
 from data.corpora.base import FileSource, SegmentSource
 from data.corpora.channels import ChannelSource
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare.command_line import main
 from data.prepare.extraction import Extracted, Skipped, extract, extract_all
 

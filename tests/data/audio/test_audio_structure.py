@@ -15,7 +15,7 @@ from common.errors import UserError
 from data.audio import opening as audio_open
 from data.audio.reading import audio_blocks, audio_seconds, read_audio
 from data.corpora.base import FileSource, SegmentSource
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
 from tests.data.audio.test_audio import (
     FORMATS,

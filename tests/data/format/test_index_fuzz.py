@@ -30,10 +30,12 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.format import index
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
-from data.shards.command_line import main
-from data.shards.verify import faults
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.shards.__main__ import main
+from data.shards.integrity import find_faults
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, noise
 
@@ -58,8 +60,8 @@ def recordings(kind: int) -> list[Recording]:
     ]
 
 
-def write(folder: Path, kind: int, finish: bool, layout: index.Layout) -> None:
-    with DatasetWriter(folder, FEATURES, 20_000, name="made", layout=layout) as writer:
+def write(folder: Path, kind: int, finish: bool, encoding: schema.Encoding) -> None:
+    with DatasetWriter(folder, FEATURES, 20_000, name="made", encoding=encoding) as writer:
         for n, recording in enumerate(recordings(kind)):
             if not writer.finished and recording.id not in writer.done_ids:
                 writer.add(recording, noise(LENGTHS[n], n + 10 * kind))
@@ -68,11 +70,11 @@ def write(folder: Path, kind: int, finish: bool, layout: index.Layout) -> None:
 
 
 def write_all(folder: Path) -> None:
-    """Finished and unfinished ones of both kinds in every layout."""
-    for layout in get_args(index.Layout):
+    """Finished and unfinished ones of both kinds in every encoding."""
+    for encoding in get_args(schema.Encoding):
         for kind in (0, 1):
-            write(folder / layout / f"whole{kind}", kind, True, layout)
-            write(folder / layout / f"begun{kind}", kind, False, layout)
+            write(folder / encoding / f"whole{kind}", kind, True, encoding)
+            write(folder / encoding / f"begun{kind}", kind, False, encoding)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +239,7 @@ def damage_folder(folder: Path, other: Path, rng: random.Random) -> bool:
 def everything(dataset: Dataset) -> list[Any]:
     """All that can be asked of a dataset."""
     answers: list[Any] = [len(dataset), dataset.fingerprint, dataset.total_frames, dataset.features]
-    answers += [dataset.totals(label) for label in index.LABELS] + [dataset.identity()]
+    answers += [dataset.totals(label) for label in schema.LABELS] + [dataset.identity()]
     for i in range(len(dataset)):
         answers += [dataset.recording(i), dataset.excluded(i), dataset.index.find(dataset.id(i)) == i]
         answers += [dataset.read(i, verify=True).tobytes()]
@@ -283,7 +285,7 @@ def use(folder: Path, right: Right | None) -> str:
                 ask(i)
             except UserError as error:
                 named(error, folder)
-    found = faults(dataset)
+    found = find_faults(dataset)
     try:
         answers, numbers = everything(open_dataset(folder)), statistics(dataset)
     except UserError as error:
@@ -314,10 +316,10 @@ def command_line(folder: Path) -> None:
         assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "something was left over"
 
 
-def go_on(folder: Path, right: Right | None, layout: index.Layout) -> str:
+def go_on(folder: Path, right: Right | None, encoding: schema.Encoding) -> str:
     """Go on with a damaged, unfinished dataset. What came of it."""
     try:
-        write(folder, 0, True, layout)
+        write(folder, 0, True, encoding)
     except UserError as error:
         named(error, folder)
         return "refused"
@@ -327,16 +329,16 @@ def go_on(folder: Path, right: Right | None, layout: index.Layout) -> str:
 # --- a process of its own --------------------------------------------------------------------------------------------
 
 
-def try_seed(made: Path, seed: int, right: dict[index.Layout, Right]) -> str:
+def try_seed(made: Path, seed: int, right: dict[schema.Encoding, Right]) -> str:
     rng = random.Random(seed)
-    layout, whole = rng.choice(sorted(right)), rng.random() < 0.6
+    encoding, whole = rng.choice(sorted(right)), rng.random() < 0.6
     kind = "whole" if whole else "begun"
     with tempfile.TemporaryDirectory(prefix=f"seed{seed}-") as place:
         folder = Path(place, "set")
-        shutil.copytree(made / layout / f"{kind}0", folder)
-        made_up = damage_folder(folder, made / layout / f"{kind}1", rng)
-        asked = None if made_up else right[layout]
-        return use(folder, asked) if whole else go_on(folder, asked, layout)
+        shutil.copytree(made / encoding / f"{kind}0", folder)
+        made_up = damage_folder(folder, made / encoding / f"{kind}1", rng)
+        asked = None if made_up else right[encoding]
+        return use(folder, asked) if whole else go_on(folder, asked, encoding)
 
 
 def in_a_child(work: Callable[[Callable[[object], None]], None]) -> list[str]:
@@ -366,10 +368,10 @@ def in_a_child(work: Callable[[Callable[[object], None]], None]) -> list[str]:
 def fuzz(made: Path, seeds: range) -> list[str]:
     """Failures, each with its seed."""
     failures, first = [], seeds.start
-    right: dict[index.Layout, Right] = {}
-    for layout in get_args(index.Layout):
-        whole = open_dataset(made / layout / "whole0")
-        right[layout] = everything(whole), statistics(whole)
+    right: dict[schema.Encoding, Right] = {}
+    for encoding in get_args(schema.Encoding):
+        whole = open_dataset(made / encoding / "whole0")
+        right[encoding] = everything(whole), statistics(whole)
     while first < seeds.stop:
 
         def work(say: Callable[[object], None], first: int = first) -> None:
@@ -409,8 +411,8 @@ def test_random_damage_is_found_or_harmless(made: Path) -> None:
 # --- what was found --------------------------------------------------------------------------------------------------
 
 
-def whole(tmp_path: Path, layout: index.Layout = "plain") -> Path:
-    write(tmp_path / "set", 0, True, layout)
+def whole(tmp_path: Path, encoding: schema.Encoding = "plain") -> Path:
+    write(tmp_path / "set", 0, True, encoding)
     return tmp_path / "set"
 
 
@@ -454,10 +456,10 @@ def test_features_that_cannot_be_are_refused_by_folder(tmp_path: Path, name: str
             write(folder, 0, True, "plain")
 
 
-@pytest.mark.parametrize("layout", get_args(index.Layout))
+@pytest.mark.parametrize("encoding", get_args(schema.Encoding))
 @pytest.mark.parametrize("crc32", [[], [1, None], [0] * 9, None])
-def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, layout: index.Layout) -> None:
-    folder = whole(tmp_path, layout)
+def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, encoding: schema.Encoding) -> None:
+    folder = whole(tmp_path, encoding)
     set_cell(folder / "recordings.arrow", "crc32", 2, crc32)
     dataset = open_dataset(folder)
     if crc32 == [0] * 9 or crc32 == []:
@@ -466,7 +468,7 @@ def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, l
     else:
         with pytest.raises(UserError, match=r"recordings\.arrow: .*crc32 with holes"):
             dataset.read(2, verify=True)
-    assert faults(dataset)
+    assert find_faults(dataset)
 
 
 @pytest.mark.parametrize(

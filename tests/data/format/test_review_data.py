@@ -14,18 +14,18 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, pad_labels
 from common.errors import UserError
 from data import skipped as skipped_module
-from data.format import index as ix
-from data.format.dataset import Dataset, DatasetWriter, open_dataset
-from data.format.index import Recording, locked
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter, locked
 from data.loading.loader import LoaderSettings, RowLoader
 from data.loading.mixture import DatasetGroup, MixedCrops, groups
 from data.loading.order import CropOrder
 from data.loading.supervised import FixedCrops, supervised_crops
 from data.shards.derive import beside, derive
-from data.shards.verify import verify
 from data.skipped import Skipped, list_path, merge_lists, write_list
 from data.transcripts import Word
-from tests.made_datasets import FEATURES, make_dataset, noise
+from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
 
 def write_part(folder: Path, part: int, parts: int, ids: list[str]) -> DatasetWriter:
@@ -79,7 +79,7 @@ def test_rows_that_are_lost_stop_a_merge(tmp_path: Path) -> None:
     (tmp_path / "rows-00000.arrow").unlink()
     with pytest.raises(UserError, match="1 of 3 recordings"):
         second.finish()
-    assert not (tmp_path / ix.DATASET_FILE).exists()
+    assert not (tmp_path / schema.DATASET_FILE).exists()
 
 
 def test_a_writer_that_begins_while_another_part_writes_its_first_shard_is_no_mistake(
@@ -95,7 +95,7 @@ def test_a_writer_that_begins_while_another_part_writes_its_first_shard_is_no_mi
 
     def is_file_late(path: Path) -> bool:
         found = path.exists()
-        if path.name == ix.PREPARING_FILE and not found and not list(glob(tmp_path, "part-00000.lock")):
+        if path.name == schema.PREPARING_FILE and not found and not list(glob(tmp_path, "part-00000.lock")):
             write_part(tmp_path, 0, 2, ["a"])
         return found
 
@@ -154,15 +154,16 @@ class Forgetful:
             self.was_forgotten |= set(range(position, position + length))
 
 
-@pytest.mark.parametrize("layout", ix.LAYOUTS)
+@pytest.mark.parametrize("encoding", schema.ENCODINGS)
 @pytest.mark.parametrize("verify", [False, True])
 def test_all_bytes_that_a_damaged_crop_was_made_of_are_forgotten(
-    tmp_path: Path, layout: ix.Layout, verify: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoding: schema.Encoding, verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ix, "CHECKSUM_FRAMES", 1024)
+    for module in ("encoding", "dataset"):
+        monkeypatch.setattr(f"data.format.{module}.CHECKSUM_FRAMES", 1024)
     loud = noise(3000)
     loud[:1500] = 1.0  # packs well: blocks differ much in their bytes
-    with DatasetWriter(tmp_path, FEATURES, layout=layout) as writer:
+    with DatasetWriter(tmp_path, FEATURES, encoding=encoding) as writer:
         writer.add(Recording("a"), noise(10))
         writer.add(Recording("b"), loud)
         writer.finish()

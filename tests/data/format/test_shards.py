@@ -22,12 +22,13 @@ import safetensors.numpy
 
 from common.errors import UserError
 from data.features import FeatureSettings
-from data.format import index, writer
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
-from data.shards.command_line import main
-from data.shards.verify import verify
+from data.format import schema, writer
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.shards.__main__ import main
 from data.transcripts import Word
-from tests.made_datasets import FEATURES, make_dataset, noise
+from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
 LENGTHS = [300, 700, 400, 250, 9000, 500, 350]  # r004 has three checksum blocks and a shard of its own
 
@@ -48,7 +49,7 @@ def rows(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def shard_of(dataset: Dataset, name: str) -> Path:
-    return dataset.path / index.shard_name(next(row["shard"] for row in rows(dataset) if row["id"] == name))
+    return dataset.path / schema.shard_name(next(row["shard"] for row in rows(dataset) if row["id"] == name))
 
 
 def ids_of(dataset: Dataset) -> list[str]:
@@ -57,7 +58,7 @@ def ids_of(dataset: Dataset) -> list[str]:
 
 def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
     row = next(row for row in rows(dataset) if row["id"] == name)
-    with open(dataset.path / index.shard_name(row["shard"]), "r+b") as file:
+    with open(dataset.path / schema.shard_name(row["shard"]), "r+b") as file:
         file.seek(row["offset"] + 160 * frame)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
@@ -107,7 +108,7 @@ def test_selection_by_split_language_and_id(dataset: Dataset) -> None:
 def test_the_stock_library_opens_every_shard(dataset: Dataset) -> None:
     tensors: dict[str, np.ndarray] = {}
     for shard in dataset.shards():
-        tensors |= safetensors.numpy.load_file(dataset.path / index.shard_name(shard))
+        tensors |= safetensors.numpy.load_file(dataset.path / schema.shard_name(shard))
     assert len(dataset.shards()) > 3 and sorted(tensors) == ids_of(dataset)
     assert all(np.array_equal(tensors[dataset.id(i)], dataset.read(i)) for i in range(len(dataset)))
 
@@ -181,7 +182,7 @@ def test_a_missing_shard_is_named_and_the_rest_stays_readable(dataset: Dataset) 
 
 def test_non_finite_values_in_a_shard_name_the_recording(dataset: Dataset) -> None:
     row = rows(dataset)[2]
-    with open(dataset.path / index.shard_name(row["shard"]), "r+b") as file:
+    with open(dataset.path / schema.shard_name(row["shard"]), "r+b") as file:
         file.seek(row["offset"] + 160 * 7)
         file.write(np.float16("inf").tobytes())
     with pytest.raises(UserError, match="'r002' .*NaN or infinite"):
@@ -453,12 +454,13 @@ def test_many_recordings_close_a_shard_before_its_header_is_full(tmp_path: Path)
     dataset = open_dataset(tmp_path)
     assert len(dataset.shards()) > 2 and not verify(dataset)
     assert (
-        sum(len(safetensors.numpy.load_file(tmp_path / name)) for name in map(index.shard_name, dataset.shards())) == 60
+        sum(len(safetensors.numpy.load_file(tmp_path / name)) for name in map(schema.shard_name, dataset.shards()))
+        == 60
     )
 
 
 def test_words_are_found_in_every_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "BATCH_ROWS", 3)
+    monkeypatch.setattr("data.format.index_writer.BATCH_ROWS", 3)
     with DatasetWriter(tmp_path, FEATURES, 1_000) as made:
         for number in range(8):
             made.add(Recording(f"r{number}", words=[(f"w{number}", 0.0, 0.1)]), noise(10))

@@ -18,7 +18,7 @@ import torch
 
 from common.errors import UserError
 from data.format.dataset import Dataset, open_dataset
-from data.format.index import shard_name
+from data.format.schema import shard_name
 from data.loading.batch import Job, RowReader, SharedRows
 from data.loading.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.loading.order import CropTable

@@ -11,13 +11,14 @@ import pytest
 from common.errors import UserError
 from common.files import replace_file, write_file
 from data.features import FeatureSettings
-from data.format import index
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
 from data.shards import derive as derive_module
 from data.shards.derive import derive
-from data.shards.verify import verify
 from data.transcripts import Word
-from tests.made_datasets import make_dataset, noise
+from tests.made_datasets import make_dataset, noise, verify
 
 LENGTHS = [300, 700, 400, 250, 5000, 500]
 
@@ -35,7 +36,7 @@ def test_a_copy_of_everything_is_the_same_dataset_and_takes_no_room(dataset: Dat
     copy = derive(tmp_path / "copy", everything(dataset), name="again")
     assert copy.fingerprint == dataset.fingerprint and copy.name == "again" and not verify(copy)
     for shard in copy.shards():
-        assert (copy.path / index.shard_name(shard)).stat().st_nlink == 2
+        assert (copy.path / schema.shard_name(shard)).stat().st_nlink == 2
     assert {path.suffix for path in copy.path.iterdir()} == {".json", ".arrow", ".safetensors"}
 
 
@@ -72,11 +73,12 @@ def test_where_links_are_impossible_shards_are_copied(
 
     monkeypatch.setattr(derive_module.os, "link", no_links)
     copy = derive(tmp_path / "copy", everything(dataset))
-    assert not verify(copy) and (copy.path / index.shard_name(copy.shards()[0])).stat().st_nlink == 1
+    assert not verify(copy) and (copy.path / schema.shard_name(copy.shards()[0])).stat().st_nlink == 1
 
 
 def test_an_index_of_many_batches_is_joined(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "BATCH_ROWS", 2)
+    for module in ("format.index_writer", "shards.derive"):
+        monkeypatch.setattr(f"data.{module}.BATCH_ROWS", 2)
     copy = derive(tmp_path / "copy", reversed(everything(dataset)))
     assert copy.fingerprint == dataset.fingerprint and len(copy.index.batches) == 3
 

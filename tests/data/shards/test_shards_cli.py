@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data.format import index
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.shards import integrity
 from data.shards import stats as shards_stats
-from data.shards import verify as damage
-from data.shards.command_line import main
+from data.shards.__main__ import main
 from data.shards.inspect import EDGES, totals
+from data.shards.integrity import find_faults
 from data.shards.select import split_of
-from data.shards.verify import faults, verify
 from data.transcripts import Word
-from tests.made_datasets import FEATURES, noise
+from tests.made_datasets import FEATURES, noise, verify
 
 TEXTS = ["Ahoj svete", "ahoj, SVETE!", "good day", "", None, "good day", "a b c d", "x"]
 
@@ -97,8 +99,8 @@ def flip(path: Path, place: int) -> None:
 
 def in_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that even a small dataset is verified by several processes."""
-    monkeypatch.setattr(damage, "_CHUNK_BYTES", 60_000)
-    monkeypatch.setattr(damage, "_PROCESS_BYTES", 60_000)
+    monkeypatch.setattr(integrity, "_CHUNK_BYTES", 60_000)
+    monkeypatch.setattr(integrity, "_PROCESS_BYTES", 60_000)
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -108,12 +110,12 @@ def test_processes_find_what_one_finds_and_list_it(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for recording in (3, 11, 20):
-        shard = dataset.path / index.shard_name(dataset.index.shard[recording])
+        shard = dataset.path / schema.shard_name(dataset.index.shard[recording])
         flip(shard, int(dataset.index.offset[recording]) + 1000)
-    alone = faults(dataset)
+    alone = find_faults(dataset)
     assert [fault.id for fault in alone] == ["r03", "r11", "r20"]
     in_small_tasks(monkeypatch)
-    assert len(damage._chunks(dataset)) > 12
+    assert len(integrity._chunks(dataset)) > 12
     listed = tmp_path / "bad.jsonl"
     code, out, err = run(capsys, "verify", dataset.path, "--workers", 3, "--list", listed)
     assert code == 1 and out.endswith("3 of 24 recordings are bad\n") and not err
@@ -132,7 +134,7 @@ def test_ctrl_c_ends_all_processes(
         raise KeyboardInterrupt
 
     in_small_tasks(monkeypatch)
-    monkeypatch.setattr(damage, "as_completed", interrupted)
+    monkeypatch.setattr(integrity, "as_completed", interrupted)
     code, _, err = run(capsys, "verify", dataset.path, "--workers", 2)
     assert code == 130 and err == "\ninterrupted\n" and not multiprocessing.active_children()
 
@@ -141,10 +143,10 @@ def test_a_killed_process_is_one_error(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed(_: object) -> NoReturn:
-        raise damage.BrokenProcessPool
+        raise integrity.BrokenProcessPool
 
     in_small_tasks(monkeypatch)
-    monkeypatch.setattr(damage, "as_completed", killed)
+    monkeypatch.setattr(integrity, "as_completed", killed)
     code, _, err = run(capsys, "verify", dataset.path, "--workers", 2)
     assert code == 2 and "use fewer workers" in err
 
@@ -184,7 +186,7 @@ def test_a_changed_index_is_found(dataset: Dataset, column: str) -> None:
 def test_wrong_totals_are_found(dataset: Dataset, field: str, value: object) -> None:
     path = dataset.path / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    (found,) = faults(open_dataset(dataset.path))
+    (found,) = find_faults(open_dataset(dataset.path))
     assert found.file == "dataset.json" and field in found.problem
 
 
@@ -195,14 +197,14 @@ def test_wrong_statistics_of_a_recording_are_found(dataset: Dataset) -> None:
     values[5, 0, 7] += 0.02
     values[9, 1, 0] *= 1.01
     path.write_bytes(content)
-    assert [fault.id for fault in faults(open_dataset(dataset.path))] == ["r05", "r09"]
+    assert [fault.id for fault in find_faults(open_dataset(dataset.path))] == ["r05", "r09"]
 
 
 @pytest.mark.parametrize("size", [0, 100, 256 + 24 * 640 - 1])
 def test_missing_statistics_are_one_fault_and_the_sound_is_checked_all_the_same(dataset: Dataset, size: int) -> None:
     os.truncate(dataset.path / "statistics.safetensors", size)
     flip(dataset.path / "shard-00001.safetensors", -1 + (dataset.path / "shard-00001.safetensors").stat().st_size)
-    found = faults(open_dataset(dataset.path))
+    found = find_faults(open_dataset(dataset.path))
     assert [fault.file for fault in found] == ["statistics.safetensors", "shard-00001.safetensors"]
 
 
@@ -211,14 +213,14 @@ def test_statistics_with_another_head_or_more_behind_them_are_found(dataset: Dat
     content = path.read_bytes()
     for changed in (content.replace(b"F32", b"F64"), content + b"\0"):
         path.write_bytes(changed)
-        assert [fault.file for fault in faults(open_dataset(dataset.path))] == [path.name]
+        assert [fault.file for fault in find_faults(open_dataset(dataset.path))] == [path.name]
 
 
 @pytest.mark.parametrize("place", ["size", "{", "F16", "shape", "data_offsets", "[0,"])
 def test_a_damaged_head_of_a_shard_is_found(dataset: Dataset, place: str) -> None:
     path = dataset.path / "shard-00002.safetensors"
     flip(path, 1 if place == "size" else path.read_bytes().index(place.encode()))
-    (found,) = faults(open_dataset(dataset.path))
+    (found,) = find_faults(open_dataset(dataset.path))
     assert found.file == "shard-00002.safetensors" and "header" in found.problem
 
 

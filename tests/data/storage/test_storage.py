@@ -27,7 +27,8 @@ from common.errors import UserError
 from data.format.dataset import open_dataset
 from data.storage import block_cache
 from data.storage import local as storage
-from data.storage.local import CutShort, Storage, StorageError, StorageSettings, open_storage
+from data.storage.local import CutShort, Storage, StorageError, StorageSettings
+from data.storage.opening import open_storage
 from tests.flaky_server import FAULTS, FlakyServer
 from tests.made_datasets import make_dataset
 from tests.patience import PATIENCE
@@ -470,7 +471,7 @@ def test_a_whole_file_is_fetched_once_a_node_by_processes_that_wait_for_each_oth
 def test_a_download_killed_in_its_middle_is_no_copy_and_the_next_one_is_whole(
     server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.remote_storage._MOST_BYTES", 2**18)
+    monkeypatch.setattr("data.storage.remote._MAX_REQUEST", 2**18)
     server.pieces = 0.02
     child = FORK.Process(target=lambda: open_storage(server.url, quick(tmp_path)).local_copy("a.bin"))
     child.start()
