@@ -1,4 +1,4 @@
-"""Compressed blocks of log-mel: what is exact, what is rounded, and what damaged bytes can do."""
+"""Compressed encodings of log-mel: exactness, quantisation error, and damaged bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def step_of(values: np.ndarray) -> np.ndarray:
-    """Distance between the values that a bin can take under uint8, float64 [M]."""
+    """Quantisation step of every bin under uint8, float64 [M]."""
     exact = values.astype(np.float64)
     return (exact.max(axis=0) - exact.min(axis=0)) / 255
 
@@ -76,7 +76,7 @@ def test_uint8_is_off_by_half_a_step_at_most(values: np.ndarray) -> None:
 def test_uint8_keeps_a_bin_that_never_changes() -> None:
     values = noise(100).astype(np.float16)
     values[:, 3] = -13.8
-    with warnings.catch_warnings(action="error"):  # nothing is divided by a step of zero
+    with warnings.catch_warnings(action="error"):  # no division by a step of zero
         read = decoded(encode(values, "uint8"), "uint8", values.shape)
     assert same_bits(read[:, 3].copy(), values[:, 3].copy())
 
@@ -141,14 +141,14 @@ def test_a_block_is_of_one_shape_only(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_every_truncation_and_every_extension_is_noticed(codec: Codec) -> None:
+def test_every_truncation_and_every_extension_is_detected(codec: Codec) -> None:
     data = encode(noise(12).astype(np.float16)[:, :5], codec)
     for size in range(len(data)):
         with pytest.raises(UserError):
             decoded(data[:size], codec, (12, 5))
     with pytest.raises(UserError):
         decoded(data + b"\0", codec, (12, 5))
-    # A second frame after the last, valid in itself, is more than there should be.
+    # A valid zstd frame after the last one.
     with pytest.raises(UserError):
         decoded(data + pa.Codec("zstd").compress(b"more", asbytes=True), codec, (12, 5))
 
@@ -160,12 +160,12 @@ def test_damaged_bytes_give_values_or_one_error(codec: Codec, draws: st.DataObje
     data = bytearray(encode(values, codec))
     for _ in range(draws.draw(st.integers(1, 4))):
         place = draws.draw(st.integers(0, max(0, len(data) - 1)))
-        how = draws.draw(st.sampled_from(["flip", "delete", "insert", "cut"]))
-        if how == "flip" and data:
+        change = draws.draw(st.sampled_from(["flip", "delete", "insert", "cut"]))
+        if change == "flip" and data:
             data[place] ^= 1 << draws.draw(st.integers(0, 7))
-        elif how == "delete":
+        elif change == "delete":
             del data[place : place + draws.draw(st.integers(1, 20))]
-        elif how == "insert":
+        elif change == "insert":
             data[place:place] = draws.draw(st.binary(max_size=20))
         else:
             del data[place:]
@@ -217,7 +217,7 @@ def test_a_block_that_claims_a_gigabyte_takes_no_memory(codec: Codec) -> None:
         [[2, 0], [1, 1]],
     ],
 )
-def test_uint8_bounds_that_cannot_be_are_refused(bounds: list[list[float]]) -> None:
+def test_invalid_uint8_bounds_are_refused(bounds: list[list[float]]) -> None:
     data = encode(noise(9).astype(np.float16)[:, :2], "uint8")
     with pytest.raises(UserError, match="bounds"):
         decoded(np.array(bounds, np.float16).tobytes() + data[8:], "uint8", (9, 2))
@@ -291,7 +291,7 @@ def test_a_compressed_dataset_reads_the_same_frames_from_anywhere(tmp_path: Path
     assert (packed.fingerprint == plain.fingerprint) == (encoding == "shuffle-zstd")
     assert packed.index.bytes.sum() < 0.95 * plain.index.bytes.sum()
     for shard in packed.shards():
-        assert safetensors.numpy.load_file(packed.path / shard_name(shard))  # still what other programs can open
+        assert safetensors.numpy.load_file(packed.path / shard_name(shard))  # readable by other programs
     copy = derive(tmp_path / "copy", [(packed, i, packed.recording(i)) for i in range(len(packed))])
     assert copy.encoding == encoding and not verify(copy)
     with pytest.raises(UserError, match="differ in their layout"):

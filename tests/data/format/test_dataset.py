@@ -1,4 +1,4 @@
-"""The on-disk format: what goes in comes out; every kind of damage is named; an interruption loses nothing finished."""
+"""On-disk format: round trips, error messages for every kind of damage, and interrupted preparations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
 
 
 def change_index(dataset: Dataset, column: str, row: int, value: object) -> None:
-    """A changed copy of the file with this column in its place."""
+    """Replace a value in a column of index.arrow or recordings.arrow."""
     path = dataset.path / ("recordings.arrow" if column in ("id", "crc32", "text") else "index.arrow")
     table = table_of(path)
     values = table[column].to_pylist()
@@ -77,7 +77,7 @@ def change_index(dataset: Dataset, column: str, row: int, value: object) -> None
         file.write_table(changed)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_recordings_survive_a_round_trip(tmp_path: Path) -> None:
     words = [Word("ahoj", 0.1, 0.5), Word("sv\u011bte", 0.5, 1.0, 0.25)]
     recordings = [
         Recording("b/2", "ahoj sv\u011bte", words, "cs", "s1", "dev"),
@@ -99,7 +99,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_selection_by_split_language_and_id(dataset: Dataset) -> None:
     assert dataset.select(split="train", language="en").tolist() == list(range(7))
     assert dataset.select(ids=["r005", "r001"]).tolist() == [1, 5]
-    with pytest.raises(UserError, match=r"split 'dev'; there are \['train'\]"):
+    with pytest.raises(UserError, match=r"split 'dev'; known are \['train'\]"):
         dataset.select(split="dev")
     with pytest.raises(UserError, match="no recording 'nobody'"):
         dataset.select(ids=["r001", "nobody"])
@@ -142,7 +142,7 @@ def test_a_bin_that_never_changes_becomes_zero_and_not_noise(tmp_path: Path) -> 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_byte_is_found_by_name_and_block_and_nothing_else_is_lost(
+def test_a_flipped_byte_is_reported_by_name_and_block_and_other_recordings_stay_readable(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(dataset.path)]) == 0
@@ -213,7 +213,7 @@ def test_a_symbolic_link_in_place_of_a_shard_is_refused(dataset: Dataset, tmp_pa
         ("id", None),
     ],
 )
-def test_offsets_and_lengths_that_cannot_be_are_refused(dataset: Dataset, column: str, value: int) -> None:
+def test_invalid_offsets_and_lengths_are_refused(dataset: Dataset, column: str, value: int) -> None:
     change_index(dataset, column, 0, value)
     with pytest.raises(UserError):
         open_dataset(dataset.path).id(0)
@@ -286,10 +286,10 @@ def test_an_interrupted_preparation_continues_to_the_same_dataset(
     with pytest.raises(KeyboardInterrupt), DatasetWriter(path, FEATURES, 200_000) as made:
         fill(made, LENGTHS, stop_before)
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="half-written"):
+    with pytest.raises(UserError, match="is incomplete"):
         open_dataset(path)
     with DatasetWriter(path, FEATURES, 200_000) as made:
-        assert len(made.done_ids) == stop_before  # leaving the block kept every recording
+        assert len(made.done_ids) == stop_before  # leaving the block keeps every recording
         fill(made, LENGTHS)
         made.finish()
     continued = open_dataset(path)
@@ -300,7 +300,7 @@ def test_an_interrupted_preparation_continues_to_the_same_dataset(
 
 
 def in_a_fork(function: Callable[[], object]) -> int:
-    """Exit code of a child process (minus the signal that ended it); 0 when the function returned."""
+    """Exit code of a child process (minus the signal that ended it); 0 if the function returned."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -337,24 +337,24 @@ def test_sigkill_at_any_sync_or_rename_never_leaves_a_broken_dataset(dataset: Da
         try:
             assert open_dataset(path).fingerprint == dataset.fingerprint
         except UserError as error:
-            assert "half-written" in str(error) or place < 4  # killed before there was anything at all
+            assert "is incomplete" in str(error) or place < 4  # killed before the first file existed
         with DatasetWriter(path, FEATURES, 200_000) as made:
             fill(made, [] if made.finished else LENGTHS)
             made.finish()
         continued = open_dataset(path)
         assert continued.fingerprint == dataset.fingerprint and not verify(continued)
-        assert len(list(path.iterdir())) == 4 + len(continued.shards())  # and nothing is left over
+        assert len(list(path.iterdir())) == 4 + len(continued.shards())  # no leftovers
         shutil.rmtree(path)
     assert place > 20
 
 
-def test_a_disk_without_any_room_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: object) -> int:
+def test_a_disk_without_space_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     made = DatasetWriter(tmp_path, FEATURES)
     fill(made, LENGTHS, 2)
-    monkeypatch.setattr(writer.os, "pwrite", no_room)
+    monkeypatch.setattr(writer.os, "pwrite", no_space)
     with pytest.raises(UserError, match="disk is full .*; 0 recordings are written"):
         fill(made, LENGTHS)
     assert {path.name for path in tmp_path.iterdir()} == {"preparing.json", "part-00000.lock"}
@@ -364,14 +364,14 @@ def test_a_full_disk_keeps_what_is_written_and_says_so(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "full"
-    room, really = 1_000_000, os.pwrite
+    space, real_pwrite = 1_000_000, os.pwrite
 
     def pwrite(file: int, view: memoryview, offset: int) -> int:
-        nonlocal room
-        if offset > 0 and room < len(view):
+        nonlocal space
+        if offset > 0 and space < len(view):
             raise OSError(errno.ENOSPC, "No space left on device")
-        room -= len(view)
-        return really(file, view, offset)
+        space -= len(view)
+        return real_pwrite(file, view, offset)
 
     monkeypatch.setattr(writer.os, "pwrite", pwrite)
     message = "disk is full.*recordings are written and kept.*run the same command again"
@@ -399,7 +399,7 @@ def test_a_limit_of_the_system_leaves_no_temporary_file(tmp_path: Path) -> None:
         assert made.done_ids == {"r000", "r001", "r002", "r003"}
 
 
-def test_a_folder_begun_with_other_features_is_refused_by_field(tmp_path: Path) -> None:
+def test_a_folder_started_with_other_features_is_refused_by_field(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FEATURES) as made:
         fill(made, [200])
     with pytest.raises(UserError, match=r"log_floor: 1e-06 != 1e-05"):
@@ -431,7 +431,7 @@ def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_log_mel_that_cannot_be_names_the_recording(values: np.ndarray, message: str, tmp_path: Path) -> None:
+def test_invalid_log_mel_names_the_recording(values: np.ndarray, message: str, tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FEATURES) as made:
         with pytest.raises(UserError, match=f"'bad'.*{message}"):
             made.add(Recording("bad"), values)
@@ -453,10 +453,8 @@ def test_many_recordings_close_a_shard_before_its_header_is_full(tmp_path: Path)
         made.finish()
     dataset = open_dataset(tmp_path)
     assert len(dataset.shards()) > 2 and not verify(dataset)
-    assert (
-        sum(len(safetensors.numpy.load_file(tmp_path / name)) for name in map(schema.shard_name, dataset.shards()))
-        == 60
-    )
+    paths = [tmp_path / schema.shard_name(shard) for shard in dataset.shards()]
+    assert sum(len(safetensors.numpy.load_file(path)) for path in paths) == 60
 
 
 def test_words_are_found_in_every_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
