@@ -14,10 +14,11 @@ from common.console import set_up_console
 from common.errors import UserError, did_you_mean
 from common.files import replace_file
 from data.format.dataset import open_dataset
+from data.format.schema import LABELS
 from data.shards.inspect import describe, draw, summary, totals
 from data.shards.integrity import find_faults
 from data.shards.select import add_filter, add_merge, add_split
-from data.shards.stats import BY, csv_text, statistics_table
+from data.shards.stats import csv_text, statistics_table
 
 _MAX_PRINTED = 50
 
@@ -80,7 +81,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
 
     stats = add("stats", "print a table of durations, texts and speech rate", _stats)
     _add_dir(stats)
-    stats.add_argument("--by", choices=BY, help="one row per value (default: one row for all)")
+    stats.add_argument("--by", choices=LABELS, help="one row per value (default: one row for all)")
     stats.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
 
     add_split(add)

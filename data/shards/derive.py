@@ -26,8 +26,8 @@ Entry = tuple[Dataset, int, Recording]
 """(source dataset, number of the recording there, metadata in the new dataset)."""
 
 
-def beside(out: Path, kind: str) -> Path:
-    """Hidden path beside a folder, deterministic and short: the folder's name may already have the maximum length."""
+def hidden_sibling(out: Path, kind: str) -> Path:
+    """Hidden path next to a folder, deterministic and short: the folder's name may already have the maximum length."""
     return out.with_name(f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]}.{kind}")
 
 
@@ -44,7 +44,10 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose another folder, or delete it")
-    temporary, lock = beside(out, "tmp"), beside(out, "lock")  # leftovers of a killed process are replaced
+    temporary, lock = (
+        hidden_sibling(out, "tmp"),
+        hidden_sibling(out, "lock"),
+    )  # leftovers of a killed process are replaced
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data.format.dataset import Dataset
-from data.format.schema import LABELS
 
-BY = LABELS
 HEADER = (
     "recordings", "hours", "shortest", "median", "longest",
     "with text", "words", "characters", "distinct words", "distinct characters", "words/s", "characters/s",

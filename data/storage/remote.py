@@ -83,7 +83,7 @@ class RemoteStorage:
         size, version = self._info(name)
 
         def download(file: BinaryIO) -> None:
-            # The first byte separately: a server without range support can send whole files, and would fail only at the
+            # The first byte separately: a server without range support can send whole files, but would fail at the
             # first crop, minutes later.
             for start in (0, *range(1, size, _MAX_REQUEST)):
                 file.write(self._fetch(name, start, min(size, start + _MAX_REQUEST if start else 1)))

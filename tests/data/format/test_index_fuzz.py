@@ -61,7 +61,7 @@ def recordings(kind: int) -> list[Recording]:
 
 
 def write(folder: Path, kind: int, finish: bool, encoding: schema.Encoding) -> None:
-    with DatasetWriter(folder, FEATURES, 20_000, name="made", encoding=encoding) as writer:
+    with DatasetWriter(folder, FEATURES, 20_000, name="name", encoding=encoding) as writer:
         for n, recording in enumerate(recordings(kind)):
             if not writer.finished and recording.id not in writer.done_ids:
                 writer.add(recording, noise(LENGTHS[n], n + 10 * kind))
@@ -78,7 +78,7 @@ def write_all(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Path]:
+def datasets() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         write_all(Path(folder))
         yield Path(folder)
@@ -177,8 +177,8 @@ def damage_table(content: bytes, rng: random.Random, checked: bool) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as file:
         file.write_table(changed.combine_chunks(), max_chunksize=rng.choice([None, None, None, 2]))
-    made = sink.getvalue().to_pybytes()
-    return made + zlib.crc32(made).to_bytes(4, "little") if checked else made
+    data = sink.getvalue().to_pybytes()
+    return data + zlib.crc32(data).to_bytes(4, "little") if checked else data
 
 
 def another(kind: pa.DataType, value: Any, rng: random.Random) -> Any:
@@ -220,7 +220,7 @@ def damage_folder(folder: Path, other: Path, rng: random.Random) -> bool:
         if rng.random() < 0.03:
             path.unlink()
             continue
-        beside = (other / name).read_bytes() if (other / name).is_file() else b""
+        counterpart = (other / name).read_bytes() if (other / name).is_file() else b""
         content = path.read_bytes()
         if path.suffix == ".json" and rng.random() < 0.7:
             path.write_bytes(damage_json(content, rng))
@@ -228,8 +228,8 @@ def damage_folder(folder: Path, other: Path, rng: random.Random) -> bool:
             path.write_bytes(damage_table(content, rng, checked=name.startswith("rows-")))
             plausible |= name.startswith("rows-")
         else:
-            path.write_bytes(damaged(content, rng, beside, path.suffix == ".json"))
-            plausible |= name.startswith("rows-") and path.read_bytes() == beside
+            path.write_bytes(damaged(content, rng, counterpart, path.suffix == ".json"))
+            plausible |= name.startswith("rows-") and path.read_bytes() == counterpart
     return plausible
 
 
@@ -329,14 +329,14 @@ def continue_writing(folder: Path, right: Right | None, encoding: schema.Encodin
 # --- child processes -------------------------------------------------------------------------------------------------
 
 
-def try_seed(made: Path, seed: int, right: dict[schema.Encoding, Right]) -> str:
+def try_seed(datasets: Path, seed: int, right: dict[schema.Encoding, Right]) -> str:
     rng = random.Random(seed)
     encoding, whole = rng.choice(sorted(right)), rng.random() < 0.6
     kind = "whole" if whole else "partial"
     with tempfile.TemporaryDirectory(prefix=f"seed{seed}-") as place:
         folder = Path(place, "set")
-        shutil.copytree(made / encoding / f"{kind}0", folder)
-        plausible = damage_folder(folder, made / encoding / f"{kind}1", rng)
+        shutil.copytree(datasets / encoding / f"{kind}0", folder)
+        plausible = damage_folder(folder, datasets / encoding / f"{kind}1", rng)
         expected = None if plausible else right[encoding]
         return use(folder, expected) if whole else continue_writing(folder, expected, encoding)
 
@@ -365,19 +365,19 @@ def in_a_child(work: Callable[[Callable[[object], None]], None]) -> list[str]:
     return lines if code == 0 else [*lines, f"ended by signal {-code}"]  # SIGALRM: the process hung
 
 
-def fuzz(made: Path, seeds: range) -> list[str]:
+def fuzz(datasets: Path, seeds: range) -> list[str]:
     """Failures, each with its seed."""
     failures, first = [], seeds.start
     right: dict[schema.Encoding, Right] = {}
     for encoding in get_args(schema.Encoding):
-        whole = open_dataset(made / encoding / "whole0")
+        whole = open_dataset(datasets / encoding / "whole0")
         right[encoding] = everything(whole), statistics(whole)
     while first < seeds.stop:
 
-        def work(say: Callable[[object], None], first: int = first) -> None:
+        def work(report: Callable[[object], None], first: int = first) -> None:
             for seed in range(first, seeds.stop):
-                say(f"seed {seed}")
-                say(try_seed(made, seed, right))
+                report(f"seed {seed}")
+                report(try_seed(datasets, seed, right))
 
         lines = in_a_child(work)
         if lines[-1] == "end":
@@ -390,28 +390,28 @@ def fuzz(made: Path, seeds: range) -> list[str]:
 
 
 def test_a_crash_and_a_large_allocation_are_reported_with_their_seed() -> None:
-    def crash(say: Callable[[object], None]) -> None:
-        say("seed 7")
+    def crash(report: Callable[[object], None]) -> None:
+        report("seed 7")
         faulthandler.disable()  # pytest would print a traceback
         os.kill(os.getpid(), signal.SIGBUS)
 
-    def fill(say: Callable[[object], None]) -> None:
-        say("seed 8")
+    def fill(report: Callable[[object], None]) -> None:
+        report("seed 8")
         bytearray(2 * EXTRA_MEMORY)
 
     assert in_a_child(crash) == ["seed 7", "ended by signal 7"]
     assert in_a_child(fill)[:2] == ["seed 8", "MemoryError: "]
 
 
-def test_random_damage_is_found_or_harmless(made: Path) -> None:
-    failures = fuzz(made, range(80))
+def test_random_damage_is_found_or_harmless(datasets: Path) -> None:
+    failures = fuzz(datasets, range(80))
     assert not failures, "\n\n".join(failures)
 
 
 # --- regressions -----------------------------------------------------------------------------------------------------
 
 
-def whole(tmp_path: Path, encoding: schema.Encoding = "plain") -> Path:
+def write_complete(tmp_path: Path, encoding: schema.Encoding = "plain") -> Path:
     write(tmp_path / "set", 0, True, encoding)
     return tmp_path / "set"
 
@@ -428,8 +428,8 @@ def set_cell(path: Path, column: str, row: int, value: object) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as file:
         file.write_table(table.set_column(number, table.schema.field(number), pa.array(values, kind)))
-    made = sink.getvalue().to_pybytes()
-    path.write_bytes(made + zlib.crc32(made).to_bytes(4, "little") if checked else made)
+    data = sink.getvalue().to_pybytes()
+    path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little") if checked else data)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def set_cell(path: Path, column: str, row: int, value: object) -> None:
     [("mean", "x"), ("std", [[1.0]] * 80), ("mean", [10**30] * 80), ("std", 80 * [float("nan")]), ("mean", 79 * [0.0])],
 )
 def test_totals_that_are_not_numbers_are_refused_by_file(tmp_path: Path, field: str, value: object) -> None:
-    path = whole(tmp_path) / "dataset.json"
+    path = write_complete(tmp_path) / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UserError, match=rf"dataset\.json: {field} must be 80 numbers"):
         open_dataset(path.parent)
@@ -446,7 +446,7 @@ def test_totals_that_are_not_numbers_are_refused_by_file(tmp_path: Path, field: 
 @pytest.mark.parametrize("value", ["x", None, float("nan"), 1e308, [], {}])
 @pytest.mark.parametrize("name", ["sample_rate", "hop_ms", "mel_scale", "num_mels"])
 def test_invalid_features_are_refused_by_folder(tmp_path: Path, name: str, value: object) -> None:
-    for folder, file in ((whole(tmp_path), "dataset.json"), (tmp_path / "partial", "preparing.json")):
+    for folder, file in ((write_complete(tmp_path), "dataset.json"), (tmp_path / "partial", "preparing.json")):
         if file == "preparing.json":
             write(folder, 0, False, "plain")
         fields = json.loads((folder / file).read_text())
@@ -459,7 +459,7 @@ def test_invalid_features_are_refused_by_folder(tmp_path: Path, name: str, value
 @pytest.mark.parametrize("encoding", get_args(schema.Encoding))
 @pytest.mark.parametrize("crc32", [[], [1, None], [0] * 9, None])
 def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, encoding: schema.Encoding) -> None:
-    folder = whole(tmp_path, encoding)
+    folder = write_complete(tmp_path, encoding)
     set_cell(folder / "recordings.arrow", "crc32", 2, crc32)
     dataset = open_dataset(folder)
     if crc32 == [0] * 9 or crc32 == []:
@@ -475,7 +475,7 @@ def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, e
     "word", [None, {"word": None, "start": 0.0, "end": 1.0}, {"word": "a", "start": None, "end": 1.0}]
 )
 def test_words_with_nulls_are_refused_by_file(tmp_path: Path, word: object) -> None:
-    folder = whole(tmp_path)
+    folder = write_complete(tmp_path)
     set_cell(folder / "recordings.arrow", "words", 0, [word])
     with pytest.raises(UserError, match=r"recordings\.arrow: .*words with nulls"):
         open_dataset(folder).words(0)
@@ -483,7 +483,7 @@ def test_words_with_nulls_are_refused_by_file(tmp_path: Path, word: object) -> N
 
 @pytest.mark.parametrize("id", ["__metadata__", "a\nb", " "])
 def test_an_invalid_id_is_refused_by_dataset(tmp_path: Path, id: str) -> None:
-    folder = whole(tmp_path)
+    folder = write_complete(tmp_path)
     set_cell(folder / "recordings.arrow", "id", 0, id)
     with pytest.raises(UserError, match=f"{folder}: recording id"):
         open_dataset(folder).recording(0)

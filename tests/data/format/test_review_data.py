@@ -22,7 +22,7 @@ from data.loading.loader import LoaderSettings, RowLoader
 from data.loading.mixture import DatasetGroup, MixedCrops, groups
 from data.loading.order import CropOrder
 from data.loading.supervised import FixedCrops, supervised_crops
-from data.shards.derive import beside, derive
+from data.shards.derive import derive, hidden_sibling
 from data.skipped import Skipped, list_path, merge_lists, write_list
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise, verify
@@ -287,7 +287,7 @@ class NeverLongEnough(CropOrder):
 def test_a_dataset_is_derived_by_one_process_at_a_time(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 100])
     entries = [(dataset, i, dataset.recording(i)) for i in range(2)]
-    with locked(beside(tmp_path / "out", "lock")), pytest.raises(UserError, match="another process is writing"):
+    with locked(hidden_sibling(tmp_path / "out", "lock")), pytest.raises(UserError, match="another process is writing"):
         derive(tmp_path / "out", entries)
     assert len(derive(tmp_path / "out", entries)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]

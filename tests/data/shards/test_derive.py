@@ -46,12 +46,12 @@ def test_selected_recordings_keep_their_values_and_get_new_labels(dataset: Datas
         (dataset, 4, replace(dataset.recording(4), words=words, split="test")),
         (dataset, 1, replace(dataset.recording(1), id="zzz", excluded=[(0.0, 1.0)])),
     ]
-    chosen = derive(tmp_path / "some", iter(entries))
-    assert [chosen.id(i) for i in range(2)] == ["r004", "zzz"] and chosen.frames.tolist() == [5000, 700]
-    assert chosen.words(0) == words and chosen.split(0) == "test" and chosen.excluded(1) == [(0.0, 1.0)]
-    assert np.array_equal(chosen.read(0, verify=True), dataset.read(4))
-    assert np.array_equal(chosen.read_normalised(1), dataset.read_normalised(1))
-    assert not verify(chosen) and not verify(dataset)
+    selected = derive(tmp_path / "selected", iter(entries))
+    assert [selected.id(i) for i in range(2)] == ["r004", "zzz"] and selected.frames.tolist() == [5000, 700]
+    assert selected.words(0) == words and selected.split(0) == "test" and selected.excluded(1) == [(0.0, 1.0)]
+    assert np.array_equal(selected.read(0, verify=True), dataset.read(4))
+    assert np.array_equal(selected.read_normalised(1), dataset.read_normalised(1))
+    assert not verify(selected) and not verify(dataset)
 
 
 def test_merged_datasets_renumber_shards(dataset: Dataset, tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ CHANGES: dict[str, tuple[str, str, Callable[[list[Any]], list[Any]]]] = {
 def test_a_changed_index_is_found(dataset: Dataset, column: str) -> None:
     file, message, change = CHANGES[column]
     rewrite(dataset.path / file, column.strip(), change)
-    found = "\n".join(verify(open_dataset(dataset.path)))
-    assert re.search(message, found), found
+    problems = "\n".join(verify(open_dataset(dataset.path)))
+    assert re.search(message, problems), problems
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_changed_index_is_found(dataset: Dataset, column: str) -> None:
 def test_wrong_totals_are_found(dataset: Dataset, field: str, value: object) -> None:
     path = dataset.path / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    (found,) = find_faults(open_dataset(dataset.path))
-    assert found.file == "dataset.json" and field in found.problem
+    (fault,) = find_faults(open_dataset(dataset.path))
+    assert fault.file == "dataset.json" and field in fault.problem
 
 
 def test_wrong_statistics_of_a_recording_are_found(dataset: Dataset) -> None:
@@ -204,8 +204,8 @@ def test_wrong_statistics_of_a_recording_are_found(dataset: Dataset) -> None:
 def test_missing_statistics_are_one_fault_and_shards_are_still_checked(dataset: Dataset, size: int) -> None:
     os.truncate(dataset.path / "statistics.safetensors", size)
     flip(dataset.path / "shard-00001.safetensors", -1 + (dataset.path / "shard-00001.safetensors").stat().st_size)
-    found = find_faults(open_dataset(dataset.path))
-    assert [fault.file for fault in found] == ["statistics.safetensors", "shard-00001.safetensors"]
+    faults = find_faults(open_dataset(dataset.path))
+    assert [fault.file for fault in faults] == ["statistics.safetensors", "shard-00001.safetensors"]
 
 
 def test_statistics_with_another_header_or_trailing_bytes_are_found(dataset: Dataset) -> None:
@@ -220,8 +220,8 @@ def test_statistics_with_another_header_or_trailing_bytes_are_found(dataset: Dat
 def test_a_damaged_header_of_a_shard_is_found(dataset: Dataset, place: str) -> None:
     path = dataset.path / "shard-00002.safetensors"
     flip(path, 1 if place == "size" else path.read_bytes().index(place.encode()))
-    (found,) = find_faults(open_dataset(dataset.path))
-    assert found.file == "shard-00002.safetensors" and "header" in found.problem
+    (fault,) = find_faults(open_dataset(dataset.path))
+    assert fault.file == "shard-00002.safetensors" and "header" in fault.problem
 
 
 # --- inspect and stats -----------------------------------------------------------------------------------------------
@@ -255,10 +255,10 @@ def test_totals_are_those_of_a_plain_count(dataset: Dataset, capsys: pytest.Capt
 def test_unknown_speakers_are_not_counted_and_missing_shards_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = write(tmp_path / "set", [Recording("a"), Recording("b", speaker="s")], [700, 700])
-    assert [group["speakers"] for group in totals(made)["groups"]] == [1]
-    (made.path / "shard-00001.safetensors").unlink()
-    assert "1 MISSING" in run(capsys, "inspect", made.path)[1]
+    result = write(tmp_path / "set", [Recording("a"), Recording("b", speaker="s")], [700, 700])
+    assert [group["speakers"] for group in totals(result)["groups"]] == [1]
+    (result.path / "shard-00001.safetensors").unlink()
+    assert "1 MISSING" in run(capsys, "inspect", result.path)[1]
 
 
 def test_a_passage_of_a_long_recording_is_drawn_with_its_words(
@@ -347,8 +347,8 @@ def test_case_and_punctuation_do_not_separate_texts() -> None:
 
 
 def test_shares_are_approximately_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = write(tmp_path / "set", [Recording(f"{n}") for n in range(1000)], [2] * 1000)
-    assert run(capsys, "split", made.path, "--out", tmp_path / "a", "--dev-share", 0.1, "--test-share", 0.2)[0] == 0
+    result = write(tmp_path / "set", [Recording(f"{n}") for n in range(1000)], [2] * 1000)
+    assert run(capsys, "split", result.path, "--out", tmp_path / "a", "--dev-share", 0.1, "--test-share", 0.2)[0] == 0
     counts = {name: count for name, (count, _) in open_dataset(tmp_path / "a").totals("split").items()}
     assert abs(counts["dev"] - 100) < 40 and abs(counts["test"] - 200) < 50
 
@@ -377,8 +377,8 @@ def test_a_filter_keeps_recordings_that_meet_all_conditions(
     assert run(capsys, "filter", original.path, "--out", tmp_path / "out", *options)[0] == 0
     seconds = original.frames / 100
     wanted = [r for n, r in enumerate(recordings_of(original)) if CONDITIONS[condition](r, seconds[n])]
-    made = open_dataset(tmp_path / "out")
-    assert 0 < len(wanted) < 24 and recordings_of(made) == wanted and not verify(made)
+    result = open_dataset(tmp_path / "out")
+    assert 0 < len(wanted) < 24 and recordings_of(result) == wanted and not verify(result)
 
 
 def test_merged_datasets_keep_all_recordings_under_distinct_ids(
@@ -388,9 +388,9 @@ def test_merged_datasets_keep_all_recordings_under_distinct_ids(
     code, _, err = run(capsys, "merge", original.path, other.path, "--out", tmp_path / "out")
     assert code == 2 and f"'r05' is in {original.path} and in {other.path}: --prefix" in err
     assert run(capsys, "merge", original.path, other.path, "--out", tmp_path / "out", "--prefix")[0] == 0
-    made = open_dataset(tmp_path / "out")
-    assert len(made) == 26 and not verify(made) and made.text(made.index.find("other/r05") or 0) == "another"
-    assert np.array_equal(made.read(made.index.find("set/r05") or 0), original.read(5))
+    result = open_dataset(tmp_path / "out")
+    assert len(result) == 26 and not verify(result) and result.text(result.index.find("other/r05") or 0) == "another"
+    assert np.array_equal(result.read(result.index.find("set/r05") or 0), original.read(5))
     code, _, err = run(capsys, "merge", original.path, original.path, "--out", tmp_path / "two", "--prefix")
     assert code == 2 and "called 'set'" in err
 
@@ -417,7 +417,7 @@ MISTAKES = {
     "filter DIR --out OUT --min-seconds x": "--min-seconds.*'x'",
     "filter DIR --out OUT --ids /nowhere/ids": "/nowhere/ids: cannot be read",
     "filter DIR --out OUT --ids BAD": "line 2: a JSON line must have a field id",
-    "filter DIR --out OUT --ids UNKNOWN": "no recording 'nobody'.*1 are unknown",
+    "filter DIR --out OUT --ids UNKNOWN": "no recording 'unknown-id'.*1 are unknown",
     "filter DIR --out OUT --ids EMPTY": "lists no ids",
     "merge DIR /nowhere --out OUT": "/nowhere is not a dataset",
     "merge --out OUT": "required: DIR",
@@ -429,7 +429,7 @@ def test_a_mistake_is_one_line_with_the_fix(
     original: Dataset, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad").write_text('r01\n{"name": "r02"}\n')
-    (tmp_path / "unknown").write_text("r01\nnobody\n")
+    (tmp_path / "unknown").write_text("r01\nunknown-id\n")
     (tmp_path / "empty").write_text("\n")
     places = {"DIR": original.path, "OUT": tmp_path / "out"}
     places |= {name.upper(): tmp_path / name for name in ("bad", "unknown", "empty")}
@@ -443,8 +443,8 @@ def test_a_mistake_is_one_line_with_the_fix(
 def test_recordings_without_a_speaker_are_not_split_by_speaker(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = write(tmp_path / "set", [Recording("a"), Recording("b", speaker="s")], [30, 40])
-    code, _, err = run(capsys, "split", made.path, "--out", tmp_path / "out", "--by", "speaker")
+    result = write(tmp_path / "set", [Recording("a"), Recording("b", speaker="s")], [30, 40])
+    code, _, err = run(capsys, "split", result.path, "--out", tmp_path / "out", "--by", "speaker")
     assert code == 2 and "1 recordings have no speaker; use --by text" in err
 
 
