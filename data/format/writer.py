@@ -43,7 +43,7 @@ MAX_SHARD_BYTES = 2_000_000_000
 
 
 class DatasetWriter:
-    """Writes recordings to a dataset folder, or continues an interrupted preparation.
+    """Writer of a dataset folder, which continues an interrupted preparation.
 
         with DatasetWriter(folder, settings) as writer:   # leaving the block, even by an error, keeps added recordings
             writer.add(Recording("a"), log_mel)           # skip ids in writer.done_ids

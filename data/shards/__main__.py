@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from common.console import set_up_console
 from common.errors import UserError, did_you_mean
-from common.files import replace_file
+from common.files import write_file
 from data.format.dataset import open_dataset
 from data.format.schema import LABELS
 from data.shards.inspect import describe, draw, summary, totals
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and the parsers of the commands by name."""
+    """Return the parser, and the parsers of the commands by name."""
     parser = Parser(prog="python -m data.shards", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -181,8 +181,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str) -> None:
     try:
-        with replace_file(path) as file:
-            file.write(text.encode())
+        write_file(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); choose another file") from error
 

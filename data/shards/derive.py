@@ -44,10 +44,8 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose another folder, or delete it")
-    temporary, lock = (
-        hidden_sibling(out, "tmp"),
-        hidden_sibling(out, "lock"),
-    )  # leftovers of a killed process are replaced
+    # Leftovers of a killed process are replaced.
+    temporary, lock = hidden_sibling(out, "tmp"), hidden_sibling(out, "lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):

@@ -155,7 +155,7 @@ class LocalStorage:
 def check_name(name: str) -> str:
     """Return the name. Raises UserError unless it is a plain file name, which cannot refer to another folder."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"file name {name!r} has characters other than letters, digits, '.', '_' and '-'; refused")
+        raise UserError(f"file name {name!r} refused: must be letters, digits, '.', '_', '-', the first no punctuation")
     return name
 
 
