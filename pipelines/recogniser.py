@@ -38,8 +38,7 @@ from common.config import from_dict
 from common.errors import UserError
 from common.files import hash_of_file
 from data.features import FeatureSettings, difference
-from data.format.dataset import Dataset
-from data.format.normalisation import normalise_into
+from data.format.dataset import Dataset, normalise_into
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 
@@ -166,7 +165,7 @@ def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Call
         try:
             normalise_into(out, values, mean, inverse_std)
         except UserError as error:
-            raise UserError(f"{dataset.where(recording)}: damaged ({error})") from error
+            raise UserError(f"{dataset.place(recording)}: damaged ({error})") from error
         return out
 
     return read_mel

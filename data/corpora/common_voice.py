@@ -17,7 +17,7 @@ from data.corpora.audio_files import FileSource
 from data.corpora.base import Source, Unreadable, check_not_empty, mostly_readable
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import name_fault
 
 Table = Literal["train", "dev", "test", "validated", "other"]

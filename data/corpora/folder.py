@@ -18,7 +18,7 @@ from data.corpora.audio_files import FileSource
 from data.corpora.base import Source, Unreadable, mostly_readable
 from data.corpora.manifest import SPLIT_NAMES, manifest_sources
 from data.corpora.text_files import summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.word_times import SUFFIXES as WORD_TIMES

@@ -31,8 +31,9 @@ from common.files import canonical_path, read_json_object, write_json
 from data.corpora.base import Corpus, Source
 from data.corpora.registry import CORPORA, find_corpus
 from data.features import FeatureSettings
-from data.format.dataset import DatasetWriter, open_dataset
-from data.format.index import DATASET_FILE, PREPARING_FILE, Layout, locked
+from data.format.dataset import open_dataset
+from data.format.schema import DATASET_FILE, PREPARING_FILE, Encoding
+from data.format.writer import DatasetWriter, locked
 from data.prepare.extraction import extract_all
 from data.prepare.progress import Interrupts, Progress
 from data.skipped import Skipped, Warnings, list_path, merge_lists, summary, write_list
@@ -55,7 +56,7 @@ class PrepareSettings:
     same time; the last part to finish turns the folder into a dataset, the same as that of a single machine."""
     merge: bool = False
     """Prepare nothing, but merge finished parts into a dataset (needed if the last two finished at the same moment)."""
-    layout: Layout = "plain"
+    layout: Encoding = "plain"
     """plain: float16, fastest. Compressed: shuffle-zstd, lossless, 70 % of the bytes; uint8, rounded to 256 steps per
     bin, 36 to 43 % (figures in docs/compression.md)."""
     shard_mb: PositiveInt = 500

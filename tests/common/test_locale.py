@@ -16,7 +16,7 @@ import soundfile
 from common.files import write_file
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import load_tokenizer
 from tests.paths import REPOSITORY

@@ -22,7 +22,7 @@ from common.errors import UserError
 from data.audio.reading import READ_SECONDS, resample
 from data.corpora.audio_files import FileSource
 from data.features import BLOCK_FRAMES, FeatureSettings, LogMel, difference
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
 from tests.decoded_audio import read_audio
 from tests.paths import REPOSITORY

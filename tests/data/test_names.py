@@ -16,8 +16,9 @@ from common.errors import UserError
 from data.corpora.base import Unreadable
 from data.corpora.folder import FolderSettings, sources
 from data.features import FeatureSettings
-from data.format.dataset import DatasetWriter, open_dataset
-from data.format.index import Recording
+from data.format.dataset import open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
 from data.names import escaped, name_fault, space_fields
 from data.prepare.prepare import main
 from data.shards.select import read_ids

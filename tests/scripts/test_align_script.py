@@ -21,7 +21,7 @@ from common.segments import Segments
 from common.text import label_text
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from data.transcripts import Word, check_word_times

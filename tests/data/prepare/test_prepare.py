@@ -21,7 +21,7 @@ from data.corpora.folder import FolderSettings
 from data.corpora.registry import CORPORA
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare import extraction
 from data.prepare.extraction import Extracted, extract, extract_all
 from data.prepare.prepare import PrepareSettings, main, parse, prepare

@@ -1,4 +1,4 @@
-"""Compressed blocks of log-mel: what is exact, what is rounded, and what damaged bytes can do."""
+"""Compressed encodings of log-mel: exactness, quantisation error, and damaged bytes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from hypothesis.extra import numpy as hnp
 
 from benchmarks import compression as benchmark
 from common.errors import UserError
-from data.format.compression import (
+from data.format.dataset import open_dataset
+from data.format.encoding import (
     BLOCK_FRAMES,
+    CHECKSUM_FRAMES,
     CODECS,
     Codec,
-    blocks_of,
+    block_range,
     decode,
     decode_range,
     encode,
-    encode_recording,
+    encode_blocks,
 )
-from data.format.dataset import DatasetWriter, Recording, open_dataset
-from data.format.index import CHECKSUM_FRAMES, shard_name
+from data.format.schema import Recording, shard_name
+from data.format.writer import DatasetWriter
 from data.shards.derive import derive
-from data.shards.verify import verify
-from tests.made_datasets import FEATURES, make_dataset, noise
+from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9))
 # All 65,536 values: zeros of both signs, subnormal numbers, infinities, every NaN.
@@ -51,7 +52,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def step_of(values: np.ndarray) -> np.ndarray:
-    """Distance between the values that a bin can take under uint8, float64 [M]."""
+    """Quantisation step of every bin under uint8, float64 [M]."""
     exact = values.astype(np.float64)
     return (exact.max(axis=0) - exact.min(axis=0)) / 255
 
@@ -75,7 +76,7 @@ def test_uint8_is_off_by_half_a_step_at_most(values: np.ndarray) -> None:
 def test_uint8_keeps_a_bin_that_never_changes() -> None:
     values = noise(100).astype(np.float16)
     values[:, 3] = -13.8
-    with warnings.catch_warnings(action="error"):  # nothing is divided by a step of zero
+    with warnings.catch_warnings(action="error"):  # no division by a step of zero
         read = decoded(encode(values, "uint8"), "uint8", values.shape)
     assert same_bits(read[:, 3].copy(), values[:, 3].copy())
 
@@ -101,7 +102,7 @@ def test_encoding_leaves_its_input_as_it_was_and_takes_any_layout(codec: Codec) 
 @pytest.mark.parametrize("frames", [1, BLOCK_FRAMES - 1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 3 * BLOCK_FRAMES + 77])
 def test_any_range_is_the_range_of_the_whole(codec: Codec, frames: int) -> None:
     values = noise(frames).astype(np.float16)[:, :11]
-    blocks = encode_recording(values, codec)
+    blocks = encode_blocks(values, codec)
     sizes = [len(block) for block in blocks]
     whole = np.concatenate(
         [decoded(b, codec, values[i * BLOCK_FRAMES :][:BLOCK_FRAMES].shape) for i, b in enumerate(blocks)]
@@ -112,7 +113,7 @@ def test_any_range_is_the_range_of_the_whole(codec: Codec, frames: int) -> None:
     edges = [e for e in edges if 0 <= e <= frames]
     for start in edges:
         for stop in (e for e in edges if e > start):
-            first, last = blocks_of(start, stop)
+            first, last = block_range(start, stop)
             out = np.empty((stop - start, 11), np.float16)
             decode_range(b"".join(blocks[first:last]), sizes[first:last], frames, start, codec, out)
             assert same_bits(out, whole[start:stop])
@@ -123,7 +124,7 @@ def test_a_block_depends_on_its_own_frames_alone(codec: Codec) -> None:
     values = noise(3 * BLOCK_FRAMES).astype(np.float16)
     other = noise(3 * BLOCK_FRAMES, seed=1).astype(np.float16)
     other[BLOCK_FRAMES : 2 * BLOCK_FRAMES] = values[BLOCK_FRAMES : 2 * BLOCK_FRAMES]
-    blocks, others = encode_recording(values, codec), encode_recording(other, codec)
+    blocks, others = encode_blocks(values, codec), encode_blocks(other, codec)
     assert [a == b for a, b in zip(blocks, others, strict=True)] == [False, True, False]
 
 
@@ -140,14 +141,14 @@ def test_a_block_is_of_one_shape_only(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_every_truncation_and_every_extension_is_noticed(codec: Codec) -> None:
+def test_every_truncation_and_every_extension_is_detected(codec: Codec) -> None:
     data = encode(noise(12).astype(np.float16)[:, :5], codec)
     for size in range(len(data)):
         with pytest.raises(UserError):
             decoded(data[:size], codec, (12, 5))
     with pytest.raises(UserError):
         decoded(data + b"\0", codec, (12, 5))
-    # A second frame after the last, valid in itself, is more than there should be.
+    # A valid zstd frame after the last one.
     with pytest.raises(UserError):
         decoded(data + pa.Codec("zstd").compress(b"more", asbytes=True), codec, (12, 5))
 
@@ -159,12 +160,12 @@ def test_damaged_bytes_give_values_or_one_error(codec: Codec, draws: st.DataObje
     data = bytearray(encode(values, codec))
     for _ in range(draws.draw(st.integers(1, 4))):
         place = draws.draw(st.integers(0, max(0, len(data) - 1)))
-        how = draws.draw(st.sampled_from(["flip", "delete", "insert", "cut"]))
-        if how == "flip" and data:
+        change = draws.draw(st.sampled_from(["flip", "delete", "insert", "cut"]))
+        if change == "flip" and data:
             data[place] ^= 1 << draws.draw(st.integers(0, 7))
-        elif how == "delete":
+        elif change == "delete":
             del data[place : place + draws.draw(st.integers(1, 20))]
-        elif how == "insert":
+        elif change == "insert":
             data[place:place] = draws.draw(st.binary(max_size=20))
         else:
             del data[place:]
@@ -216,7 +217,7 @@ def test_a_block_that_claims_a_gigabyte_takes_no_memory(codec: Codec) -> None:
         [[2, 0], [1, 1]],
     ],
 )
-def test_uint8_bounds_that_cannot_be_are_refused(bounds: list[list[float]]) -> None:
+def test_invalid_uint8_bounds_are_refused(bounds: list[list[float]]) -> None:
     data = encode(noise(9).astype(np.float16)[:, :2], "uint8")
     with pytest.raises(UserError, match="bounds"):
         decoded(np.array(bounds, np.float16).tobytes() + data[8:], "uint8", (9, 2))
@@ -224,7 +225,7 @@ def test_uint8_bounds_that_cannot_be_are_refused(bounds: list[list[float]]) -> N
 
 def test_sizes_that_do_not_fit_their_blocks_are_refused() -> None:
     frames = 2 * BLOCK_FRAMES
-    blocks = encode_recording(noise(frames).astype(np.float16), "uint8")
+    blocks = encode_blocks(noise(frames).astype(np.float16), "uint8")
     data, (a, b) = b"".join(blocks), map(len, blocks)
     out = np.empty((frames, 80), np.float16)
     decode_range(data, [a, b], frames, 0, "uint8", out)
@@ -266,41 +267,41 @@ def test_the_benchmark_ends_with_a_line_of_json(tmp_path: Path, capsys: pytest.C
     assert figures["candidates"]["plain float16"]["relative_size"] == 1
 
 
-# --- as a layout of a dataset ----------------------------------------------------------------------------------------
+# --- datasets ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["uint8", "shuffle-zstd"])
-def test_a_compressed_dataset_reads_the_same_frames_from_anywhere(tmp_path: Path, layout: Codec) -> None:
+@pytest.mark.parametrize("encoding", ["uint8", "shuffle-zstd"])
+def test_a_compressed_dataset_reads_the_same_frames_from_anywhere(tmp_path: Path, encoding: Codec) -> None:
     lengths = [3, 511, 512, 513, 5000]
-    with DatasetWriter(tmp_path / "packed", FEATURES, 300_000, layout=layout) as writer:
+    with DatasetWriter(tmp_path / "packed", FEATURES, 300_000, encoding=encoding) as writer:
         for number, frames in enumerate(lengths):
             recording = Recording(f"r{number:03d}", f"text {number}", language="en", speaker=f"s{number % 3}")
             writer.add(recording, noise(frames, number))
         writer.finish()
     plain, packed = make_dataset(tmp_path / "plain", lengths), open_dataset(tmp_path / "packed")
-    assert packed.layout == layout and not verify(packed)
+    assert packed.encoding == encoding and not verify(packed)
     rng = np.random.default_rng(0)
     for i, frames in enumerate(lengths):
         whole = packed.read(i)
         step = np.ptp(plain.read(i).astype(np.float32), axis=0) / 255
-        assert (np.abs(whole.astype(np.float32) - plain.read(i)) <= (step if layout == "uint8" else 0)).all()
+        assert (np.abs(whole.astype(np.float32) - plain.read(i)) <= (step if encoding == "uint8" else 0)).all()
         for start, stop in np.sort(rng.integers(0, frames + 1, (20, 2)), axis=1).tolist():
             assert np.array_equal(packed.read(i, start, stop), whole[start:stop])
             assert np.array_equal(packed.read(i, start, stop, verify=True), whole[start:stop])
-    assert (packed.fingerprint == plain.fingerprint) == (layout == "shuffle-zstd")
+    assert (packed.fingerprint == plain.fingerprint) == (encoding == "shuffle-zstd")
     assert packed.index.bytes.sum() < 0.95 * plain.index.bytes.sum()
     for shard in packed.shards():
-        assert safetensors.numpy.load_file(packed.path / shard_name(shard))  # still what other programs can open
+        assert safetensors.numpy.load_file(packed.path / shard_name(shard))  # readable by other programs
     copy = derive(tmp_path / "copy", [(packed, i, packed.recording(i)) for i in range(len(packed))])
-    assert copy.layout == layout and not verify(copy)
+    assert copy.encoding == encoding and not verify(copy)
     with pytest.raises(UserError, match="differ in their layout"):
         derive(tmp_path / "both", [(d, 0, d.recording(0)) for d in (plain, packed)])
-    with pytest.raises(UserError, match="begun with the layout"):
+    with pytest.raises(UserError, match="started with the layout"):
         DatasetWriter(tmp_path / "packed", FEATURES)
 
 
 def test_damage_to_a_compressed_dataset_names_the_recording(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path, FEATURES, layout="uint8") as writer:
+    with DatasetWriter(tmp_path, FEATURES, encoding="uint8") as writer:
         for number in range(3):
             writer.add(Recording(f"r{number:03d}"), noise(2000, number))
         writer.finish()

@@ -1,4 +1,4 @@
-"""The on-disk format: what goes in comes out; every kind of damage is named; an interruption loses nothing finished."""
+"""On-disk format: round trips, error messages for every kind of damage, and interrupted preparations."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ import safetensors.numpy
 
 from common.errors import UserError
 from data.features import FeatureSettings
-from data.format import index, writer
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
-from data.shards.command_line import main
-from data.shards.verify import verify
+from data.format import schema
+from data.format import writer as writer_module
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.shards.__main__ import main
 from data.transcripts import Word
-from tests.made_datasets import FEATURES, make_dataset, noise
+from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
-LENGTHS = [300, 700, 400, 250, 9000, 500, 350]  # r004 has three checksum blocks and a shard of its own
+LENGTHS = [300, 700, 400, 250, 9000, 500, 350]  # r004 has three checksum blocks and a separate shard
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def rows(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def shard_of(dataset: Dataset, name: str) -> Path:
-    return dataset.path / index.shard_name(next(row["shard"] for row in rows(dataset) if row["id"] == name))
+    return dataset.path / schema.shard_name(next(row["shard"] for row in rows(dataset) if row["id"] == name))
 
 
 def ids_of(dataset: Dataset) -> list[str]:
@@ -57,7 +59,7 @@ def ids_of(dataset: Dataset) -> list[str]:
 
 def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
     row = next(row for row in rows(dataset) if row["id"] == name)
-    with open(dataset.path / index.shard_name(row["shard"]), "r+b") as file:
+    with open(dataset.path / schema.shard_name(row["shard"]), "r+b") as file:
         file.seek(row["offset"] + 160 * frame)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
@@ -65,7 +67,7 @@ def flip_byte(dataset: Dataset, name: str, frame: int) -> None:
 
 
 def change_index(dataset: Dataset, column: str, row: int, value: object) -> None:
-    """A changed copy of the file with this column in its place."""
+    """Replace a value in a column of index.arrow or recordings.arrow."""
     path = dataset.path / ("recordings.arrow" if column in ("id", "crc32", "text") else "index.arrow")
     table = table_of(path)
     values = table[column].to_pylist()
@@ -76,17 +78,17 @@ def change_index(dataset: Dataset, column: str, row: int, value: object) -> None
         file.write_table(changed)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_recordings_survive_a_round_trip(tmp_path: Path) -> None:
     words = [Word("ahoj", 0.1, 0.5), Word("sv\u011bte", 0.5, 1.0, 0.25)]
     recordings = [
         Recording("b/2", "ahoj sv\u011bte", words, "cs", "s1", "dev"),
         Recording("a \u00e9", None, None, "en", "", "train"),
         Recording("c", "", [], "en", "s2", "test", [(0.5, 1.25)]),
     ]
-    with DatasetWriter(tmp_path, FEATURES) as made:
+    with DatasetWriter(tmp_path, FEATURES) as writer:
         for number, recording in enumerate(recordings):
-            made.add(recording, noise(200 + number, number))
-        made.finish()
+            writer.add(recording, noise(200 + number, number))
+        writer.finish()
     dataset = open_dataset(tmp_path)
     assert [dataset.recording(i) for i in range(3)] == sorted(recordings, key=lambda r: r.id)
     assert dataset.frames.tolist() == [201, 200, 202] and dataset.total_frames == 603
@@ -98,16 +100,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_selection_by_split_language_and_id(dataset: Dataset) -> None:
     assert dataset.select(split="train", language="en").tolist() == list(range(7))
     assert dataset.select(ids=["r005", "r001"]).tolist() == [1, 5]
-    with pytest.raises(UserError, match=r"split 'dev'; there are \['train'\]"):
+    with pytest.raises(UserError, match=r"split 'dev'; known are \['train'\]"):
         dataset.select(split="dev")
-    with pytest.raises(UserError, match="no recording 'nobody'"):
-        dataset.select(ids=["r001", "nobody"])
+    with pytest.raises(UserError, match="no recording 'unknown'"):
+        dataset.select(ids=["r001", "unknown"])
 
 
 def test_the_stock_library_opens_every_shard(dataset: Dataset) -> None:
     tensors: dict[str, np.ndarray] = {}
     for shard in dataset.shards():
-        tensors |= safetensors.numpy.load_file(dataset.path / index.shard_name(shard))
+        tensors |= safetensors.numpy.load_file(dataset.path / schema.shard_name(shard))
     assert len(dataset.shards()) > 3 and sorted(tensors) == ids_of(dataset)
     assert all(np.array_equal(tensors[dataset.id(i)], dataset.read(i)) for i in range(len(dataset)))
 
@@ -132,16 +134,16 @@ def test_a_crop_has_the_numbers_of_the_whole_recording(dataset: Dataset) -> None
 def test_a_bin_that_never_changes_becomes_zero_and_not_noise(tmp_path: Path) -> None:
     values = noise(300)
     values[:, 3] = -13.8
-    with DatasetWriter(tmp_path, FEATURES) as made:
-        made.add(Recording("a"), values)
-        made.finish()
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        writer.add(Recording("a"), values)
+        writer.finish()
     assert np.abs(open_dataset(tmp_path).read_normalised(0)[:, 3]).max() < 1e-3
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_byte_is_found_by_name_and_block_and_nothing_else_is_lost(
+def test_a_flipped_byte_is_reported_by_name_and_block_and_other_recordings_stay_readable(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(dataset.path)]) == 0
@@ -181,7 +183,7 @@ def test_a_missing_shard_is_named_and_the_rest_stays_readable(dataset: Dataset) 
 
 def test_non_finite_values_in_a_shard_name_the_recording(dataset: Dataset) -> None:
     row = rows(dataset)[2]
-    with open(dataset.path / index.shard_name(row["shard"]), "r+b") as file:
+    with open(dataset.path / schema.shard_name(row["shard"]), "r+b") as file:
         file.seek(row["offset"] + 160 * 7)
         file.write(np.float16("inf").tobytes())
     with pytest.raises(UserError, match="'r002' .*NaN or infinite"):
@@ -212,7 +214,7 @@ def test_a_symbolic_link_in_place_of_a_shard_is_refused(dataset: Dataset, tmp_pa
         ("id", None),
     ],
 )
-def test_offsets_and_lengths_that_cannot_be_are_refused(dataset: Dataset, column: str, value: int) -> None:
+def test_invalid_offsets_and_lengths_are_refused(dataset: Dataset, column: str, value: int) -> None:
     change_index(dataset, column, 0, value)
     with pytest.raises(UserError):
         open_dataset(dataset.path).id(0)
@@ -270,11 +272,11 @@ def test_an_empty_or_missing_folder_is_not_a_dataset(tmp_path: Path) -> None:
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
-def fill(made: DatasetWriter, lengths: list[int], stop_before: int | None = None) -> None:
+def fill(writer: DatasetWriter, lengths: list[int], stop_before: int | None = None) -> None:
     for number, frames in enumerate(lengths[:stop_before]):
         recording = Recording(f"r{number:03d}", text=f"text {number}", language="en", speaker=f"s{number % 3}")
-        if recording.id not in made.done_ids:
-            made.add(recording, noise(frames, number))
+        if recording.id not in writer.done_ids:
+            writer.add(recording, noise(frames, number))
 
 
 @pytest.mark.parametrize("stop_before", range(len(LENGTHS) + 1))
@@ -282,15 +284,15 @@ def test_an_interrupted_preparation_continues_to_the_same_dataset(
     dataset: Dataset, tmp_path: Path, stop_before: int
 ) -> None:
     path = tmp_path / "interrupted"
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(path, FEATURES, 200_000) as made:
-        fill(made, LENGTHS, stop_before)
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(path, FEATURES, 200_000) as writer:
+        fill(writer, LENGTHS, stop_before)
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="half-written"):
+    with pytest.raises(UserError, match="is incomplete"):
         open_dataset(path)
-    with DatasetWriter(path, FEATURES, 200_000) as made:
-        assert len(made.done_ids) == stop_before  # leaving the block kept every recording
-        fill(made, LENGTHS)
-        made.finish()
+    with DatasetWriter(path, FEATURES, 200_000) as writer:
+        assert len(writer.done_ids) == stop_before  # leaving the block keeps every recording
+        fill(writer, LENGTHS)
+        writer.finish()
     continued = open_dataset(path)
     assert continued.fingerprint == dataset.fingerprint and ids_of(continued) == ids_of(dataset)
     assert not verify(continued)
@@ -299,7 +301,7 @@ def test_an_interrupted_preparation_continues_to_the_same_dataset(
 
 
 def in_a_fork(function: Callable[[], object]) -> int:
-    """Exit code of a child process (minus the signal that ended it); 0 when the function returned."""
+    """Exit code of a child process (minus the signal that ended it); 0 if the function returned."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -323,9 +325,9 @@ def test_sigkill_at_any_sync_or_rename_never_leaves_a_broken_dataset(dataset: Da
 
     def write(path: Path, places: list[int]) -> None:
         os.replace, os.fsync = killed_at(os.replace, places), killed_at(os.fsync, places)  # type: ignore[assignment]
-        made = DatasetWriter(path, FEATURES, 200_000)
-        fill(made, LENGTHS)
-        made.finish()
+        writer = DatasetWriter(path, FEATURES, 200_000)
+        fill(writer, LENGTHS)
+        writer.finish()
 
     place, status = 0, -1
     while status != 0:
@@ -336,26 +338,26 @@ def test_sigkill_at_any_sync_or_rename_never_leaves_a_broken_dataset(dataset: Da
         try:
             assert open_dataset(path).fingerprint == dataset.fingerprint
         except UserError as error:
-            assert "half-written" in str(error) or place < 4  # killed before there was anything at all
-        with DatasetWriter(path, FEATURES, 200_000) as made:
-            fill(made, [] if made.finished else LENGTHS)
-            made.finish()
+            assert "is incomplete" in str(error) or place < 4  # killed before the first file existed
+        with DatasetWriter(path, FEATURES, 200_000) as writer:
+            fill(writer, [] if writer.finished else LENGTHS)
+            writer.finish()
         continued = open_dataset(path)
         assert continued.fingerprint == dataset.fingerprint and not verify(continued)
-        assert len(list(path.iterdir())) == 4 + len(continued.shards())  # and nothing is left over
+        assert len(list(path.iterdir())) == 4 + len(continued.shards())  # no leftovers
         shutil.rmtree(path)
     assert place > 20
 
 
-def test_a_disk_without_any_room_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: object) -> int:
+def test_a_disk_without_space_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    made = DatasetWriter(tmp_path, FEATURES)
-    fill(made, LENGTHS, 2)
-    monkeypatch.setattr(writer.os, "pwrite", no_room)
+    writer = DatasetWriter(tmp_path, FEATURES)
+    fill(writer, LENGTHS, 2)
+    monkeypatch.setattr(writer_module.os, "pwrite", no_space)
     with pytest.raises(UserError, match="disk is full .*; 0 recordings are written"):
-        fill(made, LENGTHS)
+        fill(writer, LENGTHS)
     assert {path.name for path in tmp_path.iterdir()} == {"preparing.json", "part-00000.lock"}
 
 
@@ -363,25 +365,25 @@ def test_a_full_disk_keeps_what_is_written_and_says_so(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "full"
-    room, really = 1_000_000, os.pwrite
+    space, real_pwrite = 1_000_000, os.pwrite
 
     def pwrite(file: int, view: memoryview, offset: int) -> int:
-        nonlocal room
-        if offset > 0 and room < len(view):
+        nonlocal space
+        if offset > 0 and space < len(view):
             raise OSError(errno.ENOSPC, "No space left on device")
-        room -= len(view)
-        return really(file, view, offset)
+        space -= len(view)
+        return real_pwrite(file, view, offset)
 
-    monkeypatch.setattr(writer.os, "pwrite", pwrite)
+    monkeypatch.setattr(writer_module.os, "pwrite", pwrite)
     message = "disk is full.*recordings are written and kept.*run the same command again"
-    with pytest.raises(UserError, match=message), DatasetWriter(path, FEATURES, 10_000_000) as made:
-        fill(made, LENGTHS)
+    with pytest.raises(UserError, match=message), DatasetWriter(path, FEATURES, 10_000_000) as writer:
+        fill(writer, LENGTHS)
     assert not list(path.glob("*.tmp"))
     monkeypatch.undo()
-    with DatasetWriter(path, FEATURES) as made:
-        assert made.done_ids == {"r000", "r001", "r002", "r003"}
-        fill(made, LENGTHS)
-        made.finish()
+    with DatasetWriter(path, FEATURES) as writer:
+        assert writer.done_ids == {"r000", "r001", "r002", "r003"}
+        fill(writer, LENGTHS)
+        writer.finish()
     assert open_dataset(path).fingerprint == dataset.fingerprint
 
 
@@ -394,30 +396,30 @@ def test_a_limit_of_the_system_leaves_no_temporary_file(tmp_path: Path) -> None:
 
     assert in_a_fork(write) == 0 and not list(tmp_path.glob("*.tmp"))
     assert len(safetensors.numpy.load_file(tmp_path / "shard-00000.safetensors")) == 4
-    with DatasetWriter(tmp_path, FEATURES) as made:
-        assert made.done_ids == {"r000", "r001", "r002", "r003"}
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        assert writer.done_ids == {"r000", "r001", "r002", "r003"}
 
 
-def test_a_folder_begun_with_other_features_is_refused_by_field(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path, FEATURES) as made:
-        fill(made, [200])
+def test_a_folder_started_with_other_features_is_refused_by_field(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        fill(writer, [200])
     with pytest.raises(UserError, match=r"log_floor: 1e-06 != 1e-05"):
         DatasetWriter(tmp_path, FeatureSettings(log_floor=1e-5))
 
 
 def test_a_finished_dataset_is_not_added_to(dataset: Dataset) -> None:
-    with DatasetWriter(dataset.path, FEATURES) as made:
-        assert made.finished
+    with DatasetWriter(dataset.path, FEATURES) as writer:
+        assert writer.finished
         with pytest.raises(UserError, match="finished dataset"):
-            made.add(Recording("new"), noise(100))
-        made.finish()
+            writer.add(Recording("new"), noise(100))
+        writer.finish()
 
 
 def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FEATURES), pytest.raises(UserError, match="another process is writing"):
         DatasetWriter(tmp_path, FEATURES)
-    with DatasetWriter(tmp_path, FEATURES) as made, pytest.raises(UserError, match="no recording was added"):
-        made.finish()
+    with DatasetWriter(tmp_path, FEATURES) as writer, pytest.raises(UserError, match="no recording was added"):
+        writer.finish()
 
 
 @pytest.mark.parametrize(
@@ -430,13 +432,13 @@ def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_log_mel_that_cannot_be_names_the_recording(values: np.ndarray, message: str, tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path, FEATURES) as made:
+def test_invalid_log_mel_names_the_recording(values: np.ndarray, message: str, tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, FEATURES) as writer:
         with pytest.raises(UserError, match=f"'bad'.*{message}"):
-            made.add(Recording("bad"), values)
-        fill(made, [100])
+            writer.add(Recording("bad"), values)
+        fill(writer, [100])
         with pytest.raises(UserError, match="'r000' was added twice"):
-            made.add(Recording("r000"), noise(100))
+            writer.add(Recording("r000"), noise(100))
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "__metadata__"])
@@ -446,23 +448,22 @@ def test_ids_that_cannot_name_a_tensor_are_refused(name: str) -> None:
 
 
 def test_many_recordings_close_a_shard_before_its_header_is_full(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path, FEATURES) as made:
-        made.header_bytes = 2048
-        fill(made, [2] * 60)
-        made.finish()
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        writer.header_bytes = 2048
+        fill(writer, [2] * 60)
+        writer.finish()
     dataset = open_dataset(tmp_path)
     assert len(dataset.shards()) > 2 and not verify(dataset)
-    assert (
-        sum(len(safetensors.numpy.load_file(tmp_path / name)) for name in map(index.shard_name, dataset.shards())) == 60
-    )
+    paths = [tmp_path / schema.shard_name(shard) for shard in dataset.shards()]
+    assert sum(len(safetensors.numpy.load_file(path)) for path in paths) == 60
 
 
 def test_words_are_found_in_every_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "BATCH_ROWS", 3)
-    with DatasetWriter(tmp_path, FEATURES, 1_000) as made:
+    monkeypatch.setattr("data.format.index_writer.BATCH_ROWS", 3)
+    with DatasetWriter(tmp_path, FEATURES, 1_000) as writer:
         for number in range(8):
-            made.add(Recording(f"r{number}", words=[(f"w{number}", 0.0, 0.1)]), noise(10))
-        made.finish()
+            writer.add(Recording(f"r{number}", words=[(f"w{number}", 0.0, 0.1)]), noise(10))
+        writer.finish()
     dataset = open_dataset(tmp_path)
     assert [dataset.words(i) for i in (7, 0, 3, 5, 2)] == [[Word(f"w{i}", 0.0, 0.1)] for i in (7, 0, 3, 5, 2)]
 
@@ -473,7 +474,7 @@ def test_inspect_shows_totals_and_draws_a_recording(dataset: Dataset, capsys: py
     picture = dataset.path.parent / "picture.png"
     assert main(["inspect", str(dataset.path), "--id", "r003", "--png", str(picture)]) == 0
     assert "text 3" in capsys.readouterr().out and picture.read_bytes().startswith(b"\x89PNG")
-    assert main(["inspect", str(dataset.path), "--id", "nobody"]) == 2
+    assert main(["inspect", str(dataset.path), "--id", "unknown"]) == 2
 
 
 def test_the_command_line_is_a_module(dataset: Dataset) -> None:
