@@ -37,16 +37,16 @@ from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
 from bestrq.long_form.inference import Source
-from bestrq.report import pages
-from bestrq.report.console import comparison_table, rates_table
-from bestrq.report.results import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.report.reports import write_comparison, write_evaluation_report
+from bestrq.report.result_files import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.report.text import comparison_table, rates_table
 from bestrq.scoring.stm import ReferenceSegment
 from bestrq.training.export import read_export
 from bestrq.training.memory import PeakMemory
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
+from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings
-from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from common.config import parse, run_main
 from common.errors import UserError
 from common.files import write_file
@@ -210,7 +210,7 @@ def evaluate_cell(
             write_file(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
         keep_row(Path(config.out).resolve().parent / "rows.jsonl", row_of(results))
         write_formats(folder, transcripts, config)
-        pages.write_cell_page(folder, results, transcripts, audio)
+        write_evaluation_report(folder, results, transcripts, audio)
         print(rates_table(results))
         print(f"results: {folder / RESULTS}, {folder / TABLE}; report: {folder / REPORT}", flush=True)
     world.barrier()
@@ -368,7 +368,7 @@ def report_grid(cells: Sequence[Cell], out: Path, audio: Mapping[str, str], conf
         label if labels.count(label) == 1 else f"{label} ({cell.key[:6]})": out / cell.folder
         for label, cell in zip(labels, cells, strict=True)
     }
-    numbers = pages.write_comparison(out, systems, audio, config.resamples)
+    numbers = write_comparison(out, systems, audio, config.resamples)
     print(f"\n{comparison_table(numbers)}\nall {len(cells)} evaluations: {out / REPORT}")
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bestrq.long_form.windows import plan_windows
-from bestrq.report.results import FORMAT_VERSION, SCORING
+from bestrq.report.result_files import FORMAT_VERSION, SCORING
 from bestrq.scoring.breakdowns import (
     AlignedWord,
     align_timed,
@@ -28,7 +28,7 @@ from bestrq.scoring.stm import (
     words_outside_ignored,
 )
 from bestrq.scoring.word_errors import CorpusScore, RecordingScore, score_by_language, score_recording
-from bestrq.transcripts.transcripts import TimedTranscript
+from bestrq.transcripts.formats import TimedTranscript
 from bestrq.transcripts.words import TimedWord
 from common.config import to_dict
 from common.errors import UserError

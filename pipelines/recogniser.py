@@ -23,7 +23,7 @@ from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import Export
 from bestrq.training.process import World
-from bestrq.transcripts.transcripts import TimedTranscript
+from bestrq.transcripts.formats import TimedTranscript
 from bestrq.transcripts.words import timed_words
 from common.config import from_dict
 from common.errors import UserError

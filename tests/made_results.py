@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bestrq.report.results import FORMAT_VERSION, RESULTS, TRANSCRIPTS
+from bestrq.report.result_files import FORMAT_VERSION, RESULTS, TRANSCRIPTS
 from bestrq.scoring.breakdowns import (
     align_timed,
     by_duration,

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bestrq.report.console import comparison_table
-from bestrq.report.pages import CURVE, NUMBERS, write_comparison
-from bestrq.report.results import REPORT, find_results, read_results
+from bestrq.report.reports import CURVE, NUMBERS, write_comparison
+from bestrq.report.result_files import REPORT, find_results, read_results
+from bestrq.report.text import comparison_table
 from common.config import parse, run_main
 from common.errors import UserError
 from data.audio.files import find_audio

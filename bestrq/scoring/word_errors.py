@@ -9,7 +9,7 @@ On texts like speech (5,000 words by Zipf's law, 10 to 60 % wrong) its totals we
 2,000 pairs of random letters from a to d, 11,290 errors for 11,285.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,11 +141,6 @@ class Mark:
     hypothesis: str
 
 
-def text_normaliser(language: str, choice: Choice = "auto") -> Callable[[str], str]:
-    """What is done to reference and hypothesis alike before they are compared: see `normalisers`."""
-    return normaliser(language, choice).clean
-
-
 def score_recording(
     id: str,
     reference: str,
@@ -239,7 +234,7 @@ def compare(
     return Comparison(paired("words"), paired("characters"), matched)
 
 
-def align_words(reference: str, hypothesis: str) -> list[Mark]:
+def edit_alignment(reference: str, hypothesis: str) -> list[Mark]:
     """The alignment of two normalised texts as stretches of equal, substituted, inserted and deleted words."""
     output = jiwer.process_words(reference, hypothesis)
     return [

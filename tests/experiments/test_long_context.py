@@ -19,7 +19,7 @@ from corpora_speech import encoded, put, speech
 from quick_python import quick_python
 from test_launch import REPOSITORY, SCONTROL, SRUN, Running, write_program
 
-from bestrq.report.results import FORMAT_VERSION
+from bestrq.report.result_files import FORMAT_VERSION
 from data.format.dataset import open_dataset
 from data.splits import published_split
 from tests.patience import wait_until

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from bestrq.report import comparison, pages
-from bestrq.report.recording_table import LONGEST, stretches
+from bestrq.report.comparison import context_curves
+from bestrq.report.reports import write_comparison, write_evaluation_report
+from bestrq.report.sections import MAX_STRETCH_WORDS, stretches
+from bestrq.report.text import p_text
 from bestrq.scoring.word_errors import RecordingScore, compare
 from common.errors import UserError
 from tests.made_results import make_results, make_transcripts, score_all, write_evaluation
@@ -142,7 +144,7 @@ def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp
         sound.setsampwidth(1)
         sound.setframerate(4000)
         sound.writeframes(b"\x80" * 40_000)
-    pages.write_cell_page(tmp_path, make_results(evil, scores), transcripts, {"hard": "hard%20sound.wav"})
+    write_evaluation_report(tmp_path, make_results(evil, scores), transcripts, {"hard": "hard%20sound.wav"})
     page = check_page(tmp_path / "report.html")
     assert all(id in page.text for id in texts)  # without the script there is the table all the same
     out = browse(tmp_path / "report.html", SELF_CHECK)
@@ -169,7 +171,7 @@ def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baselin
         "first": write_evaluation(tmp_path / "1", "a", first),
         "second": write_evaluation(tmp_path / "2", "bb", second[::-1]),
     }
-    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 300)
+    numbers = write_comparison(tmp_path / "out", folders, {}, 300)
     expected = compare(second[::-1], first, 300).summary()
     assert numbers["comparisons"] == [{"system": "second", "baseline": "first", **expected}]
     assert numbers["comparisons"][0]["wer"]["difference"] < 0  # the second has fewer errors
@@ -191,9 +193,9 @@ def test_evaluations_of_other_recordings_or_references_are_not_put_side_by_side(
     folders = {name: write_evaluation(tmp_path / name, name, systems_of(2)) for name in ("a", "b")}
     folders["c"] = write_evaluation(tmp_path / "c", "c", systems_of(2)[:-1])
     with pytest.raises(UserError, match="a and c were evaluated on different recordings"):
-        pages.write_comparison(tmp_path / "out", folders, {}, 100)
+        write_comparison(tmp_path / "out", folders, {}, 100)
     with pytest.raises(UserError, match="no evaluation"):
-        pages.write_comparison(tmp_path / "out", {}, {}, 100)
+        write_comparison(tmp_path / "out", {}, {}, 100)
     assert not (tmp_path / "out").exists()
 
 
@@ -207,33 +209,33 @@ def test_lines_of_a_curve_share_all_settings_but_the_context_and_end_in_the_whol
         "other": make_results("bb", scores, 5.0),
         "stream": make_results("a", scores, 0.0, "streaming"),
     }
-    found = {name: [one.system for one in points] for name, points in comparison.context_curves(cells).items()}
+    found = {name: [one.system for one in points] for name, points in context_curves(cells).items()}
     assert found == {
         "a, buffered, overlap 0.25": ["b-5", "b-80", "b-0"],
         "a, windowed": ["w-5", "b-0"],
         "bb, buffered, overlap 0.25": ["other"],
     }
     cells["b-80"]["decoder"] |= {"language_model_weight": 0.5}  # with one description: named apart all the same
-    names = list(comparison.context_curves({name: cells[name] for name in ("b-80", "b-5")}))
+    names = list(context_curves({name: cells[name] for name in ("b-80", "b-5")}))
     assert len(names) == 2 and "language_model_weight 0.5" in names[0]
-    assert list(comparison.context_curves({"x": cells["b-0"]})) == ["whole, greedy"]
+    assert list(context_curves({"x": cells["b-0"]})) == ["whole, greedy"]
 
 
 def test_a_curve_is_drawn_where_there_are_two_contexts_and_a_stale_one_is_removed(tmp_path: Path) -> None:
     scores = systems_of(2, 4)
     folders = {str(c): write_evaluation(tmp_path / str(c), "a", scores, c) for c in (5.0, 20.0, 0.0)}
-    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    numbers = write_comparison(tmp_path / "out", folders, {}, 100)
     drawing = (tmp_path / "out" / "curve.svg").read_text()
     assert drawing.startswith("<svg") and ">whole<" in drawing and ">20<" in drawing
     assert [one["context_seconds"] for one in numbers["curves"][0]["points"]] == [5.0, 20.0, 0.0]
-    pages.write_comparison(tmp_path / "out", {"5.0": folders["5.0"]}, {}, 100)
+    write_comparison(tmp_path / "out", {"5.0": folders["5.0"]}, {}, 100)
     assert not (tmp_path / "out" / "curve.svg").exists()
 
 
 def test_of_many_evaluations_all_are_in_the_tables_and_six_have_their_recordings_shown(tmp_path: Path) -> None:
     scores = systems_of(2, 3)
     folders = {f"cell {k}": write_evaluation(tmp_path / str(k), "a", scores, 5.0 * k) for k in range(1, 9)}
-    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    numbers = write_comparison(tmp_path / "out", folders, {}, 100)
     page = check_page(tmp_path / "out" / "report.html")
     assert len(numbers["systems"]) == 8 and len(numbers["comparisons"]) == 7
     assert "the first 6 of 8 evaluations" in page.text and "WER of cell 6, %" in page.text
@@ -243,7 +245,7 @@ def test_of_many_evaluations_all_are_in_the_tables_and_six_have_their_recordings
 def test_rates_by_segments_stand_beside_those_of_whole_recordings(tmp_path: Path) -> None:
     scores = systems_of(2)
     by_segments = make_results("a", systems_of(1))["scores"]
-    pages.write_cell_page(tmp_path, make_results("a", scores, segments=by_segments), make_transcripts(scores), {})
+    write_evaluation_report(tmp_path, make_results("a", scores, segments=by_segments), make_transcripts(scores), {})
     text = check_page(tmp_path / "report.html").text
     assert "a, by segments" in text and f"{100 * by_segments['all']['wer']:.1f}" in text
 
@@ -253,7 +255,7 @@ def test_what_is_not_known_of_an_evaluation_is_left_out(tmp_path: Path, part: st
     scores = score_all({"one": ("a b", ""), "none": ("", "c")})
     results = make_results("a", scores, **{part: {} if part == "speakers" else []})
     results["decoding"]["peak_mb"] = None
-    pages.write_cell_page(tmp_path, results, make_transcripts(scores), {})
+    write_evaluation_report(tmp_path, results, make_transcripts(scores), {})
     check_page(tmp_path / "report.html")
 
 
@@ -262,7 +264,7 @@ def test_stretches_keep_every_step_of_an_alignment_in_order() -> None:
     alignment[20:20] = [["S", "old", "new", 2.0], ["D", "gone", "", 2.1], ["I", "", "more", 2.2]]
     found = list(stretches(alignment))
     assert [len(one) for one in found] == [2, 2, 3, 3, 3, 2]
-    assert max(len(one[1].split()) for one in found if len(one) == 2) == LONGEST
+    assert max(len(one[1].split()) for one in found if len(one) == 2) == MAX_STRETCH_WORDS
     assert " ".join(one[-1] for one in found if one[-1]) == " ".join(step[2] for step in alignment if step[2])
     assert " ".join(one[1] for one in found if one[1]) == " ".join(step[1] for step in alignment if step[1])
     assert found[1][0] == 1.2 and found[-1][0] == 2.0
@@ -278,7 +280,7 @@ def test_the_script_compares_what_it_finds_under_names_that_differ(
     script.main(arguments)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:4]] == ["a", "sweep/x", "sweep/y"]
-    assert comparison.p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
+    assert p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "rec-03.wav").touch()
     script.main([*arguments, "--names", "one", "two", "three", "--audio", str(tmp_path / "audio")])
@@ -293,5 +295,5 @@ def test_the_script_compares_what_it_finds_under_names_that_differ(
         script.main([*arguments, "--names", "one", "one", "two"])
     with pytest.raises(UserError, match="results is missing"):
         script.main([])
-    with pytest.raises(UserError, match="there is no results.json"):
+    with pytest.raises(UserError, match="no results.json"):
         script.main(["--results", str(tmp_path / "nowhere")])

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from bestrq.decoding.tokens import greedy_ctc, greedy_ctc_timed
-from bestrq.scoring.normalisers import normalisers_used
+from bestrq.scoring.normalisers import normaliser, normalisers_used
 from bestrq.scoring.word_errors import (
     ErrorCounts,
     Mark,
-    align_words,
     compare,
+    edit_alignment,
     score_by_language,
     score_corpus,
     score_recording,
-    text_normaliser,
 )
 from common.errors import UserError
 
@@ -92,7 +91,7 @@ def test_empty_corpus_and_empty_references_have_no_rate() -> None:
     ("ja", "\u6771\u4eac\u3002", "\u6771 \u4eac"),
 ])  # fmt: skip
 def test_normaliser_by_language(language: str, text: str, expected: str) -> None:
-    assert text_normaliser(language)(text) == expected
+    assert normaliser(language).clean(text) == expected
 
 
 def test_languages_are_scored_apart_and_together() -> None:
@@ -114,7 +113,7 @@ def test_a_language_without_rules_says_so_and_one_with_rules_names_them() -> Non
     assert len(used["unicode+ro"]["rules"]) == 2 and json.dumps(used)
     assert score_recording("1", "don't", "do not", "nl", choice="whisper-english").words.errors == 0
     with pytest.raises(UserError, match="normaliser"):
-        text_normaliser("nl", "none")  # type: ignore[arg-type]
+        normaliser("nl", "none")  # type: ignore[arg-type]
 
 
 def test_a_language_without_spaces_counts_characters_once() -> None:
@@ -137,12 +136,12 @@ def test_two_systems_are_compared_only_on_the_same_texts() -> None:
 
 
 def test_aligned_words_give_back_both_texts() -> None:
-    assert align_words("a b c d", "a x c e d") == [
+    assert edit_alignment("a b c d", "a x c e d") == [
         Mark("equal", "a", "a"), Mark("substitute", "b", "x"), Mark("equal", "c", "c"),
         Mark("insert", "", "e"), Mark("equal", "d", "d"),
     ]  # fmt: skip
-    assert align_words("a b", "") == [Mark("delete", "a b", "")]
-    assert align_words("", "") == []
+    assert edit_alignment("a b", "") == [Mark("delete", "a b", "")]
+    assert edit_alignment("", "") == []
 
 
 def brute_force_collapse(ids: list[int]) -> list[int]:

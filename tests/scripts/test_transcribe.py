@@ -16,7 +16,7 @@ import soundfile
 import evaluate as evaluation
 import transcribe as script
 from bestrq.long_form.inference import InferenceSettings
-from bestrq.scoring.word_errors import text_normaliser
+from bestrq.scoring.normalisers import normaliser
 from bestrq.training.process import World
 from common.errors import UserError
 from data.corpora.folder import FolderSettings
@@ -113,7 +113,7 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
     assert [row["id"] for row in rows] == NAMES
     for row in rows:
         text = json.loads((tmp_path / "out" / f"{row['id']}.json").read_text())["text"]
-        assert text_normaliser("")(text) == row["hypothesis"]
+        assert normaliser("").clean(text) == row["hypothesis"]
 
 
 def test_every_format_tells_the_same_words(

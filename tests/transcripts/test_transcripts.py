@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings, make_cues, srt_text, vtt_text
-from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from bestrq.transcripts.words import TimedWord, disjoint
 from common.errors import UserError
 from data.word_times import read_ctm, read_textgrid, read_words_json
