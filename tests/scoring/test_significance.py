@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bestrq.scoring.significance import (
-    FEW,
+    MIN_BOOTSTRAP,
     bootstrap_interval,
     mapsswe,
     paired_bootstrap,
@@ -91,7 +91,7 @@ def test_an_interval_that_says_nothing_is_none_and_no_error_is_no_crash() -> Non
     errors, lengths = np.arange(20) ** 2 % 7, np.arange(20) + 7
     for n in (0, 1, 2):
         assert bootstrap_interval(errors[:n], lengths[:n]) is None
-    for n in (3, FEW - 1, FEW, 20):
+    for n in (3, MIN_BOOTSTRAP - 1, MIN_BOOTSTRAP, 20):
         none = np.zeros(n, dtype=np.int64)
         assert bootstrap_interval(none, lengths[:n], 100) == (0.0, 0.0)
         assert rate_intervals(none[:, None], lengths[:n, None], 100) == [(0.0, 0.0)]
