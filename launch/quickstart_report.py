@@ -57,26 +57,28 @@ def pretraining_section(run: Path) -> Section:
     figures = line_figure(
         "Loss",
         {"loss": read_series(rows, "loss"), "unigram entropy of the targets": read_series(rows, "unigram_entropy")},
-        "nats a target",
-        "What counts is the distance between the two: the entropy is what guessing by frequency alone would cost.",
+        "nats per target",
+        "The entropy is the loss of predicting each target by its frequency; only a loss below it shows learning.",
         from_zero=False,
     )
     accuracy = {"accuracy": read_series(rows, "accuracy")}
-    figures += line_figure("Masked accuracy", accuracy, "share right", "Of the codes of masked frames.")
+    figures += line_figure(
+        "Masked accuracy", accuracy, "accuracy", "Share of masked frames whose code is predicted correctly."
+    )
     body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
     pictures = run / "pictures"
     if (example := read_tensors(pictures / "mask_example.safetensors")) is not None:
         image = charts.spectrogram_chart(example["log_mel"], example["mask"].astype(bool))
-        caption = "Normalised log-mel of a crop. The veiled spans become noise; the model predicts their codes."
-        body += figure("What is hidden", image, caption)
+        caption = "Normalised log-mel of a crop. Shaded spans are replaced by noise; the model predicts their codes."
+        body += figure("Masked spans", image, caption)
     if (usage := read_tensors(pictures / "codebook_usage.safetensors")) is not None:
         counts = usage["counts"]
         used = "; ".join(describe_usage(book) for book in counts)
         perplexity = {"perplexity": read_series(rows, "perplexity")}
-        caption = "How many equally frequent codes would be as hard to guess."
+        caption = "Number of equally frequent codes with the same entropy."
         body += figure_grid(
             [
-                figure("Use of the codebook", charts.usage_chart(counts), used),
+                figure("Codebook usage", charts.usage_chart(counts), used),
                 *line_figure("Perplexity of the targets", perplexity, "codes", caption),
             ]
         )
@@ -106,7 +108,7 @@ def fine_tuning_section(systems: Results) -> Section:
     def lines(key: str) -> dict[str, charts.Series | None]:
         return {name: read_series(metrics, key) for name, metrics in rows.items()}
 
-    figures = line_figure("Loss in training", lines("loss"), "nats a label")
+    figures = line_figure("Training loss", lines("loss"), "nats per label")
     figures += line_figure("CER on the dev set", lines("dev_cer"), "CER")
     body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
     return Section("Fine-tuning", body)

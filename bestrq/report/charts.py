@@ -59,7 +59,7 @@ def line_chart(title: str, series: Mapping[str, Series], y_label: str, from_zero
                 line.steps, line.values, **line_style(place), label=plain(name), marker="o" if short else None,
                 markersize=4,
             )  # fmt: skip
-        axes.set_xlabel("update")
+        axes.set_xlabel("step")
         axes.set_ylabel(plain(y_label))
         if from_zero:
             axes.set_ylim(bottom=0)
@@ -79,9 +79,9 @@ def usage_chart(counts: np.ndarray) -> Markup:
         for book, row in enumerate(counts):
             share = np.sort(row)[::-1] / max(int(row.sum()), 1)
             used = share[share > 0]
-            label = f"codebook {book + 1}" if len(counts) > 1 else "codes, most used first"
+            label = f"codebook {book + 1}" if len(counts) > 1 else "codes, most frequent first"
             axes.plot(np.arange(1, len(used) + 1), used, **line_style(book), label=label)
-        axes.axhline(1 / size, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="all codes alike")
+        axes.axhline(1 / size, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="uniform")
         axes.set_yscale("log")
         axes.set_xlim(0, size)
         axes.set_xlabel(f"rank of the code, of {size:,}")

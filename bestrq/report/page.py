@@ -114,17 +114,6 @@ def figure_grid(figures: Sequence[Markup]) -> Markup:
     return ELEMENTS.figure_grid(figures)
 
 
-def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell | str]], sortable: bool = False,
-          tall: bool = False) -> Markup:  # fmt: skip
-    """Table of text cells.
-
-    Args:
-        sortable: let the page's script make buttons of the headings.
-        tall: limit the height; the rows scroll under a fixed heading.
-    """
-    return ELEMENTS.table(columns, rows, sortable, tall)
-
-
 def interval_bar(rate: float | None, bounds: Sequence[float] | None, highest: float) -> Markup:
     """Mark at a rate and a line over its interval, on a scale from 0 to `highest`; empty without a rate."""
     return ELEMENTS.interval_bar(rate, bounds, highest)

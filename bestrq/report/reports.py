@@ -94,7 +94,7 @@ def write_comparison(
         UserError: there are no systems, results are invalid, or recordings or references differ.
     """
     if not systems:
-        raise UserError("there is no evaluation to report on: give folders that evaluate.py wrote")
+        raise UserError("no evaluation to report on: give folders that evaluate.py wrote")
     results: Results = {name: read_results(folder) for name, folder in systems.items()}
     check_same_references(results)
     detailed = dict(list(results.items())[:MAX_DETAILED])
@@ -112,8 +112,8 @@ def write_comparison(
     rates = results_section(detailed)
     if len(detailed) < len(results):
         note = paragraph(
-            f"From here on the first {len(detailed)} of {len(results)} evaluations: {', '.join(detailed)}. "
-            f"All of them are in the tables above and in {NUMBERS}.",
+            f"This and the next sections show the first {len(detailed)} of {len(results)} evaluations: "
+            f"{', '.join(detailed)}. The tables above and {NUMBERS} have all of them.",
             "note",
         )
         rates = Section(rates.title, note + rates.body)

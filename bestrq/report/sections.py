@@ -87,7 +87,7 @@ def cost_section(systems: Results, title: str = "Context and cost") -> Section:
     named_by_setting = all(_slug(setting_of(results)) in _slug(name) for name, results in systems.items())
     columns = [Column("System", "wrap"), *([] if named_by_setting else [Column("Setting", "wrap")]),
                Column("Context, s"), Column("WER, %", "rate"), Column("95 % interval", "range"), Column("", "bar"),
-               Column("CER, %", "rate"), Column("RTF"), Column("Audio-s/s"), Column("Peak MB")]  # fmt: skip
+               Column("CER, %", "rate"), Column("RTF"), Column("RTFx"), Column("Peak MB")]  # fmt: skip
     highest = _highest_end(results["scores"]["all"] for results in systems.values())
     rows: list[list[Cell | str]] = []
     for name, results in systems.items():
@@ -122,14 +122,14 @@ def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]
     for comparison in comparisons[:6]:
         differences = word_rate_differences(systems, comparison["system"], baseline)
         if any(differences):
-            heading = f"{comparison['system']} less {baseline}"
+            heading = f"{comparison['system']} minus {baseline}"
             picture = charts.differences_chart(f"WER of {heading}", differences, "WER, points")
             figures.append(figure(heading, picture))
     sentences = [difference_sentence(comparison) for comparison in comparisons[:3]]
     body = render(
         "differences.html", baseline=baseline, sentences=sentences, columns=columns, rows=rows, figures=figures
     )
-    return Section(f"Differences to {baseline}", body)
+    return Section(f"Differences from {baseline}", body)
 
 
 def breakdowns_section(systems: Results, max_confusions: int = 20) -> Section:
@@ -164,7 +164,7 @@ def breakdowns_section(systems: Results, max_confusions: int = 20) -> Section:
         max_confusions=max_confusions,
         several=len(systems) > 1,
     )
-    return Section("Where the errors sit", body)
+    return Section("Error breakdowns", body)
 
 
 def recordings_section(systems: Results, transcripts: Transcripts, audio: Mapping[str, str]) -> Section:
@@ -185,7 +185,7 @@ def recordings_section(systems: Results, transcripts: Transcripts, audio: Mappin
     columns += [Column("Minutes"), Column("Words")]
     columns += [Column(f"WER of {name}, %" if several else "WER, %", "rate") for name in systems]
     if not several:
-        columns += [Column(title) for title in ("CER, %", "Substituted", "Deleted", "Inserted")]
+        columns += [Column(title) for title in ("CER, %", "Substitutions", "Deletions", "Insertions")]
     rows, blocks = [], []
     for id, row in first.items():
         cells: list[Cell | str] = [id]
@@ -276,7 +276,7 @@ def provenance_section(systems: Results, pretrain: Path | None = None) -> Sectio
     facts["interval"] = first["scores"]["all"]["interval_method"]
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commands = [results["command"] for results in systems.values()]
-    return Section("How it was made", render("provenance.html", facts=facts, commands=commands))
+    return Section("Provenance", render("provenance.html", facts=facts, commands=commands))
 
 
 def bin_rates(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Bin]:
@@ -359,7 +359,7 @@ def _speaker_rows(systems: Results) -> list[list[Cell | str]]:
     rows: list[list[Cell | str]] = []
     for speaker in sorted({speaker for results in systems.values() for speaker in results["speakers"]}):
         scores = [results["speakers"].get(speaker, {}) for results in systems.values()]
-        row: list[Cell | str] = [speaker or "not known", _number_cell(scores[0].get("seconds", 0.0) / 60)]
+        row: list[Cell | str] = [speaker or "unknown", _number_cell(scores[0].get("seconds", 0.0) / 60)]
         for score in scores:
             row += [_rate_cell(score.get("wer")), interval(score.get("wer_interval"))]
         rows.append(row)

@@ -51,17 +51,17 @@ def language_text(language: str) -> str:
 
 def difference_sentence(comparison: Mapping[str, Any]) -> str:
     """Sentence on the difference in WER of an entry of `compare_systems`, and whether it is significant."""
-    start = f"WER of {comparison['system']} less that of {comparison['baseline']}"
+    start = f"WER of {comparison['system']} minus WER of {comparison['baseline']}"
     wer = comparison["wer"]
     if wer is None:
-        return f"{start}: there is no reference word."
+        return f"{start}: no reference words."
     text, bounds = f"{start}: {points(wer['difference'])} points", wer["interval"]
     if bounds is None:
         return f"{text}; too few recordings for an interval."
     # If one recording has most of the words, the studentised and the plain bootstrap may disagree: both must be clear.
     significant = (bounds[0] > 0 or bounds[1] < 0) and not 0.025 <= wer["probability_first_better"] <= 0.975
-    doubt = "" if significant else ", so the two cannot be told apart here"
-    return f"{text} (95 % interval {interval(bounds, signed=True)}{doubt})."
+    verdict = "" if significant else ", not significant"
+    return f"{text} (95 % interval {interval(bounds, signed=True)}{verdict})."
 
 
 def few_recordings_warning(results: Mapping[str, Any]) -> str:
@@ -74,8 +74,8 @@ def few_recordings_warning(results: Mapping[str, Any]) -> str:
     if not total or total * total >= FEW_RECORDINGS * squares:
         return ""
     return (
-        f"One recording has {max(words) / total:.0%} of the words: for the spread of rates, {len(words)} recordings "
-        f"count as {total * total / squares:.1f} equal ones, and intervals say little."
+        f"One recording has {max(words) / total:.0%} of the words. The effective number of recordings is only "
+        f"{total * total / squares:.1f} of {len(words)}, so intervals are unreliable."
     )
 
 

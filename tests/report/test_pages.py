@@ -185,7 +185,14 @@ def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baselin
     errors = '[0.2,"a","xx"],[0.8,"b","xx"],[1.2,"c","xx"],[1.8,"d","xx"]'
     right = '[[0.2,"a b c d e f g h i j k l"],[6.2,"m n o p q r s t"]]'
     assert f'[[{errors},[2.2,"e f g h i j k l m n o p"],[8.2,"q r s t"]],{right}]' in page.scripts
-    for wanted in ("Differences to first", "MAPSSWE", "second less first", "speaker 3", "WER of second, %", "0.0250"):
+    for wanted in (
+        "Differences from first",
+        "MAPSSWE",
+        "second minus first",
+        "speaker 3",
+        "WER of second, %",
+        "0.0250",
+    ):
         assert wanted in page.text
 
 
