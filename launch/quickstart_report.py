@@ -62,9 +62,8 @@ def pretraining_section(run: Path) -> Section:
         from_zero=False,
     )
     accuracy = {"accuracy": read_series(rows, "accuracy")}
-    figures += line_figure(
-        "Masked accuracy", accuracy, "accuracy", "Share of masked frames whose code is predicted correctly."
-    )
+    caption = "Share of masked frames whose code is predicted correctly."
+    figures += line_figure("Masked accuracy", accuracy, "accuracy", caption)
     body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
     pictures = run / "pictures"
     if (example := read_tensors(pictures / "mask_example.safetensors")) is not None:
@@ -125,12 +124,8 @@ def parse_systems(values: Sequence[str]) -> dict[str, Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--systems", nargs="+", required=True, metavar="NAME=FOLDER", help="folders that evaluate.py wrote"
-    )
-    parser.add_argument(
-        "--pretrain", type=Path, help="run folder of pretrain.py; without it, the page has no pretraining section"
-    )
+    parser.add_argument("--systems", nargs="+", required=True, metavar="NAME=FOLDER", help="outputs of evaluate.py")
+    parser.add_argument("--pretrain", type=Path, help="run folder of pretrain.py, for the pretraining section")
     parser.add_argument("--title", default="From speech to word error rate", help="heading of the page")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
     arguments = parser.parse_args(argv)

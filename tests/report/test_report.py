@@ -1,4 +1,4 @@
-"""The report: a well-formed page that needs nothing but itself, and that shows what it was given."""
+"""Report pages: well-formed, self-contained, complete, and safe for hostile texts."""
 
 import base64
 import importlib.util
@@ -78,7 +78,7 @@ def check_page(path: Path) -> Page:
             if name in ("src", "href", "srcset", "data", "action"):
                 assert value is not None and value.startswith("data:image/")
     run = [attributes for tag, attributes in page.tags if tag == "script" and attributes.get("type") is None]
-    assert run == [{}] and SCRIPT in page.scripts  # the one of the page, and data
+    assert run == [{}] and SCRIPT in page.scripts  # the page's own script; the others are data
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(image.get("alt") for image in images)
     assert not re.search(r"url\(|@import", text)
@@ -96,8 +96,8 @@ def recordings(error_every: int) -> list[RecordingScore]:
     for i in range(12):
         language = "cs" if i % 2 else "nl"
         words = texts[language].split() * (1 + 20 * (i == 4))
-        heard = ["xx" if (i + k) % error_every == 0 else word for k, word in enumerate(words)]
-        scores.append(score_recording(f"id-{i}", " ".join(words), " ".join(heard), language, 3.0))
+        hypothesis = ["xx" if (i + k) % error_every == 0 else word for k, word in enumerate(words)]
+        scores.append(score_recording(f"id-{i}", " ".join(words), " ".join(hypothesis), language, 3.0))
     return scores
 
 
@@ -135,10 +135,10 @@ def test_quickstart_page_is_well_formed_self_contained_and_complete(tmp_path: Pa
     spec.loader.exec_module(script)
     script.main(["--pretrain", str(pretrain), "--systems", *arguments, "--out", str(page_path)])
     page = check_page(page_path)
-    for wanted in ("Results", "Pretraining", "Masked spans", "Codebook usage", "Fine-tuning", "Examples",
+    for text in ("Results", "Pretraining", "Masked spans", "Codebook usage", "Fine-tuning", "Examples",
                    "Czech", "Dutch", "WER of scratch minus WER of pretrained", "more words", "Recordings", "MAPSSWE",
                    "By position in the recording", "Most frequent confusions", HOSTILE):  # fmt: skip
-        assert wanted in page.text
+        assert text in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 12
     assert any(tag == "del" for tag, _ in page.tags) and any(tag == "ins" for tag, _ in page.tags)
 
@@ -159,7 +159,7 @@ def test_texts_from_files_are_escaped_everywhere(tmp_path: Path) -> None:
         )
     )
     page.write_page(tmp_path / "page.html", HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [page.Section(HOSTILE, body)])
-    assert check_page(tmp_path / "page.html").text.count("alert") > 30  # it is there, as text
+    assert check_page(tmp_path / "page.html").text.count("alert") > 30  # present, as text
 
 
 @pytest.mark.parametrize("reference, hypothesis, expected", [
@@ -191,28 +191,28 @@ def test_systems_on_different_recordings_or_references_are_not_compared() -> Non
         results_section({"a": systems["a"], "b": other})
 
 
-def test_results_of_other_rules_for_texts_are_not_compared() -> None:
+def test_results_of_different_scoring_rules_are_not_compared() -> None:
     old, new = results("old", recordings(3)), results("new", recordings(3))
     new["versions"] = {"torch": "2", SCORING: RULES_VERSION}
     assert SCORING not in old["versions"] and compare_systems({"old": old, "same": old}, 200)
     for systems in ({"old": old, "new": new}, {"new": new, "old": old}):
-        for made in (results_section, compare_systems):
+        for function in (results_section, compare_systems):
             with pytest.raises(UserError, match="old was scored with version 1 .* evaluate old again"):
-                made(systems)
+                function(systems)
 
 
-def test_a_clear_difference_and_a_doubtful_one_are_told_apart() -> None:
+def test_a_significant_difference_is_distinguished_from_an_insignificant_one() -> None:
     good, bad = results("good", recordings(100)), results("bad", recordings(2))
     (clear,), (doubtful,) = (compare_systems({"good": good, "other": other}, 200) for other in (bad, good))
     assert "not significant" not in difference_sentence(clear) and clear["wer"]["difference"] > 0
     assert "not significant" in difference_sentence(doubtful)
 
 
-def test_the_rules_of_every_normaliser_are_told() -> None:
+def test_the_rules_of_each_normaliser_are_listed() -> None:
     scores = [score_recording("a", "die gro\u00dfe", "die grosse", "de"), score_recording("b", "x", "y", "es")]
     body = provenance_section({"a": results("a", scores)}).body
-    for wanted in ("normaliser unicode+de", "becomes &#39;ss&#39;: sharp s is ss", "the general ones: es"):
-        assert wanted in body
+    for text in ("normaliser unicode+de", "becomes &#39;ss&#39;: sharp s is ss", "the general ones: es"):
+        assert text in body
 
 
 def test_samples_cover_easy_and_hard_recordings_once() -> None:
@@ -235,16 +235,16 @@ def test_long_names_leave_room_for_the_chart() -> None:
     shares = {name: {"substitutions": 0.1, "deletions": 0.2, "insertions": 0.1} for name in names}
     bins = {name: [charts.Bin(0.1, None)] for name in names}
     for picture in (charts.kinds_chart(shares, "words"), charts.bins_chart("x", ["a"], bins, "x")):
-        assert "data:image/svg" in picture  # and matplotlib did not warn that nothing is left of the axes
+        assert "data:image/svg" in picture  # and matplotlib does not warn that the axes have no space
 
 
 def test_names_are_drawn_as_they_are() -> None:
     lines = {"_a$b^c$": [Point(5.0, 0.1, None)], "b": [Point(5.0, 0.2, (0.1, 0.3))]}
     drawing = charts.context_svg(lines, "WER")
-    assert "_a$b^c$" in drawing and ">b<" in drawing  # neither a formula nor left out of the legend
+    assert "_a$b^c$" in drawing and ">b<" in drawing  # neither a formula nor missing from the legend
 
 
-def test_a_corpus_of_one_long_recording_is_called_so() -> None:
+def test_a_corpus_dominated_by_one_long_recording_has_a_warning() -> None:
     def row(words: int) -> dict[str, int]:
         return {"word_hits": words - 1, "word_substitutions": 1, "word_deletions": 0, "word_insertions": 9}
 
@@ -256,7 +256,7 @@ def test_a_corpus_of_one_long_recording_is_called_so() -> None:
     assert few_recordings_warning(uneven).startswith(expected)
 
 
-def test_a_difference_is_clear_where_both_ways_of_resampling_say_so() -> None:
+def test_a_difference_is_significant_if_both_bootstraps_agree() -> None:
     def sentence(interval: tuple[float, float], probability: float) -> str:
         wer = {"difference": 0.02, "interval": interval, "probability_first_better": probability}
         return difference_sentence({"system": "a", "baseline": "b", "wer": wer})

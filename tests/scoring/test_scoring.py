@@ -22,7 +22,7 @@ from common.errors import UserError
 
 
 def levenshtein(reference: tuple, hypothesis: tuple) -> int:
-    """Edit distance by its definition."""
+    """Edit distance by its recursive definition."""
 
     @cache
     def distance(i: int, j: int) -> int:
@@ -47,7 +47,7 @@ def test_hand_computed_corpus() -> None:
     assert scores[1].characters == ErrorCounts(hits=3, deletions=6)
     assert scores[2].words.rate is None and scores[2].words.insertions == 1
     total = score_corpus(scores)
-    assert total.words.rate == 4 / 5  # over the corpus, not the mean of 2/3, 1/2 and nothing
+    assert total.words.rate == 4 / 5  # over the corpus, not the mean of 2/3 and 1/2
     assert total.characters.rate == (6 + 6 + 2) / (16 + 9)
     assert (total.num_recordings, total.seconds) == (3, 3.5)
 
@@ -94,14 +94,14 @@ def test_normaliser_by_language(language: str, text: str, expected: str) -> None
     assert normaliser(language).clean(text) == expected
 
 
-def test_languages_are_scored_apart_and_together() -> None:
+def test_languages_are_scored_separately_and_together() -> None:
     scores = [score_recording("1", "a b", "a c", "nl"), score_recording("2", "a b", "a b", "cs")]
     totals = score_by_language(scores)
     assert list(totals) == ["cs", "nl", "all"]
     assert [total.words.rate for total in totals.values()] == [0.0, 0.5, 0.25]
 
 
-def test_a_language_without_rules_says_so_and_one_with_rules_names_them() -> None:
+def test_normalisers_are_described_with_their_rules_or_a_note_that_there_are_none() -> None:
     scores = [score_recording(str(i), "a", "a", language) for i, language in enumerate(["en", "xx", "", "ro-RO", "zh"])]
     assert [score.normaliser for score in scores] == [
         "whisper-english", "unicode", "unicode", "unicode+ro", "unicode+zh",
@@ -135,7 +135,7 @@ def test_two_systems_are_compared_only_on_the_same_texts() -> None:
         compare(first, [*second[:-1], score_recording("29", "a b", "a", "nl")])
 
 
-def test_aligned_words_give_back_both_texts() -> None:
+def test_an_edit_alignment_contains_both_texts() -> None:
     assert edit_alignment("a b c d", "a x c e d") == [
         Mark("equal", "a", "a"), Mark("substitute", "b", "x"), Mark("equal", "c", "c"),
         Mark("insert", "", "e"), Mark("equal", "d", "d"),
@@ -145,8 +145,8 @@ def test_aligned_words_give_back_both_texts() -> None:
 
 
 def brute_force_collapse(ids: list[int]) -> list[int]:
-    merged = [one for t, one in enumerate(ids) if t == 0 or one != ids[t - 1]]
-    return [one for one in merged if one != 0]
+    merged = [label for t, label in enumerate(ids) if t == 0 or label != ids[t - 1]]
+    return [label for label in merged if label != 0]
 
 
 def test_greedy_ctc_collapses_repeats_then_drops_blanks() -> None:

@@ -33,7 +33,6 @@ class TranscriptConfig:
 LETTERS = st.characters(exclude_categories=("Cs", "Cc", "Z"))
 WORDS = st.text(LETTERS, min_size=1, max_size=12).filter(lambda word: word.lower() not in SILENCES and word.strip())
 NO_MARKS = WORDS.filter(lambda word: not word.startswith("<") and word != "@")
-MILLISECONDS = st.integers(0, 400)
 
 
 @st.composite
@@ -48,7 +47,7 @@ def spoken(draw: st.DrawFn, word: st.SearchStrategy[str] = WORDS) -> list[TimedW
     return words
 
 
-def parted(words: Sequence[TimedWord]) -> list[TimedWord]:
+def separated(words: Sequence[TimedWord]) -> list[TimedWord]:
     """Words without overlaps, which readers of CTM and JSON require."""
     times = disjoint(words)
     return [TimedWord(w.word, a / 1000, b / 1000, w.confidence) for w, (a, b) in zip(words, times, strict=True)]
@@ -69,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(spoken())
 @settings(max_examples=60, deadline=None)
-def test_words_are_parted_so_that_none_is_empty_and_none_overlaps(words: list[TimedWord]) -> None:
+def test_disjoint_words_are_not_empty_and_do_not_overlap(words: list[TimedWord]) -> None:
     for duration in (None, max(30_000, len(words)), max(len(words), 1)):
         times = disjoint(words, duration)
         assert all(start < end for start, end in times) and len(times) == len(words)
@@ -91,9 +90,9 @@ def test_words_of_one_frame_share_it() -> None:
 @given(spoken(NO_MARKS))
 @settings(max_examples=60, deadline=None)
 def test_ctm_holds_words_times_and_confidence(folder: Path, words: list[TimedWord]) -> None:
-    words = parted(words)
-    found = read_ctm(written("ctm", words, folder))
-    assert found == ({"day_1/talk": [(w.word, w.start, w.end, w.confidence) for w in words]} if words else {})
+    words = separated(words)
+    read = read_ctm(written("ctm", words, folder))
+    assert read == ({"day_1/talk": [(w.word, w.start, w.end, w.confidence) for w in words]} if words else {})
 
 
 def test_ctm_lines_are_those_of_nist(folder: Path) -> None:
@@ -111,9 +110,9 @@ def test_json_holds_words_times_and_confidence(folder: Path, words: list[TimedWo
     assert (content["id"], content["seconds"]) == ("day 1/talk", 60.0)
     assert content["text"].split(" ") == [word.word for word in words] or not words
     assert [TimedWord(**word) for word in content["words"]] == words  # also those that overlap
-    words = parted(words)
-    found = read_words_json(written("json", words, folder))
-    assert found == [(w.word, w.start, w.end, w.confidence) for w in words]
+    words = separated(words)
+    result = read_words_json(written("json", words, folder))
+    assert result == [(w.word, w.start, w.end, w.confidence) for w in words]
 
 
 @given(spoken(), st.sampled_from([0.0, 0.004, 2.5, 60.0]))
@@ -127,10 +126,10 @@ def test_a_textgrid_holds_the_words_and_fills_the_recording(
     assert [w[:3] for w in read_textgrid(path)] == [(w.word, *t) for w, t in zip(words, times, strict=True)]
     text = path.read_text(encoding="utf-8")
     edges = [float(number) for number in re.findall(r"^ {12}xm(?:in|ax) = (\S+)$", text, re.MULTILINE)]
-    begins, ends = edges[::2], edges[1::2]
-    assert begins == [0.0, *ends[:-1]] and ends[-1] == last / 1000
-    assert all(begin < end for begin, end in zip(begins, ends, strict=True))
-    assert f"intervals: size = {len(begins)}\n" in text and f"intervals [{len(begins)}]:\n" in text
+    starts, ends = edges[::2], edges[1::2]
+    assert starts == [0.0, *ends[:-1]] and ends[-1] == last / 1000
+    assert all(start < end for start, end in zip(starts, ends, strict=True))
+    assert f"intervals: size = {len(starts)}\n" in text and f"intervals [{len(starts)}]:\n" in text
 
 
 def test_quotes_are_doubled_in_a_textgrid(folder: Path) -> None:
