@@ -39,7 +39,7 @@ Transcripts = Mapping[str, Sequence[Mapping[str, Any]]]
 """lines of `transcripts.jsonl` by system"""
 
 MAX_STRETCH_WORDS = 12
-"""correct words in one stretch: the script locates a word by its share of the letters, and times drift in long ones"""
+"""correct words per stretch; the script interpolates times within a stretch, which is inaccurate in long ones"""
 _BREAKDOWNS: tuple[tuple[str, str, str], ...] = (
     ("durations", "By length of the recording", "length of the recording"),
     ("positions", "By position in the recording", "share of the recording, %"),
@@ -294,7 +294,7 @@ def error_shares(counts: Mapping[str, int]) -> dict[str, float]:
 
 
 def cut_marks(marks: Iterable[Mark], max_words: int) -> list[Mark]:
-    """The first `max_words` words of an alignment, substitutions word by word, and "..." if there are more."""
+    """First `max_words` words of an alignment, with substitutions split into words; "..." follows if more are left."""
     shown: list[Mark] = []
     room = max_words
     for mark in marks:

@@ -218,7 +218,7 @@ def compare(
                 f"{other.normaliser!r}): score both systems on the same data, with the same normaliser"
             )
     if not pairs:
-        raise UserError("the evaluations have no recordings: give two that have some")
+        raise UserError("the evaluations have no recordings to compare: give evaluations of at least one recording")
 
     def paired(unit: str) -> PairedBootstrap | None:
         (errors, lengths), (others, _) = (_as_arrays([getattr(pair[k], unit) for pair in pairs]) for k in (0, 1))
