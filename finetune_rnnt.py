@@ -115,17 +115,16 @@ def train(config: Config) -> None:
         encoder_rate, decoder_rate = set_learning_rates(optimizer, step, config.run.steps)
         loss_sum = torch.zeros((), device=world.device)
         for i, (batch, (labels, label_lengths)) in enumerate(zip(micro_batches, micro_labels, strict=True)):
-            segments = batch.segment_start, batch.segment_length
             log_mel = batch.log_mel.to(world.device, non_blocking=True)
-            log_mel = spec_augment(log_mel, *segments, batch.segment_seed, config.spec_augment)
+            log_mel = spec_augment(log_mel, batch.segments, config.spec_augment)
             with gradient_sync(parallel_model, i == len(micro_batches) - 1):
                 with autocast(world, config.distributed):
                     output = parallel_model(
-                        log_mel, *segments, labels, label_lengths, train_encoder=step > frozen_steps
+                        log_mel, batch.segments, labels, label_lengths, train_encoder=step > frozen_steps
                     )
                 (output.loss_sum / global_labels).backward()
             loss_sum += output.loss_sum.detach()
-            frames = [float(batch.segment_length.sum()), float(batch.log_mel.shape[0] * batch.log_mel.shape[1])]
+            frames = [float(batch.segments.length.sum()), float(batch.log_mel.shape[0] * batch.log_mel.shape[1])]
             losses = torch.stack((output.loss_sum.detach(), output.transducer_sum, output.ctc_sum)).tolist()
             counts = [*losses, float(label_lengths.sum()), *frames]
             sums += torch.tensor(counts, dtype=torch.float64, device=world.device)
@@ -133,7 +132,7 @@ def train(config: Config) -> None:
         if not update.applied:
             samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
             report_skipped_update(step, loss_sum, samples, world)
-        audio_frames = sum(int(batch.segment_length.sum()) for batch in micro_batches)
+        audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)
 
         is_last = step == config.run.steps

@@ -49,6 +49,7 @@ from bestrq.training.stop import StopRequest
 from bestrq.training.update import GuardSettings, UpdateGuard, report_skipped_update, seed_step
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
+from common.segments import Segments
 from data.format.dataset import Dataset
 from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
 
@@ -165,7 +166,7 @@ def train(config: Config) -> None:
             with gradient_sync(parallel_model, i == len(micro_rows) - 1):
                 with autocast(world, config.distributed):
                     micro_loss, num_correct = parallel_model(
-                        rows.log_mel, rows.segment_start, rows.segment_length, rows.target_frames, rows.targets
+                        rows.log_mel, rows.segments, rows.target_frames, rows.targets
                     )
                 (micro_loss / global_targets).backward()
             loss_sum += micro_loss.detach()
@@ -175,8 +176,11 @@ def train(config: Config) -> None:
         if not update.applied:
             samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
             report_skipped_update(step, loss_sum, samples, world)
-        audio_seconds = sum(int(batch.segment_length.sum()) for batch in micro_batches) * dataset.features.hop_ms / 1000
-        throughput.count(audio_seconds, flops_per_row * sum(batch.log_mel.shape[0] for batch in micro_batches))
+        audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
+        throughput.count(
+            audio_frames / dataset.features.frames_per_second,
+            flops_per_row * sum(batch.log_mel.shape[0] for batch in micro_batches),
+        )
 
         if step % config.run.log_every == 0 or step == config.run.steps or update.spike:
             values: dict[str, Any] = {
@@ -222,9 +226,7 @@ def masked_rows(
     return mask_rows(
         batch.log_mel.to(world.device, non_blocking=True),
         batch.mask.to(world.device, non_blocking=True),
-        batch.segment_start,
-        batch.segment_length,
-        batch.segment_seed,
+        batch.segments,
         quantizer,
         stride,
         config.masking.noise_std,
@@ -237,7 +239,7 @@ SUMS = ("loss", "correct", "targets", "masked_frames", "masked_runs", "frames", 
 def step_sums(loss_sum: Tensor, num_correct: Tensor, rows: MaskedRows, batch: Batch) -> Tensor:
     """What `summarise` needs of a micro-batch, float64 [len(SUMS)], in the order of SUMS."""
     assert batch.mask is not None
-    frames, row_frames = int(batch.segment_length.sum()), batch.mask.numel()
+    frames, row_frames = int(batch.segments.length.sum()), batch.mask.numel()
     counts = [rows.targets.numel(), int(batch.mask.sum()), num_runs(batch.mask), frames, row_frames]
     return torch.tensor([float(loss_sum.detach()), float(num_correct), *counts], dtype=torch.float64)
 
@@ -348,11 +350,11 @@ def model_flops(model: BestRQ, config: Config, longest: int, world: World) -> in
     starts = torch.arange(0, frames - longest + 1, longest).unsqueeze(0)
     lengths = torch.full_like(starts, longest)
     targets = torch.zeros(frames // config.encoder.stride // 3, config.quantizer.num_codebooks)
-    inputs = (torch.zeros(1, frames, config.encoder.num_mels), starts, lengths)
+    log_mel = torch.zeros(1, frames, config.encoder.num_mels)
     target_frames = torch.arange(len(targets))
 
     def loss() -> Tensor:
-        arguments = (inputs[0].to(world.device), *inputs[1:], target_frames.to(world.device))
+        arguments = (log_mel.to(world.device), Segments(starts, lengths, frames), target_frames.to(world.device))
         return model(*arguments, targets.long().to(world.device))[0]
 
     model.eval()  # counting must not draw dropout, nor feed zeros to the statistics of a batch norm

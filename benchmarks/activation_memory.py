@@ -35,11 +35,12 @@ from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import RowLayout
 from bestrq.model.presets import PRESETS
 from bestrq.training.memory import forget_peak, resident_bytes
+from common.segments import Segments
 
 
 def one_segment_rows(encoder: ConformerEncoder, batch: Rows) -> RowLayout:
     start = torch.zeros(batch.rows, 1, dtype=torch.int64)
-    return encoder.layout(start, torch.full_like(start, batch.frames), batch.frames)
+    return encoder.layout(Segments(start, torch.full_like(start, batch.frames), batch.frames))
 
 
 def count(part: str, settings: EncoderSettings, batch: Rows, device: str, mode: str = "none") -> LiveBytes:

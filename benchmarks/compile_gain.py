@@ -31,6 +31,7 @@ from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.cpu import dropout
 from bestrq.model.presets import PRESETS
+from common.segments import Segments
 
 GAP = 1
 """encoder frames between two segments"""
@@ -91,7 +92,7 @@ def main() -> None:
     length = torch.tensor([args.lengths] * args.rows)
     start = length.cumsum(dim=1) - length + GAP * torch.arange(len(args.lengths))
     frames = int(start[0, -1] + length[0, -1]) + GAP
-    layout = encoder.layout(start * stride, length * stride, frames * stride)
+    layout = encoder.layout(Segments(start * stride, length * stride, frames * stride))
     stage, block = layout.output, encoder.blocks[-1]
     assert isinstance(block, ConformerBlock)
     x = torch.randn(args.rows, frames, settings.dim).to(hardware_dtype()).requires_grad_()

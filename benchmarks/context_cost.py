@@ -43,6 +43,7 @@ from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.training.memory import forget_peak, resident_bytes
 from bestrq.training.process import keep_freed_memory
+from common.segments import Segments
 
 OURS = ["window", "full"]
 PASSES = ["forward", "train"]
@@ -86,13 +87,13 @@ def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:
     """The encoder of a cell, and how to call it."""
     encoder = ConformerEncoder(cell.settings)
     if cell.system in OURS:
-        return encoder, lambda mel, length: encoder(mel, encoder.layout(length * 0, length, mel.shape[1]))
+        return encoder, lambda mel, length: encoder(mel, encoder.layout(Segments(length * 0, length, mel.shape[1])))
     peer = PEERS[cell.system](cell.settings, cell.settings.dropout)
     subsampling = encoder.subsampling
     stride = cell.settings.stride
 
     def forward(mel: Tensor, length: Tensor) -> Tensor:
-        x = subsampling(mel, encoder.layout(length * 0, length, mel.shape[1]))
+        x = subsampling(mel, encoder.layout(Segments(length * 0, length, mel.shape[1])))
         return peer.forward(Batch(x, length * 0, length // stride))
 
     return nn.ModuleList((subsampling, peer.model)), forward

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.machine import hardware_dtype
 from bestrq.model.settings import EncoderSettings
-from data.loading.packing import pack_rows
+from data.loading.rows import pack_rows
 
 FRAMES_PER_SECOND = 100
 """mel frames"""

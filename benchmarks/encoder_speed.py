@@ -49,6 +49,7 @@ from benchmarks.machine import hardware_autocast, hardware_dtype, hardware_preci
 from benchmarks.matmul_rate import matmul_rate
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.presets import PRESETS
+from common.segments import Segments
 
 OURS = "ours"
 PRESET_NAMES = ["base-120m", "fast-115m"]
@@ -77,14 +78,14 @@ def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
     factor = settings.subsampling_factor
 
     def run_blocks(batch: Batch) -> Tensor:
-        layout = encoder.layout(batch.start * factor, batch.length * factor, batch.x.shape[1] * factor)
+        layout = encoder.layout(Segments(batch.start * factor, batch.length * factor, batch.x.shape[1] * factor))
         x = batch.x
         for block in encoder.blocks:
             x = block(x, layout.stages[0])
         return x
 
     def run_whole(batch: Batch) -> Tensor:
-        return encoder(batch.x, encoder.layout(batch.start, batch.length, batch.x.shape[1]))
+        return encoder(batch.x, encoder.layout(Segments(batch.start, batch.length, batch.x.shape[1])))
 
     return Encoder(encoder, run_whole) if whole else Encoder(encoder.blocks, run_blocks)
 

@@ -35,8 +35,9 @@ from bestrq.pretraining.masking import draw_span_mask
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
 from data.format.index import LAYOUTS, Layout
-from data.loading.batch import SharedRows
-from data.loading.loader import LoaderSettings, Plan, RowLoader
+from data.loading.batch import SharedBuffers
+from data.loading.loader import LoaderSettings, RowLoader
+from data.loading.rows import Row
 
 
 def write_synthetic(folder: str, hours: float, layout: Layout = "plain", seed: int = 0) -> Dataset:
@@ -74,7 +75,7 @@ def measure(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> 
         if number == options.warm_up:
             begin, worked = time.perf_counter(), processor_seconds(family()[1:])
         elif number > options.warm_up:
-            seconds += int(batch.segment_length.sum()) / 100
+            seconds += int(batch.segments.length.sum()) / 100
             if number == options.warm_up + options.updates:
                 worked = processor_seconds(family()[1:]) - worked
                 break
@@ -102,7 +103,7 @@ def bare_speeds(options: argparse.Namespace) -> tuple[float, float]:
     torch.set_num_threads(1)
     shape = (options.rows, options.row_frames, 80)
     source, mean, inverse_std = torch.zeros(shape, dtype=torch.float16), torch.zeros(80), torch.ones(80)
-    buffers = itertools.cycle(SharedRows(options.prefetch + 2, shape).buffers)
+    buffers = itertools.cycle(SharedBuffers(options.prefetch + 2, shape).buffers)
 
     def normalise() -> None:
         for out, values in zip(next(buffers), source, strict=True):
@@ -141,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plans = loader(dataset, options, 0)
         begin = time.perf_counter()
         planned = 0.0
-        for _, plan in zip(range(options.updates), plans.plans(), strict=False):
-            planned += _seconds(plan)
+        for _, (rows, _state) in zip(range(options.updates), plans.batch_rows_and_states(), strict=False):
+            planned += _seconds(rows)
         planning = planned / (time.perf_counter() - begin)
         rates, scaling, scaling_of_work = [], [], []
         for _ in range(options.repeats):
@@ -174,8 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_figures(figures, "float32", threads=1)
 
 
-def _seconds(plan: Plan) -> float:
-    return sum(int((row.crops.stop - row.crops.start).sum()) for row in plan.rows) / 100
+def _seconds(rows: list[Row]) -> float:
+    return sum(int((row.crops.stop - row.crops.start).sum()) for row in rows) / 100
 
 
 if __name__ == "__main__":

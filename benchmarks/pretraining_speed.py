@@ -35,7 +35,7 @@ from benchmarks.pretraining_systems import (
     speechbrain_batches,
 )
 from bestrq.model.presets import PRESETS
-from data.loading.packing import pack_rows
+from data.loading.rows import pack_rows
 
 
 def timed(function: Callable[[], float]) -> float:

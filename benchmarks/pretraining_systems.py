@@ -13,7 +13,8 @@ from bestrq.model.presets import PRESETS
 from bestrq.pretraining.masking import MaskingSettings, draw_span_mask
 from bestrq.pretraining.objective import BestRQ, MaskedRows, mask_rows
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
-from data.loading.packing import Row
+from common.segments import Segments
+from data.loading.rows import Placement
 
 FRAMES_PER_SECOND = 100
 NUM_MELS = 80
@@ -57,17 +58,16 @@ class PackedRows:
 
     log_mel: Tensor
     mask: Tensor
-    segment_start: Tensor
-    segment_length: Tensor
-    segment_seed: Tensor
+    segments: Segments
 
 
-def collate(rows: list[Row], utterances: list[Tensor], row_frames: int, seed: int) -> PackedRows:
+def collate(rows: list[list[Placement]], utterances: list[Tensor], row_frames: int, seed: int) -> PackedRows:
     masking, slots = MaskingSettings(), max(len(row) for row in rows)
+    starts, lengths, seeds = (torch.zeros(len(rows), slots, dtype=torch.int64) for _ in range(3))
     batch = PackedRows(
         torch.zeros(len(rows), row_frames, NUM_MELS),
         torch.zeros(len(rows), row_frames, dtype=torch.bool),
-        *(torch.zeros(len(rows), slots, dtype=torch.int64) for _ in range(3)),
+        Segments(starts, lengths, row_frames, seeds),
     )
     generator = np.random.default_rng(seed)
     for r, row in enumerate(rows):
@@ -76,7 +76,7 @@ def collate(rows: list[Row], utterances: list[Tensor], row_frames: int, seed: in
             batch.log_mel[r, start : start + n] = utterances[index]
             drawn = draw_span_mask(generator, n, masking.span_ms // 10, masking.start_probability)
             batch.mask[r, start : start + n] = torch.from_numpy(drawn)
-            batch.segment_start[r, s], batch.segment_length[r, s], batch.segment_seed[r, s] = start, n, 1000 * r + s
+            starts[r, s], lengths[r, s], seeds[r, s] = start, n, 1000 * r + s
     return batch
 
 
@@ -90,16 +90,12 @@ def make_ours(batches: list[PackedRows]) -> System:
 
     def mask_all() -> list[MaskedRows]:
         return [
-            mask_rows(
-                b.log_mel, b.mask, b.segment_start, b.segment_length, b.segment_seed, quantizer,
-                settings.stride, masking.noise_std,
-            )
-            for b in batches
-        ]  # fmt: skip
+            mask_rows(b.log_mel, b.mask, b.segments, quantizer, settings.stride, masking.noise_std) for b in batches
+        ]
 
     def loss_sum(m: MaskedRows) -> Tensor:
         with hardware_autocast():
-            return model(m.log_mel, m.segment_start, m.segment_length, m.target_frames, m.targets)[0]
+            return model(m.log_mel, m.segments, m.target_frames, m.targets)[0]
 
     def step() -> float:
         total, masked = 0.0, mask_all()

@@ -197,7 +197,25 @@ def _build(settings_class: Any, parser: ArgumentParser, read: Callable[[], Names
         sections = parser.instantiate(values)
     except TypeError as error:
         raise UserError(f"a section of the configuration is not a mapping of fields: {error}") from error
-    return settings_class(**{name: sections[name] for name, _ in _fields(settings_class)})
+    return _with_builtin_numbers(settings_class(**{name: sections[name] for name, _ in _fields(settings_class)}))
+
+
+def _with_builtin_numbers(value: Any) -> Any:
+    """The value with int and float in place of jsonargparse's restricted types, such as PositiveInt.
+
+    They are subclasses, which YAML cannot write. Settings are changed in place.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            object.__setattr__(value, field.name, _with_builtin_numbers(getattr(value, field.name)))
+        return value
+    if isinstance(value, dict):
+        return {key: _with_builtin_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_builtin_numbers(item) for item in value]
+    if isinstance(value, int | float) and type(value) not in (bool, int, float):
+        return int(value) if isinstance(value, int) else float(value)
+    return value
 
 
 def _explain(message: str, settings_class: type) -> str:

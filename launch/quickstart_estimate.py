@@ -30,6 +30,7 @@ from bestrq.training.precision import Precision, resolve_precision, with_precisi
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
 from common.config import from_dict, load_yaml, run_main
+from common.segments import Segments
 from pipelines.finetuning import FinetuneConfig
 
 VOCAB_SIZE = 40
@@ -49,11 +50,11 @@ SETTINGS: dict[str, type[FinetuneConfig]] = {"ctc": finetune_ctc.Config, "rnnt":
 Loss = Callable[[], Tensor]
 
 
-def segments(rows: int, row_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise as log-mel float32 `[R, F, M]` with segments side by side: starts and lengths int64 `[R, S]`."""
+def noise_rows(rows: int, row_frames: int) -> tuple[Tensor, Segments]:
+    """Noise as log-mel float32 `[R, F, M]`, with rows full of adjacent segments."""
     frames = 100 * SECONDS_OF_A_SEGMENT
     start = torch.arange(0, row_frames - frames + 1, frames).repeat(rows, 1)
-    return torch.randn(rows, row_frames, 80), start, torch.full_like(start, frames - 4)
+    return torch.randn(rows, row_frames, 80), Segments(start, torch.full_like(start, frames - 4), row_frames)
 
 
 def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Module, Loss]:
@@ -61,10 +62,10 @@ def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Mo
     model = BestRQ(config.encoder, config.quantizer)
     parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
     rows = max(1, config.data.rows // world.size)
-    log_mel, start, length = segments(rows, config.data.row_frames)
+    log_mel, segments = noise_rows(rows, config.data.row_frames)
     frames = torch.arange(rows * config.data.row_frames // config.encoder.stride // 3)
     targets = torch.randint(config.quantizer.codebook_size, (len(frames), config.quantizer.num_codebooks))
-    return parallel, lambda: parallel(log_mel, start, length, frames, targets)[0] / len(frames)
+    return parallel, lambda: parallel(log_mel, segments, frames, targets)[0] / len(frames)
 
 
 def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Module, Loss]:
@@ -75,10 +76,11 @@ def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Mod
     else:
         model = CTCModel(config.encoder, VOCAB_SIZE)
     parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
-    log_mel, start, length = segments(max(1, config.data.rows // world.size), config.data.row_frames)
-    labels = torch.randint(1, VOCAB_SIZE, (start.numel(), LABELS_OF_A_SEGMENT))
-    lengths = torch.full((start.numel(),), LABELS_OF_A_SEGMENT)
-    return parallel, lambda: parallel(log_mel, start, length, labels, lengths).loss_sum / labels.numel()
+    log_mel, segments = noise_rows(max(1, config.data.rows // world.size), config.data.row_frames)
+    num_segments = segments.start.numel()
+    labels = torch.randint(1, VOCAB_SIZE, (num_segments, LABELS_OF_A_SEGMENT))
+    lengths = torch.full((num_segments,), LABELS_OF_A_SEGMENT)
+    return parallel, lambda: parallel(log_mel, segments, labels, lengths).loss_sum / labels.numel()
 
 
 def update_seconds(model: torch.nn.Module, loss: Loss, config: pretrain.Config | FinetuneConfig, world: World,

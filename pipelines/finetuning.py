@@ -234,7 +234,7 @@ class Updates:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
-            batches = self.loader.updates()
+            batches = self.loader.steps()
             stage = self._stage_of(self.step + 1)
             while self._stage_of(self.step + 1) == stage:
                 self.step += 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.norms import MaskedBatchNorm
 from bestrq.model.settings import StageSettings
+from common.segments import Segments
 
 MELS = 4
 TINY = {
@@ -151,8 +152,9 @@ def encode(
         slots[segment.row] += [(segment.start, segment.length), (0, 0)]
     width = max(1, *(len(row) for row in slots))
     table = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in slots])
+    layout = encoder.layout(Segments(table[..., 0], table[..., 1], frames), backend)
     with torch.set_grad_enabled(grads):
-        outputs = encoder(log_mel.requires_grad_(grads), encoder.layout(table[..., 0], table[..., 1], frames, backend))
+        outputs = encoder(log_mel.requires_grad_(grads), layout)
     stride = encoder.settings.stride
     ours = [outputs[s.row, s.start // stride : s.start // stride + -(-s.length // stride)] for s in wanted]
     result = Result([output.detach() for output in ours], [], [], 0.0)

@@ -32,6 +32,7 @@ from bestrq.long_form.inference import (
 from bestrq.long_form.stitching import stitch_recordings
 from bestrq.recognition.transducer import TransducerModel
 from common.errors import UserError
+from common.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Decoder(Protocol):
     def stream(self) -> StreamedOutputs | None:
         """`outputs` of a stream, where it is known."""
 
-    def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    def outputs(self, log_mel: Tensor, segments: Segments) -> Tensor:
         """What the model gives of every frame, `[R, T, ...]`."""
 
     def reduce(self, outputs: Tensor) -> Tensor:
@@ -128,8 +129,8 @@ class GreedyCTC:
     def description(self) -> str:
         return "greedy CTC, no language model"
 
-    def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-        return self.log_probs(log_mel, segment_start, segment_length)
+    def outputs(self, log_mel: Tensor, segments: Segments) -> Tensor:
+        return self.log_probs(log_mel, segments)
 
     def reduce(self, outputs: Tensor) -> Tensor:
         """The best output of every frame and its log-probability, `[n, 2]`."""
@@ -157,8 +158,8 @@ class BeamCTC:
     def description(self) -> str:
         return f"CTC, {_describe_beam(self.settings, self.fusion, self.rescorer)}"
 
-    def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-        return self.log_probs(log_mel, segment_start, segment_length)
+    def outputs(self, log_mel: Tensor, segments: Segments) -> Tensor:
+        return self.log_probs(log_mel, segments)
 
     def reduce(self, outputs: Tensor) -> Tensor:
         """The likeliest outputs of every frame, `[n, K, 2]`: of an hour and a large vocabulary, all are too many."""
@@ -196,8 +197,8 @@ class TransducerDecoder:
     def stream(self) -> StreamedOutputs:
         return StreamedOutputs(self.model.encoder, lambda frames: self.model.joint.encoder_projection(frames).float())
 
-    def outputs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-        return self.model.encode(log_mel, segment_start, segment_length).float()
+    def outputs(self, log_mel: Tensor, segments: Segments) -> Tensor:
+        return self.model.encode(log_mel, segments).float()
 
     def reduce(self, outputs: Tensor) -> Tensor:
         return outputs

@@ -19,6 +19,7 @@ from bestrq.long_form.windows import RunningAverage, Window, are_log_probs, plan
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.streaming import encode_chunk, start_stream
 from common.errors import UserError
+from common.segments import Segments
 
 Mode = Literal["buffered", "averaged", "whole", "streaming", "stitched"]
 
@@ -79,8 +80,8 @@ class RecordingError(UserError):
         """of the source"""
 
 
-Outputs = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""log-mel `[R, F, M]`, segment starts and lengths `[R, S]`, to what a model gives of every frame, `[R, T, ...]`"""
+Outputs = Callable[[Tensor, Segments], Tensor]
+"""Log-mel `[R, F, M]` and its segments to a model's output at every frame, `[R, T, ...]`"""
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def _run_batch(
     for row, mel in zip(rows, mels, strict=True):
         row[: len(mel)] = mel
     with _autocast(settings, device):
-        return outputs(rows.to(device), torch.zeros_like(lengths), lengths)
+        return outputs(rows.to(device), Segments(torch.zeros_like(lengths), lengths, row_frames))
 
 
 def _read(source: Source, index: int, start: int, stop: int) -> Tensor:

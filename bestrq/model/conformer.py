@@ -15,11 +15,12 @@ from bestrq.model.checkpointing import run_block
 from bestrq.model.convolution import ConvolutionModule
 from bestrq.model.cpu.dropout import Dropout
 from bestrq.model.initialisation import initialise_blocks, initialise_subsampling
-from bestrq.model.layout import RowLayout, Segments, StageLayout, make_layout
+from bestrq.model.layout import RowLayout, StageLayout, make_layout
 from bestrq.model.norms import make_norm
 from bestrq.model.positions import FourierPositions
 from bestrq.model.settings import EncoderSettings
 from bestrq.model.subsampling import make_subsampling
+from common.segments import Segments
 
 __all__ = ["ConformerBlock", "ConformerEncoder", "EncoderSettings"]
 
@@ -126,20 +127,16 @@ class ConformerEncoder(nn.Module):
         initialise_blocks(blocks)
         self.stage_of_block = [number for number, stage in enumerate(stages) for _ in range(stage.num_layers)]
 
-    def layout(
-        self, segment_start: Tensor, segment_length: Tensor, num_frames: int, backend: str | None = None
-    ) -> RowLayout:
-        """Where the segments lie, worked out once a batch.
+    def layout(self, segments: Segments, backend: str | None = None) -> RowLayout:
+        """Layout of a batch, shared by all layers.
 
         Args:
-            segment_start: int64 `[R, S]` mel frames, multiples of `settings.row_multiple`; keep it on the CPU.
-            segment_length: int64 `[R, S]` mel frames; 0 marks an unused slot.
-            num_frames: mel frames F of a row.
+            segments: in mel frames.
             backend: a key of `attention.module.ATTEND`, in place of the one chosen by device and settings.
         """
         parameter = next(self.parameters())
         return make_layout(
-            Segments(segment_start, segment_length, num_frames),
+            segments,
             self.settings,
             training=self.training,
             device=parameter.device,

@@ -19,22 +19,7 @@ from bestrq.model.attention.masks.segment import SegmentMask
 from bestrq.model.attention.masks.window import WindowMask
 from bestrq.model.positions import rotary_phase
 from bestrq.model.settings import EncoderSettings
-
-
-@dataclass
-class Segments:
-    """The segments of a batch at one frame rate."""
-
-    start: Tensor
-    """int64 [R, S]; 0 in unused slots"""
-    length: Tensor
-    """int64 [R, S]; 0 marks an unused slot"""
-    num_frames: int
-    """T of a row"""
-
-    def coarser(self, factor: int) -> "Segments":
-        """The same where one frame takes the place of `factor`; the last frame of a segment may stand for fewer."""
-        return Segments(self.start // factor, -(-self.length // factor), self.num_frames // factor)
+from common.segments import Segments
 
 
 @dataclass
@@ -73,10 +58,8 @@ class AttentionLayout:
 class StageLayout:
     """The segments of a batch at the frame rate of one stage of blocks."""
 
-    segment_start: Tensor
-    """int64 [R, S]; 0 in unused slots"""
-    segment_length: Tensor
-    """int64 [R, S]; 0 marks an unused slot"""
+    segments: Segments
+    """places in encoder frames of this stage, on the CPU"""
     valid: Tensor
     """bool [R, T]: False in gaps and padding"""
     position: Tensor
@@ -119,7 +102,7 @@ def make_layout(
     multiple = settings.row_multiple
     segments = Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
     if bool((segments.start % multiple).any()):
-        raise ValueError(f"segment_start must be multiples of {multiple}")
+        raise ValueError(f"segments must start at multiples of {multiple}")
     if bool((segments.start + segments.length > segments.num_frames).any()):
         raise ValueError(f"a segment ends behind its row of {segments.num_frames} mel frames")
     _check_gaps(segments, settings.subsampling_factor // 2)
@@ -133,7 +116,7 @@ def make_layout(
         mask_settings = replace(settings, dynamic_chunks=False, **drawn)
     stages = []
     for number, stage in enumerate(settings.stages):
-        stage_segments = segments.coarser(settings.subsampling_factor << number)
+        stage_segments = segments.subsampled(settings.subsampling_factor << number)
         mask = make_mask(mask_settings, stage.group_size << number)
         stages.append(_stage_layout(stage_segments, stage, mask, device, dtype, backend))
     return RowLayout(
@@ -180,12 +163,11 @@ def _stage_layout(
     valid, owner, position = _mark(segments)
     reach = stage.kernel_size - 1 if stage.causal_convolution else stage.kernel_size // 2
     return StageLayout(
-        segment_start=segments.start.to(device),
-        segment_length=segments.length.to(device),
+        segments=segments,
         valid=valid.to(device),
         position=position.to(device),
         convolution=_convolution_layout(segments, valid, owner, reach, device),
-        attention=_attention_layout(segments.coarser(stage.group_size), stage, mask, device, dtype, backend),
+        attention=_attention_layout(segments.subsampled(stage.group_size), stage, mask, device, dtype, backend),
     )
 
 

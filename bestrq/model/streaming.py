@@ -12,6 +12,7 @@ from torch import Tensor
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.positions import rotary_phase
 from common.errors import UserError
+from common.segments import Segments
 
 
 @dataclass
@@ -100,6 +101,6 @@ def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tenso
     """
     stride = encoder.settings.stride
     start = stride if is_first else 0
-    layout = encoder.layout(torch.tensor([[start]]), torch.tensor([[rows.shape[1] - start]]), rows.shape[1])
+    layout = encoder.layout(Segments(torch.tensor([[start]]), torch.tensor([[rows.shape[1] - start]]), rows.shape[1]))
     padding = layout.valid_mel.shape[1] - rows.shape[1]
     return encoder.subsampling(torch.nn.functional.pad(rows, (0, 0, 0, padding)), layout)[:, 1:]

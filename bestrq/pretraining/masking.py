@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.segments import Segments
 
 
 @dataclass
@@ -66,18 +67,16 @@ def num_runs(mask: Tensor) -> int:
     return int(begins.sum() + mask[:, 0].sum())
 
 
-def fill_with_noise(
-    log_mel: Tensor, mask: Tensor, segment_start: Tensor, segment_length: Tensor, segment_seed: Tensor, noise_std: float
-) -> Tensor:
+def fill_with_noise(log_mel: Tensor, mask: Tensor, segments: Segments, noise_std: float) -> Tensor:
     """Replace masked frames of `[R, F, M]` by N(0, noise_std) noise.
 
     The noise of a segment is a pure function of its seed, so it does not depend on the row, the rank, or the step at
-    which a run was interrupted. `segment_*` are int64 `[R, S]` on the CPU, as the loader gives them.
+    which a run was interrupted. The segments need seeds.
     """
+    assert segments.seed is not None
     noise = torch.zeros_like(log_mel)
     generator = torch.Generator(log_mel.device)
-    for row, slot in segment_length.nonzero().tolist():
-        start, length = int(segment_start[row, slot]), int(segment_length[row, slot])
-        generator.manual_seed(int(segment_seed[row, slot]))
-        noise[row, start : start + length].normal_(std=noise_std, generator=generator)
+    for row, slot, start, stop in segments.used():
+        generator.manual_seed(int(segments.seed[row, slot]))
+        noise[row, start:stop].normal_(std=noise_std, generator=generator)
     return torch.where(mask.unsqueeze(-1), noise, log_mel)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.masking import fill_with_noise
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
+from common.segments import Segments
 
 
 @dataclass
@@ -22,35 +23,30 @@ class MaskedRows:
 
     log_mel: Tensor
     """float32 [R, F, M], masked frames replaced by noise"""
-    segment_start: Tensor
-    """int64 [R, S] mel frames, on the CPU"""
-    segment_length: Tensor
-    """int64 [R, S] mel frames, on the CPU"""
+    segments: Segments
+    """in mel frames"""
     target_frames: Tensor
     """int64 [N]: row * T + t of every encoder frame with a target, ascending"""
     targets: Tensor
     """int64 [N, C] codes"""
 
 
-def target_frame_mask(mask: Tensor, segment_start: Tensor, segment_length: Tensor, stride: int) -> Tensor:
+def target_frame_mask(mask: Tensor, segments: Segments, stride: int) -> Tensor:
     """Encoder frames that have a target, bool `[R, T]`: all mel frames of their stack lie in a segment and are masked.
 
     A segment's last, incomplete stack has no target. Gaps are never masked, so they never have one.
     """
     rows, frames = mask.shape
     inside = torch.zeros_like(mask)
-    for row, slot in segment_length.nonzero().tolist():
-        start, length = int(segment_start[row, slot]), int(segment_length[row, slot])
-        inside[row, start : start + length] = True
+    for row, _, start, stop in segments.used():
+        inside[row, start:stop] = True
     return (mask & inside).view(rows, frames // stride, stride).all(dim=-1)
 
 
 def mask_rows(
     log_mel: Tensor,
     mask: Tensor,
-    segment_start: Tensor,
-    segment_length: Tensor,
-    segment_seed: Tensor,
+    segments: Segments,
     quantizer: RandomProjectionQuantizer,
     stride: int,
     noise_std: float,
@@ -60,13 +56,13 @@ def mask_rows(
     Args:
         log_mel: clean normalised features, float32 `[R, F, M]`.
         mask: bool `[R, F]`.
-        segment_start, segment_length, segment_seed: int64 `[R, S]` on the CPU.
+        segments: in mel frames, with seeds.
     """
-    has_target = target_frame_mask(mask, segment_start, segment_length, stride)
+    has_target = target_frame_mask(mask, segments, stride)
     target_frames = has_target.flatten().nonzero().squeeze(1)
     stacks = stack_frames(log_mel, stride).flatten(0, 1)[target_frames]
-    noisy = fill_with_noise(log_mel, mask, segment_start, segment_length, segment_seed, noise_std)
-    return MaskedRows(noisy, segment_start, segment_length, target_frames, quantizer(stacks))
+    noisy = fill_with_noise(log_mel, mask, segments, noise_std)
+    return MaskedRows(noisy, segments, target_frames, quantizer(stacks))
 
 
 class BestRQ(nn.Module):
@@ -79,15 +75,14 @@ class BestRQ(nn.Module):
         self.heads = nn.Linear(encoder.dim, quantizer.num_codebooks * quantizer.codebook_size)
 
     def forward(
-        self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, target_frames: Tensor, targets: Tensor
+        self, log_mel: Tensor, segments: Segments, target_frames: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sum of the cross-entropies in nats over N targets x C codebooks, and how many were predicted right.
 
         Returns sums and not means: the step divides by the number of targets on all ranks. See `MaskedRows` for the
         arguments. Both results are scalars, float32 (float64 for a float64 model) and int64.
         """
-        layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
-        hidden = self.encoder(log_mel, layout).flatten(0, 1)[target_frames]
+        hidden = self.encoder(log_mel, self.encoder.layout(segments)).flatten(0, 1)[target_frames]
         logits = self.heads(hidden).unflatten(1, (self.num_codebooks, -1)).flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = targets.flatten()

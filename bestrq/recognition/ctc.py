@@ -19,6 +19,7 @@ from bestrq.model.settings import FREE_ENCODER_FIELDS
 from bestrq.training.export import Export, read_trained
 from common.config import from_dict, to_dict
 from common.errors import UserError
+from common.segments import Segments
 
 
 @dataclass
@@ -46,23 +47,21 @@ def pad_labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
-def segment_frames(
-    segment_start: Tensor, segment_length: Tensor, factor: int, num_frames: int
-) -> tuple[Tensor, Tensor]:
-    """Where the encoder frames of every used segment lie, in the order of rows, then slots.
+def segment_frames(segments: Segments, stride: int, num_frames: int) -> tuple[Tensor, Tensor]:
+    """Indices of the encoder frames of every used segment, by row, then slot.
 
     Args:
-        segment_start, segment_length: int64 `[R, S]` mel frames; length 0 marks an unused slot.
-        factor: mel frames of an encoder frame.
+        segments: in mel frames.
+        stride: mel frames per encoder frame.
         num_frames: encoder frames T of a row.
 
     Returns:
         index: int64 `[N, T_max]`, row * T + t; a frame after the segment's end repeats its last one.
         lengths: int64 `[N]` encoder frames.
     """
-    rows, slots = segment_length.nonzero(as_tuple=True)
-    starts = rows * num_frames + segment_start[rows, slots] // factor
-    lengths = (segment_length[rows, slots] + factor - 1) // factor
+    rows, slots = segments.length.nonzero(as_tuple=True)
+    starts = rows * num_frames + segments.start[rows, slots] // stride
+    lengths = (segments.length[rows, slots] + stride - 1) // stride
     steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device)
     return starts[:, None] + torch.minimum(steps, lengths[:, None] - 1), lengths
 
@@ -81,35 +80,28 @@ def frame_log_probs(head: nn.Module, hidden: Tensor) -> Tensor:
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
-def ctc_loss(
-    log_probs: Tensor,
-    segment_start: Tensor,
-    segment_length: Tensor,
-    stride: int,
-    labels: Tensor,
-    label_lengths: Tensor,
-) -> CTCOutput:
+def ctc_loss(log_probs: Tensor, segments: Segments, stride: int, labels: Tensor, label_lengths: Tensor) -> CTCOutput:
     """The CTC loss of N segments, each over its own frames of the rows `[R, T, V]`; see `CTCModel.forward`.
 
     stride: mel frames of an encoder frame.
     """
-    index, lengths = segment_frames(segment_start, segment_length, stride, log_probs.shape[1])
+    index, lengths = segment_frames(segments, stride, log_probs.shape[1])
     device = log_probs.device
     lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
-    segments = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
+    frames = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
     possible = lengths >= frames_needed(labels, label_lengths)
     # Impossible segments have an infinite loss; zero_infinity takes them and their gradients out.
     # Where no segment could be read, ctc_loss would refuse; the sum of nothing keeps the graph, which DDP needs.
     loss_sum = (
-        F.ctc_loss(segments.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True)
+        F.ctc_loss(frames.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True)
         if len(lengths)
-        else segments.sum()
+        else frames.sum()
     )
     return CTCOutput(
         loss_sum=loss_sum,
         num_labels=(label_lengths * possible).sum(),
         num_impossible=(~possible).sum(),
-        best_ids=segments.detach().argmax(dim=-1),
+        best_ids=frames.detach().argmax(dim=-1),
         num_frames=lengths,
     )
 
@@ -122,24 +114,22 @@ class CTCModel(nn.Module):
         self.encoder = ConformerEncoder(encoder)
         self.head = nn.Linear(encoder.dim, vocab_size)
 
-    def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    def log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
         """Log-probabilities of every frame of every row, float32 (or float64) `[R, T, V]`.
 
         A model sharded by FSDP2 needs `torch.distributed.fsdp.register_fsdp_forward_method(model, "log_probs")`.
         """
-        return self._log_probs(log_mel, segment_start, segment_length, train_encoder=True)
+        return self._log_probs(log_mel, segments, train_encoder=True)
 
-    def _log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor, train_encoder: bool) -> Tensor:
+    def _log_probs(self, log_mel: Tensor, segments: Segments, train_encoder: bool) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
-            layout = self.encoder.layout(segment_start, segment_length, log_mel.shape[1])
-            hidden = self.encoder(log_mel, layout)
+            hidden = self.encoder(log_mel, self.encoder.layout(segments))
         return frame_log_probs(self.head, hidden)
 
     def forward(
         self,
         log_mel: Tensor,
-        segment_start: Tensor,
-        segment_length: Tensor,
+        segments: Segments,
         labels: Tensor,
         label_lengths: Tensor,
         *,
@@ -154,15 +144,15 @@ class CTCModel(nn.Module):
 
         Args:
             log_mel: normalised features, float32 `[R, F, M]`.
-            segment_start, segment_length: int64 `[R, S]` mel frames, on the CPU.
+            segments: in mel frames.
             labels: int64 `[N, U]`, the used segments in the order of rows, then slots; values beyond a length are
                 ignored. Never 0, the blank.
             label_lengths: int64 `[N]`; 0 is a segment without speech.
         """
         # Not log_probs itself: under FSDP2 that one gathers the weights, which this call has done already.
-        log_probs = self._log_probs(log_mel, segment_start, segment_length, train_encoder)
+        log_probs = self._log_probs(log_mel, segments, train_encoder)
         stride = self.encoder.settings.stride
-        return ctc_loss(log_probs, segment_start, segment_length, stride, labels, label_lengths)
+        return ctc_loss(log_probs, segments, stride, labels, label_lengths)
 
 
 def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: int) -> None:

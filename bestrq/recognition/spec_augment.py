@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.hashing import INCREMENT, splitmix64
+from common.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,7 @@ class SpecAugmentSettings:
             raise UserError(f"spec_augment.max_time_share = {self.max_time_share}: choose a share from 0 to 1")
 
 
-def spec_augment(
-    log_mel: Tensor,
-    segment_start: Tensor,
-    segment_length: Tensor,
-    segment_seed: Tensor,
-    settings: SpecAugmentSettings,
-) -> Tensor:
+def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSettings) -> Tensor:
     """A copy of `log_mel` with the masks of every segment set to 0, the mean of normalised features.
 
     The masks of a segment are a pure function of its seed, its length and the settings: the same in any row, on any
@@ -57,12 +52,11 @@ def spec_augment(
 
     Args:
         log_mel: normalised features `[R, F, M]`.
-        segment_start, segment_length: int64 `[R, S]` mel frames; length 0 marks an unused slot. Segments of a row do
-            not overlap.
-        segment_seed: int64 `[R, S]`.
+        segments: in mel frames, with seeds. Segments of a row do not overlap.
     """
     device = log_mel.device
-    start, length, seed = (tensor.to(device) for tensor in (segment_start, segment_length, segment_seed))
+    assert segments.seed is not None
+    start, length, seed = (tensor.to(device) for tensor in (segments.start, segments.length, segments.seed))
     masked = _time_masks(log_mel.shape[1], start, length, seed, settings)[:, :, None]
     masked = masked | _freq_masks(log_mel.shape[1], log_mel.shape[2], start, length, seed, settings)
     return log_mel.masked_fill(masked, 0.0)

@@ -25,6 +25,7 @@ from bestrq.recognition.losses.tdt import check_durations, tdt_loss
 from bestrq.recognition.losses.transducer import frames_of_slice, transducer_loss
 from bestrq.recognition.prediction import LSTMPrediction, State, StatelessPrediction
 from common.errors import UserError
+from common.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ class TransducerModel(nn.Module):
         self.simple_joint = SimpleJoint(encoder.dim, dim, vocab_size) if settings.prune_range else None
         self.ctc_head = nn.Linear(encoder.dim, vocab_size) if settings.ctc_weight else None
 
-    def encode(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    def encode(self, log_mel: Tensor, segments: Segments) -> Tensor:
         """What the joint network adds of every frame of every row, `[R, T, J]`."""
-        return self.joint.encoder_projection(self._hidden(log_mel, segment_start, segment_length))
+        return self.joint.encoder_projection(self._hidden(log_mel, segments))
 
-    def ctc_log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    def ctc_log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
         """Log-probabilities of the CTC head for every frame of every row, float32 (or float64) `[R, T, V]`.
 
         Raises:
@@ -155,7 +156,7 @@ class TransducerModel(nn.Module):
         """
         if self.ctc_head is None:
             raise UserError("decoder.head is 'ctc', but the transducer was trained with transducer.ctc_weight 0")
-        return frame_log_probs(self.ctc_head, self._hidden(log_mel, segment_start, segment_length))
+        return frame_log_probs(self.ctc_head, self._hidden(log_mel, segments))
 
     def start(self, num_sequences: int) -> State:
         """The prediction network's state before the first `predict`, whose label is the blank."""
@@ -172,14 +173,13 @@ class TransducerModel(nn.Module):
             return tdt_greedy(self, encoded, lengths, self.settings.durations, max_symbols)
         return greedy_search(self, encoded, lengths, max_symbols)
 
-    def _hidden(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-        return self.encoder(log_mel, self.encoder.layout(segment_start, segment_length, log_mel.shape[1]))
+    def _hidden(self, log_mel: Tensor, segments: Segments) -> Tensor:
+        return self.encoder(log_mel, self.encoder.layout(segments))
 
     def forward(
         self,
         log_mel: Tensor,
-        segment_start: Tensor,
-        segment_length: Tensor,
+        segments: Segments,
         labels: Tensor,
         label_lengths: Tensor,
         *,
@@ -189,7 +189,7 @@ class TransducerModel(nn.Module):
 
         Args:
             log_mel: normalised features, float32 `[R, F, M]`.
-            segment_start, segment_length: int64 `[R, S]` mel frames, on the CPU.
+            segments: in mel frames.
             labels: int64 `[N, U]` on the CPU, the used segments in the order of rows, then slots; values beyond a
                 length are ignored.
             label_lengths: int64 `[N]` on the CPU; 0 is a segment without speech.
@@ -200,9 +200,9 @@ class TransducerModel(nn.Module):
         """
         check_labels(labels, label_lengths, self.vocab_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
-            hidden = self._hidden(log_mel, segment_start, segment_length)
+            hidden = self._hidden(log_mel, segments)
         device, stride = hidden.device, self.encoder.settings.stride
-        index, lengths = segment_frames(segment_start, segment_length, stride, hidden.shape[1])
+        index, lengths = segment_frames(segments, stride, hidden.shape[1])
         used = torch.arange(index.shape[1]) < lengths[:, None]
         frames = hidden.flatten(0, 1).index_select(0, index[used].to(device))  # [sum T_s, D]
         sequences = [row[:n] for row, n in zip(labels.to(device), label_lengths.tolist(), strict=True)]  # one transfer
@@ -228,6 +228,6 @@ class TransducerModel(nn.Module):
         ctc_sum = torch.zeros_like(loss_sum)
         if self.ctc_head is not None:
             log_probs = frame_log_probs(self.ctc_head, hidden)
-            ctc_sum = ctc_loss(log_probs, segment_start, segment_length, stride, labels, label_lengths).loss_sum
+            ctc_sum = ctc_loss(log_probs, segments, stride, labels, label_lengths).loss_sum
             loss_sum = loss_sum + self.settings.ctc_weight * ctc_sum
         return TransducerOutput(loss_sum, transducer_sum.detach(), ctc_sum.detach())

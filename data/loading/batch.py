@@ -1,4 +1,4 @@
-"""What the model is given, and how it is read: frames to normalised rows, with masks and seeds beside them."""
+"""Batches of packed rows, and the reader that fills them with normalised frames in worker processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,125 +15,117 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from common.errors import UserError
+from common.segments import Segments
 from data.format.dataset import Dataset, Normalisation
 from data.loading.order import Crops, CropTable
 from data.loading.rows import DataState, Row
 from data.storage.local import StorageError
 
 DrawMask = Callable[[np.random.Generator, int], np.ndarray]
-"""(generator of the segment, its frames) -> bool [frames], True where the input is to be hidden."""
-
+"""(generator of the segment, number of frames) -> bool [frames], True for masked frames"""
 
 Crop = tuple[int, int, int, int]
 """(recording, first frame, frame after the last, row of the crop table)"""
 
+SUBSTITUTES = 16
+"""maximum number of replacements tried for an unreadable crop"""
+
 
 @dataclass
 class Batch:
-    """One process's rows of one accumulation step. Letters: R rows, F frames, M bins, S segment slots."""
+    """Rows of one process for one accumulation step: R rows, F mel frames, M mel bins, S segment slots."""
 
     log_mel: Tensor
-    """float32 [R, F, M], normalised; zero outside segments."""
-    segment_start: Tensor
-    """int64 [R, S], first frame of every segment, multiples of the subsampling factor; 0 in unused slots."""
-    segment_length: Tensor
-    """int64 [R, S], frames; 0 marks an unused slot."""
-    segment_seed: Tensor
-    """int64 [R, S], a pure function of (seed, epoch, crop)."""
+    """float32 [R, F, M], normalised; zero outside segments"""
+    segments: Segments
+    """in mel frames; the seeds are a pure function of (seed, epoch, crop)"""
     mask: Tensor | None
-    """bool [R, F], as the loader's callable drew it; None where it has none."""
+    """bool [R, F], drawn by the loader's `draw_mask`; None without one"""
     text: list[list[str]]
-    """Transcript of every used segment of every row, "" where there is none."""
+    """transcript of every used segment of every row, "" if there is none"""
     crops: list[list[Crop]]
-    """Of every used segment of every row."""
+    """crop of every used segment of every row"""
     state: DataState
-    """Where the next update begins: what a checkpoint stores."""
+    """position of the next optimizer step, for checkpoints"""
     dataset: Dataset
-    """Where the recordings are."""
+    """source of the recordings"""
 
     @property
     def ids(self) -> list[list[str]]:
-        """'recording:start-stop' (frames) of every used segment. Looked up only here: few are ever asked for."""
+        """'recording:start-stop' (frames) of every used segment of every row."""
         return [[f"{self.dataset.id(crop[0])}:{crop[1]}-{crop[2]}" for crop in row] for row in self.crops]
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on a device."""
-        names = ("log_mel", "segment_start", "segment_length", "segment_seed", "mask")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None})
-
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker is asked for: the crops of every row, and the shared buffer to place them in (None: a new one)."""
+class BatchPlan:
+    """Crops of a batch and their positions: the request to a worker."""
 
     crops: np.ndarray
-    """int64 [8, n], row after row: row, slot, first frame in the row; recording, start, stop, seed, item of the crop.
-    One array, because unpickling six small ones a row would take a tenth of a worker's time."""
-    slot: int | None = None
+    """int64 [8, n], by row, then slot: row, slot, first frame within the row; recording, start, stop, seed and item of
+    the crop. One array, because unpickling six small ones per row would take a tenth of a worker's time."""
+    buffer: int | None = None
+    """index of the shared buffer for log_mel; None for a new tensor"""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], slot: int | None = None) -> Job:
-        sizes = [len(row.begin) for row in rows]
-        places = np.repeat(np.arange(len(rows)), sizes), np.concatenate([np.arange(size) for size in sizes])
-        of_rows = [[row.begin, *(getattr(row.crops, field.name) for field in fields(Crops))] for row in rows]
-        return cls(np.stack([*places, *map(np.concatenate, zip(*of_rows, strict=True))]), slot)
+    def from_rows(cls, rows: Sequence[Row], buffer: int | None = None) -> BatchPlan:
+        """Plan of a batch with these rows."""
+        sizes = [len(row.first_frame) for row in rows]
+        positions = np.repeat(np.arange(len(rows)), sizes), np.concatenate([np.arange(size) for size in sizes])
+        columns = [[row.first_frame, *(getattr(row.crops, field.name) for field in fields(Crops))] for row in rows]
+        return cls(np.stack([*positions, *map(np.concatenate, zip(*columns, strict=True))]), buffer)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A worker's answer: a Batch's arrays; log_mel is None where it lies in the job's buffer."""
+class BatchContent:
+    """Arrays of a batch: the response of a worker."""
 
     log_mel: Tensor | None
+    """float32 [R, F, M]; None if it is in the shared buffer"""
     segments: np.ndarray
-    """int64 [3, R, S]: start, length and seed."""
+    """int64 [3, R, S]: start, length and seed"""
     mask: np.ndarray | None
-    """uint8: bool [R, F], eight values a byte, since it goes through a pipe."""
+    """uint8, bool [R, F] packed into bits, to send fewer bytes through the pipe"""
     crops: list[list[Crop]]
-    """Of every used segment."""
-    bad: dict[str, str]
-    """Recordings that could not be read, others were taken instead: what is wrong with each."""
+    """crop of every used segment of every row"""
+    unreadable: dict[str, str]
+    """id of every recording that could not be read and was replaced -> error message"""
 
 
-class SharedRows:
-    """Buffers for log_mel in shared memory, float32 [R, F, M], used again and again.
+class SharedBuffers:
+    """Pool of buffers for log_mel in shared memory, float32 [R, F, M] each.
 
-    The pages of new shared memory cost more than everything else that a worker does. A buffer is free again when
-    nothing refers to the tensor that was made of it, so a batch that is kept stays as it is.
+    They are reused because allocating pages of shared memory costs more than all other work of a worker. A buffer
+    returns to the pool when the last tensor that refers to it is deleted, so a batch that is kept is never overwritten.
     """
 
-    def __init__(self, slots: int, shape: tuple[int, int, int]) -> None:
-        self.buffers = [_new_shared(shape) for _ in range(slots)]
-        self._free = deque(range(slots))
+    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
+        self.buffers = [_shared_tensor(shape) for _ in range(count)]
+        self._free = deque(range(count))
 
     def take(self) -> int | None:
-        """A free buffer's number, None where all are in use."""
+        """Index of a free buffer, or None if all are in use."""
         return self._free.popleft() if self._free else None
 
-    def tensor(self, slot: int) -> Tensor:
-        """The buffer as a tensor; its slot is given back when the tensor and all its views are gone."""
-        view = self.buffers[slot].numpy().view()
-        weakref.finalize(view, self._free.append, slot).atexit = False
+    def tensor(self, buffer: int) -> Tensor:
+        """Tensor over a buffer, which is freed with the tensor and all its views."""
+        view = self.buffers[buffer].numpy().view()
+        weakref.finalize(view, self._free.append, buffer).atexit = False
         return torch.from_numpy(view)
 
 
-SUBSTITUTES = 16
-
-
 class RowReader:
-    """`reader[job]` reads, normalises and places the rows of a job. Runs in workers.
+    """Dataset of batches for workers: `reader[plan]` reads, normalises and places the crops of a plan.
 
-    A crop that cannot be read, even at a second attempt, is replaced by one that its seed determines, so any process
-    replaces it alike; where SUBSTITUTES of them do not fit or cannot be read either, its place stays empty. A storage
-    that answers for neither of two crops, each tried as often as its settings say, is no matter of a recording: then
-    the answer is a UserError.
+    A crop that fails twice is replaced by one that is determined by its seed, so all processes choose the same. Its
+    slot stays empty if SUBSTITUTES replacements do not fit or fail as well. If the storage fails for two crops, after
+    the retries of its settings, the result is a UserError, because the recordings are not the cause.
 
     Args:
-        crops: the order, where substitutes come from.
+        crops: the order, as the source of replacements.
         shape: (R, F, M) of a batch.
         max_segments: S.
-        draw_mask: draws a segment's mask.
-        buffers: tensors [R, F, M] in shared memory that jobs may name.
+        draw_mask: draws the mask of a segment.
+        buffers: tensors [R, F, M] in shared memory, indexed by plans.
     """
 
     def __init__(
@@ -150,46 +142,48 @@ class RowReader:
         self.dataset, self.crops = dataset, crops
         self.shape, self.max_segments, self.draw_mask = shape, max_segments, draw_mask
         self.normalisation, self.verify_checksums, self.buffers = normalisation, verify_checksums, buffers
-        self._scratch = np.empty(shape[1:], np.float16)
+        self._stored = np.empty(shape[1:], np.float16)
 
-    def __getitem__(self, job: Job) -> Reading | UserError:
+    def __getitem__(self, plan: BatchPlan) -> BatchContent | UserError:
         try:
-            if job.slot is not None:
-                return self._fill(self.buffers[job.slot], job, keep=False)
-            log_mel = torch.empty(self.shape) if get_worker_info() is None else _new_shared(self.shape)
-            return self._fill(log_mel, job, keep=True)
+            if plan.buffer is not None:
+                return self._fill(self.buffers[plan.buffer], plan, keep=False)
+            log_mel = torch.empty(self.shape) if get_worker_info() is None else _shared_tensor(self.shape)
+            return self._fill(log_mel, plan, keep=True)
         except UserError as error:
-            return error  # raised in the main process, without a worker's traceback around it
+            return error  # raised in the main process, without the traceback of a worker
 
-    def _fill(self, log_mel: Tensor, job: Job, keep: bool) -> Reading:
-        # Slices of a numpy array: torch takes ten times as long for one.
+    def _fill(self, log_mel: Tensor, plan: BatchPlan, keep: bool) -> BatchContent:
+        # numpy, because slicing a tensor takes ten times as long.
         values = log_mel.numpy()
         mask = None if self.draw_mask is None else np.zeros(self.shape[:2], bool)
         segments = np.zeros((3, len(values), self.max_segments), np.int64)
-        crops_of_rows: list[list[Crop]] = [[] for _ in values]
+        row_crops: list[list[Crop]] = [[] for _ in values]
         filled = [0] * len(values)
-        bad: dict[str, str] = {}
-        for row, slot, begin, recording, start, stop, seed, item in zip(*job.crops.tolist(), strict=True):
-            values[row, filled[row] : begin] = 0
-            filled[row] = begin
-            found = self._place(values[row, begin : begin + stop - start], (recording, start, stop, item), seed, bad)
-            if found is None:
+        unreadable: dict[str, str] = {}
+        for row, slot, first_frame, recording, start, stop, seed, item in zip(*plan.crops.tolist(), strict=True):
+            values[row, filled[row] : first_frame] = 0
+            filled[row] = first_frame
+            out = values[row, first_frame : first_frame + stop - start]
+            crop = self._read_or_replace(out, (recording, start, stop, item), seed, unreadable)
+            if crop is None:
                 continue
-            frames = found[2] - found[1]
-            filled[row] = end = begin + frames
-            segments[:, row, slot] = begin, frames, seed
+            num_frames = crop[2] - crop[1]
+            filled[row] = end = first_frame + num_frames
+            segments[:, row, slot] = first_frame, num_frames, seed
             if mask is not None and self.draw_mask is not None:
-                mask[row, begin:end] = self.draw_mask(np.random.Generator(np.random.PCG64(seed)), frames)
-            crops_of_rows[row].append(found)
+                generator = np.random.Generator(np.random.PCG64(seed))
+                mask[row, first_frame:end] = self.draw_mask(generator, num_frames)
+            row_crops[row].append(crop)
         for row, end in enumerate(filled):
             values[row, end:] = 0
-        packed = None if mask is None else np.packbits(mask)
-        return Reading(log_mel if keep else None, segments, packed, crops_of_rows, bad)
+        bits = None if mask is None else np.packbits(mask)
+        return BatchContent(log_mel if keep else None, segments, bits, row_crops, unreadable)
 
-    def _place(self, out: np.ndarray, crop: Crop, seed: int, bad: dict[str, str]) -> Crop | None:
-        """Read the crop, or a substitute, into the front of `out` [frames, M]; which one it was, None for neither."""
+    def _read_or_replace(self, out: np.ndarray, crop: Crop, seed: int, unreadable: dict[str, str]) -> Crop | None:
+        """Read the crop, or else a replacement, into `out` [frames, M]; return the crop read, or None."""
         substitutes = (self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))
-        unanswered = 0
+        storage_failures = 0
         for candidate in itertools.chain([crop], substitutes):
             if candidate is not None:
                 recording, start, stop, _ = candidate
@@ -197,10 +191,10 @@ class RowReader:
                     self._read(out[: stop - start], recording, start, stop)
                     return candidate
                 except UserError as error:
-                    unanswered += isinstance(error.__cause__, StorageError)
-                    if unanswered == 2:
-                        raise UserError(f"the storage does not answer: {error}") from error
-                    bad[self.dataset.id(recording)] = str(error)
+                    storage_failures += isinstance(error.__cause__, StorageError)
+                    if storage_failures == 2:
+                        raise UserError(f"the storage does not respond: {error}") from error
+                    unreadable[self.dataset.id(recording)] = str(error)
         return None
 
     def _read(self, out: np.ndarray, recording: int, start: int, stop: int) -> None:
@@ -208,20 +202,20 @@ class RowReader:
             self._read_once(out, recording, start, stop)
         except UserError as error:
             if isinstance(error.__cause__, StorageError):
-                raise  # it was tried as often as it may be
-            self.dataset.forget(recording, start, stop)  # what a cache holds may be what is damaged
+                raise  # the storage has retried already
+            self.dataset.forget(recording, start, stop)  # the cached copy may be damaged
             self._read_once(out, recording, start, stop)
 
     def _read_once(self, out: np.ndarray, recording: int, start: int, stop: int) -> None:
         if self.verify_checksums:
             values = self.dataset.read(recording, start, stop, verify=True)
         else:
-            values = self._scratch[: stop - start]
+            values = self._stored[: stop - start]
             self.dataset.read_into(recording, start, values)
         self.dataset.normalise_into(torch.from_numpy(out), values, recording, self.normalisation)
 
 
-def _new_shared(shape: tuple[int, int, int]) -> Tensor:
-    """float32 in shared memory; torch has no public way to make such a tensor without copying one."""
+def _shared_tensor(shape: tuple[int, int, int]) -> Tensor:
+    """Uninitialised float32 tensor in shared memory; torch's public functions would copy an existing tensor."""
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
     return torch.empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]

@@ -1,10 +1,10 @@
-"""Where a long recording is cut, so that the words of a piece are those that are said in it.
+"""Cutting of long recordings between words, so that the audio of a crop contains exactly its words.
 
-What may not be parted is a *unit*: a word, words that overlap, or a run of words whose times are guesses (confidence 0)
-with the gaps around it, in which they may be said anywhere. Units are disjoint and sorted, in whole frames, so whatever
-lies at a frame is found by bisection: a recording of ten hours is cut in milliseconds.
+A *unit* is never divided: a word, overlapping words, or a run of words with guessed times (confidence 0) with the gaps
+around it, anywhere in which these words may be. Units are disjoint and sorted, in whole frames, so the unit at a frame
+is found by bisection: a recording of ten hours is cut in milliseconds.
 
-Pieces never touch the recording's excluded stretches, nor have more than `max_frames` frames.
+Crops do not overlap the excluded stretches of the recording, and have at most `max_frames` frames.
 """
 
 from __future__ import annotations
@@ -21,62 +21,60 @@ import numpy as np
 from common.errors import UserError
 from data.transcripts import Word
 
-# A cut keeps this many seconds away from words, where the pause is long enough; otherwise it goes through its middle.
+# Seconds between a cut and the next word; shorter pauses are cut in the middle.
 MARGIN = 0.5
-# Pauses from this many seconds on are preferred to mere boundaries between words, whose times may be a little off.
+# Seconds of a pause that is preferred to other word boundaries, whose times may be inaccurate.
 SILENCE = 0.1
 
-CUT = "words that a cut goes through"
+CUT = "words divided by a cut"
 EXCLUDED = "words in excluded stretches"
 LONGER = "words longer than a crop"
 
 
 @dataclass(frozen=True)
 class CuttingSettings:
-    """What happens to a word that straddles the place where a long recording would be cut."""
+    """Treatment of words at the cuts of long recordings."""
 
     straddling: Literal["shift", "drop", "mask"] = "shift"
-    """shift: cut earlier, at the nearest pause. drop: the word's text is in neither piece, its sound in both. mask:
-    neither its text nor its frames are in either piece. Where shift finds no place it does as mask."""
+    """Word that spans the nominal cut. shift: cut earlier, at the nearest pause, or else as mask. drop: the text of the
+    word is in neither crop, its audio in both. mask: neither its text nor its frames are in a crop."""
     shift_seconds: float = 2.0
-    """How many seconds earlier shift may cut."""
+    """Maximum number of seconds by which shift cuts earlier."""
 
     def __post_init__(self) -> None:
-        if self.straddling not in ("shift", "drop", "mask"):
-            raise UserError(f"cutting.straddling is {self.straddling!r}: must be one of shift, drop, mask")
         if not 0 <= self.shift_seconds < math.inf:
             raise UserError(f"cutting.shift_seconds is {self.shift_seconds}: give 0 or more")
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Pieces of a recording, in order."""
+class RecordingCrops:
+    """Crops of a recording, in order."""
 
     start: list[int]
-    """First frames."""
+    """First frame of every crop."""
     stop: list[int]
-    """Frames after the last ones."""
+    """Frame after the last of every crop."""
     texts: list[str]
-    """Words joined by spaces; "" where none is said."""
+    """Words of every crop, joined by spaces; "" without words."""
     left_out: Counter[str]
-    """Words that are in no piece: a count for every reason."""
+    """Number of words in no crop, by reason."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """What may not be parted, sorted: int64 or bool arrays of one length."""
+    """Indivisible units of a recording, sorted, as columns."""
 
     start: np.ndarray
-    """First frame."""
+    """int64 [n], first frame"""
     end: np.ndarray
-    """Frame after the last."""
+    """int64 [n], frame after the last"""
     first: np.ndarray
-    """Number of its first word, and one entry more: the number of words."""
+    """int64 [n + 1], index of the first word; the last entry is the number of words"""
     guessed: np.ndarray
-    """Whether it holds a word whose time is a guess: no cut may be decided by it."""
+    """bool [n], True if the unit has a word with a guessed time, beside which no cut is placed"""
 
     def words(self, unit: int) -> range:
-        """Numbers of a unit's words."""
+        """Indices of the words of a unit."""
         return range(int(self.first[unit]), int(self.first[unit + 1]))
 
 
@@ -87,60 +85,60 @@ def cut_recording(
     frames_per_second: float,
     settings: CuttingSettings | None = None,
     excluded: Sequence[tuple[float, float]] = (),
-) -> Pieces:
-    """Cut a recording into pieces of at most `max_frames`, clear of what is excluded; every word is in one or counted.
+) -> RecordingCrops:
+    """Cut a recording into crops of at most `max_frames` outside excluded stretches; every word is in one or counted.
 
-    A stretch between excluded ones that is short enough stays whole; a longer one is cut at nominal places, every
-    `max_frames`, counted from the stretch's begin or (shift) from the last cut.
+    A stretch between excluded ones stays whole if it is short enough. Others are cut at nominal positions, every
+    `max_frames` from the start of the stretch or, with shift, from the last cut.
 
-    A masked word's frames are left out by ending a piece at the word's first frame and beginning the next one after its
-    last: at the edge of a crop, a frame that is masked out of attention, loss and scoring and one that is not there are
-    the same thing to the encoder, which treats what lies between packed segments exactly so.
+    The frames of a masked word are removed by ending a crop at its first frame and starting the next one after its
+    last. This equals masking them in attention, loss and scoring, because the encoder masks gaps between segments.
 
     Args:
         words: sorted by start (see `data.transcripts.check_word_times`).
-        frames: of the recording.
-        settings: by default `CuttingSettings()`.
+        frames: length of the recording.
+        settings: `CuttingSettings()` by default.
         excluded: (start, end) in seconds.
+
     Raises:
-        UserError: an excluded stretch whose times cannot be.
+        UserError: invalid times of an excluded stretch.
     """
     settings = settings or CuttingSettings()
     is_drop = settings.straddling == "drop"
     units = find_units(words, frames, frames_per_second, merge=not is_drop)
     gaps = excluded_frames(excluded, frames, frames_per_second)
-    out = _overlapping(units, gaps)
-    if not is_drop:  # all the sound of a word that is left out goes with it
-        gaps = _merged(np.concatenate([gaps, np.stack([units.start[out], units.end[out]], axis=1)]))
-    kept = np.flatnonzero(~out)
+    removed = _overlapping(units, gaps)
+    if not is_drop:  # the audio of a removed word is removed with it
+        gaps = _merged(np.concatenate([gaps, np.stack([units.start[removed], units.end[removed]], axis=1)]))
+    kept = np.flatnonzero(~removed)
     kept_start = units.start[kept]
     limit, margin, silence = (round(s * frames_per_second) for s in (settings.shift_seconds, MARGIN, SILENCE))
     starts, stops, texts = [], [], []
     left_out: Counter[str] = Counter()
-    # A word without length may have no place, though it shares no frame with a gap.
-    placed = np.zeros(len(out), bool)
-    for begin, end in _between(gaps, frames):
-        inside = kept[np.searchsorted(kept_start, begin) : np.searchsorted(kept_start, end, "right")]
+    # A word of zero length may be outside all stretches although it overlaps no gap.
+    placed = np.zeros(len(removed), bool)
+    for start, end in _between(gaps, frames):
+        inside = kept[np.searchsorted(kept_start, start) : np.searchsorted(kept_start, end, "right")]
         placed[inside] = True
-        stretch = _Stretch(begin, end, units.start[inside], units.end[inside], units.guessed[inside])
+        stretch = _Stretch(start, end, units.start[inside], units.end[inside], units.guessed[inside])
         if is_drop:
-            pieces, lost = _drop(stretch, max_frames)
+            crops, lost = _drop(stretch, max_frames)
         elif settings.straddling == "mask":
-            pieces, lost = _mask(stretch, max_frames)
+            crops, lost = _mask(stretch, max_frames)
         else:
-            pieces, lost = _shift(stretch, max_frames, limit, margin, silence)
-        for start, stop, numbers in pieces:
-            starts.append(start)
+            crops, lost = _shift(stretch, max_frames, limit, margin, silence)
+        for first, stop, selected in crops:
+            starts.append(first)
             stops.append(stop)
-            texts.append(" ".join(words[w].word for u in inside[numbers].tolist() for w in units.words(u)))
-        for u in inside[lost].tolist():
-            left_out[LONGER if units.end[u] - units.start[u] > max_frames else CUT] += len(units.words(u))
+            texts.append(" ".join(words[w].word for unit in inside[selected].tolist() for w in units.words(unit)))
+        for unit in inside[lost].tolist():
+            left_out[LONGER if units.end[unit] - units.start[unit] > max_frames else CUT] += len(units.words(unit))
     left_out[EXCLUDED] += int(np.diff(units.first)[~placed].sum())
-    return Pieces(starts, stops, texts, +left_out)
+    return RecordingCrops(starts, stops, texts, +left_out)
 
 
 def find_units(words: Sequence[Word], frames: int, frames_per_second: float, merge: bool) -> Units:
-    """The units of a recording; with merge=False every word by itself (they may overlap, their starts are sorted)."""
+    """Units of a recording. With merge=False every word is a unit; units may then overlap, sorted by start."""
     count = len(words)
     start, end = (
         np.rint(np.fromiter((word[field] for word in words), np.float64, count) * frames_per_second)
@@ -149,7 +147,7 @@ def find_units(words: Sequence[Word], frames: int, frames_per_second: float, mer
         for field in (1, 2)
     )
     guessed = np.fromiter((word.confidence == 0 for word in words), bool, count)
-    # A guessed word may be anywhere between the sure ones around it.
+    # A word with a guessed time may be anywhere between the neighbours with known times.
     before = np.maximum.accumulate(np.where(guessed, 0, end))
     after = np.minimum.accumulate(np.where(guessed, frames, start)[::-1])[::-1]
     start = np.where(guessed, np.minimum(start, before), start)
@@ -164,18 +162,18 @@ def find_units(words: Sequence[Word], frames: int, frames_per_second: float, mer
 
 
 def excluded_frames(excluded: Sequence[tuple[float, float]], frames: int, frames_per_second: float) -> np.ndarray:
-    """Excluded stretches as frames: int64 [N, 2] of (first, after the last), sorted and disjoint. Raises UserError."""
+    """Excluded stretches in frames: (first, after the last), int64 [n, 2], sorted and disjoint. Raises UserError."""
     for start, end in excluded:
         if not 0 <= start <= end:  # also false for NaN
-            raise UserError(f"excluded stretch {start} to {end} s: must start at 0 or later, and end after its start")
-    # Rounded first: 0.07 s is 7 frames, whatever 0.07 * 100 is in binary.
+            raise UserError(f"excluded stretch {start} to {end} s: 0 <= start <= end is required")
+    # Rounded first, since 0.07 * 100 is slightly more than 7.
     spans = np.round(np.array(excluded, np.float64).reshape(-1, 2) * frames_per_second, 6)
     whole = np.stack([np.floor(spans[:, 0]), np.ceil(spans[:, 1])], axis=1)
     return _merged(whole.clip(0, frames).astype(np.int64))
 
 
 def _merged(spans: np.ndarray) -> np.ndarray:
-    """Spans [N, 2] sorted, those that touch made one, empty ones left out."""
+    """Sorted union of spans [n, 2]: adjacent and overlapping ones merged, empty ones removed."""
     spans = spans[spans[:, 1] > spans[:, 0]]
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     if not len(spans):
@@ -186,23 +184,23 @@ def _merged(spans: np.ndarray) -> np.ndarray:
 
 
 def _between(gaps: np.ndarray, frames: int) -> list[tuple[int, int]]:
-    """What sorted disjoint gaps leave of [0, frames)."""
+    """Complement of sorted disjoint gaps in [0, frames), as (start, end)."""
     edges = [0, *gaps.ravel().tolist(), frames]
-    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
 
 def _overlapping(units: Units, gaps: np.ndarray) -> np.ndarray:
-    """bool [N]: which units share a frame with a gap, or have no length and lie within one."""
-    behind = np.searchsorted(gaps[:, 1], units.start, side="right")  # the first gap that ends after the unit's start
-    begin = np.concatenate([gaps[:, 0], [np.iinfo(np.int64).max]])[behind]
-    return np.asarray(begin < units.end)
+    """Mask of the units that share a frame with a gap, or have zero length and lie within one, bool [n]."""
+    following = np.searchsorted(gaps[:, 1], units.start, side="right")  # first gap that ends after the unit's start
+    gap_start = np.concatenate([gaps[:, 0], [np.iinfo(np.int64).max]])[following]
+    return np.asarray(gap_start < units.end)
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """What lies between two excluded stretches, and its units (all of each)."""
+    """Frames between two excluded stretches, and the units inside."""
 
-    begin: int
+    first: int
     stop: int
     start: np.ndarray
     end: np.ndarray
@@ -210,81 +208,81 @@ class _Stretch:
 
 
 class _Cutter:
-    """Collects pieces (begin, stop, numbers of the units) of a stretch from left to right, and lost units."""
+    """Crops (first frame, stop, units) of a stretch from left to right, and the units in none."""
 
     def __init__(self, stretch: _Stretch) -> None:
         self.start, self.end = stretch.start.tolist(), stretch.end.tolist()
-        self.begin, self.unit = stretch.begin, 0  # of the piece that has begun
-        self.pieces: list[tuple[int, int, Any]] = []
+        self.first, self.unit = stretch.first, 0  # of the open crop
+        self.crops: list[tuple[int, int, Any]] = []
         self.lost: list[int] = []
 
-    def after(self, place: int) -> int:
-        """The first unit that ends after a place."""
-        return bisect_right(self.end, place, lo=self.unit)
+    def unit_after(self, frame: int) -> int:
+        """First unit that ends after a frame."""
+        return bisect_right(self.end, frame, lo=self.unit)
 
-    def cut(self, place: int, unit: int) -> None:
-        """End the piece at `place`, in front of `unit`, and begin the next one there."""
-        if place > self.begin:
-            self.pieces.append((self.begin, place, slice(self.unit, unit)))
-        else:  # words without length can be where no frame is left
+    def cut(self, frame: int, unit: int) -> None:
+        """Close the crop at `frame`, before `unit`, and open the next one there."""
+        if frame > self.first:
+            self.crops.append((self.first, frame, slice(self.unit, unit)))
+        else:  # words of zero length after the last frame
             self.lost += range(self.unit, unit)
-        self.begin, self.unit = max(place, self.begin), unit
+        self.first, self.unit = max(frame, self.first), unit
 
     def cut_out(self, unit: int) -> None:
-        """End the piece at the unit's begin, and begin the next one at its end."""
+        """Close the crop at the start of the unit, and open the next one at its end."""
         self.cut(self.start[unit], unit)
         self.lost.append(unit)
-        self.begin, self.unit = self.end[unit], unit + 1
+        self.first, self.unit = self.end[unit], unit + 1
 
 
-_Found = tuple[list[tuple[int, int, Any]], list[int]]
+_CropsAndLost = tuple[list[tuple[int, int, Any]], list[int]]
 
 
-def _drop(stretch: _Stretch, max_frames: int) -> _Found:
-    """Cut at every nominal place; units with a place inside are lost."""
-    places = [*range(stretch.begin, stretch.stop, max_frames), stretch.stop]
-    last = len(places) - 2
-    first_piece = np.minimum((stretch.start - stretch.begin) // max_frames, last)
-    last_piece = np.maximum(-(-(stretch.end - stretch.begin) // max_frames) - 1, first_piece)
-    whole = np.flatnonzero(first_piece == last_piece)  # their pieces are sorted, as their starts are
-    edges = np.searchsorted(first_piece[whole], np.arange(last + 2))
-    pieces = [(places[k], places[k + 1], whole[edges[k] : edges[k + 1]]) for k in range(last + 1)]
-    return pieces, np.flatnonzero(first_piece < last_piece).tolist()
+def _drop(stretch: _Stretch, max_frames: int) -> _CropsAndLost:
+    """Cut at every nominal position; units that contain one are lost."""
+    cuts = [*range(stretch.first, stretch.stop, max_frames), stretch.stop]
+    last = len(cuts) - 2
+    first_crop = np.minimum((stretch.start - stretch.first) // max_frames, last)
+    last_crop = np.maximum(-(-(stretch.end - stretch.first) // max_frames) - 1, first_crop)
+    whole = np.flatnonzero(first_crop == last_crop)  # sorted by crop, because units are sorted by start
+    edges = np.searchsorted(first_crop[whole], np.arange(last + 2))
+    crops = [(cuts[k], cuts[k + 1], whole[edges[k] : edges[k + 1]]) for k in range(last + 1)]
+    return crops, np.flatnonzero(first_crop < last_crop).tolist()
 
 
-def _mask(stretch: _Stretch, max_frames: int) -> _Found:
-    """Cut at every nominal place, or cut out the unit that is there."""
+def _mask(stretch: _Stretch, max_frames: int) -> _CropsAndLost:
+    """Cut at every nominal position, or cut out the unit there."""
     cutter = _Cutter(stretch)
-    for place in range(stretch.begin + max_frames, stretch.stop, max_frames):
-        unit = cutter.after(place)
-        if unit < len(cutter.start) and cutter.start[unit] < place:
+    for nominal in range(stretch.first + max_frames, stretch.stop, max_frames):
+        unit = cutter.unit_after(nominal)
+        if unit < len(cutter.start) and cutter.start[unit] < nominal:
             cutter.cut_out(unit)
-        elif place > cutter.begin:  # else a unit was cut out that is longer than a piece
-            cutter.cut(place, unit)
+        elif nominal > cutter.first:  # false after cutting out a unit longer than a crop
+            cutter.cut(nominal, unit)
     cutter.cut(stretch.stop, len(cutter.start))
-    return cutter.pieces, cutter.lost
+    return cutter.crops, cutter.lost
 
 
-def _shift(stretch: _Stretch, max_frames: int, limit: int, margin: int, silence: int) -> _Found:
-    """Cut at the last pause before every nominal place, else between two words, else cut out the unit that is there."""
+def _shift(stretch: _Stretch, max_frames: int, limit: int, margin: int, silence: int) -> _CropsAndLost:
+    """Cut at the last pause before every nominal position, else between two words, else cut out the unit there."""
     cutter = _Cutter(stretch)
     count = len(cutter.start)
-    gap = stretch.start - np.concatenate([[stretch.begin], stretch.end])[:count]
-    place_before = (stretch.start - np.minimum(gap // 2, margin)).tolist()
+    gap = stretch.start - np.concatenate([[stretch.first], stretch.end])[:count]
+    cut_before = (stretch.start - np.minimum(gap // 2, margin)).tolist()
     beside_guess = stretch.guessed | np.concatenate([[False], stretch.guessed])[:count]
-    # For every unit the last one, up to itself, that a cut may lie in front of: in a pause, and anywhere.
+    # For every unit, the last one up to it that a cut may precede: in a pause, and at any word boundary.
     pause, boundary = (
-        np.maximum.accumulate(np.where(fit, np.arange(count), -1)).tolist()
-        for fit in (~beside_guess & (gap >= silence), ~beside_guess)
+        np.maximum.accumulate(np.where(allowed, np.arange(count), -1)).tolist()
+        for allowed in (~beside_guess & (gap >= silence), ~beside_guess)
     )
-    while stretch.stop - cutter.begin > max_frames:
-        nominal = cutter.begin + max_frames
-        unit = cutter.after(nominal)
+    while stretch.stop - cutter.first > max_frames:
+        nominal = cutter.first + max_frames
+        unit = cutter.unit_after(nominal)
         candidates = [] if unit == count else [pause[unit], boundary[unit]]
         for candidate in candidates:
-            place = min(nominal, place_before[candidate])
-            if candidate >= cutter.unit and place > cutter.begin and place >= nominal - limit:
-                cutter.cut(place, candidate)
+            frame = min(nominal, cut_before[candidate])
+            if candidate >= cutter.unit and frame > cutter.first and frame >= nominal - limit:
+                cutter.cut(frame, candidate)
                 break
         else:
             if unit < count and cutter.start[unit] < nominal:
@@ -292,4 +290,4 @@ def _shift(stretch: _Stretch, max_frames: int, limit: int, margin: int, silence:
             else:
                 cutter.cut(nominal, unit)
     cutter.cut(stretch.stop, count)
-    return cutter.pieces, cutter.lost
+    return cutter.crops, cutter.lost

@@ -1,6 +1,7 @@
-"""Rows to batches. The main process plans (integers only), workers read, normalise and place frames.
+"""Data loader: optimizer steps of packed rows, equal for any world size and number of workers.
 
-A plan says everything about a batch, so which worker makes it, or whether there are workers at all, cannot matter.
+The main process plans batches (integers only); workers read, normalise and place the frames. A plan determines its
+batch completely, so the assignment of batches to workers has no effect.
 """
 
 from __future__ import annotations
@@ -13,50 +14,130 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
-from data.format.dataset import Dataset
-from data.loading.batch import Batch, DrawMask, Job, Reading, RowReader, SharedRows
-from data.loading.loader_settings import FREE_LOADER_FIELDS, LOADER_PLACES, LoaderSettings
-from data.loading.order import CropTable
+from common.segments import Segments
+from data.format.dataset import Dataset, Normalisation, open_dataset
+from data.loading.batch import Batch, BatchContent, BatchPlan, DrawMask, RowReader, SharedBuffers
+from data.loading.mixture import DatasetGroup, MixturePart, groups, mixed
+from data.loading.order import CropOrder, CropTable
 from data.loading.rows import DataState, Row, RowStream
+from data.storage.local import StorageSettings
 
-__all__ = ["FREE_LOADER_FIELDS", "LOADER_PLACES", "Batch", "DataState", "DrawMask", "LoaderSettings", "RowLoader"]
+# Fields that may change when a run is resumed: they do not affect the stream of rows.
+FREE_LOADER_FIELDS = ("num_workers", "prefetch", "start_method", "storage", "verify_checksums", "max_quarantined")
+
+# Locations of the data, which may change when a run is resumed if the fingerprint of the data stays the same.
+LOADER_PLACES = ("dataset", "mixture[].dataset")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A batch before it is read: its rows, and the state after its update."""
+class LoaderSettings:
+    """Recordings, order, packing and reading of batches."""
 
-    rows: list[Row]
-    state: DataState
+    dataset: str = ""
+    """Dataset written by `python -m data.prepare`: a folder, or a URL of object storage (s3://, https://)."""
+    mixture: list[MixturePart] = field(default_factory=list)
+    """Several weighted datasets in place of `dataset`."""
+    language_temperature: ClosedUnitInterval = 1.0
+    """Exponent of the hours in the share of a language. 1: proportional to the hours, 0: equal shares."""
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    """Retries and cache of remote datasets."""
+    split: str = "train"
+    """Split to read."""
+    row_frames: PositiveInt = 2000
+    """Mel frames per row (100 per second); a multiple of the encoder's subsampling factor."""
+    rows: PositiveInt = 16
+    """Rows per optimizer step, summed over processes and accumulation steps."""
+    max_segments: PositiveInt = 16
+    """Maximum number of segments per row."""
+    block_crops: PositiveInt = 1024
+    """Crops packed together: larger blocks fill rows better, smaller ones need less memory."""
+    min_seconds: float = 1.0
+    """Minimum length: shorter recordings and crops are skipped."""
+    max_seconds: float = 20.0
+    """Maximum length of a crop: longer recordings are cut."""
+    num_workers: NonNegativeInt = 2
+    """Reading processes per training process; 0 reads in the training process."""
+    prefetch: PositiveInt = 2
+    """Batches that every worker reads ahead."""
+    normalisation: Normalisation = "recording"
+    """Zero mean and unit variance of every mel bin, over the 'recording' or the 'dataset'."""
+    seed: int = 0
+    """Seed of order, cuts, masks and noise."""
+    verify_checksums: bool = False
+    """Verify the checksum of every block read."""
+    max_quarantined: NonNegativeInt = 16
+    """Maximum number of unreadable recordings per process, which are replaced; more are an error."""
+    start_method: Literal["fork", "forkserver", "spawn"] = "fork"
+    """Start method of workers. 'fork' is the fastest; use another one if a library does not support forking."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_seconds <= self.max_seconds:
+            raise UserError(
+                f"data.min_seconds is {self.min_seconds} and data.max_seconds {self.max_seconds}: "
+                "0 < min_seconds <= max_seconds is required"
+            )
+
+    def crop_frames(self, dataset: Dataset) -> tuple[int, int]:
+        """(max_frames, min_frames) of a crop at the frame rate of this dataset."""
+        rate = dataset.features.frames_per_second
+        return min(self.row_frames, int(self.max_seconds * rate)), max(1, round(self.min_seconds * rate))
+
+    def open(self) -> Dataset:
+        """Open the dataset, or the datasets of the mixture as one. Raises UserError like `open_dataset`."""
+        if bool(self.dataset) == bool(self.mixture):
+            raise UserError(
+                f"data.dataset is {self.dataset!r} and data.mixture has {len(self.mixture)} parts: give one of them"
+            )
+        if self.dataset:
+            return open_dataset(self.dataset, storage=self.storage)
+        datasets = [open_dataset(part.dataset, storage=self.storage) for part in self.mixture]
+        return DatasetGroup(datasets, [part.weight for part in self.mixture])
+
+    def crop_order(self, dataset: Dataset) -> CropTable:
+        """Order of self-supervised training over the split."""
+        lengths = self.crop_frames(dataset)
+        return self.mixed_order(
+            dataset,
+            dataset.select(split=self.split),
+            lambda recordings, seed: CropOrder(dataset.frames, *lengths, seed, recordings),
+        )
+
+    def mixed_order(
+        self, dataset: Dataset, recordings: np.ndarray, make: Callable[[np.ndarray, int], CropTable]
+    ) -> CropTable:
+        """Order of the recordings with the shares of the settings; `make(recordings, seed)` is the order of a group."""
+        return mixed(groups(dataset, recordings, self.language_temperature), self.seed, make)
 
 
 class RowLoader:
-    """Iterates over updates for ever; each is a list of `accumulation` Batches, this rank's share of the update's rows.
+    """Endless iterator over optimizer steps; each is a list of `accumulation` batches with this rank's rows.
 
-    The rows of update s are the same for any world size, accumulation and number of workers: rank r has the r-th
-    contiguous share, its accumulation steps in order.
+    The rows of a step are the same for any world size, accumulation and number of workers: rank r reads the r-th
+    contiguous share, in the order of its accumulation steps.
 
     Args:
         dataset: the opened dataset.
-        crops: the order (`settings.crop_order(dataset)`, or `supervised_crops(...)`).
-        multiple: the encoder's subsampling factor.
-        row_gap: frames between two segments of a row, the encoder's `row_gap`.
-        draw_mask: draws a segment's mask; must be picklable unless start_method is 'fork'.
-        state: where to begin; None is the beginning.
+        crops: the order (`settings.crop_order(dataset)` or `supervised_crops(...)`).
+        multiple: the encoder's `row_multiple`.
+        row_gap: minimum number of frames between two segments of a row, the encoder's `row_gap`.
+        draw_mask: draws the mask of a segment; must be picklable unless start_method is 'fork'.
+        state: initial position; None is the start of the stream.
+
     Raises:
-        UserError: rows that the processes cannot share evenly, crops longer than a row, a state of other data; later,
-            naming the recording, whatever is wrong with a file.
+        UserError: rows that are not divisible among the processes, crops longer than a row, a state of other data;
+            during iteration, too many unreadable recordings.
     """
 
     def __init__(
@@ -95,36 +176,36 @@ class RowLoader:
         )
         self.state = self.stream.start(state)
         self.draw_mask = draw_mask
-        self.quarantined: dict[str, str] = {}  # recordings that this process could not read: what is wrong with them
+        self.quarantined: dict[str, str] = {}  # id of every recording unreadable in this process -> error message
         if settings.num_workers:
             self._check_shared_memory()
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        return self.updates()
+        return self.steps()
 
-    def updates(self) -> Generator[list[Batch], None, None]:
-        """Updates from `self.state` on, which moves along: a second loop goes on where the first one stopped."""
+    def steps(self) -> Generator[list[Batch], None, None]:
+        """Yield the steps from `self.state` on and advance it: a second call continues after the last step."""
         batches = self._batches()
         try:
             while True:
-                update = [next(batches) for _ in range(self.accumulation)]
-                self.state = update[-1].state
-                yield update
+                micro_batches = [next(batches) for _ in range(self.accumulation)]
+                self.state = micro_batches[-1].state
+                yield micro_batches
         finally:
             batches.close()
 
-    def plans(self) -> Iterator[Plan]:
-        """This rank's batches from `self.state` on, before anything is read."""
+    def batch_rows_and_states(self) -> Iterator[tuple[list[Row], DataState]]:
+        """Rows of this rank's batches from `self.state` on, and the state after their step, without reading frames."""
         share = self.accumulation * self.batch_rows
-        for rows, state in self.stream.updates(self.state, self.settings.rows):
-            mine = rows[self.rank * share : (self.rank + 1) * share]
+        for rows, state in self.stream.steps(self.state, self.settings.rows):
+            rank_rows = rows[self.rank * share : (self.rank + 1) * share]
             for first in range(0, share, self.batch_rows):
-                yield Plan(mine[first : first + self.batch_rows], state)
+                yield rank_rows[first : first + self.batch_rows], state
 
     def _batches(self) -> Generator[Batch, None, None]:
         s = self.settings
         shape = (self.batch_rows, s.row_frames, self.dataset.features.num_mels)
-        shared = SharedRows(self._slots(), shape)
+        shared = SharedBuffers(self._num_buffers(), shape)
         reader = RowReader(
             self.dataset,
             self.crops,
@@ -135,59 +216,60 @@ class RowLoader:
             s.verify_checksums,
             shared.buffers,
         )
-        pending: deque[tuple[Plan, int | None]] = deque()
+        pending: deque[tuple[DataState, int | None]] = deque()
 
-        def jobs() -> Iterator[Job]:
-            for plan in self.plans():
-                slot = shared.take()
-                pending.append((plan, slot))
-                yield Job.of(plan.rows, slot)
+        def plans() -> Iterator[BatchPlan]:
+            for rows, state in self.batch_rows_and_states():
+                buffer = shared.take()
+                pending.append((state, buffer))
+                yield BatchPlan.from_rows(rows, buffer)
 
-        for reading in self._readings(reader, jobs()):
-            if isinstance(reading, UserError):
-                raise reading
-            plan, slot = pending.popleft()
-            self._quarantine(reading.bad)
-            log_mel = reading.log_mel if slot is None else shared.tensor(slot)
+        for content in self._read(reader, plans()):
+            if isinstance(content, UserError):
+                raise content
+            state, buffer = pending.popleft()
+            self._quarantine(content.unreadable)
+            log_mel = content.log_mel if buffer is None else shared.tensor(buffer)
             assert log_mel is not None
-            start, length, seed = torch.from_numpy(reading.segments)
-            mask = None if reading.mask is None else _unpacked(reading.mask, log_mel.shape[:2])
-            text = [[self.crops.text(item) for *_, item in row] for row in reading.crops]
-            yield Batch(log_mel, start, length, seed, mask, text, reading.crops, plan.state, self.dataset)
+            start, length, seed = torch.from_numpy(content.segments)
+            segments = Segments(start, length, log_mel.shape[1], seed)
+            mask = None if content.mask is None else _unpack_mask(content.mask, log_mel.shape[:2])
+            text = [[self.crops.text(item) for *_, item in row] for row in content.crops]
+            yield Batch(log_mel, segments, mask, text, content.crops, state, self.dataset)
 
-    def _readings(self, reader: RowReader, jobs: Iterator[Job]) -> Iterator[Reading | UserError]:
-        """Answers in the order of the jobs."""
+    def _read(self, reader: RowReader, plans: Iterator[BatchPlan]) -> Iterator[BatchContent | UserError]:
+        """Contents in the order of the plans."""
         s = self.settings
         if s.num_workers == 0:
-            return map(reader.__getitem__, jobs)
+            return map(reader.__getitem__, plans)
         workers: DataLoader[Any] = DataLoader(
             reader,  # type: ignore[arg-type]
-            sampler=jobs,
+            sampler=plans,
             batch_size=None,
             num_workers=s.num_workers,
             prefetch_factor=s.prefetch,
-            collate_fn=_as_is,
-            worker_init_fn=_begin_worker,
+            collate_fn=_identity,
+            worker_init_fn=_start_worker,
             multiprocessing_context=multiprocessing.get_context(s.start_method),
-            generator=torch.Generator(),  # or it would draw from, and so move, the global one
+            generator=torch.Generator(),  # the default draws from the global generator and changes its state
         )
         return iter(workers)
 
-    def _quarantine(self, bad: dict[str, str]) -> None:
-        """Note recordings that could not be read. Raises UserError when there are more than may be."""
-        for id, reason in bad.items():
+    def _quarantine(self, unreadable: dict[str, str]) -> None:
+        """Record unreadable recordings. Raises UserError if there are more than `max_quarantined`."""
+        for id, reason in unreadable.items():
             if id not in self.quarantined:
-                logging.getLogger(__name__).warning("left out, others in its place: %s", reason)
+                logging.getLogger(__name__).warning("replaced by another crop: %s", reason)
             self.quarantined[id] = reason
-        most = self.settings.max_quarantined
-        if len(self.quarantined) > most:
+        limit = self.settings.max_quarantined
+        if len(self.quarantined) > limit:
             first = next(iter(self.quarantined.values()))
             raise UserError(
-                f"{len(self.quarantined)} recordings cannot be read, data.max_quarantined is {most}; the first: {first}"
+                f"{len(self.quarantined)} recordings cannot be read, data.max_quarantined is {limit}; first: {first}"
             )
 
-    def _slots(self) -> int:
-        """Shared buffers: one for every batch under way, and for those of two updates in the hands of the script."""
+    def _num_buffers(self) -> int:
+        """Buffers for all prefetched batches and for the batches of two steps that the script may hold."""
         s = self.settings
         return s.num_workers * s.prefetch + 2 * self.accumulation if s.num_workers else 0
 
@@ -196,40 +278,39 @@ class RowLoader:
         if not folder.is_dir():
             return
         batch = 4 * self.batch_rows * s.row_frames * self.dataset.features.num_mels
-        need, free = self._slots() * batch, shutil.disk_usage(folder).free
+        need, free = self._num_buffers() * batch, shutil.disk_usage(folder).free
         if need > free:
             raise UserError(
                 f"data.num_workers {s.num_workers} x prefetch {s.prefetch} needs {need >> 20} MiB of shared "
-                f"memory, /dev/shm has {free >> 20}: lower them, or enlarge it (docker run --shm-size)"
+                f"memory, but /dev/shm has {free >> 20} MiB free: lower them, or enlarge it (docker run --shm-size)"
             )
 
 
-def _unpacked(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """bool [R, F] of what np.packbits made of it."""
+def _unpack_mask(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of np.packbits, bool of the given shape."""
     return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(np.bool_))
 
 
-def _begin_worker(_: int) -> None:
-    """Signals are for the training process: it decides when to stop, and then ends its workers itself.
+def _start_worker(_: int) -> None:
+    """Ignore signals other than a SIGTERM from the training process.
 
-    A cluster sends SIGTERM to every process of a job; a worker that obeyed it would break the training process's last
-    updates. Only a SIGTERM that comes from the training process counts.
+    A cluster sends SIGTERM to every process of a job. A worker that exited would break the last steps of the training
+    process, which stops its workers itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     parent = multiprocessing.parent_process()
-
     assert parent is not None
 
-    def obey_parent() -> None:
+    def exit_on_request() -> None:
         while parent.is_alive():
-            sent = signal.sigtimedwait([signal.SIGTERM], 1.0)
-            if sent is not None and sent.si_pid == parent.pid:
+            received = signal.sigtimedwait([signal.SIGTERM], 1.0)
+            if received is not None and received.si_pid == parent.pid:
                 break
         os._exit(0)
 
-    threading.Thread(target=obey_parent, daemon=True).start()
+    threading.Thread(target=exit_on_request, daemon=True).start()
 
 
-def _as_is(reading: Any) -> Any:
-    return reading
+def _identity(content: Any) -> Any:
+    return content

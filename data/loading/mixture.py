@@ -1,8 +1,8 @@
-"""Several datasets, or languages, mixed in shares of one's choice.
+"""Mixtures of datasets or languages with given shares of the training audio.
 
-A mixture's epoch has as many crops as all its groups together, of which each group has a fixed share; a small group is
-passed through several times in it, a large one in part, each in its own order. So crop k of epoch e is a pure function
-here too, and the state of the data remains the same three integers.
+An epoch of a mixture has as many crops as its groups in total, and each group has a fixed share of them. A small group
+is passed several times per epoch, a large one in part, each in its own order. Crop k of epoch e remains a pure
+function, and the state of the data the same three integers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor
 
 from common.errors import UserError
@@ -23,30 +24,30 @@ from data.format.dataset import Dataset, Normalisation
 from data.loading.order import Crops, CropTable, NoCrops, permute
 from data.transcripts import Word
 
-_PART = 6  # domain of the hash that gives every group a seed; data.order and data.rows have the others
+_GROUP = 6  # domain of the hash for the seeds of groups; order.py and rows.py have the others
 
 
 @dataclass(frozen=True)
 class MixturePart:
-    """A dataset of a mixture."""
+    """Dataset of a mixture."""
 
     dataset: str = ""
     """Folder or URL of the dataset."""
-    weight: float = 0.0
-    """Share of the training audio, relative to the other parts' weights; 0 in all parts: as their hours."""
+    weight: NonNegativeFloat = 0.0
+    """Share of the training audio relative to the weights of the other parts; 0 in all parts: proportional to hours."""
 
     def __post_init__(self) -> None:
         if not self.dataset:
-            raise UserError("data.mixture has a part without a dataset: give its folder")
-        if not 0 <= self.weight < float("inf"):
-            raise UserError(f"data.mixture: the weight of {self.dataset} is {self.weight}: give 0 or more")
+            raise UserError("data.mixture has a part without a dataset: give its folder or URL")
+        if not 0 <= self.weight < float("inf"):  # infinity and NaN pass the type
+            raise UserError(f"data.mixture: the weight of {self.dataset} is {self.weight}: give a number, 0 or more")
 
 
 class DatasetGroup(Dataset):
-    """Several datasets as one: their recordings are numbered one after another, each keeps its own statistics.
+    """Concatenation of datasets; every recording keeps the statistics of its own dataset.
 
     Raises:
-        UserError: datasets of different features, or one that is given twice.
+        UserError: datasets with different features, or a dataset that is given twice.
     """
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
@@ -55,13 +56,13 @@ class DatasetGroup(Dataset):
                 places = f"{datasets[0].location} and {dataset.location}"
                 raise UserError(f"data.mixture: {places} differ in their features: {'; '.join(differing)}")
         if len({dataset.fingerprint for dataset in datasets}) < len(datasets):
-            raise UserError("data.mixture names a dataset twice: name it once, with a larger weight")
+            raise UserError("data.mixture has the same dataset twice: give it once, with a larger weight")
         if 0 in weights and any(weights):
             raise UserError("data.mixture: give a weight above 0 to every part, or to none")
         self.datasets, self.weights = list(datasets), list(weights)
         self.features = datasets[0].features
         names = [dataset.name for dataset in datasets]
-        # Those of one corpus are all called like it.
+        # Datasets of one corpus have the same name.
         self.names = [d.location if names.count(d.name) > 1 else d.name for d in datasets]
         self.location = self.name = " + ".join(self.names)
         self.frames = np.concatenate([dataset.frames for dataset in datasets])
@@ -69,13 +70,13 @@ class DatasetGroup(Dataset):
         self.fingerprint = hashlib.sha256(" ".join(d.fingerprint for d in datasets).encode()).hexdigest()
         self.first = np.concatenate([[0], np.cumsum([len(dataset) for dataset in datasets])])
 
-    def _of(self, recording: int) -> tuple[Dataset, int]:
-        """The dataset of a recording, and its number there."""
+    def _locate(self, recording: int) -> tuple[Dataset, int]:
+        """Dataset of a recording, and its index there."""
         part = int(np.searchsorted(self.first, recording, side="right")) - 1
         return self.datasets[part], int(recording) - int(self.first[part])
 
     def identity(self) -> dict[str, str]:
-        """As of one dataset, and every part's fingerprint by its field: an error then names the part that differs."""
+        """Identity of a dataset, and the fingerprint of every part, so that an error names the part that differs."""
         features = {name: value for name, value in self.datasets[0].identity().items() if name != "dataset"}
         parts = {f"data.mixture[{i}].dataset": dataset.fingerprint for i, dataset in enumerate(self.datasets)}
         return {**features, **parts, "dataset": self.fingerprint}
@@ -84,35 +85,35 @@ class DatasetGroup(Dataset):
         return DatasetGroup, (self.datasets, self.weights)
 
     def id(self, recording: int) -> str:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return f"{self.names[self.datasets.index(dataset)]}/{dataset.id(number)}"
 
     def text(self, recording: int) -> str | None:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.text(number)
 
     def words(self, recording: int) -> list[Word] | None:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.words(number)
 
     def excluded(self, recording: int) -> list[tuple[float, float]] | None:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.excluded(number)
 
     def language(self, recording: int) -> str:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.language(number)
 
     def speaker(self, recording: int) -> str:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.speaker(number)
 
     def split(self, recording: int) -> str:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.split(number)
 
     def where(self, recording: int) -> str:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.where(number)
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
@@ -124,37 +125,37 @@ class DatasetGroup(Dataset):
     def select(
         self, split: str | None = None, language: str | None = None, ids: Iterable[str] | None = None
     ) -> np.ndarray:
-        """As of one dataset; `ids` are of the form 'dataset's name/id', with the location where names are the same."""
-        numbers = super().select(split, language)
+        """Like `Dataset.select`; ids are 'NAME/ID', with the location in place of names that are not unique."""
+        recordings = super().select(split, language)
         if ids is None:
-            return numbers
+            return recordings
         wanted = set(ids)
-        found = {self.id(i): i for i in numbers if self.id(i) in wanted}
-        if missing := sorted(wanted - set(found)):
-            raise UserError(f"{self.location}: no recording {missing[0]!r} ({len(missing)} ids are not among these)")
-        return np.array(sorted(found.values()), np.int32)
+        selected = {self.id(i): i for i in recordings if self.id(i) in wanted}
+        if missing := sorted(wanted - set(selected)):
+            raise UserError(f"{self.location}: no recording {missing[0]!r} ({len(missing)} ids do not exist)")
+        return np.array(sorted(selected.values()), np.int32)
 
     def read(self, recording: int, start: int = 0, stop: int | None = None, verify: bool = False) -> np.ndarray:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         return dataset.read(number, start, stop, verify)
 
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         dataset.read_into(number, start, out)
 
     def forget(self, recording: int, start: int, stop: int) -> None:
-        dataset, number = self._of(recording)
+        dataset, number = self._locate(recording)
         dataset.forget(number, start, stop)
 
     def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
-        """Of the recording, or of its own dataset."""
-        dataset, number = self._of(recording)
+        """Statistics of the recording, or of its own dataset."""
+        dataset, number = self._locate(recording)
         return dataset.statistics(number, normalisation)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Recordings that are drawn from together."""
+    """Recordings with a common share of the training audio."""
 
     recordings: np.ndarray
     """int32 [N]"""
@@ -163,11 +164,11 @@ class Group:
 
 
 def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list[Group]:
-    """Recordings by dataset and language, with their shares of the audio, which sum to 1.
+    """Recordings by dataset and language, with shares of the audio that sum to 1.
 
-    A language with h of H hours has a share proportional to (h / H) ** temperature: 1 is as the hours are, 0 gives all
-    languages the same (Conneau et al., "Unsupervised Cross-lingual Representation Learning at Scale", 2020). With
-    weights of datasets this holds within each dataset, else over all of them.
+    A language with h of H hours has a share proportional to (h / H) ** temperature: 1 keeps the distribution of hours,
+    0 gives equal shares (Conneau et al., "Unsupervised Cross-lingual Representation Learning at Scale", 2020). With
+    weights of datasets this holds within each dataset, otherwise over all of them.
     """
     parts = dataset.datasets if isinstance(dataset, DatasetGroup) else [dataset]
     weights = dataset.weights if isinstance(dataset, DatasetGroup) else [0.0]
@@ -178,57 +179,57 @@ def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list
     part_of = np.searchsorted(first, recordings, side="right") - 1
     if any(weights):
         for number in sorted(set(range(len(parts))) - set(np.unique(part_of).tolist())):
-            message = "data.mixture: none of the recordings of %s is among those chosen, its weight goes to the others"
+            message = "data.mixture: no recording of %s is selected; its weight is distributed among the other datasets"
             logging.getLogger(__name__).warning(message, parts[number].name)
     key = part_of * len(values) + codes[recordings]
-    found = np.unique(key).tolist()
-    hours = {k: float(dataset.frames[recordings[key == k]].sum()) for k in found}
+    keys = np.unique(key).tolist()
+    frames = {k: float(dataset.frames[recordings[key == k]].sum()) for k in keys}
 
     def pool(k: int) -> int:
-        """What shares a temperature: the languages of one dataset where datasets have weights, else all."""
+        """Pool of languages that share a temperature: one dataset if datasets have weights, else all."""
         return k // len(values) if any(weights) else 0
 
-    by_language: dict[tuple[int, int], float] = {}
-    for k in found:
-        place = pool(k), k % len(values)
-        by_language[place] = by_language.get(place, 0.0) + hours[k]
+    language_frames: dict[tuple[int, int], float] = {}
+    for k in keys:
+        language = pool(k), k % len(values)
+        language_frames[language] = language_frames.get(language, 0.0) + frames[k]
     shares = {}
-    for k in found:
-        language = by_language[pool(k), k % len(values)]
-        total = sum(h**temperature for (p, _), h in by_language.items() if p == pool(k))
-        of_pool = weights[k // len(values)] if any(weights) else 1.0
-        shares[k] = of_pool * language**temperature / total * hours[k] / language
-    whole = sum(shares.values())
-    return [Group(recordings[key == k], shares[k] / whole) for k in found]
+    for k in keys:
+        own = language_frames[pool(k), k % len(values)]
+        total = sum(count**temperature for (p, _), count in language_frames.items() if p == pool(k))
+        pool_share = weights[k // len(values)] if any(weights) else 1.0
+        shares[k] = pool_share * own**temperature / total * frames[k] / own
+    total_share = sum(shares.values())
+    return [Group(recordings[key == k], shares[k] / total_share) for k in keys]
 
 
 def mixed(groups: Sequence[Group], seed: int, make: Callable[[np.ndarray, int], CropTable]) -> CropTable:
-    """One order over the groups. make: (recordings, seed) -> the order of one group.
+    """Order over all groups; `make(recordings, seed)` returns the order of one group.
 
-    Groups that no crop can be made of are left out with a warning. Raises NoCrops where that is all of them.
+    Groups without crops are left out with a warning. Raises NoCrops if no group has any.
     """
     if len(groups) == 1:
         return make(groups[0].recordings, seed)
     tables, weights = [], []
     for number, group in enumerate(groups):
         try:
-            tables.append(make(group.recordings, int(mix(_PART, seed, number) >> np.uint64(1))))
+            tables.append(make(group.recordings, int(mix(_GROUP, seed, number) >> np.uint64(1))))
             weights.append(group.weight)
         except NoCrops as error:
             message = "a language or dataset of %d recordings is left out: %s"
             logging.getLogger(__name__).warning(message, len(group.recordings), error)
-            nothing = error
+            no_crops = error
     if not tables:
-        raise nothing
+        raise no_crops
     return MixedCrops(tables, weights, seed)
 
 
 class MixedCrops(CropTable):
-    """Orders mixed so that each has its share of the audio.
+    """Orders mixed by shares of the audio.
 
     Args:
-        tables: the orders. A group's crops come in its own order, epoch after epoch of its own.
-        weights: share of the audio of each, which need not sum to 1.
+        tables: orders of the groups. The crops of a group follow its own order through its own epochs.
+        weights: share of the audio of every group; need not sum to 1.
     """
 
     def __init__(self, tables: Sequence[CropTable], weights: Sequence[float], seed: int) -> None:
@@ -240,7 +241,7 @@ class MixedCrops(CropTable):
         per_crop = np.array([weight / table.mean_frames for weight, table in zip(weights, tables, strict=True)])
         sizes = np.array([len(table) for table in tables])
         quotas = np.maximum(1, np.round(sizes.sum() * per_crop / per_crop.sum())).astype(np.int64)
-        self.first = np.concatenate([[0], np.cumsum(quotas)])  # of a mixture's epoch
+        self.first = np.concatenate([[0], np.cumsum(quotas)])  # within an epoch of the mixture
         self.first_item = np.concatenate([[0], np.cumsum(sizes)])
 
     def __len__(self) -> int:
@@ -263,26 +264,26 @@ class MixedCrops(CropTable):
         return self.tables[part].text(item - int(self.first_item[part]))
 
     def crops(self, epoch: int, k: np.ndarray) -> Crops:
-        place = permute(k, len(self), self.seed, epoch)
-        part = np.searchsorted(self.first, place, side="right") - 1
-        columns = np.empty((5, len(place)), np.int64)
+        position = permute(k, len(self), self.seed, epoch)
+        part = np.searchsorted(self.first, position, side="right") - 1
+        columns = np.empty((5, len(position)), np.int64)
         for number in np.unique(part).tolist():
-            mine = np.flatnonzero(part == number)
+            members = np.flatnonzero(part == number)
             table, quota = self.tables[number], int(self.first[number + 1] - self.first[number])
-            # The group's crops are counted through all epochs of the mixture.
-            own_epoch, own_k = np.divmod(epoch * quota + place[mine] - self.first[number], len(table))
-            for of_epoch in np.unique(own_epoch).tolist():
-                these = own_epoch == of_epoch
-                found = table.crops(of_epoch, own_k[these])
-                item = found.item + self.first_item[number]
-                columns[:, mine[these]] = [found.recording, found.start, found.stop, found.seed, item]
+            # The crops of a group are counted through all epochs of the mixture.
+            group_epoch, group_k = np.divmod(epoch * quota + position[members] - self.first[number], len(table))
+            for e in np.unique(group_epoch).tolist():
+                in_epoch = group_epoch == e
+                crops = table.crops(e, group_k[in_epoch])
+                item = crops.item + self.first_item[number]
+                columns[:, members[in_epoch]] = [crops.recording, crops.start, crops.stop, crops.seed, item]
         return Crops(*columns)
 
     def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of an epoch of the group's."""
+        """Crops of the items; `epoch` counts the epochs of the group."""
         columns = np.empty((3, len(item)), np.int64)
         part = np.searchsorted(self.first_item, item, side="right") - 1
         for number in np.unique(part).tolist():
-            mine = part == number
-            columns[:, mine] = self.tables[number]._cut(epoch, item[mine] - self.first_item[number])
+            members = part == number
+            columns[:, members] = self.tables[number]._cut(epoch, item[members] - self.first_item[number])
         return columns[0], columns[1], columns[2]

@@ -1,13 +1,14 @@
-"""The infinite stream of rows: which crops make up which row, from the order and lengths alone, without any audio.
+"""Packing of crops into rows, and the infinite stream of rows, from lengths alone.
 
-An epoch's crops are taken in blocks; every block is packed by itself and its rows are shuffled. So a place in the
-stream is three integers, and coming back to it costs the packing of one block.
+The crops of an epoch are taken in blocks; every block is packed separately and its rows are shuffled. A position in the
+stream is therefore three integers, and resuming there costs the packing of one block.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,25 +17,24 @@ import numpy as np
 from common.errors import UserError
 from common.hashing import mix
 from data.loading.order import Crops, CropTable
-from data.loading.packing import pack_rows
 
-_ROWS = 4  # domain of the hash that shuffles rows; data.order has the others
+_ROWS = 4  # domain of the hash that shuffles rows; data/loading/order.py has the others
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Where in the stream of rows the next update begins; the same on all ranks, for any world size and workers."""
+    """Position in the stream of rows of the next optimizer step; equal on all ranks, for any world size and workers."""
 
     epoch: int = 0
-    """Passes over the data that are complete."""
+    """Completed passes over the data."""
     block: int = 0
-    """Block of the epoch."""
+    """Block within the epoch."""
     row: int = 0
-    """Row of the block."""
+    """Row within the block."""
     dataset: str = ""
-    """Fingerprint of the dataset that the numbers belong to; "" before the first batch."""
+    """Fingerprint of the dataset; "" before the first batch."""
     order: dict[str, int] = field(default_factory=dict)
-    """The settings that the numbers mean something under: seed, lengths, packing."""
+    """Values that determine the stream, with which the position is valid: seed, lengths, packing."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -43,26 +43,79 @@ class DataState:
     def from_dict(cls, fields: dict[str, Any]) -> DataState:
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != known:
-            raise UserError(f"the state of the data is {fields!r}: expected the fields {sorted(known)}")
+            raise UserError(f"the state of the data is {fields!r}, but must have the fields {sorted(known)}")
         return cls(**fields)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its crops, and the frame of the row where each begins (int64 arrays, by first frame)."""
+    """Crops of one row, by first frame."""
 
     crops: Crops
-    begin: np.ndarray
+    first_frame: np.ndarray
+    """int64 [n], first frame of every crop within the row"""
+
+
+Placement = tuple[int, int]
+"""(index into the lengths, first frame within the row) of a segment"""
+
+
+def pack_rows(
+    lengths: Sequence[int] | np.ndarray, row_frames: int, row_gap: int, multiple: int, max_segments: int
+) -> list[list[Placement]]:
+    """Pack segments into rows by best-fit decreasing: longest first, each into the fullest row with enough space.
+
+    Deterministic, O(n log n).
+
+    Args:
+        lengths: frames of every segment.
+        row_frames: frames per row.
+        row_gap: minimum number of frames between two segments.
+        multiple: starts are multiples of it; the encoder's subsampling factor.
+        max_segments: maximum number of segments per row.
+
+    Returns:
+        The segments of every row, by first frame.
+
+    Raises:
+        UserError: a length above row_frames or below 1, or a row_frames that is not a multiple of `multiple`.
+    """
+    if row_frames % multiple:
+        near = row_frames // multiple * multiple
+        raise UserError(f"row_frames is {row_frames}: must be a multiple of the subsampling factor {multiple}: {near}")
+    if max_segments < 1 or row_gap < 0:
+        raise UserError(f"max_segments is {max_segments} and row_gap {row_gap}: need at least 1 and 0")
+    sizes = np.asarray(lengths, np.int64)
+    if sizes.size and (sizes.max() > row_frames or sizes.min() < 1):
+        worst = int(sizes.max() if sizes.max() > row_frames else sizes.min())
+        raise UserError(f"a segment of {worst} frames does not fit rows of row_frames = {row_frames}")
+    rows: list[list[Placement]] = []
+    # (first frame of the next segment, row) of the rows with a free slot, fullest last.
+    space: list[tuple[int, int]] = []
+    longest_first = np.argsort(-sizes, kind="stable")
+    for index, size in zip(longest_first.tolist(), sizes[longest_first].tolist(), strict=True):
+        fullest = bisect_right(space, (row_frames - size, len(rows))) - 1
+        if fullest >= 0:
+            start, row = space.pop(fullest)
+        else:
+            start, row = 0, len(rows)
+            rows.append([])
+        rows[row].append((index, start))
+        following = -(-(start + size + row_gap) // multiple) * multiple
+        if len(rows[row]) < max_segments and following < row_frames:
+            insort(space, (following, row))
+    return rows
 
 
 class RowStream:
-    """Rows of the stream, from any state on.
+    """Infinite stream of rows from any state.
 
     Args:
         crops: the order.
-        row_frames, row_gap, multiple, max_segments: see `data.packing.pack_rows`.
-        block_crops: crops that are packed together (the blocks of an epoch differ by at most one crop).
+        row_frames, row_gap, multiple, max_segments: see `pack_rows`.
+        block_crops: crops packed together; the blocks of an epoch differ by at most one crop.
         fingerprint: of the dataset.
+
     Raises:
         UserError: crops longer than a row.
     """
@@ -80,8 +133,8 @@ class RowStream:
     ) -> None:
         if crops.max_frames > row_frames:
             raise UserError(
-                f"row_frames is {row_frames} but crops have up to {crops.max_frames} frames: raise row_frames or lower "
-                "max_seconds"
+                f"row_frames is {row_frames}, but crops have up to {crops.max_frames} frames: "
+                "raise row_frames or lower max_seconds"
             )
         if block_crops < 1:
             raise UserError(f"block_crops is {block_crops}: must be at least 1")
@@ -92,7 +145,7 @@ class RowStream:
             "multiple": multiple,
             "max_segments": max_segments,
         }
-        pack_rows([], **self.packing)  # complain now, not in the middle of an epoch
+        pack_rows([], **self.packing)  # check the settings before training starts
         self.fingerprint = fingerprint
         self.blocks = max(1, round(len(crops) / block_crops))
         self.order = {
@@ -106,13 +159,13 @@ class RowStream:
         }
 
     def start(self, state: DataState | None = None) -> DataState:
-        """The state to begin with; UserError where `state` belongs to other data or another order."""
+        """Initial state. Raises UserError if `state` belongs to other data or another order."""
         if state is None or not state.dataset:
             return DataState(dataset=self.fingerprint, order=self.order)
         if state.dataset != self.fingerprint:
             raise UserError(
                 f"the checkpoint's data has the fingerprint {state.dataset[:12]}, this dataset "
-                f"{self.fingerprint[:12]}: it cannot be continued on other recordings; begin a new run"
+                f"{self.fingerprint[:12]}: a run cannot continue on other recordings; start a new run"
             )
         if state.order != self.order:
             names = sorted(set(state.order) | set(self.order))
@@ -122,7 +175,7 @@ class RowStream:
         return state
 
     def block(self, epoch: int, block: int) -> list[Row]:
-        """The rows of a block, in the order of the stream."""
+        """Rows of a block, in stream order."""
         first, last = (len(self.source) * b // self.blocks for b in (block, block + 1))
         crops = self.source.crops(epoch, np.arange(first, last))
         lengths = crops.stop - crops.start
@@ -132,12 +185,12 @@ class RowStream:
         columns = [getattr(crops, f.name) for f in dataclasses.fields(Crops)]
         stream = []
         for row in shuffled.tolist():
-            index, begin = np.array(rows[row], np.int64).T
-            stream.append(Row(Crops(*(column[kept[index]] for column in columns)), begin))
+            index, first_frame = np.array(rows[row], np.int64).T
+            stream.append(Row(Crops(*(column[kept[index]] for column in columns)), first_frame))
         return stream
 
-    def updates(self, state: DataState, rows: int) -> Iterator[tuple[list[Row], DataState]]:
-        """The next `rows` rows from `state` on and the state after them, for ever."""
+    def steps(self, state: DataState, rows: int) -> Iterator[tuple[list[Row], DataState]]:
+        """Endlessly yield the next `rows` rows after `state`, and the state after them."""
         current, empty = self.block(state.epoch, state.block), 0
         while True:
             taken: list[Row] = []
@@ -150,6 +203,6 @@ class RowStream:
                     state = dataclasses.replace(state, epoch=epoch, block=block, row=0)
                     current = self.block(epoch, block)
                     empty = 0 if current else empty + 1
-                    if empty > 2 * self.blocks:  # two whole epochs, as long recordings are cut anew in each
-                        raise UserError("no crop has the min_seconds of data: lower it, or raise max_seconds")
+                    if empty > 2 * self.blocks:  # two epochs, since long recordings are cut differently in each
+                        raise UserError("no crop has data.min_seconds: lower it, or raise data.max_seconds")
             yield taken, state

@@ -1,4 +1,4 @@
-"""The crops of labelled training: recordings whole, long ones and those with excluded stretches cut between words."""
+"""Crops for supervised training: recordings, cut between words if long or with excluded stretches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from data.loading.order import CropTable, NoCrops
 
 
 class FixedCrops(CropTable):
-    """A table of crops with transcripts, the same in every epoch, in another order each time.
+    """Fixed table of crops with transcripts, in a different order in every epoch.
 
     Args:
         recording, start, stop: int [N].
         texts: N transcripts.
-        left_out: what did not become a crop: a count for every reason.
+        left_out: number of recordings, words or crops that were left out, by reason.
+
+    Raises:
+        UserError: columns of different length, or an empty table.
     """
 
     labelled = True
@@ -42,9 +45,9 @@ class FixedCrops(CropTable):
         self.seed = seed
         self.left_out = left_out or {}
         if not len(self.recording) == len(self.start) == len(self.stop) == len(texts):
-            raise UserError("a crop table's columns differ in length")
+            raise UserError("the columns of a crop table differ in length")
         if not texts:
-            raise UserError("a crop table without crops: nothing to train on")
+            raise UserError("the crop table is empty: there is nothing to train on")
         lengths = self.stop - self.start
         self.max_frames, self.min_frames = int(lengths.max()), int(lengths.min())
 
@@ -67,37 +70,37 @@ def supervised_crops(
     seed: int = 0,
     cutting: CuttingSettings | None = None,
 ) -> FixedCrops:
-    """The crops of labelled training: recordings whole, or cut between words (`data.cutting`).
+    """Crops for supervised training: whole recordings, or crops between words (`data.loading.cutting`).
 
-    Cut are those that exceed max_frames or have excluded stretches. What cannot be used is left out, counted in
-    `left_out` and logged as a warning: such recordings without word times, words that a cut could not spare, crops
-    below min_frames or with an empty label (`common.text`). Also logged is how many of the recordings that were cut
-    have words that do not make up their transcript: crops are labelled with the words, whole recordings with the
-    transcript.
+    Recordings are cut if they exceed max_frames or have excluded stretches. Left out, counted in `left_out` and logged
+    as a warning are recordings to be cut without word times, words divided by a cut, and crops below min_frames or with
+    an empty label (`common.text`). Crops are labelled with the words, whole recordings with the transcript; the log
+    also counts recordings that were cut although their words differ from the transcript.
 
     Args:
-        recordings: int [N], numbers of the recordings (`dataset.select(...)`).
-        cutting: what happens to a word at a cut; by default `CuttingSettings()`.
+        recordings: int [N], indices of the recordings (`dataset.select(...)`).
+        cutting: treatment of words at cuts; `CuttingSettings()` by default.
+
     Raises:
-        UserError: recordings without a transcript (counted, the first named), limits that cannot be.
-        NoCrops: nothing is left.
+        UserError: recordings without a transcript (with their number and the first id), invalid limits.
+        NoCrops: no crop is left.
     """
     if not 0 < min_frames <= max_frames:
         raise UserError(f"min_frames {min_frames} and max_frames {max_frames}: need 0 < min_frames <= max_frames")
-    columns = array("q"), array("q"), array("q")  # 64-bit integers, which numpy then takes as they are
+    columns = array("q"), array("q"), array("q")  # 64-bit integers, shared with numpy without a copy
     labels: list[str] = []
     left_out: Counter[str] = Counter()
-    silent, disagreeing = [], []
+    without_text, disagreeing = [], []
     for recording in recordings.tolist():
         text = dataset.text(recording)
         if text is None:
-            silent.append(recording)
+            without_text.append(recording)
             continue
-        pieces, lost, agree = _pieces(dataset, recording, text, max_frames, cutting)
-        left_out += lost
-        if not agree:
+        crops, reasons, words_match = _recording_crops(dataset, recording, text, max_frames, cutting)
+        left_out += reasons
+        if not words_match:
             disagreeing.append(recording)
-        for start, stop, label in pieces:
+        for start, stop, label in crops:
             if stop - start < min_frames:
                 left_out["crops that are too short"] += 1
             elif not label:
@@ -106,17 +109,17 @@ def supervised_crops(
                 for column, value in zip(columns, (recording, start, stop), strict=True):
                     column.append(value)
                 labels.append(label)
-    if silent:
+    if without_text:
         raise UserError(
-            f"{dataset.location}: {len(silent)} of {len(recordings)} recordings have no transcript, the first is "
-            f"{dataset.id(silent[0])!r}; select others, or prepare the dataset with its transcripts"
+            f"{dataset.location}: {len(without_text)} of {len(recordings)} recordings have no transcript, the first is "
+            f"{dataset.id(without_text[0])!r}; select others, or prepare the dataset with its transcripts"
         )
     log = logging.getLogger(__name__)
     if left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         log.warning("%s: left out of training: %s", dataset.location, counts)
     if disagreeing:
-        message = "%s: the words of %d long recordings do not make up their transcripts, the first is %r"
+        message = "%s: the words of %d long recordings differ from their transcripts, the first is %r"
         log.warning(message, dataset.location, len(disagreeing), dataset.id(disagreeing[0]))
     if not labels:
         limits = f"{min_frames} to {max_frames} frames"
@@ -125,14 +128,14 @@ def supervised_crops(
     return FixedCrops(numbers, starts, stops, labels, seed, dict(left_out))
 
 
-def _pieces(
+def _recording_crops(
     dataset: Dataset,
     recording: int,
     text: str,
     max_frames: int,
     cutting: CuttingSettings | None,
 ) -> tuple[list[tuple[int, int, str]], Counter[str], bool]:
-    """(start, stop, label) of a recording's crops, what was left out, and whether its words make up its transcript."""
+    """(start, stop, label) of the crops, counts of omissions by reason, and whether words and transcript agree."""
     frames = int(dataset.frames[recording])
     excluded, language = dataset.excluded(recording) or [], dataset.language(recording)
     label = label_text(text, language)
@@ -142,9 +145,10 @@ def _pieces(
     if not words:
         kind = "recordings with excluded stretches" if excluded else "long recordings"
         return [], Counter({f"{kind} without word times": 1}), True
-    # The labels of all words at once: a cut may fall between two words that are a label together.
+    # Labels of all words at once, because two words may form one label.
     labels = label_words([word.word for word in words], language)
-    labelled = [word._replace(word=one) for word, one in zip(words, labels, strict=True)]
+    labelled = [word._replace(word=label) for word, label in zip(words, labels, strict=True)]
     cut = cut_recording(labelled, frames, max_frames, dataset.features.frames_per_second, cutting, excluded)
-    texts = (" ".join(piece.split()) for piece in cut.texts)
-    return list(zip(cut.start, cut.stop, texts, strict=True)), cut.left_out, " ".join(filter(None, labels)) == label
+    texts = (" ".join(text.split()) for text in cut.texts)
+    words_match = " ".join(filter(None, labels)) == label
+    return list(zip(cut.start, cut.stop, texts, strict=True)), cut.left_out, words_match

@@ -17,6 +17,7 @@ from bestrq.decoding.transducer_beam import BeamState, beam_search
 from bestrq.decoding.transducer_search import Transducer, greedy_search
 from bestrq.model.streaming import encode_chunk, start_stream
 from common.errors import UserError
+from common.segments import Segments
 
 LENGTHS = torch.tensor([16, 0, 1, 9, 16, 5])
 KINDS = pytest.mark.parametrize("kind", ["table", "stateless", "lstm"])
@@ -275,7 +276,7 @@ def test_a_stream_finds_what_one_pass_over_the_recording_finds(prediction: str) 
     model = make_transducer(prediction, mask="chunk", chunk_size=4, left_chunks=1, causal_convolution=True)
     log_mel = torch.randn(3 * 16 + 6, MELS, dtype=torch.float64) * 2
     frames = torch.tensor([[len(log_mel)]])
-    encoded = model.encode(log_mel[None], 0 * frames, frames)
+    encoded = model.encode(log_mel[None], Segments(0 * frames, frames, len(log_mel)))
     whole = beam_search(model, encoded, torch.tensor([14]), 3, 2)
     stream, state = start_stream(model.encoder), None
     for chunk in log_mel.split(16):

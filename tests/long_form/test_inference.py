@@ -16,6 +16,7 @@ from bestrq.long_form.inference import (
 )
 from bestrq.long_form.windows import plan_windows
 from common.errors import UserError
+from common.segments import Segments
 
 FACTOR = 4
 REACH = 3
@@ -34,10 +35,10 @@ class LocalModel:
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []
 
-    def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
+    def log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
         self.batches.append(tuple(log_mel.shape[:2]))
-        assert (segment_start == 0).all() and log_mel.shape[1] % FACTOR == 0
-        inside = torch.arange(log_mel.shape[1]) < segment_length
+        assert (segments.start == 0).all() and log_mel.shape[1] % FACTOR == 0
+        inside = torch.arange(log_mel.shape[1]) < segments.length
         frames = (log_mel * inside[:, :, None]).unflatten(1, (-1, FACTOR)).mean(dim=2)  # [R, T, M]
         kernel = torch.arange(1, 2 * REACH + 2, dtype=log_mel.dtype).expand(log_mel.shape[2], 1, -1)
         return F.conv1d(frames.mT, kernel, padding=REACH, groups=log_mel.shape[2]).mT

@@ -15,6 +15,7 @@ from bestrq.long_form.windows import RunningAverage, plan_windows
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from common.errors import UserError
+from common.segments import Segments
 from tests.tiny_transducer import make_transducer
 
 FACTOR, MELS, VOCAB = 4, 5, 3
@@ -30,8 +31,8 @@ class WholeWindowModel:
         self.own, self.all = torch.randn(2, MELS, VOCAB, dtype=torch.float64, generator=generator)
         self.context, self.factor = context, factor
 
-    def log_probs(self, log_mel: Tensor, segment_start: Tensor, segment_length: Tensor) -> Tensor:
-        inside = torch.arange(log_mel.shape[1]) < segment_length
+    def log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
+        inside = torch.arange(log_mel.shape[1]) < segments.length
         frames = (log_mel * inside[:, :, None]).unflatten(1, (-1, self.factor)).sum(dim=2)  # [R, T, M]
         place = torch.arange(frames.shape[1], dtype=torch.float64)[:, None] / 10
         of_window = (frames.sum(dim=1, keepdim=True) + place) @ self.all
@@ -42,7 +43,7 @@ class WholeWindowModel:
         length = len(log_mel)
         padded = torch.zeros(-(-length // self.factor) * self.factor, log_mel.shape[1], dtype=torch.float64)
         padded[:length] = log_mel
-        return self.log_probs(padded[None], torch.tensor([[0]]), torch.tensor([[length]]))[0]
+        return self.log_probs(padded[None], Segments(torch.tensor([[0]]), torch.tensor([[length]]), len(padded)))[0]
 
 
 def recording(num_frames: int, seed: int = 0, mels: int = MELS) -> tuple[Tensor, Source]:

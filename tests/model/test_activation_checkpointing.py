@@ -13,6 +13,7 @@ from bestrq.model.checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise
+from common.segments import Segments
 from tests.gloo import run_distributed
 
 TINY = EncoderSettings(
@@ -43,7 +44,7 @@ def loss_of(model: nn.Module, encoder: ConformerEncoder, seed: int = 1) -> Tenso
     """Two rows, three segments and a gap; the same noise and the same dropout for the same seed."""
     torch.manual_seed(seed)
     frames = 192
-    layout = encoder.layout(torch.tensor([[0, 96], [0, 0]]), torch.tensor([[71, 64], [131, 0]]), frames)
+    layout = encoder.layout(Segments(torch.tensor([[0, 96], [0, 0]]), torch.tensor([[71, 64], [131, 0]]), frames))
     log_mel = torch.randn(2, frames, encoder.settings.num_mels, dtype=next(encoder.parameters()).dtype)
     return model(log_mel, layout).double().pow(2).sum()
 
@@ -133,7 +134,7 @@ def test_selective_reckons_products_with_weights_once_and_full_twice() -> None:
 def kept_bytes(mode: str, frames: int) -> int:
     """What a block of 32 float32 features keeps of a row of one segment, its output aside."""
     encoder = make(TINY, "none", torch.float32)
-    layout = encoder.layout(torch.tensor([[0]]), torch.tensor([[4 * frames]]), 4 * frames)
+    layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[4 * frames]]), 4 * frames))
     x = torch.randn(1, frames, TINY.dim, requires_grad=True)
     with LiveBytes() as live:
         y = run_block(encoder.blocks[0], mode, x, layout.stages[0])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from common.segments import Segments
 
 MELS = 16
 
@@ -18,7 +19,7 @@ def make_encoder(seed: int) -> ConformerEncoder:
 
 
 def subsample(encoder: ConformerEncoder, log_mel: Tensor, start: int, length: int) -> Tensor:
-    layout = encoder.layout(torch.tensor([[start]]), torch.tensor([[length]]), log_mel.shape[0])
+    layout = encoder.layout(Segments(torch.tensor([[start]]), torch.tensor([[length]]), log_mel.shape[0]))
     first = start // 4
     return encoder.subsampling(log_mel[None], layout)[0, first : first + -(-length // 4)]
 

@@ -13,6 +13,7 @@ from bestrq.recognition.ctc import CTCModel
 from bestrq.training.export import Export, read_export, write_export
 from common.config import from_dict, to_dict
 from common.errors import UserError
+from common.segments import Segments
 from data.features import FeatureSettings
 from pipelines.recogniser import EncoderChanges, load_recogniser, make_decoder
 from tests.scripts.test_evaluate import make_export
@@ -29,7 +30,7 @@ def log_probs(export: Export, changes: EncoderChanges) -> Tensor:
     assert isinstance(model, CTCModel)
     log_mel = torch.randn(1, 400, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model.log_probs(log_mel, torch.tensor([[0]]), torch.tensor([[400]]))
+        return model.log_probs(log_mel, Segments(torch.tensor([[0]]), torch.tensor([[400]]), 400))
 
 
 def test_an_encoder_trained_on_chunks_of_changing_length_takes_any_mask() -> None:
@@ -62,9 +63,9 @@ def test_changes_come_from_a_command_line() -> None:
 
 
 def test_a_change_that_does_nothing_or_is_impossible_is_named() -> None:
-    with pytest.raises(UserError, match="encoder.window = 64 changes nothing with mask 'segment'"):
+    with pytest.raises(UserError, match="encoder.window = 64 has no effect with mask 'segment'"):
         EncoderChanges(window=64).apply(EncoderSettings())
-    with pytest.raises(UserError, match="encoder.left_chunks = 2 changes nothing with mask 'window'"):
+    with pytest.raises(UserError, match="encoder.left_chunks = 2 has no effect with mask 'window'"):
         EncoderChanges(mask="window", left_chunks=2).apply(EncoderSettings())
     with pytest.raises(UserError, match="encoder.window: 0 is not possible"):
         EncoderChanges(mask="window", window=0).apply(EncoderSettings())

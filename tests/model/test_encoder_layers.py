@@ -12,6 +12,7 @@ from bestrq.model.cpu import dropout as dropout_module
 from bestrq.model.cpu.dropout import Dropout, drop_threshold, keep_scale, random_words
 from bestrq.model.norms import LayerNorm, make_norm
 from bestrq.model.settings import StageSettings
+from common.segments import Segments
 from tests.layouts import row_layout
 
 # ---- dropout
@@ -143,8 +144,8 @@ def test_stages_of_an_efficient_conformer_halve_the_frames_of_every_segment() ->
     earlier = [StageSettings(1, 8, 2, 8, group_size=3), StageSettings(1, 8, 2, 8)]
     layout = row_layout([[0, 96]], [[90, 53]], 200, earlier_stages=earlier)  # rows are filled up to 240
     assert [stage.valid.shape[1] for stage in layout.stages] == [60, 30, 15]
-    assert [stage.segment_start[0].tolist() for stage in layout.stages] == [[0, 24], [0, 12], [0, 6]]
-    assert [stage.segment_length[0].tolist() for stage in layout.stages] == [[23, 14], [12, 7], [6, 4]]
+    assert [stage.segments.start[0].tolist() for stage in layout.stages] == [[0, 24], [0, 12], [0, 6]]
+    assert [stage.segments.length[0].tolist() for stage in layout.stages] == [[23, 14], [12, 7], [6, 4]]
     assert layout.stages[0].attention.segments == [(0, 8), (8, 13)]  # in groups of three frames
 
 
@@ -174,13 +175,13 @@ def test_encoder_error_stays_within_its_precision() -> None:
         EncoderSettings(dim=64, num_layers=3, num_heads=2, feedforward_dim=128, subsampling_channels=16)
     ).eval()
     log_mel = torch.randn(2, 200, 80)
-    rows = torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [200, 0]]), 200
+    rows = Segments(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [200, 0]]), 200)
     with torch.no_grad():
-        single = encoder(log_mel, encoder.layout(*rows))
+        single = encoder(log_mel, encoder.layout(rows))
         with torch.autocast("cpu", torch.bfloat16):
-            half = encoder(log_mel, encoder.layout(*rows))
+            half = encoder(log_mel, encoder.layout(rows))
         encoder.double()
-        exact = encoder(log_mel.double(), encoder.layout(*rows))
+        exact = encoder(log_mel.double(), encoder.layout(rows))
     assert (single - exact).norm() < 1e-5 * exact.norm()
     assert (half - exact).norm() < 0.02 * exact.norm()
 
@@ -191,11 +192,11 @@ def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
     torch.manual_seed(0)
     cpu = ConformerEncoder(EncoderSettings(dim=64, num_layers=2, num_heads=2, feedforward_dim=128)).double().eval()
     log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
-    rows = torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200
-    expected = cpu(log_mel, cpu.layout(*rows))
+    rows = Segments(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200)
+    expected = cpu(log_mel, cpu.layout(rows))
     grads = torch.autograd.grad(expected.pow(2).sum(), list(cpu.parameters()))
     gpu = cpu.cuda()
-    got = gpu(log_mel.cuda(), gpu.layout(*rows))
+    got = gpu(log_mel.cuda(), gpu.layout(rows))
     got_grads = torch.autograd.grad(got.pow(2).sum(), list(gpu.parameters()))
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
     for a, b in zip(got_grads, grads, strict=True):
@@ -209,7 +210,7 @@ def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.M
     )
     encoder.double().eval()
     log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
-    layout = encoder.layout(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200)
+    layout = encoder.layout(Segments(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200))
     whole = encoder(log_mel, layout)
     monkeypatch.setattr(conformer, "SLICE", 7)
     hidden: list[int] = []

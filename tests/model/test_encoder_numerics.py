@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
+from common.segments import Segments
 
 START, LENGTH, FRAMES = torch.tensor([[0, 96], [4, 0]]), torch.tensor([[85, 160], [203, 0]]), 260
 MASKS: dict[str, dict[str, object]] = {
@@ -46,7 +47,7 @@ def results(encoder: ConformerEncoder, backend: str | None, low: bool = False, r
     dtype = next(encoder.parameters()).dtype
     noise = torch.randn(2 * repeat, FRAMES, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     log_mel = noise.to(dtype).requires_grad_()
-    layout = encoder.layout(START.repeat(repeat, 1), LENGTH.repeat(repeat, 1), FRAMES, backend)
+    layout = encoder.layout(Segments(START.repeat(repeat, 1), LENGTH.repeat(repeat, 1), FRAMES), backend)
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         outputs = encoder(log_mel, layout)
     weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

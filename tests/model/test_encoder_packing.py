@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bestrq.model.conformer import ConformerEncoder
+from common.segments import Segments
 from tests.variants import CHOICES, Case, Segment, all_cases, covering_cases, encode, make_encoder
 
 TOLERANCE = 1e-9
@@ -97,7 +98,7 @@ def test_a_block_does_not_see_what_earlier_ones_left_in_gaps() -> None:
         encoder = make_encoder(case)
         rows = in_row(encoder, 0, [(5 * encoder.settings.stride - 1, None), (3, None), (encoder.settings.stride, None)])
         start, length = torch.tensor([[s.start for s in rows], [0, 0, 0]]), torch.tensor([[s.length for s in rows]] * 2)
-        layout = encoder.layout(start, length * torch.tensor([[1], [0]]), ends(rows), case["backend"])
+        layout = encoder.layout(Segments(start, length * torch.tensor([[1], [0]]), ends(rows)), case["backend"])
         valid, block = layout.stages[0].valid, encoder.blocks[0]
         x = torch.randn(*valid.shape, block.attention.qkv.in_features, dtype=torch.float64)  # type: ignore[union-attr]
         other = torch.where(valid[..., None], x, 5 * torch.randn_like(x))
@@ -152,7 +153,7 @@ def test_kernels_that_see_one_frame_or_reach_over_whole_segments(
 @pytest.mark.parametrize("stages", CHOICES["stages"])
 def test_gaps_and_unused_rows_come_out_as_zeros(stages: str) -> None:
     encoder = make_encoder({"stages": stages})
-    layout = encoder.layout(torch.tensor([[24], [0]]), torch.tensor([[21], [0]]), 72)
+    layout = encoder.layout(Segments(torch.tensor([[24], [0]]), torch.tensor([[21], [0]]), 72))
     outputs: Tensor = encoder(torch.randn(2, 72, 4, dtype=torch.float64), layout)
     stride = encoder.settings.stride
     assert outputs[~layout.output.valid].abs().max() == 0
@@ -161,7 +162,7 @@ def test_gaps_and_unused_rows_come_out_as_zeros(stages: str) -> None:
 
 def test_rows_that_are_not_those_of_the_layout_are_refused() -> None:
     encoder = make_encoder({})
-    layout = encoder.layout(torch.tensor([[0]]), torch.tensor([[21]]), 24)
+    layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[21]]), 24))
     for frames in (20, 28):
         with pytest.raises(ValueError, match=f"rows of {frames} mel frames, laid out as 24"):
             encoder(torch.randn(1, frames, 4, dtype=torch.float64), layout)
@@ -170,7 +171,7 @@ def test_rows_that_are_not_those_of_the_layout_are_refused() -> None:
 def test_segments_that_the_subsampling_would_mix_are_refused_and_those_just_apart_are_not() -> None:
     encoder = make_encoder({"subsampling": "striding 8"})
     lengths = torch.tensor([[20, 20, 0], [8, 20, 0]])
-    encoder.layout(torch.tensor([[24, 0, 0], [32, 0, 0]]), lengths, 64)
+    encoder.layout(Segments(torch.tensor([[24, 0, 0], [32, 0, 0]]), lengths, 64))
     for start in (16, 0):
         with pytest.raises(ValueError, match="less than 4 mel frames apart"):
-            encoder.layout(torch.tensor([[start, 0, 0], [32, 0, 0]]), lengths, 64)
+            encoder.layout(Segments(torch.tensor([[start, 0, 0], [32, 0, 0]]), lengths, 64))

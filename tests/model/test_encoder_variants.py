@@ -16,6 +16,7 @@ from bestrq.model.layout import RowLayout
 from bestrq.model.positions import RelativeBias, distance_bucket
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings, StageSettings
+from common.segments import Segments
 from tests.layouts import stage_layout
 from tests.variants import CHOICES, MELS, covering_cases, make_encoder
 
@@ -79,7 +80,8 @@ def test_under_a_window_frames_far_from_both_ends_do_not_know_where_they_are(pos
     outputs = []
     for log_mel in (long, long[:, 4 * later :]):
         frames = log_mel.shape[1]
-        outputs.append(encoder(log_mel, encoder.layout(torch.tensor([[0]]), torch.tensor([[frames]]), frames))[0])
+        segments = Segments(torch.tensor([[0]]), torch.tensor([[frames]]), frames)
+        outputs.append(encoder(log_mel, encoder.layout(segments))[0])
     difference = (outputs[0][later + reach :] - outputs[1][reach:]).abs().max()
     assert difference > 1e-3 if position == "fourier" else difference < 1e-10
 
@@ -90,7 +92,7 @@ def test_under_a_window_frames_far_from_both_ends_do_not_know_where_they_are(pos
 def test_dropped_rows_pass_a_block_by_as_often_as_asked_for() -> None:
     rows, share = 600, 0.3
     encoder = make_encoder({"subsampling": "stacking 4"}, dropout=0.0, attention_dropout=0.0, layer_drop=share)
-    layout = encoder.layout(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), 8), 8)
+    layout = encoder.layout(Segments(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), 8), 8))
     x, block = torch.randn(rows, 2, 8, dtype=torch.float64), encoder.blocks[0]
     kept = block(x, layout.output)
     torch.manual_seed(0)
@@ -104,7 +106,7 @@ def test_dropped_rows_pass_a_block_by_as_often_as_asked_for() -> None:
 def test_every_parameter_has_a_gradient_whichever_rows_are_dropped() -> None:
     """Zeros where all rows pass a block by: DDP waits for all of them."""
     encoder = make_encoder({"stages": "two"}, num_layers=3, dropout=0.0, attention_dropout=0.0, layer_drop=0.99).train()
-    layout = encoder.layout(torch.tensor([[0]]), torch.tensor([[90]]), 96)
+    layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[90]]), 96))
     torch.manual_seed(0)
     encoder(torch.randn(1, 96, MELS, dtype=torch.float64), layout).square().sum().backward()
     grads = {name: parameter.grad for name, parameter in encoder.named_parameters()}
@@ -116,7 +118,7 @@ def test_every_parameter_has_a_gradient_whichever_rows_are_dropped() -> None:
 
 def chunk_sizes(encoder: ConformerEncoder) -> list[int | None]:
     """The chunk of each stage in frames of the first; None for the whole segment."""
-    layout = encoder.layout(torch.tensor([[0]]), torch.tensor([[90]]), 96)
+    layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[90]]), 96))
     sizes: list[int | None] = []
     for number, (stage, settings) in enumerate(zip(layout.stages, encoder.settings.stages, strict=True)):
         mask = stage.attention.mask
@@ -164,7 +166,7 @@ VARIANTS = {name: shrunk(settings) for name, settings in PRESETS.items()} | {
 
 def rows_of(encoder: ConformerEncoder, backend: str | None = None) -> tuple[Tensor, RowLayout]:
     start, length = torch.tensor([[0, 96], [48, 0]]), torch.tensor([[61, 90], [97, 0]])
-    return torch.randn(2, 192, MELS, dtype=torch.float64), encoder.layout(start, length, 192, backend)
+    return torch.randn(2, 192, MELS, dtype=torch.float64), encoder.layout(Segments(start, length, 192), backend)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -31,6 +31,7 @@ from bestrq.model.attention.masks import dense
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
+from common.segments import Segments
 from tests.layouts import row_layout, stage_layout
 from tests.model.test_encoder_attention import HEADS, MASKS, LargestTensor, inputs, layout_of, results
 
@@ -224,7 +225,7 @@ def encode(encoder: nn.Module, layout_of: ConformerEncoder, backend: str) -> Ten
     starts, lengths = torch.tensor([[0, 360], [0, 0]]), torch.tensor([[330, 400], [0, 770]])
     dtype = next(encoder.parameters()).dtype
     log_mel = torch.randn(2, 792, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return encoder(log_mel, layout_of.layout(starts, lengths, 792, backend))
+    return encoder(log_mel, layout_of.layout(Segments(starts, lengths, 792), backend))
 
 
 @pytest.mark.parametrize("variant", ENCODERS)

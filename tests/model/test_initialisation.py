@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
+from common.segments import Segments
 
 LARGE = {
     "dim": 128, "num_layers": 24, "num_heads": 8, "feedforward_dim": 512, "kernel_size": 9, "subsampling_channels": 32,
@@ -59,7 +60,7 @@ def measure(encoder: ConformerEncoder) -> Depth:
 
     for block in encoder.blocks:
         block.register_forward_pre_hook(keep)
-    layout = encoder.layout(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), frames), frames)
+    layout = encoder.layout(Segments(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), frames), frames))
     outputs = encoder.train()(torch.randn(rows, frames, 80), layout)
     outputs.retain_grad()
     (outputs * torch.randn_like(outputs)).sum().backward()

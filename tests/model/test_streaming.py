@@ -6,6 +6,7 @@ import torch
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.streaming import encode_chunk, start_stream
 from common.errors import UserError
+from common.segments import Segments
 
 
 def make_encoder(**changes: object) -> ConformerEncoder:
@@ -36,7 +37,7 @@ def test_chunks_with_caches_equal_one_pass(
     chunk = 4 * factor
     frames = 5 * chunk + factor + 1
     log_mel = torch.randn(frames, 16, dtype=torch.float64)
-    layout = encoder.layout(torch.tensor([[0]]), torch.tensor([[frames]]), frames)
+    layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[frames]]), frames))
     whole = encoder(log_mel[None], layout)[0]
     state, outputs = start_stream(encoder), []
     for first in range(0, frames, chunk):
@@ -52,7 +53,7 @@ def test_a_stream_has_the_norms_and_gates_of_one_pass(norm: str) -> None:
         convolution_norm=norm, feedforward="swiglu", norm="rms_norm" if norm == "rms_norm" else "layer_norm"
     )
     log_mel = torch.randn(48, 16, dtype=torch.float64)
-    whole = encoder(log_mel[None], encoder.layout(torch.tensor([[0]]), torch.tensor([[48]]), 48))[0]
+    whole = encoder(log_mel[None], encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[48]]), 48)))[0]
     state, outputs = start_stream(encoder), []
     for chunk in log_mel.split(16):
         output, state = encode_chunk(encoder, chunk, state)

@@ -12,6 +12,7 @@ from bestrq.pretraining.masking import (
     num_runs,
 )
 from common.errors import UserError
+from common.segments import Segments
 
 
 @pytest.mark.parametrize(("frames", "start_probability"), [(40, 0.4), (41, 0.3), (250, 0.02), (1600, 0.01)])
@@ -66,7 +67,7 @@ def test_noise_depends_on_the_segments_seed_only():
     mask = torch.ones(2, 40, dtype=torch.bool)
     starts, lengths = torch.tensor([[0, 16], [8, 0]]), torch.tensor([[10, 12], [12, 0]])
     seeds = torch.tensor([[3, 11], [11, 0]])
-    filled = fill_with_noise(log_mel, mask, starts, lengths, seeds, 0.1)
+    filled = fill_with_noise(log_mel, mask, Segments(starts, lengths, 40, seeds), 0.1)
     assert torch.equal(filled[0, 16:28], filled[1, 8:20])
     assert not torch.equal(filled[0, :10], filled[0, 16:26])
 
@@ -74,7 +75,8 @@ def test_noise_depends_on_the_segments_seed_only():
 def test_noise_has_the_given_deviation_and_unmasked_frames_stay():
     log_mel = torch.full((1, 4000, 80), 3.0)
     mask = torch.arange(4000).unsqueeze(0) < 2000
-    filled = fill_with_noise(log_mel, mask, torch.tensor([[0]]), torch.tensor([[4000]]), torch.tensor([[5]]), 0.1)
+    segments = Segments(torch.tensor([[0]]), torch.tensor([[4000]]), 4000, torch.tensor([[5]]))
+    filled = fill_with_noise(log_mel, mask, segments, 0.1)
     assert torch.equal(filled[:, 2000:], log_mel[:, 2000:])
     assert filled[:, :2000].std().item() == pytest.approx(0.1, rel=0.02)
     assert filled[:, :2000].mean().item() == pytest.approx(0.0, abs=2e-3)

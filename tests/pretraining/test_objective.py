@@ -7,6 +7,7 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.pretraining.masking import fill_with_noise
 from bestrq.pretraining.objective import BestRQ, mask_rows, target_frame_mask
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
+from common.segments import Segments
 
 FACTOR = 4
 ENCODER = EncoderSettings(
@@ -36,8 +37,8 @@ def random_mel(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def one_segment(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.tensor([[0]]), torch.tensor([[length]]), torch.tensor([[99]])
+def one_segment(length: int, num_frames: int) -> Segments:
+    return Segments(torch.tensor([[0]]), torch.tensor([[length]]), num_frames, torch.tensor([[99]]))
 
 
 @pytest.mark.parametrize("length", [16, 17, 18, 19])
@@ -46,7 +47,7 @@ def test_an_impulse_in_the_frames_of_target_t_changes_target_t_and_no_other(leng
     frames = 20
     log_mel = random_mel(1, frames, ENCODER.num_mels)
     everything = torch.arange(frames).unsqueeze(0) < length
-    arguments = (everything, *one_segment(length), quantizer, FACTOR, 0.1)
+    arguments = (everything, one_segment(length, frames), quantizer, FACTOR, 0.1)
     before = mask_rows(log_mel, *arguments)
     assert before.target_frames.tolist() == list(range(length // FACTOR)), "only complete stacks have a target"
     for t in range(length // FACTOR):
@@ -59,15 +60,14 @@ def test_an_impulse_in_the_frames_of_target_t_changes_target_t_and_no_other(leng
 
 def test_no_leak_with_everything_masked_the_input_cannot_reach_the_output():
     model = make_model()
-    starts, lengths = torch.tensor([[0, 24]]), torch.tensor([[19, 30]])
-    seeds = torch.tensor([[1, 2]])
+    segments = Segments(torch.tensor([[0, 24]]), torch.tensor([[19, 30]]), 60, torch.tensor([[1, 2]]))
     mask = torch.zeros(1, 60, dtype=torch.bool)
     mask[0, :19] = mask[0, 24:54] = True
     outputs = []
     for seed in (0, 1):
         clean = random_mel(1, 60, ENCODER.num_mels, seed=seed)
-        noisy = fill_with_noise(clean, mask, starts, lengths, seeds, 0.1)
-        outputs.append(model.encoder(noisy, model.encoder.layout(starts, lengths, 60)))
+        noisy = fill_with_noise(clean, mask, segments, 0.1)
+        outputs.append(model.encoder(noisy, model.encoder.layout(segments)))
     assert torch.equal(*outputs)
 
 
@@ -78,7 +78,7 @@ def test_no_leak_of_masked_frames_beside_unmasked_ones():
     mask[0, 12:33] = True
     clean = random_mel(1, 60, ENCODER.num_mels)
     other = torch.where(mask.unsqueeze(-1), random_mel(1, 60, ENCODER.num_mels, seed=5), clean)
-    first, second = (mask_rows(x, mask, *one_segment(58), quantizer, FACTOR, 0.1) for x in (clean, other))
+    first, second = (mask_rows(x, mask, one_segment(58, 60), quantizer, FACTOR, 0.1) for x in (clean, other))
     assert torch.equal(first.log_mel, second.log_mel)
     assert not torch.equal(first.targets, second.targets)
     assert first.target_frames.tolist() == [3, 4, 5, 6, 7], "frames 32 is masked, 33 to 35 are not: no target 8"
@@ -86,7 +86,7 @@ def test_no_leak_of_masked_frames_beside_unmasked_ones():
 
 def test_gaps_and_incomplete_stacks_have_no_target():
     mask = torch.ones(1, 40, dtype=torch.bool)
-    inside = target_frame_mask(mask, torch.tensor([[0, 16]]), torch.tensor([[10, 19]]), FACTOR)
+    inside = target_frame_mask(mask, Segments(torch.tensor([[0, 16]]), torch.tensor([[10, 19]]), 40), FACTOR)
     assert inside[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 6, 7]
 
 
@@ -94,11 +94,9 @@ def loss_and_gradients(model: BestRQ, rows: list[tuple]) -> tuple[torch.Tensor, 
     quantizer = make_quantizer()
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    for log_mel, mask, starts, lengths, seeds in rows:
-        masked = mask_rows(log_mel, mask, starts, lengths, seeds, quantizer, FACTOR, 0.1)
-        loss_sum, _ = model(
-            masked.log_mel, masked.segment_start, masked.segment_length, masked.target_frames, masked.targets
-        )
+    for log_mel, mask, segments in rows:
+        masked = mask_rows(log_mel, mask, segments, quantizer, FACTOR, 0.1)
+        loss_sum, _ = model(masked.log_mel, masked.segments, masked.target_frames, masked.targets)
         total = total + loss_sum
     total.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -122,7 +120,7 @@ def test_loss_and_gradients_do_not_depend_on_packing():
         starts = torch.tensor([[start for _, start in members] + [0]])
         used = torch.tensor([[lengths[index] for index, _ in members] + [0]])
         seeds = torch.tensor([[1000 + index for index, _ in members] + [0]])
-        return log_mel, mask, starts, used, seeds
+        return log_mel, mask, Segments(starts, used, frames, seeds)
 
     alone = loss_and_gradients(model, [row(-(-n // 4) * 4, [(i, 0)]) for i, n in enumerate(lengths)])
     padded = loss_and_gradients(model, [row(64, [(i, 4 * i)]) for i in range(3)])
@@ -134,6 +132,6 @@ def test_loss_and_gradients_do_not_depend_on_packing():
 
 def test_rows_without_a_target_give_zero_loss_and_finite_gradients():
     loss, gradients = loss_and_gradients(
-        make_model(), [(random_mel(1, 20, 12), torch.zeros(1, 20, dtype=torch.bool), *one_segment(20))]
+        make_model(), [(random_mel(1, 20, 12), torch.zeros(1, 20, dtype=torch.bool), one_segment(20, 20))]
     )
     assert loss == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in gradients)

@@ -15,6 +15,7 @@ from bestrq.long_form.inference import InferenceSettings, Source, transcribe
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, CTCOutput, frames_needed, pad_labels, reinitialise_top_blocks
 from common.errors import UserError
+from common.segments import Segments
 
 MELS, VOCAB, FACTOR = 8, 5, 4
 
@@ -47,7 +48,9 @@ def run(model: CTCModel, rows: list[Row], num_frames: int, label_padding: int = 
             log_mel[r, first : first + size] = utterance(size)
     labels, label_lengths = pad_labels([labels for row in rows for _, _, labels in row])
     extra = torch.full((len(labels), label_padding), 1)
-    return model(log_mel, start, length, torch.cat([labels, extra], dim=1), label_lengths, **options)
+    return model(
+        log_mel, Segments(start, length, num_frames), torch.cat([labels, extra], dim=1), label_lengths, **options
+    )
 
 
 def gradients(model: CTCModel, loss: Tensor) -> list[Tensor]:
@@ -74,7 +77,7 @@ def test_loss_and_gradients_equal_those_of_all_paths_enumerated() -> None:
             zero = torch.zeros(1, 1, dtype=torch.int64)
             padded = torch.zeros(1, 20, MELS, dtype=torch.float64)
             padded[0, :size] = utterance(size)
-            log_probs = model.log_probs(padded, zero, zero + size)[0, : -(-size // FACTOR)]
+            log_probs = model.log_probs(padded, Segments(zero, zero + size, 20))[0, : -(-size // FACTOR)]
             expected = expected + brute_force_loss(log_probs, labels)
     assert torch.allclose(output.loss_sum, expected, rtol=0, atol=1e-9)
     assert (int(output.num_labels), int(output.num_impossible)) == (5, 0)
@@ -137,7 +140,7 @@ def test_log_probs_are_float32_under_bfloat16_autocast() -> None:
     model = make_model().float()
     zero = torch.zeros(1, 1, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs = model.log_probs(utterance(40).float()[None], zero, zero + 40)
+        log_probs = model.log_probs(utterance(40).float()[None], Segments(zero, zero + 40, 40))
     assert log_probs.dtype == torch.float32
     assert torch.allclose(log_probs.exp().sum(-1), torch.ones(1, 10), atol=1e-6)  # bfloat16 would be off by 1e-3
 

@@ -5,13 +5,15 @@ import torch
 
 from bestrq.recognition.spec_augment import SpecAugmentSettings, spec_augment
 from common.errors import UserError
+from common.segments import Segments
 
 
 def rows(segments: list[list[tuple[int, int, int]]], num_frames: int, num_mels: int = 20):
     """Rows of ones; each segment is (start, length, seed)."""
     slots = max(len(row) for row in segments)
     padded = torch.tensor([row + [(0, 0, 0)] * (slots - len(row)) for row in segments])
-    return torch.ones(len(segments), num_frames, num_mels), padded[..., 0], padded[..., 1], padded[..., 2]
+    log_mel = torch.ones(len(segments), num_frames, num_mels)
+    return log_mel, Segments(padded[..., 0], padded[..., 1], num_frames, padded[..., 2])
 
 
 def test_masks_are_a_function_of_the_segment_seed_alone() -> None:
@@ -30,27 +32,26 @@ def test_masks_are_a_function_of_the_segment_seed_alone() -> None:
 def test_masks_never_leave_their_segment(settings: SpecAugmentSettings) -> None:
     # Every second segment has length 0 or is not there: only the frames of the others may change.
     for seed in range(50):
-        log_mel, start, length, seeds = rows([[(10, 40, seed), (52, 30, seed + 1)], [(60, 40, seed)]], 100)
-        changed = (spec_augment(log_mel, start, length, seeds, settings) == 0).any(dim=2)
+        log_mel, segments = rows([[(10, 40, seed), (52, 30, seed + 1)], [(60, 40, seed)]], 100)
+        changed = (spec_augment(log_mel, segments, settings) == 0).any(dim=2)
         assert not changed[0, :10].any() and not changed[0, 50:52].any() and not changed[0, 82:].any()
         assert not changed[1, :60].any()
         assert changed.any()
 
 
 def test_input_is_left_alone_and_zero_masks_change_nothing() -> None:
-    log_mel, *segments = rows([[(0, 200, 3)]], 200)
-    masked = spec_augment(log_mel, *segments, SpecAugmentSettings())
+    log_mel, segments = rows([[(0, 200, 3)]], 200)
+    masked = spec_augment(log_mel, segments, SpecAugmentSettings())
     assert (log_mel == 1).all() and (masked == 0).any()
-    none = spec_augment(log_mel, *segments, SpecAugmentSettings(num_freq_masks=0, num_time_masks=0))
+    none = spec_augment(log_mel, segments, SpecAugmentSettings(num_freq_masks=0, num_time_masks=0))
     assert torch.equal(none, log_mel)
 
 
 def test_one_band_and_one_span_have_the_widths_and_places_of_the_paper() -> None:
     count = 4000
     one_band = SpecAugmentSettings(num_freq_masks=1, max_freq_width=4, num_time_masks=0)
-    log_mel, start, length, _ = rows([[(0, 50, 0)]] * count, 50)
-    seeds = torch.arange(count)[:, None]
-    band = spec_augment(log_mel, start, length, seeds, one_band)[:, 0] == 0  # [count, M]
+    log_mel, segments = rows([[(0, 50, seed)] for seed in range(count)], 50)
+    band = spec_augment(log_mel, segments, one_band)[:, 0] == 0  # [count, M]
     widths = band.sum(dim=1)
     # Uniform on 0..4: a fifth each, within 4 standard deviations of a count of 4000.
     assert all(abs(int(n) - count / 5) < 4 * (count * 0.16) ** 0.5 for n in widths.bincount(minlength=5))
@@ -59,7 +60,7 @@ def test_one_band_and_one_span_have_the_widths_and_places_of_the_paper() -> None
     assert (steps == 1).sum(dim=1).max() == 1  # one band, not several
 
     one_span = SpecAugmentSettings(num_freq_masks=0, num_time_masks=1, max_time_width=100, max_time_share=0.2)
-    span = spec_augment(log_mel, start, length, seeds, one_span)[:, :, 0] == 0  # [count, F]
+    span = spec_augment(log_mel, segments, one_span)[:, :, 0] == 0  # [count, F]
     widths = span.sum(dim=1)
     assert widths.max() == 10 and widths.min() == 0  # a fifth of 50 frames, not 100
     assert abs(float(widths.double().mean()) - 5.0) < 4 * 10**0.5 / count**0.5
@@ -72,8 +73,8 @@ def test_longer_segments_get_more_time_masks() -> None:
     )
 
     def spans(length: int) -> float:
-        log_mel, *segments = rows([[(0, length, seed)] for seed in range(300)], length)
-        hidden = spec_augment(log_mel, *segments, settings)[:, :, 0] == 0
+        log_mel, segments = rows([[(0, length, seed)] for seed in range(300)], length)
+        hidden = spec_augment(log_mel, segments, settings)[:, :, 0] == 0
         edges = hidden.int().diff(dim=1, prepend=torch.zeros(300, 1))
         return float((edges == 1).sum()) / 300
 

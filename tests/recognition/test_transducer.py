@@ -13,6 +13,7 @@ from bestrq.recognition.ctc import CTCModel, pad_labels
 from bestrq.recognition.transducer import TransducerModel, TransducerOutput, TransducerSettings, check_slice_bytes
 from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise
 from common.errors import UserError
+from common.segments import Segments
 from tests.gloo import run_distributed
 from tests.lattices import arcs_of, assert_same, brute_force_loss
 
@@ -46,7 +47,7 @@ def utterance(num_frames: int) -> Tensor:
     return torch.randn(num_frames, MELS, dtype=torch.float64, generator=torch.Generator().manual_seed(num_frames))
 
 
-def batch(rows: list[Row], num_frames: int, label_padding: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def batch(rows: list[Row], num_frames: int, label_padding: int = 0) -> tuple[Tensor, Segments, Tensor, Tensor]:
     log_mel = torch.zeros(len(rows), num_frames, MELS, dtype=torch.float64)
     start, length = torch.zeros(2, len(rows), max(1, *(len(row) for row in rows)), dtype=torch.int64)
     for r, row in enumerate(rows):
@@ -57,7 +58,7 @@ def batch(rows: list[Row], num_frames: int, label_padding: int = 0) -> tuple[Ten
     if label_padding:
         labels = torch.cat([labels, torch.zeros(len(labels), 2, dtype=torch.int64)], dim=1)
         labels[torch.arange(labels.shape[1]) >= label_lengths[:, None]] = label_padding
-    return log_mel, start, length, labels, label_lengths
+    return log_mel, Segments(start, length, num_frames), labels, label_lengths
 
 
 def run(model: Any, rows: list[Row], num_frames: int = 48, **options: Any) -> TransducerOutput:
@@ -73,7 +74,7 @@ def searched_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tenso
     """`[T, U + 1, 2]` of one segment by itself, from what a search calls."""
     zero = torch.zeros(1, 1, dtype=torch.int64)
     padded = torch.nn.functional.pad(utterance(size), (0, 0, 0, 48 - size))
-    encoded = model.encode(padded[None], zero, zero + size)[0, : -(-size // FACTOR)]
+    encoded = model.encode(padded[None], Segments(zero, zero + size, len(padded)))[0, : -(-size // FACTOR)]
     state, predicted = model.start(1), []
     for label in [0, *labels]:
         one, state = model.predict(torch.tensor([label]), state)
@@ -184,13 +185,13 @@ def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
         if name in others:
             expected = expected + others[name].grad
         torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-9, msg=name)
-    log_mel, start, length, *_ = batch(ROWS, 48)
-    assert_same([model.ctc_log_probs(log_mel, start, length)], [ctc.log_probs(log_mel, start, length)], 1e-12)
+    log_mel, segments, *_ = batch(ROWS, 48)
+    assert_same([model.ctc_log_probs(log_mel, segments)], [ctc.log_probs(log_mel, segments)], 1e-12)
 
 
 def test_without_a_ctc_head_its_outputs_are_refused_with_the_setting_named() -> None:
     with pytest.raises(UserError, match="transducer.ctc_weight 0"):
-        make_model().ctc_log_probs(*batch(ROWS, 48)[:3])
+        make_model().ctc_log_probs(*batch(ROWS, 48)[:2])
 
 
 def test_a_prune_range_of_all_states_leaves_the_loss_as_it_is_beside_the_small_networks() -> None:

@@ -25,10 +25,11 @@ from bestrq.model import norms
 from bestrq.model.attention import flex
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.model.layout import Segments, StageLayout, make_layout
+from bestrq.model.layout import StageLayout, make_layout
 from bestrq.model.presets import PRESETS
 from bestrq.training.precision import has_bfloat16
 from common.config import parse
+from common.segments import Segments
 from tests.model.test_encoder_attention import BOUNDED, HEADS, LENGTHS, MASKS, LargestTensor, attend_eagerly
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
@@ -168,7 +169,7 @@ def test_fifty_batches_train_without_compiling_again(device: str) -> None:
     for batch in range(50):
         length = 40 + 4 * batch
         starts, lengths = torch.tensor([[0, length + 4]] * 2), torch.tensor([[length, 700 - length]] * 2)
-        layout = encoder.layout(starts, lengths, 800, "flex")
+        layout = encoder.layout(Segments(starts, lengths, 800), "flex")
         encoder(torch.randn(2, 800, 8, device=device), layout).sum().backward()
         compiled.append(counters["stats"]["unique_graphs"])
     assert compiled[-1] == compiled[0] > 0
@@ -191,7 +192,7 @@ def losses_of(encoder: ConformerEncoder, device: str, backend: str | None, bfloa
     starts, lengths = torch.tensor([[0, 384], [0, 0]]), torch.tensor([[333, 401], [790, 0]])
     log_mel = torch.randn(2, 816, encoder.settings.num_mels, generator=torch.Generator().manual_seed(1))
     with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-        output = encoder(log_mel.to(device, dtype), encoder.layout(starts, lengths, 816, backend))
+        output = encoder(log_mel.to(device, dtype), encoder.layout(Segments(starts, lengths, 816), backend))
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     loss = (output * weight.to(output)).square().mean()
     loss.backward()

@@ -320,7 +320,7 @@ def test_stages_of_a_curriculum_have_their_rows_and_as_many_frames_an_update(dat
     def noted(self):
         for update in original(self):
             shapes.append([tuple(batch.log_mel.shape[:2]) for batch in update])
-            longest.append(max(int(batch.segment_length.max()) for batch in update))
+            longest.append(max(int(batch.segments.length.max()) for batch in update))
             yield update
 
     monkeypatch.setattr(finetuning.Updates, "__iter__", noted)

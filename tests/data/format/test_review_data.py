@@ -13,6 +13,7 @@ import torch
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, pad_labels
 from common.errors import UserError
+from common.segments import Segments
 from data import skipped as skipped_module
 from data.format import index as ix
 from data.format.dataset import Dataset, DatasetWriter, open_dataset
@@ -222,7 +223,7 @@ def test_a_batch_without_any_readable_segment_has_no_loss_and_finite_gradients()
     settings = EncoderSettings(dim=16, num_layers=1, num_heads=2, feedforward_dim=16, subsampling_channels=8)
     model = CTCModel(settings, 5)
     unused = torch.zeros(2, 3, dtype=torch.int64)
-    output = model(torch.zeros(2, 40, 80), unused, unused, *pad_labels([]))
+    output = model(torch.zeros(2, 40, 80), Segments(unused, unused, 40), *pad_labels([]))
     output.loss_sum.backward()
     assert float(output.loss_sum.detach()) == 0 and int(output.num_labels) == 0 and int(output.num_impossible) == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -250,7 +251,7 @@ def test_a_weighted_dataset_without_any_chosen_recording_is_told(
     group = DatasetGroup(datasets, [1.0, 1.0])
     (only,) = groups(group, group.select("train"), 1.0)
     assert only.weight == 1.0 and only.recordings.tolist() == [0]
-    assert "none of the recordings of y" in caplog.text
+    assert "no recording of y is selected" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_a_stream_without_a_single_row_is_an_error_and_not_a_hang(tmp_path: Path
     dataset = make_dataset(tmp_path / "set", [150])
     settings = LoaderSettings(row_frames=100, rows=2, min_seconds=1.0, max_seconds=1.0, num_workers=0)
     loader = RowLoader(dataset, NeverLongEnough(dataset.frames, 100, 100, 0), settings, multiple=4, row_gap=4)
-    with pytest.raises(UserError, match="no crop has the min_seconds"):
+    with pytest.raises(UserError, match="no crop has data.min_seconds"):
         next(iter(loader))
 
 

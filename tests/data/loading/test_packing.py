@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.loading.packing import pack_rows
+from data.loading.rows import pack_rows
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,33 @@
+"""Segments of packed rows: the description of a batch that the loader and the models share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Places of the segments of a batch, R rows of S slots, at one frame rate. Tensors are on the CPU."""
+
+    start: Tensor
+    """int64 [R, S], first frame of every segment; 0 in unused slots. In mel frames a multiple of the encoder's
+    `row_multiple`"""
+    length: Tensor
+    """int64 [R, S], frames; 0 marks an unused slot"""
+    num_frames: int
+    """frames of a row, padding included"""
+    seed: Tensor | None = None
+    """int64 [R, S], seed of the random numbers of every segment, such as its masks; None if no step needs one"""
+
+    def subsampled(self, stride: int) -> Segments:
+        """The same segments at a frame rate lower by `stride`; the last frame of a segment may cover fewer frames."""
+        return Segments(self.start // stride, -(-self.length // stride), self.num_frames // stride, self.seed)
+
+    def used(self) -> list[tuple[int, int, int, int]]:
+        """(row, slot, start, stop) of every used slot, by row, then slot."""
+        rows, slots = self.length.nonzero(as_tuple=True)
+        start = self.start[rows, slots]
+        stop = start + self.length[rows, slots]
+        return list(zip(rows.tolist(), slots.tolist(), start.tolist(), stop.tolist(), strict=True))
