@@ -34,8 +34,8 @@ from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recording
 from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.training.export import Export, read_export
 from bestrq.training.process import World
+from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings
-from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
 from common.files import hash_of_file, read_json_lines, write_file

@@ -32,7 +32,7 @@ from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import Export
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
-from bestrq.transcripts.transcripts import TimedTranscript
+from bestrq.transcripts.formats import TimedTranscript
 from bestrq.transcripts.words import timed_words
 from common.config import from_dict
 from common.errors import UserError

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from bestrq.report.tables import language_text
+from bestrq.report.text import language_text
 from bestrq.scoring.breakdowns import align_timed
 from bestrq.scoring.normalisers import RULES, Choice, normaliser
 from bestrq.scoring.stm import ReferenceSegment, score_as_whole, score_by_segments

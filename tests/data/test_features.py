@@ -173,7 +173,7 @@ def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_feature
         "from data.corpora.audio_files import FileSource\n"
         "from data.prepare.extraction import extract\n"
         "from data.features import FeatureSettings\n"
-        "from data.format.index import Recording\n"
+        "from data.format.schema import Recording\n"
         "from data.format.writer import DatasetWriter\n"
         "torch.set_num_threads(1)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 from corpora_speech import encoded, put
 
-from bestrq.transcripts.transcripts import TimedTranscript, ctm_text
+from bestrq.transcripts.formats import TimedTranscript, ctm_text
 from bestrq.transcripts.words import TimedWord
 from common.errors import UserError
 from data.corpora.base import Unreadable

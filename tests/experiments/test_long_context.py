@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import yaml
 
-from bestrq.report.results import FORMAT_VERSION
+from bestrq.report.result_files import FORMAT_VERSION
 from data.format.dataset import open_dataset
 from data.splits import published_split
 from tests.corpora_speech import encoded, put, speech

@@ -15,7 +15,7 @@ import soundfile
 
 import transcribe as script
 from bestrq.long_form.inference import InferenceSettings
-from bestrq.scoring.word_errors import text_normaliser
+from bestrq.scoring.normalisers import normaliser
 from bestrq.training.process import World
 from common.config import parse
 from common.errors import UserError
@@ -116,7 +116,7 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
     assert [row["id"] for row in rows] == NAMES
     for row in rows:
         text = json.loads((tmp_path / "out" / f"{row['id']}.json").read_text())["text"]
-        assert text_normaliser("")(text) == row["hypothesis"]
+        assert normaliser("").clean(text) == row["hypothesis"]
 
 
 def test_every_format_has_the_same_words(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Transcripts as files: plain text, JSON, CTM and TextGrid; SRT and VTT by `subtitles`.
+"""File formats of transcripts: plain text, JSON, CTM and TextGrid; SRT and VTT are in `subtitles`.
 
-Times are written in milliseconds. JSON and CTM keep the words' times as they are. In a TextGrid, words may not overlap
-or have no length, as those of a transducer may: there, and in subtitles, `disjoint` parts them.
+Times are rounded to milliseconds. JSON and CTM keep overlapping and empty words, which a transducer may produce.
+TextGrid and subtitles do not allow them; there, `disjoint` separates the words.
 """
 
 import json
@@ -17,27 +17,27 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TimedTranscript:
-    """What was said in a recording, and when."""
+    """Transcript of a recording with word times."""
 
     id: str
     """name of the recording"""
     seconds: float
-    """length of the recording"""
+    """duration of the recording"""
     text: str
     words: Sequence[TimedWord]
-    """sorted by start, without white space in them"""
+    """sorted by start; words contain no white space"""
 
 
 def plain_text(transcript: TimedTranscript) -> str:
-    """The text and the end of its line."""
+    """Text with a final newline."""
     return transcript.text + "\n"
 
 
 def json_text(transcript: TimedTranscript) -> str:
-    """An object of `id`, `seconds`, `text` and `words`; a word is `{"word", "start", "end", "confidence"}`."""
+    """JSON object of `id`, `seconds`, `text` and `words`; a word is `{"word", "start", "end", "confidence"}`."""
     words = [
-        {"word": one.word, "start": round(one.start, 3), "end": round(one.end, 3), "confidence": _rounded(one)}
-        for one in transcript.words
+        {"word": word.word, "start": round(word.start, 3), "end": round(word.end, 3), "confidence": _confidence(word)}
+        for word in transcript.words
     ]
     content = {
         "format_version": FORMAT_VERSION, "id": transcript.id, "seconds": round(transcript.seconds, 3),
@@ -47,35 +47,35 @@ def json_text(transcript: TimedTranscript) -> str:
 
 
 def ctm_text(transcript: TimedTranscript) -> str:
-    """NIST's time-marked words: file, channel, start, duration, word, and confidence where it is known.
+    """NIST's time-marked words: file, channel, start, duration, word, and confidence if known.
 
-    Fields are separated by ASCII white space, which becomes "_" in the recording's name; other spaces, such as U+3000,
-    are kept. Source: SCTK, doc/infmts.htm.
+    ASCII white space separates fields, so it becomes "_" in the recording's name; other spaces, such as U+3000, are
+    kept. Source: SCTK, doc/infmts.htm.
     """
     name = re.sub(r"[ \t\n\r\f\v]+", "_", transcript.id)
     lines = []
-    for one in transcript.words:
-        start, end = round(1000 * one.start), round(1000 * one.end)
-        fields = [name, "1", f"{start / 1000:.3f}", f"{(end - start) / 1000:.3f}", one.word]
-        confidence = _rounded(one)
+    for word in transcript.words:
+        start, end = round(1000 * word.start), round(1000 * word.end)
+        fields = [name, "1", f"{start / 1000:.3f}", f"{(end - start) / 1000:.3f}", word.word]
+        confidence = _confidence(word)
         lines.append(" ".join([*fields, *([] if confidence is None else [f"{confidence:.3f}"])]) + "\n")
     return "".join(lines)
 
 
 def textgrid_text(transcript: TimedTranscript) -> str:
-    """Praat's long text format with one interval tier, "words", which intervals without text fill up.
+    """Praat's long text format with one interval tier, "words". Empty intervals fill the gaps between words.
 
     Source: Praat's manual, "TextGrid file formats".
     """
     words = transcript.words
-    # A tier has to have a length, and room for every word.
+    # A tier needs a positive length, and at least 1 ms for each word.
     last = max(round(1000 * transcript.seconds), len(words), 1)
     intervals: list[tuple[int, int, str]] = []
     place = 0
-    for (start, end), one in zip(disjoint(words, last), words, strict=True):
+    for (start, end), word in zip(disjoint(words, last), words, strict=True):
         if start > place:
             intervals.append((place, start, ""))
-        intervals.append((start, end, one.word))
+        intervals.append((start, end, word.word))
         place = end
     if place < last:
         intervals.append((place, last, ""))
@@ -98,7 +98,7 @@ def textgrid_text(transcript: TimedTranscript) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rounded(word: TimedWord) -> float | None:
+def _confidence(word: TimedWord) -> float | None:
     return None if word.confidence is None else round(word.confidence, 3)
 
 
@@ -110,4 +110,4 @@ WRITERS: dict[str, Callable[[TimedTranscript, SubtitleSettings], str]] = {
     "srt": lambda transcript, settings: srt_text(make_cues(transcript.words, settings)),
     "vtt": lambda transcript, settings: vtt_text(make_cues(transcript.words, settings)),
 }
-"""A format's name, which is its file's suffix too -> the content of the file, to be written in UTF-8."""
+"""content of a file, to be encoded as UTF-8, by name of the format, which is also the file suffix"""
