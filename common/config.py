@@ -1,8 +1,8 @@
-"""One parser for all scripts: typed dataclasses, YAML recipes, `--section.field value` overrides.
+"""Command-line and YAML parser of all programs: typed dataclasses, recipes, `--section.field value` overrides.
 
-A script has one settings dataclass whose fields are sections (dataclasses that live beside the code they set) or plain
-values. `parse` makes of it `--config FILE.yaml`, `--section.field value`, `--print_config` and a `--help` in which the
-string under a field is its help text. Later arguments win over earlier ones, and a file stands where it is named.
+A program has one settings dataclass, or several, whose fields are sections (dataclasses defined beside the code that
+uses them) or plain values. `parse` turns it into `--config FILE.yaml`, `--section.field value`, `--print_config` and
+`--help`, with the string under a field as its help text. Later arguments override earlier ones and files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -22,38 +22,64 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from common.console import set_up_console
-from common.errors import UserError, nearest_name
+from common.errors import UserError, did_you_mean, nearest_name
 from common.files import write_file
 
 Settings = TypeVar("Settings")
+
+# Expectations in words, for error messages about values of `jsonargparse.typing` and null.
+_EXPECTED = {
+    "PositiveInt": "an integer above 0",
+    "NonNegativeInt": "an integer, 0 or more",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number, 0 or more",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number between 0 and 1",
+    "NoneType": "null",
+}
 
 
 def parse(
     settings_class: type[Settings], argv: Sequence[str] | None = None, description: str | None = None
 ) -> Settings:
-    """Settings from the command line (`sys.argv` when `argv` is None) and the YAML files it names.
+    """Settings from the command line (`sys.argv` if `argv` is None) and the YAML files it names.
 
     `--help` and `--print_config` print and exit with 0. Raises UserError for an unknown field (with the nearest
-    name), a value of the wrong type or a file that cannot be read; what a section's own `__post_init__` raises passes
-    through.
+    name), a value of the wrong type or an unreadable file. Errors of a section's own `__post_init__` are passed on.
     """
-    parser = _parser(settings_class, description)
-    return _build(settings_class, parser, lambda: parser.parse_args(None if argv is None else list(argv)))
+    return parse_sections({None: [settings_class]}, argv, description=description)[0]
+
+
+def parse_sections(
+    sections: Mapping[str | None, Sequence[type]],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    program: str | None = None,
+) -> list[Any]:
+    """Several settings classes from one command line, as `parse`, in the order of the classes.
+
+    Args:
+        sections: classes by the section that their fields are in; None is the top level.
+        program: command to name in the usage line.
+    """
+    parser = _parser(sections, description, program)
+    return _build(sections, parser, lambda: parser.parse_args(None if argv is None else list(argv)))
 
 
 def from_dict(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
-    """Settings from nested plain values, such as `to_dict` makes; missing fields take their defaults."""
-    parser = _parser(settings_class, None)
-    return _build(settings_class, parser, lambda: parser.parse_object(values))
+    """Settings from nested plain values, such as those of `to_dict`; missing fields take their defaults."""
+    sections: Mapping[str | None, Sequence[type]] = {None: [settings_class]}
+    parser = _parser(sections)
+    return _build(sections, parser, lambda: parser.parse_object(values))[0]
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as nested dicts of JSON-able values: tuples become lists, paths strings."""
+    """Convert a settings dataclass to nested dicts of JSON-able values: tuples become lists, paths strings."""
     return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
 
 
 def save_yaml(settings: Any, path: str | Path) -> None:
-    """Write settings (a dataclass, or a dict from `to_dict`) where `--config` can read them. Atomic."""
+    """Write settings (a dataclass, or a dict from `to_dict`) to a file that `--config` can read. Atomic."""
     values = settings if isinstance(settings, dict) else to_dict(settings)
     write_file(Path(path), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
@@ -61,7 +87,7 @@ def save_yaml(settings: Any, path: str | Path) -> None:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a file of `save_yaml`. Runs no code: only plain YAML types are accepted.
 
-    Raises UserError when the file is missing, is not YAML, or is not a mapping.
+    Raises UserError if the file is missing, is not YAML, or is not a mapping.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -81,11 +107,11 @@ def field_names(settings_class: Any) -> Iterator[str]:
 
 
 def run_main(main: Callable[[], int | None], console_may_vanish: bool = False) -> NoReturn:
-    """Run a script's `main` and leave the process with the right status.
+    """Run a script's `main` and exit with its status.
 
-    A UserError is printed as `error: ...` without a traceback: status 2. Anything else
-    shows its traceback: status 1; Ctrl-C gives 130. In a process group nothing waits for the other ranks on the way
-    out: a rank that failed alone would wait for ever in a collective that the others never enter.
+    A UserError is printed as `error: ...` without a traceback and exits with 2, Ctrl-C with 130; any other exception
+    shows its traceback and exits with 1. In a process group, a failed rank exits at once: a clean shutdown would block
+    in a collective that the other ranks never enter.
 
     Text is UTF-8 regardless of the locale. With `console_may_vanish`, a closed stdout or stderr does not end the
     program (`common.console`).
@@ -108,7 +134,7 @@ def run_main(main: Callable[[], int | None], console_may_vanish: bool = False) -
 
 
 def _process_group() -> Any:
-    """torch.distributed while a group is alive, else None; torch is not imported for the sake of an error message."""
+    """torch.distributed if a process group is initialised, else None. Does not import torch."""
     distributed = sys.modules.get("torch.distributed")
     alive = distributed is not None and distributed.is_available() and distributed.is_initialized()
     return distributed if alive else None
@@ -128,7 +154,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _fields(settings_class: Any) -> Iterator[tuple[str, Any]]:
-    """(name, type) of every field; of `Section | None` the section."""
+    """Name and type of every field; for `Section | None`, the section."""
     hints = get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         kind = hints[field.name]
@@ -138,7 +164,7 @@ def _fields(settings_class: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _item_classes(settings_class: Any) -> Iterator[type]:
-    """The dataclasses that stand in lists, of `list[Section]` the section."""
+    """Dataclasses that are items of lists: Section for `list[Section]`."""
     for _, kind in _fields(settings_class):
         if dataclasses.is_dataclass(kind):
             yield from _item_classes(kind)
@@ -156,20 +182,24 @@ def _plain(value: Any) -> Any:
 
 
 class _HelpFormatter(DefaultHelpFormatter):
-    """Keeps the lines of a script's docstring: commands in it are to be copied."""
+    """Formatter that keeps the line breaks of a script's docstring, so that its commands can be copied."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.strip().splitlines())
 
 
-def _parser(settings_class: Any, description: str | None) -> ArgumentParser:
+def _parser(
+    sections: Mapping[str | None, Sequence[type]], description: str | None = None, program: str | None = None
+) -> ArgumentParser:
     # A recipe may come from anywhere: no value in it may make the parser import a module (`class_path: ...`). The items
     # of a list of sections are looked up by their path too; those are allowed, and imported already.
-    items = [f"{kind.__module__}.{kind.__qualname__}" for kind in _item_classes(settings_class)]
+    classes = [kind for group in sections.values() for kind in group]
+    items = [f"{item.__module__}.{item.__qualname__}" for kind in classes for item in _item_classes(kind)]
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], import_path_allowlist=items
     )
     parser = ArgumentParser(
+        prog=program,
         exit_on_error=False,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE.yaml] [--section.field value ...]",
@@ -177,46 +207,90 @@ def _parser(settings_class: Any, description: str | None) -> ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
-    parser.add_class_arguments(settings_class, nested_key=None)
+    for section, group in sections.items():
+        for kind in group:
+            parser.add_class_arguments(kind, section)
     return parser
 
 
-def _build(settings_class: Any, parser: ArgumentParser, read: Callable[[], Namespace]) -> Any:
+def _build(
+    sections: Mapping[str | None, Sequence[type]], parser: ArgumentParser, read: Callable[[], Namespace]
+) -> list[Any]:
+    known = [
+        f"{section}.{name}" if section else name
+        for section, group in sections.items()
+        for kind in group
+        for name in field_names(kind)
+    ]
     try:
         values = read()
     except ArgumentError as error:
-        raise UserError(_explain(str(error), settings_class)) from None
+        raise UserError(_explain(str(error), known)) from None
     except ImportError as error:  # the denial of _parser
         raise UserError(f"a setting names code to import, which no setting may do: {error}") from None
+    for kind in sections.get(None, ()):
+        _check_mappings(kind, values)
+    try:
+        built = parser.instantiate(values)
+    except TypeError as error:
+        raise UserError(f"a section of the configuration is not a mapping of fields: {error}") from error
+    settings = []
+    for section, group in sections.items():
+        for kind in group:
+            settings.append(built[section] if section else kind(**{name: built[name] for name, _ in _fields(kind)}))
+    return [_unrestricted(instance) for instance in settings]
+
+
+def _unrestricted(value: Any) -> Any:
+    """Settings with plain numbers in place of those of `jsonargparse.typing`, which YAML cannot represent."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_unrestricted, value))
+    if isinstance(value, dict):
+        return {name: _unrestricted(inner) for name, inner in value.items()}
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            object.__setattr__(value, field.name, _unrestricted(getattr(value, field.name)))  # it may be frozen
+    plain = next((kind for kind in (int, float) if isinstance(value, kind)), None)
+    return value if plain is None or isinstance(value, bool) else plain(value)
+
+
+def _check_mappings(settings_class: type, values: Namespace) -> None:
+    """Raise UserError unless every section of the settings is a mapping, or null if it is optional."""
     for name, kind in _fields(settings_class):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(values[name], Namespace):
             if values[name] is None and type(None) in get_args(get_type_hints(settings_class)[name]):
                 continue
             raise UserError(f"{name} is a section and must be a mapping of fields. Got value: {values[name]!r}")
-    try:
-        sections = parser.instantiate(values)
-    except TypeError as error:
-        raise UserError(f"a section of the configuration is not a mapping of fields: {error}") from error
-    return settings_class(**{name: sections[name] for name, _ in _fields(settings_class)})
 
 
-def _explain(message: str, settings_class: type) -> str:
-    """The parser's message in the project's words, with the nearest name for an unknown field."""
+def _explain(message: str, known: Sequence[str]) -> str:
+    """The parser's message in the project's terms, with the nearest name for an unknown field."""
     unknown = re.findall(r"--([\w.\-]+)", message) if message.startswith("unrecognized arguments") else []
-    if found := re.search(r"Group '([\w.]*)' does not accept option '([^']*)'", message):
-        unknown = [f"{found[1]}.{found[2]}"]
-    elif found := re.search(r"Option '([^']*)' is not accepted", message):
+    if match := re.search(r"Group '([\w.]*)' does not accept option '([^']*)'", message):
+        unknown = [f"{match[1]}.{match[2]}"]
+    elif match := re.search(r"Option '([^']*)' is not accepted", message):
         parent = re.search(r"Parser key \"([\w.]+)\"", message)
-        unknown = [f"{parent[1]}.{found[1]}" if parent else found[1]]
+        unknown = [f"{parent[1]}.{match[1]}" if parent else match[1]]
     if unknown:
-        return "; ".join(f"unknown field {name!r}{_nearest(name, settings_class)}" for name in unknown)
+        return "; ".join(f"unknown field {name!r}{_nearest(name, known)}" for name in unknown)
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
     message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
-    return re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    if match := re.fullmatch(r"(.+): Not of type (\w+): (?:(\S+) does not conform.*|.*('.*'))", message):
+        return f"{match[1]} is {match[3] or match[4]}: expected {_EXPECTED.get(match[2], match[2])}"
+    if match := re.fullmatch(r"(.+): Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):
+        choices = re.findall(r"'([^']*)'", match[2])
+        return f"{match[1]} is {match[3]!r}, known are {', '.join(choices)}.{did_you_mean(match[3], choices)}"
+    pattern = (
+        r"(?s)(.+): Does not validate against any of the Union subtypes\n\s*Subtypes: \[(.*?)\]\n.*Given value: (.*)"
+    )
+    if (match := re.fullmatch(pattern, message)) and any(name in match[2] for name in _EXPECTED):
+        kinds = [kind.rsplit(".", 1)[-1] for kind in match[2].split(", ")]
+        return f"{match[1]} is {match[3]}: expected {' or '.join(_EXPECTED.get(kind, kind) for kind in kinds)}"
+    return message
 
 
-def _nearest(name: str, settings_class: type) -> str:
-    known = list(field_names(settings_class))
+def _nearest(name: str, known: Sequence[str]) -> str:
     near = [nearest_name(name, known, cutoff=0.7)]
     if not near[0]:  # perhaps the right field without its section, or in another one
         leaves = {other: other.rsplit(".", 1)[-1] for other in known}

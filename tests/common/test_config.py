@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
-from common.config import field_names, from_dict, load_yaml, parse, run_main, save_yaml, to_dict
+from common.config import field_names, from_dict, load_yaml, parse, parse_sections, run_main, save_yaml, to_dict
 from common.errors import UserError
 
 
@@ -112,6 +113,46 @@ def test_a_wrong_value_names_the_field_the_value_and_what_is_expected(
         parse(Cart, arguments)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert "<class" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Restricted values."""
+
+    boxes: PositiveInt = 1
+    """Boxes."""
+    share: ClosedUnitInterval = 0.5
+    """Loaded share."""
+    limit: NonNegativeInt | None = None
+    """Limit."""
+    goods: list[Literal["hay", "milk"]] = field(default_factory=list)
+    """Goods."""
+
+
+def test_restricted_values_are_plain_numbers_and_refused_with_field_value_and_expectation(tmp_path: Path) -> None:
+    load = parse(Load, ["--boxes=3", "--share=1", "--limit=2", "--goods=[hay]"])
+    assert [type(value) for value in (load.boxes, load.share, load.limit)] == [int, float, int]
+    save_yaml(load, tmp_path / "load.yaml")
+    assert from_dict(Load, load_yaml(tmp_path / "load.yaml")) == load
+    for argument, message in (
+        ("--boxes=0", "boxes is 0: expected an integer above 0"),
+        ("--boxes=1.5", "boxes is '1.5': expected an integer above 0"),
+        ("--share=1.5", "share is 1.5: expected a number from 0 to 1"),
+        ("--share=half", "share is 'half': expected a number from 0 to 1"),
+        ("--limit=-1", "limit is -1: expected an integer, 0 or more or null"),
+        ("--goods=[hay,milc]", "goods is 'milc', known are hay, milk. Did you mean 'milk'?"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse(Load, [argument])
+        assert str(caught.value) == message
+
+
+def test_several_settings_classes_share_one_command_line() -> None:
+    sections = {None: [Load, Axle], "wheel": [Wheel]}
+    load, axle, wheel = parse_sections(sections, ["--boxes=2", "--length=3", "--wheel.kind=disc"])
+    assert (load, axle, wheel) == (Load(2), Axle(3.0), Wheel(kind="disc"))
+    with pytest.raises(UserError, match=r"unknown field 'wheel\.radios': did you mean 'wheel\.radius'"):
+        parse_sections(sections, ["--wheel.radios=3"])
 
 
 def test_help_shows_every_field_with_the_string_under_it(capsys: pytest.CaptureFixture[str]) -> None:
