@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bestrq.decoding.fusion import Fusion
@@ -53,13 +54,13 @@ class EncoderChanges:
 
     mask: Literal["segment", "window", "causal", "chunk"] | None = None
     """frames that a frame attends to; 'window' with inference.mode whole is windowed attention in one pass"""
-    window: int | None = None
+    window: PositiveInt | None = None
     """mask 'window': frames of the first stage seen to either side"""
-    chunk_size: int | None = None
+    chunk_size: PositiveInt | None = None
     """mask 'chunk': frames of the first stage in a chunk"""
     left_chunks: int | None = None
     """mask 'chunk': chunks seen before a frame's own; -1 for all"""
-    rotary_interpolation: float | None = None
+    rotary_interpolation: PositiveFloat | None = None
     """rotary positions are divided by this"""
 
     def apply(self, encoder: EncoderSettings) -> EncoderSettings:

@@ -1,7 +1,7 @@
-"""Encoding sound as it arrives: chunk by chunk, with what earlier chunks left behind, the same as in one pass.
+"""Streaming encoder: chunk by chunk, with cached state, equal to one pass over the whole segment.
 
-For encoders with mask 'chunk' and causal convolutions, in evaluation mode. What a chunk needs of the past is bounded
-(unless `left_chunks` is -1), so is the time and memory that a chunk costs, however long the stream is.
+Needs mask 'chunk', causal convolutions and evaluation mode. The state is bounded (unless `left_chunks` is -1), and so
+are time and memory per chunk, for streams of any length.
 """
 
 from dataclasses import dataclass
@@ -17,54 +17,54 @@ from common.segments import Segments
 
 @dataclass
 class StreamState:
-    """What the next chunk needs of those before."""
+    """State after a chunk, for the next one."""
 
     num_frames: int
     """encoder frames so far"""
     log_mel: Tensor
     """[1, stride, M]: the last mel frames"""
     attention: list[tuple[Tensor, Tensor]]
-    """of each block, turned keys and values [1, KV, m, d] of the frames that the next chunk sees"""
+    """per block, rotated keys and values [1, KV, m, d] of the frames that the next chunk attends to"""
     convolution: list[Tensor]
-    """of each block, [1, K - 1, D]: the last inputs of the depthwise convolution"""
+    """per block, [1, K - 1, D]: the last inputs of the depthwise convolution"""
 
 
 def start_stream(encoder: ConformerEncoder) -> StreamState:
-    """The state before the first chunk.
+    """State before the first chunk.
 
     Raises:
-        UserError: the encoder looks ahead, so it cannot stream; naming the setting.
+        UserError: a setting makes the encoder depend on later frames.
     """
     settings, parameter = encoder.settings, next(encoder.parameters())
-    wanted = {"mask": "chunk", "causal_convolution": True, "earlier_stages": [], "group_size": 1}
-    for name, value in wanted.items():
+    required = {"mask": "chunk", "causal_convolution": True, "earlier_stages": [], "group_size": 1}
+    for name, value in required.items():
         if getattr(settings, name) != value:
             raise UserError(f"encoder.{name} is {getattr(settings, name)!r}: streaming needs {value!r}")
     if encoder.training:
-        raise ValueError("the encoder is in training mode: put it into evaluation mode before streaming")
+        raise ValueError("the encoder is in training mode: call encoder.eval() before streaming")
     heads = settings.num_kv_heads or settings.num_heads
-    nothing = parameter.new_zeros(1, heads, 0, settings.head_dim)
+    empty = parameter.new_zeros(1, heads, 0, settings.head_dim)
     return StreamState(
         num_frames=0,
         log_mel=parameter.new_zeros(1, settings.stride, settings.num_mels),
-        attention=[(nothing, nothing)] * settings.num_layers,
+        attention=[(empty, empty)] * settings.num_layers,
         convolution=[parameter.new_zeros(1, settings.kernel_size - 1, settings.dim)] * settings.num_layers,
     )
 
 
 @torch.no_grad()
 def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-    """Encoder frames `[T, D]` of the next chunk of log-mel `[F, M]`, and the state behind it.
+    """Encode the next chunk of log-mel `[F, M]`. Return encoder frames `[T, D]` and the new state.
 
     F is `chunk_size * stride` mel frames; the last chunk may be shorter.
 
     Raises:
-        ValueError: a chunk is longer, or follows one that was shorter.
+        ValueError: a chunk is longer, or follows a shorter one.
     """
     settings = encoder.settings
-    whole = settings.chunk_size * settings.stride
-    if not 0 < len(log_mel) <= whole or state.num_frames % settings.chunk_size:
-        raise ValueError(f"a chunk of {len(log_mel)} mel frames: give {whole}, and fewer in the last chunk only")
+    full = settings.chunk_size * settings.stride
+    if not 0 < len(log_mel) <= full or state.num_frames % settings.chunk_size:
+        raise ValueError(f"a chunk of {len(log_mel)} mel frames: give {full}, or fewer in the last chunk only")
     rows = torch.cat((state.log_mel, log_mel[None].to(state.log_mel)), dim=1)
     x = _subsample(encoder, rows, is_first=state.num_frames == 0)
     position = state.num_frames + torch.arange(x.shape[1], device=x.device)[None]
@@ -94,10 +94,10 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
 
 
 def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tensor:
-    """Encoder frames `[1, T, D]` of mel frames `[1, stride + F, M]`, of which the first belong to the chunk before.
+    """Subsample mel frames `[1, stride + F, M]`, of which the first belong to the previous chunk, to `[1, T, D]`.
 
-    A causal output looks back into the one before it and no further, so that one is made again and thrown away. Before
-    the first chunk lies a gap.
+    A causal output depends on mel frames of its own and the previous target only. So the last output of the previous
+    chunk is computed again and discarded. The first chunk follows a gap.
     """
     stride = encoder.settings.stride
     start = stride if is_first else 0

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.live_bytes import LiveBytes
-from bestrq.model.checkpointing import MODES, run_block
-from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings, run_block
 from bestrq.model.settings import StageSettings
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise
 from common.segments import Segments
@@ -150,7 +149,7 @@ def test_full_keeps_the_input_and_selective_an_amount_linear_in_the_length() -> 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_gradients_the_block_is_called_as_it_is(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("bestrq.model.checkpointing.checkpoint")
+    monkeypatch.delattr("bestrq.model.conformer.checkpoint")
     with torch.no_grad():
         assert kept_bytes(mode, 100) == 0
 

@@ -6,10 +6,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
+from bestrq.model.attention.backends import AttentionLayout
 from bestrq.model.attention.module import ATTEND, group_frames, ungroup_frames
-from bestrq.model.attention.sdpa import split_heads
 from bestrq.model.cpu import attention as segments
-from bestrq.model.layout import AttentionLayout, StageLayout
+from bestrq.model.layout import StageLayout
+from bestrq.model.positions import split_heads
 from tests.layouts import row_layout, stage_layout
 
 HEADS = 4
@@ -146,13 +148,13 @@ def test_dropped_share_and_mean_of_attention_weights() -> None:
 
 def attend_eagerly(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
     """Product, softmax, product, each rounded to the precision of its inputs: the low-precision reference."""
-    assert isinstance(layout.plan, Tensor)
+    assert isinstance(layout.backend_mask, Tensor)
     q, k, v = split_heads(qkv, num_heads, layout.rotary_phase)
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if bias is not None:
         frame, reach = torch.arange(q.shape[2]), bias.shape[1] // 2
         scores = scores + bias[:, (frame - frame[:, None]).clamp(-reach, reach) + reach].to(scores.dtype)
-    return (scores.masked_fill(~layout.plan, -torch.inf).softmax(dim=-1) @ v).transpose(1, 2)
+    return (scores.masked_fill(~layout.backend_mask, -torch.inf).softmax(dim=-1) @ v).transpose(1, 2)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["rotary", "relative"])
@@ -196,8 +198,8 @@ def test_rows_of_one_segment_mask_their_padding_only(position: str) -> None:
     layouts = {
         b: row_layout([[0], [8], [0]], [[100], [61], [0]], 120, backend=b, **shape) for b in ("dense", "reference")
     }
-    plan = layouts["dense"].output.attention.plan
-    assert isinstance(plan, Tensor) and plan.shape == (3, 1, 1, 30) and plan[2].all()
+    mask = layouts["dense"].output.attention.backend_mask
+    assert isinstance(mask, Tensor) and mask.shape == (3, 1, 1, 30) and mask[2].all()
     qkv, bias = inputs(layouts["dense"].output, 2, position == "relative")
     ours, exact = (results(layout.output, qkv, bias, name) for name, layout in layouts.items())
     for mine, truth in zip(ours, exact, strict=True):

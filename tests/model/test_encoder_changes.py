@@ -67,8 +67,10 @@ def test_a_change_that_does_nothing_or_is_impossible_is_named() -> None:
         EncoderChanges(window=64).apply(EncoderSettings())
     with pytest.raises(UserError, match="encoder.left_chunks = 2 changes nothing with mask 'window'"):
         EncoderChanges(mask="window", left_chunks=2).apply(EncoderSettings())
-    with pytest.raises(UserError, match="encoder.window: 0 is not possible"):
-        EncoderChanges(mask="window", window=0).apply(EncoderSettings())
+    with pytest.raises(UserError, match="window is 0: expected an integer above 0"):
+        from_dict(EncoderChanges, {"mask": "window", "window": 0})
+    with pytest.raises(UserError, match="encoder.left_chunks: -2 is invalid"):
+        EncoderChanges(mask="chunk", left_chunks=-2).apply(EncoderSettings())
 
 
 def test_a_causal_export_is_streamed_to_the_tokens_of_one_pass(export: Export, tmp_path: Path) -> None:

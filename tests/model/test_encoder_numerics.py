@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
 from common.segments import Segments

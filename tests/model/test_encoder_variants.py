@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bestrq.model.attention.masks.chunk import ChunkMask
-from bestrq.model.attention.masks.segment import SegmentMask
+import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
+from bestrq.model.attention.masks import ChunkMask, SegmentMask
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.layout import RowLayout

@@ -24,10 +24,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bestrq.model.attention import flex
-from bestrq.model.attention.backends import choose_backend
-from bestrq.model.attention.flex import BLOCK, attend_flex, compiled_flex_attention, make_block_mask
-from bestrq.model.attention.masks import dense
+import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
+from bestrq.model.attention import backends
+from bestrq.model.attention.backends import BLOCK, attend_flex, choose_backend, compiled_flex_attention, make_block_mask
+from bestrq.model.attention.draw_mask import dense_mask
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
@@ -89,21 +89,21 @@ def test_block_mask_is_the_one_of_all_pairs_of_frames(mask: str, frames: int) ->
     truth = torch.eye(blocks * BLOCK, dtype=torch.bool).repeat(len(segments), 1, 1)
     for row, spans in enumerate(segments):
         for start, length in spans:
-            truth[row, start : start + length, start : start + length] = dense(layout.mask, length)
-    plan = layout.plan
-    assert isinstance(plan, BlockMask)
+            truth[row, start : start + length, start : start + length] = dense_mask(layout.mask, length)
+    block_mask = layout.backend_mask
+    assert isinstance(block_mask, BlockMask)
     frame = torch.arange(blocks * BLOCK)
     row = torch.arange(len(segments))[:, None, None]
-    assert torch.equal(plan.mask_mod(row, row * 0, frame[:, None], frame), truth)
+    assert torch.equal(block_mask.mask_mod(row, row * 0, frame[:, None], frame), truth)
     tiles = truth.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3)
     whole, partly = tiles.all(dim=3), tiles.any(dim=3) & ~tiles.all(dim=3)
-    theirs = create_block_mask(plan.mask_mod, len(segments), None, blocks * BLOCK, blocks * BLOCK, device="cpu")
-    for made in (plan, theirs):
+    theirs = create_block_mask(block_mask.mask_mod, len(segments), None, blocks * BLOCK, blocks * BLOCK, device="cpu")
+    for made in (block_mask, theirs):
         assert torch.equal(listed(made.kv_num_blocks, made.kv_indices), partly)
         assert torch.equal(listed(made.full_kv_num_blocks, made.full_kv_indices), whole)
         assert torch.equal(listed(made.q_num_blocks, made.q_indices), partly.mT)
         assert torch.equal(listed(made.full_q_num_blocks, made.full_q_indices), whole.mT)
-    assert plan.shape == theirs.shape and plan.BLOCK_SIZE == theirs.BLOCK_SIZE
+    assert block_mask.shape == theirs.shape and block_mask.BLOCK_SIZE == theirs.BLOCK_SIZE
     assert mask not in ("segment", *WIDE) or bool(whole.any())
 
 
@@ -193,7 +193,7 @@ def test_recordings_of_any_length_and_number_compile_for_few_shapes() -> None:
 
 
 def test_one_kernel_too_many_is_an_error_not_a_fallback_that_holds_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "MAX_KERNELS", 2)
+    monkeypatch.setattr(backends, "MAX_KERNELS", 2)
     compiled = compiled_flex_attention(True, counting([]))
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for length in (20, 130, 300):
@@ -230,7 +230,7 @@ def encode(encoder: nn.Module, layout_of: ConformerEncoder, backend: str) -> Ten
 
 @pytest.mark.parametrize("variant", ENCODERS)
 def test_encoder_by_flex_is_the_encoder_by_the_definition(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "compiled_flex_attention", lambda training: torch_flex.flex_attention)
+    monkeypatch.setattr(backends, "compiled_flex_attention", lambda training: torch_flex.flex_attention)
     encoder = make_encoder(**ENCODERS[variant]).double().eval()
     with torch.no_grad():
         ours, exact = (encode(encoder, encoder, backend) for backend in ("flex", "reference"))
@@ -251,7 +251,7 @@ def test_gradients_through_compiled_flex_hold_under_checkpointing_ddp_and_fsdp(
 ) -> None:
     calls: list[str] = []
     compiled = compiled_flex_attention(True, counting(calls))
-    monkeypatch.setattr(flex, "compiled_flex_attention", lambda training: compiled)
+    monkeypatch.setattr(backends, "compiled_flex_attention", lambda training: compiled)
     mode = wrapped if wrapped in ("selective", "full") else "none"
     exact = make_encoder(position="relative").double()
     encode(exact, exact, "reference")[..., 0].sin().sum().backward()

@@ -7,12 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestrq.model.attention.masks import Mask, dense
-from bestrq.model.attention.masks.causal import CausalMask
-from bestrq.model.attention.masks.chunk import ChunkMask, draw_chunk_size
-from bestrq.model.attention.masks.draw import as_text, draw
-from bestrq.model.attention.masks.segment import SegmentMask
-from bestrq.model.attention.masks.window import WindowMask
+from bestrq.model.attention.draw_mask import as_text, dense_mask, draw
+from bestrq.model.attention.masks import AttentionMask, CausalMask, ChunkMask, SegmentMask, WindowMask, draw_chunk_size
 
 any_mask = st.one_of(
     st.just(SegmentMask()),
@@ -24,7 +20,7 @@ any_mask = st.one_of(
 
 @given(any_mask, st.integers(1, 70))
 def test_a_query_sees_itself_and_neither_end_of_its_interval_ever_falls_or_leaves_the_reach(
-    mask: Mask, length: int
+    mask: AttentionMask, length: int
 ) -> None:
     query = torch.arange(length)
     first, stop = mask(query)
@@ -47,14 +43,14 @@ def test_a_query_sees_itself_and_neither_end_of_its_interval_ever_falls_or_leave
         (ChunkMask(2, -1), "##.../##.../####./####./#####"),
     ],
 )
-def test_masks_are_what_their_names_say(mask: Mask, drawn: str) -> None:
-    assert as_text(dense(mask, 5)).split() == drawn.split("/")
+def test_masks_are_what_their_names_say(mask: AttentionMask, drawn: str) -> None:
+    assert as_text(dense_mask(mask, 5)).split() == drawn.split("/")
 
 
 def test_a_mask_is_drawn_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw(WindowMask, ["--frames", "1", "--length", "3"])
+    draw(["window", "--frames", "1", "--length", "3"])
     assert capsys.readouterr().out.split() == ["##.", "###", ".##"]
-    draw(ChunkMask, ["--size", "2", "--out", str(tmp_path / "mask.png")])
+    draw(["chunk", "--size", "2", "--out", str(tmp_path / "mask.png")])
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
