@@ -136,14 +136,9 @@ class ConformerEncoder(nn.Module):
             segments: in mel frames.
             backend: key of `attention.module.ATTEND`, in place of the choice by device and settings.
         """
-        parameter = next(self.parameters())
+        weight = next(self.parameters())
         return make_layout(
-            segments,
-            self.settings,
-            training=self.training,
-            device=parameter.device,
-            dtype=parameter.dtype,
-            backend=backend,
+            segments, self.settings, training=self.training, device=weight.device, dtype=weight.dtype, backend=backend
         )
 
     def forward(self, log_mel: Tensor, layout: RowLayout) -> Tensor:

@@ -47,26 +47,10 @@ class ConvolutionModule(nn.Module):
         assert self.depthwise.bias is not None
         x = F.glu(self.pointwise_in(x), dim=-1)
         x = convolve_in_segments(x, self.depthwise.weight, self.depthwise.bias, layout.convolution, ahead)
-        return self._finish(x[:, :: self.stride], layout.valid[:, :: self.stride])
+        return self.finish(x[:, :: self.stride], layout.valid[:, :: self.stride])
 
-    def stream(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolve the next frames of one segment per row: causal, stride 1, in evaluation mode.
-
-        Args:
-            x: `[R, n, D]`, n >= 1.
-            cache: `[R, K - 1, dim_out]`, the last inputs of the depthwise convolution: zeros at the start of a segment,
-                then the cache that the last call returned.
-
-        Returns:
-            The outputs of `forward` at these frames, `[R, n, dim_out]`, and the cache for the next call.
-        """
-        assert self.causal and self.stride == 1 and self.depthwise.bias is not None
-        inputs = torch.cat([cache, F.glu(self.pointwise_in(x), dim=-1)], dim=1)
-        weight, bias = self.depthwise.weight.to(inputs.dtype), self.depthwise.bias.to(inputs.dtype)
-        y = self._finish(depthwise(inputs, weight, bias, 0), x.new_ones(x.shape[:2], dtype=torch.bool))
-        return y, inputs[:, x.shape[1] :]
-
-    def _finish(self, x: Tensor, valid: Tensor) -> Tensor:
+    def finish(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Apply norm, SiLU and the last pointwise map to the output of the depthwise convolution."""
         x = self.norm(x, valid) if isinstance(self.norm, MaskedBatchNorm) else self.norm(x)
         return self.pointwise_out(F.silu(x))
 

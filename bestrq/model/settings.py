@@ -1,7 +1,7 @@
 """Settings of an encoder."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -108,18 +108,7 @@ class EncoderSettings:
     @property
     def stages(self) -> list["EncoderSettings"]:
         """Settings of each stage, first to last; only widths and counts differ."""
-        earlier = [
-            replace(
-                self,
-                dim=stage.dim,
-                num_layers=stage.num_layers,
-                num_heads=stage.num_heads,
-                feedforward_dim=stage.feedforward_dim,
-                group_size=stage.group_size,
-                earlier_stages=[],
-            )
-            for stage in self.earlier_stages
-        ]
+        earlier = [replace(self, earlier_stages=[], **asdict(stage)) for stage in self.earlier_stages]
         return [*earlier, replace(self, earlier_stages=[])]
 
     @property

@@ -7,10 +7,13 @@ are time and memory per chunk, for streams of any length.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.model.attention.module import SelfAttention
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
-from bestrq.model.positions import rotary_phase
+from bestrq.model.convolution import ConvolutionModule, depthwise
+from bestrq.model.positions import rotary_phase, split_heads
 from common.errors import UserError
 from common.segments import Segments
 
@@ -80,17 +83,60 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
         assert isinstance(block, ConformerBlock)
 
         def attend(y: Tensor, block: ConformerBlock = block, cache: tuple[Tensor, Tensor] = keys_values) -> Tensor:
-            y, cache = block.attention.stream(y, phase, cache, keep)
+            y, cache = stream_attention(block.attention, y, phase, cache, keep)
             after.attention.append(cache)
             return y
 
         def convolve(y: Tensor, block: ConformerBlock = block, cache: Tensor = inputs) -> Tensor:
-            y, cache = block.convolution.stream(y, cache)
+            y, cache = stream_convolution(block.convolution, y, cache)
             after.convolution.append(cache)
             return y
 
         x = block.apply_modules(x, attend, convolve)
     return x[0], after
+
+
+def stream_attention(
+    module: SelfAttention, x: Tensor, phase: Tensor | None, cache: tuple[Tensor, Tensor], keep: int | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention of one chunk `[R, n, D]` to itself and the cached frames. Return `[R, n, D]` and the new cache.
+
+    Args:
+        phase: complex `[R, n, d / 2]`, positions from the start of the stream, or None.
+        cache: rotated keys and values `[R, KV, m, d]` of earlier frames.
+        keep: frames in the new cache; None for all.
+    """
+    qkv = module.qkv(x).unflatten(-1, (module.num_heads + 2 * module.num_kv_heads, -1))
+    q, k, v = split_heads(qkv, module.num_heads, phase)
+    k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+    bias = None
+    if module.relative_bias is not None:
+        table = module.relative_bias()
+        reach = table.shape[1] // 2
+        frame = torch.arange(k.shape[2], device=k.device)
+        distance = frame - frame[-x.shape[1] :, None]
+        bias = table[:, distance.clamp(-reach, reach) + reach].to(q.dtype)
+    attended = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=module.num_heads != module.num_kv_heads)
+    first = 0 if keep is None else max(0, k.shape[2] - keep)
+    return module.out(attended.transpose(1, 2).flatten(2)), (k[:, :, first:], v[:, :, first:])
+
+
+def stream_convolution(module: ConvolutionModule, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Convolve the next frames of one segment per row by a causal module of stride 1, in evaluation mode.
+
+    Args:
+        x: `[R, n, D]`, n >= 1.
+        cache: `[R, K - 1, D]`, the last inputs of the depthwise convolution: zeros at the start of a segment, then the
+            cache that the last call returned.
+
+    Returns:
+        The outputs of `forward` at these frames, `[R, n, D]`, and the cache for the next call.
+    """
+    assert module.causal and module.stride == 1 and module.depthwise.bias is not None
+    inputs = torch.cat([cache, F.glu(module.pointwise_in(x), dim=-1)], dim=1)
+    weight, bias = module.depthwise.weight.to(inputs.dtype), module.depthwise.bias.to(inputs.dtype)
+    y = module.finish(depthwise(inputs, weight, bias, 0), x.new_ones(x.shape[:2], dtype=torch.bool))
+    return y, inputs[:, x.shape[1] :]
 
 
 def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tensor:
@@ -103,4 +149,4 @@ def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tenso
     start = stride if is_first else 0
     layout = encoder.layout(Segments(torch.tensor([[start]]), torch.tensor([[rows.shape[1] - start]]), rows.shape[1]))
     padding = layout.valid_mel.shape[1] - rows.shape[1]
-    return encoder.subsampling(torch.nn.functional.pad(rows, (0, 0, 0, padding)), layout)[:, 1:]
+    return encoder.subsampling(F.pad(rows, (0, 0, 0, padding)), layout)[:, 1:]

@@ -205,7 +205,8 @@ def make_block_mask(first_key: Tensor, stop_key: Tensor) -> BlockMask:
     """
     rows, frames = first_key.shape
     blocks = -(-frames // BLOCK)
-    padding = torch.arange(frames, blocks * BLOCK, device=first_key.device).expand(rows, -1)
+    size = blocks * BLOCK
+    padding = torch.arange(frames, size, device=first_key.device).expand(rows, -1)
     first_key = torch.cat((first_key, padding), dim=1)  # frames that fill the last block attend to themselves
     stop_key = torch.cat((stop_key, padding + 1), dim=1)
     first, stop = first_key.view(rows, blocks, BLOCK), stop_key.view(rows, blocks, BLOCK)
@@ -219,11 +220,7 @@ def make_block_mask(first_key: Tensor, stop_key: Tensor) -> BlockMask:
         return (key >= first_key[row, query]) & (key < stop_key[row, query])
 
     return BlockMask.from_kv_blocks(
-        *_list_blocks(partial),
-        *_list_blocks(full),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=is_allowed,
-        seq_lengths=(blocks * BLOCK,) * 2,
+        *_list_blocks(partial), *_list_blocks(full), BLOCK_SIZE=BLOCK, mask_mod=is_allowed, seq_lengths=(size, size)
     )
 
 
@@ -238,12 +235,7 @@ def _list_blocks(attended: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_flex(
-    qkv: Tensor,
-    num_heads: int,
-    layout: AttentionLayout,
-    bias: Tensor | None,
-    dropout: float,
-    attention: Any = None,
+    qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float, attention: Any = None
 ) -> Tensor:
     """As `attend_dense`, by FlexAttention; dropout is not supported. On a CPU, forward only.
 

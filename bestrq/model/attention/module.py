@@ -1,13 +1,11 @@
 """Multi-head self-attention within the segments of packed rows."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bestrq.model.attention.backends import attend_bands, attend_dense, attend_flex
 from bestrq.model.cpu.attention import attend_in_segments
 from bestrq.model.layout import StageLayout
-from bestrq.model.positions import RelativeBias, split_heads
+from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings
 
 ATTEND = {"segments": attend_in_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_flex}
@@ -47,30 +45,6 @@ class SelfAttention(nn.Module):
         if self.group_size > 1:
             attended = ungroup_frames(attended, self.group_size)
         return self.out(attended.flatten(2))
-
-    def stream(
-        self, x: Tensor, phase: Tensor | None, cache: tuple[Tensor, Tensor], keep: int | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Attention of one chunk `[R, n, D]` to itself and the cached frames. Return `[R, n, D]` and the new cache.
-
-        Args:
-            phase: complex `[R, n, d / 2]`, positions from the start of the stream, or None.
-            cache: rotated keys and values `[R, KV, m, d]` of earlier frames.
-            keep: frames in the new cache; None for all.
-        """
-        qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
-        q, k, v = split_heads(qkv, self.num_heads, phase)
-        k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
-        bias = None
-        if self.relative_bias is not None:
-            table = self.relative_bias()
-            reach = table.shape[1] // 2
-            frame = torch.arange(k.shape[2], device=k.device)
-            distance = frame - frame[-x.shape[1] :, None]
-            bias = table[:, distance.clamp(-reach, reach) + reach].to(q.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=self.num_heads != self.num_kv_heads)
-        first = 0 if keep is None else max(0, k.shape[2] - keep)
-        return self.out(attended.transpose(1, 2).flatten(2)), (k[:, :, first:], v[:, :, first:])
 
 
 def group_frames(x: Tensor, group_size: int) -> Tensor:

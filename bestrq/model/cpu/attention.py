@@ -38,15 +38,9 @@ def attend_in_segments(
     Args:
         bias: `[H, 2 * D + 1]`, added to the score of query i and key j at `clamp(j - i, -D, D) + D`, or None.
     """
-    phase = layout.rotary_phase
+    phase = None if layout.rotary_phase is None else layout.rotary_phase.flatten(0, 1)
     out = _SegmentAttention.apply(
-        qkv.flatten(0, 1),
-        None if phase is None else phase.flatten(0, 1),
-        bias,
-        num_heads,
-        layout.segments,
-        layout.mask,
-        drop_threshold(dropout),
+        qkv.flatten(0, 1), phase, bias, num_heads, layout.segments, layout.mask, drop_threshold(dropout)
     )
     return out.unflatten(0, qkv.shape[:2])
 
@@ -60,15 +54,9 @@ class _SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        qkv: Tensor,
-        phase: Tensor | None,
-        bias: Tensor | None,
-        num_heads: int,
-        segments: list[tuple[int, int]],
-        mask: AttentionMask,
-        threshold: int,
-    ) -> Tensor:
+        ctx: Any, qkv: Tensor, phase: Tensor | None, bias: Tensor | None, num_heads: int,
+        segments: list[tuple[int, int]], mask: AttentionMask, threshold: int,
+    ) -> Tensor:  # fmt: skip
         out = _empty_with_zero_gaps((len(qkv), num_heads, qkv.shape[-1]), qkv.dtype, segments)
         ctx.segments, ctx.mask, ctx.threshold, ctx.shape = segments, mask, threshold, qkv.shape
         ctx.seeds = draw_seed(len(segments)) if threshold else [0] * len(segments)
