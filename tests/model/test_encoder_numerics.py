@@ -83,7 +83,7 @@ def test_errors_of_outputs_and_gradients_are_at_most_those_of_plain_attention_at
 ) -> None:
     """Plain: product, softmax and product over whole rows by torch's math kernel. Exact: the definition in float64.
 
-    In float64 all backends agree. In float32 and bfloat16 autocast the budget is 1.5 times the error of plain attention.
+    All backends agree in float64. In float32 and bfloat16 autocast the budget is 1.5 times the error of the plain one.
     """
     encoder = make_encoder(position=position, num_kv_heads=num_kv_heads, norm=norm, **MASKS[mask]).double()
     backends = ("segments", "bands") if mask in BOUNDED else ("segments",)
