@@ -92,7 +92,7 @@ def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
 
 @dataclass(frozen=True)
 class Contest:
-    """Who is compared with whom: one preset, as blocks alone or as whole encoders."""
+    """Systems of a comparison: one preset, as blocks alone or as whole encoders."""
 
     settings: EncoderSettings
     whole: bool
