@@ -205,8 +205,8 @@ def compare(settings: EncoderSettings, batches: list[Rows], repeats: int) -> dic
             figures[f"memory_{mode}_over_none"] = blocks / none_blocks
             kept, peak, process = (measured[name] / 1e6 for name in ("kept", "peak", "process"))
             print(
-                f"{batch.rows} x {batch.frames / 100:g} s, {mode}: stored {kept:.1f} MB (formula {predicted / 1e6:.1f}), "
-                f"peak {peak:.1f} (formula {predicted_peak / 1e6:.1f}), growth of the process {process:.1f}"
+                f"{batch.rows} x {batch.frames / 100:g} s, {mode}: kept {kept:.1f} MB (formula {predicted / 1e6:.1f}),"
+                f" peak {peak:.1f} (formula {predicted_peak / 1e6:.1f}), growth of the process {process:.1f}"
             )
     ratios = timings(settings, batches[-1], repeats)
     figures |= {f"time_{mode}_over_none": ratio for mode, ratio in ratios.items()}

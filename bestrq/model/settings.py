@@ -139,9 +139,9 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         """Raise UserError for fields that do not fit together, and for ranges that no type expresses."""
-        even, factors = self.position == "rotary", (4,) if self.subsampling == "convolutional" else (2, 4, 8)
+        factors = (4,) if self.subsampling == "convolutional" else (2, 4, 8)
         _require(
-            self.dim % self.num_heads == 0 and not (even and self.head_dim % 2),
+            self.dim % self.num_heads == 0 and (self.position != "rotary" or self.head_dim % 2 == 0),
             "num_heads", self.num_heads,
             f"give one for which dim / num_heads is a whole number, even with rotary positions (dim is {self.dim})",
         )  # fmt: skip
@@ -187,7 +187,7 @@ class EncoderSettings:
         for stage, group_size in enumerate(self.group_sizes if self.mask in ("window", "chunk") else []):
             _require(
                 getattr(self, name) % (group_size << stage) == 0, name, getattr(self, name),
-                f"give a multiple of {group_size << stage}, frames of the first stage per frame of stage {stage}",
+                f"give a multiple of {group_size << stage}, first-stage frames per attention frame of stage {stage}",
             )  # fmt: skip
         try:
             if self.earlier_stages:

@@ -31,8 +31,8 @@ BLOCK = 128
 """frames per block of a FlexAttention mask, for queries and keys. Rows are padded to whole blocks: with other lengths
 the backward pass of FlexAttention has been wrong (pytorch issue 153799)"""
 MIN_HEAD_DIM = 16
-"""smallest head width of FlexAttention's Triton kernels on NVIDIA. Narrower heads are padded with zeros; the kernels pad
-wider ones to a power of two. They support float32, bfloat16 and float16"""
+"""smallest head width of FlexAttention's Triton kernels on NVIDIA. Narrower heads are padded with zeros; the kernels
+pad wider ones to a power of two. They support float32, bfloat16 and float16"""
 MAX_KERNELS = 64
 """compiled FlexAttention kernels per process, one per encoder stage and row length of a curriculum. Beyond the limit
 torch would fall back to a version that stores all scores, so `compiled_flex_attention` raises an error"""
