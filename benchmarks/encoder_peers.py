@@ -1,12 +1,12 @@
-"""Other systems of benchmarks.encoder_speed: Conformer encoders of other packages, on padded batches.
+"""The other systems of benchmarks.encoder_speed: Conformer encoders that users train, from padded batches.
 
-Each is the class of its package with the settings of the preset: width, layers, heads, feed-forward width, kernel,
-SiLU, and the same dropout at every place that has one, attention weights included. Layer drop is off. Differences that
-remain: batch norm in the convolution module of torchaudio, Wav2Vec2-Conformer and Parakeet (SpeechBrain and this
-project: layer norm), and the projection of relative positions in every block of SpeechBrain, relative
-Wav2Vec2-Conformer and Parakeet. The attention implementation is the default of each package.
+All are their packages' own classes with the settings of our preset: width, layers, heads, feed-forward width, kernel,
+SiLU, and the same dropout everywhere where they have one, on attention weights too. Layer drop is off. What stays
+different is theirs: batch norm in the convolution module of torchaudio, Wav2Vec2-Conformer and Parakeet (SpeechBrain
+and ours: layer norm), and the projection of relative positions that SpeechBrain, relative Wav2Vec2-Conformer and
+Parakeet have in every block. Attention is what their defaults choose.
 
-Packages (requirements-benchmarks.txt) are imported when a system is built.
+Nothing here is imported before a system is asked for: they stand in requirements-benchmarks.txt.
 """
 
 import importlib
@@ -23,15 +23,15 @@ from bestrq.model.settings import EncoderSettings
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encoder under test."""
+    """An encoder under test."""
 
     model: nn.Module
     forward: Callable[[Batch], Tensor]
-    """returns outputs `[B, T, D]`; those at padding frames are unused"""
+    """to outputs `[B, T, D]`; what stands in padding means nothing"""
 
 
 def require(name: str) -> ModuleType:
-    """Import the package of a system, or exit with instructions to install it."""
+    """Import a system's package, or say how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -41,8 +41,8 @@ def require(name: str) -> ModuleType:
         ) from error
 
 
-def valid_frames(batch: Batch) -> Tensor:
-    """Mask of a padded batch, bool `[B, T]`: False at padding frames."""
+def inside(batch: Batch) -> Tensor:
+    """Bool `[B, T]`: True where a frame of a padded batch is no padding."""
     return torch.arange(batch.x.shape[1]) < batch.length
 
 
@@ -60,7 +60,7 @@ def make_torchaudio(settings: EncoderSettings, dropout: float) -> Encoder:
 
 
 def make_speechbrain(settings: EncoderSettings, dropout: float) -> Encoder:
-    """SpeechBrain's ConformerEncoder with RelPosMHAXL, as in its recipes, called as in its TransformerASR."""
+    """SpeechBrain's ConformerEncoder with RelPosMHAXL, as its recipes have it, called as its TransformerASR does."""
     conformer = require("speechbrain.lobes.models.transformer.Conformer")
     encoder = conformer.ConformerEncoder(
         num_layers=settings.num_layers,
@@ -75,13 +75,13 @@ def make_speechbrain(settings: EncoderSettings, dropout: float) -> Encoder:
     positions = require("speechbrain.nnet.attention").RelPosEncXL(settings.dim)
 
     def forward(batch: Batch) -> Tensor:
-        return encoder(batch.x, src_key_padding_mask=~valid_frames(batch), pos_embs=positions(batch.x))[0]
+        return encoder(batch.x, src_key_padding_mask=~inside(batch), pos_embs=positions(batch.x))[0]
 
     return Encoder(nn.ModuleList((encoder, positions)), forward)
 
 
 def make_wav2vec2(settings: EncoderSettings, dropout: float, positions: str) -> Encoder:
-    """Encoder of transformers' Wav2Vec2ConformerModel, with 'rotary' or 'relative' positions."""
+    """The encoder inside transformers' Wav2Vec2ConformerModel, with 'rotary' or 'relative' positions."""
     transformers = require("transformers")
     config = transformers.Wav2Vec2ConformerConfig(
         hidden_size=settings.dim,
@@ -98,24 +98,24 @@ def make_wav2vec2(settings: EncoderSettings, dropout: float, positions: str) -> 
         conv_depthwise_kernel_size=settings.kernel_size,
     )
     encoder = transformers.Wav2Vec2ConformerModel(config).encoder
-    encoder.pos_conv_embed = None  # a parameter of the class that its forward pass does not use
+    encoder.pos_conv_embed = None  # held by the class but used by no path through it
 
     def forward(batch: Batch) -> Tensor:
-        # Cloned, as the encoder zeroes the padding of its input in place.
-        return encoder(batch.x.clone(), attention_mask=valid_frames(batch)).last_hidden_state
+        # It zeroes the padding of its input in place, so it gets one that is its own.
+        return encoder(batch.x.clone(), attention_mask=inside(batch)).last_hidden_state
 
     return Encoder(encoder, forward)
 
 
-class _NoSubsampling(nn.Module):
-    """Replacement of the front end for input in encoder frames."""
+class _AsItComes(nn.Module):
+    """In the place of a front end: the input is in encoder frames already."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x
 
 
 def make_parakeet(settings: EncoderSettings, dropout: float, front_end: bool) -> Encoder:
-    """transformers' ParakeetEncoder (FastConformer): its blocks alone, or with its striding subsampling."""
+    """transformers' ParakeetEncoder (FastConformer): its blocks alone, or with its striding subsampling before."""
     transformers = require("transformers")
     config = transformers.ParakeetEncoderConfig(
         hidden_size=settings.dim,
@@ -132,10 +132,10 @@ def make_parakeet(settings: EncoderSettings, dropout: float, front_end: bool) ->
     )
     encoder = transformers.ParakeetEncoder(config)
     if not front_end:
-        encoder.subsampling = _NoSubsampling()
+        encoder.subsampling = _AsItComes()
 
     def forward(batch: Batch) -> Tensor:
-        return encoder(batch.x, attention_mask=valid_frames(batch)).last_hidden_state
+        return encoder(batch.x, attention_mask=inside(batch)).last_hidden_state
 
     return Encoder(encoder, forward)
 
@@ -147,4 +147,4 @@ PEERS: dict[str, Callable[[EncoderSettings, float], Encoder]] = {
     "wav2vec2_relative": lambda settings, dropout: make_wav2vec2(settings, dropout, "relative"),
     "parakeet": lambda settings, dropout: make_parakeet(settings, dropout, front_end=False),
 }
-"""constructors of the blocks of each system, by name"""
+"""name -> blocks alone of that system"""

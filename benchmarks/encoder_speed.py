@@ -1,30 +1,29 @@
-"""Speed of the encoder, forward and backward, beside five other systems of the same size.
+"""Forward and backward passes of our encoders beside five others of the same size, alternating.
 
     python -m benchmarks.encoder_speed        # needs requirements-benchmarks.txt
 
-Two presets: `base-120m` (25 frames per second) and `fast-115m` (12.5). Every system has their width, layers, heads,
-feed-forward width, kernel and dropout (benchmarks.encoder_peers lists the remaining differences); parameter counts are
-printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all systems are timed as blocks alone, on
-the same input in the precision of the hardware, as a front end returns it under autocast. For the preset with stride 8,
-the whole encoder and the whole Parakeet encoder, each with its striding subsampling, are also timed on log-mel
-("whole").
+Two presets: `base-120m` (25 frames a second) and `fast-115m` (12.5). Every system has its width, layers, heads,
+feed-forward width, kernel and dropout (see benchmarks.encoder_peers for what stays different); the counts of parameters
+are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks alone, on the
+same input in the precision of the hardware, as a front end gives it under autocast. For the 8x preset our whole encoder
+and the whole Parakeet encoder, each with its striding subsampling, are timed on log-mel besides ("whole").
 
-Two workloads, with about the same number of frames per batch for all systems, from the same pool of lengths:
+Two workloads, about the same number of frames at a time for all, drawn from the same pool of lengths:
 
-    mixed    2 to 17 s, uniform. 'ours' packs them into rows of 20 s (data.loading.packing); the others get padded
-             batches of similar length, as their bucketing samplers make them, with lengths or masks
-    equal    utterances of 10 s: no packing, no padding
+    mixed    2 to 17 s, uniform. Ours packs them into rows of 20 s (data.packing); the others get batches of similar
+             length, as their bucketing samplers make them, padded, with lengths or masks given
+    equal    utterances of 10 s: nothing to pack, nothing to pad
 
-A pass takes batches at even distances from the shortest to the longest; 'ours' takes rows in the same way. Masks and
-layouts are built inside the measured time. Speed is in seconds of audio, without padding, per second. The systems
-alternate batch by batch. The fastest repeat of each batch counts, as other processes of a machine only add time. The
-last line is JSON:
+A pass takes batches at even distances from the shortest to the longest; ours takes rows so. Masks and layouts are made
+inside the clock. Speed is in seconds of real audio, not padding, per second. The systems alternate batch by batch; of
+every batch the fastest of the repeats counts, for all alike, as whatever else runs on a machine only ever adds. One
+line of JSON is the last:
 
-    ratio_to_best_peer_mixed, _equal   speed of 'ours' / the fastest other, the smallest over the presets
-    matmul_share                       model FLOPs per second of 'ours' as a share of the rate of plain matrix products
-                                       of the same shapes, measured between the batches; the smallest over all runs.
+    ratio_to_best_peer_mixed, _equal   ours / the fastest other, the smallest over the presets
+    matmul_share                       our model FLOPs per second as a share of the rate of plain matrix products
+                                       of the same shapes, measured between the batches; the smallest there is.
                                        Model FLOPs are three times those of the forward pass
-    PRESET_WORKLOAD_...                per preset: its ratio, and audio-seconds per second of every system
+    PRESET_WORKLOAD_...                each preset's own: its ratio, and every system's audio-seconds per second
 """
 
 import argparse
@@ -59,27 +58,27 @@ WORKLOADS = ["mixed", "equal"]
 
 @dataclass(frozen=True)
 class System:
-    """Encoder and batches of one workload."""
+    """An encoder and the batches of one workload."""
 
     model: nn.Module
     forward: Callable[[Batch], Tensor]
     batches: list[Batch]
     rate: float
-    """frames per second in the batches"""
+    """frames of the batches in a second"""
 
     @property
     def seconds(self) -> float:
-        """Audio in the batches, without padding."""
+        """Real audio of the batches."""
         return sum(batch.frames for batch in self.batches) / self.rate
 
 
 def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
-    """Wrap this project's encoder, on packed rows, as blocks alone or whole."""
+    """Ours, on packed rows: the one place that knows how it is called."""
     encoder = ConformerEncoder(settings).train()
-    stride = settings.subsampling_factor
+    factor = settings.subsampling_factor
 
     def run_blocks(batch: Batch) -> Tensor:
-        layout = encoder.layout(Segments(batch.start * stride, batch.length * stride, batch.x.shape[1] * stride))
+        layout = encoder.layout(Segments(batch.start * factor, batch.length * factor, batch.x.shape[1] * factor))
         x = batch.x
         for block in encoder.blocks:
             x = block(x, layout.stages[0])
@@ -92,17 +91,17 @@ def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Systems of a comparison: one preset, as blocks alone or as whole encoders."""
+class Contest:
+    """Who is compared with whom: one preset, as blocks alone or as whole encoders."""
 
     settings: EncoderSettings
     whole: bool
     encoders: dict[str, Encoder]
 
     def systems(self, workload: str, args: argparse.Namespace) -> dict[str, System]:
-        """Systems by name, each with its batches of a workload."""
+        """Every encoder with its own batches of a workload."""
         settings, stride = self.settings, self.settings.stride
-        # The same number of encoder frames per batch for both strides.
+        # The same number of encoder frames at a time at either stride.
         batch_frames = round(args.batch_seconds * FRAMES_PER_SECOND / 4)
         batch_seconds = batch_frames * stride / FRAMES_PER_SECOND
         count = max(2 if workload == "mixed" else 1, round(args.seconds_of_audio / batch_seconds))
@@ -120,8 +119,8 @@ class Comparison:
         }
 
 
-def make_comparison(preset: str, whole: bool, args: argparse.Namespace) -> Comparison:
-    """Build all systems as blocks, or 'ours' and Parakeet as whole encoders."""
+def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
+    """All systems as blocks, or ours and Parakeet as whole encoders."""
     settings = replace(PRESETS[preset], dropout=args.dropout, attention_dropout=args.dropout)
     settings = replace(settings, num_layers=args.layers or settings.num_layers)
     encoders = {OURS: our_encoder(settings, whole)}
@@ -133,37 +132,37 @@ def make_comparison(preset: str, whole: bool, args: argparse.Namespace) -> Compa
     for name, encoder in encoders.items():
         count = sum(p.numel() for p in encoder.model.train().parameters())
         print(f"{preset} {'whole' if whole else 'blocks'}, {name}: {count / 1e6:.1f} M parameters")
-    return Comparison(settings, whole, encoders)
+    return Contest(settings, whole, encoders)
 
 
 def one_step(system: System, batch: Batch) -> float:
-    """Seconds of forward and backward of one batch, including the gradient of the input of the blocks."""
+    """Seconds of forward and backward of one batch, the gradient of a front end's output included."""
     x = batch.x.detach().requires_grad_(batch.x.requires_grad)
-    start = time.perf_counter()
+    begin = time.perf_counter()
     with hardware_autocast():
         out = system.forward(replace(batch, x=x))
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begin
     gradient = torch.randn_like(out)
-    start = time.perf_counter()
+    begin = time.perf_counter()
     out.backward(gradient)
-    seconds += time.perf_counter() - start
+    seconds += time.perf_counter() - begin
     system.model.zero_grad(set_to_none=True)
     if not bool(out.isfinite().all()):
-        raise RuntimeError("an output is not finite: the timings are invalid")
+        raise RuntimeError("an output is not finite: these timings mean nothing")
     return seconds
 
 
 def model_flops(system: System) -> float:
-    """Three times the FLOPs of the forward passes: torch's counter is wrong for depthwise convolutions backward."""
+    """Three times the FLOPs of the forward passes: in backward the counter mistakes depthwise convolutions."""
     with torch.no_grad(), hardware_autocast(), FlopCounterMode(display=False) as counter:
         for batch in system.batches:
             system.forward(batch)
     return 3.0 * counter.get_total_flops()
 
 
-def compare(comparison: Comparison, workload: str, args: argparse.Namespace) -> dict[str, float]:
-    """Audio-seconds per second of every system (by name), and `ratio` and `matmul_share` of 'ours'."""
-    systems = comparison.systems(workload, args)
+def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[str, float]:
+    """Audio-seconds per second of every system (by name), and ours' `ratio` and `matmul_share`."""
+    systems = contest.systems(workload, args)
     for name, system in systems.items():
         fill = sum(b.frames for b in system.batches) / sum(b.size for b in system.batches)
         shapes = ", ".join("x".join(map(str, b.x.shape[:2])) for b in system.batches)
@@ -171,13 +170,13 @@ def compare(comparison: Comparison, workload: str, args: argparse.Namespace) -> 
         for batch in system.batches:
             one_step(system, batch)
     flops, rates = model_flops(systems[OURS]), []
-    # For each system a list of passes, each with the seconds of its batches.
+    # Per system a list of passes, each with the seconds of its batches.
     times: dict[str, list[list[float]]] = {name: [[] for _ in range(args.repeats)] for name in systems}
     for repeat in range(args.repeats):
         for i in range(len(systems[OURS].batches)):
             for name, system in systems.items():
                 times[name][repeat].append(one_step(system, system.batches[i]))
-            rates.append(matmul_rate(comparison.settings, 1000, hardware_dtype()))
+            rates.append(matmul_rate(contest.settings, 1000, hardware_dtype()))
         speeds = (f"{n} {systems[n].seconds / sum(t[repeat]):.2f}" for n, t in times.items())
         print(f"  {repeat}: audio-s/s " + ", ".join(speeds), flush=True)
     best = {name: sum(map(min, zip(*passes, strict=True))) for name, passes in times.items()}
@@ -194,12 +193,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=PRESET_NAMES, default=PRESET_NAMES)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
-    parser.add_argument("--systems", nargs="*", choices=sorted(PEERS), default=list(PEERS), help="other systems")
-    parser.add_argument("--seconds-of-audio", type=float, default=40.0, help="per pass; at least two mixed batches")
-    parser.add_argument("--batch-seconds", type=float, default=40.0, help="per batch, at 25 frames per second")
+    parser.add_argument("--systems", nargs="*", choices=sorted(PEERS), default=list(PEERS), help="the others")
+    parser.add_argument("--seconds-of-audio", type=float, default=40.0, help="in a pass; at least two mixed batches")
+    parser.add_argument("--batch-seconds", type=float, default=40.0, help="in a batch at 25 frames a second")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=0, help="in place of the preset's number")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of activations and attention weights")
+    parser.add_argument("--layers", type=int, default=0, help="instead of the preset's number")
+    parser.add_argument("--dropout", type=float, default=0.1, help="everywhere, attention weights included")
     return parser.parse_args()
 
 
@@ -209,11 +208,11 @@ def main() -> None:
     result: dict[str, float] = {}
     for preset in args.preset:
         for whole in (False, True) if PRESETS[preset].stride == 8 and "parakeet" in args.systems else (False,):
-            comparison, prefix = make_comparison(preset, whole, args), f"{preset}_whole" if whole else preset
+            contest, prefix = make_contest(preset, whole, args), f"{preset}_whole" if whole else preset
             for workload in args.workload:
                 print(f"{prefix}, {workload}")
-                figures = compare(comparison, workload, args)
-                result |= {f"{prefix}_{workload}_{key}": value for key, value in figures.items()}
+                compared = compare(contest, workload, args)
+                result |= {f"{prefix}_{workload}_{key}": value for key, value in compared.items()}
     for workload in args.workload:
         ratios = [value for key, value in result.items() if key.endswith(f"_{workload}_ratio")]
         if ratios:
