@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bestrq.decoding.fusion import Fusion
@@ -61,13 +62,13 @@ class EncoderChanges:
 
     mask: Literal["segment", "window", "causal", "chunk"] | None = None
     """attention mask; 'window' with inference.mode whole is windowed attention in one pass"""
-    window: int | None = None
+    window: PositiveInt | None = None
     """mask 'window': frames of the first stage attended to on each side"""
-    chunk_size: int | None = None
+    chunk_size: PositiveInt | None = None
     """mask 'chunk': frames of the first stage per chunk"""
     left_chunks: int | None = None
     """mask 'chunk': previous chunks attended to; -1 for all"""
-    rotary_interpolation: float | None = None
+    rotary_interpolation: PositiveFloat | None = None
     """factor by which rotary positions are divided"""
 
     def apply(self, encoder: EncoderSettings) -> EncoderSettings:

@@ -1,26 +1,23 @@
-"""Attention as it is defined, in float64, one utterance and one head at a time: what the others are tested against.
+"""Attention by its definition, in float64: the reference of all backends. Importing it adds the backend 'reference'.
 
 Source: Vaswani et al., arXiv 1706.03762, section 3.2.1.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from bestrq.model.attention.masks import dense
+from bestrq.model.attention.backends import AttentionLayout
+from bestrq.model.attention.draw_mask import dense_mask
+from bestrq.model.attention.module import ATTEND
 from bestrq.model.positions import rotate
-
-if TYPE_CHECKING:
-    from bestrq.model.layout import AttentionLayout
 
 
 def attend_reference(
-    qkv: Tensor, num_heads: int, layout: "AttentionLayout", bias: Tensor | None, dropout: float
+    qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float
 ) -> Tensor:
-    """Softmax of scaled, biased scores over the keys seen, times values, `[R, T, H + 2 * KV, d] -> [R, T, H, d]`.
+    """Attention of one segment and one head at a time, `[R, T, H + 2 * KV, d] -> [R, T, H, d]`; zero in gaps.
 
-    Zero in gaps. Differentiable, in plain torch operations; slow.
+    Softmax of scaled, biased scores over the allowed keys, times values. Differentiable, in plain torch operations.
     """
     assert dropout == 0.0
     out = torch.zeros_like(qkv[:, :, :num_heads]).flatten(0, 1)
@@ -32,15 +29,18 @@ def attend_reference(
         if phases is not None:
             phase = phases[start:stop, None].to(torch.complex128)
             q, k = rotate(q, phase), rotate(k, phase)
-        seen = dense(layout.mask, stop - start)
+        allowed = dense_mask(layout.mask, stop - start)
         heads = []
         for head in range(num_heads):
-            of_group = head // (num_heads // num_kv_heads)
-            scores = q[:, head] @ k[:, of_group].T / qkv.shape[-1] ** 0.5
+            kv_head = head // (num_heads // num_kv_heads)
+            scores = q[:, head] @ k[:, kv_head].T / qkv.shape[-1] ** 0.5
             if bias is not None:
                 frame, reach = torch.arange(stop - start), bias.shape[1] // 2
                 scores = scores + bias[head].double()[(frame - frame[:, None]).clamp(-reach, reach) + reach]
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
-            heads.append(weights @ v[:, of_group])
+            weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+            heads.append(weights @ v[:, kv_head])
         out = out.index_copy(0, torch.arange(start, stop), torch.stack(heads, dim=1).to(out.dtype))
     return out.unflatten(0, qkv.shape[:2])
+
+
+ATTEND["reference"] = attend_reference

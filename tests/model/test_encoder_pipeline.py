@@ -1,4 +1,4 @@
-"""Kinds of encoder go the whole road: pretraining, interruption, fine-tuning, whole recordings."""
+"""Full pipeline for several kinds of encoder: pretraining, interruption, fine-tuning, evaluation."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pretrained_interrupted_fine_tuned_and_evaluated(
+def test_pretraining_with_interruption_fine_tuning_and_evaluation(
     kind: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("whole", "interrupted"):
@@ -90,14 +90,14 @@ def losses(folder: Path) -> list[float]:
 
 
 def pretrain_in_world(world: World, arguments: list[str]) -> None:
-    pretrain.start_world = lambda settings: world  # type: ignore[attr-defined]  # this process has joined one already
+    pretrain.start_world = lambda settings: world  # type: ignore[attr-defined]  # this process has joined a group already
     pretrain.train(parse(pretrain.Config, arguments))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["fast, batch norm", "windowed, checkpointed"])
 def test_two_processes_have_the_losses_of_one(kind: str, strategy: str, dataset: Path, tmp_path: Path) -> None:
-    """Batch norm included: its statistics are those of both processes' frames."""
+    """Including batch norm, whose statistics cover the frames of both processes."""
     exact = ["--encoder.dropout=0", "--encoder.attention_dropout=0", f"--distributed.strategy={strategy}"]
     one, two = ([*options(kind, dataset, tmp_path / name), *exact] for name in ("one", "two"))
     pretrain.train(parse(pretrain.Config, one))
