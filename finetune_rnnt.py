@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from bestrq.long_form.decoders import DecoderSettings, TransducerDecoder
-from bestrq.recognition.ctc import pad_labels, reinitialise_top_blocks
+from bestrq.recognition.ctc import pad_labels
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -28,21 +28,20 @@ from bestrq.training.step import StepGuard, report_skipped_step, seed_step
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
 from data.loading.loader import DataState
+from pipelines.curriculum import CurriculumLoader, labelled_crops, stages_of
 from pipelines.finetuning import (
     Best,
     FinetuneConfig,
-    Updates,
+    FinetuneRun,
     describe,
     export,
     heldout_inference,
     heldout_recordings,
-    labelled_crops,
-    read_init,
     run_tokenizer,
     save,
-    stages_of,
     start_run,
 )
+from pipelines.pretrained import read_init, reinitialise_top_blocks
 from pipelines.validation import validate
 
 # Counters of a log interval.
@@ -62,16 +61,17 @@ def train(config: Config) -> None:
     world = start_world(config.distributed)
     dataset = config.data.open()
     frames_per_second = dataset.features.frames_per_second
-    run = RunFolder(config.run.folder)
-    precision = resolve_precision(config.distributed, run, world)
+    folder = RunFolder(config.run.folder)
+    precision = resolve_precision(config.distributed, folder, world)
     config = with_precision(config, precision)
-    latest = latest_checkpoint(run.checkpoints, world)
+    run = FinetuneRun(folder, config, dataset, world)
+    latest = latest_checkpoint(folder.checkpoints, world)
     init = read_init(config, dataset) if config.finetune.init and latest is None else None
     crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
     texts = [text for stage in crops for text in stage.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
-    start_run(run, config, dataset, world, precision, ["transducer.slice_bytes"])
-    tokenizer = run_tokenizer(run, texts, config.finetune, world)
+    start_run(run, precision, ["transducer.slice_bytes"])
+    tokenizer = run_tokenizer(folder, texts, config.finetune, world)
     labels_of = {text: tokenizer.encode(text) for text in texts}  # encoded now, so that errors cost no training
     itemsize = 2 if config.distributed.precision == "bfloat16" else 4
     check_slice_bytes(config.transducer, tokenizer.vocab_size, max(map(len, labels_of.values())), itemsize)
@@ -100,14 +100,14 @@ def train(config: Config) -> None:
         step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
         best = Best(**checkpoint.state["best"])
 
-    loader = Updates(dataset, crops, config, world, step, data_state)
+    loader = CurriculumLoader(dataset, crops, config, world, step, data_state)
     guard = StepGuard(config.guard)
-    metrics = MetricsLog(run, step, world)
+    metrics = MetricsLog(folder, step, world)
     throughput = Throughput(world, config.run.steps)
-    stop = StopRequest(run.path)
+    stop = StopRequest(folder.path)
     sums = IntervalSums(COUNTERS, world.device)
     if world.is_main:
-        print(describe(config, precision, model, crops[0], dataset, world, step), flush=True)
+        print(describe(run, precision, model, crops[0], step), flush=True)
 
     batches = iter(loader)
     while step < config.run.steps and not stop.agreed(world):
@@ -169,25 +169,22 @@ def train(config: Config) -> None:
             if rates[f"dev_{config.validation.best_by}"] < best.rate:
                 best = Best(rates[f"dev_{config.validation.best_by}"], step)
                 transducer = to_dict(config.transducer)
-                export(
-                    run, step, parallel_model, tokenizer, rates, dataset, config, world, "rnnt", transducer=transducer
-                )  # fmt: skip
+                export(run, step, parallel_model, tokenizer, rates, "rnnt", transducer=transducer)
         if is_validation or step % config.checkpoint.every_steps == 0:
-            save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
+            save(run, step, parallel_model, optimizer, loader.state, best)
         if is_validation and world.is_main:  # printed once export and checkpoint are on disk
             print(f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}")
             print(f"    reference:  {scores.reference}\n    hypothesis: {scores.hypothesis[:200]}", flush=True)
 
     # ---- End of the run, or a stop ----
     if step < config.run.steps:
-        save(run, step, parallel_model, optimizer, loader.state, best, dataset, config, world)
+        save(run, step, parallel_model, optimizer, loader.state, best)
         stop.leave_requeue_marker(world)
         if world.is_main:
             print(f"stopped after step {step} ({stop.reason}); the same command continues", flush=True)
     elif world.is_main:
-        print(
-            f"done: best dev {config.validation.best_by} {best.rate:.2%} at step {best.step}: {run.export}", flush=True
-        )
+        rate = f"{config.validation.best_by} {best.rate:.2%}"
+        print(f"done: best dev {rate} at step {best.step}: {folder.export}", flush=True)
     metrics.close()
     world.close()
 

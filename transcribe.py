@@ -34,18 +34,19 @@ from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recording
 from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.training.export import Export, read_export
 from bestrq.training.process import World
+from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings
-from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
 from common.files import hash_of_file, read_json_lines, write_file
 from data.audio.files import AudioFile, list_audio
-from data.corpora.base import FileSource
+from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
-from data.format.index import Recording, statistics
-from data.format.normalisation import normalise_into, scale_of
+from data.format.dataset import mean_and_std, normalisation_scale, normalise_into
+from data.format.schema import Recording
 from data.names import escaped
-from data.prepare.extraction import Extracted, Skipped, extract_all
+from data.prepare.extraction import Extracted, extract_all
+from data.skipped import Skipped
 from pipelines.recogniser import (
     EncoderChanges,
     Recogniser,
@@ -256,7 +257,7 @@ def read_features(
 
 def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> Source:
     """Decoder input from log-mel, float16 [frames, M], normalised like a recording of a dataset."""
-    mean, inverse_std = dataset_statistics or scale_of(*map(torch.from_numpy, statistics(log_mel)))
+    mean, inverse_std = dataset_statistics or normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
     return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
 
 

@@ -30,8 +30,7 @@ from benchmarks import memory_formula as formula
 from benchmarks.live_bytes import LiveBytes, imagined_gpu, on_gpu
 from benchmarks.machine import hardware_autocast, hardware_precision, print_figures
 from benchmarks.memory_formula import Rows
-from bestrq.model.checkpointing import MODES, run_block
-from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings, run_block
 from bestrq.model.layout import RowLayout
 from bestrq.model.presets import PRESETS
 from bestrq.training.memory import reset_peak, resident_bytes
@@ -89,13 +88,13 @@ def fit(device: str) -> None:
         heads -= squared * frames
         constant = here - dim * 128 - hidden * 128 - heads * 2 - squared * 2 * frames
         print(f"{device} {mode}: {dim=:g} {hidden=:g} {heads=:g} heads_frames={squared:g} {constant=:g}")
-    for kind, factor in (("convolutional", 4), ("striding", 8)):
-        base = EncoderSettings(dim=64, subsampling=kind, subsampling_factor=factor, subsampling_channels=16)
+    convolutional = EncoderSettings(dim=64, subsampling_channels=16)
+    for base in (convolutional, replace(convolutional, subsampling="striding", subsampling_factor=8)):
         here = a_frame("subsampling", base, frames, device)
         inner = (a_frame("subsampling", replace(base, subsampling_channels=32), frames, device) - here) / (16 * 80)
         dim = (a_frame("subsampling", replace(base, dim=128), frames, device) - here) / 64
         mels = (here - inner * 16 * 80 - dim * 64) / 80
-        print(f"{device} {kind} {factor}: {inner=:g} {dim=:g} {mels=:g}")
+        print(f"{device} {base.subsampling} {base.subsampling_factor}: {inner=:g} {dim=:g} {mels=:g}")
 
 
 def forward_backward(

@@ -35,7 +35,7 @@ from benchmarks.machine import print_figures
 from data.corpora.synthetic import SyntheticSource
 from data.features import FeatureSettings, LogMel
 from data.format.dataset import Dataset, open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.transcripts import Word
 

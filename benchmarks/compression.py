@@ -1,13 +1,13 @@
-"""Ways to store log-mel in fewer bytes, measured: `python -m benchmarks.compression --dataset DIR`.
+"""Comparison of compressed encodings of log-mel: `python -m benchmarks.compression --dataset DIR`.
 
-Recordings, joined until they are as long as asked, are cut into blocks and written to a file, once for each candidate.
-The table gives its size relative to plain float16; the greatest and the rms error, in standard deviations of the bin;
-the speed of encoding; and of reading crops at random places with one `pread` each, from page cache, in CPU time on one
-core. The candidates take turns in every round; a time is the median of the rounds. What `data.compression` offers
-stands first, at several block sizes and levels; then what it was chosen from.
+Recordings, concatenated to the requested duration, are encoded in blocks and written to a file, once per candidate. The
+table gives the size relative to plain float16; the maximum and rms error, in standard deviations of the bin; the speed
+of encoding, and of reading crops at random positions with one `pread` each from the page cache (CPU time on one core).
+The candidates alternate in every round; times are medians over the rounds. The codecs of `data.format.encoding` come
+first, with several block sizes and levels, then the alternatives.
 
-With `--model EXPORT`, the recogniser of a CTC run decodes the test recordings from plain and from every lossy
-candidate's values, by evaluate.py. The last line is JSON.
+With `--model EXPORT`, evaluate.py decodes the test recordings with the recogniser of a CTC run, from plain values and
+from those of every lossy candidate. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ import pyarrow as pa
 import torch
 
 from benchmarks.machine import print_figures
-from data.format.compression import BLOCK_FRAMES, Codec, decode, encode
-from data.format.dataset import Dataset, DatasetWriter, open_dataset
+from data.format.dataset import Dataset, open_dataset
+from data.format.encoding import BLOCK_FRAMES, Codec, decode, encode
+from data.format.writer import DatasetWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = (256, 512, 1024, 4096)
@@ -41,7 +42,7 @@ BLOCKS = (256, 512, 1024, 4096)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to store blocks: `encode` makes bytes of float16 [n, M], `decode` fills such an array from them."""
+    """Encoding of blocks: `encode` converts float16 [n, M] to bytes, `decode` fills such an array from them."""
 
     name: str
     encode: Callable[[np.ndarray], bytes]
@@ -68,7 +69,7 @@ def differences(bits: np.ndarray) -> np.ndarray:
 def rearranged(
     name: str, arrange: Callable[[np.ndarray], np.ndarray], restore: Callable[[np.ndarray, np.ndarray], None]
 ) -> Candidate:
-    """One zstd frame of the bits uint16 [n, M], rearranged; `restore(bytes, bits)` fills them again."""
+    """One zstd frame of the rearranged bits uint16 [n, M]; `restore(bytes, bits)` is the inverse."""
 
     def pack(values: np.ndarray) -> bytes:
         return pa.Codec("zstd", compression_level=1).compress(arrange(values.view(np.uint16)).tobytes(), asbytes=True)
@@ -100,7 +101,7 @@ def shuffled(differ: bool, transpose: bool) -> Candidate:
 def bit_planes() -> Candidate:
     def arrange(bits: np.ndarray) -> np.ndarray:
         signed = differences(bits).view(np.int16)
-        folded = ((signed << 1) ^ (signed >> 15)).astype(">u2")  # small differences of both signs: high bits are 0
+        folded = ((signed << 1) ^ (signed >> 15)).astype(">u2")  # small differences of both signs have zero high bits
         return np.packbits(np.unpackbits(folded.reshape(-1).view(np.uint8)).reshape(-1, 16).T)
 
     def restore(raw: np.ndarray, bits: np.ndarray) -> None:
@@ -113,7 +114,7 @@ def bit_planes() -> Candidate:
 
 
 def quantised(bits: int, zstd: bool, differ: bool) -> Candidate:
-    """As `uint8`, with 2^bits steps; without zstd every step takes a byte."""
+    """As `uint8`, with 2^bits steps; without zstd every step takes one byte."""
     codec = pa.Codec("zstd", compression_level=1)
 
     def pack(values: np.ndarray) -> bytes:
@@ -134,8 +135,8 @@ def quantised(bits: int, zstd: bool, differ: bool) -> Candidate:
         values = torch.from_numpy(steps).to(torch.float32).mul_(scale).add_(torch.from_numpy(lowest))
         torch.from_numpy(out).copy_(values)
 
-    how = ", differences, zstd" if differ else ", zstd" if zstd else ""
-    return Candidate(f"{bits} bits{how}", pack, fill)
+    suffix = ", differences, zstd" if differ else ", zstd" if zstd else ""
+    return Candidate(f"{bits} bits{suffix}", pack, fill)
 
 
 def candidates() -> list[Candidate]:
@@ -153,25 +154,25 @@ def candidates() -> list[Candidate]:
     ]
 
 
-def coded(candidate: Candidate, values: np.ndarray) -> list[bytes]:
+def encode_all(candidate: Candidate, values: np.ndarray) -> list[bytes]:
     return [candidate.encode(values[i : i + candidate.block]) for i in range(0, len(values), candidate.block)]
 
 
 class Stored:
-    """A recording in a file, in a candidate's blocks."""
+    """Recording in a file, in the blocks of a candidate."""
 
     def __init__(self, candidate: Candidate, values: np.ndarray, file: BinaryIO) -> None:
         self.candidate, (self.frames, self.bins) = candidate, values.shape
-        begin = time.process_time()
-        blocks = coded(candidate, values)
-        self.encode_seconds = time.process_time() - begin
+        start = time.process_time()
+        blocks = encode_all(candidate, values)
+        self.encode_seconds = time.process_time() - start
         self.offsets = np.cumsum([0, *map(len, blocks)])
         self.file = file
         file.write(b"".join(blocks))
         file.flush()
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Frames [start, stop): one positioned read of their blocks."""
+        """Read frames [start, stop) with one positioned read of their blocks."""
         out = np.empty((stop - start, self.bins), np.float16)
         size, offsets = self.candidate.block, self.offsets
         if self.candidate.name == copied().name:
@@ -186,47 +187,47 @@ class Stored:
             whole = out[top - start : bottom - start] if inside else np.empty((bottom - top, self.bins), np.float16)
             self.candidate.decode(part, whole)
             if not inside:
-                begin, end = max(top, start), min(bottom, stop)
-                out[begin - start : end - start] = whole[begin - top : end - top]
+                left, right = max(top, start), min(bottom, stop)
+                out[left - start : right - start] = whole[left - top : right - top]
         return out
 
 
 def errors(values: np.ndarray, read: np.ndarray) -> tuple[float, float]:
-    """(greatest, root mean square) error, in standard deviations of the bin."""
-    deviation = np.maximum(values.astype(np.float32).std(axis=0), 0.01)  # of a bin that hardly changes, as in reading
+    """(maximum, root mean square) error, in standard deviations of the bin."""
+    deviation = np.maximum(values.astype(np.float32).std(axis=0), 0.01)  # lower bound as in `data.format.dataset`
     error = np.abs(read.astype(np.float32) - values) / deviation
     return float(error.max()), float(np.sqrt(np.square(error, dtype=np.float64).mean()))
 
 
 def measure(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The table, by candidate."""
+    """Rows of the table, by candidate."""
     rng = np.random.default_rng(0)
-    wanted, parts = int(options.minutes * 60 * dataset.features.frames_per_second), []
+    frames, parts = int(options.minutes * 60 * dataset.features.frames_per_second), []
     for recording in rng.permutation(len(dataset)):
         parts.append(dataset.read(int(recording)))
-        if sum(map(len, parts)) >= wanted:
+        if sum(map(len, parts)) >= frames:
             break
-    values = np.concatenate(parts)[:wanted]
+    values = np.concatenate(parts)[:frames]
     crop = int(options.crop_seconds * dataset.features.frames_per_second)
     seconds = len(values) / dataset.features.frames_per_second
     starts = rng.integers(0, len(values) - crop, options.crops)
     with contextlib.ExitStack() as files:
-        stored = [Stored(one, values, files.enter_context(tempfile.TemporaryFile())) for one in candidates()]
-        times: list[list[float]] = [[] for _ in stored]
+        recordings = [Stored(c, values, files.enter_context(tempfile.TemporaryFile())) for c in candidates()]
+        times: list[list[float]] = [[] for _ in recordings]
         for _ in range(options.rounds):
-            for one, spent in zip(stored, times, strict=True):
-                begin = time.process_time()
+            for stored, spent in zip(recordings, times, strict=True):
+                started = time.process_time()
                 for start in starts:
-                    one.read(start, start + crop)
-                spent.append((time.process_time() - begin) / len(starts))
+                    stored.read(start, start + crop)
+                spent.append((time.process_time() - started) / len(starts))
         table = {}
-        for one, spent in zip(stored, times, strict=True):
-            greatest, rms = errors(values, one.read(0, len(values)))
-            table[one.candidate.name] = {
-                "relative_size": round(float(one.offsets[-1]) / values.nbytes, 4),
-                "max_error": round(greatest, 5),
+        for stored, spent in zip(recordings, times, strict=True):
+            maximum, rms = errors(values, stored.read(0, len(values)))
+            table[stored.candidate.name] = {
+                "relative_size": round(float(stored.offsets[-1]) / values.nbytes, 4),
+                "max_error": round(maximum, 5),
                 "rms_error": round(rms, 5),
-                "encode_audio_seconds_per_second": round(seconds / one.encode_seconds),
+                "encode_audio_seconds_per_second": round(seconds / stored.encode_seconds),
                 "read_ms": round(statistics.median(spent) * 1e3, 4),
                 "read_audio_seconds_per_second": round(options.crop_seconds / statistics.median(spent)),
             }
@@ -234,36 +235,36 @@ def measure(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str
 
 
 def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """CER and WER of the model, by what its features went through."""
-    chosen = dataset.select(split="test", language=options.language or None)
-    lossy = [one for one in candidates() if "bits" in one.name.split(",")[0].split() or one.name == ours("uint8").name]
+    """CER and WER of the model by candidate, on features that were encoded and decoded."""
+    selected = dataset.select(split="test", language=options.language or None)
+    lossy = [c for c in candidates() if "bits" in c.name.split(",")[0].split() or c.name == ours("uint8").name]
     results: dict[str, dict[str, float]] = {}
     plain: list[str] = []
     for candidate in [copied(), *lossy]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             with DatasetWriter(folder / "dataset", dataset.features) as writer:
-                for i in map(int, chosen):
+                for i in map(int, selected):
                     values = dataset.read(i)
                     out = np.empty_like(values)
-                    for begin, block in enumerate(coded(candidate, values)):
-                        at = begin * candidate.block
-                        candidate.decode(block, out[at : at + candidate.block])
+                    for number, block in enumerate(encode_all(candidate, values)):
+                        first = number * candidate.block
+                        candidate.decode(block, out[first : first + candidate.block])
                     writer.add(dataset.recording(i), out)
                 writer.finish()
             command = [sys.executable, "evaluate.py", "--export", str(Path(options.model).resolve())]
             command += ["--data.dataset", str(folder / "dataset"), "--out", str(folder / "out")]
             command += ["--inference.context_seconds", str(options.context_seconds)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-            found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
-        heard = [row["hypothesis"] for row in found["recordings"]]
-        plain = plain or heard
-        changed = sum(a != b for a, b in zip(heard, plain, strict=True))
-        total = found["scores"]["all"]
+            report: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
+        hypotheses = [row["hypothesis"] for row in report["recordings"]]
+        plain = plain or hypotheses
+        changed = sum(a != b for a, b in zip(hypotheses, plain, strict=True))
+        total = report["scores"]["all"]
         results[candidate.name] = {"cer": total["cer"], "wer": total["wer"], "transcripts_changed": changed}
         print(
             f"{candidate.name:<52} CER {100 * total['cer']:6.2f} %  WER {100 * total['wer']:6.2f} %  "
-            f"{changed} of {len(chosen)} transcripts changed",
+            f"{changed} of {len(selected)} transcripts changed",
             flush=True,
         )
     return results
@@ -272,9 +273,9 @@ def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str,
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compression", description=__doc__)
     parser.add_argument("--dataset", required=True, help="dataset folder, made by `python -m data.prepare`")
-    parser.add_argument("--minutes", type=float, default=30.0, help="audio that is stored")
-    parser.add_argument("--crop_seconds", type=float, default=20.0, help="length of the crops that are read")
-    parser.add_argument("--crops", type=int, default=200, help="crops in a round")
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration of the audio")
+    parser.add_argument("--crop_seconds", type=float, default=20.0, help="duration of a crop")
+    parser.add_argument("--crops", type=int, default=200, help="crops per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of reading")
     parser.add_argument("--model", default="", help="export folder of finetune_ctc.py, to decode the test recordings")
     parser.add_argument("--language", default="", help="with --model: only recordings of this language")

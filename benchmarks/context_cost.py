@@ -31,6 +31,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     for mode in args.passes:
         for duration in args.durations:
             for system in args.systems:
-                mask = "window" if system == "window" else "segment"
+                mask: Literal["window", "segment"] = "window" if system == "window" else "segment"
                 own = replace(settings, mask=mask, window=args.window if mask == "window" else settings.window)
                 cell = Cell(system, mode, duration, max(1, args.batch_seconds // duration), own)
                 limits = [args.train_limit] if mode == "train" else []

@@ -33,18 +33,19 @@ from benchmarks.machine import print_figures
 from benchmarks.memory import family, memory, processor_seconds
 from bestrq.pretraining.masking import draw_span_mask
 from data.features import FeatureSettings
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
-from data.format.index import LAYOUTS, Layout
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import ENCODINGS, Encoding, Recording
+from data.format.writer import DatasetWriter
 from data.loading.batch import SharedBuffers
 from data.loading.loader import LoaderSettings, RowLoader
 from data.loading.rows import Row
 
 
-def write_synthetic(folder: str, hours: float, layout: Layout = "plain", seed: int = 0) -> Dataset:
+def write_synthetic(folder: str, hours: float, encoding: Encoding = "plain", seed: int = 0) -> Dataset:
     """Random log-mel: 90 % of the time in utterances of 2 to 17 s, 10 % in recordings of 10 minutes."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(-5, 3, size=(60_000, 80)).astype(np.float16)
-    with DatasetWriter(folder, FeatureSettings(), layout=layout) as writer:
+    with DatasetWriter(folder, FeatureSettings(), encoding=encoding) as writer:
         total, number = 0, 0
         while total < hours * 360_000:
             frames = 60_000 if number % 600 == 0 else int(rng.integers(200, 1700))
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prefetch", type=int, default=4, help="batches that every worker has ready")
     parser.add_argument("--growth-batches", type=int, default=100_000, help="over which memory is watched")
-    parser.add_argument("--layout", choices=LAYOUTS, default="plain", help="of the dataset")
+    parser.add_argument("--layout", choices=ENCODINGS, default="plain", help="of the dataset")
     parser.add_argument("--profile", action="store_true", help="where the time goes, in one process")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,17 +1,18 @@
-"""30 s of log-mel at a random place of a random two-hour recording: `python -m benchmarks.range_read`.
+"""Time to read 30 s of log-mel at a random position of a random two-hour recording: `python -m benchmarks.range_read`.
 
-The same noise, 80 bins at 100 frames a second, is written by every system in its own way, and read as its users do:
+Every system writes the same noise, 80 bins at 100 frames per second, in its own format, and reads it as its users do:
 
-- ours: `Dataset.read` (float16; also into a ready buffer, with checksums, and from a remote storage's local cache);
-- a bare `os.pread` of the same bytes (float16), and `os.preadv` into a ready buffer;
+- ours: `Dataset.read` (float16; also into an existing buffer, with checksums, and from the local cache of a remote);
+- a plain `os.pread` of the same bytes (float16), and `os.preadv` into an existing buffer;
 - lhotse, `lilcom_chunky`: `cut.truncate(...).load_features()` (lossy, float32);
-- lhotse Shar, lilcom: the same on cuts streamed from shuffled shards; an item is read whole (lossy, float32);
-- WebDataset: `.npy` in tar shards, streamed and decoded; an item is read whole (float16);
-- Hugging Face datasets: a memory-mapped table; `row["log_mel"][start:stop]`, a row is read whole; and, as an expert
-  would, the values of the Arrow column sliced without reading the row (float16).
+- lhotse Shar, lilcom: the same on cuts streamed from shuffled shards; items are read whole (lossy, float32);
+- WebDataset: `.npy` in tar shards, streamed and decoded; items are read whole (float16);
+- Hugging Face datasets: a memory-mapped table; `row["log_mel"][start:stop]`, which reads whole rows; and the values of
+  the Arrow column sliced directly, without reading the row (float16).
 
-Everything lies in the page cache. Times are of single calls: median, 10th and 90th percentile; ratios to `pread` are of
-the medians of a round, and their median over the rounds. The last line is JSON. Needs requirements-benchmarks.txt.
+All data are in the page cache. Times are of single calls: median, 10th and 90th percentile. Ratios to `pread` are of
+medians within a round; the median over the rounds is reported. The last line is JSON. Needs
+requirements-benchmarks.txt.
 """
 
 from __future__ import annotations
@@ -30,28 +31,31 @@ import numpy as np
 from benchmarks import range_read_systems as systems
 from benchmarks.machine import print_figures
 from data.features import FeatureSettings
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
-from data.storage.local import StorageSettings, open_storage
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.storage.local import StorageSettings
+from data.storage.opening import open_storage
 
 FRAMES, LENGTH = 720_000, 3000
 BYTES = LENGTH * 80 * 2
-# Calls of each that are not counted, at the start of a round.
+# Uncounted calls at the start of a round.
 WARM_UP = 20
 PAIRS = ("pread", "ours", "preadv into a buffer", "ours into a buffer")
-# The same with 64 MB of other memory gone through between two calls: as when a model's code runs in between.
+# With 64 MB of other memory read between two calls, as if a model ran in between.
 COLD_NOTE = ", processor's caches emptied"
 COLD = [name + COLD_NOTE for name in PAIRS[:2]]
-# Lilcom's error on values of this size.
+# Error of lilcom on values of this size.
 LOSSY = 0.2
-# Reads of (recording, first frame).
+# Function of (recording, first frame).
 Read = Callable[[int, int], Any]
 
 
 def noise(recording: int, frames: int = FRAMES) -> np.ndarray:
-    """float16 [frames, 80], the same at every call; a minute of it comes again and again, a little louder each time."""
+    """float16 [frames, 80], equal at every call: repetitions of one minute, each slightly louder."""
     minute = np.random.default_rng(recording).normal(-5, 3, (6000, 80)).astype(np.float16)
-    louder = (np.arange(frames // 6000) / 100).astype(np.float16)
-    return (minute[None] + louder[:, None, None]).reshape(frames, 80)
+    gain = (np.arange(frames // 6000) / 100).astype(np.float16)
+    return (minute[None] + gain[:, None, None]).reshape(frames, 80)
 
 
 def write_ours(folder: Path, recordings: int) -> Dataset:
@@ -63,31 +67,31 @@ def write_ours(folder: Path, recordings: int) -> Dataset:
 
 
 def shard_bytes(folder: Path) -> list[tuple[int, int, str]]:
-    """(file descriptor, byte of the first value, shard) of every recording, from the shards' headers alone."""
-    found: dict[str, tuple[int, int, str]] = {}
+    """(file descriptor, position of the first value, shard) of every recording, from the headers of the shards."""
+    places: dict[str, tuple[int, int, str]] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
         file = os.open(path, os.O_RDONLY)
         size = int.from_bytes(os.pread(file, 8, 0), "little")
         header = json.loads(os.pread(file, size, 8))
         for name, entry in header.items():
             if name != "__metadata__":
-                found[name] = file, 8 + size + entry["data_offsets"][0], path.name
-    return [found[name] for name in sorted(found)]
+                places[name] = file, 8 + size + entry["data_offsets"][0], path.name
+    return [places[name] for name in sorted(places)]
 
 
 def our_reads(dataset: Dataset, places: list[tuple[int, int, str]], cache: Path) -> dict[str, Read]:
-    """The bare reads, and ours."""
+    """Plain reads and ours."""
     buffer = np.empty((LENGTH, 80), np.float16)
     view = memoryview(buffer.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     remote = remote_storage(dataset.path, cache)
 
     def pread(recording: int, start: int) -> bytes:
-        file, begin, _ = places[recording]
-        return os.pread(file, BYTES, begin + 160 * start)
+        file, position, _ = places[recording]
+        return os.pread(file, BYTES, position + 160 * start)
 
     def preadv(recording: int, start: int) -> np.ndarray:
-        file, begin, _ = places[recording]
-        os.preadv(file, [view], begin + 160 * start)
+        file, position, _ = places[recording]
+        os.preadv(file, [view], position + 160 * start)
         return buffer
 
     def read_into(recording: int, start: int) -> np.ndarray:
@@ -95,8 +99,8 @@ def our_reads(dataset: Dataset, places: list[tuple[int, int, str]], cache: Path)
         return buffer
 
     def from_cache(recording: int, start: int) -> np.ndarray:
-        _, begin, shard = places[recording]
-        remote.read_into(shard, begin + 160 * start, view)
+        _, position, shard = places[recording]
+        remote.read_into(shard, position + 160 * start, view)
         return buffer
 
     return {
@@ -110,7 +114,7 @@ def our_reads(dataset: Dataset, places: list[tuple[int, int, str]], cache: Path)
 
 
 def remote_storage(folder: Path, cache: Path) -> Any:
-    """The dataset as a remote storage (in this process's memory) whose blocks are all in the cache."""
+    """The dataset as a remote storage (in memory of this process) with all blocks in the cache."""
     import fsspec
 
     system = fsspec.filesystem("memory")
@@ -118,104 +122,107 @@ def remote_storage(folder: Path, cache: Path) -> Any:
     for path in folder.glob("shard-*.safetensors"):
         system.pipe_file(f"/range-read/{path.name}", path.read_bytes())
         size = path.stat().st_size
-        for begin in range(0, size, 2**24):
-            storage.read_into(path.name, begin, memoryview(bytearray(min(2**24, size - begin))))
+        for position in range(0, size, 2**24):
+            storage.read_into(path.name, position, memoryview(bytearray(min(2**24, size - position))))
         system.rm_file(f"/range-read/{path.name}")
     return storage
 
 
 def check(reads: dict[str, Read], exact: set[str], recordings: int) -> None:
-    """Every system must give the frames that were asked for: equal, or as close as its compression is."""
+    """Check that every system returns the requested frames: equal, or within the error of its compression."""
     rng = np.random.default_rng(1)
     for recording in range(recordings):
         expected = noise(recording).astype(np.float32)
         for name, read in reads.items():
             start = int(rng.integers(FRAMES - LENGTH))
-            got = read(recording, start)
-            values = np.frombuffer(got, np.float16).reshape(LENGTH, 80) if isinstance(got, bytes) else got
+            result = read(recording, start)
+            values = np.frombuffer(result, np.float16).reshape(LENGTH, 80) if isinstance(result, bytes) else result
             error = np.abs(np.asarray(values, np.float32) - expected[start : start + LENGTH]).max()
             if values.shape != (LENGTH, 80) or not error <= (0 if name in exact else LOSSY):
-                raise SystemExit(f"{name} reads something else: {values.shape}, largest difference {error}")
+                raise SystemExit(f"{name} returns wrong values: shape {values.shape}, largest difference {error}")
 
 
 def measure(reads: dict[str, Read], slow: set[str], recordings: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Microseconds of every call, [rounds, calls], by system. The bare reads and ours beside them take turns call by
-    call, so that whatever else the machine does meets both; the others come one after another in each round."""
+    """Microseconds of every call, [rounds, calls], by system.
+
+    Plain reads and ours alternate call by call, so that other load on the machine affects both; the other systems
+    follow one after another in each round.
+    """
     rng = np.random.default_rng(2)
     times: dict[str, list[list[float]]] = {name: [] for name in [*reads, *COLD]}
-    emptying = np.ones(8_000_000)
+    flush = np.ones(8_000_000)
 
-    def turns(names: Sequence[str], calls: int, note: str = "") -> None:
+    def alternate(names: Sequence[str], calls: int, note: str = "") -> None:
         rows: dict[str, list[float]] = {name: [] for name in names}
         for call in range(-min(WARM_UP, calls // 2), calls):
             for name in rng.permutation(names).tolist():
                 if note:
-                    emptying.sum()
-                took = time_call(reads[name], int(rng.integers(recordings)), int(rng.integers(FRAMES - LENGTH)))
+                    flush.sum()
+                microseconds = time_call(reads[name], int(rng.integers(recordings)), int(rng.integers(FRAMES - LENGTH)))
                 if call >= 0:
-                    rows[name].append(took)
+                    rows[name].append(microseconds)
         for name in names:
             times[name + note].append(rows[name])
 
     for number in range(options.rounds):
-        turns(PAIRS, options.calls)
-        turns(PAIRS[:2], options.calls // 4, note=COLD_NOTE)
+        alternate(PAIRS, options.calls)
+        alternate(PAIRS[:2], options.calls // 4, note=COLD_NOTE)
         for name in reads:
             if name not in PAIRS:
-                turns([name], options.slow_calls if name in slow else options.calls)
-        ours, bare = (np.median(times[name][-1]) for name in ("ours", "pread"))
-        print(f"round {number + 1}: ours {ours:.1f} us, pread {bare:.1f} us", flush=True)
+                alternate([name], options.slow_calls if name in slow else options.calls)
+        ours, plain = (np.median(times[name][-1]) for name in ("ours", "pread"))
+        print(f"round {number + 1}: ours {ours:.1f} us, pread {plain:.1f} us", flush=True)
     return {name: np.array(rows) for name, rows in times.items()}
 
 
 def time_call(read: Read, recording: int, start: int) -> float:
-    """Microseconds; what was read is freed within them."""
-    begin = time.perf_counter_ns()
+    """Microseconds of a call, including the release of its result."""
+    start_ns = time.perf_counter_ns()
     read(recording, start)
-    return (time.perf_counter_ns() - begin) / 1000
+    return (time.perf_counter_ns() - start_ns) / 1000
 
 
 def overhead(dataset: Dataset, place: tuple[int, int, str], calls: int = 5000) -> float:
-    """Microseconds of `Dataset.read` of one frame above those of `os.pread` of its 160 bytes: medians."""
+    """Median time of `Dataset.read` of one frame minus that of `os.pread` of its 160 bytes, in microseconds."""
     medians = []
     for read in (lambda: dataset.read(0, 5, 6), lambda: os.pread(place[0], 160, place[1] + 800)):
         times = []
         for _ in range(calls):
-            begin = time.perf_counter_ns()
+            start_ns = time.perf_counter_ns()
             read()
-            times.append(time.perf_counter_ns() - begin)
+            times.append(time.perf_counter_ns() - start_ns)
         medians.append(float(np.median(times)) / 1000)
     return medians[0] - medians[1]
 
 
 def report(times: dict[str, Any]) -> dict[str, float]:
-    """Prints the table; the figures of the JSON line."""
+    """Print the table, and return the figures for the JSON line."""
     print(f"{'30 s out of two hours':36} {'median us':>11} {'10 %':>11} {'90 %':>11} {'to pread':>9}")
-    bare = float(np.median(times["pread"]))
+    plain = float(np.median(times["pread"]))
     figures: dict[str, float] = {}
     for name, rows in times.items():
         low, middle, high = np.percentile(rows, [10, 50, 90])
-        print(f"{name:36} {middle:11,.1f} {low:11,.1f} {high:11,.1f} {middle / bare:9,.2f}")
+        print(f"{name:36} {middle:11,.1f} {low:11,.1f} {high:11,.1f} {middle / plain:9,.2f}")
         if name not in (*PAIRS, *COLD):
-            figures["ratio_" + name.lower().replace(" ", "_")] = round(float(middle / bare), 2)
+            figures["ratio_" + name.lower().replace(" ", "_")] = round(float(middle / plain), 2)
     pairs = {"": PAIRS[:2], "_into_a_buffer": PAIRS[2:], "_cold": COLD}
     ratios = {key: np.median(times[b], axis=1) / np.median(times[a], axis=1) for key, (a, b) in pairs.items()}
     return {
         **{f"ratio_to_pread{key}": round(float(np.median(rows)), 3) for key, rows in ratios.items()},
         "lowest_ratio": round(float(ratios[""].min()), 3),
         "highest_ratio": round(float(ratios[""].max()), 3),
-        "pread_us": round(bare, 1),
+        "pread_us": round(plain, 1),
         **figures,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.range_read", description=__doc__)
-    parser.add_argument("--recordings", type=int, default=4, help="two-hour recordings, 115 MB each and system")
+    parser.add_argument("--recordings", type=int, default=4, help="two-hour recordings, 115 MB each per system")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=300, help="reads in a round of what reads a range")
-    parser.add_argument("--slow-calls", type=int, default=4, help="reads in a round of what reads whole items")
-    parser.add_argument("--only-ours", action="store_true", help="leave the other systems out")
+    parser.add_argument("--calls", type=int, default=300, help="reads per round of systems that read ranges")
+    parser.add_argument("--slow-calls", type=int, default=4, help="reads per round of systems that read whole items")
+    parser.add_argument("--only-ours", action="store_true", help="omit the other systems")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

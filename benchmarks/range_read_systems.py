@@ -1,4 +1,4 @@
-"""The systems that `benchmarks.range_read` is beside: each writes the recordings, and reads 30 s as its users do."""
+"""Other systems for `benchmarks.range_read`: each writes the recordings, and reads 30 s as its users do."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Noise = Callable[[int], np.ndarray]
 @dataclass(frozen=True)
 class System:
     read: Callable[[int, int], Any]
-    """Frames [start, start + 3000) of a recording."""
+    """(recording, start) -> frames [start, start + 3000)."""
     exact: bool
-    """Whether it gives back the values that it was given."""
+    """Whether the values are stored without loss."""
     slow: bool
     """Whether it reads whole items."""
 
@@ -59,10 +59,10 @@ def lilcom_chunky_cuts(folder: Path, recordings: int, noise: Noise) -> list[Any]
 
 
 class Streamed:
-    """Turns a stream of items in an order of its own into reads of a given one: the next item, whichever it is.
+    """Reads from a stream of items in a fixed order.
 
-    A stream cannot be asked for an item. So a read takes the next one, and the asked-for recording is left aside,
-    except where the caller waits for it (`wait_for`), to check the values.
+    A stream has no random access, so a read takes the next item and ignores `recording`. With `checking`, it skips
+    items until that recording comes, so that its values can be compared.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ def hugging_face_table(folder: Path, recordings: int, noise: Noise) -> Any:
             yield {"id": f"r{number}", "log_mel": noise(number)}
 
     features = datasets.Features({"id": datasets.Value("string"), "log_mel": datasets.Array2D((None, 80), "float16")})
-    made = datasets.Dataset.from_generator(rows, features, cache_dir=str(folder / "made"), writer_batch_size=1)
-    made.save_to_disk(folder / "saved")
+    table = datasets.Dataset.from_generator(rows, features, cache_dir=str(folder / "cache"), writer_batch_size=1)
+    table.save_to_disk(folder / "saved")
     return datasets.load_from_disk(folder / "saved").with_format("numpy")
 
 
 def arrow_reader(table: Any) -> Callable[[int, int], np.ndarray]:
-    """The flat values of the memory-mapped column, sliced and copied out."""
+    """Slice and copy the flat values of the memory-mapped column."""
     chunks = [chunk.storage for chunk in table.data.column("log_mel").chunks]
     rows = [(chunk, row) for chunk in chunks for row in range(len(chunk))]
 

@@ -135,7 +135,7 @@ def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
     """In a process of its own; None where it needs more than `budget` bytes."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    everything = mock.patch.object(ours, "_passed", lambda flow: torch.tensor([0, flow.shape[1]]))
+    everything = mock.patch.object(ours, "_visited_states", lambda flow: torch.tensor([0, flow.shape[1]]))
     if cell.system == "ours_all_cells":
         everything.start()
     one_pass(cell, 2, 2)
@@ -154,14 +154,14 @@ def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
 def states_share(cell: Cell) -> float:
     """Share of the cells that our backward pass computes."""
     problem, shares = draw_problem(cell, cell.frames, cell.labels), []
-    passed = ours._passed
+    visited_states = ours._visited_states
 
     def counted(flow: Tensor) -> Tensor:
-        span = passed(flow)
+        span = visited_states(flow)
         shares.append((int(span.diff()) * len(flow), flow.numel()))
         return span
 
-    with mock.patch.object(ours, "_passed", counted):
+    with mock.patch.object(ours, "_visited_states", counted):
         our_loss(problem, cell).backward()
     return sum(share for share, _ in shares) / sum(total for _, total in shares)
 

@@ -48,8 +48,7 @@ from bestrq.model.presets import PRESETS
 from bestrq.recognition.ctc import CTCModel
 from bestrq.transcripts.words import timed_words
 from data.features import FeatureSettings, LogMel
-from data.format.index import statistics
-from data.format.normalisation import normalise_into, scale_of
+from data.format.dataset import mean_and_std, normalisation_scale, normalise_into
 from data.tokenizer import CharTokenizer
 
 RATE = 16000
@@ -98,7 +97,7 @@ def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
         sources = []
         for waveform in recordings:
             log_mel = log_mel_of(waveform).to(torch.float16).numpy()
-            mean, inverse_std = scale_of(*map(torch.from_numpy, statistics(log_mel)))
+            mean, inverse_std = normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
             sources.append(Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std)))
         texts = [""] * len(sources)
         rate = features.frames_per_second

@@ -30,9 +30,9 @@ Settings = TypeVar("Settings")
 # Expectations in words, for error messages about values of `jsonargparse.typing` and null.
 _EXPECTED = {
     "PositiveInt": "an integer above 0",
-    "NonNegativeInt": "an integer, 0 or more",
+    "NonNegativeInt": "an integer of at least 0",
     "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number, 0 or more",
+    "NonNegativeFloat": "a number of at least 0",
     "ClosedUnitInterval": "a number from 0 to 1",
     "OpenUnitInterval": "a number between 0 and 1",
     "NoneType": "null",
@@ -279,7 +279,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
     if match := re.fullmatch(r"(.+): Not of type (\w+): (?:(\S+) does not conform.*|.*('.*'))", message):
         return f"{match[1]} is {match[3] or match[4]}: expected {_EXPECTED.get(match[2], match[2])}"
     if match := re.fullmatch(r"(.+): Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):
-        choices = re.findall(r"'([^']*)'", match[2])
+        choices = [choice.strip("'") for choice in match[2].split(", ")]
         return f"{match[1]} is {match[3]!r}, known are {', '.join(choices)}.{did_you_mean(match[3], choices)}"
     pattern = (
         r"(?s)(.+): Does not validate against any of the Union subtypes\n\s*Subtypes: \[(.*?)\]\n.*Given value: (.*)"

@@ -1,4 +1,4 @@
-"""The error for a user's mistake, the warning about suspect audio, and suggestions for misspelled names."""
+"""Error for a user's mistake, warning about suspect audio, and suggestions for misspelled names."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,16 +8,16 @@ class UserError(ValueError):
     """Bad input or settings. The message names the field or file, the value, and the fix."""
 
 
-class SoundWarning(UserWarning):
-    """Audio that is readable but may be wrong. The message names the file and the fix."""
+class AudioWarning(UserWarning):
+    """Readable audio that may be wrong. The message names the file and the fix."""
 
 
 def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The most similar of the known names, or None if none has a similarity (`difflib`) of at least `cutoff`."""
+    """Most similar known name, or None if no similarity (`difflib`) reaches `cutoff`."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'X'?" for the nearest known name, or "" if none is near."""
+    """Suggestion " Did you mean 'X'?" of the nearest known name, or "" if none is near."""
     near = nearest_name(name, known)
     return f" Did you mean {near!r}?" if near else ""

@@ -1,10 +1,11 @@
-"""SplitMix64: the pseudo-random hash behind crop order, SpecAugment and CPU dropout.
+"""Pseudo-random hashes: SplitMix64 for crop order, SpecAugment and CPU dropout, and shares of texts for splits.
 
-Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+Source of SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,3 +41,8 @@ def mix(*numbers: int | np.ndarray) -> np.ndarray:
         state = splitmix64(state + (np.asarray(word).view(np.int64) + np.int64(INCREMENT)))
     shape = np.broadcast_shapes(*(np.shape(number) for number in numbers))
     return state.reshape(shape).view(np.uint64)
+
+
+def hash_share(key: str) -> float:
+    """Pseudo-random number in [0, 1) that depends on the text alone: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""Table of languages: the codes and names that corpora and users write, and the code used in this project.
+"""Language codes and names used by corpora and users, and the code used in this project.
 
 Codes are ISO 639: two letters, three letters in both forms (deu and ger), retired ones (iw), and members of a
 macrolanguage that share its writing (cmn, arz, azj). Names are English.
@@ -7,7 +7,7 @@ macrolanguage that share its writing (cmn, arz, azj). Names are English.
 import re
 from functools import cache
 
-# Codes (the one used in this project first), then names (the displayed one first).
+# Codes (first the one used in this project), then names (first the displayed one).
 _TABLE = """
 aa aar Afar; ab abk Abkhazian; ae ave Avestan; af afr Afrikaans; ak aka Akan; am amh Amharic; an arg Aragonese;
 ar ara arb arz apc ary ars acm afb aeb arq ajp Arabic/Standard Arabic; as asm Assamese; av ava Avaric; ay aym Aymara;
@@ -55,7 +55,7 @@ for _entry in _TABLE.replace("\n", " ").split(";"):
     _NAMES[_codes[0]] = _names[0]
     _CODES |= dict.fromkeys([*_codes, *(_name.lower() for _name in _names)], _codes[0])
 
-# Written without spaces between words.
+# Languages written without spaces between words.
 _UNSPACED = frozenset(("zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "ja", "th", "lo", "km", "my", "bo", "dz"))
 
 
@@ -63,8 +63,8 @@ _UNSPACED = frozenset(("zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "j
 def language_code(language: str) -> str:
     """Code of a language from any spelling: "en", "en-GB", "eng", "English" and "en_US.UTF-8" give "en".
 
-    ISO 639-1 if the language has such a code. A language that is not in the table is returned in lower case without its
-    region; "" gives "".
+    ISO 639-1 if available. A language that is not in the table is returned in lower case without its region; "" gives
+    "".
     """
     # A name may have several words; the subtags of a code and the region of a name come after it.
     words = re.split(r"[\W_]+", language.lower().strip())
@@ -78,5 +78,5 @@ def language_name(language: str) -> str:
 
 
 def is_unspaced(language: str) -> bool:
-    """Whether the language is written without spaces between words."""
+    """True if the language is written without spaces between words."""
     return language_code(language) in _UNSPACED

@@ -1,11 +1,11 @@
-"""Label text: the form in which a recogniser learns to write text and is scored, by one set of rules.
+"""Label text: normalised form of transcripts for training targets and scoring.
 
 A label has letters, digits, the marks that belong to them, and apostrophes within words. References and hypotheses are
 converted to labels before normalisation, so a transcript and its own label always get the same score.
 
-In English the symbols that Whisper's normaliser reads are written as words: "$3.1 million" becomes "3 point 1 million
-dollars", "1,000" becomes "1000". These are the spoken words, and `with_symbols` restores the symbols for the
-normaliser, so "five percent" still equals "5%".
+In English the number symbols of Whisper's normaliser are written as words: "$3.1 million" becomes "3 point 1 million
+dollars", "1,000" becomes "1000". `with_symbols` restores the symbols for the normaliser, so "five percent" still equals
+"5%".
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from itertools import islice
 from common.languages import language_code
 
 BRACKET_WORDS = 5
-"""maximum number of words removed with a pair of brackets, so that a stray bracket does not remove a sentence"""
+"""Maximum number of words removed with a pair of brackets, so that a stray bracket does not remove a sentence."""
 BRACKET_CHARACTERS = 40
-"""the same in characters"""
+"""Maximum number of characters removed with a pair of brackets."""
 BRACKET_UNSPACED = 20
-"""the same in characters of scripts without spaces between words"""
+"""Maximum number of removed characters of scripts without spaces between words."""
 
-# Stands for a space that the rules insert within a word. Like all punctuation it becomes a space in the end.
+# Placeholder of a space that the rules insert within a word. Like all punctuation it becomes a space in the end.
 _GAP = "_"
 # Unicode's Default_Ignorable_Code_Point: soft hyphen, joiners, marks of direction, BOM, variation selectors, fillers.
 _INVISIBLE = (
@@ -38,7 +38,7 @@ _OKINA, _OKINA_LANGUAGES = "\u02bb", frozenset(("haw", "sm", "to", "ty"))
 # Malayalam's final consonants: consonant, virama and joiner before Unicode 5.1, single characters since.
 _CHILLU = dict(zip("\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True))
 _CHILLU_SPELLED = re.compile(f"([{''.join(_CHILLU)}])\u0d4d\u200d")
-_NOT_SEEN = re.compile(f"[{_INVISIBLE}]")
+_INVISIBLE_PATTERN = re.compile(f"[{_INVISIBLE}]")
 # The zero-width space is invisible too, but separates words.
 _FOLDED = str.maketrans(dict.fromkeys(_APOSTROPHES, "'") | {"\u200b": _GAP})
 
@@ -87,12 +87,12 @@ _LETTERS = _Letters()
 
 
 def label_text(text: str, language: str = "") -> str:
-    """The text that a recogniser learns to write: NFC, lower case, words of letters, digits and in-word apostrophes.
+    """Label of a text: NFC, lower case, words of letters, digits and in-word apostrophes.
 
-    Other characters separate words ("ice-cream" is two) and become one space. Invisible characters are removed, and so
-    are short texts in brackets, which are not spoken: "[laughter]", "<unk>", "(inaudible)". Marks that belong to
-    letters are kept, and the dotless i of Turkish and Azerbaijani. English numbers and their symbols are written as
-    words (see the module). Empty if nothing was said. Idempotent.
+    Other characters separate words ("ice-cream" is two words) and become one space. Invisible characters and short
+    texts in brackets are removed: "[laughter]", "<unk>", "(inaudible)". Marks that belong to letters are kept, and the
+    dotless i of Turkish and Azerbaijani. Symbols of English numbers are written as words (see the module). May be
+    empty. Idempotent.
 
     Args:
         language: code or name, as in `common.languages`.
@@ -101,12 +101,12 @@ def label_text(text: str, language: str = "") -> str:
 
 
 def label_words(words: Sequence[str], language: str = "") -> list[str]:
-    """Labels of a text's words, one per word; empty for a word without one, such as punctuation.
+    """Labels of the words of a text, one per word; empty for a word without label, such as punctuation.
 
-    Joined they are `label_text` of the whole text. The label of a word depends on its neighbours: "[background noise]"
-    is removed, and "$3 million" gives "3" and "million dollars".
+    Joined, they equal `label_text` of the whole text. The label of a word depends on its neighbours: "[background
+    noise]" is removed, and "$3 million" gives "3" and "million dollars".
     """
-    # Words may contain white space: their parts are counted, and joined again in the end.
+    # Words may contain white space: their parts are counted and joined again.
     counts = [len(word.split()) for word in words]
     labels = iter(_labels(" ".join(words).split(), language))
     return [" ".join(filter(None, islice(labels, count))) for count in counts]
@@ -122,7 +122,7 @@ def _labels(words: list[str], language: str) -> list[str]:
     if _OPENING.search(text):
         text = _BRACKETS.sub(_outside, text)
     if code == "en":
-        text = _read_aloud(text)
+        text = _with_spoken_numbers(text)
     # NFC again: some capitals are a letter and a mark in lower case, and a removed bracket may precede a mark.
     text = unicodedata.normalize("NFC", text).translate(_LETTERS)
     return [word if word.isalnum() else _stripped(word) for word in text.split(" ")]
@@ -133,35 +133,36 @@ def fold(text: str, language: str = "") -> str:
     if text.isascii():
         return text.replace("`", "'")
     text = unicodedata.normalize("NFC", text)
-    text = _CHILLU_SPELLED.sub(lambda found: _CHILLU[found[1]], text)
-    text = _NOT_SEEN.sub("", text).translate(_FOLDED)
+    text = _CHILLU_SPELLED.sub(lambda match: _CHILLU[match[1]], text)
+    text = _INVISIBLE_PATTERN.sub("", text).translate(_FOLDED)
     if language_code(language) not in _OKINA_LANGUAGES:
         text = text.replace(_OKINA, "'")
     return unicodedata.normalize("NFC", text)
 
 
 def with_symbols(label: str) -> str:
-    """English label with the words of number symbols replaced by the symbols: "3 point 1 million dollars" gives "$3.1
-    million". Words that follow a spelled-out number ("five percent") are kept.
+    """Restore number symbols in an English label: "3 point 1 million dollars" gives "$3.1 million".
+
+    Words that follow a spelled-out number ("five percent") are kept.
     """
     label = _SAID_PERCENT.sub("%", _SAID_POINT.sub(".", label))
     symbols = {name: symbol for symbol, name in _CURRENCIES.items()}
-    return _SAID_PRICE.sub(lambda found: f"{symbols[found[3]]}{found[1]}{found[2]}", label)
+    return _SAID_PRICE.sub(lambda match: f"{symbols[match[3]]}{match[1]}{match[2]}", label)
 
 
-def _outside(found: re.Match[str]) -> str:
-    """Replacement of a text in brackets: only its spaces, or all of it if it is too long for an annotation."""
-    inside = next(group for group in found.groups() if group is not None).strip()
+def _outside(match: re.Match[str]) -> str:
+    """Replacement of a text in brackets: its spaces, or the whole text if it is too long for an annotation."""
+    inside = next(group for group in match.groups() if group is not None).strip()
     too_long = (
         len(inside.split()) > BRACKET_WORDS
         or len(inside) > BRACKET_CHARACTERS
         or len(_UNSPACED.findall(inside)) > BRACKET_UNSPACED
     )
-    return found[0] if too_long or _SENTENCE_END.search(inside) else " " * found[0].count(" ")
+    return match[0] if too_long or _SENTENCE_END.search(inside) else " " * match[0].count(" ")
 
 
-def _read_aloud(text: str) -> str:
-    """Folded lower-case text with English numbers as they are spoken; the number of spaces does not change."""
+def _with_spoken_numbers(text: str) -> str:
+    """Write English numbers of a folded lower-case text as spoken; the number of spaces does not change."""
     if " '" in text:
         text = _CLITIC.sub(r"'\1 ", text)  # "it 's", as treebanks write
     if not _DIGIT.search(text):
@@ -169,18 +170,18 @@ def _read_aloud(text: str) -> str:
     text = _THOUSANDS.sub("", text.translate(_WIDE_SYMBOLS))
     if any(symbol in text for symbol in _CURRENCIES):
         text = _PRICE.sub(_price, text)
-    text = _PERCENT.sub(lambda found: f"{found[1] or _GAP}percent{_GAP}", text)
+    text = _PERCENT.sub(lambda match: f"{match[1] or _GAP}percent{_GAP}", text)
     return _POINT.sub(f"{_GAP}point{_GAP}", text)
 
 
-def _price(found: re.Match[str]) -> str:
-    before, space, amount, scale, amount_first, scale_first, space_first, after = found.groups("")
+def _price(match: re.Match[str]) -> str:
+    before, space, amount, scale, amount_first, scale_first, space_first, after = match.groups("")
     amount, scale = amount or amount_first, scale or scale_first
     name = _CURRENCIES[before or after] + ("" if amount == "1" and not scale else "s")
     return f"{space or _GAP}{amount}{scale}{space_first or _GAP}{name}{_GAP}"
 
 
 def _stripped(word: str) -> str:
-    # An apostrophe within a word is spelling, one at a word's edge is a quotation mark (or an elision we give up).
+    # An apostrophe within a word is part of its spelling; at the edge it is taken for a quotation mark.
     parts = (part.strip("'") for part in word.split())
     return " ".join(part for part in parts if any(map(str.isalnum, part)))

@@ -1,1 +1,1 @@
-"""The data engine: audio to log-mel shards, and shards to packed rows. Knows nothing of models."""
+"""Data engine: audio to log-mel shards, and shards to packed rows. Independent of models."""

@@ -1,7 +1,7 @@
 """Lists of skipped recordings, and of warnings about those that are kept.
 
-DIR/skipped.jsonl            {"id": ..., "reason": ...} a line, for recordings left out; no file if there are none
-DIR/warnings.jsonl           the same for recordings in the dataset: unusable word times, say
+DIR/skipped.jsonl            {"id": ..., "reason": ...} per line, for skipped recordings; no file if there are none
+DIR/warnings.jsonl           the same for recordings in the dataset, with unusable word times for example
 DIR/skipped-NNNNN.jsonl      of a part, until the parts are merged; likewise DIR/warnings-NNNNN.jsonl
 """
 
@@ -28,26 +28,26 @@ _REASONS_SHOWN = 10
 
 @dataclass(frozen=True)
 class Skipped:
-    """A listed recording, with the reason."""
+    """Entry of a list: a recording with the reason."""
 
     id: str
     reason: str
     listed: bool = False
-    """Found when the corpus was listed, and not one of its recordings: not counted in max_skipped_share."""
+    """Unreadable row or file found when the corpus was listed: not counted in max_skipped_share."""
 
     @property
     def kind(self) -> str:
-        """The reason without its numbers and the file's name (before the last colon), so the same for many."""
+        """Reason without numbers and the file name (before the last colon), to group similar entries."""
         return re.sub(r"\d+", "N", re.sub(rf"^(?:{NO_WORD_TIMES}: )?\S.*?: (?=\S)", "", self.reason))
 
 
 def list_path(folder: Path, name: _List, part: int, parts: int) -> Path:
-    """Path of a part's list."""
+    """Path of the list of a part."""
     return folder / (f"{name}.jsonl" if parts == 1 else f"{name}-{part:05d}.jsonl")
 
 
 def write_list(path: Path, items: Iterable[Skipped]) -> None:
-    """Write the list; no file when it is empty."""
+    """Write a list; an empty one removes the file."""
     lines = [_line(item) for item in items]
     if not lines:
         path.unlink(missing_ok=True)
@@ -62,10 +62,10 @@ def _line(item: Skipped) -> bytes:
 
 
 class Warnings:
-    """Warnings of a part. Each is on disk before its recording, so that a killed process loses none.
+    """Warnings of a part. Each is written before its recording, so that a killed process loses none.
 
     Args:
-        path: of the list; warnings of an interrupted preparation about recordings in `done` are kept.
+        path: of the list; its existing warnings about recordings in `done` are kept.
     """
 
     def __init__(self, path: Path, done: Container[str]) -> None:
@@ -88,21 +88,21 @@ class Warnings:
 
 def read_list(path: Path, ids: Container[str]) -> list[Skipped]:
     """Entries of a list with one of these ids, without truncated lines; empty if there is no list."""
-    found = []
+    items = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):
             fields = json.loads(line)
-            found.append(Skipped(fields["id"], fields["reason"]))
-    return [item for item in found if item.id in ids]
+            items.append(Skipped(fields["id"], fields["reason"]))
+    return [item for item in items if item.id in ids]
 
 
 def merge_lists(folder: Path) -> None:
-    """Make one list of those of all parts, in their order. May be killed at any time, and called again."""
+    """Merge the lists of all parts, in order. May be interrupted at any time and called again."""
     for name in ("skipped", "warnings"):
         whole, parts = folder / f"{name}.jsonl", sorted(folder.glob(f"{name}-*.jsonl"))
-        # The list has its name only when it is whole: from then on the parts are leftovers.
+        # The merged list gets its name when it is complete: then the lists of the parts are leftovers.
         if parts and not whole.is_file():
-            # Where a part has gone, another process is merging too, and has the whole list already.
+            # If a part is missing, another process has merged the lists already.
             with suppress(FileNotFoundError), replace_file(whole) as file:
                 for part in parts:
                     file.write(part.read_bytes())
@@ -110,11 +110,11 @@ def merge_lists(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def summary(what: str, items: Sequence[Skipped], path: Path) -> str:
-    """The reasons, commonest first, each with a count and an example."""
+def summary(title: str, items: Sequence[Skipped], path: Path) -> str:
+    """Text with the reasons, most frequent first, each with a count and an example."""
     groups = Counter(item.kind for item in items)
     examples = {item.kind: item for item in reversed(items)}
-    lines = [f"prepare: {what}, listed in {path}"]
+    lines = [f"prepare: {title}, listed in {path}"]
     for kind, count in groups.most_common(_REASONS_SHOWN):
         lines.append(f"  {count} like {escaped(examples[kind].id)}: {escaped(examples[kind].reason)}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Text to token ids and back. Id 0 is the blank of CTC and RNN-T: `encode` never gives it, `decode` skips it.
+"""Character and BPE tokenizers. Id 0 is the blank of CTC and RNN-T: `encode` never returns it, `decode` skips it.
 
-A tokenizer is a folder with `tokenizer.json`, and for BPE the SentencePiece model beside it: nothing is unpickled.
+A saved tokenizer is a folder with `tokenizer.json` and, for BPE, the SentencePiece model; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from common.files import read_json_object, replace_file, write_json
 BLANK = 0
 TOKENIZER_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
-SPACE_MARK = "\u2581"  # what SentencePiece writes a space as
-UNKNOWN_MARK = "\u2047"  # what a replaced character is written as: a double question mark
+SPACE_MARK = "\u2581"  # SentencePiece's symbol for a space
+UNKNOWN_MARK = "\u2047"  # decoded text of a replaced character: a double question mark
 
 
 class Tokenizer(Protocol):
-    """What the recogniser asks of a tokenizer."""
+    """Interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the blank (0) included."""
+        """Number of ids, including the blank (0)."""
 
     @property
     def pieces(self) -> list[str]:
-        """How every id is written in text files where tokens are separated by spaces: distinct, without white space.
+        """Printable form of every id for text files with tokens separated by spaces: distinct, without white space.
 
-        The blank is "<blank>", the id of unknown characters "<unk>", a space is U+2581 (SentencePiece's mark); other
-        characters that cannot be printed are written as in "<U+00A0>".
+        The blank is "<blank>", the id of unknown characters "<unk>", a space U+2581 (SentencePiece's mark); other
+        unprintable characters are written like "<U+00A0>".
         """
 
     def encode(self, text: str) -> list[int]:
-        """Ids in 1 .. vocab_size - 1. Raises UserError for characters that the tokenizer does not know."""
+        """Convert text to ids in 1 .. vocab_size - 1. Raises UserError for unknown characters."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; blanks are skipped."""
+        """Convert ids to text; blanks are skipped."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files into a folder."""
+        """Write the files of the tokenizer to a folder."""
 
 
 class CharTokenizer:
-    """One id a character. `decode(encode(text)) == text`.
+    """Tokenizer with one id per character. `decode(encode(text)) == text`.
 
     Args:
-        characters: the known characters; id i + 1 stands for characters[i].
-        replace_unknown: write an unknown character as id vocab_size - 1 instead of raising.
+        characters: known characters; id i + 1 stands for characters[i].
+        replace_unknown: encode an unknown character as id vocab_size - 1 instead of raising.
     """
 
     def __init__(self, characters: Sequence[str], replace_unknown: bool = False) -> None:
@@ -65,10 +65,10 @@ class CharTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], replace_unknown: bool = False) -> CharTokenizer:
-        """Know the characters that occur in `texts` (and the space)."""
+        """Tokenizer of the characters in `texts` and the space."""
         characters = {" "}.union(*texts)
         if characters == {" "}:
-            raise UserError("the texts to train a tokenizer on hold no characters")
+            raise UserError("the training texts of the tokenizer have no characters")
         return cls(sorted(characters), replace_unknown)
 
     @property
@@ -77,11 +77,11 @@ class CharTokenizer:
 
     @property
     def pieces(self) -> list[str]:
-        # The mark itself may be a character of the texts: only the space is written as the mark.
-        written = [
+        # Only the space is written as the mark, because the mark may itself be a character of the texts.
+        printed = [
             f"<U+{ord(c):04X}>" if c == SPACE_MARK else _printable(c.replace(" ", SPACE_MARK)) for c in self.characters
         ]
-        return ["<blank>", *written, *["<unk>"] * self.replace_unknown]
+        return ["<blank>", *printed, *["<unk>"] * self.replace_unknown]
 
     def encode(self, text: str) -> list[int]:
         unknown = self.vocab_size - 1 if self.replace_unknown else BLANK
@@ -101,11 +101,11 @@ class CharTokenizer:
 class BPETokenizer:
     """SentencePiece byte-pair encoding; its ids are shifted by one so that 0 stays the blank.
 
-    `decode(encode(text)) == text` for text with single spaces (what `data.transcripts.label_text` gives).
+    `decode(encode(text)) == text` for text with single spaces, such as that of `common.text.label_text`.
 
     Args:
-        model: a serialised SentencePiece model, as `train` makes it.
-        replace_unknown: write unknown characters as SentencePiece's unknown id instead of raising.
+        model: serialised SentencePiece model, as made by `train`.
+        replace_unknown: encode unknown characters as SentencePiece's unknown id instead of raising.
     """
 
     def __init__(self, model: bytes, replace_unknown: bool = False) -> None:
@@ -114,11 +114,11 @@ class BPETokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError(f"the SentencePiece model cannot be read ({error}); train the tokenizer again") from error
+            raise UserError(f"the SentencePiece model is invalid ({error}); train the tokenizer again") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, replace_unknown: bool = False) -> BPETokenizer:
-        """Train on `texts`. vocab_size: number of ids, the blank included. Raises UserError where it does not fit."""
+        """Train on `texts`. Raises UserError if they cannot give `vocab_size` ids, including the blank."""
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -136,7 +136,9 @@ class BPETokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            raise UserError(f"vocab_size {vocab_size}: no BPE tokenizer of these texts can have it: {error}") from error
+            raise UserError(
+                f"vocab_size {vocab_size} is not possible for a BPE tokenizer of these texts: {error}"
+            ) from error
         return cls(model.getvalue(), replace_unknown)
 
     @property
@@ -145,8 +147,8 @@ class BPETokenizer:
 
     @property
     def pieces(self) -> list[str]:
-        written = (self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size()))
-        return ["<blank>", *map(_printable, written)]
+        pieces = (self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size()))
+        return ["<blank>", *map(_printable, pieces)]
 
     def encode(self, text: str) -> list[int]:
         ids = self._processor.encode(text)
@@ -164,7 +166,7 @@ class BPETokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokenizer:
-    """The tokenizer that `save` wrote into a folder. Raises UserError where there is none, or it is damaged."""
+    """Load a tokenizer that `save` wrote. Raises UserError if it is missing or damaged."""
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {TOKENIZER_FILE}: no tokenizer was saved there")
@@ -181,7 +183,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokeniz
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the files in a folder that `load_tokenizer` reads, sorted. Raises UserError as it does."""
+    """Sorted names of the files that `load_tokenizer` reads. Raises UserError as it does."""
     model = [MODEL_FILE] if isinstance(load_tokenizer(folder), BPETokenizer) else []
     return sorted([TOKENIZER_FILE, *model])
 
@@ -200,8 +202,8 @@ def _printable(piece: str) -> str:
 
 def _raise_unknown(text: str, known: Iterable[str]) -> None:
     unknown = sorted(set(text) - set(known))
-    named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:12])
+    listed = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:12])
     raise UserError(
-        f"characters that the tokenizer does not know: {named} in {text[:80]!r}. Normalise the text "
-        "(data.transcripts.label_text), train the tokenizer on texts that hold them, or set replace_unknown"
+        f"characters unknown to the tokenizer: {listed} in {text[:80]!r}. Normalise the text "
+        "(common.text.label_text), train the tokenizer on texts with these characters, or set replace_unknown"
     )

@@ -1,4 +1,4 @@
-"""Words of recordings with their times, and the words of a segment."""
+"""Words of recordings with their times."""
 
 from __future__ import annotations
 
@@ -11,63 +11,54 @@ from common.errors import UserError
 
 
 class Word(NamedTuple):
-    """A word and when it was said, in seconds from the start of the recording."""
+    """Word with its times in seconds from the start of the recording."""
 
     word: str
     start: float
     end: float
     confidence: float | None = None
-    """From 0 (the time is a guess) to 1, as the aligner tells; None where it does not."""
+    """Confidence of the aligner, from 0 (the time is a guess) to 1; None if unknown."""
 
 
-# Aligners round to their own frames; an end this many seconds beyond the recording, or beyond the start of the next
-# word, is not worth an error.
+# Aligners round to their own frames: accepted seconds by which a word ends after the recording, or after the start of
+# the next word.
 TOLERANCE = 0.1
 
 
 def words_between(words: Sequence[Word], start: float, end: float) -> list[Word]:
-    """The words that begin in [start, end) seconds, found by bisection: adjoining stretches share none and lose none.
+    """Words that start in [start, end) seconds, so that adjacent intervals partition the words.
 
-    `words` must be sorted by start, which `check_word_times` sees to.
+    `words` must be sorted by start (`check_word_times`), because the search is a bisection.
     """
     return list(words[bisect_left(words, start, key=_start) : bisect_left(words, end, key=_start)])
 
 
-def chunk_words(words: Sequence[Word], start: float, end: float) -> list[Word]:
-    """The words that lie in [start, end) seconds as a whole, with times from `start` on, found by bisection.
-
-    A word that straddles an edge is in neither of the two chunks there. `words` must be sorted by start.
-    """
-    inside = (word for word in words_between(words, start, end) if word[2] <= end)
-    return [Word(word, begin - start, stop - start, *rest) for word, begin, stop, *rest in inside]
-
-
 def word_fault(words: Sequence[Sequence[Any]], duration: float, overlap: float = math.inf) -> tuple[int, str] | None:
-    """The first word that cannot be where it is said to be, as (number, what is wrong); None where all can.
+    """First word with invalid times, as (number, fault); None if all are valid.
 
     Args:
-        words: (word, start, end) or (word, start, end, confidence) each.
-        duration: seconds of the recording; inf where it is not known.
-        overlap: seconds that a word may begin before the one in front of it ends.
+        words: (word, start, end) or (word, start, end, confidence) of each.
+        duration: of the recording in seconds; inf if unknown.
+        overlap: seconds by which a word may start before the end of the previous one.
     """
-    before, ended = 0.0, 0.0
+    last_start, last_end = 0.0, 0.0
     for number, (_, start, end, *rest) in enumerate(words):
         if not 0 <= start <= end < math.inf:  # also false for NaN
             return number, "a word must start at 0 or later, and end after its start"
-        if start < before:
-            return number, f"starts before the word in front of it ({before} s); sort the words"
-        if start < ended - overlap:
-            return number, f"overlaps the word in front of it, which ends at {ended} s"
+        if start < last_start:
+            return number, f"starts before the previous word ({last_start} s); sort the words"
+        if start < last_end - overlap:
+            return number, f"overlaps the previous word, which ends at {last_end} s"
         if end > duration + TOLERANCE:
             return number, f"ends beyond the recording of {duration:.2f} s; transcript of another recording?"
         if rest and rest[0] is not None and not 0 <= rest[0] <= 1:
-            return number, f"confidence is {rest[0]}, it must be from 0 to 1"
-        before, ended = start, max(ended, end)
+            return number, f"confidence is {rest[0]}, but must be from 0 to 1"
+        last_start, last_end = start, max(last_end, end)
     return None
 
 
 def check_word_times(words: Sequence[Sequence[Any]], duration: float, name: str) -> None:
-    """Raise UserError naming the recording and the word unless times are sorted, ordered and within [0, duration]."""
+    """Raise UserError naming recording and word unless the times are sorted, ordered and within [0, duration]."""
     fault = word_fault(words, duration)
     if fault is not None:
         number, problem = fault

@@ -19,9 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.report.comparison import check_same_rules, recording_score
-from bestrq.report.results import find_results, read_results
-from bestrq.report.tables import interval, percent
-from bestrq.scoring.word_errors import RecordingScore, align_words, compare, score_corpus
+from bestrq.report.result_files import find_results, read_results
+from bestrq.report.text import interval, percent
+from bestrq.scoring.word_errors import RecordingScore, compare, edit_alignment, score_corpus
 from common.config import run_main
 from common.errors import UserError
 from common.files import write_file
@@ -60,7 +60,7 @@ def score_homophones(scores: Sequence[RecordingScore], num_resamples: int) -> Ho
     is_homophone = [word in homophone_words for score in scores for word in score.reference.split()]
     if not any(is_homophone):
         raise UserError("the evaluated recordings have no homophones: give results on the corpus homophones")
-    marks = (mark for score in scores for mark in align_words(score.reference, score.hypothesis))
+    marks = (mark for score in scores for mark in edit_alignment(score.reference, score.hypothesis))
     correct = [word in homophone_words for mark in marks if mark.kind == "equal" for word in mark.reference.split()]
     total, num_correct = sum(is_homophone), sum(correct)
     others, others_correct = len(is_homophone) - total, len(correct) - num_correct

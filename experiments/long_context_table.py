@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.report.comparison import check_same_rules
-from bestrq.report.results import find_results, read_results
+from bestrq.report.result_files import find_results, read_results
 from common.config import run_main
 from common.errors import UserError
 from common.files import write_file

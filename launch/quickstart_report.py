@@ -1,10 +1,10 @@
-"""The page that the quickstart ends with: pretraining and several fine-tuned systems side by side.
+"""Page at the end of the quickstart: pretraining and several fine-tuned systems side by side.
 
     python launch/quickstart_report.py --pretrain runs/pretrain \\
         --systems pretrained=results/pretrained scratch=results/scratch --out report.html
 
-A system is NAME=FOLDER, the folder being what `evaluate.py --out` wrote; all of them on the same recordings. The
-curves of its fine-tuning are taken from the run folder that its export lies in, the pretraining's from --pretrain.
+A system is NAME=FOLDER with a folder that `evaluate.py --out` wrote; all systems are evaluated on the same recordings.
+Fine-tuning curves are read from the run folder that contains a system's export, pretraining curves from --pretrain.
 """
 
 import argparse
@@ -14,110 +14,111 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bestrq.report import charts, report
+from bestrq.report import charts
 from bestrq.report.comparison import Results, compare_systems
-from bestrq.report.recording_table import recordings_section
-from bestrq.report.results import read_results, read_transcripts
+from bestrq.report.page import Section, figure, figure_grid, paragraph, write_page
+from bestrq.report.result_files import read_results, read_transcripts
 from bestrq.report.sections import (
     breakdowns_section,
-    cells_section,
     comparison_section,
-    facts_section,
+    cost_section,
+    examples_section,
+    provenance_section,
+    recordings_section,
     results_section,
-    transcripts_section,
 )
-from bestrq.report.tables import percent
+from bestrq.report.text import percent
 from bestrq.training.meters import read_metrics
 from common.config import run_main
 from common.errors import UserError
 
 
-def series(rows: Sequence[Mapping[str, Any]], key: str) -> charts.Series | None:
-    """The rows that have a number under `key`, or None where there are none."""
+def read_series(rows: Sequence[Mapping[str, Any]], key: str) -> charts.Series | None:
+    """Numbers under a key over steps; None if no row has one."""
     pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     return charts.Series(*zip(*pairs, strict=True)) if pairs else None
 
 
-def curve(title: str, lines: Mapping[str, charts.Series | None], y_label: str, caption: str = "",
-          from_zero: bool = True) -> list[str]:  # fmt: skip
-    """One figure, or nothing where no line has data."""
-    there = {name: line for name, line in lines.items() if line is not None}
-    if not there:
-        return []
-    return [report.figure(title, charts.line_chart(title, there, y_label, from_zero), caption)]
+def line_figure(title: str, lines: Mapping[str, charts.Series | None], y_label: str, caption: str = "",
+                from_zero: bool = True) -> list[Markup]:  # fmt: skip
+    """One figure of the lines with data; empty if none has any."""
+    drawn = {name: line for name, line in lines.items() if line is not None}
+    return [figure(title, charts.line_chart(title, drawn, y_label, from_zero), caption)] if drawn else []
 
 
-def pretraining_section(run: Path) -> report.Section:
+def pretraining_section(run: Path) -> Section:
     rows = read_metrics(run / "metrics.jsonl")
-    figures = curve(
+    figures = line_figure(
         "Loss",
         {
-            "training": series(rows, "loss"),
-            "held-out": series(rows, "dev_loss"),
-            "unigram entropy of the targets": series(rows, "unigram_entropy"),
+            "training": read_series(rows, "loss"),
+            "held-out": read_series(rows, "dev_loss"),
+            "unigram entropy of the targets": read_series(rows, "unigram_entropy"),
         },
         "nats per target",
-        "The entropy is the loss of a model that knows only the frequency of every code. Held-out masks are fixed.",
+        "The entropy is the loss of predicting each target by its frequency. Held-out masks are fixed.",
         from_zero=False,
     )
-    accuracy = {"training": series(rows, "accuracy"), "held-out": series(rows, "dev_accuracy")}
-    figures += curve("Masked accuracy", accuracy, "share correct", "Codes of masked frames.")
-    body = report.chart_grid(figures) if figures else report.paragraph("No metrics were recorded.", "note")
+    accuracy = {"training": read_series(rows, "accuracy"), "held-out": read_series(rows, "dev_accuracy")}
+    caption = "Share of masked frames whose code is predicted correctly."
+    figures += line_figure("Masked accuracy", accuracy, "accuracy", caption)
+    body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
     pictures = run / "pictures"
     if (example := read_tensors(pictures / "mask_example.safetensors")) is not None:
         image = charts.spectrogram_chart(example["log_mel"], example["mask"].astype(bool))
-        caption = "Normalised log-mel of a crop. The veiled spans become noise; the model predicts their codes."
-        body += report.figure("What is hidden", image, caption)
+        caption = "Normalised log-mel of a crop. Shaded spans are replaced by noise; the model predicts their codes."
+        body += figure("Masked spans", image, caption)
     if (usage := read_tensors(pictures / "codebook_usage.safetensors")) is not None:
         counts = usage["counts"]
-        image = charts.usage_chart(counts)
         used = "; ".join(describe_usage(book) for book in counts)
-        body += report.chart_grid(
+        perplexity = {"perplexity": read_series(rows, "perplexity")}
+        caption = "Number of equally frequent codes with the same entropy."
+        body += figure_grid(
             [
-                report.figure("Use of the codebook", image, used),
-                *curve("Perplexity of the targets", {"perplexity": series(rows, "perplexity")}, "codes",
-                       "How many equally frequent codes would be as hard to guess."),
+                figure("Codebook usage", charts.usage_chart(counts), used),
+                *line_figure("Perplexity of the targets", perplexity, "codes", caption),
             ]
-        )  # fmt: skip
-    return report.Section("Pretraining", body)
+        )
+    return Section("Pretraining", body)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray] | None:
-    """A small safetensors file, or None where there is none."""
+    """Tensors of a small safetensors file; None if it does not exist. Raises UserError if it cannot be read."""
     if not path.exists():
         return None
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}. Remove it to go on without this picture") from error
+        raise UserError(f"cannot read {path}: {error}. Remove it to make the page without this picture") from error
 
 
 def describe_usage(counts: np.ndarray) -> str:
-    """Share of codes in use and perplexity of one codebook, int `[V]`."""
+    """Number of codes in use and perplexity of one codebook, from int `[V]`."""
     share = counts[counts > 0] / max(int(counts.sum()), 1)
     perplexity = np.exp(-(share * np.log(share)).sum())
     return f"{len(share):,} of {len(counts):,} codes in use, perplexity {perplexity:,.0f}, {counts.sum():,} targets"
 
 
-def fine_tuning_section(systems: Results) -> report.Section:
+def fine_tuning_section(systems: Results) -> Section:
     rows = {name: read_metrics(Path(results["export"]).parent / "metrics.jsonl") for name, results in systems.items()}
 
     def lines(key: str) -> dict[str, charts.Series | None]:
-        return {name: series(one, key) for name, one in rows.items()}
+        return {name: read_series(metrics, key) for name, metrics in rows.items()}
 
-    figures = curve("Loss in training", lines("loss"), "nats a label")
-    figures += curve("CER on the dev set", lines("dev_cer"), "CER")
-    body = report.chart_grid(figures) if figures else report.paragraph("No metrics were recorded.", "note")
-    return report.Section("Fine-tuning", body)
+    figures = line_figure("Training loss", lines("loss"), "nats per label")
+    figures += line_figure("CER on the dev set", lines("dev_cer"), "CER")
+    body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
+    return Section("Fine-tuning", body)
 
 
 def parse_systems(values: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER` arguments."""
+    """Folders by name, from `NAME=FOLDER` arguments. Raises UserError for an argument of another form."""
     pairs = [value.partition("=") for value in values]
     for (name, equals, folder), value in zip(pairs, values, strict=True):
         if not (name and equals and folder):
@@ -128,9 +129,9 @@ def parse_systems(values: Sequence[str]) -> dict[str, Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", required=True, metavar="NAME=FOLDER", help="outputs of evaluate.py")
-    parser.add_argument("--pretrain", type=Path, help="run folder of pretrain.py; left out: no pretraining section")
+    parser.add_argument("--pretrain", type=Path, help="run folder of pretrain.py, for the pretraining section")
     parser.add_argument("--title", default="From speech to word error rate", help="heading of the page")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
     arguments = parser.parse_args(argv)
     folders = parse_systems(arguments.systems)
     systems = {name: read_results(folder) for name, folder in folders.items()}
@@ -152,13 +153,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections += [
         fine_tuning_section(systems),
         breakdowns_section(systems),
-        cells_section(systems, "Speed and memory"),
+        cost_section(systems, "Speed and memory"),
         recordings_section(systems, transcripts, {}),
-        transcripts_section(systems),
-        facts_section(systems, arguments.pretrain),
+        examples_section(systems),
+        provenance_section(systems, arguments.pretrain),
     ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report.write_report(arguments.out, arguments.title, lead, cards, sections)
+    write_page(arguments.out, arguments.title, lead, cards, sections)
     print(f"report: {arguments.out}")
 
 

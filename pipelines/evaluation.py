@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
 from bestrq.long_form.inference import Source
-from bestrq.report import pages
-from bestrq.report.console import rates_table
-from bestrq.report.results import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.report.reports import write_evaluation_report
+from bestrq.report.result_files import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.report.text import rates_table
 from bestrq.scoring.stm import ReferenceSegment
 from bestrq.training.export import Export, read_export
 from bestrq.training.memory import PeakMemory
@@ -141,7 +141,7 @@ def run_evaluation(evaluation: Evaluation, references: References, config: Confi
             write_summary(folder, results)
         append_row(Path(config.out).resolve().parent / "rows.jsonl", row_of(results))
         write_formats(folder, transcripts, config.format_names)
-        pages.write_cell_page(folder, results, transcripts, references.audio)
+        write_evaluation_report(folder, results, transcripts, references.audio)
         print(rates_table(results))
         print(f"results: {folder / RESULTS}, {folder / TABLE}; report: {folder / REPORT}", flush=True)
     world.barrier()

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bestrq.long_form.windows import plan_windows
-from bestrq.report.results import FORMAT_VERSION, RESULTS, SCORING, TABLE, TRANSCRIPTS
+from bestrq.report.result_files import FORMAT_VERSION, RESULTS, SCORING, TABLE, TRANSCRIPTS
 from bestrq.scoring.breakdowns import (
     AlignedWord,
     align_timed,
@@ -35,8 +35,8 @@ from bestrq.scoring.stm import (
     words_outside_ignored,
 )
 from bestrq.scoring.word_errors import CorpusScore, RecordingScore, score_by_language, score_recording
+from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings
-from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from bestrq.transcripts.words import TimedWord
 from common.config import to_dict
 from common.errors import UserError

@@ -11,10 +11,10 @@ from jsonargparse.typing import NonNegativeInt
 from bestrq.long_form.decoders import DecoderSettings
 from bestrq.long_form.inference import InferenceSettings, Mode
 from bestrq.model.conformer import EncoderSettings
-from bestrq.report.results import FORMAT_VERSION
+from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.normalisers import RULES_VERSION
 from bestrq.training.export import Export
-from bestrq.transcripts.transcripts import WRITERS
+from bestrq.transcripts.formats import WRITERS
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from common.files import hash_of_file

@@ -1,22 +1,21 @@
-"""What the two fine-tuning scripts share: settings, crops, held-out recordings, tokenizer, checkpoint, export."""
+"""Common parts of the two fine-tuning scripts: settings, held-out data, tokenizer, checkpoints, export."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import nn
 
 from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.model.conformer import EncoderSettings
-from bestrq.recognition.ctc import read_pretrained_encoder
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
-from bestrq.training.export import Export, write_export
+from bestrq.training.export import write_export
 from bestrq.training.optimizer import OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
@@ -25,96 +24,93 @@ from bestrq.training.step import GuardSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file
-from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset, Normalisation
 from data.loading.cutting import CuttingSettings
-from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
+from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, DataState, LoaderSettings
 from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
-from data.loading.supervised import supervised_crops
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 from pipelines.validation import Heldout, ValidationSettings
+
+# ---- Settings ----
 
 
 @dataclass
 class FinetuneSettings:
-    """What is trained, and from where."""
+    """Initial weights, tokenizer and labels of a fine-tuning run."""
 
     init: str = ""
-    """export (or one checkpoint) of a pretrained encoder; empty trains from scratch"""
-    reinitialise_top_blocks: int = 0
-    """top blocks of the pretrained encoder that get fresh weights: they have specialised on predicting codes"""
-    freeze_encoder_steps: int = 0
-    """first updates that train the head alone"""
-    encoder_learning_rate: float = 0.0
-    """learning rate of the encoder; 0 takes optimizer.learning_rate, which is the head's"""
+    """export (or checkpoint) of a pretrained encoder; empty trains from scratch"""
+    reinitialise_top_blocks: NonNegativeInt = 0
+    """top blocks of the pretrained encoder to re-initialise: they have specialised on predicting codes"""
+    freeze_encoder_steps: NonNegativeInt = 0
+    """initial steps in which the encoder is frozen"""
+    encoder_learning_rate: NonNegativeFloat = 0.0
+    """learning rate of the encoder; 0 takes optimizer.learning_rate, as for the head"""
     tokenizer: Literal["char", "bpe"] = "char"
     """characters, or SentencePiece byte pairs"""
     vocab_size: int = 512
-    """ids of the bpe tokenizer, the blank included"""
+    """ids of the bpe tokenizer, including the blank"""
     language: str = ""
-    """train and validate on this language only; empty takes all"""
-    label_minutes: float = 0.0
-    """train on this much audio only, chosen at random by data.seed; 0 takes all"""
+    """language for training and validation; empty takes all"""
+    label_minutes: NonNegativeFloat = 0.0
+    """minutes of labelled audio for training, chosen at random by data.seed; 0 takes all"""
 
     def __post_init__(self) -> None:
-        for name in ("reinitialise_top_blocks", "freeze_encoder_steps", "encoder_learning_rate", "label_minutes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"finetune.{name} is {getattr(self, name)}: give 0 or more")
         if self.reinitialise_top_blocks and not self.init:
             raise UserError(
                 f"finetune.reinitialise_top_blocks is {self.reinitialise_top_blocks}, but finetune.init is empty: "
-                "all blocks are fresh already, give 0"
+                "training from scratch initialises all blocks, give 0"
             )
 
 
 @dataclass(frozen=True)
 class CurriculumStage:
-    """From some update on, longer context."""
+    """Later stage of training with rows and crops of another length."""
 
     after_step: int = 0
-    """updates before it; 1 or more, and more than those of the stage before"""
+    """last step of the previous stage; 1 or more, and increasing from stage to stage"""
     row_frames: int = 2000
-    """frames in a row, in place of data.row_frames; an update has as many fewer rows, so its frames stay as many"""
+    """frames per row, instead of data.row_frames; the number of rows changes so that frames per step stay constant"""
     max_seconds: float = 20.0
-    """longest piece, in place of data.max_seconds"""
+    """longest crop, instead of data.max_seconds"""
 
 
 @dataclass
 class FinetuneConfig:
-    """What every fine-tuning has; a script adds its own."""
+    """Settings of every fine-tuning script; a script adds its own."""
 
     run: RunSettings = field(default_factory=RunSettings)
     """folder, length and seed"""
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
-    """start, tokenizer and labels"""
+    """initial weights, tokenizer and labels"""
     data: LoaderSettings = field(default_factory=LoaderSettings)
     """dataset, rows and packing"""
     curriculum: list[CurriculumStage] = field(default_factory=list)
-    """later stages of training, each with longer rows and pieces; the first one is that of data"""
+    """later stages of training, such as with longer rows and crops; the first stage is that of data"""
     cutting: CuttingSettings = field(default_factory=CuttingSettings)
     """words at the cuts of long recordings"""
     accumulation: int = 1
-    """micro-batches an update: divides the rows that a process holds at once"""
+    """micro-batches per step: divides the rows that a process holds at once"""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
-    """the Conformer; with finetune.init its shape must be the export's, its dropout may differ"""
+    """Conformer; with finetune.init it must match the export, except for dropout"""
     spec_augment: SpecAugmentSettings = field(default_factory=SpecAugmentSettings)
-    """masks on the training features"""
+    """masks on training features"""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and its schedule"""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-    """held-out error rates"""
+    """error rates on held-out recordings"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
-    """how held-out recordings are cut and batched"""
+    """windows and batches of held-out recordings"""
     guard: GuardSettings = field(default_factory=GuardSettings)
-    """what to do about bad numbers"""
+    """handling of non-finite losses and gradients"""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    """when to save, and what to keep"""
+    """interval and number of checkpoints"""
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
     """processes, devices and precision"""
 
 
-# What may change between two starts of one run: nothing here alters which updates are made.
+# Fields that may change when a run is resumed, since they do not affect the weights.
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
@@ -127,147 +123,21 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
-# Fields that may hold another location if the fingerprint of the data is the same.
+# Fields that may name another location if the fingerprint of the data is the same.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
-@dataclass
-class Best:
-    """The best validation so far; its step is 0 before the first."""
-
-    rate: float = math.inf
-    step: int = 0
-
-
-def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
-    """The pretrained encoder, checked against the settings and the dataset. Raises UserError naming what differs."""
-    pretrained = read_pretrained_encoder(config.finetune.init, config.encoder)
-    theirs, ours = pretrained.config.get("normalisation"), config.data.normalisation
-    differing = difference(dataset.features, FeatureSettings.from_dict(pretrained.config.get("features", {})))
-    if theirs != ours:
-        differing.append(f"data.normalisation: {ours!r} != {theirs!r}")
-    if differing:
-        raise UserError(f"finetune.init {config.finetune.init} does not fit (ours != the export's): {differing}")
-    return pretrained
-
-
-def start_run(
-    run: RunFolder, config: FinetuneConfig, dataset: Dataset, world: World, precision: Precision,
-    also_free: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """`RunFolder.start` for fine-tuning. A resumed run takes its weights from a checkpoint, so finetune.init is only
-    checked if it changed, and must then hold the same weights.
-    """
-    init = config.finetune.init
-    origins = {"finetune.init": partial(weights_fingerprint, init)} if init else {}
-    facts = {"precision": str(precision)}
-    run.start(config, world, (*FREE_FIELDS, *also_free), dataset.identity(), PLACES, origins, facts)
-
-
-def weights_fingerprint(init: str) -> str:
-    """SHA-256 (hex) of the weights of an export or checkpoint. Raises UserError if there are none."""
-    try:
-        return hash_of_file(Path(init) / "model.safetensors")
-    except OSError as error:
-        raise UserError(
-            f"finetune.init is {init}, which cannot be compared with the weights that this run began with: {error}; "
-            "give the old value, or the new location of that export"
-        ) from error
-
-
-def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
-    """(updates before it, rows) of every stage of the curriculum. Raises UserError where one does not fit."""
-    stages = [(0, config.data)]
-    frames = config.data.rows * config.data.row_frames
-    for number, stage in enumerate(config.curriculum):
-        if stage.after_step <= stages[-1][0]:
-            raise UserError(
-                f"curriculum[{number}].after_step is {stage.after_step}: give more than {stages[-1][0]}, the updates "
-                "before the stage before"
-            )
-        if stage.row_frames < 1 or frames % stage.row_frames:
-            raise UserError(
-                f"curriculum[{number}].row_frames is {stage.row_frames}: an update has data.rows x data.row_frames = "
-                f"{frames} frames, which are no whole number of such rows; give a divisor of it"
-            )
-        rows = replace(
-            config.data, row_frames=stage.row_frames, rows=frames // stage.row_frames, max_seconds=stage.max_seconds
-        )
-        stages.append((stage.after_step, rows))
-    return stages
-
-
-class Updates:
-    """The micro-batches of every update from `step` on, by one `RowLoader` after another: the curriculum."""
-
-    def __init__(
-        self, dataset: Dataset, crops: list[CropTable], config: FinetuneConfig, world: World, step: int,
-        state: DataState | None,
-    ) -> None:  # fmt: skip
-        """crops: of every stage. state: the loader's after update `step`, which counts if that stage goes on."""
-        self.step, self.stages = step, stages_of(config)
-        self.quarantined: dict[str, str] = {}
-        self._open = lambda stage, state: RowLoader(
-            dataset,
-            crops[stage],
-            self.stages[stage][1],
-            multiple=config.encoder.row_multiple,
-            row_gap=config.encoder.row_gap,
-            rank=world.rank,
-            world_size=world.size,
-            accumulation=config.accumulation,
-            state=state,
-        )
-        for stage in range(len(self.stages)):
-            self._open(stage, None)  # rows that processes cannot share are an error now, which costs no training
-        stage = self._stage_of(step + 1)
-        goes_on = step > 0 and self._stage_of(step) == stage
-        self.loader = self._open(stage, state if goes_on else None)
-
-    @property
-    def state(self) -> DataState:
-        """The loader's, for a checkpoint."""
-        return self.loader.state
-
-    def _stage_of(self, update: int) -> int:
-        return max(stage for stage, (before, _) in enumerate(self.stages) if update > before)
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while True:
-            batches = self.loader.steps()
-            stage = self._stage_of(self.step + 1)
-            while self._stage_of(self.step + 1) == stage:
-                self.step += 1
-                yield next(batches)
-                self.quarantined |= self.loader.quarantined
-            batches.close()  # its workers, before the next ones start
-            self.loader = self._open(stage + 1, None)
-
-
-def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSettings) -> CropTable:
-    """Training crops with their label texts, as long as the stage's `data` has them; of `label_minutes`, whole
-    recordings chosen by the seed."""
-    recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
-    told = np.array([dataset.text(int(i)) is not None for i in recordings])
-    if 0 < told.sum() < len(told):
-        print(f"left out: {len(told) - told.sum()} of {len(told)} recordings, which have no transcript")
-        recordings = recordings[told]
-    if config.finetune.label_minutes:
-        shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
-        minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
-        recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
-    cut = partial(supervised_crops, dataset, cutting=config.cutting)
-    lengths = data.crop_frames(dataset)
-    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
+# ---- Held-out data ----
 
 
 def heldout_recordings(dataset: Dataset, config: FinetuneConfig) -> list[Heldout]:
-    """The held-out recordings that have a transcript, longest first. Raises UserError if there are none."""
+    """Held-out recordings with a transcript, longest first. Raises UserError if there are none."""
     selected = dataset.select(split=config.validation.split, language=config.finetune.language or None)
     recordings = [int(i) for i in selected if dataset.text(int(i))]
     if not recordings:
         raise UserError(
-            f"validation.split {config.validation.split!r} of {dataset.location}: no recording has a transcript"
+            f"validation.split is {config.validation.split!r}: no recording of that split has a transcript in "
+            f"{dataset.location}; give another split"
         )
     recordings = recordings[: config.validation.max_recordings or None]
     read = partial(read_mel, dataset, config.data.normalisation)
@@ -284,14 +154,15 @@ def read_mel(dataset: Dataset, normalisation: Normalisation, recording: int, sta
 
 
 def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings:
-    """`config.inference`; in bfloat16 where FSDP2 gathers the blocks' weights in it, for float32 does not fit these.
+    """`config.inference`, in bfloat16 if FSDP2 gathers the weights in bfloat16: float32 inputs would not match them.
 
-    Raises UserError for a mode that not every model can be validated in.
+    Raises:
+        UserError: the inference mode is not available in validation.
     """
     if config.inference.mode in ("streaming", "averaged"):
         raise UserError(
-            f"inference.mode is {config.inference.mode!r}: validation knows buffered, stitched and whole; "
-            "give one of these, evaluate.py has the others"
+            f"inference.mode is {config.inference.mode!r}: validation supports buffered, stitched and whole; "
+            "give one of these and use evaluate.py for the others"
         )
     warn_of_emulation("inference.precision", config.inference.precision, world)
     sharded = world.size > 1 and config.distributed.strategy == "fsdp"
@@ -300,8 +171,52 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
     return config.inference
 
 
+# ---- Run folder ----
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """Folder, settings, data and processes of a fine-tuning run."""
+
+    folder: RunFolder
+    config: FinetuneConfig
+    dataset: Dataset
+    world: World
+
+
+@dataclass
+class Best:
+    """Best validation so far; step 0 before the first."""
+
+    rate: float = math.inf
+    step: int = 0
+
+
+def start_run(run: FinetuneRun, precision: Precision, also_free: Sequence[str] = ()) -> None:
+    """`RunFolder.start` for fine-tuning.
+
+    A resumed run takes its weights from a checkpoint. So finetune.init is checked only if the path changed, and must
+    then hold the same weights.
+    """
+    init = run.config.finetune.init
+    origins = {"finetune.init": partial(weights_fingerprint, init)} if init else {}
+    free, facts = (*FREE_FIELDS, *also_free), {"precision": str(precision)}
+    run.folder.start(run.config, run.world, free, run.dataset.identity(), PLACES, origins, facts)
+
+
+def weights_fingerprint(init: str) -> str:
+    """SHA-256 (hex) of the weights of an export or checkpoint. Raises UserError if there are none."""
+    try:
+        return hash_of_file(Path(init) / "model.safetensors")
+    except OSError as error:
+        raise UserError(
+            f"finetune.init is {init}, which cannot be compared with the initial weights of this run: {error}; "
+            "give the old path, or the new location of that export"
+        ) from error
+
+
 def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, world: World) -> Tokenizer:
-    """The run's tokenizer: trained on the training texts at the first start, read from the run folder after it."""
+    """Tokenizer of the run: trained on the training texts at the first start, read from the run folder afterwards."""
     folder = run.path / "tokenizer"
     problem = ""
     if world.is_main and not folder.is_dir():
@@ -310,23 +225,25 @@ def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, 
                 BPETokenizer.train(texts, settings.vocab_size).save(folder)
             else:
                 CharTokenizer.train(texts).save(folder)
-        except UserError as error:  # told to all: the others would wait for rank 0 in vain
+        except UserError as error:  # broadcast, so that no rank waits for rank 0
             problem = str(error)
     if problem := world.broadcast(problem):
         raise UserError(problem)
     return load_tokenizer(folder)
 
 
-def save(run, step, model, optimizer, data_state, best, dataset, config, world) -> None:
-    """A checkpoint; all but the last ones and the best are deleted."""
-    state = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
-    state |= {"features": dataset.features.to_dict(), "precision": config.distributed.precision}
-    save_checkpoint(run.checkpoints, step, model, optimizer, state, world)
-    prune_checkpoints(run.checkpoints, config.checkpoint.keep_last, best.step, world)
+def save(
+    run: FinetuneRun, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data_state: DataState, best: Best
+) -> None:
+    """Save a checkpoint and delete all but the last ones and the best."""
+    state: dict[str, Any] = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
+    state |= {"features": run.dataset.features.to_dict(), "precision": run.config.distributed.precision}
+    save_checkpoint(run.folder.checkpoints, step, model, optimizer, state, run.world)
+    prune_checkpoints(run.folder.checkpoints, run.config.checkpoint.keep_last, best.step, run.world)
 
 
 def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, Any]:
-    """What transcribe.py must know to normalise sound as training did, where the dataset has statistics of its own."""
+    """Statistics with which transcribe.py normalises other audio as in training, if the dataset has its own."""
     if normalisation == "recording" or isinstance(dataset, DatasetGroup):
         return {}
     mean, inverse_std = dataset.statistics(0, normalisation)
@@ -334,12 +251,22 @@ def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, A
 
 
 TITLES = {"ctc": "CTC recogniser", "rnnt": "RNN-T recogniser"}
+"""title of the model card, by kind of model"""
 
 
-def export(run, step, model, tokenizer, rates, dataset, config, world, kind, **description: Any) -> None:
-    """What evaluate.py needs: the whole model, its settings, tokenizer, features. kind: a key of `TITLES`."""
-    whole = gather_model(model, world)
-    if world.is_main:
+def export(
+    run: FinetuneRun, step: int, model: nn.Module, tokenizer: Tokenizer, rates: Mapping[str, float],
+    kind: Literal["ctc", "rnnt"], **description: Any,
+) -> None:  # fmt: skip
+    """Write the export that evaluate.py reads: the whole model, its settings, tokenizer and features.
+
+    Args:
+        rates: error rates dev_wer and dev_cer.
+        description: further entries of config.json.
+    """
+    config, dataset = run.config, run.dataset
+    weights = gather_model(model, run.world)
+    if run.world.is_main:
         description |= {
             "kind": kind,
             "step": step,
@@ -351,24 +278,22 @@ def export(run, step, model, tokenizer, rates, dataset, config, world, kind, **d
             **statistics_of(dataset, config.data.normalisation),
             **rates,
         }
-        folder = run.path / "tokenizer"
+        folder = run.folder.path / "tokenizer"
         files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
         card = f"""# {TITLES[kind]}
 
 {config.encoder.num_layers} Conformer layers of width {config.encoder.dim}, {tokenizer.vocab_size} labels, trained on
-`{dataset.location}` from {config.finetune.init or "scratch"}. Update {step}: WER {rates["dev_wer"]:.2%},
+`{dataset.location}` from {config.finetune.init or "scratch"}. Step {step}: WER {rates["dev_wer"]:.2%},
 CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate it:
 `python evaluate.py --export THIS_FOLDER --data.dataset DATASET`.
 """
-        write_export(run.export, whole, description, card, files)
-    world.barrier()
+        write_export(run.folder.export, weights, description, card, files)
+    run.world.barrier()
 
 
-def describe(
-    config: FinetuneConfig, precision: Precision, model: nn.Module, crops: CropTable, dataset: Dataset, world: World,
-    step: int,
-) -> str:  # fmt: skip
-    """The first line of the console."""
+def describe(run: FinetuneRun, precision: Precision, model: nn.Module, crops: CropTable, step: int) -> str:
+    """First line of the console output."""
+    config, dataset, world = run.config, run.dataset, run.world
     millions = sum(parameter.numel() for parameter in unwrap(model).parameters()) / 1e6
     hours = crops.mean_frames * len(crops) / dataset.features.frames_per_second / 3600
     start = f"continuing after step {step}" if step else "starting"

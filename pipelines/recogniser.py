@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bestrq.decoding.fusion import Fusion
@@ -32,14 +33,13 @@ from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import Export
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
-from bestrq.transcripts.transcripts import TimedTranscript
+from bestrq.transcripts.formats import TimedTranscript
 from bestrq.transcripts.words import timed_words
 from common.config import from_dict
 from common.errors import UserError
 from common.files import hash_of_file
 from data.features import FeatureSettings, difference
-from data.format.dataset import Dataset
-from data.format.normalisation import normalise_into
+from data.format.dataset import Dataset, normalise_into
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 
@@ -62,13 +62,13 @@ class EncoderChanges:
 
     mask: Literal["segment", "window", "causal", "chunk"] | None = None
     """attention mask; 'window' with inference.mode whole is windowed attention in one pass"""
-    window: int | None = None
+    window: PositiveInt | None = None
     """mask 'window': frames of the first stage attended to on each side"""
-    chunk_size: int | None = None
+    chunk_size: PositiveInt | None = None
     """mask 'chunk': frames of the first stage per chunk"""
     left_chunks: int | None = None
     """mask 'chunk': previous chunks attended to; -1 for all"""
-    rotary_interpolation: float | None = None
+    rotary_interpolation: PositiveFloat | None = None
     """factor by which rotary positions are divided"""
 
     def apply(self, encoder: EncoderSettings) -> EncoderSettings:
@@ -166,7 +166,7 @@ def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Call
         try:
             normalise_into(out, values, mean, inverse_std)
         except UserError as error:
-            raise UserError(f"{dataset.where(recording)}: damaged ({error})") from error
+            raise UserError(f"{dataset.place(recording)}: damaged ({error})") from error
         return out
 
     return read_mel

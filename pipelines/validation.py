@@ -1,10 +1,11 @@
-"""Error rates on held-out recordings during training."""
+"""Validation during fine-tuning: error rates on held-out recordings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
 from bestrq.long_form.inference import InferenceSettings, Source
@@ -12,7 +13,6 @@ from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.scoring.word_errors import score_recording
 from bestrq.training.process import World
-from common.errors import UserError
 
 
 @dataclass
@@ -20,24 +20,18 @@ class ValidationSettings:
     """Word and character error rates on held-out recordings during training."""
 
     split: str = "dev"
-    """split of the dataset that is decoded"""
-    every_steps: int = 500
-    """optimizer steps between two validations; the last step is always validated"""
-    max_recordings: int = 0
-    """decode only the first N recordings; 0 takes all"""
+    """split of the dataset to decode"""
+    every_steps: PositiveInt = 500
+    """steps between validations; the last step has one too"""
+    max_recordings: NonNegativeInt = 0
+    """number of recordings to decode, the first ones of the split; 0 takes all"""
     best_by: Literal["wer", "cer"] = "wer"
-    """error rate by which the best checkpoint is chosen"""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise UserError(f"validation.every_steps is {self.every_steps}: give 1 or more")
-        if self.max_recordings < 0:
-            raise UserError(f"validation.max_recordings is {self.max_recordings}: give 0 (all) or more")
+    """error rate that selects the best checkpoint"""
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """Held-out recording with its reference."""
+    """Held-out recording and its reference."""
 
     id: str
     source: Source
@@ -47,7 +41,7 @@ class Heldout:
 
 @dataclass(frozen=True)
 class Validation:
-    """Error rates over the recordings of all ranks, and one example."""
+    """Corpus error rates over all ranks, and the last recording of this rank as an example."""
 
     wer: float
     cer: float
@@ -64,25 +58,25 @@ def validate(
     frames_per_second: float,
     world: World,
 ) -> Validation:
-    """Decode held-out recordings, divided among the ranks, and leave the model in training mode.
+    """Decode held-out recordings, distributed over the ranks, and leave the model in training mode.
 
-    Under FSDP2, whose forward is a collective, all ranks must run the same batches: each decodes all recordings.
+    With DDP, every rank decodes its share with the unwrapped model. With FSDP2, whose forward is a collective, ranks
+    need equal numbers of batches, so every rank decodes all recordings.
 
     Args:
-        model: the plain or the FSDP2 module.
-        recordings: equal on all ranks; similar lengths next to each other.
-        decoder: of the model.
+        decoder: decoder of the model.
+        recordings: the same on all ranks, sorted by length.
         text_of: converts token ids to text.
     """
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    rank_recordings = list(recordings) if sharded else list(recordings[world.rank :: world.size])
+    recordings = list(recordings) if sharded else list(recordings[world.rank :: world.size])
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)
     reference = hypothesis = ""
     model.eval()
-    sources = [recording.source for recording in rank_recordings]
+    sources = [recording.source for recording in recordings]
     stride = model.encoder.settings.stride
     for index, tokens in decode_recordings(decoder, sources, settings, stride, frames_per_second, world.device):
-        recording = rank_recordings[index]
+        recording = recordings[index]
         score = score_recording(recording.id, recording.reference, text_of(tokens.ids), recording.language)
         words, characters = score.words, score.characters
         totals = [words.errors, words.reference_length, characters.errors, characters.reference_length]

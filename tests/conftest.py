@@ -6,7 +6,7 @@ launch/test.sh shares the files out among processes, each file to one: its tests
 import hypothesis
 import pytest
 
-LONGEST_FIRST = ["test_readme.py", "test_slurm.py", "test_runs.py", "test_encoder_roads.py"]
+LONGEST_FIRST = ["test_readme.py", "test_slurm.py", "test_runs.py", "test_encoder_pipeline.py"]
 """or one process would be busy with them long after the others have ended"""
 
 # Two processes share each core at times: what is correct may then take long.

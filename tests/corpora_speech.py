@@ -1,4 +1,4 @@
-"""Speech for made corpora, in the formats that they are published in, and damaged files for the fuzz tests."""
+"""Speech for test corpora in their published formats, and damaged files for fuzz tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def speech(text: str, language: str = "en") -> NDArray[np.float32]:
 
 @cache
 def encoded(text: str, kind: str, language: str = "en", rate: int = 16000) -> bytes:
-    """An audio file of that kind: flac, mp3, opus or wav."""
+    """Audio file of a kind: flac, mp3, opus or wav."""
     sound = speech(text, language)
     if rate != 16000:
         sound = resample([sound], 16000, rate).numpy()
@@ -48,7 +48,7 @@ def put(path: Path, content: bytes | str) -> Path:
 
 
 def likeness(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Correlation of two sounds that should be the same but for a codec's losses; codecs shift by some samples."""
+    """Correlation of two waveforms that differ only by a lossy codec, which may shift them by some samples."""
     size = min(len(a), len(b))
     a, b = a[:size], b[:size]
     spectrum = np.fft.rfft(a, 2 * size) * np.conj(np.fft.rfft(b, 2 * size))
@@ -57,7 +57,7 @@ def likeness(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """The content with a few bytes changed, dropped or put in, or cut off."""
+    """Content with a few bytes changed, dropped, inserted or truncated."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(data) - 1)))

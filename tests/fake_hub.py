@@ -1,4 +1,4 @@
-"""A web server that answers about one dataset as the Hugging Face hub does, as far as `datasets` and hf:// ask."""
+"""Web server that imitates the Hugging Face hub for one dataset, as far as `datasets` and hf:// need it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "a" * 40
 
 
 class FakeHub:
-    """Serves a folder as the dataset `name` below `url`. `requests` keeps (method, path, range or '')."""
+    """Server of a folder as the dataset `name` below `url`. `requests` records (method, path, range or '')."""
 
     def __init__(self, folder: Path, name: str, gated: bool = False) -> None:
         self.folder, self.name, self.gated = folder, name, gated

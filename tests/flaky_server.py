@@ -1,4 +1,4 @@
-"""A web server with range requests that fails on demand, for the tests of remote storage."""
+"""Web server with range requests that fails on demand, for tests of remote storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# What may go wrong with an answer, and pass. 403 and 404 stand for themselves, as any status does.
+# Temporary faults of an answer. 403 and 404 are sent as they are, like any status.
 FAULTS = (
     "drop",  # the connection is closed with no answer
     "reset",  # ... is reset
@@ -30,9 +30,11 @@ FAULTS = (
 
 
 class FlakyServer:
-    """Serves `files` (name: bytes) below `url`. Each request takes the next of `faults` (None: a right answer);
-    where none is left, `always`. `requests` keeps (method, name, range or ''). `pieces`: seconds between two pieces of
-    64 KiB of a body."""
+    """Server of `files` (name: bytes) below `url`.
+
+    Each request uses the next of `faults` (None: a correct answer), and `always` after the last one. `requests` records
+    (method, name, range or ''). `pieces`: seconds between two pieces of 64 KiB of a body.
+    """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
@@ -65,7 +67,7 @@ class _Server(ThreadingHTTPServer):
     flaky: FlakyServer
 
     def handle_error(self, *_: Any) -> None:
-        """A client that has gone away is what these tests are about."""
+        """Ignore disconnected clients, which these tests provoke."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Damage to files of bytes and to JSON, for the fuzz tests of readers."""
+"""Damage to bytes and JSON for fuzz tests of readers."""
 
 import json
 import tempfile
@@ -7,12 +7,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# One file a name, over and over: an example costs a write and a read.
+# One file per name, which is rewritten for every example.
 _FOLDER = tempfile.TemporaryDirectory(prefix="fuzzed-")
 
 
 def damage(data: st.DataObject, valid: bytes, most: int = 4) -> bytes:
-    """A few bytes flipped, deleted, inserted or repeated; or the end cut off."""
+    """Content with a few bytes flipped, deleted, inserted or repeated, or truncated."""
     content = bytearray(valid)
     for _ in range(data.draw(st.integers(0, most), label="damages")):
         place = data.draw(st.integers(0, len(content)), label="place")
@@ -36,7 +36,7 @@ def damage(data: st.DataObject, valid: bytes, most: int = 4) -> bytes:
 
 
 def damaged(data: st.DataObject, valid: bytes, name: str, most: int = 4) -> Path:
-    """A file with `damage`d content."""
+    """File with `damage`d content."""
     path = Path(_FOLDER.name) / name
     path.write_bytes(damage(data, valid, most))
     return path
@@ -57,7 +57,7 @@ _VALUES = [
 
 
 def damaged_json(data: st.DataObject, valid: Any, most: int = 2) -> Any:
-    """A copy of a JSON value with a few of its parts replaced by others, left out or doubled."""
+    """Copy of a JSON value with a few parts replaced, removed or repeated."""
     value = json.loads(json.dumps(valid))
     for _ in range(data.draw(st.integers(1, most), label="damages")):
         inner = value

@@ -1,4 +1,4 @@
-"""Copies of datasets of the Hugging Face hub as they lie there: README.md with the configurations, Parquet files."""
+"""Copies of datasets of the Hugging Face hub in its layout: README.md with the configurations, Parquet files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MLS_ENGLISH = {name: MLS[name] for name in list(MLS)[:7]} | {"book_id": pa.strin
 
 
 def feature(kind: pa.DataType) -> dict[str, str]:
-    """A column as `datasets` describes it in a file's metadata."""
+    """Description of a column by `datasets` in the metadata of a file."""
     if kind == AUDIO:
         return {"_type": "Audio"}
     return {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
@@ -44,7 +44,7 @@ def write_parquet(path: Path, rows: list[dict], columns: dict[str, pa.DataType],
 
 
 def readme(configs: dict[str, dict[str, str]]) -> str:
-    """The head of a dataset's card: files by configuration and split."""
+    """Header of a dataset card: files by configuration and split."""
     lines = ["---", "configs:"]
     for name, splits in configs.items():
         lines += [f"- config_name: {name}", "  data_files:"]
@@ -72,7 +72,7 @@ def mls_row(speaker: int, book: int, number: int, text: str, language: str = "de
 
 
 def write_mls(folder: Path) -> Path:
-    """facebook/multilingual_librispeech with two of its configurations."""
+    """Write facebook/multilingual_librispeech with two of its configurations."""
     splits = ("dev", "test", "train", "9_hours", "1_hours")
     put(folder / "README.md", readme({c: {s: f"{c}/{s}-*" for s in splits} for c in ("german", "french")}))
     texts = {

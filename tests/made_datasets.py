@@ -1,4 +1,4 @@
-"""Small datasets of random log-mel for the tests of the data engine."""
+"""Small datasets of random log-mel, for tests."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from pathlib import Path
 import numpy as np
 
 from data.features import FeatureSettings
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.shards.integrity import find_faults
 
 FEATURES = FeatureSettings()
 
 
 def noise(frames: int, seed: int = 0) -> np.ndarray:
-    """float32 [frames, 80], about as speech: mean -5, standard deviation 3, another mean in every bin."""
+    """float32 [frames, 80] with the statistics of speech: mean -5, standard deviation 3, a different mean per bin."""
     rng = np.random.default_rng(seed)
     return (rng.normal(0, 3, (frames, 80)) + np.linspace(-9, -1, 80)).astype(np.float32)
 
 
 def make_dataset(folder: Path, lengths: Sequence[int], max_shard_bytes: int = 200_000) -> Dataset:
-    """A dataset with recordings r000, r001, ... of the given frames, in several shards."""
+    """Dataset with recordings r000, r001, ... of the given numbers of frames, in several shards."""
     with DatasetWriter(folder, FEATURES, max_shard_bytes) as writer:
         for number, frames in enumerate(lengths):
             recording = Recording(f"r{number:03d}", text=f"text {number}", language="en", speaker=f"s{number % 3}")
             writer.add(recording, noise(frames, number))
         writer.finish()
     return open_dataset(folder)
+
+
+def verify(dataset: Dataset, workers: int = 1) -> list[str]:
+    """Problems of a dataset, one line each."""
+    return [fault.problem for fault in find_faults(dataset, workers)]

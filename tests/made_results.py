@@ -1,4 +1,4 @@
-"""Evaluations as evaluate.py leaves them, made of texts: no model, no audio."""
+"""Files of evaluate.py made from texts, without model and audio."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bestrq.report.results import FORMAT_VERSION, RESULTS, TRANSCRIPTS
+from bestrq.report.result_files import FORMAT_VERSION, RESULTS, TRANSCRIPTS
 from bestrq.scoring.breakdowns import (
     align_timed,
     by_duration,
@@ -25,12 +25,17 @@ WORD_SECONDS = 0.5
 def score_all(
     texts: Mapping[str, tuple[str, str]], language: str = "cs", speakers: Mapping[str, str] | None = None
 ) -> list[RecordingScore]:
-    """Of (reference, hypothesis) by id; a word takes WORD_SECONDS."""
+    """Scores of (reference, hypothesis) by id; a word lasts WORD_SECONDS."""
     return [
         score_recording(
-            id, said, heard, language, max(len(said.split()), 1) * WORD_SECONDS, (speakers or {}).get(id, "")
+            id,
+            reference,
+            hypothesis,
+            language,
+            max(len(reference.split()), 1) * WORD_SECONDS,
+            (speakers or {}).get(id, ""),
         )
-        for id, (said, heard) in texts.items()
+        for id, (reference, hypothesis) in texts.items()
     ]
 
 
@@ -58,7 +63,7 @@ def make_transcripts(scores: Sequence[RecordingScore]) -> list[dict[str, Any]]:
 def make_results(
     name: str, scores: Sequence[RecordingScore], context: float = 20.0, mode: str = "buffered", **changes: Any
 ) -> dict[str, Any]:
-    """`results.json`. Windowed attention is mode "windowed", a whole recording context 0."""
+    """Content of `results.json`. Mode "windowed" is windowed attention, context 0 the whole recording."""
     aligned = [(align_timed(timed(one.reference), timed(one.hypothesis), one.language), one.seconds) for one in scores]
     windowed = mode == "windowed"
     edges = (

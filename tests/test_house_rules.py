@@ -65,7 +65,7 @@ def test_the_model_knows_nothing_of_training() -> None:
     assert files_with(r"^\s*(from|import) bestrq\.(training|pretraining|recognition)\b", model) == []
 
 
-@pytest.mark.parametrize(("files", "budget"), [(SCRIPTS, 400), (MODULES, 300)], ids=["scripts", "modules"])
+@pytest.mark.parametrize(("files", "budget"), [(SCRIPTS, 400), (MODULES, 400)], ids=["scripts", "modules"])
 def test_files_stay_short_enough_to_read(files: list[Path], budget: int) -> None:
     lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in files}
     assert {name: lines for name, lines in lengths.items() if lines > budget} == {}

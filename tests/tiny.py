@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 
 WORDS = "ana bela cid dora eva fabio gil hugo ida jan".split()

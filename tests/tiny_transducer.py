@@ -1,13 +1,12 @@
-"""Transducers small enough to sum over all of their alignments, in float64."""
+"""Transducers that are small enough to sum over all alignments, in float64."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bestrq.decoding.transducer_search import Transducer
+from bestrq.decoding.transducer_search import PredictionState, Transducer
 from bestrq.model.conformer import EncoderSettings
-from bestrq.recognition.prediction import State
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 
 VOCAB = 5
@@ -15,9 +14,9 @@ MELS = 8
 
 
 class TableTransducer:
-    """Logits of a frame, plus random ones for the last two labels: what comes next depends on both as much.
+    """Transducer whose logits are those of the frame plus random ones for the last two labels.
 
-    Joint width J is the vocabulary.
+    The joint width J is the vocabulary size.
     """
 
     def __init__(self, vocab_size: int = VOCAB, blank_bias: float = 0.0, seed: int = 0) -> None:
@@ -26,10 +25,10 @@ class TableTransducer:
         self.table = 1.5 * torch.randn((vocab_size,) * 3, dtype=torch.float64, generator=generator)
         self.table[..., 0] += blank_bias
 
-    def start(self, num_sequences: int) -> State:
+    def start(self, num_sequences: int) -> PredictionState:
         return (torch.zeros(num_sequences, dtype=torch.int64),)
 
-    def predict(self, label: Tensor, state: State) -> tuple[Tensor, State]:
+    def predict(self, label: Tensor, state: PredictionState) -> tuple[Tensor, PredictionState]:
         return self.table[state[0], label], (label,)
 
     def joint(self, encoded: Tensor, predicted: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ class TableTransducer:
 
 
 def make_transducer(prediction: str, vocab_size: int = VOCAB, seed: int = 0, **encoder: Any) -> TransducerModel:
-    """A real one with random weights; its joint width is the vocabulary too."""
+    """`TransducerModel` with random weights; its joint width is the vocabulary size too."""
     torch.manual_seed(seed)
     shape = EncoderSettings(
         num_mels=MELS, dim=8, num_layers=1, num_heads=2, feedforward_dim=8, kernel_size=3, subsampling_channels=2,
@@ -45,17 +44,17 @@ def make_transducer(prediction: str, vocab_size: int = VOCAB, seed: int = 0, **e
     )  # fmt: skip
     settings = TransducerSettings(prediction=prediction, prediction_dim=5, joint_dim=vocab_size)  # type: ignore[arg-type]
     model = TransducerModel(shape, settings, vocab_size).double().eval()
-    torch.nn.init.normal_(model.joint.output.weight, std=3.0)  # as sure as a trained one
+    torch.nn.init.normal_(model.joint.output.weight, std=3.0)  # as confident as a trained model
     torch.nn.init.zeros_(model.joint.output.bias)
     return model
 
 
 def make_any(kind: str, **table: Any) -> Transducer:
-    """The random table, or a real model with a stateless or an LSTM prediction network."""
+    """`TableTransducer`, or a model with a stateless or LSTM prediction network."""
     return TableTransducer(**table) if kind == "table" else make_transducer(kind, table.get("vocab_size", VOCAB))
 
 
 def random_frames(sequences: int, frames: int, joint_dim: int = VOCAB, seed: int = 0) -> Tensor:
-    """What an encoder might have given, projected: float64 `[N, T, J]`."""
+    """Random projected encoder outputs, float64 `[N, T, J]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(sequences, frames, joint_dim, dtype=torch.float64, generator=generator) * 1.5

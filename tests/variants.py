@@ -1,4 +1,4 @@
-"""Tiny encoders of every allowed combination of choices, and packed rows of noise to try them on."""
+"""Tiny encoders of every allowed combination of choices, and packed rows of noise as their input."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "convolution_norm": {name: {"convolution_norm": name} for name in ("layer_norm", "rms_norm", "batch_norm")},
     "subsampling": {
-        f"{name} {factor}": {"subsampling": name, "subsampling_factor": factor}
-        for name, factor in (("convolutional", 4), ("striding", 2), ("striding", 4), ("striding", 8), ("stacking", 4))
+        f"{name} {stride}": {"subsampling": name, "subsampling_factor": stride}
+        for name, stride in (("convolutional", 4), ("striding", 2), ("striding", 4), ("striding", 8), ("stacking", 4))
     },
     "heads": {"all": {}, "shared": {"num_kv_heads": 1}},
     "norm": {name: {"norm": name} for name in ("layer_norm", "rms_norm")},
@@ -42,59 +42,59 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "two": {"earlier_stages": [StageSettings(1, 4, 2, 6, group_size=3)]},
     },
 }
-"""factor -> name of a value -> settings"""
+"""choice -> name of a value -> settings"""
 
 Case = dict[str, str]
-"""factor -> name of its value"""
+"""choice -> name of its value"""
 
 
 def allowed(case: Case) -> bool:
-    """Whether the values chosen so far may stand together."""
+    """Return True if the values of a case, complete or not, may be combined."""
     unbounded = case.get("mask") in ("segment", "causal")
     groups = case.get("stages", "one") != "one"
     return not (case.get("backend") == "bands" and unbounded) and not (case.get("mask") == "causal" and groups)
 
 
-def all_cases(*factors: str) -> Iterator[Case]:
-    """Every allowed combination of the values of these factors."""
-    for values in product(*(CHOICES[factor] for factor in factors)):
-        case = dict(zip(factors, values, strict=True))
+def all_cases(*choices: str) -> Iterator[Case]:
+    """Every allowed combination of the values of these choices."""
+    for values in product(*(CHOICES[choice] for choice in choices)):
+        case = dict(zip(choices, values, strict=True))
         if allowed(case):
             yield case
 
 
 def covering_cases(strength: int) -> list[Case]:
-    """Cases in which every allowed combination of values of any `strength` factors occurs; greedy, deterministic."""
-    wanted = {
-        tuple(case.items()): None for factors in combinations(CHOICES, strength) for case in all_cases(*factors)
-    }  # a dict, as a set that keeps its order
+    """Cases that cover every allowed combination of values of any `strength` choices; greedy, deterministic."""
+    uncovered = {
+        tuple(case.items()): None for choices in combinations(CHOICES, strength) for case in all_cases(*choices)
+    }  # a dict, as an ordered set
     cases = []
-    while wanted:
-        case = dict(next(iter(wanted)))
-        for factor in CHOICES:
-            if factor in case:
+    while uncovered:
+        case = dict(next(iter(uncovered)))
+        for choice in CHOICES:
+            if choice in case:
                 continue
-            tried = [t for value in CHOICES[factor] if allowed(t := {**case, factor: value})]
-            case = max(tried, key=lambda t: sum(met in wanted for met in _met(t, strength, factor)))
-        case = {factor: case[factor] for factor in CHOICES}
-        for met in _met(case, strength):
-            wanted.pop(met, None)
+            candidates = [c for value in CHOICES[choice] if allowed(c := {**case, choice: value})]
+            case = max(candidates, key=lambda c: sum(part in uncovered for part in _combinations(c, strength, choice)))
+        case = {choice: case[choice] for choice in CHOICES}
+        for part in _combinations(case, strength):
+            uncovered.pop(part, None)
         cases.append(case)
     return cases
 
 
-def _met(case: Case, strength: int, factor: str | None = None) -> Iterator[tuple[tuple[str, str], ...]]:
-    """The combinations of `strength` values of a case, in the order of `CHOICES`; those with `factor` alone."""
-    for factors in combinations([f for f in CHOICES if f in case], strength):
-        if factor is None or factor in factors:
-            yield tuple((f, case[f]) for f in factors)
+def _combinations(case: Case, strength: int, choice: str | None = None) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Combinations of `strength` values of a case, in the order of `CHOICES`; with a `choice`, only those with it."""
+    for choices in combinations([f for f in CHOICES if f in case], strength):
+        if choice is None or choice in choices:
+            yield tuple((f, case[f]) for f in choices)
 
 
 def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
-    """A float64 encoder in evaluation mode; no parameter is 0 or 1, so that what leaks through a bias shows."""
+    """Build a float64 encoder in evaluation mode. No parameter is 0 or 1, so that leaks through biases are visible."""
     settings: dict[str, Any] = dict(TINY)
-    for factor, value in case.items():
-        settings.update(CHOICES[factor][value])
+    for choice, value in case.items():
+        settings.update(CHOICES[choice][value])
     torch.manual_seed(3)
     encoder = ConformerEncoder(EncoderSettings(**{**settings, **changes})).double().eval()
     for parameter in encoder.parameters():
@@ -108,18 +108,18 @@ def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
 
 @dataclass
 class Segment:
-    """Where an utterance, or noise, lies: in mel frames."""
+    """Place of an utterance or of noise, in mel frames."""
 
     row: int
     start: int
     length: int
     utterance: int | None
-    """which one; None for a neighbour of noise"""
+    """number of the utterance; None for noise"""
 
 
 @dataclass
 class Result:
-    """What a loss on the utterances' frames alone makes of them."""
+    """Outputs and gradients of a loss on the frames of the utterances."""
 
     outputs: list[Tensor]
     """[T, D] of each utterance"""
@@ -138,13 +138,13 @@ def utterance(number: int, length: int) -> Tensor:
 def encode(
     encoder: ConformerEncoder, backend: str, segments: list[Segment], rows: int, frames: int, grads: bool = True
 ) -> Result:
-    """Encode rows that hold these segments; gaps and everything else are loud noise, different at every call.
+    """Encode rows with these segments. All other frames are loud noise that differs at every call.
 
-    The slots stand in the order given, with an unused one before each row's second.
+    Slots are in the given order, with an unused one after each.
     """
     log_mel = 5 * torch.randn(rows, frames, MELS, dtype=torch.float64)
     slots: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-    wanted = sorted((s for s in segments if s.utterance is not None), key=lambda s: s.utterance or 0)
+    utterances = sorted((s for s in segments if s.utterance is not None), key=lambda s: s.utterance or 0)
     for segment in segments:
         if segment.utterance is not None:
             inside = slice(segment.start, segment.start + segment.length)
@@ -156,15 +156,17 @@ def encode(
     with torch.set_grad_enabled(grads):
         outputs = encoder(log_mel.requires_grad_(grads), layout)
     stride = encoder.settings.stride
-    ours = [outputs[s.row, s.start // stride : s.start // stride + -(-s.length // stride)] for s in wanted]
-    result = Result([output.detach() for output in ours], [], [], 0.0)
+    utterance_outputs = [
+        outputs[s.row, s.start // stride : s.start // stride + -(-s.length // stride)] for s in utterances
+    ]
+    result = Result([output.detach() for output in utterance_outputs], [], [], 0.0)
     if grads:
         loss = torch.zeros((), dtype=torch.float64)
-        for segment, output in zip(wanted, ours, strict=True):
+        for segment, output in zip(utterances, utterance_outputs, strict=True):
             generator = torch.Generator().manual_seed(100 + (segment.utterance or 0))
             loss = loss + (output * torch.randn(output.shape, dtype=torch.float64, generator=generator)).sum()
         grad, *result.parameter_grads = torch.autograd.grad(loss, [log_mel, *encoder.parameters()])
-        for s in wanted:
+        for s in utterances:
             result.input_grads.append(grad[s.row, s.start : s.start + s.length].clone())
             grad[s.row, s.start : s.start + s.length] = 0
         result.elsewhere = float(grad.abs().max())

@@ -33,8 +33,8 @@ from tqdm import tqdm
 from bestrq.alignment.alignment import (
     AlignmentSettings,
     LogProbSpool,
-    align_words,
     blank_excluded,
+    forced_alignment,
     refusal,
     word_times,
 )
@@ -259,7 +259,7 @@ def align_recordings(
                 excluded = excluded_frames(sources[index], len(best), frames_per_second / stride)
                 read = blank_excluded(spool.read, excluded.numpy())
                 best = best.masked_fill(excluded, BLANK)
-                placed = align_words(read, best.numpy(), transcript, vocab_size, config.alignment)
+                placed = forced_alignment(read, best.numpy(), transcript, vocab_size, config.alignment)
                 reason = refusal(placed, transcript, len(best), config.alignment)
                 times = word_times(placed, stride / frames_per_second, duration, config.alignment)
                 columns = (column.round(3).tolist() for column in (*times, placed.confidence))
@@ -279,7 +279,7 @@ def labels_of(words: list[str], tokenizer: Tokenizer, language: str) -> Transcri
         if text not in known:
             labels = encode(text, tokenizer)
             known[text] = [STAR] if labels is None else labels
-    return Transcript.of([known[text] for text in texts], encode(" ", tokenizer) or [])
+    return Transcript.from_words([known[text] for text in texts], encode(" ", tokenizer) or [])
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int] | None:

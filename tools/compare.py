@@ -1,10 +1,10 @@
-"""Evaluations side by side: the curve of WER against context, differences with intervals, every error to look at.
+"""Compare evaluations: curve of WER over context, paired differences with intervals, and all errors in one report.
 
     python -m tools.compare --results results/a results/b results/sweep --out results/compare
 
-Takes every results.json at any depth of the folders, all of them on the same recordings; the first is what the others
-are compared to. Prints a table, and writes into --out: report.html, report.json with every number, and curve.svg where
-there are two contexts or more.
+Reads each results.json at any depth of the folders; all evaluations must be on the same recordings. The first one is
+the baseline. Prints a table and writes report.html and report.json (all numbers) to --out, and curve.svg if the
+evaluations have two contexts or more.
 """
 
 import json
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bestrq.report.console import comparison_table
-from bestrq.report.pages import CURVE, NUMBERS, write_comparison
-from bestrq.report.results import REPORT, find_results, read_results
+from bestrq.report.reports import CURVE, NUMBERS, write_comparison
+from bestrq.report.result_files import REPORT, find_results, read_results
+from bestrq.report.text import comparison_table
 from common.config import parse, run_main
 from common.errors import UserError
 from data.audio.files import find_audio
@@ -27,27 +27,27 @@ class Config:
     """Comparison of evaluations."""
 
     results: list[str] = field(default_factory=list)
-    """folders that evaluate.py wrote, or that hold some; the first evaluation is what the others are compared to"""
+    """folders that evaluate.py wrote, or parents of such folders; the first evaluation is the baseline"""
     out: str = "results/compare"
     """folder for the report"""
     names: list[str] = field(default_factory=list)
-    """what the evaluations are called, in their order; empty takes the parts of their paths that differ"""
+    """names of the evaluations, in their order; default: the parts of their paths that differ"""
     title: str = "Comparison of recognisers"
     """heading of the page"""
     audio: str = ""
-    """folder with the recordings, at any depth, named as their ids: the report plays them; empty for none"""
+    """folder with the audio of the recordings, at any depth, named by their ids, for playback; empty: no playback"""
     resamples: int = 10_000
-    """bootstrap resamples of the intervals"""
+    """bootstrap resamples of the intervals, at least 100"""
 
     def __post_init__(self) -> None:
         if not self.results:
             raise UserError("results is missing: give folders that evaluate.py wrote, as --results FOLDER FOLDER")
         if self.resamples < 100:
-            raise UserError(f"resamples = {self.resamples}: give at least 100, or an interval means nothing")
+            raise UserError(f"resamples = {self.resamples}: give at least 100, or the intervals are meaningless")
 
 
 def join_lists(argv: Sequence[str]) -> list[str]:
-    """`--results a b` as the one value `--results ["a", "b"]` that the parser takes; likewise `--names`."""
+    """Rewrite `--results a b` to `--results ["a", "b"]`, the form that the parser accepts; likewise `--names`."""
     joined: list[str] = []
     values: list[str] | None = None
     for word in [*argv, "--"]:
@@ -63,21 +63,21 @@ def join_lists(argv: Sequence[str]) -> list[str]:
 
 
 def name_folders(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Path]:
-    """Folders by name: the given names, or of each path what it does not share with the others.
+    """Folders by name: the given names, or the part of each path that the others do not share.
 
-    Raises UserError where names are too many, too few or the same.
+    Raises UserError if names are given that are not distinct, or not one per folder.
     """
     if names:
         if len(names) != len(folders) or len(set(names)) != len(names):
-            there = ", ".join(map(str, folders))
-            raise UserError(f"names = {', '.join(names)}: give {len(folders)} different ones, for {there}")
+            listed = ", ".join(map(str, folders))
+            raise UserError(f"names = {', '.join(names)}: give {len(folders)} different ones, for {listed}")
         return dict(zip(names, folders, strict=True))
-    whole = [folder.resolve() for folder in folders]
-    shared = Path(os.path.commonpath(whole)) if len(whole) > 1 else whole[0].parent
-    # A folder that holds the others has nothing left of its path.
+    paths = [folder.resolve() for folder in folders]
+    shared = Path(os.path.commonpath(paths)) if len(paths) > 1 else paths[0].parent
+    # A folder that contains the others is the shared path: it keeps its own name.
     return {
-        (one.name if one == shared else one.relative_to(shared).as_posix()): folder
-        for one, folder in zip(whole, folders, strict=True)
+        (path.name if path == shared else path.relative_to(shared).as_posix()): folder
+        for path, folder in zip(paths, folders, strict=True)
     }
 
 

@@ -25,9 +25,9 @@ from typing import Literal
 from bestrq.long_form.decoders import DecoderSettings
 from bestrq.long_form.inference import Mode
 from bestrq.model.conformer import EncoderSettings
-from bestrq.report import pages
-from bestrq.report.console import comparison_table
-from bestrq.report.results import REPORT
+from bestrq.report.reports import write_comparison
+from bestrq.report.result_files import REPORT
+from bestrq.report.text import comparison_table
 from bestrq.training.export import Export
 from bestrq.training.process import World
 from common.config import from_dict, parse, run_main
@@ -220,7 +220,7 @@ def report(evaluations: Sequence[Evaluation], references: References, config: Co
         label if labels.count(label) == 1 else f"{label} ({e.key[:6]})": out / e.folder
         for label, e in zip(labels, evaluations, strict=True)
     }
-    numbers = pages.write_comparison(out, systems, references.audio, config.resamples)
+    numbers = write_comparison(out, systems, references.audio, config.resamples)
     print(f"\n{comparison_table(numbers)}\nall {len(evaluations)} evaluations: {out / REPORT}")
 
 

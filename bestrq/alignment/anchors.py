@@ -1,10 +1,10 @@
-"""Places where a long transcript and what a recogniser heard agree, found in little memory: `match_labels`.
+"""Matching labels of a long transcript and of greedy decoding, in linear memory: `match_labels`.
 
-The way of patience diff: stretches of labels that occur once in the one sequence and once in the other are paired, of
-the pairs the longest chain that rises in both is kept, and between two links of the chain the same is done again,
-where more stretches are unique and, since less can agree by chance, shorter ones will do.
+A patience diff. Stretches of labels that occur exactly once in both sequences are paired, and the longest chain of
+pairs that increases in both is kept. Between two links of the chain, the same is repeated at the next level: there,
+more stretches are unique, and shorter ones suffice, because chance matches are less probable.
 
-U labels of the transcript, H labels heard. Time O((U + H) log (U + H)) a level, memory O(U + H).
+Shapes: U labels of the transcript, H decoded labels. Time O((U + H) log (U + H)) per level, memory O(U + H).
 """
 
 import math
@@ -16,69 +16,70 @@ from numpy.typing import NDArray
 Labels = NDArray[np.int64]
 
 MAX_LEVELS = 12
-# Language repeats itself more than labels drawn one by one: stretches are this much longer than chance would ask.
-_LONGER_THAN_CHANCE = 1.5
+# Language is more repetitive than independent labels: stretches are longer than chance requires by this factor.
+_LENGTH_FACTOR = 1.5
+# Expected number of chance matches.
 _CHANCE = 0.01
 
 
-def match_labels(text: Labels, heard: Labels) -> Labels:
-    """For every label of the transcript, the place of the label heard that it is matched with, or -1; int64 `[U]`.
+def match_labels(text: Labels, decoded: Labels) -> Labels:
+    """Position of the decoded label that matches each transcript label, or -1; int64 `[U]`.
 
-    Matched places rise strictly. A negative label in the transcript matches nothing, for none is heard.
+    Matched positions strictly increase. A negative transcript label matches nothing.
     """
     matched = np.full(len(text), -1, np.int64)
-    regions = [(0, len(text), 0, len(heard), 0)]
+    regions = [(0, len(text), 0, len(decoded), 0)]
     while regions:
-        begin, end, heard_begin, heard_end, level = regions.pop()
-        part, heard_part = text[begin:end], heard[heard_begin:heard_end]
-        length = stretch_length(part, heard_part)
-        if level == MAX_LEVELS or min(len(part), len(heard_part)) < length:
+        start, stop, decoded_start, decoded_stop, level = regions.pop()
+        part, decoded_part = text[start:stop], decoded[decoded_start:decoded_stop]
+        length = stretch_length(part, decoded_part)
+        if level == MAX_LEVELS or min(len(part), len(decoded_part)) < length:
             continue
-        pairs = _rising(_unique_pairs(part, heard_part, length))
+        pairs = _longest_increasing_chain(_unique_pairs(part, decoded_part, length))
         if not len(pairs):
             continue
-        # A stretch is `length` matched labels; where two stretches contradict each other, the first one stands.
-        places = (pairs[:, :1] + np.arange(length)).ravel() + begin
-        partners = (pairs[:, 1:] + np.arange(length)).ravel() + heard_begin
-        before = np.maximum.accumulate(np.concatenate([[begin - 1], places]))[:-1]
-        heard_before = np.maximum.accumulate(np.concatenate([[heard_begin - 1], partners]))[:-1]
-        kept = (places > before) & (partners > heard_before)
+        # A stretch gives `length` matched labels. If two stretches contradict each other, the first one wins.
+        places = (pairs[:, :1] + np.arange(length)).ravel() + start
+        partners = (pairs[:, 1:] + np.arange(length)).ravel() + decoded_start
+        before = np.maximum.accumulate(np.concatenate([[start - 1], places]))[:-1]
+        decoded_before = np.maximum.accumulate(np.concatenate([[decoded_start - 1], partners]))[:-1]
+        kept = (places > before) & (partners > decoded_before)
         places, partners = places[kept], partners[kept]
         matched[places] = partners
         edges = zip(
-            np.concatenate([[begin], places + 1]).tolist(),
-            np.concatenate([places, [end]]).tolist(),
-            np.concatenate([[heard_begin], partners + 1]).tolist(),
-            np.concatenate([partners, [heard_end]]).tolist(),
+            np.concatenate([[start], places + 1]).tolist(),
+            np.concatenate([places, [stop]]).tolist(),
+            np.concatenate([[decoded_start], partners + 1]).tolist(),
+            np.concatenate([partners, [decoded_stop]]).tolist(),
             strict=True,
         )
         regions += [(*edge, level + 1) for edge in edges if edge[0] < edge[1] and edge[2] < edge[3]]
     return matched
 
 
-def stretch_length(text: Labels, heard: Labels) -> int:
-    """Labels that a stretch must have, so that two sequences of these lengths hardly share one by chance."""
-    if not len(text) or not len(heard):
+def stretch_length(text: Labels, decoded: Labels) -> int:
+    """Number of labels for which two sequences of these lengths rarely share a stretch by chance."""
+    if not len(text) or not len(decoded):
         return 1
     _, counts = np.unique(text, return_counts=True)
-    alike = min(float(np.square(counts / len(text)).sum()), 0.5)  # chance that two labels drawn at random are equal
-    return max(3, math.ceil(_LONGER_THAN_CHANCE * math.log(len(text) * len(heard) / _CHANCE) / -math.log(alike)))
+    equal = min(float(np.square(counts / len(text)).sum()), 0.5)  # probability that two random labels are equal
+    return max(3, math.ceil(_LENGTH_FACTOR * math.log(len(text) * len(decoded) / _CHANCE) / -math.log(equal)))
 
 
-def _unique_pairs(text: Labels, heard: Labels, length: int) -> Labels:
-    """Places `[n, 2]`, by the place in the text, of the stretches that occur once in both."""
+def _unique_pairs(text: Labels, decoded: Labels, length: int) -> Labels:
+    """Positions `[n, 2]` of the stretches that occur exactly once in both, sorted by the position in the text."""
     keys, places = _unique_stretches(text, length)
-    heard_keys, heard_places = _unique_stretches(heard, length)
-    _, first, second = np.intersect1d(keys, heard_keys, assume_unique=True, return_indices=True)
-    pairs = np.stack([places[first], heard_places[second]], axis=1)
+    decoded_keys, decoded_places = _unique_stretches(decoded, length)
+    _, first, second = np.intersect1d(keys, decoded_keys, assume_unique=True, return_indices=True)
+    pairs = np.stack([places[first], decoded_places[second]], axis=1)
     pairs = pairs[np.argsort(pairs[:, 0])]
-    # Keys are hashes: what is equal by hash alone is thrown out.
+    # Keys are hashes: remove pairs of which only the hashes are equal.
     offsets = np.arange(length)
-    return pairs[(text[pairs[:, :1] + offsets] == heard[pairs[:, 1:] + offsets]).all(axis=1)]
+    return pairs[(text[pairs[:, :1] + offsets] == decoded[pairs[:, 1:] + offsets]).all(axis=1)]
 
 
 def _unique_stretches(labels: Labels, length: int) -> tuple[NDArray[np.uint64], Labels]:
-    """Hash and place of every stretch that occurs once."""
+    """Hash and position of every stretch that occurs exactly once."""
     weights = np.random.default_rng(0).integers(0, 2**63, length, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     count = len(labels) - length + 1
     keys = np.zeros(count, np.uint64)
@@ -88,10 +89,10 @@ def _unique_stretches(labels: Labels, length: int) -> tuple[NDArray[np.uint64], 
     return keys[counts == 1], places[counts == 1]
 
 
-def _rising(pairs: Labels) -> Labels:
-    """The longest chain of pairs that rises strictly in both columns; `pairs` is sorted by the first, all distinct."""
+def _longest_increasing_chain(pairs: Labels) -> Labels:
+    """Longest chain of pairs that strictly increases in both columns; `pairs` are distinct, sorted by the first one."""
     tails: list[int] = []  # smallest last value of a chain of every length
-    last: list[int] = []  # the pair that has it
+    last: list[int] = []  # the pair with that value
     previous = np.full(len(pairs), -1, np.int64)
     for number, value in enumerate(pairs[:, 1].tolist()):
         place = bisect_left(tails, value)

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from bestrq.decoding.tokens import BLANK, TimedTokens
-from bestrq.decoding.transducer_search import Transducer, check_search
-from bestrq.recognition.losses.tdt import check_durations
-from bestrq.recognition.prediction import State
+from bestrq.decoding.transducer_search import PredictionState, Transducer, check_search
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class TDTState:
     """What a search has found, and what it needs to go on with the next chunk."""
 
-    prediction: State
+    prediction: PredictionState
     """the prediction network's state of every sequence"""
     predicted: Tensor
     """[N, J]: what it said last"""
@@ -42,6 +41,20 @@ class TDTState:
         tokens, last = self.found[sequence], int(self.num_frames[sequence]) - 1
         return TimedTokens(
             tokens.ids, tokens.first_frame, [min(frame, last) for frame in tokens.last_frame], tokens.confidence
+        )
+
+
+def check_durations(durations: Sequence[int]) -> None:
+    """Raise UserError unless durations increase from 0 and 1.
+
+    With 0 and 1, every segment of one frame or more has an alignment: in a single frame, labels need the 0 and the
+    last blank needs the 1.
+    """
+    increasing = all(before < after for before, after in zip(durations, durations[1:], strict=False))
+    if not increasing or list(durations[:2]) != [0, 1]:
+        raise UserError(
+            f"transducer.durations is {list(durations)}: give increasing numbers of frames that start with 0 and 1, "
+            "such as [0, 1, 2, 3, 4]; without 0 or without 1, a segment of one frame has no alignment"
         )
 
 

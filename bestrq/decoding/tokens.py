@@ -27,7 +27,7 @@ class TimedTokens:
     Source: maximum probability, Laptev and Ginsburg 2022, arXiv 2212.08703, section 2."""
 
 
-def greedy_ctc_timed(scores: Tensor, lengths: Tensor, log_probs: Tensor | None = None) -> list[TimedTokens]:
+def greedy_ctc(scores: Tensor, lengths: Tensor, log_probs: Tensor | None = None) -> list[TimedTokens]:
     """Best path of every sequence, with the frames of its tokens.
 
     Args:
@@ -43,11 +43,6 @@ def greedy_ctc_timed(scores: Tensor, lengths: Tensor, log_probs: Tensor | None =
         _collapse(row[:length], None if of_row is None else of_row[:length])
         for row, of_row, length in zip(ids, probabilities, lengths.tolist(), strict=True)
     ]
-
-
-def greedy_ctc(scores: Tensor, lengths: Tensor) -> list[list[int]]:
-    """Tokens of the best path of every sequence: `greedy_ctc_timed` without the times."""
-    return [tokens.ids for tokens in greedy_ctc_timed(scores, lengths)]
 
 
 def _collapse(ids: np.ndarray, probabilities: np.ndarray | None) -> TimedTokens:

@@ -22,8 +22,7 @@ from torch import Tensor
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.sequences import Hypothesis, Interned, Labels, ranked
 from bestrq.decoding.tokens import BLANK, TimedTokens
-from bestrq.decoding.transducer_search import Transducer, check_search
-from bestrq.recognition.prediction import State
+from bestrq.decoding.transducer_search import PredictionState, Transducer, check_search
 from common.errors import UserError
 
 
@@ -54,7 +53,7 @@ class _Path:
 class BeamState:
     """What a search has found, and what it needs to go on with the next chunk."""
 
-    prediction: State
+    prediction: PredictionState
     """the prediction network's state of every hypothesis, N * W rows"""
     predicted: Tensor
     """[N * W, J]: what it said last"""

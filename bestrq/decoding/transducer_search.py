@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from bestrq.decoding.tokens import BLANK, TimedTokens
-from bestrq.recognition.prediction import State
 from common.errors import UserError
 
 BLOCK = 4
 """frames that a sequence looks at in a step"""
+
+
+PredictionState = tuple[Tensor, ...]
+"""State of a prediction network: tensors with sequences along their first axis, so that a search can select, repeat
+and reorder hypotheses of any network"""
 
 
 class Transducer(Protocol):
@@ -33,10 +37,10 @@ class Transducer(Protocol):
     def vocab_size(self) -> int:
         """Outputs V of the joint network, the blank (0) included."""
 
-    def start(self, num_sequences: int) -> State:
+    def start(self, num_sequences: int) -> PredictionState:
         """The prediction network's state before the first `predict`, sequences along axis 0 of every tensor."""
 
-    def predict(self, label: Tensor, state: State) -> tuple[Tensor, State]:
+    def predict(self, label: Tensor, state: PredictionState) -> tuple[Tensor, PredictionState]:
         """What the joint network adds after one more label each, int64 `[N]`: `[N, J]`; and the state after it."""
 
     def joint(self, encoded: Tensor, predicted: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ class Transducer(Protocol):
 class GreedyState:
     """What a search has found, and what it needs to go on with the next chunk."""
 
-    prediction: State
+    prediction: PredictionState
     """the prediction network's state of every sequence"""
     predicted: Tensor
     """[N, J]: what it said last"""

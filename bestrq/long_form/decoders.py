@@ -19,7 +19,7 @@ from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.hot_words import read_hot_words
 from bestrq.decoding.ngram import read_arpa
 from bestrq.decoding.sequences import Rescorer, choose
-from bestrq.decoding.tokens import BLANK, TimedTokens, greedy_ctc_timed
+from bestrq.decoding.tokens import BLANK, TimedTokens, greedy_ctc
 from bestrq.decoding.transducer_beam import beam_search
 from bestrq.long_form.inference import (
     InferenceSettings,
@@ -140,7 +140,7 @@ class GreedyCTC:
         found = []
         for one, out in zip(outputs, excluded, strict=True):
             ids = one[:, 0].long().masked_fill(out, BLANK)
-            found += greedy_ctc_timed(ids[None], torch.tensor([len(one)]), one[None, :, 1])
+            found += greedy_ctc(ids[None], torch.tensor([len(one)]), one[None, :, 1])
         return found
 
 

@@ -1,24 +1,26 @@
-"""The Conformer encoder over packed rows.
+"""Conformer encoder over packed rows.
 
-Source: Gulati et al., arXiv 2005.08100; by default with LayerNorm in the convolution module and rotary positions. In
-stages of falling frame rate it is the Efficient Conformer of Burchi and Vielzeuf, arXiv 2109.01163.
+Source: Gulati et al., arXiv 2005.08100; by default with LayerNorm in the convolution module and rotary positions. With
+stages of decreasing frame rate it is the Efficient Conformer of Burchi and Vielzeuf, arXiv 2109.01163.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bestrq.model.attention.module import SelfAttention
-from bestrq.model.checkpointing import run_block
 from bestrq.model.convolution import ConvolutionModule
 from bestrq.model.cpu.dropout import Dropout
-from bestrq.model.initialisation import initialise_blocks, initialise_subsampling
 from bestrq.model.layout import RowLayout, StageLayout, make_layout
 from bestrq.model.norms import make_norm
 from bestrq.model.positions import FourierPositions
-from bestrq.model.settings import EncoderSettings
+from bestrq.model.settings import CheckpointingMode, EncoderSettings
 from bestrq.model.subsampling import make_subsampling
 from common.segments import Segments
 
@@ -26,13 +28,13 @@ __all__ = ["ConformerBlock", "ConformerEncoder", "EncoderSettings"]
 
 
 SLICE = 8192
-"""frames that go through a feed-forward module at once where no gradient is needed"""
+"""frames per call of a feed-forward module without gradients"""
 
 
 def framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function`, which treats every frame of `[R, T, D]` by itself, in slices where nothing is kept for a gradient.
+    """Apply a function of single frames to `[R, T, D]`, in slices if no gradient is needed.
 
-    The hidden units of an hour would take several times the memory of the frames themselves, and its time to map.
+    The hidden units of an hour at once would take several times the memory of the frames, and time to allocate.
     """
     rows, frames, _ = x.shape
     if torch.is_grad_enabled() or rows * frames <= SLICE:
@@ -43,7 +45,7 @@ def framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """Two linear maps with SiLU and dropout between, `[R, T, D] -> [R, T, D]`.
 
-    With `gated`, a third map of the input is multiplied to the SiLU's output: SwiGLU, Shazeer, arXiv 2002.05202.
+    With `gated`, the output of SiLU is multiplied by a third map of the input: SwiGLU, Shazeer, arXiv 2002.05202.
     """
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float, gated: bool) -> None:
@@ -61,10 +63,10 @@ class FeedForward(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    """Half a feed-forward, attention, convolution, half a feed-forward; each normalised before, added after.
+    """Half-step feed-forward, attention, convolution, half-step feed-forward: pre-norm residual branches, final norm.
 
-    With `dim_out` the convolution halves the frame rate and changes the width, its residual being a linear map of every
-    second frame: the last block of a stage.
+    With `dim_out`, for the last block of a stage, the convolution halves the frame rate and changes the width. Its
+    shortcut is then a linear map of every second frame.
     """
 
     def __init__(self, settings: EncoderSettings, dim_out: int | None = None) -> None:
@@ -88,10 +90,10 @@ class ConformerBlock(nn.Module):
         self.layer_drop = settings.layer_drop if stride == 1 else 0.0
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
-        """`[R, T, D] -> [R, T, D]`, or `[R, T / 2, D']`; what stands in gaps afterwards means nothing."""
+        """Return `[R, T, D]`, or `[R, T / 2, dim_out]`. Outputs at padding frames are unused."""
         y = self.apply_modules(x, lambda x: self.attention(x, layout), lambda x: self.convolution(x, layout))
         if self.training and self.layer_drop > 0:
-            # Every process runs every block, as DDP and FSDP need it: rows are what is dropped.
+            # Rows are dropped, not whole blocks: DDP and FSDP need every process to run every block.
             dropped = torch.rand(len(x), 1, 1, device=x.device) < self.layer_drop
             y = torch.where(dropped, x.to(y.dtype), y)
         return y
@@ -99,7 +101,7 @@ class ConformerBlock(nn.Module):
     def apply_modules(
         self, x: Tensor, attention: Callable[[Tensor], Tensor], convolution: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The block around its two modules that look at other frames."""
+        """Apply the block with the given functions in place of attention and convolution, which mix frames."""
         x = framewise(lambda x: self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5), x)
         x = self.dropout.add(x, attention(self.attention_norm(x)))
         convolved = convolution(self.convolution_norm(x))
@@ -109,7 +111,7 @@ class ConformerBlock(nn.Module):
 
 
 class ConformerEncoder(nn.Module):
-    """Log-mel rows to encoder frames. Rows are packed: see `RowLayout`."""
+    """Encoder of packed rows of log-mel frames; see `RowLayout`."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -132,26 +134,24 @@ class ConformerEncoder(nn.Module):
 
         Args:
             segments: in mel frames.
-            backend: a key of `attention.module.ATTEND`, in place of the one chosen by device and settings.
+            backend: key of `attention.module.ATTEND`, in place of the choice by device and settings.
         """
-        parameter = next(self.parameters())
+        weight = next(self.parameters())
         return make_layout(
-            segments,
-            self.settings,
-            training=self.training,
-            device=parameter.device,
-            dtype=parameter.dtype,
-            backend=backend,
+            segments, self.settings, training=self.training, device=weight.device, dtype=weight.dtype, backend=backend
         )
 
     def forward(self, log_mel: Tensor, layout: RowLayout) -> Tensor:
-        """Log-mel `[R, F, M]` to `[R, T, D]` in the parameters' dtype (under autocast as it comes); zero in gaps.
+        """Encode log-mel `[R, F, M]` to `[R, T, D]`, zero in gaps, in the dtype of the parameters or of autocast.
 
-        T is F / `settings.stride`, rounded up: rows off the grid of `settings.row_multiple` are filled up to it.
+        T is F / `settings.stride`, rounded up. Rows are padded to a multiple of `settings.row_multiple` internally.
         """
         num_frames, missing = -(-log_mel.shape[1] // self.settings.stride), layout.valid_mel.shape[1] - log_mel.shape[1]
         if not 0 <= missing < self.settings.row_multiple:
-            raise ValueError(f"rows of {log_mel.shape[1]} mel frames, laid out as {layout.valid_mel.shape[1]}")
+            raise ValueError(
+                f"rows of {log_mel.shape[1]} mel frames do not fit a layout of {layout.valid_mel.shape[1]}: "
+                "give the layout of these rows"
+            )
         x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
         if self.fourier is not None:
             x = x + self.fourier(layout.stages[0].position)
@@ -159,3 +159,102 @@ class ConformerEncoder(nn.Module):
         for block, stage in zip(self.blocks, self.stage_of_block, strict=True):
             x = run_block(block, self.settings.activation_checkpointing, x, layout.stages[stage])
         return x.masked_fill(~layout.output.valid[..., None], 0.0)[:, :num_frames]
+
+
+# ---- activation checkpointing
+#
+# A block stores less for the backward pass and recomputes the rest there. Sources: Chen et al., arXiv 1604.06174; the
+# selective kind: Korthikanti et al., arXiv 2205.05198. docs/memory.md lists bytes and time of each mode.
+
+MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")
+"""'none' stores all; 'selective' the outputs of `STORED_OPERATIONS`; 'full' only the input of a block"""
+
+_aten = torch.ops.aten
+STORED_OPERATIONS: list[Any] = [
+    # Products with weights. Not bmm: the CPU computes attention weights with it, which are quadratic in the length.
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.convolution.default,
+    # Attention in one operation, with an output linear in the length.
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    flex_attention,
+]
+"""operations whose outputs 'selective' stores: nearly all arithmetic of a block in a small share of its bytes"""
+
+
+def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
+    """Call `block(x, *args)`, storing the tensors of `mode` for the backward pass. Gradients are bit-identical.
+
+    Supports blocks sharded by FSDP2 and blocks inside DDP. The recomputation restores the random generators, so that it
+    draws the same dropout. A module with state over batches, such as batch norm, would count each batch twice.
+
+    Args:
+        mode: one of `MODES`; ignored without gradients.
+        x: input of the block, on the device that is computed on.
+    """
+    if mode not in MODES:
+        raise ValueError(f"activation checkpointing {mode!r}: give one of {', '.join(map(repr, MODES))}")
+    if mode == "none" or not torch.is_grad_enabled():
+        return block(x, *args)
+    if mode == "full":
+        return checkpoint(_call_uncached, block, x, *args, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, STORED_OPERATIONS)
+    return checkpoint(_call_uncached, block, x, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _call_uncached(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
+    """Call the block without autocast's cache of cast weights.
+
+    The cache would store all cast weights until the end of the forward pass. It would also be full in one computation
+    and empty in the other, so that the two would differ in their sequence of operations.
+    """
+    device = x.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    with torch.autocast(device, dtype, enabled, cache_enabled=False):
+        return block(x, *args)
+
+
+# ---- initialisation
+#
+# With torch's defaults (random biases, unscaled residual branches) the frames of a deep Conformer become nearly equal:
+# each block adds a component that is common to all frames, and its last norm shrinks the rest. After 24 blocks 1 % of
+# the variance was between frames, and training progressed slowly. Therefore:
+# - the subsampling preserves the scale of its input (He et al., arXiv 1502.01852): torch's default leaves a tenth of
+#   it, which the branches of the first block would dominate;
+# - biases start at zero;
+# - the last map of each of the N residual branches starts at 1 / sqrt(N) of torch's weights (Radford et al., Language
+#   models are unsupervised multitask learners, 2019, section 2.3), so that their sum does not grow with depth.
+
+BRANCHES = ("feedforward_in.out", "attention.out", "convolution.pointwise_out", "feedforward_out.out")
+"""last maps of the residual branches of a block"""
+
+
+def initialise_subsampling(subsampling: nn.Module) -> None:
+    """Preserve the mean square of the input; a ReLU follows all maps except depthwise ones and the last."""
+    for name, module in subsampling.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            rectified = not name.startswith("depthwise") and name != "out"
+            initialise_map(module, 2.0 if rectified else 1.0)
+
+
+def initialise_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Set biases to zero and scale the residual branches. Norms stay at 1 and 0."""
+    for block in blocks:
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name in BRANCHES:
+                with torch.no_grad():
+                    module.get_parameter("weight").mul_((len(BRANCHES) * len(blocks)) ** -0.5)
+            if name == "shortcut" and isinstance(module, nn.Linear):
+                initialise_map(module, 1.0)
+
+
+def initialise_map(module: nn.Linear | nn.Conv2d, gain: float) -> None:
+    """Draw normal weights of variance `gain / inputs per output`; set the bias to zero."""
+    nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

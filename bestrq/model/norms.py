@@ -1,4 +1,4 @@
-"""The one place where norms are made."""
+"""Normalisation layers."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # NVIDIA's Apex, which is not on PyPI; the package of that name there has no such module.
+try:  # NVIDIA's Apex is not on PyPI; the package of that name there lacks this module.
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
 except ImportError:
     fused_layer_norm_affine = fused_rms_norm_affine = None
 
 EPS = 1e-5
-"""added to the variance (the mean square in RMSNorm) before the root, in every norm"""
+"""added to the variance (in RMSNorm the mean square) before the root"""
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last dimension, by Apex's fused kernel where there is one and the input is on CUDA.
+    """Layer normalisation over the last dimension, by Apex's fused kernel if installed and the input is on CUDA.
 
-    Parameters are `weight` and `bias` either way, so a checkpoint does not know which was used.
+    Parameters are `weight` and `bias` in both cases, so checkpoints do not depend on the kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation over the last dimension; Apex's kernel as with `LayerNorm`. Has `weight` only.
+    """Root-mean-square normalisation over the last dimension, with a `weight` only; Apex as in `LayerNorm`.
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
@@ -45,7 +45,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(kind: str, dim: int) -> nn.Module:
-    """The norm that `EncoderSettings.norm` names, 'layer_norm' or 'rms_norm', over the last of `[..., dim]`."""
+    """Build the norm of `EncoderSettings.norm`, 'layer_norm' or 'rms_norm', over the last dimension of `[..., dim]`."""
     if kind == "layer_norm":
         return LayerNorm(dim, eps=EPS)
     if kind == "rms_norm":
@@ -56,13 +56,14 @@ def make_norm(kind: str, dim: int) -> nn.Module:
 class MaskedBatchNorm(nn.Module):
     """Batch normalisation `[R, T, D] -> [R, T, D]` over the valid frames of all processes; zero elsewhere.
 
-    In training, mean and variance are those of the valid frames of this batch on every rank (one collective forward
-    and one backward, whether or not a rank has such frames) and, by `momentum`, enter the running ones, which
-    evaluation uses. Statistics are float32 at least. State has the names of `torch.nn.BatchNorm1d`, and the numbers
-    are what that makes of the valid frames alone. A batch of fewer than two valid frames has no variance, and one with
-    an infinite value must not spoil the run that skips its update: both leave the running statistics as they are.
-    Gradient accumulation normalises each micro-batch by itself, and a forward pass repeated by activation checkpointing
-    would count twice.
+    In training, mean and variance are those of the valid frames of the batch on all ranks (one collective forward and
+    one backward, also on a rank without valid frames). They update the running statistics by `momentum`, which are used
+    in evaluation. Statistics are at least float32. Names and numbers of the state are those of `torch.nn.BatchNorm1d`
+    over the valid frames.
+
+    A batch with fewer than two valid frames has no variance, and one with non-finite values belongs to a skipped
+    optimizer step: neither changes the running statistics. Gradient accumulation normalises each micro-batch
+    separately. A forward pass repeated by activation checkpointing would count twice.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1.
     """
@@ -81,7 +82,7 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Normalise the frames of `x` `[R, T, D]` that `valid`, bool `[R, T]`, marks; any dtype, kept."""
+        """Normalise the frames of `x` `[R, T, D]` that are True in `valid`, bool `[R, T]`; the dtype is kept."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         keep = valid[..., None]
         if self.training:
@@ -93,7 +94,7 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics; no branch on `count`, which would wait for the device."""
+        """Update the running statistics, without a branch on `count`, which would wait for the device."""
         unbiased = variance * (count / (count - 1).clamp(min=1))
         usable = (count > 1) & mean.isfinite().all() & unbiased.isfinite().all()
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
@@ -102,15 +103,15 @@ class MaskedBatchNorm(nn.Module):
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """`[R, T, D]` less its mean, by its standard deviation, over the frames of all ranks where `keep` `[R, T, 1]` is 1.
+    """Normalise `[R, T, D]` by mean and variance of the frames of all ranks at which `keep` `[R, T, 1]` is 1.
 
     Returns the normalised frames (zero where `keep` is 0), and without gradients the count, mean and biased variance.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Squared deviations from each rank's own mean, joined afterwards: a sum of squares less the square of a sum
-        # would lose all digits where the mean is large.
+        # Squared deviations from the mean of each rank are combined afterwards. The mean of squares minus the square
+        # of the mean would lose all digits if the mean is large.
         count = keep.sum()
         mean = (x * keep).sum((0, 1)) / count.clamp(min=1)
         squares = ((x - mean) * keep).square().sum((0, 1))
@@ -143,7 +144,7 @@ def _num_ranks() -> int:
 
 
 def _gather(x: Tensor) -> Tensor:
-    """`[n]` of every rank, `[ranks, n]`."""
+    """Gather `[n]` of every rank to `[ranks, n]`."""
     if _num_ranks() == 1:
         return x[None]
     gathered = x.new_empty(_num_ranks() * len(x))

@@ -1,4 +1,4 @@
-"""What attention knows of positions. They count from the start of a segment, wherever it lies in its row."""
+"""Positions in attention, counted from the start of each segment."""
 
 import math
 
@@ -7,47 +7,61 @@ from torch import Tensor, nn
 
 
 def rotary_phase(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers of angle `position * theta^(-2 i / head_dim)`, `[..., head_dim / 2]`, from any `[...]`.
+    """Rotary phases `exp(1j * position * theta^(-2 i / head_dim))`, `[...] -> [..., head_dim / 2]`.
 
-    Source: Su et al., RoFormer, arXiv 2104.09864: the product of a turned query and a turned key depends on the
-    distance of the two frames only. Worked out in float64: at frame 90,000 (an hour) a float32 angle would be wrong by
-    0.004 rad. Kept as complex64, and as complex128 for a `dtype` of float64.
+    The product of a rotated query and key depends only on the distance of their frames: Su et al., RoFormer, arXiv
+    2104.09864. Angles are float64: at frame 90,000 (one hour) a float32 angle would be off by 0.004 rad. The result is
+    complex64, or complex128 if `dtype` is float64.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = position.double()[..., None] * frequency
-    kept = torch.complex128 if dtype == torch.float64 else torch.complex64
-    return torch.polar(torch.ones_like(angle), angle).to(kept)
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return torch.polar(torch.ones_like(angle), angle).to(complex_dtype)
 
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
-    """Turn `[..., head_dim]`, whose pairs are neighbours, by phases that broadcast against `[..., head_dim / 2]`.
+    """Rotate neighbouring pairs of `[..., head_dim]` by phases that broadcast against `[..., head_dim / 2]`.
 
-    Reckoned and returned in the phases' precision, float32 or float64: in bfloat16 every angle would be rounded.
+    Computed and returned in the precision of the phases, as bfloat16 would round every angle.
     """
     pairs = torch.view_as_complex(x.to(phase.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * phase).flatten(-2)
 
 
-def distance_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """Bucket, int64 0 to `buckets - 1`, of int64 distances key - query.
+def split_heads(qkv: Tensor, num_heads: int, phase: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Split `[R, T, H + 2 * KV, d]` into rotated queries `[R, H, T, d]`, rotated keys and values `[R, KV, T, d]`.
 
-    Half the buckets are for keys behind the query. In each half, the lower half are one distance each, the upper half
-    grow with the logarithm of the distance up to `max_distance`, from where on all distances share the last.
+    Args:
+        phase: complex `[R, T, d / 2]`; None for no rotation.
+    """
+    num_kv_heads = (qkv.shape[2] - num_heads) // 2
+    qk, v = qkv[:, :, : num_heads + num_kv_heads], qkv[:, :, num_heads + num_kv_heads :]
+    if phase is not None:
+        qk = rotate(qk, phase[:, :, None]).to(v.dtype)
+    q, k = qk.split((num_heads, num_kv_heads), dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def distance_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each distance (key - query), int64 from 0 to `buckets - 1`.
+
+    The upper half of the buckets is for keys after the query. The lower half of each half holds single distances, the
+    upper half distances in logarithmic steps up to `max_distance`; all larger ones share the last bucket.
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
     """
     half = buckets // 2
     exact = half // 2
-    far = distance.abs()
-    share = torch.log(far.clamp(min=exact).double() / exact) / math.log(max_distance / exact)
-    grown = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
-    return torch.where(distance > 0, half, 0) + torch.where(far < exact, far, grown)
+    absolute = distance.abs()
+    share = torch.log(absolute.clamp(min=exact).double() / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance > 0, half, 0) + torch.where(absolute < exact, absolute, logarithmic)
 
 
 class RelativeBias(nn.Module):
-    """A learned number a head and bucket of distances, added to the scores of attention.
+    """Learned bias on attention scores, per head and bucket of distances.
 
-    It depends on the distance of key and query only, and is bounded however long the input is: distances never seen
-    share the bucket of the longest ones that were.
+    The bias depends only on the distance of key and query. It stays bounded for inputs longer than those in training,
+    as all long distances share a bucket.
     """
 
     bucket: Tensor
@@ -59,15 +73,15 @@ class RelativeBias(nn.Module):
         self.register_buffer("bucket", distance_bucket(distance, buckets, max_distance), persistent=False)
 
     def forward(self) -> Tensor:
-        """`[H, 2 * D + 1]`: the bias of the distances -D to D, D being `max_distance`."""
+        """Bias at distances -D to D, `[H, 2 * D + 1]` with D = `max_distance`."""
         return self.weight[:, self.bucket]
 
 
 class FourierPositions(nn.Module):
-    """Learned features of a frame's position, to add to what stands there: `[R, T] -> [R, T, D]`.
+    """Learned Fourier features of positions, `[R, T] -> [R, T, D]`, to add to the input of the first block.
 
-    Cosines and sines of learned frequencies, then two linear maps with GELU between. The frequencies begin as
-    `theta^(-2 i / D)`, as rotary positions' do, so that they cover distances from a frame to an hour.
+    Cosines and sines of learned frequencies, then two linear maps with GELU between. Frequencies are initialised to
+    `theta^(-2 i / D)`, as in rotary positions, to cover distances from one frame to an hour.
     Source: Li et al., Learnable Fourier Features, arXiv 2106.02795, section 3.
     """
 
@@ -79,7 +93,7 @@ class FourierPositions(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, position: Tensor) -> Tensor:
-        # Not under autocast: bfloat16 cannot tell the frames of a minute apart.
+        # An elementwise product, which autocast leaves in float32: bfloat16 cannot distinguish the frames of a minute.
         angle = position[..., None].to(self.frequency.dtype) * self.frequency
         features = torch.cat((angle.cos(), angle.sin()), dim=-1) / angle.shape[-1] ** 0.5
         return self.out(nn.functional.gelu(self.hidden(features)))

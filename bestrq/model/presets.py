@@ -1,4 +1,4 @@
-"""Named encoders. Their parameter counts stand in tests/model/test_presets.py."""
+"""Named encoders; tests/model/test_presets.py lists their parameter counts."""
 
 from bestrq.model.settings import EncoderSettings, StageSettings
 
@@ -6,8 +6,8 @@ PRESETS: dict[str, EncoderSettings] = {
     "quickstart": EncoderSettings(
         dim=128, num_layers=4, num_heads=4, feedforward_dim=384, kernel_size=15, subsampling_channels=16
     ),
-    # Conformer S, M and L: Gulati et al., arXiv 2005.08100, table 1. Kernels there are even (32), ours are odd; the
-    # 10.3, 30.7 and 118.8 M there count a recurrent decoder and the weights of relative positions too.
+    # Conformer S, M and L: Gulati et al., arXiv 2005.08100, table 1. The paper's kernels are even (32), these are odd;
+    # its 10.3, 30.7 and 118.8 M parameters include a recurrent decoder and the weights of relative positions.
     "conformer-s": EncoderSettings(
         dim=144, num_layers=16, num_heads=4, feedforward_dim=576, kernel_size=31, subsampling_channels=144
     ),
@@ -20,7 +20,7 @@ PRESETS: dict[str, EncoderSettings] = {
     "base-120m": EncoderSettings(
         dim=768, num_layers=12, num_heads=12, feedforward_dim=1792, kernel_size=31, subsampling_channels=128
     ),
-    # The shape of SpeechBrain's published BEST-RQ recipe.
+    # Dimensions of SpeechBrain's published BEST-RQ recipe.
     "bestrq-94m": EncoderSettings(
         dim=576, num_layers=12, num_heads=8, feedforward_dim=2048, kernel_size=31, subsampling_channels=64
     ),

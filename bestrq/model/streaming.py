@@ -1,70 +1,73 @@
-"""Encoding sound as it arrives: chunk by chunk, with what earlier chunks left behind, the same as in one pass.
+"""Streaming encoder: chunk by chunk, with cached state, equal to one pass over the whole segment.
 
-For encoders with mask 'chunk' and causal convolutions, in evaluation mode. What a chunk needs of the past is bounded
-(unless `left_chunks` is -1), so is the time and memory that a chunk costs, however long the stream is.
+Needs mask 'chunk', causal convolutions and evaluation mode. The state is bounded (unless `left_chunks` is -1), and so
+are time and memory per chunk, for streams of any length.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.model.attention.module import SelfAttention
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
-from bestrq.model.positions import rotary_phase
+from bestrq.model.convolution import ConvolutionModule, depthwise
+from bestrq.model.positions import rotary_phase, split_heads
 from common.errors import UserError
 from common.segments import Segments
 
 
 @dataclass
 class StreamState:
-    """What the next chunk needs of those before."""
+    """State after a chunk, for the next one."""
 
     num_frames: int
     """encoder frames so far"""
     log_mel: Tensor
     """[1, stride, M]: the last mel frames"""
     attention: list[tuple[Tensor, Tensor]]
-    """of each block, turned keys and values [1, KV, m, d] of the frames that the next chunk sees"""
+    """per block, rotated keys and values [1, KV, m, d] of the frames that the next chunk attends to"""
     convolution: list[Tensor]
-    """of each block, [1, K - 1, D]: the last inputs of the depthwise convolution"""
+    """per block, [1, K - 1, D]: the last inputs of the depthwise convolution"""
 
 
 def start_stream(encoder: ConformerEncoder) -> StreamState:
-    """The state before the first chunk.
+    """State before the first chunk.
 
     Raises:
-        UserError: the encoder looks ahead, so it cannot stream; naming the setting.
+        UserError: a setting makes the encoder depend on later frames.
     """
     settings, parameter = encoder.settings, next(encoder.parameters())
-    wanted = {"mask": "chunk", "causal_convolution": True, "earlier_stages": [], "group_size": 1}
-    for name, value in wanted.items():
+    required = {"mask": "chunk", "causal_convolution": True, "earlier_stages": [], "group_size": 1}
+    for name, value in required.items():
         if getattr(settings, name) != value:
             raise UserError(f"encoder.{name} is {getattr(settings, name)!r}: streaming needs {value!r}")
     if encoder.training:
-        raise ValueError("the encoder is in training mode: put it into evaluation mode before streaming")
+        raise ValueError("the encoder is in training mode: call encoder.eval() before streaming")
     heads = settings.num_kv_heads or settings.num_heads
-    nothing = parameter.new_zeros(1, heads, 0, settings.head_dim)
+    empty = parameter.new_zeros(1, heads, 0, settings.head_dim)
     return StreamState(
         num_frames=0,
         log_mel=parameter.new_zeros(1, settings.stride, settings.num_mels),
-        attention=[(nothing, nothing)] * settings.num_layers,
+        attention=[(empty, empty)] * settings.num_layers,
         convolution=[parameter.new_zeros(1, settings.kernel_size - 1, settings.dim)] * settings.num_layers,
     )
 
 
 @torch.no_grad()
 def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-    """Encoder frames `[T, D]` of the next chunk of log-mel `[F, M]`, and the state behind it.
+    """Encode the next chunk of log-mel `[F, M]`. Return encoder frames `[T, D]` and the new state.
 
     F is `chunk_size * stride` mel frames; the last chunk may be shorter.
 
     Raises:
-        ValueError: a chunk is longer, or follows one that was shorter.
+        ValueError: a chunk is longer, or follows a shorter one.
     """
     settings = encoder.settings
-    whole = settings.chunk_size * settings.stride
-    if not 0 < len(log_mel) <= whole or state.num_frames % settings.chunk_size:
-        raise ValueError(f"a chunk of {len(log_mel)} mel frames: give {whole}, and fewer in the last chunk only")
+    full = settings.chunk_size * settings.stride
+    if not 0 < len(log_mel) <= full or state.num_frames % settings.chunk_size:
+        raise ValueError(f"a chunk of {len(log_mel)} mel frames: give {full}, or fewer in the last chunk only")
     rows = torch.cat((state.log_mel, log_mel[None].to(state.log_mel)), dim=1)
     x = _subsample(encoder, rows, is_first=state.num_frames == 0)
     position = state.num_frames + torch.arange(x.shape[1], device=x.device)[None]
@@ -80,12 +83,12 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
         assert isinstance(block, ConformerBlock)
 
         def attend(y: Tensor, block: ConformerBlock = block, cache: tuple[Tensor, Tensor] = keys_values) -> Tensor:
-            y, cache = block.attention.stream(y, phase, cache, keep)
+            y, cache = stream_attention(block.attention, y, phase, cache, keep)
             after.attention.append(cache)
             return y
 
         def convolve(y: Tensor, block: ConformerBlock = block, cache: Tensor = inputs) -> Tensor:
-            y, cache = block.convolution.stream(y, cache)
+            y, cache = stream_convolution(block.convolution, y, cache)
             after.convolution.append(cache)
             return y
 
@@ -93,14 +96,57 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
     return x[0], after
 
 
-def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tensor:
-    """Encoder frames `[1, T, D]` of mel frames `[1, stride + F, M]`, of which the first belong to the chunk before.
+def stream_attention(
+    module: SelfAttention, x: Tensor, phase: Tensor | None, cache: tuple[Tensor, Tensor], keep: int | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention of one chunk `[R, n, D]` to itself and the cached frames. Return `[R, n, D]` and the new cache.
 
-    A causal output looks back into the one before it and no further, so that one is made again and thrown away. Before
-    the first chunk lies a gap.
+    Args:
+        phase: complex `[R, n, d / 2]`, positions from the start of the stream, or None.
+        cache: rotated keys and values `[R, KV, m, d]` of earlier frames.
+        keep: frames in the new cache; None for all.
+    """
+    qkv = module.qkv(x).unflatten(-1, (module.num_heads + 2 * module.num_kv_heads, -1))
+    q, k, v = split_heads(qkv, module.num_heads, phase)
+    k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+    bias = None
+    if module.relative_bias is not None:
+        table = module.relative_bias()
+        reach = table.shape[1] // 2
+        frame = torch.arange(k.shape[2], device=k.device)
+        distance = frame - frame[-x.shape[1] :, None]
+        bias = table[:, distance.clamp(-reach, reach) + reach].to(q.dtype)
+    attended = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=module.num_heads != module.num_kv_heads)
+    first = 0 if keep is None else max(0, k.shape[2] - keep)
+    return module.out(attended.transpose(1, 2).flatten(2)), (k[:, :, first:], v[:, :, first:])
+
+
+def stream_convolution(module: ConvolutionModule, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Convolve the next frames of one segment per row by a causal module of stride 1, in evaluation mode.
+
+    Args:
+        x: `[R, n, D]`, n >= 1.
+        cache: `[R, K - 1, D]`, the last inputs of the depthwise convolution: zeros at the start of a segment, then the
+            cache that the last call returned.
+
+    Returns:
+        The outputs of `forward` at these frames, `[R, n, D]`, and the cache for the next call.
+    """
+    assert module.causal and module.stride == 1 and module.depthwise.bias is not None
+    inputs = torch.cat([cache, F.glu(module.pointwise_in(x), dim=-1)], dim=1)
+    weight, bias = module.depthwise.weight.to(inputs.dtype), module.depthwise.bias.to(inputs.dtype)
+    y = module.finish(depthwise(inputs, weight, bias, 0), x.new_ones(x.shape[:2], dtype=torch.bool))
+    return y, inputs[:, x.shape[1] :]
+
+
+def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tensor:
+    """Subsample mel frames `[1, stride + F, M]`, of which the first belong to the previous chunk, to `[1, T, D]`.
+
+    A causal output depends on mel frames of its own and the previous target only. So the last output of the previous
+    chunk is computed again and discarded. The first chunk follows a gap.
     """
     stride = encoder.settings.stride
     start = stride if is_first else 0
     layout = encoder.layout(Segments(torch.tensor([[start]]), torch.tensor([[rows.shape[1] - start]]), rows.shape[1]))
     padding = layout.valid_mel.shape[1] - rows.shape[1]
-    return encoder.subsampling(torch.nn.functional.pad(rows, (0, 0, 0, padding)), layout)[:, 1:]
+    return encoder.subsampling(F.pad(rows, (0, 0, 0, padding)), layout)[:, 1:]

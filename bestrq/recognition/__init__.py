@@ -1,1 +1,1 @@
-
+"""Speech recognition models: CTC, transducers and their losses, SpecAugment."""

@@ -1,10 +1,9 @@
-"""Prediction networks of a transducer: from the labels so far to a vector that the joint network adds to a frame.
+"""Prediction networks of a transducer: from the labels so far to a vector that is combined with every frame.
 
-Each has two forms that give the same: `forward` over whole label sequences, for training, and `step`, label by label
-with a state, for decoding. A state is a tuple of tensors with sequences along their first axis, so that a search can
-pick, repeat and reorder hypotheses without knowing what is in it.
+Each network has two equivalent forms: `forward` over whole label sequences, for training, and `step`, one label at a
+time with a state, for decoding.
 
-N sequences, U_s labels of sequence s, D width. Label 0, the blank, stands for what was before the first label.
+Shapes: N sequences, U_s labels of sequence s, D width. Label 0, the blank, precedes the first label of every sequence.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = tuple[Tensor, ...]
+from bestrq.decoding.transducer_search import PredictionState
 
 
 class StatelessPrediction(nn.Module):
@@ -30,21 +29,22 @@ class StatelessPrediction(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, labels: Sequence[Tensor]) -> Tensor:
-        """`[sum (U_s + 1), D]`, the states of a sequence after one another; labels int64 `[U_s]` each."""
-        return self._convolve(torch.cat([F.pad(one, (self.context, 0)).unfold(0, self.context, 1) for one in labels]))
+        """Outputs `[sum (U_s + 1), D]`, concatenated over the sequences; labels are int64 `[U_s]` each."""
+        contexts = [F.pad(sequence, (self.context, 0)).unfold(0, self.context, 1) for sequence in labels]
+        return self._convolve(torch.cat(contexts))
 
-    def start(self, num_sequences: int) -> State:
-        """The state before `step` has seen the blank that begins every sequence."""
+    def start(self, num_sequences: int) -> PredictionState:
+        """State before the first `step`, whose label is the blank."""
         device = self.embedding.weight.device
         return (torch.zeros(num_sequences, self.context, dtype=torch.int64, device=device),)
 
-    def step(self, label: Tensor, state: State) -> tuple[Tensor, State]:
-        """`[N, D]` after one more label each, int64 `[N]`; and the state after it."""
-        last = torch.cat((state[0][:, 1:], label[:, None]), dim=1)
-        return self._convolve(last), (last,)
+    def step(self, label: Tensor, state: PredictionState) -> tuple[Tensor, PredictionState]:
+        """Output `[N, D]` after one more label per sequence, int64 `[N]`, and the new state."""
+        context = torch.cat((state[0][:, 1:], label[:, None]), dim=1)
+        return self._convolve(context), (context,)
 
-    def _convolve(self, last: Tensor) -> Tensor:
-        return self.dropout(F.relu(self.convolution(self.embedding(last).flatten(1))))
+    def _convolve(self, context: Tensor) -> Tensor:
+        return self.dropout(F.relu(self.convolution(self.embedding(context).flatten(1))))
 
 
 class LSTMPrediction(nn.Module):
@@ -57,23 +57,24 @@ class LSTMPrediction(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, labels: Sequence[Tensor]) -> Tensor:
-        """`[sum (U_s + 1), D]`, the states of a sequence after one another; labels int64 `[U_s]` each."""
-        padded = nn.utils.rnn.pad_sequence([F.pad(one, (1, 0)) for one in labels], batch_first=True)
+        """Outputs `[sum (U_s + 1), D]`, concatenated over the sequences; labels are int64 `[U_s]` each."""
+        padded = nn.utils.rnn.pad_sequence([F.pad(sequence, (1, 0)) for sequence in labels], batch_first=True)
         output, _ = self._run(self.embedding(padded), None)
-        return self.dropout(torch.cat([row[: len(one) + 1] for row, one in zip(output, labels, strict=True)]))
+        used = [row[: len(sequence) + 1] for row, sequence in zip(output, labels, strict=True)]
+        return self.dropout(torch.cat(used))
 
-    def start(self, num_sequences: int) -> State:
-        """The state before `step` has seen the blank that begins every sequence."""
+    def start(self, num_sequences: int) -> PredictionState:
+        """State before the first `step`, whose label is the blank."""
         zeros = self.embedding.weight.new_zeros(num_sequences, self.lstm.num_layers, self.lstm.hidden_size)
         return zeros, zeros
 
-    def step(self, label: Tensor, state: State) -> tuple[Tensor, State]:
-        """`[N, D]` after one more label each, int64 `[N]`; and the state after it."""
+    def step(self, label: Tensor, state: PredictionState) -> tuple[Tensor, PredictionState]:
+        """Output `[N, D]` after one more label per sequence, int64 `[N]`, and the new state."""
         before = tuple(tensor.transpose(0, 1).contiguous() for tensor in state)
         output, after = self._run(self.embedding(label)[:, None], before)
         return self.dropout(output[:, 0]), tuple(tensor.transpose(0, 1) for tensor in after)
 
-    def _run(self, embedded: Tensor, before: State | None) -> tuple[Tensor, State]:
-        # On CUDA, autocast to bfloat16 runs cuDNN's LSTM in float16, where gradients that no scaler guards vanish.
+    def _run(self, embedded: Tensor, before: PredictionState | None) -> tuple[Tensor, PredictionState]:
+        # On CUDA, autocast to bfloat16 runs cuDNN's LSTM in float16, whose gradients underflow without a loss scaler.
         with torch.autocast(embedded.device.type, enabled=False):
             return self.lstm(embedded, before)

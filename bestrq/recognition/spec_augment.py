@@ -1,58 +1,49 @@
-"""SpecAugment: bands of mel bins and spans of time set to zero, drawn for every segment by itself.
+"""SpecAugment: bands of mel bins and spans of time set to zero, drawn independently for every segment.
 
-Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition" (without time
-warping); that the number of time masks grows with the length is from Park et al. 2020, "SpecAugment on Large Scale
+Sources: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition" (without
+time warping); the number of time masks grows with the length as in Park et al. 2020, "SpecAugment on Large Scale
 Datasets".
 
-R rows, F mel frames in a row, M mel bins, S segment slots in a row, K masks of a segment.
+Shapes: R rows, F mel frames per row, M mel bins, S segment slots per row, K masks per segment.
 """
 
 from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from common.errors import UserError
 from common.hashing import INCREMENT, splitmix64
 from common.segments import Segments
 
 
 @dataclass(frozen=True)
 class SpecAugmentSettings:
-    """How much of a training segment SpecAugment hides."""
+    """Number and size of the masks on training segments."""
 
-    num_freq_masks: int = 2
-    """Bands of mel bins set to zero in every segment; 0 for none."""
-    max_freq_width: int = 27
-    """Widest band, in mel bins; widths are uniform from 0."""
-    num_time_masks: int = 2
-    """Spans of time set to zero in every begun time_mask_period of a segment; 0 for none."""
-    time_mask_period: int = 1000
-    """Mel frames of a segment that num_time_masks is meant for (1000 frames: 10 s at a hop of 10 ms)."""
-    max_time_width: int = 100
-    """Longest span, in mel frames; lengths are uniform from 0."""
-    max_time_share: float = 0.2
-    """A span is never longer than this share of its segment."""
-
-    def __post_init__(self) -> None:
-        for field in ("num_freq_masks", "max_freq_width", "num_time_masks", "max_time_width"):
-            if getattr(self, field) < 0:
-                raise UserError(f"spec_augment.{field} = {getattr(self, field)}: choose 0 (none) or more")
-        if self.time_mask_period < 1:
-            raise UserError(f"spec_augment.time_mask_period = {self.time_mask_period}: choose at least 1 mel frame")
-        if not 0.0 <= self.max_time_share <= 1.0:
-            raise UserError(f"spec_augment.max_time_share = {self.max_time_share}: choose a share from 0 to 1")
+    num_freq_masks: NonNegativeInt = 2
+    """Frequency masks per segment; 0 for none."""
+    max_freq_width: NonNegativeInt = 27
+    """Largest width of a frequency mask, in mel bins; widths are uniform from 0."""
+    num_time_masks: NonNegativeInt = 2
+    """Time masks per time_mask_period of a segment, rounded up; 0 for none."""
+    time_mask_period: PositiveInt = 1000
+    """Mel frames for which num_time_masks are drawn (1000 frames: 10 s at a hop of 10 ms)."""
+    max_time_width: NonNegativeInt = 100
+    """Largest width of a time mask, in mel frames; widths are uniform from 0."""
+    max_time_share: ClosedUnitInterval = 0.2
+    """Largest width of a time mask, as a share of its segment."""
 
 
 def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSettings) -> Tensor:
-    """A copy of `log_mel` with the masks of every segment set to 0, the mean of normalised features.
+    """Copy of `log_mel` with the masks of every segment set to 0, the mean of normalised features.
 
-    The masks of a segment are a pure function of its seed, its length and the settings: the same in any row, on any
-    device and whatever was drawn before.
+    The masks of a segment are a pure function of its seed, its length and the settings: they depend neither on its row
+    nor on the device nor on earlier random numbers.
 
     Args:
         log_mel: normalised features `[R, F, M]`.
-        segments: in mel frames, with seeds. Segments of a row do not overlap.
+        segments: in mel frames, with seeds; the segments of a row do not overlap.
     """
     device = log_mel.device
     assert segments.seed is not None
@@ -63,44 +54,43 @@ def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSetti
 
 
 def _time_masks(num_frames: int, start: Tensor, length: Tensor, seed: Tensor, settings: SpecAugmentSettings) -> Tensor:
-    """bool `[R, F]`"""
+    """Masked frames, bool `[R, F]`."""
     periods = -(-num_frames // settings.time_mask_period)
     count = settings.num_time_masks * (-(-length // settings.time_mask_period))
-    slots = torch.arange(settings.num_time_masks * periods, device=start.device)
+    mask = torch.arange(settings.num_time_masks * periods, device=start.device)
     limit = (length * settings.max_time_share).long().clamp(max=settings.max_time_width)
-    width = _uniform(seed, 2 * slots, limit[..., None] + 1) * (slots < count[..., None])
-    first = start[..., None] + _uniform(seed, 2 * slots + 1, length[..., None] - width + 1)
+    width = _uniform(seed, 2 * mask, limit[..., None] + 1) * (mask < count[..., None])
+    first = start[..., None] + _uniform(seed, 2 * mask + 1, length[..., None] - width + 1)
     return _running_sum(num_frames, first.flatten(1), (first + width).flatten(1), torch.ones_like(first).flatten(1)) > 0
 
 
 def _freq_masks(
     num_frames: int, num_mels: int, start: Tensor, length: Tensor, seed: Tensor, settings: SpecAugmentSettings
 ) -> Tensor:
-    """bool `[R, F, M]`"""
-    draws = -1 - torch.arange(2 * settings.num_freq_masks, device=start.device)  # the negative ones: no time mask's
+    """Masked bins of every frame, bool `[R, F, M]`."""
+    draws = -1 - torch.arange(2 * settings.num_freq_masks, device=start.device)  # time masks use draws from 0 on
     width = _uniform(seed, draws[::2], torch.tensor(min(settings.max_freq_width, num_mels) + 1, device=start.device))
     first = _uniform(seed, draws[1::2], num_mels - width + 1)
     bins = torch.arange(num_mels, device=start.device)
     bands = ((bins >= first[..., None]) & (bins < (first + width)[..., None])).any(dim=2)  # [R, S, M]
-    none = torch.zeros_like(bands[:, :1])
+    outside = torch.zeros_like(bands[:, :1])
     slot = torch.arange(1, start.shape[1] + 1, device=start.device).expand_as(start)
-    slot_of_frame = _running_sum(num_frames, start, start + length, slot)  # [R, F]; 0 outside segments
-    index = slot_of_frame[:, :, None].expand(-1, -1, num_mels)
-    return torch.cat([none, bands], dim=1).gather(1, index)
+    slot_at_frame = _running_sum(num_frames, start, start + length, slot)  # [R, F]; 0 outside segments
+    index = slot_at_frame[:, :, None].expand(-1, -1, num_mels)
+    return torch.cat([outside, bands], dim=1).gather(1, index)
 
 
-def _running_sum(num_frames: int, first: Tensor, end: Tensor, value: Tensor) -> Tensor:
-    """Sum of the values of all intervals `[first, end)` over each frame: int64 `[R, F]` from int64 `[R, K]`s."""
+def _running_sum(num_frames: int, first: Tensor, stop: Tensor, value: Tensor) -> Tensor:
+    """Sum of the values of all intervals `[first, stop)` at each frame: int64 `[R, F]`, from int64 `[R, K]` each."""
     change = torch.zeros(first.shape[0], num_frames + 1, dtype=torch.int64, device=first.device)
-    change.scatter_add_(1, first, value).scatter_add_(1, end, -value)
+    change.scatter_add_(1, first, value).scatter_add_(1, stop, -value)
     return change.cumsum(dim=1)[:, :num_frames]
 
 
 def _uniform(seed: Tensor, draw: Tensor, bound: Tensor) -> Tensor:
-    """Integers uniform in `[0, bound)`, int64 `[R, S, K]`: a hash of the seed `[R, S]` and the draw's number `[K]`.
+    """Integers uniform in `[0, bound)`, int64 `[R, S, K]`: a hash of the seed `[R, S]` and the index of the draw `[K]`.
 
-    A counter-based generator, because a stateful one would make a mask depend on what was drawn before it. The
-    mixing function is that of SplitMix64 (Steele, Lea and Flood 2014); int64 products wrap as needed.
+    A counter-based generator: with a stateful one, a mask would depend on earlier draws.
     """
     bits = splitmix64(splitmix64(seed[..., None] + 0x5BEC) + draw * INCREMENT)
     return ((bits >> 11) & ((1 << 53) - 1)) % bound

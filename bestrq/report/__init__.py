@@ -1,1 +1,1 @@
-"""Result files, tables, charts and HTML pages."""
+"""Reports of evaluations: result files, comparisons, charts and HTML pages."""

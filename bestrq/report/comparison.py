@@ -1,14 +1,13 @@
-"""Numbers out of several evaluations: which lines a curve over contexts has, and how systems differ.
+"""Numbers across several evaluations: paired comparisons and curves of WER over context.
 
-Evaluations are `results.json` as they were read, by the name that a report calls them.
+Evaluations are parsed `results.json` files, keyed by the name that a report gives them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from bestrq.report import tables
-from bestrq.report.curves import Point, context_name
-from bestrq.report.results import SCORING
+from bestrq.report.result_files import SCORING
 from bestrq.scoring.word_errors import ErrorCounts, RecordingScore, compare
 from common.errors import UserError
 
@@ -16,19 +15,35 @@ Results = Mapping[str, Mapping[str, Any]]
 """results.json by system"""
 
 KINDS = ("hits", "substitutions", "deletions", "insertions")
-FEW_RECORDINGS = 5
 WINDOWED_MODES = ("buffered", "averaged", "stitched")
-# Settings of the encoder that are the context itself; in other modes they are settings like any other.
+# Encoder settings that define the context of a mode. They do not separate curves of that mode, all others do.
 _CONTEXT_SETTINGS = {"windowed": ("mask", "window"), "whole": ("mask", "window"), "streaming": ("mask", "left_chunks")}
-_CELL_KEYS = (
+_SUMMARY_KEYS = (
     "label", "name", "export", "export_hash", "dataset", "command", "versions", "device", "context_seconds",
     "inference", "encoder", "decoder", "decoding", "scores", "segments", "positions", "edge_distances", "speakers",
     "durations", "confusions", "normalisers",
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Point:
+    """Point of a curve of error rate over context."""
+
+    context_seconds: float
+    """context of an encoder frame; 0 for the whole recording"""
+    rate: float
+    interval: tuple[float, float] | None
+    """95 %"""
+    system: str = ""
+    """name of the evaluation"""
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able dict."""
+        return asdict(self)
+
+
 def recording_score(row: Mapping[str, Any]) -> RecordingScore:
-    """What `RecordingScore.row` made a row of."""
+    """Inverse of `RecordingScore.row`."""
     return RecordingScore(
         id=row["id"],
         language=row["language"],
@@ -43,26 +58,26 @@ def recording_score(row: Mapping[str, Any]) -> RecordingScore:
 
 
 def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[str, Any]]:
-    """Every other system beside the first, on the same recordings.
+    """Paired comparison of each system with the first, on the same recordings.
 
     Returns:
-        `Comparison.summary()` of each with the names under "system" and "baseline". Differences are the system's less
-        the baseline's: negative where the system is better.
+        `Comparison.summary()` of each, with the names under "system" and "baseline". Differences are the system's rate
+        less the baseline's: negative if the system is better.
 
     Raises:
         UserError: recordings, references or scoring rules differ.
     """
     (baseline, results), *others = systems.items()
-    first = [recording_score(row) for row in results["recordings"]]
+    baseline_scores = [recording_score(row) for row in results["recordings"]]
     check_same_rules(systems)
-    found = []
+    comparisons = []
     for name, other in others:
         try:
-            compared = compare([recording_score(row) for row in other["recordings"]], first, num_resamples)
+            compared = compare([recording_score(row) for row in other["recordings"]], baseline_scores, num_resamples)
         except UserError as error:
             raise UserError(f"{name} and {baseline} cannot be compared: {error}") from error
-        found.append({"system": name, "baseline": baseline, **compared.summary()})
-    return found
+        comparisons.append({"system": name, "baseline": baseline, **compared.summary()})
+    return comparisons
 
 
 def check_same_rules(systems: Results) -> None:
@@ -81,59 +96,59 @@ def check_same_references(systems: Results) -> None:
     """Raise UserError unless all systems were scored on the same recordings, references and scoring rules."""
     check_same_rules(systems)
     (first, results), *others = systems.items()
-    wanted = {row["id"]: row["reference"] for row in results["recordings"]}
+    expected = {row["id"]: row["reference"] for row in results["recordings"]}
     for name, other in others:
-        mine = {row["id"]: row["reference"] for row in other["recordings"]}
-        if mine.keys() != wanted.keys():
+        references = {row["id"]: row["reference"] for row in other["recordings"]}
+        if references.keys() != expected.keys():
             raise UserError(f"{first} and {name} were evaluated on different recordings: evaluate both on the same")
-        if different := [id for id in wanted if wanted[id] != mine[id]]:
+        if different := [id for id in expected if expected[id] != references[id]]:
             raise UserError(
-                f"recording {different[0]!r} has one reference in {first} and another in {name} ({len(different)} such "
-                "recordings): score both by the same data and normaliser"
+                f"recording {different[0]!r} has different references in {first} and {name} ({len(different)} such "
+                "recordings): score both on the same data, with the same normaliser"
             )
 
 
 def context_curves(systems: Results) -> dict[str, list[Point]]:
-    """Lines of WER over context: points of the same system, mode, overlap and decoder, with the whole recording last.
+    """Curves of WER over context, by name: points that share system, mode, overlap and decoder.
 
-    A line is named by what tells it from the others. Whole recordings, which know no overlap and no mode, end every
-    line of the same system and decoder. A line is here even if it has but one point. Streams of which it is not known
-    what a frame sees are left out.
+    A curve is named by the traits that separate it from the others. The whole-recording evaluation of a system and
+    decoder, which has no mode and no overlap, is the last point of each of their curves. A curve may have a single
+    point. Streaming evaluations of unknown context are left out.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}
     for name, results in systems.items():
         total = results["scores"]["all"]
-        known = results["context_seconds"] > 0 or mode_of(results) == "whole"
-        if known and total["wer"] is not None:
+        has_context = results["context_seconds"] > 0 or mode_of(results) == "whole"
+        if has_context and total["wer"] is not None:
             point = Point(float(results["context_seconds"]), total["wer"], total["wer_interval"], name)
             groups.setdefault(tuple(_traits(results).items()), []).append(point)
-    lines = {key: points for key, points in groups.items() if dict(key)["mode"] != "whole"}
+    curves = {key: points for key, points in groups.items() if dict(key)["mode"] != "whole"}
     for key, points in groups.items():
         if dict(key)["mode"] == "whole":
-            ended = [line for line in lines if _same_system(dict(line), dict(key))]
-            if not ended:
-                lines[key] = []
-            for line in ended or [key]:
-                lines[line] = lines[line] + points
-    names = _line_names([dict(key) for key in lines], systems)
+            extended = [curve for curve in curves if _same_system(dict(curve), dict(key))]
+            if not extended:
+                curves[key] = []
+            for curve in extended or [key]:
+                curves[curve] = curves[curve] + points
+    names = _curve_names([dict(key) for key in curves], systems)
     return {
-        name: sorted(points, key=lambda one: (one.context_seconds == 0, one.context_seconds))
-        for name, points in zip(names, lines.values(), strict=True)
+        name: sorted(points, key=lambda point: (point.context_seconds == 0, point.context_seconds))
+        for name, points in zip(names, curves.values(), strict=True)
     }
 
 
-def is_curve(curves: Mapping[str, Sequence[Point]]) -> bool:
-    """Whether there are two contexts or more: what is worth a picture."""
+def has_several_contexts(curves: Mapping[str, Sequence[Point]]) -> bool:
+    """Return whether the points lie at two contexts or more, so that a chart is useful."""
     return len({point.context_seconds for points in curves.values() for point in points}) > 1
 
 
 def describe_systems(systems: Results) -> list[dict[str, Any]]:
-    """Every number of the evaluations but those of single recordings."""
-    return [{"system": name, **{key: results.get(key) for key in _CELL_KEYS}} for name, results in systems.items()]
+    """All numbers of the evaluations except those of single recordings."""
+    return [{"system": name, **{key: results.get(key) for key in _SUMMARY_KEYS}} for name, results in systems.items()]
 
 
 def recording_rates(systems: Results) -> list[dict[str, Any]]:
-    """Rates of every recording, by system."""
+    """WER and CER of each recording, by system."""
     by_id = {name: {row["id"]: row for row in results["recordings"]} for name, results in systems.items()}
     return [
         {
@@ -147,9 +162,16 @@ def recording_rates(systems: Results) -> list[dict[str, Any]]:
     ]
 
 
+def word_rate_differences(systems: Results, system: str, baseline: str) -> list[float]:
+    """WER of the system less that of the baseline, for each recording with reference words."""
+    before = {row["id"]: row["wer"] for row in systems[baseline]["recordings"]}
+    after = {row["id"]: row["wer"] for row in systems[system]["recordings"]}
+    return [after[id] - rate for id, rate in before.items() if rate is not None and after[id] is not None]
+
+
 def mode_of(results: Mapping[str, Any]) -> str:
-    """How a recording was cut: the mode of inference, or 'windowed' for attention of that context in one pass, or
-    'whole' for one pass over all of it."""
+    """Decoding mode: that of inference if it cuts windows or streams, 'windowed' for one pass with attention over a
+    limited context, 'whole' for one pass over the recording."""
     mode = results["inference"]["mode"]
     if mode in WINDOWED_MODES and results["inference"]["context_seconds"] > 0:
         return str(mode)
@@ -159,12 +181,17 @@ def mode_of(results: Mapping[str, Any]) -> str:
 
 
 def setting_of(results: Mapping[str, Any]) -> str:
-    """An evaluation's own label; where it has none, its mode and context."""
+    """Label of an evaluation or, without one, its mode and context."""
     return results["label"] or f"{mode_of(results)}, {context_name(results['context_seconds'])}"
 
 
+def context_name(seconds: float) -> str:
+    """Context as text."""
+    return f"{seconds:g} s" if seconds else "whole recordings"
+
+
 def _traits(results: Mapping[str, Any]) -> dict[str, str]:
-    """What a line of a curve has in common: all settings but the context and what has no influence."""
+    """Settings that the points of one curve share: all except the context and settings without effect."""
     mode = mode_of(results)
     inference, encoder, decoder = (results[part] for part in ("inference", "encoder", "decoder"))
     windowed = mode in WINDOWED_MODES
@@ -182,77 +209,36 @@ def _traits(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _same_system(line: Mapping[str, str], whole: Mapping[str, str]) -> bool:
+def _same_system(curve: Mapping[str, str], whole: Mapping[str, str]) -> bool:
     ignored = ("mode", "overlap")
-    return {k: v for k, v in line.items() if k not in ignored} == {k: v for k, v in whole.items() if k not in ignored}
+    return {k: v for k, v in curve.items() if k not in ignored} == {k: v for k, v in whole.items() if k not in ignored}
 
 
-def _line_names(lines: Sequence[Mapping[str, str]], systems: Results) -> list[str]:
-    """What tells lines apart; a single one is called by its mode, overlap and decoder. All are different."""
-    keys = list(dict.fromkeys(key for line in lines for key in line))
-    differing = [key for key in keys if len({line.get(key) for line in lines}) > 1]
+def _curve_names(curves: Sequence[Mapping[str, str]], systems: Results) -> list[str]:
+    """Distinct names, made of the traits that differ; a single curve is named by its mode, overlap and decoder."""
+    keys = list(dict.fromkeys(key for curve in curves for key in curve))
+    differing = [key for key in keys if len({curve.get(key) for curve in curves}) > 1]
     main = [key for key in ("system", "mode", "overlap", "decoder") if key in differing]
-    if "system" in main and len({line["system"] for line in lines}) == len(
-        {(line["system"], line["decoder"]) for line in lines}
-    ):  # each has but one
+    if "system" in main and len({curve["system"] for curve in curves}) == len(
+        {(curve["system"], curve["decoder"]) for curve in curves}
+    ):  # one decoder per system
         main = [key for key in main if key != "decoder"]
     main = main or ["mode", "overlap", "decoder"]
     hashes: dict[str, set[str]] = {}
     for results in systems.values():
         hashes.setdefault(results["name"], set()).add(results["export_hash"])
 
-    def text(line: Mapping[str, str], key: str) -> str:
+    def text(curve: Mapping[str, str], key: str) -> str:
         if key != "system":
-            return line.get(key, "")
-        name, _, digest = line[key].partition("\0")
+            return curve.get(key, "")
+        name, _, digest = curve[key].partition("\0")
         return name if len(hashes[name]) == 1 else f"{name} ({digest[:8]})"
 
-    names = [", ".join(part for key in main if (part := text(line, key))) for line in lines]
-    if len(set(names)) < len(names):  # the same description, and another weight of a language model, say
+    names = [", ".join(part for key in main if (part := text(curve, key))) for curve in curves]
+    if len(set(names)) < len(names):  # for example two weights of one language model
         rest = [key for key in differing if key not in main]
         names = [
-            ", ".join([name, *(part for key in rest if (part := text(line, key)))])
-            for name, line in zip(names, lines, strict=True)
+            ", ".join([name, *(part for key in rest if (part := text(curve, key)))])
+            for name, curve in zip(names, curves, strict=True)
         ]
     return names
-
-
-def word_rate_differences(systems: Results, second: str, first: str) -> list[float]:
-    """WER of the second less that of the first, for every recording with words."""
-    before = {row["id"]: row["wer"] for row in systems[first]["recordings"]}
-    after = {row["id"]: row["wer"] for row in systems[second]["recordings"]}
-    return [after[id] - rate for id, rate in before.items() if rate is not None and after[id] is not None]
-
-
-def difference_sentence(compared: Mapping[str, Any]) -> str:
-    """The difference in WER in words; says so where the systems cannot be told apart."""
-    start = f"WER of {compared['system']} less that of {compared['baseline']}"
-    if compared["wer"] is None:
-        return f"{start}: there is no reference word."
-    text, bounds = f"{start}: {tables.points(compared['wer']['difference'])} points", compared["wer"]["interval"]
-    if bounds is None:
-        return f"{text}; too few recordings for an interval."
-    # Where one recording has most of the words, the two ways of resampling may disagree: then neither settles it.
-    settled = (bounds[0] > 0 or bounds[1] < 0) and not 0.025 <= compared["wer"]["probability_first_better"] <= 0.975
-    clear = "" if settled else ", so the two cannot be told apart here"
-    return f"{text} (95 % interval {tables.interval(bounds, signed=True)}{clear})."
-
-
-def p_text(p_value: float) -> str:
-    """A p value; one too small to tell is said to be so."""
-    return f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"
-
-
-def words_in_few_recordings(results: Mapping[str, Any]) -> str:
-    """A warning where so few recordings have most of the words that intervals say little; else nothing.
-
-    Equally long ones that would vary as much count: (sum of words)^2 / sum of squares (Kish 1965, section 11.7).
-    """
-    words = [row["word_hits"] + row["word_substitutions"] + row["word_deletions"] for row in results["recordings"]]
-    total, squares = sum(words), sum(count * count for count in words)
-    if not total or total * total >= FEW_RECORDINGS * squares:
-        return ""
-    return (
-        f"One recording has {max(words) / total:.0%} of the words: for the spread of rates, {len(words)} recordings "
-        f"count as {total * total / squares:.1f} equal ones, and intervals say little."
-    )

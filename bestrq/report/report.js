@@ -1,17 +1,17 @@
 "use strict";
-// Sorts tables, searches recordings, opens their transcripts. The page reads without it.
+// Sorts tables, searches recordings, opens and plays their transcripts. The page is readable without it.
 (() => {
-  const BLOCK_SECONDS = 20; // of a transcript in a row of its own
-  const BEFORE_SECONDS = 1; // played before the place that was clicked
+  const BLOCK_SECONDS = 20; // audio per row of a transcript
+  const BEFORE_SECONDS = 1; // audio played before the clicked position
 
   function make(tag, attributes, ...children) {
-    const made = document.createElement(tag);
+    const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
-      if (name === "onclick") made.addEventListener("click", value);
-      else made.setAttribute(name, value);
+      if (name === "onclick") element.addEventListener("click", value);
+      else element.setAttribute(name, value);
     }
-    made.append(...children);
-    return made;
+    element.append(...children);
+    return element;
   }
 
   function clock(seconds) {
@@ -22,7 +22,7 @@
     return `${shown}:${rest}`;
   }
 
-  // Sorting: numbers by data-value, text by the reader's alphabet, what has no value last.
+  // Sorting: numbers by data-value, with missing values last; text by the alphabet of the reader's locale.
 
   function sortable(table) {
     const heads = [...table.tHead.rows[0].cells];
@@ -39,15 +39,15 @@
     const rows = [...body.rows];
     const numeric = rows.some((row) => row.cells[column].dataset.value !== undefined);
     const before = head.getAttribute("aria-sort");
-    const descending = before ? before === "ascending" : numeric; // the largest first, the first of the alphabet first
+    const descending = before ? before === "ascending" : numeric; // at first, numbers descend and text ascends
     const keys = new Map(rows.map((row) => {
       const cell = row.cells[column];
       if (!numeric) return [row, cell.textContent];
       return [row, cell.dataset.value === undefined ? NaN : Number(cell.dataset.value)];
     }));
     const sign = descending ? -1 : 1;
-    rows.sort((one, other) => {
-      const [a, b] = [keys.get(one), keys.get(other)];
+    rows.sort((first, second) => {
+      const [a, b] = [keys.get(first), keys.get(second)];
       if (!numeric) return sign * a.localeCompare(b, undefined, { numeric: true });
       if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
       return sign * (a - b);
@@ -57,7 +57,7 @@
     body.append(...rows);
   }
 
-  // Recordings. A transcript is parsed when it is opened, or searched for the first time.
+  // Recordings: search and links. A transcript is parsed when it is first opened or searched.
 
   function recordings(section) {
     const table = section.querySelector("table");
@@ -73,33 +73,33 @@
         const columns = [...row.cells].filter((cell) => cell.dataset.value === undefined);
         const parts = columns.map((cell) => cell.textContent);
         for (const stretches of data(row).systems) {
-          parts.push(stretches.map((one) => one[1]).filter(Boolean).join(" ")); // what was said
-          parts.push(stretches.map((one) => one[one.length - 1]).filter(Boolean).join(" ")); // what was heard
+          parts.push(stretches.map((stretch) => stretch[1]).filter(Boolean).join(" ")); // reference
+          parts.push(stretches.map((stretch) => stretch[stretch.length - 1]).filter(Boolean).join(" ")); // hypothesis
         }
         texts.set(row, parts.join("\n").toLowerCase());
       }
       return texts.get(row);
     }
 
-    const found = make("output", {});
+    const matches = make("output", {});
     const input = make("input", { type: "search", placeholder: "Search names and transcripts", "aria-label": "Search" });
-    let waiting = 0;
+    let timer = 0;
     input.addEventListener("input", () => {
-      clearTimeout(waiting);
-      waiting = setTimeout(search, 120);
+      clearTimeout(timer);
+      timer = setTimeout(search, 120);
     });
 
     function search() {
-      const wanted = input.value.trim().replace(/\s+/g, " ").toLowerCase();
+      const query = input.value.trim().replace(/\s+/g, " ").toLowerCase();
       let count = 0;
       for (const row of rows) {
-        row.hidden = wanted !== "" && !textOf(row).includes(wanted);
+        row.hidden = query !== "" && !textOf(row).includes(query);
         count += row.hidden ? 0 : 1;
       }
-      found.textContent = `${count} of ${rows.length}`;
+      matches.textContent = `${count} of ${rows.length}`;
     }
 
-    section.prepend(make("div", { class: "tools" }, input, found));
+    section.prepend(make("div", { class: "tools" }, input, matches));
     search();
     for (const row of rows) {
       const cell = row.cells[0];
@@ -110,7 +110,7 @@
     }
   }
 
-  // A transcript: rows of BLOCK_SECONDS, in each what every system heard, errors marked.
+  // Transcript: rows of BLOCK_SECONDS with the hypotheses of all systems, errors marked.
 
   function open(title, recording, names) {
     const errors = [];
@@ -121,11 +121,10 @@
     function play(seconds) {
       if (!audio) return;
       audio.currentTime = Math.max(0, seconds - BEFORE_SECONDS);
-      // Refused where the file is not there any more; the player says so itself.
-      audio.play().catch(() => {});
+      audio.play().catch(() => {}); // the player itself shows that a file is missing
     }
 
-    function leave() {
+    function close() {
       if (audio) audio.pause();
       dialog.remove();
     }
@@ -134,60 +133,61 @@
       if (!errors.length) return;
       if (current >= 0) errors[current].element.classList.remove("current");
       current = (place + errors.length) % errors.length;
-      const one = errors[current];
-      one.element.classList.add("current");
-      one.element.scrollIntoView({ block: "center" });
-      status.textContent = `error ${current + 1} of ${errors.length}, at ${clock(one.time)}`;
+      const error = errors[current];
+      error.element.classList.add("current");
+      error.element.scrollIntoView({ block: "center" });
+      status.textContent = `error ${current + 1} of ${errors.length}, at ${clock(error.time)}`;
     }
 
-    function stretch(one, until) {
-      const [time, said, heard] = one;
-      if (one.length === 2) {
-        const text = make("span", { class: "right" }, said);
-        text.addEventListener("click", (event) => play(time + shareOf(event, text) * Math.max(0, until - time)));
+    // A stretch is [time, text] of correct words, or [time, reference, hypothesis] of an error.
+    function render(stretch, end) {
+      const [time, reference, hypothesis] = stretch;
+      if (stretch.length === 2) {
+        const text = make("span", { class: "right" }, reference);
+        text.addEventListener("click", (event) => play(time + shareBefore(event, text) * Math.max(0, end - time)));
         return text;
       }
       let element;
-      if (!heard) element = make("del", {}, said);
-      else if (!said) element = make("ins", {}, heard);
-      else element = make("span", { class: "sub" }, `${heard} `, make("s", {}, said));
+      if (!hypothesis) element = make("del", {}, reference);
+      else if (!reference) element = make("ins", {}, hypothesis);
+      else element = make("span", { class: "sub" }, `${hypothesis} `, make("s", {}, reference));
       element.title = clock(time);
-      const place = errors.push({ element, time, said, heard }) - 1;
+      const place = errors.push({ element, time, reference, hypothesis }) - 1;
       element.addEventListener("click", () => { select(place); play(time); });
       return element;
     }
 
     const columns = recording.systems.map((stretches) => {
       const parts = new Map();
-      let block = 0; // texts stay in their order, whatever their times
-      stretches.forEach((one, place) => {
-        block = Math.max(block, Math.floor(one[0] / BLOCK_SECONDS));
+      let block = 0; // never decreases: the order of the text is kept even if times are not sorted
+      stretches.forEach((stretch, place) => {
+        block = Math.max(block, Math.floor(stretch[0] / BLOCK_SECONDS));
         if (!parts.has(block)) parts.set(block, []);
         const next = stretches[place + 1];
-        parts.get(block).push([one, next ? next[0] : recording.seconds]);
+        parts.get(block).push([stretch, next ? next[0] : recording.seconds]);
       });
       return parts;
     });
     const places = [...new Set(columns.flatMap((parts) => [...parts.keys()]))].sort((a, b) => a - b);
     const lines = places.map((block) => {
-      const begin = block * BLOCK_SECONDS;
-      const time = make("button", { type: "button", class: "time", onclick: () => play(begin) }, clock(begin).slice(0, -2));
-      const heard = columns.map((parts, system) => {
+      const start = block * BLOCK_SECONDS;
+      const time = make("button", { type: "button", class: "time", onclick: () => play(start) }, clock(start).slice(0, -2));
+      const hypotheses = columns.map((parts, system) => {
         const line = make("p", {});
         if (names.length > 1) line.append(make("b", {}, names[system]), " ");
-        for (const [one, until] of parts.get(block) || []) line.append(stretch(one, until), " ");
+        for (const [stretch, end] of parts.get(block) || []) line.append(render(stretch, end), " ");
         return line;
       });
-      return make("div", { class: "block" }, time, make("div", {}, ...heard));
+      return make("div", { class: "block" }, time, make("div", {}, ...hypotheses));
     });
-    if (!lines.length) lines.push(make("p", { class: "note" }, "Nothing was said, and nothing was heard."));
+    if (!lines.length) lines.push(make("p", { class: "note" }, "The reference and all hypotheses are empty."));
 
     const list = make("details", { class: "errors" }, make("summary", {}, "Errors and their times"));
     list.addEventListener("toggle", () => {
       if (list.children.length > 1) return;
-      list.append(make("ol", {}, ...errors.map((one, place) => {
-        const text = `${clock(one.time)} ${one.said || "nothing"} \u2192 ${one.heard || "nothing"}`;
-        return make("li", {}, make("button", { type: "button", onclick: () => { select(place); play(one.time); } }, text));
+      list.append(make("ol", {}, ...errors.map((error, place) => {
+        const text = `${clock(error.time)} ${error.reference || "(none)"} \u2192 ${error.hypothesis || "(none)"}`;
+        return make("li", {}, make("button", { type: "button", onclick: () => { select(place); play(error.time); } }, text));
       })));
     });
 
@@ -195,18 +195,18 @@
     const controls = make("div", { class: "tools" },
       make("button", { type: "button", class: "previous", onclick: () => select(current < 0 ? -1 : current - 1) }, "Previous error"),
       make("button", { type: "button", class: "next", autofocus: "", onclick: () => select(current + 1) }, "Next error"), status);
-    const close = make("button", { type: "button", class: "close", onclick: leave }, "Close");
-    const head = make("header", {}, make("div", { class: "title" }, make("h3", {}, title), close), controls);
+    const closeButton = make("button", { type: "button", class: "close", onclick: close }, "Close");
+    const head = make("header", {}, make("div", { class: "title" }, make("h3", {}, title), closeButton), controls);
     if (audio) head.append(audio);
     dialog.append(head, ...(errors.length ? [list] : []), ...lines);
-    dialog.addEventListener("close", leave); // by the Escape key
+    dialog.addEventListener("close", close); // after the Escape key
     document.body.append(dialog);
     status.textContent = `${errors.length} ${errors.length === 1 ? "error" : "errors"}`;
     dialog.showModal();
   }
 
-  // Which part of a text lies before the click, 0 to 1.
-  function shareOf(event, text) {
+  // Share of a text before the clicked word, 0 to 1.
+  function shareBefore(event, text) {
     let offset = 0;
     if (document.caretPositionFromPoint) {
       const caret = document.caretPositionFromPoint(event.clientX, event.clientY);
@@ -215,7 +215,7 @@
       const caret = document.caretRangeFromPoint(event.clientX, event.clientY);
       if (caret && text.contains(caret.startContainer)) offset = caret.startOffset;
     }
-    const start = text.textContent.lastIndexOf(" ", offset - 1) + 1; // of the word
+    const start = text.textContent.lastIndexOf(" ", offset - 1) + 1; // start of the word
     return start / Math.max(text.textContent.length, 1);
   }
 

@@ -1,45 +1,56 @@
-"""The sections of a report that show results: from `results.json` of one or several systems.
+"""Sections of a report, from the `results.json` of one or several systems.
 
-`pages` puts them together for an evaluation or a comparison, `launch/quickstart_report.py` for the quickstart.
+Each function computes what its template (`templates/`) shows. `reports` combines the sections for an evaluation or a
+comparison, `launch/quickstart_report.py` for the quickstart.
 """
 
-import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bestrq.report import charts, curves, report, tables
+from bestrq.report import charts
+from bestrq.report.charts import Bin
 from bestrq.report.comparison import (
     Results,
     check_same_references,
     context_curves,
-    difference_sentence,
-    is_curve,
+    has_several_contexts,
     mode_of,
-    p_text,
     setting_of,
     word_rate_differences,
-    words_in_few_recordings,
 )
-from bestrq.report.curves import Bin
-from bestrq.report.tables import Cell, Column
+from bestrq.report.page import Cell, Column, Section, figure, interval_bar, render
+from bestrq.report.text import (
+    difference_sentence,
+    few_recordings_warning,
+    interval,
+    language_text,
+    number,
+    p_text,
+    points,
+    rate_text,
+)
+from bestrq.scoring.word_errors import Mark, edit_alignment
 
-INTERVALS = "Intervals: 95 %, from resampling whole recordings."
-HOLLOW = "Hollow marks: too few recordings for an interval."
-_PARTS: tuple[tuple[str, str, str], ...] = (
+Transcripts = Mapping[str, Sequence[Mapping[str, Any]]]
+"""lines of `transcripts.jsonl` by system"""
+
+MAX_STRETCH_WORDS = 12
+"""correct words per stretch; the script interpolates times within a stretch, which is inaccurate in long ones"""
+_BREAKDOWNS: tuple[tuple[str, str, str], ...] = (
     ("durations", "By length of the recording", "length of the recording"),
     ("positions", "By position in the recording", "share of the recording, %"),
     ("edge_distances", "By distance from a window's edge", "distance from the nearest edge, seconds"),
 )
 
 
-def results_section(systems: Results) -> report.Section:
-    """Rates by language, as whole recordings and by segments, kinds of errors, and where the errors sit.
+def results_section(systems: Results) -> Section:
+    """Rates by language, of whole recordings and by segments, kinds of errors, and the distribution over recordings.
 
-    Raises UserError where the systems were evaluated on different recordings.
+    Raises UserError if the systems were evaluated on different recordings.
     """
     check_same_references(systems)
     rates: dict[str, Mapping[str, Any]] = {}
@@ -47,247 +58,315 @@ def results_section(systems: Results) -> report.Section:
         rates[name] = results["scores"]
         if results.get("segments"):
             rates[f"{name}, by segments"] = results["segments"]
-    body = tables.headline_table(rates)
-    note = f"Errors of the whole corpus over its reference words (WER) and characters (CER). {INTERVALS}"
-    if len(rates) > len(systems):
-        note += (
-            " By segments: words are aligned within the segments of the STM file; otherwise a recording is one text, "
-            "from which the words in ignored segments are left out."
-        )
-    body += report.paragraph(f"{note} The bar shows the WER and its interval.", "note")
-    if few := words_in_few_recordings(next(iter(systems.values()))):
-        body += report.paragraph(few, "note")
+    first = next(iter(rates.values()))
     of_recordings = {
         name: [row["wer"] for row in results["recordings"] if row["wer"] is not None]
         for name, results in systems.items()
     }
+    has_distribution = any(len(values) > 1 for values in of_recordings.values())
     totals = {name: results["scores"]["all"] for name, results in systems.items()}
-    figures = [
-        report.figure(
-            "Kinds of errors",
-            charts.kinds_chart({name: error_shares(total["words"]) for name, total in totals.items()}, "words"),
-            "A model that has learnt little mostly deletes.",
-        )
-    ]
-    if any(len(values) > 1 for values in of_recordings.values()):
-        picture = charts.rates_chart("WER of the recordings", of_recordings, "WER, %")
-        caption = "Each recording by itself; further to the left is better."
-        figures.insert(0, report.figure("WER of the recordings", picture, caption))
-    return report.Section("Results", body + report.chart_grid(figures) + tables.error_table(totals))
+    shares = {name: error_shares(total["words"]) for name, total in totals.items()}
+    body = render(
+        "results.html",
+        rates=rates,
+        languages=[language for language in first if not (language == "all" and len(first) == 2)],
+        highest=_highest_end(score for scores in rates.values() for score in scores.values()),
+        by_segments=len(rates) > len(systems),
+        warning=few_recordings_warning(next(iter(systems.values()))),
+        distribution=charts.rates_chart("WER of the recordings", of_recordings, "WER, %") if has_distribution else None,
+        kinds=charts.kinds_chart(shares, "words"),
+        totals=totals,
+    )
+    return Section("Results", body)
 
 
-def cells_section(systems: Results, title: str = "Context and cost") -> report.Section:
-    """The curve of WER over context, and a row of rates and costs for every evaluation."""
-    lines, body = context_curves(systems), ""
-    if is_curve(lines):
-        caption = f"{INTERVALS} Bars show them; lines are a little apart so that none hides another."
-        picture = report.figure("WER against context", curves.context_chart(lines, "WER"), caption)
-        body += f'<div class="curve">{picture}</div>'
-    # The evaluations of one grid are called by their settings already.
-    named = all(_slug(setting_of(results)) in _slug(name) for name, results in systems.items())
-    settings = [] if named else [Column("Setting", "wrap")]
-    columns = [Column("System", "wrap"), *settings, Column("Context, s"), Column("WER, %", "rate"),
-               Column("95 % interval", "range"), Column("", "bar"), Column("CER, %", "rate"),
-               Column("RTF"), Column("Audio-s/s"), Column("Peak MB")]  # fmt: skip
-    highest = tables.highest_end(results["scores"]["all"] for results in systems.values())
+def cost_section(systems: Results, title: str = "Context and cost") -> Section:
+    """Curve of WER over context, and a table of rates and costs with one row per evaluation."""
+    curves = context_curves(systems)
+    # The evaluations of a sweep are named by their settings, so a column of settings would repeat the names.
+    named_by_setting = all(_slug(setting_of(results)) in _slug(name) for name, results in systems.items())
+    columns = [Column("System", "wrap"), *([] if named_by_setting else [Column("Setting", "wrap")]),
+               Column("Context, s"), Column("WER, %", "rate"), Column("95 % interval", "range"), Column("", "bar"),
+               Column("CER, %", "rate"), Column("RTF"), Column("RTFx"), Column("Peak MB")]  # fmt: skip
+    highest = _highest_end(results["scores"]["all"] for results in systems.values())
     rows: list[list[Cell | str]] = []
     for name, results in systems.items():
         total, cost, context = results["scores"]["all"], results["decoding"], results["context_seconds"]
-        bounds, bar = total["wer_interval"], tables.interval_bar(total["wer"], total["wer_interval"], highest)
+        bounds = total["wer_interval"]
         rows.append([
-            name, *([] if named else [setting_of(results)]), Cell(short_context(results), context or 1e9),
-            tables.rate_cell(total["wer"]), Cell(tables.interval(bounds), bounds and bounds[0]), Cell("", None, bar),
-            tables.rate_cell(total["cer"]), tables.number_cell(cost["real_time_factor"], 4),
-            tables.number_cell(cost["audio_seconds_per_second"]), tables.number_cell(cost["peak_mb"], 0),
+            name, *([] if named_by_setting else [setting_of(results)]),
+            Cell(f"{context:g}" if context else mode_of(results), context or 1e9), _rate_cell(total["wer"]),
+            _interval_cell(bounds), interval_bar(total["wer"], bounds, highest), _rate_cell(total["cer"]),
+            _number_cell(cost["real_time_factor"], 4), _number_cell(cost["audio_seconds_per_second"]),
+            _number_cell(cost["peak_mb"], 0),
         ])  # fmt: skip
-    body += tables.table(columns, rows, sortable=True)
-    note = (
-        "RTF: real-time factor, seconds of decoding for a second of audio; audio-s/s: its inverse. Peak MB: memory of "
-        "decoding, above that before it (the model's weights). "
-        "Times compare only where the evaluations ran on the same machine with nothing beside them."
-    )
-    return report.Section(title, body + report.paragraph(note, "note"))
+    curve = charts.context_chart(curves, "WER") if has_several_contexts(curves) else None
+    return Section(title, render("cost.html", curve=curve, columns=columns, rows=rows))
 
 
-def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]]) -> report.Section:
-    """How the others differ from the first system; `comparisons` are of `comparison.compare_systems`."""
-    first = next(iter(systems))
+def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]]) -> Section:
+    """Differences of the other systems to the first; `comparisons` is the result of `compare_systems`."""
+    baseline = next(iter(systems))
     columns = [Column("System", "wrap"), Column("WER, points", "rate"), Column("95 % interval", "range"),
                Column("P(better)"), Column("CER, points", "rate"), Column("95 % interval", "range"),
                Column("MAPSSWE"), Column("Segments"), Column("p")]  # fmt: skip
     rows: list[list[Cell | str]] = []
-    for one in comparisons:
-        wer, cer, matched = one["wer"] or {}, one["cer"] or {}, one["matched_pairs"]
+    for comparison in comparisons:
+        wer, cer, matched = comparison["wer"] or {}, comparison["cer"] or {}, comparison["matched_pairs"]
         rows.append([
-            one["system"], *_difference_cells(wer), tables.number_cell(wer.get("probability_first_better"), 3),
-            *_difference_cells(cer), tables.number_cell(matched["mean_difference"], 3),
-            tables.number_cell(matched["num_segments"], 0), Cell(p_text(matched["p_value"]), matched["p_value"]),
+            comparison["system"], *_difference_cells(wer), _number_cell(wer.get("probability_first_better"), 3),
+            *_difference_cells(cer), _number_cell(matched["mean_difference"], 3),
+            _number_cell(matched["num_segments"], 0), Cell(p_text(matched["p_value"]), matched["p_value"]),
         ])  # fmt: skip
-    note = (
-        f"Each system less {first}, on the same recordings: negative is better than {first}. Intervals: 95 %, from "
-        "resampling whole recordings for both systems together (studentised); P(better) is the share of plain "
-        "resamples in which the system has fewer word errors. MAPSSWE: matched pairs sentence-segment word error test, "
-        "the mean difference of errors in a segment, the number of segments and the two-sided p; it takes segments as "
-        "independent, which those of one recording are not quite. With many systems, some p is small by chance."
+    figures = []
+    for comparison in comparisons[:6]:
+        differences = word_rate_differences(systems, comparison["system"], baseline)
+        if any(differences):
+            heading = f"{comparison['system']} minus {baseline}"
+            picture = charts.differences_chart(f"WER of {heading}", differences, "WER, points")
+            figures.append(figure(heading, picture))
+    sentences = [difference_sentence(comparison) for comparison in comparisons[:3]]
+    body = render(
+        "differences.html", baseline=baseline, sentences=sentences, columns=columns, rows=rows, figures=figures
     )
-    figures = []
-    for one in comparisons[:6]:
-        if any(values := word_rate_differences(systems, one["system"], first)):
-            heading = f"{one['system']} less {first}"
-            picture = curves.differences_chart(f"WER of {heading}", values, "WER, points")
-            figures.append(report.figure(heading, picture))
-    sentences = [report.paragraph(difference_sentence(one)) for one in comparisons[:3]]
-    body = "".join(sentences) + tables.table(columns, rows, sortable=len(rows) > 1) + report.paragraph(note, "note")
-    return report.Section(f"Differences to {first}", body + report.chart_grid(figures))
+    return Section(f"Differences from {baseline}", body)
 
 
-def breakdowns_section(systems: Results) -> report.Section:
-    """Where the errors sit: length, position, distance from an edge, speaker, confusions."""
-    figures = []
-    for key, title, label in _PARTS:
-        parts = {name: parts_of(results[key]) for name, results in systems.items() if results[key]}
-        names = list(
-            dict.fromkeys(name for bins in parts.values() for name, part in bins.items() if part.rate is not None)
+def breakdowns_section(systems: Results, max_confusions: int = 20) -> Section:
+    """Errors by length, position, distance from a window's edge and speaker, and the most frequent confusions."""
+    charted = []
+    for key, title, label in _BREAKDOWNS:
+        rates = {name: bin_rates(results[key]) for name, results in systems.items() if results[key]}
+        parts = list(
+            dict.fromkeys(part for bins in rates.values() for part, bin in bins.items() if bin.rate is not None)
         )
-        if len(names) < 2:
+        if len(parts) < 2:
             continue
-        bins = {name: [mine.get(part, Bin(None, None)) for part in names] for name, mine in parts.items()}
+        bins = {name: [by_part.get(part, Bin(None, None)) for part in parts] for name, by_part in rates.items()}
         rows = [
             [part, *(cell for name in bins for cell in _bin_cells(bins[name][place]))]
-            for place, part in enumerate(names)
+            for place, part in enumerate(parts)
         ]
-        columns = [Column(label, "left")]
-        for name in bins:
-            columns += [Column(f"WER of {name}, %", "rate"), Column("95 % interval", "range")]
-        numbers = report.details("As a table", tables.table(columns, rows))
-        figures.append(report.figure(title, curves.bins_chart(title, names, bins, label)) + numbers)
-    body = report.chart_grid([f"<div>{one}</div>" for one in figures]) if figures else ""
-    if figures:
-        body = report.paragraph(f"WER of parts of the recordings. {INTERVALS} {HOLLOW}", "note") + body
-    if any(len(results["speakers"]) > 1 for results in systems.values()):
-        body += "<h3>By speaker</h3>" + _speakers_table(systems)
-    return report.Section("Where the errors sit", body + _confusions(systems))
+        columns = [Column(label, "left"), *_rate_columns(bins)]
+        charted.append((figure(title, charts.bins_chart(title, parts, bins, label)), columns, rows))
+    has_speakers = any(len(results["speakers"]) > 1 for results in systems.values())
+    confusions = {
+        name: {kind: rows[:max_confusions] for kind, rows in results["confusions"].items()}
+        for name, results in systems.items()
+        if any(results["confusions"].values())
+    }
+    body = render(
+        "breakdowns.html",
+        charted=charted,
+        speaker_columns=[Column("Speaker", "left"), Column("Minutes"), *_rate_columns(systems)],
+        speaker_rows=_speaker_rows(systems) if has_speakers else [],
+        confusions=confusions,
+        max_confusions=max_confusions,
+        several=len(systems) > 1,
+    )
+    return Section("Error breakdowns", body)
 
 
-def transcripts_section(systems: Results, count: int = 6) -> report.Section:
-    """Recordings spread over the range of difficulty, by the CER of the first system, with their errors marked."""
+def recordings_section(systems: Results, transcripts: Transcripts, audio: Mapping[str, str]) -> Section:
+    """Table of all recordings with their aligned transcripts, which the page's script sorts, searches, opens and plays.
+
+    Args:
+        systems: a few; each adds a column, and a line to every transcript.
+        audio: relative or file URL by recording, for those with audio.
+    """
+    several = len(systems) > 1
+    first, *others = ({row["id"]: row for row in results["recordings"]} for results in systems.values())
+    aligned = {name: {line["id"]: line["alignment"] for line in transcripts[name]} for name in systems}
+    has_languages = len({row["language"] for row in first.values()}) > 1
+    has_speakers = len({row["speaker"] for row in first.values()}) > 1
+    columns = [Column("Recording", "left")]
+    columns += [Column("Language", "left")] if has_languages else []
+    columns += [Column("Speaker", "left")] if has_speakers else []
+    columns += [Column("Minutes"), Column("Words")]
+    columns += [Column(f"WER of {name}, %" if several else "WER, %", "rate") for name in systems]
+    if not several:
+        columns += [Column(title) for title in ("CER, %", "Substitutions", "Deletions", "Insertions")]
+    rows, blocks = [], []
+    for id, row in first.items():
+        cells: list[Cell | str] = [id]
+        cells += [language_text(row["language"])] if has_languages else []
+        cells += [row["speaker"]] if has_speakers else []
+        num_words = row["word_hits"] + row["word_substitutions"] + row["word_deletions"]
+        cells += [_number_cell(row["seconds"] / 60, 2), _number_cell(num_words, 0)]
+        cells += [_rate_cell(by_id[id]["wer"]) for by_id in (first, *others)]
+        if not several:
+            cells.append(_rate_cell(row["cer"]))
+            kinds = ("word_substitutions", "word_deletions", "word_insertions")
+            cells += [_number_cell(row[kind], 0) for kind in kinds]
+        rows.append(cells)
+        block = {"audio": audio.get(id), "seconds": row["seconds"],
+                 "systems": [list(stretches(aligned[name].get(id, []))) for name in systems]}  # fmt: skip
+        blocks.append(block)
+    body = render(
+        "recordings.html", columns=columns, rows=rows, names=list(systems), blocks=blocks, has_audio=bool(audio)
+    )
+    return Section("Recordings", body)
+
+
+def stretches(alignment: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
+    """Compact form of an alignment: `[time, text]` for up to MAX_STRETCH_WORDS correct words in a row, and
+    `[time, reference, hypothesis]` for an error; the reference of an insertion and the hypothesis of a deletion are "".
+
+    Args:
+        alignment: steps `[kind, reference, hypothesis, time]`, kind "=" for a correct word, time in seconds.
+    """
+    start = 0.0
+    words: list[str] = []
+    for kind, reference, hypothesis, time in alignment:
+        if words and (kind != "=" or len(words) == MAX_STRETCH_WORDS):
+            yield [start, " ".join(words)]
+            words = []
+        if kind == "=":
+            start = start if words else round(time, 1)
+            words.append(hypothesis)
+        else:
+            yield [round(time, 1), reference, hypothesis]
+    if words:
+        yield [start, " ".join(words)]
+
+
+def examples_section(systems: Results, count: int = 6, max_words: int = 90) -> Section:
+    """Recordings spread over the range of the first system's CER, with their errors marked by colour and text style.
+
+    Args:
+        max_words: longer texts are cut after this number of words.
+    """
     by_system = {name: {row["id"]: row for row in results["recordings"]} for name, results in systems.items()}
-    rows = [row for row in next(iter(by_system.values())).values() if row["reference"]]
-    rows.sort(key=lambda row: (row["cer"], row["id"]))
-    picked = [rows[round(i)] for i in np.linspace(0.1, 0.9, min(count, len(rows))) * (len(rows) - 1)] if rows else []
-    samples = [
-        report.Sample(
-            id=row["id"],
-            language=row["language"],
-            reference=row["reference"],
-            hypotheses={name: one[row["id"]]["hypothesis"] for name, one in by_system.items()},
-            rates={name: one[row["id"]]["cer"] for name, one in by_system.items()},
-        )
-        for row in {row["id"]: row for row in picked}.values()
-    ]
-    intro = report.paragraph(f"From the easier to the harder ones, by the CER of {next(iter(systems))}.")
-    return report.Section("Examples", intro + report.transcripts(samples))
+    first = next(iter(systems))
+    rows = sorted(
+        (row for row in by_system[first].values() if row["reference"]), key=lambda row: (row["cer"], row["id"])
+    )
+    places = np.linspace(0.1, 0.9, min(count, len(rows))) * (len(rows) - 1)
+    examples = []
+    for row in {rows[round(place)]["id"]: rows[round(place)] for place in places}.values():
+        marked = []
+        for name, by_id in by_system.items():
+            marks = edit_alignment(row["reference"], by_id[row["id"]]["hypothesis"])
+            marked.append((name, by_id[row["id"]]["cer"], cut_marks(marks, max_words)))
+        examples.append((row, _shorten(row["reference"], max_words), marked))
+    return Section("Examples", render("examples.html", examples=examples, ordered_by=first))
 
 
-def facts_section(systems: Results, pretrain: Path | None = None) -> report.Section:
+def provenance_section(systems: Results, pretrain: Path | None = None) -> Section:
     """Data, exports, normalisers, versions and command lines."""
     first = next(iter(systems.values()))
-    values = {
+    facts = {
         "dataset": f"{first['dataset']['path']}, split {first['dataset']['split']}",
         "dataset fingerprint": first["dataset"]["fingerprint"],
         "feature hash": first["dataset"]["feature_hash"],
     }
     if pretrain is not None:
-        values["pretraining run"] = str(pretrain)
+        facts["pretraining run"] = str(pretrain)
     for name, results in systems.items():
-        values[f"{name}: export"] = f"{results['export']} ({results['export_hash'][:16]})"
+        facts[f"{name}: export"] = f"{results['export']} ({results['export_hash'][:16]})"
         if results["dataset"]["fingerprint"] != first["dataset"]["fingerprint"]:
-            values[f"{name}: dataset"] = f"{results['dataset']['path']} ({results['dataset']['fingerprint']})"
+            facts[f"{name}: dataset"] = f"{results['dataset']['path']} ({results['dataset']['fingerprint']})"
     for name, rules in first["normalisers"].items():
         lines = [
             rules["description"],
             *(f"{rule['pattern']} becomes {rule['replacement']!r}: {rule['reason']}" for rule in rules["rules"]),
         ]
         lines += [rules["note"]] if "note" in rules else []
-        values[f"normaliser {name}"] = "; ".join(lines)
-    values["interval"] = first["scores"]["all"]["interval_method"]
-    values["versions"] = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    body = report.facts(values) + report.commands([results["command"] for results in systems.values()])
-    return report.Section("How it was made", body)
+        facts[f"normaliser {name}"] = "; ".join(lines)
+    facts["interval"] = first["scores"]["all"]["interval_method"]
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    commands = [results["command"] for results in systems.values()]
+    return Section("Provenance", render("provenance.html", facts=facts, commands=commands))
 
 
-def _slug(text: str) -> str:
-    """As in a folder's name."""
-    return re.sub(r"[^\w.]+", "-", text)
-
-
-def short_context(results: Mapping[str, Any]) -> str:
-    """Seconds of context for a table."""
-    return f"{results['context_seconds']:g}" if results["context_seconds"] else mode_of(results)
-
-
-def parts_of(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Bin]:
-    """Rates by the name of the part: from `CorpusScore.summary()` by name, or a list of `BinScore.summary()`."""
+def bin_rates(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Bin]:
+    """Rates by part, from `CorpusScore.summary()` by name or a list of `BinScore.summary()`."""
     if isinstance(parts, Mapping):
-        return {name: Bin(one["wer"], one["wer_interval"]) for name, one in parts.items()}
-    shares = parts[-1]["high"] is not None  # of the recording; distances have no end
-    return {_bin_name(one["low"], one["high"], 100 if shares else 1): Bin(one["wer"], one["interval"]) for one in parts}
+        return {name: Bin(score["wer"], score["wer_interval"]) for name, score in parts.items()}
+    shares = parts[-1]["high"] is not None  # shares of a recording end at 1, distances are unbounded
+    return {_bin_name(bin["low"], bin["high"], 100 if shares else 1): Bin(bin["wer"], bin["interval"]) for bin in parts}
 
 
 def error_shares(counts: Mapping[str, int]) -> dict[str, float]:
-    """Kinds of errors over the length of the references."""
+    """Kinds of errors as shares of the reference length."""
     length = max(counts["hits"] + counts["substitutions"] + counts["deletions"], 1)
     return {kind: counts[kind] / length for kind in ("substitutions", "deletions", "insertions")}
 
 
-def _difference_cells(compared: Mapping[str, Any]) -> list[Cell | str]:
-    bounds = compared.get("interval")
-    return [Cell(tables.points(compared.get("difference")), compared.get("difference")),
-            Cell(tables.interval(bounds, signed=True), bounds and bounds[0])]  # fmt: skip
+def cut_marks(marks: Iterable[Mark], max_words: int) -> list[Mark]:
+    """First `max_words` words of an alignment, with substitutions split into words; "..." follows if more are left."""
+    shown: list[Mark] = []
+    room = max_words
+    for mark in marks:
+        reference, hypothesis = mark.reference.split(), mark.hypothesis.split()
+        if mark.kind == "substitute":
+            pairs = list(zip(reference, hypothesis, strict=True))
+            shown += [Mark(mark.kind, old, new) for old, new in pairs[:room]]
+        else:
+            shown.append(Mark(mark.kind, " ".join(reference[:room]), " ".join(hypothesis[:room])))
+        room -= max(len(reference), len(hypothesis))
+        if room <= 0:
+            break
+    if room < 0:
+        shown.append(Mark("equal", "...", "..."))
+    return shown
 
 
-def _bin_cells(part: Bin) -> list[Cell | str]:
-    return [tables.rate_cell(part.rate), tables.interval(part.interval)]
+def _shorten(text: str, max_words: int) -> str:
+    words = text.split()
+    num_left = len(words) - max_words
+    return text if num_left <= 0 else f"{' '.join(words[:max_words])} ... ({num_left:,} more words)"
+
+
+def _slug(text: str) -> str:
+    """Text as it appears in the name of a folder."""
+    return re.sub(r"[^\w.]+", "-", text)
+
+
+def _rate_cell(rate: float | None) -> Cell:
+    return Cell(rate_text(rate), rate)
+
+
+def _number_cell(value: float | None, digits: int = 1) -> Cell:
+    return Cell(number(value, digits), value)
+
+
+def _interval_cell(bounds: Sequence[float] | None, signed: bool = False) -> Cell:
+    return Cell(interval(bounds, signed), bounds[0] if bounds else None)
+
+
+def _difference_cells(compared: Mapping[str, Any]) -> list[Cell]:
+    difference = compared.get("difference")
+    return [Cell(points(difference), difference), _interval_cell(compared.get("interval"), signed=True)]
+
+
+def _bin_cells(bin: Bin) -> list[Cell | str]:
+    return [_rate_cell(bin.rate), interval(bin.interval)]
 
 
 def _bin_name(low: float, high: float | None, scale: float) -> str:
     return f"{scale * low:g} and more" if high is None else f"{scale * low:.3g} to {scale * high:.3g}"
 
 
-def _speakers_table(systems: Results) -> str:
-    """A row a speaker, the widest table only as far as speakers are known."""
-    names = sorted({speaker for results in systems.values() for speaker in results["speakers"]})
-    columns = [Column("Speaker", "left"), Column("Minutes")]
-    for name in systems:
-        columns += [Column(f"WER of {name}, %", "rate"), Column("95 % interval", "range")]
+def _rate_columns(systems: Iterable[str]) -> list[Column]:
+    return [
+        column for name in systems for column in (Column(f"WER of {name}, %", "rate"), Column("95 % interval", "range"))
+    ]
+
+
+def _speaker_rows(systems: Results) -> list[list[Cell | str]]:
+    """One row per speaker that any of the systems has."""
     rows: list[list[Cell | str]] = []
-    for speaker in names:
-        there = [results["speakers"].get(speaker, {}) for results in systems.values()]
-        row: list[Cell | str] = [speaker or "not known", tables.number_cell(there[0].get("seconds", 0.0) / 60)]
-        for one in there:
-            row += [tables.rate_cell(one.get("wer")), tables.interval(one.get("wer_interval"))]
+    for speaker in sorted({speaker for results in systems.values() for speaker in results["speakers"]}):
+        scores = [results["speakers"].get(speaker, {}) for results in systems.values()]
+        row: list[Cell | str] = [speaker or "unknown", _number_cell(scores[0].get("seconds", 0.0) / 60)]
+        for score in scores:
+            row += [_rate_cell(score.get("wer")), interval(score.get("wer_interval"))]
         rows.append(row)
-    return tables.table(columns, rows, sortable=True, tall=len(rows) > 15)
+    return rows
 
 
-def _confusions(systems: Results, most: int = 20) -> str:
-    """The most frequent errors, kinds side by side, systems under each other."""
-    blocks = []
-    for name, results in systems.items():
-        lists = []
-        for kind, heads in (("substitutions", ("Said", "Heard")), ("deletions", ("Deleted",)),
-                            ("insertions", ("Inserted",))):  # fmt: skip
-            rows = results["confusions"][kind][:most]
-            columns = [*(Column(head, "left") for head in heads), Column("Times")]
-            if rows:
-                lists.append(tables.table(columns, [[*row[:-1], tables.number_cell(row[-1], 0)] for row in rows]))
-        if lists:
-            blocks.append((name, f'<div class="lists">{"".join(f"<div>{one}</div>" for one in lists)}</div>'))
-    if not blocks:
-        return ""
-    shown = "".join(
-        report.details(f"{name}: the {most} most frequent of each kind", body) if place else body
-        for place, (name, body) in enumerate(blocks)
-    )
-    title = "Most frequent confusions" + (f" of {blocks[0][0]}" if len(systems) > 1 else "")
-    return f"<h3>{html.escape(title)}</h3>{shown}"
+def _highest_end(scores: Iterable[Mapping[str, Any]]) -> float:
+    """Largest WER or upper end of its interval: the scale of `interval_bar`."""
+    ends = [end for score in scores for end in (score["wer"], *(score["wer_interval"] or ())) if end is not None]
+    return max(ends, default=1.0)

@@ -1,8 +1,7 @@
-"""Where the errors sit: by speaker, language, duration, position in the recording and distance from a window's edge,
-and which words are confused.
+"""Error breakdowns: by speaker, duration, position in the recording and distance from a window's edge; confusions.
 
-All are of normalised texts as they were scored, and of the same alignment (jiwer's), so that parts add up to totals.
-Within a recording, a word that was said counts where it was said, and an inserted word where it was heard.
+Each breakdown uses the normalised texts that were scored and the same alignment (jiwer's), so parts add up to totals.
+Within a recording, a reference word counts at its own time, an inserted word at its time in the hypothesis.
 """
 
 from bisect import bisect_right
@@ -26,12 +25,12 @@ DISTANCE_EDGES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """seconds"""
 
 Kind = Literal["hit", "substitution", "deletion", "insertion"]
-_PLURALS = {"hit": "hits", "substitution": "substitutions", "deletion": "deletions", "insertion": "insertions"}
+_COUNTS = {"hit": "hits", "substitution": "substitutions", "deletion": "deletions", "insertion": "insertions"}
 
 
 @dataclass(frozen=True)
 class AlignedWord:
-    """A step of an alignment, and when it happened."""
+    """Step of an alignment with its time."""
 
     kind: Kind
     reference: str
@@ -39,7 +38,7 @@ class AlignedWord:
     hypothesis: str
     """empty for a deletion"""
     time: float
-    """seconds, the middle of the word"""
+    """middle of the word, seconds"""
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,32 @@ class BinScore:
     """Word errors of a part of the recordings."""
 
     low: float
-    """from here on"""
+    """lower bound, included"""
     high: float | None
-    """up to here; None for no end"""
+    """upper bound; None if unbounded"""
     words: ErrorCounts
     interval: tuple[float, float] | None
-    """95 % interval of the rate over recordings; None where it says nothing"""
+    """95 % interval of the rate over recordings; None for fewer than three recordings"""
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """JSON-able dict."""
         return {**asdict(self), "wer": self.words.rate}
 
 
 @dataclass(frozen=True)
 class Confusions:
-    """The most frequent errors, the most frequent first, equal ones by alphabet."""
+    """Most frequent errors in descending order; ties in alphabetical order."""
 
     substitutions: list[tuple[str, str, int]]
-    """(said, heard, how often)"""
+    """(reference word, hypothesis word, count)"""
     deletions: list[tuple[str, int]]
+    """(word, count)"""
     insertions: list[tuple[str, int]]
+    """(word, count)"""
 
 
 def by_speaker(scores: Sequence[RecordingScore], num_resamples: int = 10_000, seed: int = 0) -> dict[str, CorpusScore]:
-    """Totals of every speaker, by alphabet; "" where it is not known. By language: `scoring.score_by_language`."""
+    """Totals by speaker, in alphabetical order; "" is an unknown speaker."""
     return _grouped(scores, lambda score: score.speaker, num_resamples, seed)
 
 
@@ -78,10 +79,10 @@ def by_duration(
     scores: Sequence[RecordingScore], edges: Sequence[float] = DURATION_EDGES, num_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, CorpusScore]:  # fmt: skip
-    """Totals of recordings by length, the shortest first: "0 to 10 s", ..., "3600 s and more"; empty ones left out.
+    """Totals by length of the recording, in ascending order: "0 to 10 s", ..., "3600 s and more"; no empty groups.
 
     Args:
-        edges: seconds, ascending; a recording of exactly that length is in the longer group.
+        edges: seconds, ascending; each is the included lower bound of a group.
     """
     names = [f"{low:g} to {high:g} s" for low, high in pairwise([0.0, *edges])] + [f"{edges[-1]:g} s and more"]
     groups = _grouped(scores, lambda score: names[bisect_right(edges, score.seconds)], num_resamples, seed)
@@ -92,52 +93,52 @@ def align_timed(
     reference: Sequence[TimedWord] | str, hypothesis: Sequence[TimedWord], language: str, seconds: float = 0.0,
     choice: Choice = "auto",
 ) -> list[AlignedWord]:  # fmt: skip
-    """The alignment of a recording's normalised words, each step with its time, in the order of the texts.
+    """Alignment of a recording's normalised words with times, in the order of the texts.
 
-    Words that a normaliser splits ("don't") share the time of the word, words that it joins ("twenty one") its span.
-    Where the reference is a text without times, its words take those of the hypothesis that they are aligned to, and
-    deleted ones are spread evenly between their neighbours, or the ends of the recording.
+    The parts of a word that the normaliser splits ("don't") share its time; a word that it joins from several ("twenty
+    one") has their span. In a reference text without times, words take the times of the hypothesis words that they are
+    aligned with, and deleted words are spread evenly between their neighbours or the ends of the recording.
 
     Args:
-        seconds: length of the recording; 0 where it is not known, and the last word heard ends it.
+        seconds: length of the recording; 0 if unknown, then the last hypothesis word ends it.
     """
     clean = normaliser(language, choice).clean
-    heard, heard_times = normalised_times(hypothesis, clean)
+    hypothesis_words, hypothesis_times = normalised_times(hypothesis, clean)
     if isinstance(reference, str):
-        said, said_times = clean(reference).split(), None
+        reference_words, reference_times = clean(reference).split(), None
     else:
-        said, said_times = normalised_times(reference, clean)
-    steps = list(_steps(said, heard))
-    if said_times is None:
-        known = [(i, heard_times[j]) for _, i, j in steps if i is not None and j is not None]
+        reference_words, reference_times = normalised_times(reference, clean)
+    steps = list(_steps(reference_words, hypothesis_words))
+    if reference_times is None:
+        known = [(i, hypothesis_times[j]) for _, i, j in steps if i is not None and j is not None]
         end = max([seconds, *(time for _, time in known)])
-        places, times = zip((-1, 0.0), *known, (len(said), end), strict=True)
-        said_times = np.interp(np.arange(len(said)), places, times)
+        places, times = zip((-1, 0.0), *known, (len(reference_words), end), strict=True)
+        reference_times = np.interp(np.arange(len(reference_words)), places, times)
     return [
         AlignedWord(
             kind,
-            "" if i is None else said[i],
-            "" if j is None else heard[j],
-            float(said_times[i] if i is not None else heard_times[j]),
+            "" if i is None else reference_words[i],
+            "" if j is None else hypothesis_words[j],
+            float(reference_times[i] if i is not None else hypothesis_times[j]),
         )
         for kind, i, j in steps
     ]
 
 
 def normalised_times(words: Sequence[TimedWord], clean: Callable[[str], str]) -> tuple[list[str], np.ndarray]:
-    """Words as their whole text is normalised, and the middle of each in seconds, float64 `[n]`.
+    """Words of the normalised text, and the middle of each in seconds, float64 `[n]`.
 
-    A normaliser looks at several words at once, so its words are traced back to the original ones by an alignment with
-    what it makes of each word alone.
+    A normaliser may depend on neighbouring words, so the words of the normalised text are aligned with the separately
+    normalised words, whose times are known.
     """
     whole = clean(" ".join(word.word for word in words)).split()
     parts: list[str] = []
     middles: list[float] = []
     for word in words:
-        alone = clean(word.word).split()
-        parts += alone
+        own_parts = clean(word.word).split()
+        parts += own_parts
         width = word.end - word.start
-        middles += [word.start + width * (k + 0.5) / len(alone) for k in range(len(alone))]
+        middles += [word.start + width * (k + 0.5) / len(own_parts) for k in range(len(own_parts))]
     if parts == whole:
         return whole, np.array(middles)
     known = [(j, middles[i]) for _, i, j in _steps(parts, whole) if i is not None and j is not None]
@@ -149,13 +150,13 @@ def by_position(
     recordings: Sequence[tuple[Sequence[AlignedWord], float]], num_bins: int = 10, num_resamples: int = 10_000,
     seed: int = 0,
 ) -> list[BinScore]:  # fmt: skip
-    """Word errors by position in the recording: bins of equal shares of its length, deciles unless told.
+    """Word errors by position in the recording, in bins of equal shares of its length.
 
     Args:
-        recordings: the alignment and the length in seconds of each.
+        recordings: alignment and length in seconds of each.
 
     Returns:
-        `num_bins` bins, with bounds as shares of the recording.
+        `num_bins` bins, whose bounds are shares of the recording.
     """
     edges = np.arange(num_bins) / num_bins
     shares = [
@@ -171,9 +172,9 @@ def by_edge_distance(
     """Word errors by distance from the nearest edge of a window.
 
     Args:
-        recordings: the alignment of each, and the times in seconds at which one window's output ends and the next
-            one's begins. A recording of one window has no such edge and is left out.
-        edges: lower ends of the bins in seconds, ascending, the first 0.
+        recordings: alignment of each, and the times in seconds at which the output changes from one window to the
+            next. A recording of a single window has no such time and is left out.
+        edges: lower bounds of the bins in seconds, ascending from 0.
     """
     distances = []
     for words, cuts in recordings:
@@ -187,55 +188,57 @@ def by_edge_distance(
 
 
 def confusions(scores: Iterable[RecordingScore], most: int = 50) -> Confusions:
-    """The most frequent substitutions, deletions and insertions of words, `most` of each kind."""
-    counts: dict[str, Counter[tuple[str, str]]] = {kind: Counter() for kind in _PLURALS}
+    """Most frequent substitutions, deletions and insertions of words, at most `most` of each kind."""
+    counts: dict[str, Counter[tuple[str, str]]] = {kind: Counter() for kind in _COUNTS}
     for score in scores:
-        said, heard = score.reference.split(), score.hypothesis.split()
-        for kind, i, j in _steps(said, heard):
-            counts[kind]["" if i is None else said[i], "" if j is None else heard[j]] += 1
-    first = {kind: sorted(one.items(), key=lambda item: (-item[1], item[0]))[:most] for kind, one in counts.items()}
+        reference, hypothesis = score.reference.split(), score.hypothesis.split()
+        for kind, i, j in _steps(reference, hypothesis):
+            counts[kind]["" if i is None else reference[i], "" if j is None else hypothesis[j]] += 1
+    ranked = {
+        kind: sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:most] for kind, pairs in counts.items()
+    }
     return Confusions(
-        [(said, heard, count) for (said, heard), count in first["substitution"]],
-        [(said, count) for (said, _), count in first["deletion"]],
-        [(heard, count) for (_, heard), count in first["insertion"]],
+        [(*pair, count) for pair, count in ranked["substitution"]],
+        [(word, count) for (word, _), count in ranked["deletion"]],
+        [(word, count) for (_, word), count in ranked["insertion"]],
     )
 
 
 def _grouped(
-    scores: Sequence[RecordingScore], name: Callable[[RecordingScore], str], num_resamples: int, seed: int
+    scores: Sequence[RecordingScore], group_of: Callable[[RecordingScore], str], num_resamples: int, seed: int
 ) -> dict[str, CorpusScore]:
     groups: dict[str, list[RecordingScore]] = {}
     for score in scores:
-        groups.setdefault(name(score), []).append(score)
-    return {one: score_corpus(groups[one], num_resamples, seed) for one in sorted(groups)}
+        groups.setdefault(group_of(score), []).append(score)
+    return {name: score_corpus(groups[name], num_resamples, seed) for name in sorted(groups)}
 
 
-def _steps(said: Sequence[str], heard: Sequence[str]) -> Iterable[tuple[Kind, int | None, int | None]]:
-    """The steps of an alignment: kind, place in the reference, place in the hypothesis."""
-    for chunk in jiwer.process_words(" ".join(said), " ".join(heard)).alignments[0]:
-        reference = range(chunk.ref_start_idx, chunk.ref_end_idx)
-        hypothesis = range(chunk.hyp_start_idx, chunk.hyp_end_idx)
+def _steps(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterable[tuple[Kind, int | None, int | None]]:
+    """Steps of an alignment: kind, index in the reference, index in the hypothesis."""
+    for chunk in jiwer.process_words(" ".join(reference), " ".join(hypothesis)).alignments[0]:
+        reference_places = range(chunk.ref_start_idx, chunk.ref_end_idx)
+        hypothesis_places = range(chunk.hyp_start_idx, chunk.hyp_end_idx)
         if chunk.type == "insert":
-            yield from (("insertion", None, j) for j in hypothesis)
+            yield from (("insertion", None, j) for j in hypothesis_places)
         elif chunk.type == "delete":
-            yield from (("deletion", i, None) for i in reference)
+            yield from (("deletion", i, None) for i in reference_places)
         else:
             kind: Kind = "hit" if chunk.type == "equal" else "substitution"
-            yield from ((kind, i, j) for i, j in zip(reference, hypothesis, strict=True))
+            yield from ((kind, i, j) for i, j in zip(reference_places, hypothesis_places, strict=True))
 
 
 def _bins(
     recordings: Sequence[Sequence[tuple[AlignedWord, float]]], lows: Sequence[float], last: float | None,
     num_resamples: int, seed: int,
 ) -> list[BinScore]:  # fmt: skip
-    """Counts by the value that comes with every word; intervals over recordings that have words in the bin."""
+    """Word errors binned by the value paired with each word; intervals over the recordings with words in a bin."""
     counts = [[Counter[str]() for _ in lows] for _ in recordings]
-    for words, mine in zip(recordings, counts, strict=True):
+    for words, bins in zip(recordings, counts, strict=True):
         for word, value in words:
-            mine[max(bisect_right(lows, value) - 1, 0)][_PLURALS[word.kind]] += 1
+            bins[max(bisect_right(lows, value) - 1, 0)][_COUNTS[word.kind]] += 1
     scored = []
     for place, low in enumerate(lows):
-        parts = [ErrorCounts(**mine[place]) for mine in counts if mine[place]]
+        parts = [ErrorCounts(**bins[place]) for bins in counts if bins[place]]
         pairs = np.array([(part.errors, part.reference_length) for part in parts]).reshape(-1, 2)
         (interval,) = rate_intervals(pairs[:, :1], pairs[:, 1:], num_resamples, seed)
         high = lows[place + 1] if place + 1 < len(lows) else last

@@ -1,12 +1,12 @@
 """Text normalisation of references and hypotheses before scoring, by language.
 
-Both texts are first converted to labels (`common.text.label_text`), as references are for training, so a hypothesis
-equal to the label of a text has no errors in any language. Then follow the rules of the language, which are data so
-that a report can list them, and Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english` and
-`whisper-basic` are Whisper's; `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after the
-rules of the language xx.
+Both texts are first converted to labels (`common.text.label_text`), like the references of training, so a hypothesis
+equal to the label of a text has no errors in any language. The rules of the language follow, which are data so that a
+report can list them, and then one of Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english`
+and `whisper-basic` are Whisper's; `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after
+the rules of the language xx.
 
-Differences from Whisper's normaliser alone: docs/evaluation.md.
+Differences from Whisper's normaliser: docs/evaluation.md.
 """
 
 import re
@@ -23,15 +23,15 @@ from common.languages import is_unspaced, language_code
 from common.text import label_text, with_symbols
 
 RULES_VERSION = "2"
-"""increased whenever the normalised form of any text may change; rates of different versions are not compared"""
+"""incremented if the normalised form of any text may change; rates of different versions are not compared"""
 
 Choice = Literal["auto", "whisper-english", "whisper-basic", "unicode"]
-"""auto: `whisper-english` for English, else the rules of the language and `unicode`; the others: for all languages"""
+"""auto: `whisper-english` for English, else `unicode` with the language's rules; the others: for all languages"""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A replacement in one language, where the same word is written in two ways."""
+    """Replacement in one language, for words with two spellings."""
 
     pattern: str
     """regular expression, matched against labels; \\u escapes"""
@@ -41,7 +41,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """A function of text, its name, and what it does in words."""
+    """Text normalisation with its name and description."""
 
     name: str
     description: str
@@ -49,10 +49,10 @@ class Normaliser:
     clean: Callable[[str], str]
     """text to text with single spaces"""
     unspaced: bool = False
-    """the language is written without spaces, and those between the words here, which are characters, count for none"""
+    """the language is written without spaces: each character is a word, and spaces are not counted as characters"""
 
     def facts(self) -> dict[str, Any]:
-        """For JSON and the report."""
+        """JSON-able description for the report."""
         return {"description": self.description, "rules": [asdict(rule) for rule in self.rules]}
 
 
@@ -80,58 +80,57 @@ _LABEL = (
     "punctuation replaced by spaces"
 )
 _UNICODE = f"{_LABEL}; NFKC, apostrophes replaced by spaces, combining marks kept"
-# A looping recogniser may write any number of digits; Whisper's rules fail from 4,300 on.
-_ENDLESS = re.compile(r"(\w{1000})(?=\w)")
+# A repeating recogniser may write any number of digits; Whisper's rules fail from 4,300 digits on.
+_LONG_RUN = re.compile(r"(\w{1000})(?=\w)")
 
 
 @cache
 def normaliser(language: str, choice: Choice = "auto") -> Normaliser:
-    """Normaliser of a language, given by any code or name in `common.languages`; `unicode` for a language without rules
-    of its own and for an unknown one ("").
+    """Normaliser of a language, given by any code or name in `common.languages`.
 
-    Raises UserError for an unknown choice.
+    A language without rules and an unknown one ("") get `unicode`. Raises UserError for an unknown choice.
     """
     code = language_code(language)
     if choice == "whisper-english" or (choice == "auto" and code == "en"):
-        described = (
+        description = (
             f"{_LABEL}, numbers and their symbols as words; then Whisper's for English: numbers, contractions, "
             "fillers, British spelling"
         )
-        return Normaliser("whisper-english", described, (), _labelled(_english(), code))
+        return Normaliser("whisper-english", description, (), _labelled(_english(), code))
     if choice == "whisper-basic":
-        described = "Whisper's for all languages: as `unicode`, but combining marks are turned into spaces too"
-        return Normaliser("whisper-basic", described, (), _labelled(BasicTextNormalizer(), code))
+        description = "Whisper's for all languages: as `unicode`, but combining marks are turned into spaces too"
+        return Normaliser("whisper-basic", description, (), _labelled(BasicTextNormalizer(), code))
     unspaced = is_unspaced(code)
     if choice == "unicode" or (choice == "auto" and code not in RULES and not unspaced):
         return Normaliser("unicode", _UNICODE, (), _labelled(BasicTextNormalizer(preserve_marks=True), code))
     if choice != "auto":
         raise UserError(f"normaliser = {choice!r}: give auto, whisper-english, whisper-basic or unicode")
     rules = RULES.get(code, ())
-    described = f"{_UNICODE}; every character counts as a word" if unspaced else f"{_UNICODE}; first the rules"
+    description = f"{_UNICODE}; every character counts as a word" if unspaced else f"{_UNICODE}; first the rules"
     basic = BasicTextNormalizer(preserve_marks=True, split_letters=unspaced)
-    return Normaliser(f"unicode+{code}", described, rules, _labelled(_with_rules(rules, basic), code), unspaced)
+    return Normaliser(f"unicode+{code}", description, rules, _labelled(_with_rules(rules, basic), code), unspaced)
 
 
 def normalisers_used(names_and_languages: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """What a report says of the normalisers of a corpus.
+    """Descriptions of the normalisers of a corpus, for a report.
 
     Args:
-        names_and_languages: name of the normaliser and language of every recording.
+        names_and_languages: name of the normaliser and language of each recording.
 
     Returns:
-        By name: description, rules, languages; and a note where a language has no rules of its own.
+        By name: description, rules and languages, and for `unicode` a note with the languages without rules.
     """
     languages: dict[str, set[str]] = {}
     for name, language in names_and_languages:
         languages.setdefault(name, set()).add(language)
     used = {}
     for name in sorted(languages):
-        mine = sorted(languages[name])
+        codes = sorted(languages[name])
         choice: Any = "auto" if "+" in name else name
-        used[name] = {**normaliser(mine[0], choice).facts(), "languages": mine}
+        used[name] = {**normaliser(codes[0], choice).facts(), "languages": codes}
         if name == "unicode":
-            known = ", ".join(language or "not given" for language in mine)
-            used[name]["note"] = f"no rules of their own, so the general ones: {known}"
+            listed = ", ".join(code or "not given" for code in codes)
+            used[name]["note"] = f"no rules of their own, so the general ones: {listed}"
     return used
 
 
@@ -141,7 +140,7 @@ def _labelled(clean: Callable[[str], str], language: str) -> Callable[[str], str
 
 def _english() -> Callable[[str], str]:
     whisper = EnglishTextNormalizer()
-    return lambda label: whisper(with_symbols(_ENDLESS.sub(r"\1 ", label)))
+    return lambda label: whisper(with_symbols(_LONG_RUN.sub(r"\1 ", label)))
 
 
 def _with_rules(rules: tuple[Rule, ...], clean: Callable[[str], str]) -> Callable[[str], str]:

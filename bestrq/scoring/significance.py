@@ -1,13 +1,12 @@
-"""How sure an error rate is, and whether one system is better than another: intervals and tests.
+"""Confidence intervals of error rates and significance tests between systems.
 
-An experiment draws recordings: calls, talks or utterances, whose words are not independent of each other. So intervals
-come from resampling whole recordings (Bisani and Ney 2004). The plain percentile bootstrap is too narrow where
-recordings are few: of intervals that say 95 %, 84 to 86 % hold the truth with 6 simulated calls, 88 to 89 % with 11
-and 91 to 92 % with 20. Here the bootstrap is studentised (Efron and Tibshirani 1993, section 12.5): what is resampled
-is the distance from the corpus's rate in standard errors. With fewer than 8 recordings, of which there are too few
-different resamples, the interval is Student's t over the jackknife's standard error. Both hold the truth in 93 to
-96 % of simulated experiments from 3 recordings on; less where a recording's rate grows with its length and few long
-recordings decide, for then the sample says little about the tail.
+The sampling unit is a recording (call, talk or utterance), because its words are not independent; intervals therefore
+resample whole recordings (Bisani and Ney 2004). With few recordings the plain percentile bootstrap is too narrow: its
+95 % intervals cover the true rate in 84 to 86 % of simulations with 6 calls, 88 to 89 % with 11 and 91 to 92 % with 20.
+Here the bootstrap is studentised (Efron and Tibshirani 1993, section 12.5): it resamples the distance from the corpus
+rate in standard errors. Fewer than 8 recordings have too few distinct resamples; their interval is Student's t with the
+jackknife's standard error. Coverage of both is 93 to 96 % in simulations from 3 recordings on. It is lower if the rate
+of a recording grows with its length and few long recordings dominate, since the sample then says little about the tail.
 """
 
 import math
@@ -17,24 +16,24 @@ from dataclasses import dataclass
 import jiwer
 import numpy as np
 
-FEW = 8
-"""from so many recordings on, intervals are of the bootstrap"""
-# Quantile 0.975 of Student's t by degrees of freedom, for 3 to FEW - 1 recordings.
+MIN_BOOTSTRAP = 8
+"""recordings from which on intervals use the bootstrap"""
+# Quantile 0.975 of Student's t by degrees of freedom, for 3 to MIN_BOOTSTRAP - 1 recordings.
 _STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
-# A resample whose recordings all have the same rate has no standard error, and t would be infinite.
+# Bound on t: a resample whose recordings all have the same rate has a standard error of zero.
 _LARGEST_T = 6.0
 
 
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """Rate of a first system less that of a second, on the same recordings."""
+    """Rate of a first system less that of a second system on the same recordings."""
 
     difference: float
-    """negative where the first system is better"""
+    """negative if the first system is better"""
     interval: tuple[float, float] | None
-    """95 %; None where it says nothing"""
+    """95 %; None for fewer than three recordings"""
     probability_first_better: float
-    """share of resamples in which the first system has fewer errors; a tie counts half"""
+    """share of resamples in which the first system has fewer errors; ties count half"""
 
 
 @dataclass(frozen=True)
@@ -42,37 +41,37 @@ class MatchedPairs:
     """Matched pairs sentence-segment word error test (MAPSSWE)."""
 
     num_segments: int
-    """stretches with an error of at least one system; the normal approximation wants about 50 or more"""
+    """segments with an error of at least one system; the normal approximation needs about 50"""
     mean_difference: float
     """errors of the first system less those of the second, mean over segments"""
     standard_deviation: float
     """of the differences; 0 for fewer than two segments"""
     statistic: float | None
-    """mean over its standard error, normal under the null hypothesis; None where all differences are the same"""
+    """mean over its standard error, normal under the null hypothesis; None if all differences are equal"""
     p_value: float
-    """two-sided; 1 where the systems cannot be told apart"""
+    """two-sided; 1 without a statistic"""
 
 
 def interval_method(num_recordings: int) -> str:
-    """How an interval over so many recordings is made, for a report."""
+    """Name of the interval method for a number of recordings, for a report."""
     if num_recordings < 3:
         return "none: fewer than 3 recordings"
-    if num_recordings < FEW:
-        return f"Student's t over the jackknife of recordings: fewer than {FEW}"
+    if num_recordings < MIN_BOOTSTRAP:
+        return f"Student's t over the jackknife of recordings: fewer than {MIN_BOOTSTRAP}"
     return "studentised bootstrap over recordings"
 
 
 def rate_intervals(
     errors: np.ndarray, lengths: np.ndarray, num_resamples: int = 10_000, seed: int = 0
 ) -> list[tuple[float, float] | None]:
-    """95 % intervals of sum(errors) / sum(lengths) over recordings, of several quantities resampled together.
+    """95 % intervals of sum(errors) / sum(lengths) over recordings, for several quantities resampled together.
 
     Args:
-        errors, lengths: integers `[n, k]`, errors (0 or more) and reference units of every recording and quantity.
+        errors, lengths: integers `[n, k]`, non-negative errors and reference units of each recording and quantity.
 
     Returns:
-        Low and high end of each of the k; None for fewer than three recordings, or references that are all empty.
-        No error at all gives (0, 0): a corpus without errors has no spread to learn from.
+        Low and high end of each of the k; None for fewer than three recordings or without reference units. A corpus
+        without errors has no spread: its interval is (0, 0).
     """
     low, high = ratio_intervals(errors, lengths, num_resamples, seed, logarithmic=True)
     return [_finite(max(0.0, a), b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
@@ -81,16 +80,16 @@ def rate_intervals(
 def bootstrap_interval(
     errors: np.ndarray, lengths: np.ndarray, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % interval of sum(errors) / sum(lengths) over recordings, where errors may be differences.
+    """95 % interval of sum(errors) / sum(lengths) over recordings; errors may be negative.
 
-    With `errors` the errors of one system less those of another on the same recordings, the interval is that of the
-    difference between their rates: both are resampled together.
+    If `errors` are the errors of one system less those of another on the same recordings, the interval is that of the
+    difference of their rates, with both systems resampled together.
 
     Args:
         errors, lengths: integers `[n]`.
 
     Returns:
-        Low and high end; None for fewer than three recordings or references that are all empty.
+        Low and high end; None for fewer than three recordings or without reference units.
     """
     low, high = ratio_intervals(errors[:, None], lengths[:, None], num_resamples, seed)
     return _finite(low.item(), high.item())
@@ -99,22 +98,22 @@ def bootstrap_interval(
 def paired_bootstrap(
     first: np.ndarray, second: np.ndarray, lengths: np.ndarray, num_resamples: int = 10_000, seed: int = 0
 ) -> PairedBootstrap | None:
-    """Compare two systems by the same resamples of recordings for both (Bisani and Ney 2004).
+    """Compare two systems on the same resamples of recordings (Bisani and Ney 2004).
 
     Args:
-        first, second, lengths: integers `[n]`, errors of the two systems and reference units of every recording.
+        first, second, lengths: integers `[n]`, errors of the two systems and reference units of each recording.
 
     Returns:
-        None where all references are empty.
+        The comparison; None without reference units.
     """
     total = lengths.sum()
     if not total:
         return None
-    gaps = first.astype(np.float64) - second
-    sums = np.concatenate([draws @ gaps for draws in _resamples(len(gaps), num_resamples, seed)])
+    differences = first.astype(np.float64) - second
+    sums = np.concatenate([draws @ differences for draws in _resamples(len(differences), num_resamples, seed)])
     better = np.mean(sums < 0) + np.mean(sums == 0) / 2
-    interval = bootstrap_interval(gaps, lengths, num_resamples, seed)
-    return PairedBootstrap(float(gaps.sum() / total), interval, float(better))
+    interval = bootstrap_interval(differences, lengths, num_resamples, seed)
+    return PairedBootstrap(float(differences.sum() / total), interval, float(better))
 
 
 def ratio_intervals(
@@ -124,16 +123,16 @@ def ratio_intervals(
 
     Args:
         errors, lengths: `[n, k]`.
-        logarithmic: take Student's t on the scale of logarithms, for rates, which are skewed where recordings are few.
+        logarithmic: apply Student's t to the logarithm; for rates, whose distribution is skewed with few recordings.
 
     Returns:
-        float64 `[2, k]`; NaN where there is no interval.
+        float64 `[2, k]`; NaN without an interval.
     """
     n, k = errors.shape
     ends = np.full((2, k), np.nan)
-    spoken = lengths.any(axis=0)  # the others have no rate
-    if n >= 3 and spoken.any():
-        ends[:, spoken] = _ends(errors[:, spoken], lengths[:, spoken], num_resamples, seed, logarithmic)
+    has_rate = lengths.any(axis=0)
+    if n >= 3 and has_rate.any():
+        ends[:, has_rate] = _ends(errors[:, has_rate], lengths[:, has_rate], num_resamples, seed, logarithmic)
     return ends
 
 
@@ -141,10 +140,10 @@ def _ends(errors: np.ndarray, lengths: np.ndarray, num_resamples: int, seed: int
     n = len(errors)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         rates = errors.sum(axis=0) / lengths.sum(axis=0)
-        if n >= FEW:
+        if n >= MIN_BOOTSTRAP:
             return _studentised(errors, lengths, rates, num_resamples, seed)
-        rest = (errors.sum(axis=0) - errors) / (lengths.sum(axis=0) - lengths)  # rates without each recording
-        spread = _STUDENT[n - 1] * np.sqrt((n - 1) / n * ((rest - rest.mean(axis=0)) ** 2).sum(axis=0))
+        left_out = (errors.sum(axis=0) - errors) / (lengths.sum(axis=0) - lengths)  # rates without each recording
+        spread = _STUDENT[n - 1] * np.sqrt((n - 1) / n * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0))
         if not logarithmic:
             return np.stack([rates - spread, rates + spread])
         factor = np.exp(np.where(spread > 0, spread / rates, 0.0))
@@ -154,29 +153,31 @@ def _ends(errors: np.ndarray, lengths: np.ndarray, num_resamples: int, seed: int
 def mapsswe(
     references: Sequence[str], first: Sequence[str], second: Sequence[str], min_correct: int = 2
 ) -> MatchedPairs:
-    """Matched pairs sentence-segment word error test (Gillick and Cox 1989, section 4), segmented as NIST's sc_stats.
+    """Matched pairs sentence-segment word error test (Gillick and Cox 1989, section 4), segmented like NIST's sc_stats.
 
-    A segment is a stretch with errors, bounded by the ends of a text or by `min_correct` words in a row that both
-    systems have right, with no insertion between them. Errors in different segments are taken as independent.
+    A segment is a part of a text with errors, bounded by the ends of the text or by `min_correct` successive words that
+    both systems recognise correctly, without an insertion between them. The test assumes independent segments.
 
     Args:
         references, first, second: normalised texts of the same recordings or utterances.
     """
-    gaps: list[int] = []
-    for reference, one, other in zip(references, first, second, strict=True):
-        gaps += segment_differences(error_slots(reference, one), error_slots(reference, other), min_correct)
-    values = np.array(gaps, dtype=np.float64)
-    mean = float(values.mean()) if gaps else 0.0
-    deviation = float(values.std(ddof=1)) if len(gaps) > 1 else 0.0
+    differences: list[int] = []
+    for reference, left, right in zip(references, first, second, strict=True):
+        differences += _segment_differences(_error_slots(reference, left), _error_slots(reference, right), min_correct)
+    count, values = len(differences), np.array(differences, dtype=np.float64)
+    mean = float(values.mean()) if count else 0.0
+    deviation = float(values.std(ddof=1)) if count > 1 else 0.0
     if not deviation:
-        return MatchedPairs(len(gaps), mean, deviation, None, 1.0)
-    statistic = mean / (deviation / math.sqrt(len(gaps)))
-    return MatchedPairs(len(gaps), mean, deviation, statistic, math.erfc(abs(statistic) / math.sqrt(2)))
+        return MatchedPairs(count, mean, deviation, None, 1.0)
+    statistic = mean / (deviation / math.sqrt(count))
+    return MatchedPairs(count, mean, deviation, statistic, math.erfc(abs(statistic) / math.sqrt(2)))
 
 
-def error_slots(reference: str, hypothesis: str) -> np.ndarray:
-    """Errors by place: int64 `[2 n + 1]` for n reference words, insertions before each word and the word itself in
-    turn, insertions at the end last."""
+def _error_slots(reference: str, hypothesis: str) -> np.ndarray:
+    """Errors by position, int64 `[2 n + 1]` for n reference words.
+
+    Even slots count the insertions before a word (the last slot: at the end), odd slots the errors of the words.
+    """
     output = jiwer.process_words(reference, hypothesis)
     slots = np.zeros(2 * len(output.references[0]) + 1, dtype=np.int64)
     for chunk in output.alignments[0]:
@@ -187,26 +188,26 @@ def error_slots(reference: str, hypothesis: str) -> np.ndarray:
     return slots
 
 
-def segment_differences(first: np.ndarray, second: np.ndarray, min_correct: int = 2) -> list[int]:
-    """Errors of the first system less those of the second in every segment of a text, from `error_slots` of both."""
-    gaps: list[int] = []
+def _segment_differences(first: np.ndarray, second: np.ndarray, min_correct: int) -> list[int]:
+    """Errors of the first system less those of the second in each segment of a text, from `_error_slots` of both."""
+    differences: list[int] = []
     correct = min_correct  # the start of a text is a boundary
-    for place, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        if one or other:
+    for place, (first_errors, second_errors) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        if first_errors or second_errors:
             if correct >= min_correct:
-                gaps.append(0)
-            gaps[-1] += one - other
+                differences.append(0)
+            differences[-1] += first_errors - second_errors
             correct = 0
         elif place % 2:
             correct += 1
-    return gaps
+    return differences
 
 
 def _studentised(
     errors: np.ndarray, lengths: np.ndarray, rates: np.ndarray, num_resamples: int, seed: int
 ) -> np.ndarray:
     """Ends of the bootstrap-t intervals, float64 `[2, k]`."""
-    # With residuals of the corpus's rate nothing cancels when the variance of a resample is put together.
+    # Residuals from the corpus rate avoid cancellation in the variance of a resample.
     residuals = errors - rates * lengths
     columns = np.concatenate(
         [residuals, lengths, residuals**2, residuals * lengths, lengths.astype(np.float64) ** 2], axis=1
@@ -217,19 +218,19 @@ def _studentised(
         shift = r / length
         deviation = np.sqrt(np.maximum(rr - 2 * shift * rl + shift**2 * ll, 0.0)) / length
         t = np.where(shift == 0, 0.0, np.clip(shift / deviation, -_LARGEST_T, _LARGEST_T))
-        distances.append(np.where(length > 0, t, np.nan))  # a resample of empty references only has no rate
+        distances.append(np.where(length > 0, t, np.nan))  # a resample without reference units has no rate
     low, high = np.nanquantile(np.concatenate(distances), [0.025, 0.975], axis=0)
     deviation = np.sqrt((residuals**2).sum(axis=0)) / lengths.sum(axis=0)
     return np.stack([rates - high * deviation, rates - low * deviation])
 
 
 def _resamples(num_recordings: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often every recording is drawn: float64 `[resamples, n]`, in blocks of a bounded size."""
+    """Number of times each recording is drawn, float64 `[resamples, n]`, in blocks of bounded size."""
     generator = np.random.default_rng(seed)
     block = max(1, 2_000_000 // num_recordings)
-    even = np.full(num_recordings, 1.0 / num_recordings)
+    uniform = np.full(num_recordings, 1.0 / num_recordings)
     for start in range(0, num_resamples, block):
-        yield generator.multinomial(num_recordings, even, size=min(block, num_resamples - start)).astype(np.float64)
+        yield generator.multinomial(num_recordings, uniform, size=min(block, num_resamples - start)).astype(np.float64)
 
 
 def _finite(low: float, high: float) -> tuple[float, float] | None:

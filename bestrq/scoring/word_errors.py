@@ -1,15 +1,15 @@
-"""Word and character error rates over a corpus, with intervals over its recordings, and two systems compared.
+"""Corpus-level word and character error rates with confidence intervals, and paired comparison of two systems.
 
-Rates are errors of the whole corpus over reference units of the whole corpus, never a mean of rates. Counts and
-alignments are jiwer's, whose number of errors is the smallest there is; characters include the spaces between words.
+A rate is the errors of the whole corpus over its reference units, not a mean of recording rates. Counts and alignments
+are jiwer's, which minimise the number of errors. Characters include the spaces between words.
 
-NIST's sclite aligns with costs of 4 for a substitution and 3 for an insertion or a deletion. So it may prefer two
-insertions and two deletions with more words right to three substitutions, and count an error more; never one fewer.
-On texts like speech (5,000 words by Zipf's law, 10 to 60 % wrong) its totals were jiwer's on all of 30,030 pairs; on
-2,000 pairs of random letters from a to d, 11,290 errors for 11,285.
+NIST's sclite aligns with a cost of 4 for a substitution and 3 for an insertion or deletion. It may prefer two
+insertions and two deletions with more correct words to three substitutions, so it can count more errors, never fewer.
+On texts that resemble speech (5,000 words by Zipf's law, 10 to 60 % errors) the totals were equal on all of 30,030
+pairs; on 2,000 pairs of random letters from a to d, sclite counted 11,290 errors and jiwer 11,285.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Edit operations that turn references into hypotheses, counted over words or characters."""
+    """Counts of correct units and edit operations, over words or characters."""
 
     hits: int = 0
     substitutions: int = 0
@@ -55,13 +55,13 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float | None:
-        """Errors over reference units; None where the reference is empty."""
+        """Errors over reference units; None if the reference is empty."""
         return self.errors / self.reference_length if self.reference_length else None
 
 
 @dataclass(frozen=True)
 class RecordingScore:
-    """One recording: its normalised texts and its errors."""
+    """Normalised texts and errors of a recording."""
 
     id: str
     language: str
@@ -72,10 +72,10 @@ class RecordingScore:
     characters: ErrorCounts
     speaker: str = ""
     normaliser: str = ""
-    """name of the rules that both texts went through"""
+    """name of the normaliser of both texts"""
 
     def row(self) -> dict[str, Any]:
-        """Flat, for a table: rates, counts and texts."""
+        """Flat table row of rates, counts and texts."""
         return {
             "id": self.id,
             "language": self.language,
@@ -93,7 +93,7 @@ class RecordingScore:
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """Totals over recordings; an interval is None where it says nothing: fewer than three recordings, or no words."""
+    """Totals over recordings. An interval is None for fewer than three recordings and without reference units."""
 
     num_recordings: int
     seconds: float
@@ -103,7 +103,7 @@ class CorpusScore:
     cer_interval: tuple[float, float] | None
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """JSON-able dict."""
         return {
             "num_recordings": self.num_recordings,
             "seconds": round(self.seconds, 3),
@@ -119,31 +119,26 @@ class CorpusScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A first system beside a second one, on the same recordings."""
+    """Paired comparison of a first and a second system on the same recordings."""
 
     wer: PairedBootstrap | None
-    """None where there is no reference word"""
+    """None without reference words"""
     cer: PairedBootstrap | None
     matched_pairs: MatchedPairs
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """JSON-able dict."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A stretch of an alignment: words of the reference beside those of the hypothesis."""
+    """Run of words of an alignment with the same edit operation."""
 
     kind: str
     """'equal', 'substitute', 'insert' or 'delete'"""
     reference: str
     hypothesis: str
-
-
-def text_normaliser(language: str, choice: Choice = "auto") -> Callable[[str], str]:
-    """What is done to reference and hypothesis alike before they are compared: see `normalisers`."""
-    return normaliser(language, choice).clean
 
 
 def score_recording(
@@ -155,7 +150,7 @@ def score_recording(
     speaker: str = "",
     choice: Choice = "auto",
 ) -> RecordingScore:
-    """Normalise both texts by the language's rules and count the errors."""
+    """Score of a recording after normalising both texts by the rules of the language."""
     rules = normaliser(language, choice)
     return score_normalised(id, rules.clean(reference), rules.clean(hypothesis), language, seconds, speaker, rules)
 
@@ -163,28 +158,23 @@ def score_recording(
 def score_normalised(
     id: str, reference: str, hypothesis: str, language: str, seconds: float, speaker: str, rules: Normaliser
 ) -> RecordingScore:
-    """Count the errors of texts that went through `rules` already."""
-    said, heard = (text.replace(" ", "") if rules.unspaced else text for text in (reference, hypothesis))
+    """Score of a recording whose texts `rules` has already normalised."""
+    left, right = (text.replace(" ", "") if rules.unspaced else text for text in (reference, hypothesis))
     return RecordingScore(
         id=id,
         language=language,
         seconds=seconds,
         reference=reference,
         hypothesis=hypothesis,
-        words=count_words(reference, hypothesis),
-        characters=_counts(jiwer.process_characters(said, heard)),
+        words=_counts(jiwer.process_words(reference, hypothesis)),
+        characters=_counts(jiwer.process_characters(left, right)),
         speaker=speaker,
         normaliser=rules.name,
     )
 
 
-def count_words(reference: str, hypothesis: str) -> ErrorCounts:
-    """Errors in words between two normalised texts."""
-    return _counts(jiwer.process_words(reference, hypothesis))
-
-
 def score_corpus(scores: Sequence[RecordingScore], num_resamples: int = 10_000, seed: int = 0) -> CorpusScore:
-    """Totals, and 95 % intervals by resampling whole recordings (see `significance`)."""
+    """Totals and 95 % intervals; the intervals resample whole recordings (see `significance`)."""
     words, characters = [score.words for score in scores], [score.characters for score in scores]
     errors, lengths = np.stack([_as_arrays(words), _as_arrays(characters)], axis=-1)
     wer_interval, cer_interval = rate_intervals(errors, lengths, num_resamples, seed)
@@ -201,7 +191,7 @@ def score_corpus(scores: Sequence[RecordingScore], num_resamples: int = 10_000, 
 def score_by_language(
     scores: Sequence[RecordingScore], num_resamples: int = 10_000, seed: int = 0
 ) -> dict[str, CorpusScore]:
-    """Totals of every language, in alphabetical order, then of all recordings as "all"."""
+    """Totals by language, in alphabetical order, followed by those of all recordings under "all"."""
     languages = sorted({score.language for score in scores})
     totals = {
         language: score_corpus([score for score in scores if score.language == language], num_resamples, seed)
@@ -213,34 +203,34 @@ def score_by_language(
 def compare(
     first: Sequence[RecordingScore], second: Sequence[RecordingScore], num_resamples: int = 10_000, seed: int = 0
 ) -> Comparison:
-    """Two systems on the same recordings, in any order.
+    """Paired comparison of two systems on the same recordings, given in any order.
 
-    Raises UserError where ids, references or normalisers differ, for then the rates do not compare.
+    Raises UserError if there are no recordings, or if ids, references or normalisers differ.
     """
     by_id = {score.id: score for score in second}
     if len(first) != len(second) or {score.id for score in first} != by_id.keys():
         raise UserError("the two systems were scored on different recordings: evaluate both on the same ones")
     pairs = [(score, by_id[score.id]) for score in first]
-    for one, other in pairs:
-        if one.reference != other.reference:
+    for score, other in pairs:
+        if score.reference != other.reference:
             raise UserError(
-                f"recording {one.id!r} has two references (normalisers {one.normaliser!r} and {other.normaliser!r}): "
-                "score both systems by the same data and normaliser"
+                f"recording {score.id!r} has two references (normalisers {score.normaliser!r} and "
+                f"{other.normaliser!r}): score both systems on the same data, with the same normaliser"
             )
     if not pairs:
-        raise UserError("there is no recording to compare systems on: give two evaluations that have some")
+        raise UserError("the evaluations have no recordings to compare: give evaluations of at least one recording")
 
     def paired(unit: str) -> PairedBootstrap | None:
         (errors, lengths), (others, _) = (_as_arrays([getattr(pair[k], unit) for pair in pairs]) for k in (0, 1))
         return paired_bootstrap(errors, others, lengths, num_resamples, seed)
 
-    references = [one.reference for one, _ in pairs]
-    matched = mapsswe(references, [one.hypothesis for one, _ in pairs], [other.hypothesis for _, other in pairs])
+    references = [score.reference for score, _ in pairs]
+    matched = mapsswe(references, [score.hypothesis for score, _ in pairs], [other.hypothesis for _, other in pairs])
     return Comparison(paired("words"), paired("characters"), matched)
 
 
-def align_words(reference: str, hypothesis: str) -> list[Mark]:
-    """The alignment of two normalised texts as stretches of equal, substituted, inserted and deleted words."""
+def edit_alignment(reference: str, hypothesis: str) -> list[Mark]:
+    """Word alignment of two normalised texts with the fewest errors, as runs of words with the same edit operation."""
     output = jiwer.process_words(reference, hypothesis)
     return [
         Mark(
@@ -257,5 +247,5 @@ def _counts(output: jiwer.WordOutput | jiwer.CharacterOutput) -> ErrorCounts:
 
 
 def _as_arrays(counts: Sequence[ErrorCounts]) -> np.ndarray:
-    """Errors and reference lengths: int64 `[2, n]`."""
-    return np.array([(one.errors, one.reference_length) for one in counts], dtype=np.int64).reshape(-1, 2).T
+    """Errors and reference lengths, int64 `[2, n]`."""
+    return np.array([(count.errors, count.reference_length) for count in counts], dtype=np.int64).reshape(-1, 2).T

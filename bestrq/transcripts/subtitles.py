@@ -1,7 +1,9 @@
-"""Subtitles from timed words: cues of a few lines, cut between words and at pauses; SRT and WebVTT."""
+"""Subtitles from timed words: cues of a few lines, split between words and at pauses; SRT and WebVTT."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from bestrq.transcripts.words import TimedWord, disjoint
 from common.errors import UserError
@@ -9,26 +11,20 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class SubtitleSettings:
-    """Where subtitles are cut. A word is never cut: a longer one has a line to itself."""
+    """Limits of subtitle cues. A word is never split: one longer than a line gets a line of its own."""
 
-    line_characters: int = 42
-    """characters of a line"""
-    lines: int = 2
-    """lines of a cue"""
-    longest_seconds: float = 6.0
-    """of a cue, from its first word's start to its last word's end"""
+    line_characters: PositiveInt = 42
+    """maximum characters per line"""
+    lines: PositiveInt = 2
+    """maximum lines per cue"""
+    longest_seconds: PositiveFloat = 6.0
+    """maximum length of a cue, from the start of its first word to the end of its last word"""
     shortest_seconds: float = 1.0
-    """a cue stays for this long, unless the next one begins before"""
-    pause_seconds: float = 1.0
-    """a pause of this length between two words begins a new cue"""
+    """minimum time that a cue is shown, unless the next one starts earlier; at most longest_seconds"""
+    pause_seconds: PositiveFloat = 1.0
+    """a pause of this length between two words starts a new cue"""
 
     def __post_init__(self) -> None:
-        for name in ("line_characters", "lines"):
-            if getattr(self, name) < 1:
-                raise UserError(f"subtitles.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("longest_seconds", "pause_seconds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"subtitles.{name} is {getattr(self, name)}: give more than 0 seconds")
         if not 0 <= self.shortest_seconds <= self.longest_seconds:
             raise UserError(
                 f"subtitles.shortest_seconds is {self.shortest_seconds}: give 0 or more, and at most longest_seconds, "
@@ -38,7 +34,7 @@ class SubtitleSettings:
 
 @dataclass(frozen=True)
 class Cue:
-    """What is shown at once. Times in milliseconds; a cue ends at the latest when the next begins."""
+    """Lines shown together. Times in milliseconds; a cue ends no later than the next one starts."""
 
     start: int
     end: int
@@ -46,30 +42,30 @@ class Cue:
 
 
 def make_cues(words: Sequence[TimedWord], settings: SubtitleSettings) -> list[Cue]:
-    """The words, sorted by start, as cues. Overlapping words are parted (`disjoint`), so cues never overlap.
+    """Group words, sorted by start, into cues. Overlapping words are separated (`disjoint`), so cues never overlap.
 
-    A word goes into the cue before it as long as that keeps within the settings: lines are filled one after another.
+    Lines are filled one after another: a word joins the previous cue if that stays within the settings.
     """
     longest, pause = round(1000 * settings.longest_seconds), round(1000 * settings.pause_seconds)
     cues: list[Cue] = []
-    for (start, end), one in zip(disjoint(words), words, strict=True):
+    for (start, end), word in zip(disjoint(words), words, strict=True):
         last = cues[-1] if cues else None
         if last is not None and start - last.end < pause and end - last.start <= longest:
-            lines = _with_word(last.lines, one.word, settings)
+            lines = _with_word(last.lines, word.word, settings)
             if lines is not None:
                 cues[-1] = Cue(last.start, end, lines)
                 continue
-        cues.append(Cue(start, end, (one.word,)))
+        cues.append(Cue(start, end, (word.word,)))
     shortest = round(1000 * settings.shortest_seconds)
-    held: list[Cue] = []
+    shown: list[Cue] = []
     for cue in reversed(cues):
         end = max(cue.end, cue.start + shortest)
-        held.append(Cue(cue.start, min(end, held[-1].start) if held else end, cue.lines))
-    return held[::-1]
+        shown.append(Cue(cue.start, min(end, shown[-1].start) if shown else end, cue.lines))
+    return shown[::-1]
 
 
 def _with_word(lines: tuple[str, ...], word: str, settings: SubtitleSettings) -> tuple[str, ...] | None:
-    """The lines with one more word, None where it does not fit."""
+    """Lines with one more word; None if it does not fit."""
     if len(lines[-1]) + 1 + len(word) <= settings.line_characters:
         return (*lines[:-1], f"{lines[-1]} {word}")
     return (*lines, word) if len(lines) < settings.lines else None
@@ -84,7 +80,7 @@ def srt_text(cues: Iterable[Cue]) -> str:
 
 
 def vtt_text(cues: Iterable[Cue]) -> str:
-    """WebVTT. Marks that would begin a tag or an entity are escaped. Source: w3.org/TR/webvtt1, section 4.1."""
+    """WebVTT, with the characters of tags and entities escaped. Source: w3.org/TR/webvtt1, section 4.1."""
     blocks = [
         f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n" + "\n".join(map(_escaped, cue.lines)) + "\n"
         for cue in cues

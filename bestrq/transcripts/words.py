@@ -1,4 +1,4 @@
-"""Words and their times, from the tokens of a search and the frames that they came from."""
+"""Words with times, from the tokens of a search and their frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from bestrq.decoding.tokens import TimedTokens
 
 MARK = "\u2581"
-"""how a token is written that has a space before, or is one"""
+"""space in the text of a token, SentencePiece's marker"""
 
 
 @dataclass(frozen=True)
 class TimedWord:
-    """A word and when it was said."""
+    """Word with its times."""
 
     word: str
     start: float
@@ -19,22 +19,22 @@ class TimedWord:
     end: float
     """seconds"""
     confidence: float | None = None
-    """mean of that of its tokens, 0 to 1; None where it is not known"""
+    """mean over its tokens, 0 to 1; None if unknown"""
 
 
 def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: float) -> list[TimedWord]:
-    """The words of a sequence; joined by spaces, they are its text.
+    """Group the tokens of a sequence into words; joined by spaces, the words are its text.
 
-    A word lasts from the begin of its first token's first frame to the end of its last token's last frame. A token
-    that is nothing but a space belongs to no word. CTC's tokens have several frames, those of a transducer one, in
-    which they were emitted: a word of a single token then lasts a frame.
+    A word lasts from the start of its first token's first frame to the end of its last token's last frame. A token of
+    spaces only belongs to no word. CTC tokens span several frames; a transducer token has the frame that emitted it, so
+    a word of a single token lasts one frame.
 
     Args:
-        pieces: how the token of every id is written.
-        seconds_per_frame: length of an encoder frame.
+        pieces: text of each token id.
+        seconds_per_frame: duration of an encoder frame.
     """
     words: list[TimedWord] = []
-    of_tokens: list[list[float]] = []  # confidences, by word
+    word_confidences: list[list[float]] = []  # those of its tokens
     inside = False
     confidences: Sequence[float | None] = tokens.confidence or [None] * len(tokens.ids)
     for token, first, last, confidence in zip(
@@ -42,34 +42,34 @@ def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: f
     ):
         end = (last + 1) * seconds_per_frame
         for place, part in enumerate(pieces[token].split(MARK)):
-            inside = inside and place == 0  # there is a mark before every part but the first
+            inside = inside and place == 0  # a space precedes every part except the first
             if part and inside:
                 words[-1] = TimedWord(words[-1].word + part, words[-1].start, end)
             elif part:
                 words.append(TimedWord(part, first * seconds_per_frame, end))
-                of_tokens.append([])
+                word_confidences.append([])
                 inside = True
             if part and confidence is not None:
-                of_tokens[-1].append(confidence)
-    means = [sum(some) / len(some) if some else None for some in of_tokens]
+                word_confidences[-1].append(confidence)
+    means = [sum(values) / len(values) if values else None for values in word_confidences]
     return [replace(word, confidence=mean) for word, mean in zip(words, means, strict=True)]
 
 
 def disjoint(words: Sequence[TimedWord], duration: int | None = None) -> list[tuple[int, int]]:
-    """Start and end of every word in whole milliseconds, so that none is empty and none overlaps the next.
+    """Start and end of each word in whole milliseconds; no word is empty and none overlaps the next.
 
-    Words of a transducer may begin in the same frame, and then have to share it: each begins at least 1 ms after the
-    one before it. A word that lasts into the next one ends where that begins.
+    Words of a transducer may start in the same frame; each then starts at least 1 ms after the previous one. A word
+    that overlaps the next one ends at its start.
 
     Args:
         words: sorted by start.
-        duration: milliseconds of the recording, at least one for every word: nothing ends after it.
+        duration: milliseconds of the recording, at least one per word; bounds the times.
     """
     starts: list[int] = []
     for word in words:
         starts.append(max(round(1000 * word.start), starts[-1] + 1 if starts else 0))
     limit = duration
-    if limit is not None:  # from the end on, what has been pushed out of the recording is pushed back
+    if limit is not None:  # move starts beyond the end of the recording back, from the last word on
         for place in range(len(starts) - 1, -1, -1):
             starts[place] = limit = min(starts[place], limit - 1)
     times: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Audio files of a folder that nobody has prepared: which there are, and what their transcripts are called."""
+"""Audio files to transcribe or to link from a report, and the names of their transcripts."""
 
 import hashlib
 import json
@@ -20,40 +20,43 @@ AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg
 
 @dataclass(frozen=True)
 class AudioFile:
-    """A file to transcribe."""
+    """Audio file to transcribe."""
 
     path: Path
     name: str
-    """of its transcripts, relative to --out and without a suffix"""
+    """Name of its transcripts, relative to --out and without a suffix."""
     seconds: float
-    """from the header, or estimated; 0 if the file cannot be read"""
+    """Length from the header, or estimated; 0 if the file is unreadable."""
     key: str
-    """names what its transcripts are made from"""
+    """Hash of the file's state and of the settings of its transcripts."""
 
 
 def is_audio(path: Path) -> bool:
-    """Whether a file's name has the ending of an audio file."""
+    """True if the file name has the suffix of an audio file."""
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
 def list_audio(audio: str, key: str) -> list[AudioFile]:
-    """The file, or all audio files below the folder (`files_below`), sorted. Raises UserError where there is none.
+    """List the file, or all audio files below the folder (`files_below`), sorted. Raises UserError if there is none.
 
-    Files that differ only in their suffix keep it in the names of their transcripts. Unreadable files, such as named
-    pipes and broken links, are listed too, so that each fails on its own later. Folders that cannot be searched are
-    reported on stderr.
+    Unreadable files, such as named pipes and broken links, are listed too, so that each one fails separately later.
+    Unreadable folders are reported on stderr.
+
+    Args:
+        audio: path of a file or folder.
+        key: identifies the settings of the transcripts, and becomes part of the key of every file.
     """
     root = Path(audio).expanduser()
     if root.is_file():
         paths, root = [root], root.parent
     elif root.is_dir():
-        found = files_below(root)
-        unreadable = [path for path in found.unread if is_audio(path) and not path.is_dir()]
-        paths = sorted([*filter(is_audio, found.files), *unreadable])
-        for path in sorted(set(found.unread) - set(unreadable)):
-            print(f"not searched for audio: {escaped(str(path))}: {found.unread[path]}", file=sys.stderr)
+        search = files_below(root)
+        unreadable = [path for path in search.unread if is_audio(path) and not path.is_dir()]
+        paths = sorted([*filter(is_audio, search.files), *unreadable])
+        for path in sorted(set(search.unread) - set(unreadable)):
+            print(f"not searched for audio: {escaped(str(path))}: {search.unread[path]}", file=sys.stderr)
     else:
-        raise UserError(f"audio = {audio}: there is no such file or folder")
+        raise UserError(f"audio = {audio}: no such file or folder")
     if not paths:
         raise UserError(f"audio = {audio}: no audio file in this folder; looked for {', '.join(AUDIO_SUFFIXES)}")
     names = transcript_names([path.relative_to(root) for path in paths])
@@ -61,7 +64,7 @@ def list_audio(audio: str, key: str) -> list[AudioFile]:
 
 
 def transcript_names(paths: Sequence[Path]) -> list[str]:
-    """Unique names of the files' transcripts: the path, without its suffix unless two names would then be equal.
+    """Unique names of transcripts: the path without its suffix, which is kept if two names would be equal.
 
     `a.wav` and `a.mp3` keep their suffixes, and so does `a.wav.flac`, whose name would otherwise be `a.wav`.
     """
@@ -72,7 +75,7 @@ def transcript_names(paths: Sequence[Path]) -> list[str]:
 
 
 def audio_file(path: Path, name: str, key: str) -> AudioFile:
-    """What is known of a file before it is read. One that cannot be read is told when its turn comes."""
+    """Describe a file before it is decoded. Unreadable files raise no error here."""
     size = changed = 0
     seconds = 0.0
     with suppress(OSError):
@@ -84,24 +87,25 @@ def audio_file(path: Path, name: str, key: str) -> AudioFile:
 
 
 def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
-    """The audio file of each recording that has one: named as its id, at any depth of the folder, or by its path there.
+    """Audio files of recordings: named as the id at any depth of the folder, or by the path relative to it.
 
-    Raises UserError where the folder is not one, holds none of them, or several of one name; empty without a folder.
+    Recordings without a file are left out; empty without a folder. Raises UserError if the folder does not exist, holds
+    no file of a recording, or several files with the same name.
     """
     if not folder:
         return {}
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"audio = {folder}: there is no such folder")
+        raise UserError(f"audio = {folder}: no such folder")
     paths = [path for path in files_below(root).files if is_audio(path)]
     by_path = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
     stems = Counter(path.stem for path in paths)
-    if twice := [id for id in ids if stems[id] > 1 and id not in by_path]:
+    if ambiguous := [id for id in ids if stems[id] > 1 and id not in by_path]:
         raise UserError(
-            f"audio = {folder}: {stems[twice[0]]} audio files there are named {twice[0]!r}: keep one of them"
+            f"audio = {folder}: {stems[ambiguous[0]]} audio files there are named {ambiguous[0]!r}: keep one of them"
         )
     names = {path.stem: path for path in paths} | by_path
-    found = {id: names[id] for id in ids if id in names}
-    if not found:
+    matches = {id: names[id] for id in ids if id in names}
+    if not matches:
         raise UserError(f"audio = {folder}: no audio file there is named as a recording, such as {ids[0]!r}")
-    return found
+    return matches

@@ -1,6 +1,6 @@
 """Recursive search of a folder for files: audio, transcripts, word times.
 
-Clutter is left out: names with a leading dot (`._x.wav` of macOS, `.cache`, `.ipynb_checkpoints`, `.DS_Store`) and
+Clutter is ignored: names with a leading dot (`._x.wav` of macOS, `.cache`, `.ipynb_checkpoints`, `.DS_Store`) and
 those in CLUTTER. The searched folder itself may have any name.
 """
 
@@ -15,51 +15,50 @@ CLUTTER = frozenset(("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "sy
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder of this name was left by a system or a tool, not by the user."""
+    """True if a file or folder of this name was made by a system or tool, not by the user."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 @dataclass(frozen=True)
-class Found:
-    """Result of a search."""
+class FileList:
+    """Result of a search for files."""
 
     files: list[Path] = field(default_factory=list)
     """Sorted. Those below a linked folder have the link's path."""
     unread: dict[Path, str] = field(default_factory=dict)
-    """Paths that were skipped, with the reason: broken links, pipes, folders that cannot be listed, and links to a
-    folder that is read under another path or contains the searched one.
-    """
+    """Skipped paths with the reason: broken links, pipes, folders that cannot be listed, and links to a folder that is
+    read under another path or contains the searched one."""
 
 
-def files_below(root: Path) -> Found:
-    """All files below a folder, linked folders included, each folder once.
+def files_below(root: Path) -> FileList:
+    """Find all files below a folder, including linked folders; each folder is read once.
 
     A folder below `root` is read under its own path, any other one under the first link to it.
     """
-    found = Found()
+    result = FileList()
     seen: dict[tuple[int, int], Path] = {}
     above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     links: deque[Path] = deque()
-    _walk(root, found, seen, links)
+    _walk(root, result, seen, links)
     while links:
         link = links.popleft()
         try:
             identity = _identity(link)
         except OSError as error:
-            found.unread[link] = f"cannot be followed ({error.strerror or error})"
+            result.unread[link] = f"cannot be followed ({error.strerror or error})"
             continue
         if identity in seen:
-            found.unread[link] = f"a link to a folder that is read as {seen[identity]}"
+            result.unread[link] = f"a link to a folder that is read as {seen[identity]}"
         elif identity in above:
-            found.unread[link] = f"a link to a folder that contains {root}"
+            result.unread[link] = f"a link to a folder that contains {root}"
         else:
-            _walk(link, found, seen, links)
-    found.files.sort()
-    return found
+            _walk(link, result, seen, links)
+    result.files.sort()
+    return result
 
 
-def _walk(top: Path, found: Found, seen: dict[tuple[int, int], Path], links: deque[Path]) -> None:
-    """Add the files below a folder; put the linked folders there into `links`."""
+def _walk(top: Path, result: FileList, seen: dict[tuple[int, int], Path], links: deque[Path]) -> None:
+    """Add the files below a folder to `result`, and its linked folders to `links`."""
     folders = [top]
     while folders:
         folder = folders.pop()
@@ -71,7 +70,7 @@ def _walk(top: Path, found: Found, seen: dict[tuple[int, int], Path], links: deq
             with os.scandir(folder) as listed:
                 entries = sorted(listed, key=lambda entry: entry.name)
         except OSError as error:
-            found.unread[folder] = f"a folder that cannot be listed ({error.strerror or error})"
+            result.unread[folder] = f"a folder that cannot be listed ({error.strerror or error})"
             continue
         for entry in entries:
             path = folder / entry.name
@@ -83,13 +82,13 @@ def _walk(top: Path, found: Found, seen: dict[tuple[int, int], Path], links: deq
                 elif entry.is_dir():
                     links.append(path)
                 elif entry.is_file():
-                    found.files.append(path)
+                    result.files.append(path)
                 elif entry.is_symlink() and not path.exists():
-                    found.unread[path] = f"a broken link ({os.readlink(path)})"
+                    result.unread[path] = f"a broken link ({os.readlink(path)})"
                 else:
-                    found.unread[path] = "not a regular file"
+                    result.unread[path] = "not a regular file"
             except OSError as error:  # circular links
-                found.unread[path] = f"cannot be followed ({error.strerror or error})"
+                result.unread[path] = f"cannot be followed ({error.strerror or error})"
 
 
 def _identity(folder: Path) -> tuple[int, int]:

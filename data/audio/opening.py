@@ -1,4 +1,4 @@
-"""Sound files opened so that libsndfile reads all that is there."""
+"""Opening of audio files so that libsndfile reads all of their audio."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any, BinaryIO
 
 import soundfile
 
-from data.audio.headers import Extent, extent
+from data.audio.headers import Extent, read_extent
 
 _ENDLESS = 1 << 40
-# A length that so many frames fall short of is none: libsndfile says 2**63 - 1 of FLAC without its sample count (which
-# has 36 bits), and more than this of MP3 in a file of _ENDLESS bytes.
-MOST_FRAMES = 1 << 37
+# Lengths from here on stand for an unknown one: libsndfile reports 2**63 - 1 for FLAC without a sample count (which has
+# 36 bits), and more than this for MP3 in a file of _ENDLESS bytes.
+UNKNOWN_FRAMES = 1 << 37
 
 
 def extent_of(source: str | os.PathLike[str] | BinaryIO) -> Extent:
-    """The extent of a path, or of an open file, whose place stays. Raises OSError."""
+    """Extent of a path or an open file, whose position is restored. Raises OSError."""
     if isinstance(source, (str, os.PathLike)):
         state = os.stat(source)
         return _extent_of_file(os.fspath(source), state.st_size, state.st_mtime_ns)
-    place = source.tell()
+    position = source.tell()
     try:
-        return extent(source)
+        return read_extent(source)
     finally:
-        source.seek(place)
+        source.seek(position)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _extent_of_file(path: str, size: int, changed: int) -> Extent:
-    """Once for all segments of a file, in whatever order they come: FLAC is read to its end for it."""
+    """Cached extent for all segments of a file: FLAC is read to its end to determine it."""
     with open(path, "rb") as file:
-        return extent(file)
+        return read_extent(file)
 
 
 @contextmanager
-def opened(source: str | os.PathLike[str] | BinaryIO, there: Extent) -> Iterator[soundfile.SoundFile]:
-    """The sound of a path or an open file, to be read forward.
+def opened(source: str | os.PathLike[str] | BinaryIO, extent: Extent) -> Iterator[soundfile.SoundFile]:
+    """Open a path or a binary file for forward reading.
 
     Args:
-        there: `extent_of` the source.
+        extent: `extent_of` the source.
     Raises:
         soundfile.SoundFileError, OSError: it cannot be opened.
     """
@@ -53,61 +53,61 @@ def opened(source: str | os.PathLike[str] | BinaryIO, there: Extent) -> Iterator
         else:
             file = stack.enter_context(open(source, "rb"))
             audio = stack.enter_context(opened_path(source, file))
-        # libsndfile would stop at a length estimated from the bit rate of the first frames, a third of some files.
-        uncounted = there.uncounted and audio.format == "MP3"
-        if uncounted or there.unset:
-            audio = stack.enter_context(_SoundFile(_Corrected(file, uncounted, there.unset)))
+        # libsndfile would stop at a length estimated from the bit rate of the first frames: a third of some files.
+        uncounted = extent.uncounted and audio.format == "MP3"
+        if uncounted or extent.unset:
+            audio = stack.enter_context(_SoundFile(_CorrectedFile(file, uncounted, extent.unset)))
         yield audio
 
 
 def opened_path(path: str | os.PathLike[str], file: BinaryIO) -> soundfile.SoundFile:
-    """The sound of a path that is open as `file`, which must stay open. Raises soundfile.SoundFileError.
+    """Open a path that is already open as `file`, which must stay open. Raises soundfile.SoundFileError.
 
-    By its path libsndfile takes a file for the sound of the resource fork `._X` beside it, which macOS leaves beside
-    every X: no MP3 can be read then. By its descriptor it cannot see the name's ending, which tells of some formats.
+    Opened by path, libsndfile reads the resource fork `._X` that macOS creates beside X, and then fails for MP3. Opened
+    by descriptor, it does not know the suffix, which some formats need.
     """
     try:
         return _SoundFile(file.fileno(), closefd=False)
     except soundfile.SoundFileError:
-        # soundfile encodes text strictly, and a name need not be UTF-8.
+        # As bytes, because soundfile requires text to be valid UTF-8.
         return _SoundFile(os.fsencode(path))
 
 
 class _SoundFile(soundfile.SoundFile):
-    """Read forward: soundfile seeks after every block, which fails at the end of FLAC without its sample count."""
+    """Forward reader: soundfile would seek after every block, which fails at the end of FLAC without a sample count."""
 
     def seekable(self) -> bool:
         return False
 
 
-class _Corrected(io.RawIOBase):
-    """A file as a decoder has to see it in order to read all of it.
+class _CorrectedFile(io.RawIOBase):
+    """File with corrections that make a decoder read all of it.
 
     Args:
-        endless: claim to have _ENDLESS bytes, zeros at the last (where decoders look for tags).
-        unset: place of four bytes that are read as 0xFF, a length that is not known; 0: none.
+        endless: report _ENDLESS bytes, with zeros at the end (where decoders search for tags).
+        unset: position of four bytes that are read as 0xFF, an unknown length; 0: none.
     """
 
     def __init__(self, file: BinaryIO, endless: bool, unset: int) -> None:
-        self.file, self.unset, self.place = file, unset, 0
+        self.file, self.unset, self.position = file, unset, 0
         self.size = _ENDLESS if endless else file.seek(0, io.SEEK_END)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        if self.place > _ENDLESS // 2:
-            content = bytearray(max(0, min(len(buffer), self.size - self.place)))
+        if self.position > _ENDLESS // 2:
+            content = bytearray(max(0, min(len(buffer), self.size - self.position)))
         else:
-            self.file.seek(self.place)
+            self.file.seek(self.position)
             content = bytearray(self.file.read(len(buffer)))
-        for place in range(self.unset, self.unset + 4 if self.unset else 0):
-            if 0 <= place - self.place < len(content):
-                content[place - self.place] = 0xFF
+        for position in range(self.unset, self.unset + 4 if self.unset else 0):
+            if 0 <= position - self.position < len(content):
+                content[position - self.position] = 0xFF
         buffer[: len(content)] = content
-        self.place += len(content)
+        self.position += len(content)
         return len(content)

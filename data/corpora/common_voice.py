@@ -1,7 +1,7 @@
-"""Mozilla Common Voice: LANG/clips/*.mp3, and tables of tab-separated values, one a split.
+"""Mozilla Common Voice: LANG/clips/*.mp3, and one table of tab-separated values per split.
 
 Most tables are not CSV: a quotation mark in a sentence is part of the sentence, and nothing is escaped. Some rows are
-(`tables.py` distinguishes them). Unreadable rows are skipped and counted.
+CSV (`tables.py` distinguishes them). Unreadable rows are skipped and counted.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from common.errors import UserError
-from data.corpora.base import FileSource, Source, Unreadable, check_choice, mostly_readable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Source, Unreadable, check_not_empty, mostly_readable
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import name_fault
 
-# Tables of clips. validated and other are for training, without whatever dev and test hold.
+Table = Literal["train", "dev", "test", "validated", "other"]
+# Tables of clips and their splits. validated and other are training data, without the content of dev and test.
 TABLES = {"train": "train", "dev": "dev", "test": "test", "validated": "train", "other": "train"}
 _COLUMNS = ("client_id", "path", "sentence")
 _CLIP = re.compile(r"[\w.-]+")
@@ -26,36 +29,37 @@ _CLIP = re.compile(r"[\w.-]+")
 
 @dataclass(frozen=True)
 class CommonVoiceSettings:
-    """One or more languages of a Common Voice release, unpacked."""
+    """Languages of an unpacked Common Voice release."""
 
     folder: str = ""
-    """Folder of a language, such as cv-corpus-17.0-2024-03-15/de, or of a release, which holds the languages."""
+    """Folder of a language, such as cv-corpus-17.0-2024-03-15/de, or of a release with several languages."""
     languages: list[str] = field(default_factory=list)
-    """Of a release: the languages to read, by the names of their folders; empty: all that are there."""
-    splits: list[str] = field(default_factory=lambda: ["train", "dev", "test"])
-    """Tables to read: train, dev, test; validated and other add to train whatever of them has no speaker and no
-    sentence of dev or test."""
+    """Languages of a release to read, by the names of their folders; empty: all."""
+    splits: list[Literal["train", "dev", "test", "validated", "other"]] = field(
+        default_factory=lambda: ["train", "dev", "test"]
+    )
+    """Tables to read: train, dev, test; validated and other add to train those of their clips that share no speaker
+    and no sentence with dev or test."""
     min_up_votes: int = 0
-    """Leave out clips with fewer votes for them."""
+    """Exclude clips with fewer up-votes."""
     max_down_votes: int | None = None
-    """Leave out clips with more votes against them."""
+    """Exclude clips with more down-votes."""
     min_seconds: float = 0.0
-    """Leave out shorter clips, by clip_durations.tsv."""
+    """Exclude shorter clips, according to clip_durations.tsv."""
     max_seconds: float = math.inf
-    """Leave out longer clips, by clip_durations.tsv."""
+    """Exclude longer clips, according to clip_durations.tsv."""
 
     def __post_init__(self) -> None:
-        if not self.splits:
-            raise UserError(f"splits is empty: say --splits with some of {', '.join(TABLES)}")
-        for split in self.splits:
-            check_choice("splits", split, list(TABLES))
+        check_not_empty("splits", self.splits, TABLES)
         if not 0 <= self.min_seconds < self.max_seconds:
-            raise UserError(f"min_seconds is {self.min_seconds}, max_seconds {self.max_seconds}: 0 <= min < max")
+            raise UserError(
+                f"min_seconds is {self.min_seconds}, max_seconds {self.max_seconds}: must be 0 <= min < max"
+            )
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A row of a table."""
+    """Row of a table."""
 
     where: str
     """FILE:LINE"""
@@ -69,7 +73,7 @@ class Clip:
 
 
 def sources(settings: CommonVoiceSettings) -> list[Source]:
-    """Clips and unreadable rows of the tables, sorted by id; the id of a clip is its name.
+    """List the clips and unreadable rows of the tables, sorted by id; the id of a clip is its name.
 
     Raises UserError naming file and line, also if half or more of a table is unreadable.
     """
@@ -77,13 +81,13 @@ def sources(settings: CommonVoiceSettings) -> list[Source]:
     for folder in _language_folders(settings):
         for source in _language(folder, settings):
             if source.id in listed:
-                raise UserError(f"{folder}: the clip {source.id} is in another language's folder too: remove one")
+                raise UserError(f"{folder}: the clip {source.id} is also in the folder of another language: remove one")
             listed[source.id] = source
     return sorted(listed.values(), key=lambda source: source.id)
 
 
 def read_clips(path: Path) -> list[Clip | Unreadable]:
-    """Rows of a table. A truncated row, an invalid clip name or a repeated clip gives an Unreadable.
+    """Read the rows of a table. A truncated row, an invalid clip name or a repeated clip gives an Unreadable.
 
     Raises UserError naming file and line: missing columns, or half or more of the rows unreadable.
     """
@@ -106,7 +110,7 @@ def read_clips(path: Path) -> list[Clip | Unreadable]:
 
 def _clip(row: dict[str, str], where: str) -> Clip:
     """Parse a row. Raises UserError naming file and line."""
-    name = row["path"] if "." in row["path"] else row["path"] + ".mp3"  # early releases leave it out
+    name = row["path"] if "." in row["path"] else row["path"] + ".mp3"  # missing in early releases
     if not _CLIP.fullmatch(name) or name.startswith("."):
         raise UserError(f"{where}: path is {name[:80]!r}, expected the name of a file in clips/")
     if fault := name_fault(row["client_id"]):
@@ -119,21 +123,21 @@ def _clip(row: dict[str, str], where: str) -> Clip:
 def read_durations(path: Path) -> dict[str, float]:
     """Seconds by clip, from `clip_durations.tsv` (milliseconds), without unreadable rows.
 
-    Raises UserError naming file and line: wrong columns, or half of the rows or more cannot be read.
+    Raises UserError naming file and line: wrong columns, or half or more of the rows unreadable.
     """
-    found = {}
-    listed: list[object] = []
+    seconds = {}
+    rows: list[object] = []
     for where, row in table_rows(path, ("clip", "duration[ms]")):
         value = "" if isinstance(row, UserError) else row["duration[ms]"]
         if isinstance(row, UserError):
-            listed.append(Unreadable(where, str(row)))
+            rows.append(Unreadable(where, str(row)))
         elif not value.isascii() or not value.isdigit() or len(value) > 12:
-            listed.append(Unreadable(where, f"{where}: duration[ms] is {value[:80]!r}, expected milliseconds"))
+            rows.append(Unreadable(where, f"{where}: duration[ms] is {value[:80]!r}, expected milliseconds"))
         else:
-            listed.append(row)
-            found[row["clip"]] = int(value) / 1000
-    mostly_readable(listed)
-    return found
+            rows.append(row)
+            seconds[row["clip"]] = int(value) / 1000
+    mostly_readable(rows)
+    return seconds
 
 
 def _count(row: dict[str, str], column: str, where: str) -> int:
@@ -149,20 +153,20 @@ def _language_folders(settings: CommonVoiceSettings) -> list[Path]:
     given = existing_folder("folder", settings.folder)
     if (given / "clips").is_dir() and not settings.languages:
         return [given]
-    there = sorted(name for name in listed_names(given) if (given / name / "clips").is_dir())
+    existing = sorted(name for name in listed_names(given) if (given / name / "clips").is_dir())
     for language in settings.languages:
-        if language not in there:
-            raise UserError(f"languages names {language!r}, {given} has {', '.join(there) or 'no LANG/clips'}")
-    if not there:
-        raise UserError(f"folder {given} has no folder clips, nor has any folder in it: unpack a language's archive")
-    return [given / name for name in dict.fromkeys(settings.languages or there)]
+        if language not in existing:
+            raise UserError(f"languages names {language!r}, {given} has {', '.join(existing) or 'no LANG/clips'}")
+    if not existing:
+        raise UserError(f"folder {given} has no folder clips or LANG/clips: unpack the archive of a language")
+    return [given / name for name in dict.fromkeys(settings.languages or existing)]
 
 
 def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource | Unreadable]:
     files = listed_names(folder / "clips")
     timed = settings.min_seconds > 0 or settings.max_seconds < math.inf
     seconds = read_durations(folder / "clip_durations.tsv") if timed else {}
-    tables = [name for name in TABLES if name in settings.splits]  # published splits come before validated and other
+    tables = [name for name in TABLES if name in settings.splits]
     held_out = _held_out(folder) if {"validated", "other"} & set(tables) else (set(), set())
     chosen: dict[str, FileSource | Unreadable] = {}
     missing: list[str] = []
@@ -175,12 +179,12 @@ def _language(folder: Path, settings: CommonVoiceSettings) -> list[FileSource | 
             if extra and (clip.name in chosen or clip.speaker in held_out[0] or clip.sentence in held_out[1]):
                 continue
             if clip.name in chosen:
-                raise UserError(f"{clip.where}: the clip {clip.name} is in another split's table too")
+                raise UserError(f"{clip.where}: the clip {clip.name} is also in the table of another split")
             if timed and clip.name not in seconds:
-                reason = f"{clip.where}: clip_durations.tsv has no {clip.name}; do not limit the seconds"
+                reason = f"{clip.where}: clip_durations.tsv has no {clip.name}; remove --min_seconds and --max_seconds"
                 chosen[clip.name] = Unreadable(Path(clip.name).stem, reason)
                 continue
-            if not _wanted(clip, seconds.get(clip.name), settings):
+            if not _is_selected(clip, seconds.get(clip.name), settings):
                 continue
             if clip.name not in files:
                 missing.append(clip.name)
@@ -197,10 +201,10 @@ def _held_out(folder: Path) -> tuple[set[str], set[str]]:
     return {clip.speaker for clip in clips}, {clip.sentence for clip in clips}
 
 
-def _wanted(clip: Clip, seconds: float | None, settings: CommonVoiceSettings) -> bool:
-    few = settings.max_down_votes is None or clip.down_votes <= settings.max_down_votes
-    fitting = seconds is None or settings.min_seconds <= seconds <= settings.max_seconds
-    return few and fitting and clip.up_votes >= settings.min_up_votes and bool(clip.sentence)
+def _is_selected(clip: Clip, seconds: float | None, settings: CommonVoiceSettings) -> bool:
+    down_votes_fit = settings.max_down_votes is None or clip.down_votes <= settings.max_down_votes
+    length_fits = seconds is None or settings.min_seconds <= seconds <= settings.max_seconds
+    return down_votes_fit and length_fits and clip.up_votes >= settings.min_up_votes and bool(clip.sentence)
 
 
 def _source(folder: Path, clip: Clip, split: str) -> FileSource:

@@ -1,4 +1,4 @@
-"""Debian packages as folders of files, with no root and no installation: `apt-get download`, then `dpkg-deb -x`."""
+"""Files of Debian packages without root or installation: `apt-get download`, then `dpkg-deb -x`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from common.errors import UserError
 
 
 def package_folders(packages: list[str], given: str, cache: Path) -> list[Path]:
-    """Folders in which the files of the packages lie.
+    """Folders with the files of packages, which are downloaded or unpacked first if necessary.
 
     Args:
         packages: names of Debian packages.
-        given: folder with their .deb files or with their unpacked content; empty: fetch them.
-        cache: where packages are unpacked, one folder each; what is there is not fetched again.
+        given: folder with their .deb files or with their unpacked content; empty: download them.
+        cache: folder of unpacked packages, one folder each.
     Raises:
-        UserError: saying what was being fetched or unpacked and what to do.
+        UserError: a package cannot be downloaded or unpacked; the message gives the fix.
     """
     if given:
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise UserError(f"folder is {given!r}: there is no such folder")
+            raise UserError(f"folder is {given!r}: no such folder")
         archives = [archive for package in packages for archive in sorted(folder.glob(f"{package}_*.deb"))[-1:]]
         if not archives:
-            return [folder]  # already unpacked: the corpus finds out whether everything is there
+            return [folder]  # already unpacked; the corpus checks its content
         names = [archive.name.split("_")[0] for archive in archives]
         missing = [package for package in packages if package not in names]
         if missing:
@@ -34,7 +34,7 @@ def package_folders(packages: list[str], given: str, cache: Path) -> list[Path]:
         return [_unpack(archive, cache / archive.stem) for archive in archives]
     missing = [package for package in packages if not (cache / package).is_dir()]
     if missing:
-        print(f"fetching Debian packages: {', '.join(missing)}", flush=True)
+        print(f"downloading Debian packages: {', '.join(missing)}", flush=True)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as temporary:
             for archive in _download(missing, Path(temporary)):
@@ -47,53 +47,53 @@ def _command(packages: list[str]) -> str:
 
 
 def _download(packages: list[str], folder: Path) -> list[Path]:
-    """Fetch the packages' .deb files into a folder."""
+    """Download the .deb files of packages into a folder. Raises UserError."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise _failure(packages, "this system has no apt-get or no dpkg-deb")
     error = _run(["apt-get", "download", *packages], folder)
     if error:
-        # The system may have no package lists (containers), or stale ones. A list of our own needs no root.
+        # The system may have no package lists (containers), or stale ones. Separate lists need no root.
         lists, archives = folder / "lists", folder / "archives"
         (lists / "partial").mkdir(parents=True)
         (archives / "partial").mkdir(parents=True)
         options = (f"Dir::State::lists={lists}", f"Dir::Cache={archives}", "Debug::NoLocking=1")
-        own = ["apt-get", *(argument for option in options for argument in ("-o", option))]
-        error = _run([*own, "-o", "APT::Update::Error-Mode=any", "update"], folder) or _run(
-            [*own, "download", *packages], folder
+        apt_get = ["apt-get", *(argument for option in options for argument in ("-o", option))]
+        error = _run([*apt_get, "-o", "APT::Update::Error-Mode=any", "update"], folder) or _run(
+            [*apt_get, "download", *packages], folder
         )
-    archives_found = sorted(folder.glob("*.deb"))
-    if error or len(archives_found) != len(packages):
-        raise _failure(packages, error or f"only {len(archives_found)} of {len(packages)} came")
-    return archives_found
+    files = sorted(folder.glob("*.deb"))
+    if error or len(files) != len(packages):
+        raise _failure(packages, error or f"got only {len(files)} of {len(packages)}")
+    return files
 
 
 def _failure(packages: list[str], reason: str) -> UserError:
     return UserError(
-        f"could not fetch the Debian packages {', '.join(packages)} ({reason}). Check that this machine reaches its "
-        "Debian or Ubuntu mirror (apt honours http_proxy; on Ubuntu they are in 'universe') and run again; or on a "
-        f"machine that does, run {_command(packages)} and give the folder with the .deb files as --folder"
+        f"could not download the Debian packages {', '.join(packages)} ({reason}). Check that this machine can access "
+        "its Debian or Ubuntu mirror (apt uses http_proxy; on Ubuntu they are in 'universe') and run again; or run "
+        f"{_command(packages)} on another machine and give the folder with the .deb files as --folder"
     )
 
 
 def _unpack(archive: Path, target: Path) -> Path:
-    """The folder with the archive's files; it appears complete or not at all."""
+    """Unpack an archive atomically. Returns the folder with its files."""
     if target.is_dir():
         return target
     if shutil.which("dpkg-deb") is None:
-        raise UserError(f"unpacking {archive} needs dpkg-deb: unpack it elsewhere and give that folder as --folder")
+        raise UserError(f"unpacking {archive} needs dpkg-deb: unpack it elsewhere and give the folder as --folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpack-") as temporary:
         content = Path(temporary) / "content"
         error = _run(["dpkg-deb", "-x", str(archive.resolve()), str(content)], target.parent)
         if error:
-            raise UserError(f"could not unpack {archive} ({error}); fetch it again; the disk needs 1 GB free")
+            raise UserError(f"could not unpack {archive} ({error}): download it again; it needs 1 GB of disk space")
         if not target.is_dir():  # another process may have been faster
             content.rename(target)
     return target
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Run a command in a folder. Returns '' when it succeeded, else the last line that it wrote as an error."""
+    """Run a command in a folder. Returns '' on success, else its last line of error output."""
     done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode == 0:
         return ""

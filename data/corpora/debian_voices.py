@@ -1,10 +1,10 @@
 """Real speech from Debian packages: the actors of the game Fish Fillets, and the descriptions of Tux Paint's stamps.
 
 Fish Fillets: `sound/LEVEL/LANGUAGE/ID.ogg`, texts in `script/LEVEL/*dialogs_LANGUAGE.lua` as
-`dialogId("ID", "FONT", "English") dialogStr("text")`; a font is a character, so it stands for the speaker.
+`dialogId("ID", "FONT", "English") dialogStr("text")`; each character has a font, which serves as the speaker id.
 Tux Paint: `X_desc_LANGUAGE.ogg` beside `X.txt` with lines `LANGUAGE.utf8=text`.
 
-Phrases repeat, so the splits are made by text and not by file.
+Phrases repeat, so recordings are split by text.
 """
 
 from __future__ import annotations
@@ -13,85 +13,85 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from common.errors import UserError
+from common.hashing import hash_share
 from data.audio.folders import is_clutter
-from data.corpora.base import FileSource, check_choice, hash_share
+from data.corpora.audio_files import FileSource
+from data.corpora.base import check_not_empty
 from data.corpora.debian_packages import package_folders
-from data.format.index import Recording
+from data.format.schema import Recording
 
+Part = Literal["fillets-cs", "fillets-nl", "tuxpaint"]
+# Packages of each part.
 PARTS = {
     "fillets-cs": ("fillets-ng-data", "fillets-ng-data-cs"),
     "fillets-nl": ("fillets-ng-data", "fillets-ng-data-nl"),
     "tuxpaint": ("tuxpaint-stamps-default",),
 }
-# In these languages the written descriptions were found to be what is said; elsewhere they may have changed since.
+# Languages whose written descriptions match the audio; in others the texts may have changed since the recording.
 _TUXPAINT_TEXTS = ("fr", "es", "ru", "ro")
 
 
 @dataclass(frozen=True)
 class DebianVoicesSettings:
-    """The voices in Debian's packages."""
+    """Speech in Debian packages."""
 
-    parts: list[str] = field(default_factory=lambda: list(PARTS))
-    """What to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
+    parts: list[Part] = field(default_factory=lambda: ["fillets-cs", "fillets-nl", "tuxpaint"])
+    """Parts to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
     in 12 languages, 3 h; always in the train split)."""
     folder: str = ""
-    """Folder with the packages' .deb files, or with what `dpkg-deb -x` made of them; empty: fetch them by apt-get."""
+    """Folder of the .deb files, or of the files that `dpkg-deb -x` unpacked; empty: download them with apt-get."""
     cache: str = "~/.cache/bestrq"
-    """Folder where fetched packages are unpacked and kept (0.4 GB)."""
-    held_out_languages: list[str] = field(default_factory=lambda: ["cs"])
-    """Languages of Fish Fillets of which a part goes to dev and test; of the others everything goes to train."""
+    """Folder of unpacked packages (0.4 GB)."""
+    held_out_languages: list[Literal["cs", "nl"]] = field(default_factory=lambda: ["cs"])
+    """Languages of Fish Fillets with dev and test splits; other languages are in train only."""
     dev_share: float = 0.145
-    """Share of the phrases of those languages that goes to dev (of Czech, 15 minutes)."""
+    """Share of the phrases of these languages in dev (15 minutes of Czech)."""
     test_share: float = 0.145
-    """Share of the phrases of those languages that goes to test."""
+    """Share of the phrases of these languages in test."""
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise UserError(f"parts is empty: name at least one of {', '.join(PARTS)}")
-        for part in self.parts:
-            check_choice("parts", part, list(PARTS))
-        for language in self.held_out_languages:
-            check_choice("held_out_languages", language, ["cs", "nl"])
+        check_not_empty("parts", self.parts, PARTS)
         if min(self.dev_share, self.test_share) < 0 or self.dev_share + self.test_share >= 1:
             raise UserError(
-                f"dev_share is {self.dev_share} and test_share {self.test_share}: both must be 0 or more, and leave "
-                "something to train"
+                f"dev_share is {self.dev_share} and test_share {self.test_share}: both must be 0 or more, with a "
+                "sum below 1"
             )
 
 
 @dataclass(frozen=True)
 class FilletsSettings(DebianVoicesSettings):
-    """The voices of Fish Fillets."""
+    """Speech in the game Fish Fillets."""
 
-    parts: list[str] = field(default_factory=lambda: ["fillets-cs", "fillets-nl"])
-    """What to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
+    parts: list[Part] = field(default_factory=lambda: ["fillets-cs", "fillets-nl"])
+    """Parts to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
     in 12 languages, 3 h; always in the train split)."""
 
 
 def sources(settings: DebianVoicesSettings) -> list[FileSource]:
-    """All recordings, sorted by id; packages that are not there are fetched first.
+    """List all recordings by part, sorted by id; missing packages are downloaded first.
 
-    Raises UserError when a package cannot be fetched, or its content is not found.
+    Raises UserError if a package cannot be downloaded or has no recordings.
     """
     packages = sorted({package for part in settings.parts for package in PARTS[part]})
     folders = package_folders(packages, settings.folder, Path(settings.cache).expanduser() / "debian_voices")
-    found: list[FileSource] = []
+    listed: list[FileSource] = []
     for part in sorted(set(settings.parts)):
         name, _, language = part.partition("-")
-        listed = list(_fillets(folders, language, settings) if name == "fillets" else _tuxpaint(folders))
-        if not listed:
+        recordings = list(_fillets(folders, language, settings) if name == "fillets" else _tuxpaint(folders))
+        if not recordings:
             where = ", ".join(map(str, folders))
-            raise UserError(f"{part}: no recordings below {where}; are the packages {', '.join(packages)} there?")
-        found += sorted(listed, key=lambda source: source.id)
-    return found
+            raise UserError(f"{part}: no recordings below {where}; it should hold the packages {', '.join(packages)}")
+        listed += sorted(recordings, key=lambda source: source.id)
+    return listed
 
 
 def parse_dialogs(script: str) -> dict[str, tuple[str, str]]:
-    """The dialogs of a Lua script: id -> (font, text). One without a text, not yet translated, is left out.
+    """Dialogs of a Lua script: id -> (font, text), without untranslated ones.
 
-    Reads only the two calls `dialogId` and `dialogStr` with string literals, and passes over anything else.
+    Parses only the calls `dialogId` and `dialogStr` with string literals and ignores everything else.
     """
     tokens = re.findall(
         r"""--\[\[.*?\]\]|--[^\n]*|("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|([A-Za-z_]\w*)|([()])""", script, re.DOTALL
@@ -114,7 +114,7 @@ def parse_dialogs(script: str) -> dict[str, tuple[str, str]]:
 
 
 def _unescape(literal: str) -> str:
-    """A Lua string literal's value. `\\ddd` is a byte, so the text becomes UTF-8 only after all are in place."""
+    """Value of a Lua string literal. `\\ddd` is a byte, so the text is decoded after all escapes are replaced."""
     simple = {"n": b"\n", "t": b"\t", "r": b"\r"}
 
     def byte(match: re.Match[bytes]) -> bytes:
@@ -131,18 +131,18 @@ def _fillets(folders: list[Path], language: str, settings: DebianVoicesSettings)
     everywhere = {id: dialog for level in sorted(by_level) for id, dialog in by_level[level].items()}
     for path in _files(folders, f"**/sound/**/{language}/*.ogg"):
         level = path.parts[path.parts.index("sound") + 1 : -2]
-        # A level may play what another level's script says.
+        # A level may use audio of another level's script.
         font, text = by_level.get(level[0], {}).get(path.stem) or everywhere.get(path.stem) or ("", "")
         text = " ".join(text.split())
-        spoken = _key(text)
+        key = _key(text)
         split = "train"
-        if spoken and language in settings.held_out_languages:
-            share = hash_share(f"fillets {language} {spoken}")
+        if key and language in settings.held_out_languages:
+            share = hash_share(f"fillets {language} {key}")
             if share < settings.test_share + settings.dev_share:
                 split = "test" if share < settings.test_share else "dev"
         recording = Recording(
             id=f"fillets-{language}/{'/'.join(level)}/{path.stem}",
-            text=text if spoken else None,
+            text=text if key else None,
             language=language,
             speaker=f"fillets-{language}-{font.removeprefix('font_')}" if font else "",
             split=split,
@@ -151,7 +151,7 @@ def _fillets(folders: list[Path], language: str, settings: DebianVoicesSettings)
 
 
 def _key(text: str) -> str:
-    """The letters and digits of a text: what two spellings of the same phrase have in common."""
+    """Letters and digits of a text, the same for different spellings of a phrase."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
@@ -175,10 +175,10 @@ def _tuxpaint(folders: list[Path]) -> Iterator[FileSource]:
 def _description(path: Path, language: str) -> str | None:
     if not path.is_file():
         return None
-    found = re.search(rf"^{language}\.utf8=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    return found[1].strip() or None if found else None
+    match = re.search(rf"^{language}\.utf8=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return match[1].strip() or None if match else None
 
 
 def _files(folders: list[Path], pattern: str) -> list[Path]:
-    found = {path for folder in folders for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not is_clutter(path.name))
+    paths = {path for folder in folders for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if not is_clutter(path.name))

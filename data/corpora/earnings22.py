@@ -1,10 +1,10 @@
-"""Earnings-22 (Del Rio et al. 2022): 125 earnings calls from 27 countries, 119 hours, each a recording of its own.
+"""Earnings-22 (Del Rio et al. 2022): 125 earnings calls from 27 countries, 119 hours; each call is one recording.
 
-The published layout: FOLDER/metadata.csv, FOLDER/media/ID.mp3, FOLDER/transcripts/{nlp_references/ID.nlp,
-force_aligned_nlp_references/ID.aligned.nlp,normalizations/ID.norm.json}. The long-context paper's:
+Published layout: FOLDER/metadata.csv, FOLDER/media/ID.mp3, FOLDER/transcripts/{nlp_references/ID.nlp,
+force_aligned_nlp_references/ID.aligned.nlp,normalizations/ID.norm.json}. Layout of the long-context paper:
 FOLDER/{dev,test}_original/ID.mp3 and FOLDER/full_transcripts.json, an object of texts by ID.
 
-Two corpora, whose error rates do not compare: `earnings22`, the 6 + 6 calls of the usual dev and test lists, and
+Two corpora with incomparable error rates: `earnings22`, the 6 + 6 calls of the usual dev and test lists, and
 `earnings22-full`, all calls.
 """
 
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
-from data.corpora.base import FileSource, Unreadable, check_choice, mostly_readable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Unreadable, mostly_readable
 from data.corpora.json_lines import is_file, text_field
 from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, written_or_spoken
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.skipped import NO_WORD_TIMES
 from data.splits import published_split
 from data.word_times.base import read_json
@@ -39,17 +40,13 @@ class Earnings22FullSettings:
     """All calls of Earnings-22, as one test set."""
 
     folder: str = ""
-    """The folder earnings22 of the published repository, with metadata.csv, media and transcripts."""
+    """Folder earnings22 of the published repository, with metadata.csv, media and transcripts."""
     text: Literal["written", "spoken"] = "written"
-    """Words as written ("2021"), or with every tagged token as it is most probably said ("twenty twenty one")."""
+    """Words as written ("2021"), or with the most probable spoken form of every tagged token ("twenty twenty one")."""
     punctuation: bool = True
-    """Keep punctuation marks in the text; labels drop them on their own."""
+    """Keep punctuation marks in the text; labels never have them."""
     speaker: Literal["country", "dialect", "none"] = "country"
-    """What stands as the speaker of a call, which has many: its company's country, the dialect family, or nothing."""
-
-    def __post_init__(self) -> None:
-        check_choice("text", self.text, ["written", "spoken"])
-        check_choice("speaker", self.speaker, [*_COLUMNS, "none"])
+    """Speaker id of a call, which has several speakers: country of the company, dialect family, or none."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +54,20 @@ class Earnings22Settings(Earnings22FullSettings):
     """The 6 + 6 calls of the usual dev and test lists of Earnings-22."""
 
     folder: str = ""
-    """The folder earnings22 of the published repository, with metadata.csv, media and transcripts; or the long-context
-    paper's earnings-22, with dev_original, test_original and full_transcripts.json."""
-    splits: list[str] = field(default_factory=lambda: ["dev", "test"])
-    """Which of the lists: dev, test."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for split in self.splits:
-            check_choice("splits", split, ["dev", "test"])
+    """Folder earnings22 of the published repository, with metadata.csv, media and transcripts; or earnings-22 of the
+    long-context paper, with dev_original, test_original and full_transcripts.json."""
+    splits: list[Literal["dev", "test"]] = field(default_factory=lambda: ["dev", "test"])
+    """Lists to read: dev, test."""
 
 
 def sources(settings: Earnings22Settings) -> list[FileSource]:
-    """The calls of the published lists, sorted by id. Raises UserError, naming what is missing or damaged."""
+    """List the calls of the published lists, sorted by id. Raises UserError naming missing or damaged files."""
     folder = existing_folder("folder", settings.folder)
     lists = published_split("earnings22")
     splits = {id: split for split in dict.fromkeys(settings.splits) for id in lists[split]}
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
         return _paper_layout(folder, splits, settings)
-    # The table only gives the speaker of these calls, so they can be used without it.
+    # Only the speaker comes from this table, so it may be missing.
     try:
         metadata, unreadable = _metadata(folder)
         reason = unreadable[0].reason if unreadable else f"{folder / 'metadata.csv'}: no row for the call"
@@ -85,15 +77,15 @@ def sources(settings: Earnings22Settings) -> list[FileSource]:
 
 
 def sources_full(settings: Earnings22FullSettings) -> list[FileSource | Unreadable]:
-    """All calls in metadata.csv, sorted by id, as the split test, then its unreadable rows.
+    """List all calls in metadata.csv, sorted by id, in the split test, then its unreadable rows.
 
     Raises UserError as `sources` does, and if half or more of the table is unreadable.
     """
     folder = existing_folder("folder", settings.folder)
     if not (folder / "transcripts").is_dir() and is_file(folder / TRANSCRIPTS_FILE):
         raise UserError(
-            f"folder {folder} has the long-context paper's layout, with the calls of its dev and test lists alone: the "
-            "full set needs the published repository; or prepare the corpus earnings22"
+            f"folder {folder} has the layout of the long-context paper, with only the calls of its dev and test lists: "
+            "the full set needs the published repository; or prepare the corpus earnings22"
         )
     metadata, unreadable = _metadata(folder)
     return [*_published_layout(folder, dict.fromkeys(metadata, "test"), metadata, settings), *unreadable]
@@ -106,7 +98,7 @@ def _published_layout(
     settings: Earnings22FullSettings,
     without_row: str = "",
 ) -> list[FileSource]:
-    """The calls of `splits`. `without_row`: the warning for a call without a row in the table."""
+    """Sources of the calls of `splits`. `without_row`: warning for a call without a row in the table."""
     media = {id: folder / "media" / f"{id}.mp3" for id in sorted(splits)}
     _check_media(media, folder)
     listed = []
@@ -134,13 +126,15 @@ def _published_layout(
             speaker=row[_COLUMNS[settings.speaker]].strip() if row else "",
             split=splits[id],
         )
-        listed.append(FileSource(recording, path, tuple(warnings)))
+        listed.append(FileSource(recording, path, warnings=tuple(warnings)))
     return listed
 
 
 def _paper_layout(folder: Path, splits: Mapping[str, str], settings: Earnings22Settings) -> list[FileSource]:
     if settings.text == "spoken":
-        raise UserError(f"text is 'spoken': {folder / TRANSCRIPTS_FILE} has texts as written; use the published layout")
+        raise UserError(
+            f"text is 'spoken', but {folder / TRANSCRIPTS_FILE} has only written texts: use the published layout"
+        )
     media = {id: folder / f"{splits[id]}_original" / f"{id}.mp3" for id in sorted(splits)}
     _check_media(media, folder)
     where = str(folder / TRANSCRIPTS_FILE)
@@ -156,9 +150,9 @@ def _paper_layout(folder: Path, splits: Mapping[str, str], settings: Earnings22S
 
 
 def _check_media(media: Mapping[str, Path], folder: Path) -> None:
-    """Raise UserError unless all audio is there, and is audio: an evaluation of some of the calls is another one."""
+    """Raise UserError unless all audio files exist: error rates of a subset of the calls are not comparable."""
     if not media:
-        raise UserError(f"{folder}: lists no call")
+        raise UserError(f"{folder}: the lists have no call")
     missing = [id for id, path in media.items() if not is_file(path)]
     if missing:
         raise UserError(
@@ -168,11 +162,11 @@ def _check_media(media: Mapping[str, Path], folder: Path) -> None:
     for path in media.values():
         with open(path, "rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(f"{path}: a pointer of git-lfs and not the audio: run `git lfs pull` in the repository")
+                raise UserError(f"{path}: a pointer of git-lfs instead of audio: run `git lfs pull` in the repository")
 
 
 def _metadata(folder: Path) -> tuple[dict[str, dict[str, str]], list[Unreadable]]:
-    """(Rows of metadata.csv by call, unreadable rows).
+    """Rows of metadata.csv by call, and unreadable rows.
 
     Raises UserError naming file and line: missing columns, or half or more of the rows unreadable.
     """

@@ -1,15 +1,15 @@
-"""espeak-ng through ctypes: speech from words, with the exact time of every word.
+"""Speech synthesis by espeak-ng through ctypes, with the exact time of every word.
 
-The library and its data come from the PyPI package `espeakng-loader`. Two facts shape this module:
+The library and its data come from the PyPI package `espeakng-loader`. Two of its properties shape this module:
 
-- Word events of plain text are not one to one with words (phrases such as "out of the" are spoken as one unit). So
-  every word is turned into phonemes by itself, the utterance is spoken as `[[phonemes]] [[phonemes]] ...`, and an event
-  is attached to its word by its position in that text.
-- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers), and no call resets it.
-  So a `Synthesizer` loads the library afresh and unloads it at the end (about 3 ms): what it speaks is a pure function
-  of what it was asked since it was opened.
+- Word events of plain text do not correspond to words (phrases such as "out of the" are one unit). So every word is
+  converted to phonemes separately, the utterance is synthesised from `[[phonemes]] [[phonemes]] ...`, and an event is
+  assigned to its word by its position in that text.
+- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers) that no call resets. So
+  a `Synthesizer` loads the library on entry and unloads it on exit (about 3 ms): its audio is a pure function of its
+  calls since then.
 
-The library is not thread-safe and there is one of it in a process: use processes, and one `Synthesizer` at a time.
+The library is not thread-safe and has one instance per process: use processes, and one `Synthesizer` at a time.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class UnspeakableWord(RuntimeError):
-    """The voice takes this word for more than one word, for another language's, or for none."""
+    """Word that the voice treats as several words, as a word of another language, or as silence."""
 
 
 class Synthesizer:
-    """One voice of espeak-ng, from a known state; use it in a `with` block.
+    """Voice of espeak-ng in a known state; use it in a `with` block.
 
     Args:
-        voice: espeak's voice name with a variant, such as `de+f2`.
+        voice: name of the voice with a variant, such as `de+f2`.
         words_per_minute: 80 to 450.
-        pitch: 0 to 99; 50 is the voice's own.
-        pitch_range: 0 to 99; 50 is the voice's own.
-        seed: of the library's noise (breath); below 2**31.
+        pitch: 0 to 99; default of the voice at 50.
+        pitch_range: 0 to 99; default of the voice at 50.
+        seed: of the breath noise; below 2**31.
 
     Raises:
-        RuntimeError: the library does not know the voice.
+        RuntimeError: unknown voice.
         UnspeakableWord: from `phonemes` and `speak`.
     """
 
@@ -121,21 +121,21 @@ class Synthesizer:
         return 0
 
     def phonemes(self, word: str) -> str:
-        """The word's phonemes in espeak's own notation, as the word is spoken alone."""
+        """Phonemes of an isolated word, in the notation of espeak."""
         rest = ctypes.c_char_p(word.encode())
         parts = []
         while rest.value is not None:
-            found = self._library.espeak_TextToPhonemes(ctypes.byref(rest), 1, 0)
-            if found:
-                parts.append(found.decode())
-        spoken = "".join(parts)
-        # "(en)" is how the library says that it would change to another language's voice in mid-word.
-        if not spoken or "(" in spoken or "[" in spoken or " " in spoken:
-            raise UnspeakableWord(f"espeak-ng voice {self.voice!r} cannot speak {word!r} as one word: {spoken!r}")
-        return spoken
+            part = self._library.espeak_TextToPhonemes(ctypes.byref(rest), 1, 0)
+            if part:
+                parts.append(part.decode())
+        phonemes = "".join(parts)
+        # "(en)" stands for a change to the voice of another language within the word.
+        if not phonemes or any(mark in phonemes for mark in "([ "):
+            raise UnspeakableWord(f"espeak-ng voice {self.voice!r} cannot speak {word!r} as one word: {phonemes!r}")
+        return phonemes
 
     def speak(self, words: Sequence[str]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
-        """One phrase: (float32 [samples] in -1..1 at `sample_rate`, one (start, end) in seconds for every word)."""
+        """Synthesise a phrase: float32 [samples] in [-1, 1] at `sample_rate`, and start and end of its words in s."""
         text, ends = "", []
         for word in words:
             text += f"[[{self.phonemes(word)}]] "
@@ -151,7 +151,7 @@ class Synthesizer:
         return samples, self._word_times(len(samples), words, ends)
 
     def _word_times(self, samples: int, words: Sequence[str], ends: Sequence[int]) -> list[tuple[float, float]]:
-        """A word lasts from its event to the next one; the phrase's end has an event of its own."""
+        """Times of the words: from the event of a word to the next event; the end of the phrase has an event too."""
         starts: dict[int, int] = {}
         boundaries = [samples]
         for kind, position, sample in self._events:

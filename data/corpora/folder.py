@@ -1,7 +1,7 @@
-"""Audio files with transcripts beside them, or a JSON-lines manifest as NeMo's (`manifest.py`).
+"""Corpus of audio files with transcripts beside them, or of a NeMo manifest (`manifest.py`).
 
-A folder: every audio file below it (`files_below`), `X.txt` beside `X.flac`, and word times in `X.words.json`,
-`X.TextGrid` or `X.ctm`.
+In a folder, all audio files below it are read (`files_below`), with the transcript `X.txt` beside `X.flac`, and word
+times in `X.words.json`, `X.TextGrid` or `X.ctm`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
+from common.hashing import hash_share
 from data.audio.folders import files_below
-from data.corpora.base import FileSource, Source, Unreadable, hash_share, mostly_readable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Source, Unreadable, mostly_readable
 from data.corpora.manifest import SPLIT_NAMES, manifest_sources
 from data.corpora.text_files import summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.word_times import SUFFIXES as WORD_TIMES
@@ -27,28 +29,28 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 @dataclass(frozen=True)
 class FolderSettings:
-    """Audio of your own: --folder, or --manifest."""
+    """Your own audio: --folder or --manifest."""
 
     folder: str = ""
     """Folder with .wav, .flac, .ogg, .opus and .mp3 files at any depth, and .txt transcripts (UTF-8) beside them."""
     manifest: str = ""
-    """JSON-lines manifest with audio_filepath, duration and text, as NeMo's: the training part, or everything."""
+    """NeMo manifest (JSON lines with audio_filepath, duration and text) of the train split or of all splits."""
     dev_manifest: str = ""
     """Manifest of the dev split."""
     test_manifest: str = ""
     """Manifest of the test split."""
     text: Literal["required", "optional", "none"] = "required"
-    """Transcripts: required (one that is missing is an error), optional, or none (not even read; for pretraining)."""
+    """Transcripts: required (a missing one is an error), optional, or none (not read; for pretraining)."""
     split_by: Literal["auto", "folder", "hash"] = "auto"
-    """How recordings get their split. folder: by the name of a sub-folder (train, dev, valid, test). hash: by shares,
-    from the transcript, so that a phrase never falls into two splits. auto: by sub-folder, by a manifest's `split`, or
-    by the manifest it stands in, where there is such; by hash where nothing tells any split."""
+    """Assignment of splits. folder: by the name of a sub-folder (train, dev, valid, test). hash: by shares, from a hash
+    of the transcript, so that a phrase is never in two splits. auto: by sub-folder, by the manifest's option or its
+    field `split`; by hash if none of them gives a split."""
     dev_share: float = 0.05
-    """Share of the recordings that goes to dev when splitting by hash."""
+    """Share of the recordings in dev with a split by hash."""
     test_share: float = 0.05
-    """Share of the recordings that goes to test when splitting by hash."""
+    """Share of the recordings in test with a split by hash."""
     language: str = ""
-    """Language of recordings that do not tell theirs, such as en."""
+    """Language of recordings without one of their own, such as en."""
 
     def __post_init__(self) -> None:
         manifests = [self.manifest, self.dev_manifest, self.test_manifest]
@@ -62,18 +64,18 @@ class FolderSettings:
 
 
 def sources(settings: FolderSettings) -> list[Source]:
-    """All recordings and unreadable files, sorted by id.
+    """List all recordings and unreadable files, sorted by id.
 
-    Raises UserError, naming files, for problems of the whole folder that file names show.
+    Raises UserError, naming files, for missing files and splits of the whole folder.
     """
     if settings.folder:
         return _from_folder(settings)
-    given = {"train": settings.manifest, "dev": settings.dev_manifest, "test": settings.test_manifest}
-    alone = not settings.dev_manifest and not settings.test_manifest
+    manifests = {"train": settings.manifest, "dev": settings.dev_manifest, "test": settings.test_manifest}
+    all_splits = not settings.dev_manifest and not settings.test_manifest
     listed: list[Source] = []
-    for split, manifest in given.items():
+    for split, manifest in manifests.items():
         if manifest:
-            choose = functools.partial(_manifest_split, settings, None if alone else split)
+            choose = functools.partial(_manifest_split, settings, None if all_splits else split)
             listed += manifest_sources(Path(manifest).expanduser(), settings.text, settings.language, choose)
     return sorted(listed, key=lambda source: source.id)
 
@@ -81,16 +83,15 @@ def sources(settings: FolderSettings) -> list[Source]:
 def _from_folder(settings: FolderSettings) -> list[Source]:
     folder = Path(settings.folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"folder is {settings.folder!r}: there is no such folder")
-    found = files_below(folder)
-    everything = found.files
+        raise UserError(f"folder is {settings.folder!r}: no such folder")
+    search = files_below(folder)
     ids = {
         path: path.relative_to(folder).with_suffix("").as_posix()
-        for path in everything
+        for path in search.files
         if path.suffix.lower() in SUFFIXES
     }
-    timed = {p.with_name(p.name.removesuffix(end)) for p in everything for end in WORD_TIMES if p.name.endswith(end)}
-    unread: list[Source] = [_unread(folder, path, reason) for path, reason in found.unread.items()]
+    timed = {p.with_name(p.name.removesuffix(end)) for p in search.files for end in WORD_TIMES if p.name.endswith(end)}
+    unread: list[Source] = [_unread(folder, path, reason) for path, reason in search.unread.items()]
     paths = []
     for path, id in ids.items():
         try:
@@ -99,20 +100,20 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
         except UserError as error:
             unread.append(_unread(folder, path, str(error)))
     if not paths:
-        raise UserError(f"folder {folder} holds no audio file ({', '.join(SUFFIXES)}), nor do the folders below it")
+        raise UserError(f"folder {folder} holds no audio file ({', '.join(SUFFIXES)}) at any depth")
     missing = [] if settings.text != "required" else [p for p in paths if not p.with_suffix(".txt").is_file()]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(paths)} audio files in {folder} have no .txt transcript beside them: "
-            f"{summary([str(path) for path in missing])}. Add them, or say --text optional or --text none"
+            f"{summary([str(path) for path in missing])}. Add them, or use --text optional or --text none"
         )
     by_name = {path: _folder_split(path.relative_to(folder)) for path in paths}
     use_names = settings.split_by == "folder" or (settings.split_by == "auto" and any(by_name.values()))
-    outside = [path for path, split in by_name.items() if use_names and split is None]
-    if outside:
+    unassigned = [path for path, split in by_name.items() if use_names and split is None]
+    if unassigned:
         raise UserError(
-            f"{len(outside)} audio files in {folder} are in no folder named train, dev, valid or test: "
-            f"{summary([str(path) for path in outside])}. Move them, or say --split_by hash"
+            f"{len(unassigned)} audio files in {folder} are in no folder named train, dev, valid or test: "
+            f"{summary([str(path) for path in unassigned])}. Move them, or use --split_by hash"
         )
     listed: list[Source] = []
     for path in paths:
@@ -133,7 +134,7 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
         split = by_name[path] if use_names else _hash_split(text or id, settings)
         assert split is not None
         recording = Recording(id, text, words, language=settings.language, split=split)
-        listed.append(FileSource(recording, path, tuple(warnings)))
+        listed.append(FileSource(recording, path, warnings=tuple(warnings)))
     mostly_readable(listed)
     return sorted([*listed, *unread], key=lambda source: source.id)
 
@@ -143,7 +144,7 @@ def _unread(folder: Path, path: Path, reason: str) -> Unreadable:
 
 
 def _folder_split(path: Path) -> str | None:
-    """The split that a relative path's outermost telling folder names."""
+    """Split of a relative path: the outermost folder that is named as one."""
     return next((SPLIT_NAMES[part.lower()] for part in path.parts[:-1] if part.lower() in SPLIT_NAMES), None)
 
 
@@ -158,10 +159,10 @@ def _transcript(path: Path) -> str | None:
         raise UserError(f"transcript {path} cannot be read ({error.strerror or error})") from error
 
 
-def _manifest_split(settings: FolderSettings, of_manifest: str | None, of_line: str | None, key: str) -> str:
-    """The split of a manifest's line: its manifest's, else its own, else by hash."""
-    told = of_manifest or of_line
-    return told if told and settings.split_by != "hash" else _hash_split(key, settings)
+def _manifest_split(settings: FolderSettings, manifest_split: str | None, line_split: str | None, key: str) -> str:
+    """Split of a line of a manifest: that of the manifest, else of the line, else by hash."""
+    split = manifest_split or line_split
+    return split if split and settings.split_by != "hash" else _hash_split(key, settings)
 
 
 def _hash_split(key: str, settings: FolderSettings) -> str:

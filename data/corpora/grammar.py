@@ -1,7 +1,7 @@
-"""Sentences from word lists: a small grammar a language, with invented words that can only be spelled by ear.
+"""Random sentences from a small grammar per language, with invented words that a recogniser must spell by ear.
 
-The lists stand in `words/LANGUAGE.txt`. Every draw comes from the `random.Random` that the caller gives, through
-`random()` alone, whose stream Python promises not to change.
+The word lists are in `words/LANGUAGE.txt`. All draws use only the method `random()` of the caller's `random.Random`,
+whose stream Python guarantees not to change.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal, get_args
 
 from data.corpora.numbers import spell_number
 
-LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "cs")
+Language = Literal["en", "de", "fr", "es", "it", "nl", "cs"]
+LANGUAGES: tuple[str, ...] = get_args(Language)
 
 _LISTS = ("noun", "object", "plural", "verb", "adjective", "adverb", "place", "name")
 _TOPIC_SIZE = 8
@@ -23,48 +25,48 @@ _TOPIC_SHARE = 0.6
 
 
 def pick(rng: random.Random, items: Sequence[str]) -> str:
-    """One of the items, each as likely as the others."""
+    """Draw an item, all with the same probability."""
     return items[int(rng.random() * len(items))]
 
 
 @dataclass(frozen=True)
 class Topic:
-    """What one stretch of a recording is about: the few entries of each list that keep coming back."""
+    """Topic of a part of a recording: a few entries of each list, which recur there."""
 
     entries: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The lists of one language: section name -> entries (one or more words each)."""
+    """Word lists of a language: section name -> entries (one or more words each)."""
 
     language: str
     lists: dict[str, list[str]]
 
     def pseudo_word(self, rng: random.Random) -> str:
-        """A word that does not exist, of two or three of the language's syllables."""
+        """Draw an invented word of two or three syllables of the language."""
         parts = []
         for _ in range(2 if rng.random() < 0.6 else 3):
             parts += [pick(rng, self.lists["onset"]), pick(rng, self.lists["nucleus"])]
         return "".join(parts) + pick(rng, self.lists["coda"])
 
     def topic(self, rng: random.Random) -> Topic:
-        """A few entries of every list, and a few invented words."""
+        """Draw a topic: a few entries of every list, and a few invented words."""
         names = [name for name in _LISTS if name in self.lists]
         entries = {name: [pick(rng, self.lists[name]) for _ in range(_TOPIC_SIZE)] for name in names}
         entries["pseudo"] = [self.pseudo_word(rng) for _ in range(_TOPIC_SIZE)]
         return Topic(entries)
 
     def sentence(self, rng: random.Random, topic: Topic | None = None) -> list[str]:
-        """The words of one sentence, in lower case and without punctuation; 3 to about 20 of them."""
+        """Draw the words of a sentence, 3 to about 20, in lower case and without punctuation."""
         template = pick(rng, self.lists["template"])
         filled = re.sub(r"\{(\w+)\}", lambda match: self._fill(match.group(1), rng, topic), template)
         return filled.split()
 
     def _fill(self, name: str, rng: random.Random, topic: Topic | None) -> str:
         if name == "number":
-            most = 100 if rng.random() < 0.6 else 1000
-            return spell_number(5 + int(rng.random() * (most - 5)), self.language)
+            limit = 100 if rng.random() < 0.6 else 1000
+            return spell_number(5 + int(rng.random() * (limit - 5)), self.language)
         if name == "digits":
             count = 4 + int(rng.random() * 4)
             return " ".join(spell_number(int(rng.random() * 10), self.language) for _ in range(count))
@@ -75,7 +77,7 @@ class Grammar:
 
 @cache
 def load_grammar(language: str) -> Grammar:
-    """The grammar of `words/LANGUAGE.txt`, read once a process."""
+    """Grammar of `words/LANGUAGE.txt`, read once per process."""
     text = (Path(__file__).parent / "words" / f"{language}.txt").read_text(encoding="utf-8")
     lists: dict[str, list[str]] = {}
     body = " ".join(line.strip() for line in text.splitlines() if not line.startswith("#"))

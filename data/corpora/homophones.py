@@ -1,11 +1,10 @@
-"""Synthetic speech in which only context tells the spelling: a small corpus that shows what long context is worth.
+"""Synthetic speech whose spelling depends on context: a small corpus that measures the benefit of long context.
 
-Every recording has one topic. Its sentences name things whose words sound the same in all topics and are written by
-the topic (flour, flower), so a listener who does not know the topic can but guess. The topic is told by words of its
-own, in a sentence now and then; all other words, and the grammar, are the same in all topics. So a stretch of speech
-can be written down without error if, and only if, one of the telling sentences can be heard in it.
+Every recording has one topic. Its sentences contain homophones whose spelling depends on the topic (flour, flower).
+Words of the topic itself occur only in an occasional cue sentence; all other words, and the grammar, are the same for
+all topics. So a segment can be transcribed without error if and only if it contains a cue sentence.
 
-Spoken by the voices of the corpus `synthetic`, with its splits: they share neither voices nor sentences.
+Voices and splits are those of the corpus `synthetic`: splits share neither voices nor sentences.
 """
 
 from __future__ import annotations
@@ -18,47 +17,39 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from common.errors import UserError
 from data.audio.reading import resample
 from data.corpora.base import Utterance
 from data.corpora.grammar import load_grammar, pick
 from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, speak, split_of
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 
 _LANGUAGE = "en"
 
 
 @dataclass(frozen=True)
 class HomophoneSettings:
-    """The corpus of homophones."""
+    """Corpus of homophones."""
 
-    train_hours: float = 4.0
-    """Hours of training speech, within a few per cent."""
-    dev_recordings: int = 12
+    train_hours: NonNegativeFloat = 4.0
+    """Hours of training speech, accurate to a few per cent."""
+    dev_recordings: NonNegativeInt = 12
     """Recordings in the dev split."""
-    test_recordings: int = 40
+    test_recordings: NonNegativeInt = 40
     """Recordings in the test split."""
-    recording_seconds: float = 75.0
-    """Length that every recording reaches, in seconds."""
-    cue_seconds: float = 12.0
-    """Seconds from one sentence that tells the topic to the next, on average: from two thirds of it to four thirds."""
+    recording_seconds: PositiveFloat = 75.0
+    """Minimum length of a recording in seconds."""
+    cue_seconds: PositiveFloat = 12.0
+    """Mean time between cue sentences in seconds; it varies from two thirds to four thirds of this."""
     seed: int = 0
-    """Another seed gives other speech."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_hours", "dev_recordings", "test_recordings"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: must not be negative")
-        for name in ("recording_seconds", "cue_seconds"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: must be positive")
+    """Seed of all random draws."""
 
 
 @dataclass(frozen=True)
 class HomophoneSource:
-    """One recording, on one topic from its beginning to its end."""
+    """Recording about a single topic."""
 
     id: str
     split: str
@@ -68,7 +59,7 @@ class HomophoneSource:
     seed: int
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Speak the recording: its text, words, speaker and sound are a pure function of this source."""
+        """Synthesise the recording: text, words, speaker and audio are a pure function of this source."""
         key = f"{self.seed} {self.id} {self.topic} {self.seconds} {self.cue_seconds}"
         digest = hashlib.sha256(key.encode()).digest()
         rng = random.Random(digest[:16])
@@ -89,7 +80,7 @@ class HomophoneSource:
 
 
 def sources(settings: HomophoneSettings) -> list[HomophoneSource]:
-    """All recordings, the topics in turn."""
+    """List all recordings; the topics alternate."""
     topics = word_lists()["topic"]
     counts = {
         "train": round(settings.train_hours * 3600 / settings.recording_seconds),
@@ -108,35 +99,35 @@ def sources(settings: HomophoneSettings) -> list[HomophoneSource]:
 
 
 def word_lists() -> dict[str, list[str]]:
-    """The lists of `words/homophones.txt`: section name -> entries."""
+    """Word lists of `words/homophones.txt`: section name -> entries."""
     return load_grammar("homophones").lists
 
 
 @cache
 def homophones(topic: str) -> list[str]:
-    """How the words that sound the same are written in a topic; number i of all topics is one sound."""
+    """Spellings of the homophones in a topic; number i has the same pronunciation in all topics."""
     lists = word_lists()
     number = lists["topic"].index(topic)
     return [entry.split("/")[number] for entry in lists["homophone"]]
 
 
 def draw_sentence(rng: random.Random, topic: str, is_cue: bool) -> list[str]:
-    """The words of one sentence: it names what only this topic has (a cue), or what sounds the same in all topics."""
+    """Draw the words of a sentence, with a noun of the topic (a cue) or a homophone."""
     lists = word_lists()
     choices = lists | {"noun": lists[topic] if is_cue else homophones(topic)}
     template = pick(rng, lists["template"])
-    return re.sub(r"\{(\w+)\}", lambda found: pick(rng, choices[found[1]]), template).split()
+    return re.sub(r"\{(\w+)\}", lambda match: pick(rng, choices[match[1]]), template).split()
 
 
 def sentences_on(topic: str, rng: random.Random, split: str, cue_seconds: float) -> Callable[[float], list[str]]:
-    """(seconds since the beginning) -> the next sentence of a recording, one that belongs to the split."""
-    cue_from = rng.random() * cue_seconds
+    """Generator of sentences of a recording: (seconds since its start) -> words of a sentence of the split."""
+    next_cue = rng.random() * cue_seconds
 
     def draw(now: float) -> list[str]:
-        nonlocal cue_from
-        is_cue = now >= cue_from
+        nonlocal next_cue
+        is_cue = now >= next_cue
         if is_cue:
-            cue_from = now + cue_seconds * (2 + 2 * rng.random()) / 3
+            next_cue = now + cue_seconds * (2 + 2 * rng.random()) / 3
         while True:
             sentence = draw_sentence(rng, topic, is_cue)
             if split_of(" ".join(sentence)) == split:

@@ -1,4 +1,4 @@
-"""JSON-lines manifests, plain or gzipped, read a line at a time; every error names the file and the line."""
+"""JSON-lines manifests, plain or gzipped, read line by line. Errors name the file and line."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 from data.names import name_fault
 
-# A cut of three hours with the times of all its words takes 2 MB; a file without line ends must not fill the memory.
+# A cut of three hours with word times takes 2 MB; a file without line ends must not fill the memory.
 MAX_LINE_BYTES = 32 << 20
-# JSON of manifests compresses ten to thirty times. What expands more than this, beyond the first 64 MB, is no manifest.
+# Manifests compress by a factor of 10 to 30. A higher factor, beyond the first 64 MB, is refused.
 _MAX_EXPANSION = 200
 _FREE_BYTES = 64 << 20
-# A file of nothing but line ends would take minutes to walk through.
+# A file of line ends alone would take minutes to read.
 _MOST_BLANK_LINES = 10_000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """('FILE:LINE', the line's JSON object) of every line that is not blank, read as they are asked for.
+    """Yield ('FILE:LINE', JSON object) of every line that is not blank.
 
-    Raises UserError: no such file, damaged gzip, one that expands beyond reason, not UTF-8, not an object, a line of
-    more than MAX_LINE_BYTES.
+    Raises UserError: no such file, damaged gzip, excessive expansion of gzip, not UTF-8, not an object, a line of more
+    than MAX_LINE_BYTES.
     """
     for where, fields in json_lines_or_faults(path):
         if isinstance(fields, UserError):
@@ -36,7 +36,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    """`json_lines`, with the error in place of a line that is not UTF-8 or not an object."""
+    """`json_lines`, with an error instead of a line that is not UTF-8 or not an object."""
     where = str(path)
     try:
         with open(path, "rb") as raw:
@@ -54,7 +54,7 @@ def json_lines_or_faults(path: Path) -> Iterator[tuple[str, dict[str, Any] | Use
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
-def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+def _objects(file: BinaryIO, path: Path, max_bytes: float) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     number = blank = read = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -62,7 +62,7 @@ def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dic
         where = f"{path}:{number}"
         if len(line) > MAX_LINE_BYTES:
             raise UserError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MB; is this a JSON-lines manifest?")
-        if read > most:
+        if read > max_bytes:
             raise UserError(f"{where}: gzip that expands more than {_MAX_EXPANSION} times; refused")
         if not line.strip():
             blank += 1
@@ -77,9 +77,9 @@ def _objects(file: BinaryIO, path: Path, most: float) -> Iterator[tuple[str, dic
 
 
 def parse_object(line: bytes, where: str, first: bool = True) -> dict[str, Any]:
-    """The JSON object of a line. Raises UserError naming the place."""
+    """JSON object of a line. Raises UserError naming the place."""
     try:
-        # The C parser recurses: brackets nested a thousand deep raise, and are no manifest.
+        # RecursionError: brackets nested a thousand deep.
         fields = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON object ({error}): {line[:80]!r}") from error
@@ -89,7 +89,7 @@ def parse_object(line: bytes, where: str, first: bool = True) -> dict[str, Any]:
 
 
 def text_field(fields: Mapping[str, Any], name: str, where: str) -> str | None:
-    """The text in a field; None where there is none. Raises UserError where it is something else, or not Unicode."""
+    """Text of a field; None if it is missing or null. Raises UserError if it is not text, or not Unicode."""
     value = fields.get(name)
     if value is None:
         return None
@@ -103,7 +103,7 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str | None:
 
 
 def seconds_field(fields: Mapping[str, Any], name: str, where: str, negative: bool = False) -> float | None:
-    """Seconds in a field; None where there is none. Raises UserError unless it is finite, and 0 or more."""
+    """Seconds of a field; None if it is missing or null. Raises UserError unless it is finite, and 0 or more."""
     value = fields.get(name)
     if value is None:
         return None
@@ -117,7 +117,7 @@ def seconds_field(fields: Mapping[str, Any], name: str, where: str, negative: bo
 
 
 def label_field(fields: Mapping[str, Any], name: str, where: str) -> str:
-    """A name such as a speaker's, which may be written as a whole number; "" where there is none. Raises UserError."""
+    """Name, such as a speaker, in a field; may be written as an integer; "" if missing or null. Raises UserError."""
     value = fields.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
         return str(value)
@@ -125,21 +125,21 @@ def label_field(fields: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def audio_path(name: str, base: Path, where: str) -> Path:
-    """The path of an audio file: a relative one counts from `base`.
+    """Path of an audio file; a relative path starts at `base`. Raises UserError.
 
-    The user gives the manifest, and manifests name files all over a system: an absolute path, or one with `..`, is
-    what it says. Nothing but sound is read through it, and nothing is ever written.
+    Manifests come from the user and may name files anywhere, so absolute paths and `..` are allowed. Files are only
+    decoded as audio, and never written.
     """
     if fault := name_fault(name):
         raise UserError(f"{where}: {shorten(name)} is not the path of an audio file: it {fault}")
     try:
         return base / Path(name).expanduser()
-    except RuntimeError as error:  # `~user` of nobody
+    except RuntimeError as error:  # `~user` of an unknown user
         raise UserError(f"{where}: {shorten(name)}: {error}") from error
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that no file could have is none."""
+    """True if the file exists; False also for an invalid file name."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -147,5 +147,6 @@ def is_file(path: Path) -> bool:
 
 
 def shorten(value: Any) -> str:
+    """Repr of a value, at most 80 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

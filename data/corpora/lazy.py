@@ -1,6 +1,6 @@
-"""Sources that are made when they are asked for, from a table of columns: for corpora of ten million recordings.
+"""Sequence of sources that are created on access from a table of columns, for corpora of ten million recordings.
 
-Ten million source objects take 15 GB, the columns they are made from a tenth of it.
+Ten million source objects need 15 GB, their columns a tenth of it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _BATCH = 4096
 
 @dataclasses.dataclass(frozen=True)
 class LazySources(Sequence[Source]):
-    """A sequence of sources over a table: `make` turns a row, as a dict of its columns, into its source.
+    """Sequence of sources over a table: `make` turns a row, as a dict of its columns, into its source.
 
-    A slice is a LazySources over the same memory.
+    A slice shares the memory of the table.
     """
 
     table: pa.Table
@@ -48,32 +48,32 @@ class LazySources(Sequence[Source]):
             else:
                 table = self.table.take(pa.array(range(start, stop, step), pa.int64()))
             return dataclasses.replace(self, table=table)
-        row = range(len(self))[index]  # IndexError, and negative ones
+        row = range(len(self))[index]  # negative indices, and IndexError
         return self.make(self.table.slice(row, 1).to_pylist()[0])
 
 
 def check_unique(table: pa.Table, dataset: str) -> None:
-    """Raise UserError naming an id that more than one row has, and the splits ('part') that these rows are in."""
+    """Raise UserError, with the id and the splits ('part') of its rows, if an id is not unique."""
     if pc.count_distinct(table["id"]).as_py() == len(table):
         return
     counts = pc.value_counts(table["id"].combine_chunks())
     id = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
-    among = sorted(set(table.filter(pc.equal(table["id"], id))["part"].to_pylist()))
+    parts = sorted(set(table.filter(pc.equal(table["id"], id))["part"].to_pylist()))
     raise UserError(
-        f"{dataset}: the id {id!r} is in more than one row (in {', '.join(among)}). Leave out a split that is "
+        f"{dataset}: the id {id!r} is in more than one row (in {', '.join(parts)}). Leave out a split that is "
         "contained in another, with --splits; or the file is damaged"
     )
 
 
 def repeat(value: str, size: int) -> pa.Array:
-    """The same text for every row, stored once."""
+    """Column with the same text in every row, stored once."""
     return pa.DictionaryArray.from_arrays(
         pa.repeat(pa.scalar(0, pa.int32()), size), pa.array([value], pa.large_string())
     )
 
 
 def with_faults(table: pa.Table, ids: Mapping[int, str], faults: Sequence[str]) -> pa.Table:
-    """Add a column `fault`, null except in the rows numbered by `ids`, which also get these ids."""
+    """Add a column `fault`, null except in the rows whose numbers are keys of `ids`; these rows also get these ids."""
     if not ids:
         return table.append_column("fault", pa.nulls(len(table), pa.large_string()))
     numbers = np.fromiter(ids, np.int64, len(ids))

@@ -1,8 +1,11 @@
-"""lhotse manifests: cuts, or recordings with supervisions, as JSON lines, plain or gzipped; without lhotse itself.
+"""lhotse manifests: cuts, or recordings with supervisions, as plain or gzipped JSON lines.
 
-A supervision's start counts from the start of its cut; the times of its alignment (`alignment.word`, a list of
-[symbol, start, duration, score]) count from the start of the *recording*, as lhotse itself counts them. An audio path
-is taken as the manifest says it, absolute or with `..`: the user gives the manifest, and only sound is read through it.
+Read without the package lhotse, whose loader stops at the first bad line without naming it, has no limits for damaged
+files, and runs shell commands that a manifest gives as audio sources.
+
+The start of a supervision is relative to its cut; the times of its alignment (`alignment.word`, a list of
+[symbol, start, duration, score]) are relative to the start of the *recording*, as in lhotse. Audio paths are used as
+written, absolute or with `..`: the manifest comes from the user, and files are only decoded as audio.
 """
 
 from __future__ import annotations
@@ -13,30 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-from data.corpora.base import (
-    SPLITS,
-    FileSource,
-    MissingText,
-    SegmentSource,
-    Source,
-    Unreadable,
-    check_choice,
-    mostly_readable,
-)
-from data.corpora.channels import ChannelSource
+from data.corpora.audio_files import FileSource
+from data.corpora.base import MissingText, Source, Split, Unreadable, mostly_readable
 from data.corpora.json_lines import is_file, label_field, text_field
-from data.corpora.lhotse_cuts import Cut, channels_of, read_cuts, stretch, whole_recordings
+from data.corpora.lhotse_cuts import Cut, read_cuts, recording_cuts, supervision_channels, supervision_interval
 from data.corpora.text_files import summary
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.names import escaped
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import TOLERANCE, Word
 from data.word_times.alignments import lhotse_words
 
-# An alignment further outside of its supervision than this, in seconds, counts from somewhere else.
+# An alignment further outside its supervision than this, in seconds, has another origin.
 _STRAY_SECONDS = 1.0
-
-_Source = FileSource | SegmentSource | ChannelSource | Unreadable
 
 
 @dataclass(frozen=True)
@@ -44,51 +36,48 @@ class LhotseSettings:
     """lhotse manifests: --cuts, or --recordings with --supervisions."""
 
     cuts: str = ""
-    """Cut manifest (.jsonl or .jsonl.gz) of MonoCuts: the training part, or everything."""
+    """Cut manifest (.jsonl or .jsonl.gz) of MonoCuts, in the split of --split."""
     dev_cuts: str = ""
     """Cut manifest of the dev split."""
     test_cuts: str = ""
     """Cut manifest of the test split."""
     recordings: str = ""
-    """Recording manifest, instead of cuts: every recording whole, each of its channels by itself."""
+    """Recording manifest, instead of cuts: every channel of every whole recording."""
     supervisions: str = ""
-    """Supervision manifest of those recordings; may be empty with --text none."""
-    split: Literal["train", "dev", "test"] = "train"
+    """Supervision manifest of these recordings; may be empty with --text none."""
+    split: Split = "train"
     """Split of --cuts or --recordings."""
     unit: Literal["cuts", "supervisions"] = "cuts"
-    """cuts: a cut (or a whole recording) with all of its supervisions, in the order of time, is a recording of the
-    dataset. supervisions: each supervision's stretch is one, under the supervision's id."""
+    """Recordings of the dataset. cuts: a cut (or a whole recording) with all of its supervisions, ordered by time.
+    supervisions: the segment of a supervision, with the supervision's id."""
     text: Literal["required", "optional", "none"] = "required"
-    """Transcripts: required (one that is missing is an error), optional, or none (for pretraining)."""
+    """Transcripts: required (a missing one is an error), optional, or none (for pretraining)."""
     audio_folder: str = ""
-    """Folder that relative audio paths count from; empty: the working directory, as in lhotse."""
+    """Folder of relative audio paths; empty: the working directory, as in lhotse."""
     language: str = ""
-    """Language of supervisions that do not tell theirs, such as en."""
+    """Language of supervisions without one of their own, such as en."""
 
     def __post_init__(self) -> None:
-        check_choice("split", self.split, SPLITS)
-        check_choice("unit", self.unit, ["cuts", "supervisions"])
-        check_choice("text", self.text, ["required", "optional", "none"])
         if bool(self.recordings) == bool(self.cuts or self.dev_cuts or self.test_cuts):
             raise UserError("give either --cuts FILE (with --dev_cuts, --test_cuts), or --recordings FILE")
         if self.supervisions and not self.recordings:
             raise UserError("supervisions is given without recordings: cuts have their own")
         if self.recordings and not self.supervisions and (self.text != "none" or self.unit == "supervisions"):
-            raise UserError("supervisions is empty: give --supervisions FILE, or say --text none with --unit cuts")
+            raise UserError("supervisions is empty: give --supervisions FILE, or use --text none with --unit cuts")
 
 
 def sources(settings: LhotseSettings) -> list[Source]:
-    """All recordings and unreadable lines, sorted by id.
+    """List all recordings and unreadable lines, sorted by id.
 
     Raises UserError naming file and line if half or more of a manifest's lines are unreadable, or naming missing audio
     files.
     """
     base = Path(settings.audio_folder).expanduser()
-    listed: list[_Source] = []
+    listed: list[FileSource | Unreadable] = []
     if settings.recordings:
         supervisions = Path(settings.supervisions).expanduser() if settings.supervisions else None
         listed += _listed(
-            whole_recordings(Path(settings.recordings).expanduser(), supervisions, base), settings, settings.split
+            recording_cuts(Path(settings.recordings).expanduser(), supervisions, base), settings, settings.split
         )
     else:
         for split, manifest in (
@@ -100,19 +89,19 @@ def sources(settings: LhotseSettings) -> list[Source]:
                 listed += _listed(read_cuts(Path(manifest).expanduser(), base), settings, split)
     if not listed:
         raise UserError("the manifests hold no cut or recording")
-    there = {source.path: is_file(source.path) for source in listed if not isinstance(source, Unreadable)}
-    missing = [str(path) for path, found in there.items() if not found]
+    exists = {source.path: is_file(source.path) for source in listed if not isinstance(source, Unreadable)}
+    missing = [str(path) for path, exist in exists.items() if not exist]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(there)} audio files of the manifests do not exist: {summary(missing)}. Relative "
-            f"paths count from {base.absolute()}: see --audio_folder"
+            f"{len(missing)} of {len(exists)} audio files of the manifests do not exist: {summary(missing)}. Relative "
+            f"paths start at {base.absolute()}: see --audio_folder"
         )
     return sorted(listed, key=lambda source: source.id)
 
 
-def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: str) -> list[_Source]:
-    """Sources of a manifest's cuts: of each cut, or of each of its supervisions."""
-    listed: list[_Source] = []
+def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: str) -> list[FileSource | Unreadable]:
+    """Sources of the cuts of a manifest, or of their supervisions."""
+    listed: list[FileSource | Unreadable] = []
     for cut in cuts:
         if isinstance(cut, Unreadable):
             listed.append(cut)
@@ -133,21 +122,18 @@ def _listed(cuts: Iterable[Cut | Unreadable], settings: LhotseSettings, split: s
     return listed
 
 
-def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource | SegmentSource | ChannelSource:
-    """Source of a cut: its segment of the audio, and its labels. Raises UserError."""
+def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource:
+    """Segment of the audio of a cut, and its labels. Raises UserError."""
     recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
     whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
-    if len(channels) > 1:
-        start, duration = (0.0, None) if whole else (cut.start, cut.duration)
-        return ChannelSource(recording, path, channels.index(cut.channel), start, duration, warnings)
-    if whole:
-        return FileSource(recording, path, warnings)
-    return SegmentSource(recording, path, cut.start, cut.duration, warnings)
+    channel = channels.index(cut.channel) if len(channels) > 1 else None
+    start, duration = (0.0, None) if whole else (cut.start, cut.duration)
+    return FileSource(recording, path, start, duration, channel, warnings)
 
 
 def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recording, tuple[str, ...]]:
-    """Text, words and names from the cut's supervisions, and warnings about unusable alignments.
+    """Labels from the supervisions of a cut, and warnings about unusable alignments.
 
     Raises UserError, or MissingText if text is required and not available.
     """
@@ -155,22 +141,22 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
     texts: list[str | None] = []
     words: list[Word] | None = []
     languages, speakers = set(), set()
-    for where, fields in _in_time(cut):
+    for where, fields in _supervisions(cut):
         languages.add(label_field(fields, "language", where) or settings.language)
         speakers.add(label_field(fields, "speaker", where))
         if settings.text == "none":
             continue
-        text, aligned = _said(fields, where, cut, warnings)
+        text, aligned = _text_and_words(fields, where, cut, warnings)
         texts.append(text)
         if text and words is not None:
             words = None if aligned is None else words + aligned
-        if text is None and _is_last(cut) and stretch(fields, where)[1] > cut.duration + TOLERANCE:
+        if text is None and _is_last(cut) and supervision_interval(fields, where)[1] > cut.duration + TOLERANCE:
             raise UserError(f"{where}: ends after its recording of {cut.audio.duration} s")
     complete = bool(texts) and None not in texts
     if settings.text == "required" and not complete:
         raise MissingText(
-            f"{cut.where}: {cut.id!r} has no supervision with text within it, or one that reaches beyond it and has no "
-            "word alignment. Cut at supervisions (lhotse's trim_to_supervisions), or say --text optional"
+            f"{cut.where}: {cut.id!r} has no supervision with text, or one that extends beyond the cut and has no word "
+            "alignment. Cut at supervisions (lhotse's trim_to_supervisions), or use --text optional"
         )
     recording = Recording(
         id=cut.id,
@@ -183,24 +169,26 @@ def _recording(cut: Cut, settings: LhotseSettings, split: str) -> tuple[Recordin
     return recording, tuple(warnings)
 
 
-def _in_time(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
-    """The supervisions of the cut's channel that lie in it at least partly, in the order of time."""
-    found = []
+def _supervisions(cut: Cut) -> list[tuple[str, Mapping[str, Any]]]:
+    """Supervisions of the cut's channel that overlap with the cut, ordered by time."""
+    overlapping = []
     for where, fields in cut.supervisions:
-        start, end = stretch(fields, where)
-        if cut.channel in channels_of(fields, where) and (start < cut.duration or _is_last(cut)) and end > 0:
-            found.append((start, end, where, fields))
-    return [(where, fields) for _, _, where, fields in sorted(found, key=lambda item: item[:2])]
+        start, end = supervision_interval(fields, where)
+        if cut.channel in supervision_channels(fields, where) and (start < cut.duration or _is_last(cut)) and end > 0:
+            overlapping.append((start, end, where, fields))
+    return [(where, fields) for _, _, where, fields in sorted(overlapping, key=lambda item: item[:2])]
 
 
-def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) -> tuple[str | None, list[Word] | None]:
-    """(Text within the cut, None if unknown; its words with times from the cut's start, or None).
+def _text_and_words(
+    fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]
+) -> tuple[str | None, list[Word] | None]:
+    """Text within the cut, None if unknown, and its words with times from the start of the cut, or None.
 
-    An unusable alignment gives no times and a warning. It raises UserError if only the alignment gives the text: the
+    An unusable alignment gives no times and a warning. Raises UserError if the text needs the alignment, because the
     supervision extends beyond the cut or has no text.
     """
     text = text_field(fields, "text", where)
-    start, end = stretch(fields, where)
+    start, end = supervision_interval(fields, where)
     inside = start >= -TOLERANCE and end <= cut.duration + TOLERANCE
     known = " ".join(text.split()) if text is not None and inside else None
     alignment = fields.get("alignment")
@@ -218,51 +206,48 @@ def _said(fields: Mapping[str, Any], where: str, cut: Cut, warnings: list[str]) 
 
 
 def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list[Word]:
-    """Words of a supervision from `start` to `end` that are within the cut, with times from the cut's start."""
+    """Words within the cut of a supervision from `start` to `end`, with times from the start of the cut."""
     words = []
-    for word, begin, finish, confidence in lhotse_words(items, where):
-        begin, finish = begin - cut.start, finish - cut.start
-        if begin < start - _STRAY_SECONDS or finish > end + _STRAY_SECONDS:
+    for word, word_start, word_end, confidence in lhotse_words(items, where):
+        word_start, word_end = word_start - cut.start, word_end - cut.start
+        if word_start < start - _STRAY_SECONDS or word_end > end + _STRAY_SECONDS:
             raise UserError(
-                f"{where}: the word {word!r} is aligned at {begin:.2f} s of the cut, its supervision at {start:.2f} to "
-                f"{end:.2f} s; alignments count from the start of the recording"
+                f"{where}: the word {word!r} is aligned at {word_start:.2f} s of the cut, its supervision at "
+                f"{start:.2f} to {end:.2f} s; alignments are relative to the start of the recording"
             )
-        if 0 <= (begin + finish) / 2 < cut.duration:
-            words.append(Word(word, round(max(0.0, begin), 6), round(max(0.0, finish), 6), confidence))
+        if 0 <= (word_start + word_end) / 2 < cut.duration:
+            words.append(Word(word, round(max(0.0, word_start), 6), round(max(0.0, word_end), 6), confidence))
     return words
 
 
 def _is_last(cut: Cut) -> bool:
-    """Whether the cut ends with the recording: a supervision that ends later is an error."""
+    """True if the cut ends with the recording: a supervision that ends later is then an error."""
     return cut.start + cut.duration > cut.audio.duration - TOLERANCE / 10
 
 
 def _supervision_cuts(cut: Cut) -> list[Cut | Unreadable]:
-    """Each supervision of the cut's channel as a cut of its own, as far as it lies in the cut."""
-    found: list[Cut | Unreadable] = []
+    """Cuts of the supervisions of the cut's channel, limited to the cut."""
+    cuts: list[Cut | Unreadable] = []
     for where, fields in cut.supervisions:
         try:
-            found += _supervision_cut(replace(cut, supervisions=[(where, fields)]))
+            cuts += _supervision_cut(replace(cut, supervisions=[(where, fields)]))
         except UserError as error:
-            found.append(Unreadable(where, str(error)))
-    return found
+            cuts.append(Unreadable(where, str(error)))
+    return cuts
 
 
 def _supervision_cut(cut: Cut) -> list[Cut]:
-    """The only supervision of a cut as a cut; empty if it is in another channel or outside. Raises UserError."""
-    found = []
-    for where, fields in _in_time(cut):
+    """Cut of the only supervision of a cut; empty if it is outside or in another channel. Raises UserError."""
+    cuts = []
+    for where, fields in _supervisions(cut):
         id = text_field(fields, "id", where)
         if id is None:
             raise UserError(f"{where}: a supervision without an id")
-        start, end = stretch(fields, where)
-        first, last = max(0.0, start), end if _is_last(cut) else min(cut.duration, end)
-        if last <= first:
+        start, end = supervision_interval(fields, where)
+        cut_start, cut_end = max(0.0, start), end if _is_last(cut) else min(cut.duration, end)
+        if cut_end <= cut_start:
             raise UserError(f"{where}: the supervision {id!r} has no length within its recording")
-        moved = {**fields, "start": start - first}
-        found.append(
-            replace(
-                cut, id=id, start=cut.start + first, duration=last - first, supervisions=[(where, moved)], where=where
-            )
-        )
-    return found
+        moved = [(where, {**fields, "start": start - cut_start})]
+        start, duration = cut.start + cut_start, cut_end - cut_start
+        cuts.append(replace(cut, id=id, start=start, duration=duration, supervisions=moved, where=where))
+    return cuts

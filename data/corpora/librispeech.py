@@ -1,8 +1,7 @@
-"""LibriSpeech as OpenSLR 12 has it: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac with one .trans.txt a chapter.
+"""LibriSpeech (OpenSLR 12): SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac, and one .trans.txt per chapter.
 
-Word times come from either form of the LibriSpeech alignments, which keep the tree: `SPEAKER-CHAPTER.alignment.txt`
-(a line `ID "WORD,,WORD," "END,END,END,END"`, an empty word for silence, the end of each in seconds), or one TextGrid a
-recording.
+Word times come from either form of the LibriSpeech alignments, in the same tree: `SPEAKER-CHAPTER.alignment.txt` (lines
+`ID "WORD,,WORD," "END,END,END,END"`, an empty word for silence, end times in seconds), or one TextGrid per recording.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError, did_you_mean
-from data.corpora.base import FileSource, Source, Utterance
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Source, Utterance
 from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines, summary
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
 from data.word_times import read_textgrid
 
 _SUBSET = re.compile(r"(train|dev|test)-[a-z]+(-\d+)?")
 _ID = re.compile(r"\d+-\d+-\d+")
-# A few of the published recordings could not be aligned.
+# A few published recordings could not be aligned.
 _NONE = f"{NO_WORD_TIMES}: the alignments have none of this recording"
 _ALIGNED = re.compile(r'(\S+) "([^"]*)" "([^"]*)"')
 
@@ -36,18 +36,18 @@ class LibriSpeechSettings:
     """LibriSpeech's unpacked folders; English."""
 
     folder: str = ""
-    """The folder LibriSpeech, which holds SPEAKERS.TXT and the subsets, or one that holds it."""
+    """Folder LibriSpeech with SPEAKERS.TXT and the subsets, or its parent."""
     subsets: list[str] = field(default_factory=list)
-    """Such as train-clean-100 and dev-clean; empty: all that are there. The name's first part is the split."""
+    """Subsets such as train-clean-100 and dev-clean; empty: all. The first part of the name is the split."""
     alignments: str = ""
     """Folder of the LibriSpeech alignments (.alignment.txt or .TextGrid), in the same tree; empty: no word times."""
     gender: Literal["all", "F", "M"] = "all"
-    """Only speakers of that gender, as SPEAKERS.TXT tells."""
+    """Only speakers of this gender, according to SPEAKERS.TXT."""
 
 
 @dataclass(frozen=True)
 class TextGridSource:
-    """A recording whose word times are in a TextGrid of its own, read with the sound."""
+    """Recording with word times in a TextGrid, which is read together with the audio."""
 
     recording: Recording
     path: Path
@@ -58,7 +58,7 @@ class TextGridSource:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Raises UserError if the sound cannot be used. An unusable TextGrid gives a warning and no word times."""
+        """Read audio and word times. Raises UserError for unusable audio; an unusable TextGrid gives a warning."""
         try:
             words: list[Word] | UserError = read_textgrid(self.textgrid)
         except UserError as error:
@@ -67,17 +67,17 @@ class TextGridSource:
 
 
 def _timed(recording: Recording, path: Path, words: list[Word] | UserError, where: str) -> FileSource:
-    """Source with these word times, or with a warning instead if they cannot be used."""
+    """Source with these word times, or with a warning if they are unusable."""
     try:
         if isinstance(words, UserError):
             raise words
         return FileSource(with_words(recording, words, where), path)
     except UserError as error:
-        return FileSource(recording, path, (f"{NO_WORD_TIMES}: {error}",))
+        return FileSource(recording, path, warnings=(f"{NO_WORD_TIMES}: {error}",))
 
 
 def sources(settings: LibriSpeechSettings) -> list[Source]:
-    """Every recording of the subsets, sorted by id. Raises UserError naming file and line."""
+    """List all recordings of the subsets, sorted by id. Raises UserError naming file and line."""
     folder = _root(existing_folder("folder", settings.folder), "folder")
     subsets = _subsets(folder, settings.subsets)
     alignments = (
@@ -98,9 +98,9 @@ def sources(settings: LibriSpeechSettings) -> list[Source]:
 
 
 def with_words(recording: Recording, words: list[Word], where: str) -> Recording:
-    """The recording with these times. Raises UserError naming `where` unless they are of its transcript's words.
+    """Recording with these word times. Raises UserError naming `where` if the number of words differs.
 
-    The words themselves are the transcript's: aligners write other letter cases, and <unk> for unknown words.
+    The words themselves come from the transcript: aligners change the case and write <unk> for unknown words.
     """
     text = (recording.text or "").split()
     if len(text) != len(words):
@@ -110,23 +110,24 @@ def with_words(recording: Recording, words: list[Word], where: str) -> Recording
 
 
 def _root(folder: Path, setting: str) -> Path:
-    """The folder that holds the subsets: the given one, or LibriSpeech in it."""
+    """Folder of the subsets: the given one, or LibriSpeech in it."""
     for candidate in (folder, folder / "LibriSpeech"):
         if candidate.is_dir() and any(_SUBSET.fullmatch(name) for name in listed_names(candidate)):
             return candidate
-    raise UserError(f"{setting} {folder} holds no subset such as train-clean-100, nor does a folder LibriSpeech in it")
+    raise UserError(f"{setting} {folder} holds no subset such as train-clean-100, directly or in a folder LibriSpeech")
 
 
-def _subsets(folder: Path, wanted: list[str]) -> list[str]:
-    there = sorted(name for name in listed_names(folder) if _SUBSET.fullmatch(name) and (folder / name).is_dir())
-    for name in wanted:
-        if name not in there:
-            raise UserError(f"subsets names {name!r}, {folder} has {', '.join(there)}.{did_you_mean(name, there)}")
-    return list(dict.fromkeys(wanted)) or there
+def _subsets(folder: Path, names: list[str]) -> list[str]:
+    existing = sorted(name for name in listed_names(folder) if _SUBSET.fullmatch(name) and (folder / name).is_dir())
+    for name in names:
+        if name not in existing:
+            suggestion = did_you_mean(name, existing)
+            raise UserError(f"subsets names {name!r}, {folder} has {', '.join(existing)}.{suggestion}")
+    return list(dict.fromkeys(names)) or existing
 
 
 def _speakers(path: Path, gender: str) -> set[str] | None:
-    """Speakers of that gender; None for all. A row: id | sex | subset | minutes | name; `;` begins a comment."""
+    """Speakers of a gender; None for all. Rows: id | sex | subset | minutes | name; `;` starts a comment."""
     if gender == "all":
         return None
     speakers = set()
@@ -159,9 +160,11 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
         raise UserError(
             f"{folder}: {len(missing)} audio files are missing: {summary(missing)}; unpack the archive again"
         )
-    silent = sorted(file for file in files if file.endswith(".flac") and file[:-5] not in texts)
-    if silent:
-        raise UserError(f"{folder / name}.trans.txt: has no transcript of {summary(silent)}; unpack the archive again")
+    untranscribed = sorted(file for file in files if file.endswith(".flac") and file[:-5] not in texts)
+    if untranscribed:
+        raise UserError(
+            f"{folder / name}.trans.txt: has no transcript of {summary(untranscribed)}; unpack the archive again"
+        )
     words: dict[str, tuple[str, list[Word] | UserError]] = {}
     aligned: set[str] = set()
     warning = _NONE if alignments else ""
@@ -182,7 +185,7 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
         elif f"{id}.TextGrid" in aligned:
             listed.append(TextGridSource(recording, path, times / f"{id}.TextGrid"))
         else:
-            listed.append(FileSource(recording, path, (warning,) if warning else ()))
+            listed.append(FileSource(recording, path, warnings=(warning,) if warning else ()))
     return listed
 
 
@@ -199,23 +202,23 @@ def _transcripts(path: Path, chapter: str) -> dict[str, str]:
 
 
 def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | UserError]]:
-    """Read an `.alignment.txt`: ('FILE:LINE', words with times in seconds, or the error) by recording id.
+    """Read an `.alignment.txt`: ('FILE:LINE', words with times in seconds, or an error) by recording id.
 
     Errors of a single line: wrong format, different numbers of words and times, decreasing times. Raises UserError if
     the file cannot be read.
     """
-    found: dict[str, tuple[str, list[Word] | UserError]] = {}
+    alignments: dict[str, tuple[str, list[Word] | UserError]] = {}
     for where, line in lines_or_faults(path):
         if isinstance(line, UserError):
-            continue  # of an unknown recording, which then has no alignment
+            continue  # its recording is unknown, and then has no alignment
         id = line.partition(" ")[0]
         try:
-            if id in found:
+            if id in alignments:
                 raise UserError(f"{where}: {id} occurs twice")
-            found[id] = where, _aligned(line, where)
+            alignments[id] = where, _aligned(line, where)
         except UserError as error:
-            found[id] = where, error
-    return found
+            alignments[id] = where, error
+    return alignments
 
 
 def _aligned(line: str, where: str) -> list[Word]:
@@ -223,14 +226,14 @@ def _aligned(line: str, where: str) -> list[Word]:
     match = _ALIGNED.fullmatch(line.strip())
     if not match:
         raise UserError(f'{where}: expected ID "WORD,WORD" "END,END": {line[:80]!r}')
-    id, spoken, ends = match[1], match[2].split(","), match[3].split(",")
-    if len(spoken) != len(ends):
-        raise UserError(f"{where}: {id} has {len(spoken)} words and silences, and {len(ends)} times")
+    id, texts, ends = match[1], match[2].split(","), match[3].split(",")
+    if len(texts) != len(ends):
+        raise UserError(f"{where}: {id} has {len(texts)} words and silences, and {len(ends)} times")
     words, start = [], 0.0
-    for word, text in zip(spoken, ends, strict=True):
+    for word, text in zip(texts, ends, strict=True):
         end = _seconds(text, where)
         if end < start:
-            raise UserError(f"{where}: {id}: the end of {word!r}, {end} s, lies before its start, {start} s")
+            raise UserError(f"{where}: {id}: the end of {word!r}, {end} s, is before its start, {start} s")
         if word:
             words.append(Word(word, start, end))
         start = end
@@ -243,5 +246,5 @@ def _seconds(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise UserError(f"{where}: {text[:40]!r} should be a time in seconds")
+        raise UserError(f"{where}: {text[:40]!r} is not a time in seconds")
     return value

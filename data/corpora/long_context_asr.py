@@ -1,12 +1,12 @@
-"""The layout of long-context-asr (Flynn and Ragni 2024): spectrograms of whole recordings, and Google's word times.
+"""Layout of long-context-asr (Flynn and Ragni 2024): spectrograms of whole recordings, and word times from Google.
 
-`audio_txt_pairs.json` is `{ID: {"audio": PATH, "txt": PATH, "duration": SECONDS}}`; beside each audio file X.ogg lies
+`audio_txt_pairs.json` is `{ID: {"audio": PATH, "txt": PATH, "duration": SECONDS}}`. Beside each audio file X.ogg is
 X.spec.pt, written by torch.save: float16 [1, 80, T], power mel of the left channel without a logarithm, each bin with
-zero mean and unit standard deviation over the recording. `txt` is the answer of Google's recogniser in JSON.
+zero mean and unit standard deviation over the recording. `txt` is the JSON output of Google's recogniser.
 
-A file of torch.save holds a pickle. Before torch sees it, the archive is checked: nothing compressed, no larger than
-the recording's duration allows, and a pickle that names nothing but what a half-precision tensor needs. Then torch's
-restricted loader reads it.
+A file of torch.save holds a pickle. The archive is checked before torch reads it with its restricted loader: nothing
+compressed, no larger than the duration of the recording allows, and no names in the pickle except those that a
+half-precision tensor needs.
 """
 
 from __future__ import annotations
@@ -23,92 +23,79 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from data.corpora.base import (
-    SPLITS,
-    FeatureUtterance,
-    FileSource,
-    MissingText,
-    Unreadable,
-    Utterance,
-    check_choice,
-    mostly_readable,
-)
+from data.corpora.audio_files import FileSource
+from data.corpora.base import FeatureUtterance, MissingText, Split, Unreadable, Utterance, mostly_readable
 from data.corpora.json_lines import audio_path, is_file, seconds_field, shorten, text_field
 from data.corpora.text_files import summary
 from data.features import FeatureSettings, difference
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.word_times.base import read_json
 from data.word_times.google import read_google_words
 
 PAIRS_FILE = "audio_txt_pairs.json"
 MELS = 80
 FRAMES_PER_SECOND = 100
-# Their duration is that of the ogg as ffprobe tells it; the decoder may give a little more or less.
+# Durations in the pairs file come from ffprobe; the decoded length may differ slightly.
 _SLACK_SECONDS = 2.0
 _SLACK_BYTES = 1 << 16  # of the archive's own records
 _LARGEST_PICKLE = 1 << 12  # of one tensor: some 300 bytes
 _TENSOR_NAMES = frozenset(
     ("torch._utils _rebuild_tensor_v2", "torch HalfStorage", "collections OrderedDict")
 )  # fmt: skip
-# Opcodes that name or make anything else than GLOBAL does; torch.save writes none of them.
+# Opcodes other than GLOBAL that import or build objects; torch.save writes none of them.
 _REFUSED_OPCODES = frozenset(("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ", "NEWOBJ_EX"))
 
 
 @dataclass(frozen=True)
 class LongContextAsrSettings:
-    """A corpus in the layout of long-context-asr."""
+    """Corpus in the layout of long-context-asr."""
 
     pairs: str = ""
-    """The file audio_txt_pairs.json, or the folder that holds it; relative paths in it count from there."""
+    """File audio_txt_pairs.json or its folder, at which relative paths in it start."""
     read: Literal["spectrogram", "audio"] = "spectrogram"
-    """spectrogram: the stored X.spec.pt as they are; the dataset's features say so, and no other can be asked for.
-    audio: the audio files, with features computed as for any other corpus."""
+    """spectrogram: the stored X.spec.pt, whose feature settings are then fixed. audio: the audio files, with features
+    computed as for any other corpus."""
     text: Literal["required", "none"] = "required"
     """Transcripts with word times: required, or none (for pretraining)."""
     language: str = "en"
     """Language of all recordings."""
-    split: Literal["train", "dev", "test"] = "train"
+    split: Split = "train"
     """Split of all recordings."""
-
-    def __post_init__(self) -> None:
-        check_choice("read", self.read, ["spectrogram", "audio"])
-        check_choice("text", self.text, ["required", "none"])
-        check_choice("split", self.split, SPLITS)
 
 
 def spectrogram_features() -> FeatureSettings:
-    """What the numbers in a .spec.pt are."""
+    """Settings of the features in a .spec.pt."""
     return FeatureSettings(low_hz=0.0, logarithm=False, standardized=True, channels="first")
 
 
 def features(settings: LongContextAsrSettings) -> FeatureSettings:
-    """What a preparation computes, or finds computed, unless it is told otherwise."""
+    """Default feature settings of a preparation."""
     return spectrogram_features() if settings.read == "spectrogram" else FeatureSettings()
 
 
 @dataclass(frozen=True)
 class SpectrogramSource:
-    """A recording of which the spectrogram is stored."""
+    """Recording with a stored spectrogram."""
 
     recording: Recording
     path: Path
     duration: float
-    """Seconds, as the pairs file tells."""
+    """Seconds, according to the pairs file."""
     words: Path | None
-    """Google's answer; read when the recording is, as there are 105,000 of them."""
+    """Output of Google's recogniser; read with the recording, as there are 105,000 files."""
 
     @property
     def id(self) -> str:
         return self.recording.id
 
     def load(self, features: FeatureSettings) -> FeatureUtterance:
-        """Raises UserError where other features are asked for, or the file is not such a spectrogram."""
+        """Read the spectrogram. Raises UserError for other feature settings or an invalid file."""
         stored = spectrogram_features()
         differences = difference(features, stored)
         if differences:
             raise UserError(
-                f"{self.path}: the stored spectrogram has other features (asked for != stored): "
-                f"{'; '.join(differences)}. Ask for the stored ones (--features.FIELD VALUE), or say --read audio"
+                f"{self.path}: the stored spectrogram has other features (requested != stored): "
+                f"{'; '.join(differences)}. Use the stored settings (--features.FIELD VALUE), or --read audio"
             )
         log_mel = read_spectrogram(self.path, self.duration)
         return FeatureUtterance(_with_words(self.recording, self.words, self.duration), log_mel)
@@ -116,7 +103,7 @@ class SpectrogramSource:
 
 @dataclass(frozen=True)
 class AudioSource:
-    """A recording of the layout, by its audio."""
+    """Recording whose audio file is read."""
 
     file: FileSource
     duration: float
@@ -129,7 +116,7 @@ class AudioSource:
     def load(self, features: FeatureSettings) -> Utterance:
         utterance = self.file.load(features)
         recording = _with_words(utterance.recording, self.words, self.duration)
-        return Utterance(recording, utterance.sound, utterance.warnings)
+        return Utterance(recording, utterance.audio, utterance.warnings)
 
 
 def _with_words(recording: Recording, path: Path | None, duration: float) -> Recording:
@@ -140,19 +127,19 @@ def _with_words(recording: Recording, path: Path | None, duration: float) -> Rec
 
 
 def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioSource | Unreadable]:
-    """All recordings and unreadable entries, sorted by id.
+    """List all recordings and unreadable entries, sorted by id.
 
     Raises UserError naming entry and field if half or more of the entries are unreadable, or naming missing files.
     """
     if not settings.pairs:
-        raise UserError(f"pairs is empty: say where {PAIRS_FILE} lies with --pairs FILE")
+        raise UserError(f"pairs is empty: give the path of {PAIRS_FILE} with --pairs FILE")
     path = Path(settings.pairs).expanduser()
     path = path / PAIRS_FILE if path.is_dir() else path
     pairs = read_json(path)
     if not isinstance(pairs, dict) or not pairs:
         raise UserError(f"{path}: expected an object of recordings by id, with audio, txt and duration each")
     listed: list[SpectrogramSource | AudioSource | Unreadable] = []
-    wanted: list[Path] = []
+    files: list[Path] = []
     for id in sorted(pairs):
         where = f"{path}: {shorten(id)}"
         try:
@@ -164,22 +151,22 @@ def sources(settings: LongContextAsrSettings) -> list[SpectrogramSource | AudioS
             reason = str(error) if str(error).startswith(where) else f"{path}: {error}"
             listed.append(Unreadable(where, reason))
             continue
-        wanted += [audio] if words is None else [audio, words]
+        files += [audio] if words is None else [audio, words]
         if settings.read == "audio":
             listed.append(AudioSource(FileSource(recording, audio), duration, words))
         else:
             listed.append(SpectrogramSource(recording, audio, duration, words))
     mostly_readable(listed)
-    missing = [str(file) for file in wanted if not is_file(file)]
+    missing = [str(file) for file in files if not is_file(file)]
     if missing:
-        raise UserError(f"{path}: {len(missing)} of {len(wanted)} files do not exist: {summary(missing)}")
+        raise UserError(f"{path}: {len(missing)} of {len(files)} files do not exist: {summary(missing)}")
     return listed
 
 
 def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSettings) -> tuple[Path, Path | None, float]:
-    """(The file to read, the transcript or None, seconds). Raises UserError naming the entry."""
+    """File to read, transcript or None, and seconds. Raises UserError naming the entry."""
     if not isinstance(fields, Mapping):
-        raise UserError(f"{where}: {shorten(fields)} is no object with audio, txt and duration")
+        raise UserError(f"{where}: {shorten(fields)} is not an object with audio, txt and duration")
     duration = seconds_field(fields, "duration", where)
     if not duration:
         raise UserError(f"{where}: no 'duration' in seconds")
@@ -187,7 +174,7 @@ def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSetti
     if names["audio"] is None:
         raise UserError(f"{where}: no 'audio'")
     if names["txt"] is None and settings.text == "required":
-        raise MissingText(f"{where}: no 'txt' (or say --text none)")
+        raise MissingText(f"{where}: no 'txt': add it, or use --text none")
     audio = audio_path(names["audio"], base, where)
     if settings.read == "spectrogram" and not audio.name.endswith(".spec.pt"):
         audio = audio.with_suffix(".spec.pt")
@@ -196,23 +183,23 @@ def _entry(fields: object, where: str, base: Path, settings: LongContextAsrSetti
 
 
 def read_spectrogram(path: Path, duration: float) -> Tensor:
-    """A .spec.pt as float16 [T, 80].
+    """Read a .spec.pt as float16 [T, 80].
 
     Args:
-        duration: of the recording, in seconds: the file may not hold much more.
+        duration: of the recording in seconds, which limits the size of the file.
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: naming the file and its fault.
     """
-    most = math.ceil((duration + _SLACK_SECONDS) * FRAMES_PER_SECOND)
-    _check_archive(path, 2 * MELS * most + _SLACK_BYTES)
+    max_frames = math.ceil((duration + _SLACK_SECONDS) * FRAMES_PER_SECOND)
+    _check_archive(path, 2 * MELS * max_frames + _SLACK_BYTES)
     try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - other people's files, checked
-    except Exception as error:  # torch raises whatever the archive's damage leads to, and there is no list of it
+        tensor = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - foreign files, checked above
+    except Exception as error:  # a damaged archive can raise any exception in torch
         raise UserError(f"{path}: torch cannot read it ({str(error)[:200]})") from error
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype != torch.float16:
         raise UserError(f"{path}: holds {_described(tensor)}, expected a tensor of float16")
-    if tensor.ndim != 3 or tensor.shape[:2] != (1, MELS) or not 0 < tensor.shape[2] <= most:
-        raise UserError(f"{path}: holds {_described(tensor)}, expected [1, {MELS}, T] with T of 1 to {most} frames")
+    if tensor.ndim != 3 or tensor.shape[:2] != (1, MELS) or not 0 < tensor.shape[2] <= max_frames:
+        raise UserError(f"{path}: holds {_described(tensor)}, expected [1, {MELS}, T] with 1 <= T <= {max_frames}")
     values = tensor[0].T.contiguous()
     if not torch.isfinite(values).all():
         raise UserError(f"{path}: NaN or infinite values in the spectrogram")
@@ -223,18 +210,18 @@ def _described(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_archive(path: Path, most_bytes: int) -> None:
-    """Raise UserError unless a file is an archive of torch.save with one tensor's storage and pickle, and no more.
+def _check_archive(path: Path, max_bytes: int) -> None:
+    """Raise UserError unless a file is an archive of torch.save with the storage and pickle of a single tensor.
 
-    That the storage is as large as the pickle claims is seen by torch.
+    torch checks that the size of the storage matches the pickle.
     """
     try:
-        if path.stat().st_size > most_bytes:
-            raise UserError(f"{path}: larger than the {most_bytes} bytes that its recording's duration allows")
+        if path.stat().st_size > max_bytes:
+            raise UserError(f"{path}: larger than the {max_bytes} bytes that the duration of its recording allows")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise UserError(f"{path}: a compressed record; torch.save writes none")
+                raise UserError(f"{path}: a compressed record, which torch.save does not write")
             folders = {name.filename.split("/", 1)[0] for name in records}
             inside = {record.filename.split("/", 1)[-1]: record for record in records}
             if len(folders) != 1 or len(inside) != len(records) or "data.pkl" not in inside:
@@ -253,11 +240,11 @@ def _check_archive(path: Path, most_bytes: int) -> None:
 
 
 def _check_pickle(pickled: bytes, path: Path) -> None:
-    """Raise UserError where a pickle names anything that a half-precision tensor does not need. Nothing is run."""
+    """Raise UserError if a pickle names anything that a half-precision tensor does not need. Does not unpickle."""
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name in _REFUSED_OPCODES or (opcode.name == "GLOBAL" and argument not in _TENSOR_NAMES):
-                raise UserError(f"{path}: its pickle asks for {shorten(argument)}, which no spectrogram needs; refused")
+                raise UserError(f"{path}: its pickle imports {shorten(argument)}, which no spectrogram needs; refused")
     except (ValueError, IndexError, UnicodeDecodeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise

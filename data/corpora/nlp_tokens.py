@@ -1,8 +1,8 @@
-"""The transcripts of Rev's corpora: `.nlp` token tables, their force-aligned form, and `.norm.json` spoken forms.
+"""Transcripts of Rev's corpora: `.nlp` token tables, their force-aligned form, and `.norm.json` spoken forms.
 
-A table has a token a line, columns separated by `|`. Tokens that are written in one way and said in another carry a tag
-(`['15:YEAR']`); the normalisation file gives the ways to say it, with probabilities. The aligned table is of the words
-as said, with times; the two tables are walked side by side, so that the words as written have times too.
+A table has one token per line, with columns separated by `|`. Tokens whose spoken form differs have a tag
+(`['15:YEAR']`); the normalisation file gives their spoken forms with probabilities. The aligned table has the spoken
+words with times; both tables are matched, so that the written words get times too.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from data.word_times.base import probability, read_json, seconds
 
 _COLUMNS = ("token", "ts", "endTs", "punctuation", "prepunctuation", "tags")
 _TAGS = re.compile(r"\[('(\d+):[^',\]]*'(, *'\d+:[^',\]]*')*)?\]")
-# Remarks of the aligner on words with a known time: the token was replaced by its spoken form, word for word.
+# Comments of the aligner on words with a known time: the token was replaced by its spoken form, word by word.
 _HARMLESS = frozenset(("", "direct"))
-# Maximum number of units that two transcripts of a call may differ by at one place between two anchors.
+# Maximum length in units of a difference between two transcripts of a call, between two anchors.
 _LONGEST_DIFFERENCE = 40
-# Length of an anchor: a run of units that occurs once in both transcripts, whatever is between two of them.
+# Length of an anchor: a run of units that occurs once in both transcripts.
 _ANCHOR = 5
 
 _Time = tuple[float, float, float]  # start, end, confidence
@@ -36,26 +36,26 @@ _Time = tuple[float, float, float]  # start, end, confidence
 
 @dataclass(frozen=True)
 class NlpToken:
-    """A line of a token table."""
+    """Line of a token table."""
 
     token: str
     prepunctuation: str
     punctuation: str
     tag: str
-    """Number of its normalisation; "" where it has none."""
+    """Number of its normalisation, or ""."""
     start: float | None = None
     end: float | None = None
     guessed: bool = False
-    """The aligner says that it did not find the word: its time is a guess."""
+    """True if the aligner did not find the word: its time is a guess."""
 
     @property
     def event(self) -> bool:
-        """<inaudible>, <crosstalk>, <unk>, ...: not a word."""
+        """True for <inaudible>, <crosstalk>, <unk> and the like, which are not words."""
         return self.token.startswith("<") and self.token.endswith(">")
 
 
 def read_nlp(path: Path) -> list[NlpToken]:
-    """A table of tokens, aligned or not. Raises UserError naming the file and the line."""
+    """Read a table of tokens, aligned or not. Raises UserError naming file and line."""
     lines = numbered_lines(path)
     where, header = next(lines, (f"{path}:1", ""))
     columns = header.split("|")
@@ -70,7 +70,7 @@ def _fields(line: str, count: int, where: str) -> list[str]:
     if len(fields) != count:
         raise UserError(f"{where}: {len(fields)} fields, the first line has {count}: {line[:80]!r}")
     if name_fault(line.replace("\t", " ")):
-        raise UserError(f"{where}: a control character; the file is damaged: fetch it again")
+        raise UserError(f"{where}: a control character; the file is damaged: download it again")
     return fields
 
 
@@ -91,9 +91,9 @@ def _token(fields: Mapping[str, str], where: str) -> NlpToken:
 
 
 def read_normalizations(path: Path) -> dict[str, list[str]]:
-    """Tag number -> the words of its most probable spoken form (the first of equals; it may have no words).
+    """Read the most probable spoken form of every tag: number -> words, which may be empty.
 
-    Raises UserError naming the file and the tag.
+    Of equally probable forms the first is used. Raises UserError naming the file and the tag.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -111,37 +111,37 @@ def read_normalizations(path: Path) -> dict[str, list[str]]:
 
 def _candidate(candidate: object, where: str) -> tuple[float, list[str]]:
     fields = candidate if isinstance(candidate, dict) else {}
-    words, likely = fields.get("verbalization"), probability(fields.get("probability"), where)
-    if likely is None or not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
+    words, score = fields.get("verbalization"), probability(fields.get("probability"), where)
+    if score is None or not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):
         raise UserError(f"{where}: expected a probability and a verbalization of words")
     if any(name_fault(word) for word in words):
         raise UserError(f"{where}: a control character in {words}")
-    return likely, [word.strip() for word in words]
+    return score, [word.strip() for word in words]
 
 
 def written_or_spoken(
     tokens: Sequence[NlpToken], spoken: Mapping[str, Sequence[str]] | None, punctuation: bool
 ) -> Iterator[tuple[str, list[str]]]:
-    """The transcript in units: tokens with the same tag together, any other token alone.
+    """Split the transcript into units: adjacent tokens with the same tag, or a single token.
 
     Args:
         spoken: spoken forms by tag (`read_normalizations`); None: the words as written.
-        punctuation: whether marks stay, written to their words.
+        punctuation: keep punctuation marks, attached to the words.
     Yields:
-        (key by which the unit is found in another table of the same call, its words; none for an event).
+        (key that identifies the unit in another table of the same call, its words; none for an event).
     """
     for tag, group in groupby(enumerate(tokens), key=lambda pair: pair[1].tag or -pair[0] - 1):
         unit = [token for _, token in group]
         key = tag if isinstance(tag, str) else unit[0].token.strip("<>").lower()
-        replaced = spoken.get(str(tag)) if spoken is not None else None
-        if replaced is None:
+        spoken_words = spoken.get(str(tag)) if spoken is not None else None
+        if spoken_words is None:
             yield key, [_marked([t.token], t, t, punctuation)[0] for t in unit if not t.event]
         else:
-            yield key, _marked(list(replaced), unit[0], unit[-1], punctuation)
+            yield key, _marked(list(spoken_words), unit[0], unit[-1], punctuation)
 
 
 def _marked(words: list[str], first: NlpToken, last: NlpToken, punctuation: bool) -> list[str]:
-    """Words with the marks in front of the first token and behind the last one."""
+    """Words with the punctuation before the first token and after the last one."""
     if punctuation and words:
         words[0] = first.prepunctuation.strip() + words[0]
         words[-1] += last.punctuation.strip()
@@ -149,37 +149,37 @@ def _marked(words: list[str], first: NlpToken, last: NlpToken, punctuation: bool
 
 
 def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpToken], name: str) -> list[Word]:
-    """Every word of the units with its time from the aligned table, sorted by start.
+    """Words of the units with their times from the aligned table, sorted by start.
 
-    Confidence is 1 where the aligner found the word, 0 where the time is a guess: the aligner's own, or ours, which
-    spreads words without a time over the gap between their neighbours.
+    The confidence is 1 if the aligner found the word, and 0 if the time is a guess: of the aligner, or by an even
+    distribution of words without a time over the gap between their neighbours.
 
     Raises UserError naming the file if the alignment has less than half of the units.
     """
-    times_of: list[list[NlpToken]] = []
+    aligned_units: list[list[NlpToken]] = []
     keys = []
     for tag, group in groupby(enumerate(aligned), key=lambda pair: pair[1].tag or -pair[0] - 1):
-        times_of.append([token for _, token in group])
-        keys.append(tag if isinstance(tag, str) else times_of[-1][0].token.strip("<>").lower())
-    found = _match([key for key, _ in units], keys)
-    shared = sum(place is not None for place in found)
+        aligned_units.append([token for _, token in group])
+        keys.append(tag if isinstance(tag, str) else aligned_units[-1][0].token.strip("<>").lower())
+    matches = _match([key for key, _ in units], keys)
+    shared = sum(match is not None for match in matches)
     if 2 * shared < len(units):
         raise UserError(
             f"{name}: has {shared} of the {len(units)} tokens of the transcript; cut short, or of another call"
         )
     words: list[str] = []
     times: list[_Time | None] = []
-    for (_, spelled), place in zip(units, found, strict=True):
-        words += spelled
-        times += _shared_out(len(spelled), [] if place is None else times_of[place])
+    for (_, unit_words), match in zip(units, matches, strict=True):
+        words += unit_words
+        times += _distributed(len(unit_words), [] if match is None else aligned_units[match])
     filled = _filled(_in_order(times))
     return [Word(word, *time) for word, time in zip(words, filled, strict=True)]
 
 
 def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
-    """Place in b of every key of a, or None.
+    """Index in b of every key of a, or None.
 
-    Both are walked from anchor to anchor, so that a section missing from one, however long, does not affect the rest.
+    Matched between anchors, so that a section missing from one of them, however long, does not affect the rest.
     """
     places: list[int | None] = [None] * len(a)
     i = j = 0
@@ -190,7 +190,7 @@ def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
 
 
 def _anchors(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
-    """Places in a and in b of the runs of _ANCHOR keys that occur once in each, increasing in both."""
+    """Indices in a and b of the runs of _ANCHOR keys that occur once in each, increasing in both."""
     first, second = _single_runs(a), _single_runs(b)
     pairs = [(i, second[run]) for run, i in first.items() if run in second]  # in the order of a
     kept = _longest_rising([j for _, j in pairs])
@@ -198,16 +198,16 @@ def _anchors(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _single_runs(keys: Sequence[str]) -> dict[tuple[str, ...], int]:
-    """Runs of _ANCHOR keys that occur once -> their places."""
+    """Indices of the runs of _ANCHOR keys that occur once."""
     runs = [tuple(keys[n : n + _ANCHOR]) for n in range(len(keys) - _ANCHOR + 1)]
     counts = Counter(runs)
     return {run: n for n, run in enumerate(runs) if counts[run] == 1}
 
 
 def _walk(a: Sequence[str], b: Sequence[str], first_a: int, first_b: int, places: list[int | None]) -> None:
-    """Set the places of a's keys in b, counted from `first_a` and `first_b`.
+    """Set the indices of a's keys in b, with offsets `first_a` and `first_b`.
 
-    Both are walked in parallel; at a difference, the nearest two equal keys are searched for.
+    Both are traversed in parallel; after a difference, matching continues at the nearest two equal keys.
     """
     i = j = 0
     while i < len(a) and j < len(b):
@@ -220,8 +220,8 @@ def _walk(a: Sequence[str], b: Sequence[str], first_a: int, first_b: int, places
         i, j = i + m, j + n
 
 
-def _shared_out(count: int, tokens: Sequence[NlpToken]) -> list[_Time | None]:
-    """The times of `count` words that the aligner has as these tokens, perhaps in another number."""
+def _distributed(count: int, tokens: Sequence[NlpToken]) -> list[_Time | None]:
+    """Times of `count` words from their aligned tokens, whose number may differ."""
     known = [
         (t.start, t.end, 0.0 if t.guessed else 1.0) if t.start is not None and t.end is not None else None
         for t in tokens
@@ -240,16 +240,16 @@ def _shared_out(count: int, tokens: Sequence[NlpToken]) -> list[_Time | None]:
 
 
 def _in_order(times: Sequence[_Time | None]) -> list[_Time | None]:
-    """Without the times that are out of order: a longest run of starts that do not fall stays."""
+    """Remove times that are out of order: a longest non-decreasing subsequence of starts is kept."""
     kept = _longest_rising([None if time is None else time[0] for time in times])
     return [time if n in kept else None for n, time in enumerate(times)]
 
 
 def _longest_rising(values: Sequence[float | None]) -> set[int]:
-    """Places of a longest non-decreasing subsequence of the values."""
+    """Indices of a longest non-decreasing subsequence of the values."""
     ends: list[float] = []  # smallest last value of a subsequence of each length
-    tops: list[int] = []  # its place
-    before: dict[int, int] = {}  # place -> its predecessor in the longest subsequence that it ends
+    tops: list[int] = []  # index of that value
+    before: dict[int, int] = {}  # index -> predecessor in the longest subsequence that ends there
     for number, value in enumerate(values):
         if value is not None:
             length = bisect_right(ends, value)
@@ -264,7 +264,7 @@ def _longest_rising(values: Sequence[float | None]) -> set[int]:
 
 
 def _filled(times: Sequence[_Time | None]) -> list[_Time]:
-    """With words that have no time spread evenly over the gap between their neighbours."""
+    """Distribute words without a time evenly over the gap between their neighbours."""
     filled: list[_Time] = []
     number = 0
     while number < len(times):

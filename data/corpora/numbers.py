@@ -1,4 +1,4 @@
-"""Numbers from 0 to 999 spelled out in the languages of the synthetic corpus."""
+"""Numbers from 0 to 999 in words, in the languages of the synthetic corpus."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ _SPELL: dict[str, Callable[[int], str]] = {
 
 
 def spell_number(n: int, language: str) -> str:
-    """`n` (0 to 999) in words of the language (ISO 639-1 code), words separated by spaces."""
+    """Spell `n` (0 to 999) in a language (ISO 639-1 code); words are separated by spaces."""
     if not 0 <= n <= 999:
-        raise ValueError(f"n={n}: only 0 to 999 can be spelled out")
+        raise ValueError(f"n={n}: must be from 0 to 999")
     return _SPELL[language](n)

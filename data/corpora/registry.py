@@ -1,8 +1,8 @@
-"""The corpora, one module each, and the one table of their names."""
+"""Table of the corpora, which have one module each."""
 
 from __future__ import annotations
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from data.corpora import (
     common_voice,
     debian_voices,
@@ -17,31 +17,31 @@ from data.corpora import (
     synthetic,
     tedlium,
 )
-from data.corpora.base import Corpus, did_you_mean
+from data.corpora.base import Corpus
 
 CORPORA: dict[str, Corpus] = {
     "synthetic": Corpus(
-        "speech made by espeak-ng: many voices, seven languages, exact word times; needs nothing but this project",
+        "speech synthesised by espeak-ng: many voices, seven languages, exact word times; needs no download",
         synthetic.SyntheticSettings,
         synthetic.sources,
     ),
     "homophones": Corpus(
-        "speech made by espeak-ng that only context can spell: words that sound alike, written by a recording's topic",
+        "speech synthesised by espeak-ng with homophones whose spelling depends on the topic of the recording",
         homophones.HomophoneSettings,
         homophones.sources,
     ),
     "fillets": Corpus(
-        "real speech: the actors of the game Fish Fillets, Czech and Dutch, 3.3 h; fetched from Debian's packages",
+        "real speech: the actors of the game Fish Fillets, Czech and Dutch, 3.3 h; downloaded from Debian packages",
         debian_voices.FilletsSettings,
         debian_voices.sources,
     ),
     "debian_voices": Corpus(
-        "real speech: Fish Fillets and Tux Paint's descriptions in 11 languages, 6.3 h; from Debian's packages",
+        "real speech: Fish Fillets and descriptions from Tux Paint in 11 languages, 6.3 h; from Debian packages",
         debian_voices.DebianVoicesSettings,
         debian_voices.sources,
     ),
     "folder": Corpus(
-        "audio of your own: files with .txt transcripts beside them, or a JSON-lines manifest as NeMo's",
+        "your own audio: files with .txt transcripts beside them, or a NeMo manifest (JSON lines)",
         folder.FolderSettings,
         folder.sources,
     ),
@@ -78,18 +78,18 @@ CORPORA: dict[str, Corpus] = {
         earnings22.sources,
     ),
     "earnings22-full": Corpus(
-        "Earnings-22: all 125 calls as one test set, 119 h, whose error rates do not compare with earnings22's",
+        "Earnings-22: all 125 calls as one test set, 119 h; error rates are not comparable with those of earnings22",
         earnings22.Earnings22FullSettings,
         earnings22.sources_full,
     ),
     "long_context_asr": Corpus(
-        "the layout of long-context-asr (Spotify podcasts): stored spectrograms or audio, with Google's word times",
+        "the layout of long-context-asr (Spotify podcasts): stored spectrograms or audio, with word times from Google",
         long_context_asr.LongContextAsrSettings,
         long_context_asr.sources,
         features=long_context_asr.features,
     ),
     "lhotse": Corpus(
-        "lhotse manifests of your own: cuts, or recordings with supervisions, word alignments included",
+        "your own lhotse manifests: cuts, or recordings with supervisions, word alignments included",
         lhotse.LhotseSettings,
         lhotse.sources,
     ),
@@ -97,8 +97,8 @@ CORPORA: dict[str, Corpus] = {
 
 
 def find_corpus(name: str) -> Corpus:
-    """The corpus of that name. Raises UserError with the nearest name for an unknown one."""
+    """Corpus by name. Raises UserError with the nearest name for an unknown one."""
     if name not in CORPORA:
         known = list(CORPORA)
-        raise UserError(f"there is no corpus {name!r}: known are {', '.join(known)}.{did_you_mean(name, known)}")
+        raise UserError(f"unknown corpus {name!r}: known are {', '.join(known)}.{did_you_mean(name, known)}")
     return CORPORA[name]

@@ -1,7 +1,7 @@
-"""Whole files of a remote store (the Hugging Face hub, or any that fsspec knows) as local ones, while they are needed.
+"""Local cache of whole files of a remote store: the Hugging Face hub, or any that fsspec supports.
 
-A file is fetched once for all processes that share the cache folder, in ranges that are retried one by one, and takes
-its name when it is complete. With a limit, the files that were used longest ago make room.
+A file is downloaded once for all processes that share the cache folder, in ranges that are retried one by one, and gets
+its name when it is complete. With a size limit, the least recently used files are removed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileCache:
-    """Where fetched files are kept, and how much of them."""
+    """Folder of downloaded files with a limit of their size."""
 
     folder: str
-    """Made where it is missing."""
+    """Created if it is missing."""
     limit: int = 0
-    """Bytes that fetched files may take together, or 0 for no limit; the newest one is kept whatever its size."""
+    """Total bytes of downloaded files, or 0 for no limit; the newest file is kept regardless of its size."""
 
     def open(self, address: str) -> pa.NativeFile:
-        """The file at a local path or a fetched copy, open for reading (and readable even when it must make room).
+        """Open a local path or a downloaded copy, which stays readable after it is removed from the cache.
 
         Raises UserError naming the address: no such file, no permission, or unreachable after several attempts.
         """
@@ -52,7 +52,7 @@ class FileCache:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():
                     temporary = path.with_name(path.name + ".part")
-                    _fetch(address, temporary)
+                    _download(address, temporary)
                     os.replace(temporary, path)
                     self._make_room(path)
                 os.utime(path)
@@ -73,51 +73,51 @@ class FileCache:
             path.unlink(missing_ok=True)
 
 
-def _fetch(address: str, path: Path) -> None:
-    """Write the file at the address to a path, continuing what an earlier process left of it."""
+def _download(address: str, path: Path) -> None:
+    """Write the file at the address to a path, or complete a partial copy."""
     store, name = fsspec.core.url_to_fs(address)
     size = retried(lambda: store.size(name), address)
     if size is None:
-        raise UserError(f"{address}: the store does not tell the file's size; download it and give the local folder")
+        raise UserError(f"{address}: the store reports no file size; download the file and give the local folder")
     with open(path, "ab") as file:
         if file.tell() > size:
             file.truncate(0)
-        while (begin := file.tell()) < size:
-            end = min(begin + RANGE_BYTES, size)
-            file.write(retried(lambda begin=begin, end=end: _range(store, name, begin, end), address))  # type: ignore[misc]
+        while (start := file.tell()) < size:
+            stop = min(start + RANGE_BYTES, size)
+            file.write(retried(lambda start=start, stop=stop: _range(store, name, start, stop), address))  # type: ignore[misc]
 
 
-def _range(store: fsspec.AbstractFileSystem, name: str, begin: int, end: int) -> bytes:
-    data = store.cat_file(name, start=begin, end=end)
-    if len(data) != end - begin:
-        raise EOFError(f"{len(data)} of {end - begin} bytes came")
+def _range(store: fsspec.AbstractFileSystem, name: str, start: int, stop: int) -> bytes:
+    data = store.cat_file(name, start=start, end=stop)
+    if len(data) != stop - start:
+        raise EOFError(f"received {len(data)} of {stop - start} bytes")
     return data
 
 
 def retried(action: Callable[[], _T], address: str) -> _T:
-    """What the action gives, tried again after growing waits where a network fails.
+    """Result of the action, retried after increasing waits if the network fails.
 
-    Raises UserError naming the address: at once where trying again is no use (missing, not allowed), else at last.
+    Raises UserError naming the address: immediately for a missing or forbidden file, otherwise after the last attempt.
     """
     try:
-        return retry(lambda: _told(action), address, RETRIES)
+        return retry(lambda: _with_status(action), address, RETRIES)
     except PermissionError as error:
         raise UserError(
             f"{address}: access is refused ({error}). If the dataset is gated, accept its terms on its page, then log "
             "in with `hf auth login` or set HF_TOKEN"
         ) from error
     except FileNotFoundError as error:
-        raise UserError(f"{address}: there is no such file, or nobody may see it without logging in") from error
+        raise UserError(f"{address}: no such file, or it is visible only after logging in") from error
     except OSError as error:
         if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None  # what came is wrong: no matter of the network
+            raise error.__cause__ from None  # invalid data, which another attempt would not change
         raise UserError(
             f"{error}. Check the network, then run the same command again; or download the dataset and give its folder"
         ) from error
 
 
-def _told(action: Callable[[], _T]) -> _T:
-    """The hub's errors carry the status of its answer in a place of their own."""
+def _with_status(action: Callable[[], _T]) -> _T:
+    """Run the action, with PermissionError or FileNotFoundError for the HTTP status in errors of the hub."""
     try:
         return action()
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Speech without any recording: sentences from small grammars, spoken by espeak-ng, with exact word times.
+"""Synthetic speech: sentences from small grammars, spoken by espeak-ng, with exact word times.
 
-Every recording is a pure function of its source (seed, id, language, length), so workers and interrupted preparations
-agree. The splits share neither voices (a voice is a language with a variant of espeak's) nor sentences (a hash of the
-sentence decides its split). Invented words make sure that spelling has to be heard and cannot be looked up.
+Every recording is a pure function of its source (seed, id, language, length), so its content depends on neither the
+worker nor an interruption. Splits share neither voices (a language with a variant of espeak) nor sentences (split by
+hash). Invented words cannot be memorised, so their spelling must be recognised from the audio.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.hashing import hash_share
 from data.audio.reading import resample
-from data.corpora.base import Utterance, check_choice, hash_share
+from data.corpora.base import Utterance, check_not_empty
 from data.corpora.espeak import Synthesizer, UnspeakableWord
-from data.corpora.grammar import LANGUAGES, Grammar, Topic, load_grammar, pick
+from data.corpora.grammar import LANGUAGES, Grammar, Language, Topic, load_grammar, pick
 from data.features import FeatureSettings
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.transcripts import Word
 
-# espeak's name of the base voice, where it is not the language's code.
+# Base voices of espeak whose name is not the code of the language.
 _BASE_VOICE = {"en": "en-us"}
-# Variants of espeak's base voices, chosen by ear and level (no whispers, no robots).
+# Variants of the base voices, selected by listening and level (no whispers, no robots).
 VARIANTS = {
     "train": (
         "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "f5", "Alicia", "Andy", "Annie", "Lee", "Michael", "Reed",
@@ -36,53 +37,43 @@ VARIANTS = {
     "dev": ("caleb", "linda", "m8"),
     "test": ("Mario", "f3", "m5", "rob", "shelby"),
 }  # fmt: skip
-# Sentences by their hash: this share belongs to test, the next to dev, the rest to train.
+# Shares of the sentences, by hash, in test and dev; the rest is in train.
 _TEST_SHARE, _DEV_SHARE = 0.06, 0.06
-# An utterance goes on to the sentence that reaches a length drawn between these, so it lasts 2 to 15 s.
+# Sentences are added until the utterance reaches a length drawn from this range, so it lasts 2 to 15 s.
 _SHORTEST_S, _LONGEST_S = 2.0, 9.8
-_MEAN_UTTERANCE_S = 7.3  # measured, over all languages: turns hours into a number of utterances
+_MEAN_UTTERANCE_S = 7.3  # measured over all languages; converts hours to a number of utterances
 _SECONDS_ON_A_TOPIC = 60.0
 
 
 @dataclass(frozen=True)
 class SyntheticSettings:
-    """The synthetic corpus."""
+    """Synthetic corpus."""
 
-    languages: list[str] = field(default_factory=lambda: ["en", "de", "es", "cs"])
-    """Languages, in equal shares of the utterances; name one twice to give it twice the share. Known: en, de, fr, es,
-    it, nl, cs."""
-    train_hours: float = 4.0
-    """Hours of training speech, within a few per cent."""
-    train_long_share: float = 0.2
-    """Share of the training hours that comes in long recordings."""
-    dev_utterances: int = 60
+    languages: list[Language] = field(default_factory=lambda: ["en", "de", "es", "cs"])
+    """Languages, with equal shares of the utterances; a repeated one has a multiple of the share. Known: en, de, fr,
+    es, it, nl, cs."""
+    train_hours: NonNegativeFloat = 4.0
+    """Hours of training speech, accurate to a few per cent."""
+    train_long_share: ClosedUnitInterval = 0.2
+    """Share of the training hours in long recordings."""
+    dev_utterances: NonNegativeInt = 60
     """Short utterances in the dev split."""
-    test_utterances: int = 60
+    test_utterances: NonNegativeInt = 60
     """Short utterances in the test split."""
-    test_long_recordings: int = 3
-    """Long recordings in the test split, each by one voice and with topics that come back."""
-    long_minutes: float = 10.5
-    """Length that every long recording reaches, in minutes."""
+    test_long_recordings: NonNegativeInt = 3
+    """Long recordings in the test split, each with one voice and recurring topics."""
+    long_minutes: PositiveFloat = 10.5
+    """Minimum length of a long recording in minutes."""
     seed: int = 0
-    """Another seed gives other speech."""
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
-        if not self.languages:
-            raise UserError("languages is empty: name at least one of " + ", ".join(LANGUAGES))
-        for language in self.languages:
-            check_choice("languages", language, LANGUAGES)
-        for name in ("train_hours", "dev_utterances", "test_utterances", "test_long_recordings"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}: must not be negative")
-        if not 0 <= self.train_long_share <= 1:
-            raise UserError(f"train_long_share is {self.train_long_share}: must be from 0 to 1")
-        if self.long_minutes <= 0:
-            raise UserError(f"long_minutes is {self.long_minutes}: must be positive")
+        check_not_empty("languages", self.languages, LANGUAGES)
 
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """One synthetic recording: sentences until `seconds` are reached (0: a length drawn as for short utterances)."""
+    """Synthetic recording of sentences until `seconds` are reached (0: a random length of a short utterance)."""
 
     id: str
     split: str
@@ -91,7 +82,7 @@ class SyntheticSource:
     seed: int
 
     def load(self, features: FeatureSettings) -> Utterance:
-        """Speak the recording: its text, words, speaker and sound are a pure function of this source."""
+        """Synthesise the recording: text, words, speaker and audio are a pure function of this source."""
         digest = hashlib.sha256(f"{self.seed} {self.id} {self.language} {self.seconds}".encode()).digest()
         rng = random.Random(digest[:16])
         variant = pick(rng, VARIANTS[self.split])
@@ -113,7 +104,7 @@ class SyntheticSource:
 
 
 def sources(settings: SyntheticSettings) -> list[SyntheticSource]:
-    """Long recordings first (they take longest), then short utterances, the languages in turn."""
+    """List long recordings first (they take longest), then short utterances; the languages alternate."""
     long_seconds = settings.long_minutes * 60
     train_seconds = settings.train_hours * 3600
     counts = [
@@ -133,13 +124,13 @@ def sources(settings: SyntheticSettings) -> list[SyntheticSource]:
 
 
 def split_of(sentence: str) -> str:
-    """The split that a sentence belongs to, whoever speaks it."""
+    """Split of a sentence, the same for all voices."""
     share = hash_share(sentence)
     return "test" if share < _TEST_SHARE else "dev" if share < _TEST_SHARE + _DEV_SHARE else "train"
 
 
 def draw_synthesizer(rng: random.Random, language: str, variant: str, digest: bytes) -> Synthesizer:
-    """A variant's voice at a random speed and pitch; bytes 16 to 19 of the digest seed its breath."""
+    """Draw speed and pitch of a voice; bytes 16 to 19 of the digest seed its breath noise."""
     return Synthesizer(
         f"{_BASE_VOICE.get(language, language)}+{variant}",
         words_per_minute=140 + int(50 * rng.random()),
@@ -152,10 +143,10 @@ def draw_synthesizer(rng: random.Random, language: str, variant: str, digest: by
 def _sentences(
     grammar: Grammar, rng: random.Random, split: str, topics: list[Topic] | None
 ) -> Callable[[float], list[str]]:
-    """(seconds since the beginning) -> the next sentence, one that belongs to the split."""
+    """Generator of sentences of a recording: (seconds since its start) -> words of a sentence of the split."""
 
     def draw(now: float) -> list[str]:
-        # The topics take turns, so that each comes back after a few minutes.
+        # The topics alternate, so that each recurs after a few minutes.
         topic = topics[int(now / _SECONDS_ON_A_TOPIC) % len(topics)] if topics else None
         while True:
             sentence = grammar.sentence(rng, topic)
@@ -168,10 +159,10 @@ def _sentences(
 def speak(
     synthesizer: Synthesizer, rng: random.Random, seconds: float, next_sentence: Callable[[float], list[str]]
 ) -> tuple[NDArray[np.float32], list[Word]]:
-    """Sentences with pauses between them, until `seconds` are reached.
+    """Synthesise sentences with pauses between them until `seconds` are reached.
 
     Args:
-        next_sentence: seconds since the beginning -> words.
+        next_sentence: seconds since the start -> words.
 
     Returns:
         float32 [samples] at the voice's rate, words with times in seconds.
@@ -191,11 +182,11 @@ def speak(
             now = samples / voice.sample_rate
             sentence = next_sentence(now)
             try:
-                sound, times = voice.speak(sentence)
-            except UnspeakableWord:  # rare: an invented word that the voice takes for a foreign one
+                audio, times = voice.speak(sentence)
+            except UnspeakableWord:  # rare: an invented word that the voice treats as foreign
                 continue
             words += [Word(word, now + start, now + end) for word, (start, end) in zip(sentence, times, strict=True)]
-            append(sound)
+            append(audio)
             append(_silence(0.15 + 0.4 * rng.random(), voice.sample_rate))
     return np.concatenate(pieces), words
 
@@ -205,7 +196,7 @@ def _silence(seconds: float, rate: int) -> NDArray[np.float32]:
 
 
 def place_in_room(waveform: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A microphone's level and a little noise: peak 0.1 to 0.9 of full scale, white noise 25 to 50 dB below speech."""
+    """Add a random level and noise: peak 0.1 to 0.9 of full scale, white noise 25 to 50 dB below speech."""
     gain = 10 ** (rng.uniform(-20, -1) / 20) / max(float(np.abs(waveform).max()), 1e-3)
     level = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
     noise = rng.standard_normal(len(waveform), dtype=np.float32)

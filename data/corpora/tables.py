@@ -1,4 +1,4 @@
-"""Tables in text files: tab- or comma-separated values under a header. An unreadable row is returned as an error.
+"""Tables in text files: tab- or comma-separated values under a header. An unreadable row becomes an error value.
 
 Corpora use two forms: plain values, where quotation marks have no meaning (a sentence may start with one that is never
 closed), and CSV, where a quoted value may contain the separator and line ends, and doubles its quotation marks. A
@@ -17,7 +17,7 @@ from typing import Literal
 from common.errors import UserError
 from data.corpora.text_files import lines_or_faults
 
-# Maximum number of lines of a row, so that an unclosed quotation mark is not searched for to the end of the file.
+# Maximum number of lines of a row, so that an unclosed quotation mark does not extend to the end of the file.
 _MOST_LINES = 32
 # A quoted value with doubled quotation marks inside, unlike any plain sentence.
 _DOUBLED = re.compile(r'"(?=[^"]*"")((?:[^"]|"")*)"')
@@ -28,7 +28,7 @@ _Line = tuple[str, str | UserError]
 def table_rows(
     path: Path, needed: tuple[str, ...], separator: Literal["\t", ","] = "\t"
 ) -> Iterator[tuple[str, dict[str, str] | UserError]]:
-    """('FILE:LINE', values by column) of every row, with the error in place of the values if it is unreadable.
+    """Yield ('FILE:LINE', values by column) of every row; for an unreadable row, the error instead of the values.
 
     Args:
         needed: required columns.
@@ -57,8 +57,9 @@ def table_rows(
 def _row(
     line: str, lines: Iterator[_Line], ahead: deque[_Line], count: int, separator: str, csv: bool
 ) -> list[str] | int:
-    """The `count` values of the row that starts with this line and may continue in `ahead`, else the number of values
-    of this line alone. `csv`: all rows are CSV.
+    """Values of the row that starts with this line and may continue in `ahead`.
+
+    Returns the number of values of this line if the row does not have `count` values. `csv`: all rows are CSV.
     """
     plain = line.split(separator)
     whole = not csv and len(plain) == count
@@ -88,7 +89,7 @@ def _row(
 
 
 def _quoted(text: str, separator: str) -> list[str] | None:
-    """Values of a CSV row; None if it is not CSV, or continues in the next line."""
+    """Values of a CSV row; None if it is not CSV or continues in the next line."""
     field = re.compile(rf'"((?:[^"]|"")*)"(?={separator}|\Z)|(?!")([^{separator}\n]*)')
     values, place = [], 0
     while match := field.match(text, place):

@@ -1,4 +1,4 @@
-"""Lines of the text files that corpora are described in, with an error that names the file and the line."""
+"""Text files and folders of corpora. Errors name the file and line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from common.errors import UserError
 from data.audio.folders import is_clutter
 
-# No line of a transcript or a table comes near; without a limit, a file with no line end would be read into memory.
+# Far above the lines of transcripts and tables; without a limit, a file without line ends would fill the memory.
 MAX_LINE_BYTES = 1 << 20
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Every line that is not blank, as ('FILE:LINE', text without its line end), read as they are asked for.
+    """Yield ('FILE:LINE', text without its line end) of every line that is not blank.
 
-    Lines end in a line feed (and perhaps a carriage return) alone: other Unicode line ends occur within sentences.
+    Lines end in a line feed, or carriage return and line feed: other Unicode line ends occur within sentences.
     Raises UserError: no such file, not UTF-8, a NUL byte, a line of more than MAX_LINE_BYTES.
     """
     for where, line in lines_or_faults(path):
@@ -26,7 +26,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def lines_or_faults(path: Path) -> Iterator[tuple[str, str | UserError]]:
-    """`numbered_lines`, with the error in place of a line that is not UTF-8 or has a NUL byte."""
+    """`numbered_lines`, with an error instead of a line that is not UTF-8 or has a NUL byte."""
     try:
         with open(path, "rb") as file:
             number = 0
@@ -53,17 +53,17 @@ def _decode(raw: bytes, where: str, first: bool) -> str | UserError:
 
 
 def existing_folder(field: str, value: str) -> Path:
-    """The folder that a setting names. Raises UserError naming the setting where it is empty or no folder."""
+    """Folder of a setting. Raises UserError naming the setting if it is empty or not a folder."""
     if not value:
-        raise UserError(f"{field} is empty: say where the corpus lies with --{field} DIR")
+        raise UserError(f"{field} is empty: give the folder of the corpus with --{field} DIR")
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{field} is {value!r}: there is no such folder")
+        raise UserError(f"{field} is {value!r}: no such folder")
     return folder
 
 
 def listed_names(folder: Path) -> set[str]:
-    """Names of a folder's entries except clutter (`is_clutter`), listed at once and not by a call per entry."""
+    """Names of the entries of a folder, without clutter (`is_clutter`); faster than a test of every file."""
     try:
         return {name for name in os.listdir(folder) if not is_clutter(name)}
     except OSError as error:
@@ -71,5 +71,5 @@ def listed_names(folder: Path) -> set[str]:
 
 
 def summary(names: list[str], shown: int = 5) -> str:
-    """The first few names, for an error message."""
+    """First few names, for an error message."""
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -1,1 +1,1 @@
-"""The dataset format: reading and writing."""
+"""On-disk format of datasets: reader, index and writer."""

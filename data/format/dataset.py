@@ -1,15 +1,14 @@
-"""The on-disk format: `DatasetWriter` writes it, `open_dataset` reads it, `python -m data.shards COMMAND` looks after
-it (verify, inspect, stats, split, filter, merge: docs/datasets.md).
+"""Reader of datasets: `open_dataset`, random access to frames, normalisation.
 
-A range of frames is one positioned read at `offset + start * 2 * M`, whatever the recording's length. Nothing is ever
-unpickled, and names in an index cannot reach outside the dataset's folder. See `data.index` for the files and columns.
+A range of frames is one positioned read at `offset + start * 2 * M`, whatever the recording's length. Nothing is
+unpickled, and an index holds shard numbers, no paths, so it cannot refer to files outside the dataset's folder. Files
+and columns: `data.format.schema`; commands that verify, inspect and derive datasets: docs/datasets.md.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,58 +20,72 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import as_object, parse_json
-from data.format import index as ix
-from data.format.encoding import bytes_of, read_frames
-from data.format.index import Recording
-from data.format.index_file import Index, statistics_range
-from data.format.normalisation import normalise_into, scale_of
-from data.format.writer import DatasetWriter
-from data.shards.verify import DAMAGED, check_files
-from data.storage.local import CutShort, Storage, StorageSettings, open_storage
+from data.format.encoding import CHECKSUM_FRAMES, byte_range, checksum_range, checksums, read_frames
+from data.format.index import Index
+from data.format.schema import (
+    DATASET_FILE,
+    ENCODINGS,
+    INDEX_FILE,
+    PREPARING_FILE,
+    RECORDINGS_FILE,
+    STATISTICS_FILE,
+    Encoding,
+    Recording,
+    check_version,
+    parse_features,
+    parse_vector,
+    shard_name,
+    statistics_range,
+)
+from data.storage.local import CutShort, Storage, StorageSettings
+from data.storage.opening import open_storage
 from data.transcripts import Word
 
-__all__ = ["Dataset", "DatasetWriter", "Normalisation", "Recording", "open_dataset"]
-
 Normalisation = Literal["recording", "dataset"]
+DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
+# A bin with nearly constant values (silence, a band missing from telephone speech) is centred, not amplified.
+SMALLEST_STD = 0.01
+_REQUIRED = {"layout", "features", "feature_hash", "fingerprint", "recordings", "frames", "mean", "std"}
 
 
 class Dataset:
-    """A dataset opened for reading. Recordings are numbered 0 .. len - 1 in the order of the index (sorted by id).
+    """A dataset open for reading. Recordings are numbered 0 .. len - 1 in the order of the index (sorted by id).
 
     Attributes:
-        location: its folder, or its URL.
-        name: what reports call it.
-        features: FeatureSettings that it was computed with.
+        location: folder or URL.
+        name: name in reports.
+        features: the FeatureSettings of its log-mel.
         fingerprint: SHA-256 (hex) of its content.
-        frames: int64 [N], frames of every recording.
+        frames: int64 [N], length of every recording.
         total_frames: int, their sum.
-        layout: how the values are stored.
-        index: the Index, whose arrays take no memory of their own.
+        encoding: representation of the values in the shards.
+        index: the memory-mapped Index.
     """
 
     def __init__(self, storage: Storage, fields: dict[str, Any]) -> None:
         self.storage, self.location = storage, storage.location
-        self.features = ix.features_of(fields, f"{self.location.rstrip('/')}/{ix.DATASET_FILE}")
+        place = self._file(DATASET_FILE)
+        self.features = parse_features(fields, place)
         if fields.get("feature_hash") != self.features.hash():
-            raise UserError(f"{self.location}: feature_hash in {ix.DATASET_FILE} does not belong to the features there")
+            raise UserError(f"{place}: feature_hash does not match the features; restore the file")
         self.name: str = fields.get("name") or Path(self.location).name
         self.fingerprint: str = fields["fingerprint"]
         self.total_frames: int = fields["frames"]
-        self.layout: ix.Layout = fields["layout"]
-        if self.layout not in ix.LAYOUTS:
-            raise UserError(f"{self.location}: layout is {self.layout!r}, known are {', '.join(ix.LAYOUTS)}")
-        self._mean, self._std = (ix.vector_of(fields, name, self.features, self.location) for name in ("mean", "std"))
+        self.encoding: Encoding = fields["layout"]
+        if self.encoding not in ENCODINGS:
+            raise UserError(f"{place}: layout is {self.encoding!r}, known are {', '.join(ENCODINGS)}")
+        self._mean, self._std = (parse_vector(fields, name, self.features.num_mels, place) for name in ("mean", "std"))
         try:
-            self.index = Index(storage.local_copy(ix.INDEX_FILE), storage.local_copy(ix.RECORDINGS_FILE))
+            self.index = Index(storage.local_copy(INDEX_FILE), storage.local_copy(RECORDINGS_FILE))
         except OSError as error:
             raise UserError(f"{self.location}: cannot be read ({error}); {DAMAGED}") from error
         self.frames = self.index.frames
         if len(self) != fields["recordings"] or int(self.frames.sum()) != self.total_frames:
-            raise UserError(f"{self.location}: {ix.INDEX_FILE} does not belong to {ix.DATASET_FILE}; prepare it again")
+            raise UserError(f"{self.location}: {INDEX_FILE} does not belong to {DATASET_FILE}; prepare it again")
 
     @property
     def path(self) -> Path:
-        """Its folder. UserError where it lies in object storage."""
+        """Folder of the dataset. Raises UserError if it is in object storage."""
         if "://" in self.location:
             raise UserError(f"{self.location} is not a folder on this machine: copy it to one first")
         return Path(self.location)
@@ -81,28 +94,28 @@ class Dataset:
         return len(self.frames)
 
     def identity(self) -> dict[str, str]:
-        """What the data are: every feature setting by name, then the fingerprint. For a run that continues."""
+        """Every feature setting by name, and the fingerprint: a resumed run compares them with its own."""
         features = {f"features.{name}": str(value) for name, value in self.features.to_dict().items()}
         return {**features, "dataset": self.fingerprint}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker that is not forked opens the dataset itself: files and tables do not travel.
+        # A worker that is not forked opens the dataset again: open files and mapped tables are not pickled.
         return open_dataset, (self.location, False, self.storage.settings)
 
     def id(self, recording: int) -> str:
         return self.index.value("id", recording)
 
     def text(self, recording: int) -> str | None:
-        """Transcript, None where there is none."""
+        """Transcript, or None."""
         return self.index.value("text", recording)
 
     def words(self, recording: int) -> list[Word] | None:
-        """Words with their times, in order; None where the recording has no word times."""
+        """Words with their times, in order, or None."""
         words = self.index.value("words", recording)
         return None if words is None else [Word(**word) for word in words]
 
     def excluded(self, recording: int) -> list[tuple[float, float]] | None:
-        """Stretches (start, end) in seconds that are neither trained on nor scored; None where there are none."""
+        """Passages (start, end) in seconds that are excluded from labelled training and scoring, or None."""
         excluded = self.index.value("excluded", recording)
         return None if excluded is None else [(e["start"], e["end"]) for e in excluded]
 
@@ -116,7 +129,7 @@ class Dataset:
         return self.index.label("split", recording)
 
     def recording(self, recording: int) -> Recording:
-        """All that the index says of a recording."""
+        """All metadata of a recording."""
         i = recording
         labels = self.language(i), self.speaker(i), self.split(i)
         try:
@@ -125,11 +138,11 @@ class Dataset:
             raise UserError(f"{self.location}: {error}; {DAMAGED}") from error
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The values of 'language', 'speaker' or 'split', and int32 [N] which of them a recording has."""
+        """Distinct values of 'language', 'speaker' or 'split', and the code of every recording, int32 [N]."""
         return self.index.labels[name]
 
     def totals(self, label: str) -> dict[str, tuple[int, int]]:
-        """Recordings and frames for every value of 'language', 'speaker' or 'split', by value."""
+        """Recordings and frames per value of 'language', 'speaker' or 'split'."""
         names, codes = self.labels(label)
         counts = np.bincount(codes, minlength=len(names))
         frames = np.bincount(codes, weights=self.frames, minlength=len(names))
@@ -138,82 +151,81 @@ class Dataset:
     def select(
         self, split: str | None = None, language: str | None = None, ids: Iterable[str] | None = None
     ) -> np.ndarray:
-        """Numbers (int32, ascending) of the recordings that match all that is given. UserError where none does."""
-        wanted = {name: value for name, value in (("split", split), ("language", language)) if value is not None}
+        """Numbers (int32, ascending) of the recordings that match all given conditions. UserError if none does."""
+        conditions = {name: value for name, value in (("split", split), ("language", language)) if value is not None}
         keep = np.ones(len(self), bool)
-        for name, value in wanted.items():
+        for name, value in conditions.items():
             names, codes = self.labels(name)
             if value not in names:
-                raise UserError(f"{self.location}: no recording with {name} {value!r}; there are {sorted(names)}")
+                raise UserError(f"{self.location}: no recording with {name} {value!r}; known are {sorted(names)}")
             keep &= codes == names.index(value)
         numbers = np.flatnonzero(keep).astype(np.int32)
         if ids is not None:
-            found = {id: self.index.find(id) for id in sorted(set(ids))}
-            missing = [id for id, number in found.items() if number is None]
+            number_of = {id: self.index.find(id) for id in sorted(set(ids))}
+            missing = [id for id, number in number_of.items() if number is None]
             if missing:
                 raise UserError(f"{self.location}: no recording {missing[0]!r} ({len(missing)} ids are unknown)")
-            numbers = np.intersect1d(numbers, np.array([n for n in found.values() if n is not None], np.int32))
+            numbers = np.intersect1d(numbers, np.array(list(number_of.values()), np.int32))
         if not len(numbers):
-            asked = ", ".join(f"{name} {value!r}" for name, value in wanted.items())
-            raise UserError(f"{self.location}: no recording with {asked} together")
+            described = ", ".join(f"{name} {value!r}" for name, value in conditions.items())
+            raise UserError(f"{self.location}: no recording with {described} together")
         return numbers
 
     def read(self, recording: int, start: int = 0, stop: int | None = None, verify: bool = False) -> np.ndarray:
         """Frames [start, stop) as float16 [stop - start, M].
 
-        verify: check the checksums of the blocks that the range touches (they are then read as a whole).
-        Raises UserError naming the recording and the shard: missing, cut short, or (verify) a changed block.
+        verify: check the checksums of the blocks that the range touches, which are then read completely.
+        Raises UserError that names recording and shard: missing, cut short, or (verify) a changed block.
         """
         frames = int(self.frames[recording])
         stop = frames if stop is None else stop
         if not 0 <= start <= stop <= frames:
-            raise UserError(f"{self.where(recording)}: frames {start} to {stop} of {frames} were asked for")
-        first, last = ix.block_range(start, stop, frames) if verify else (start, stop)
+            raise UserError(f"{self.place(recording)}: frames {start} to {stop} are not within its {frames} frames")
+        first, last = checksum_range(start, stop, frames) if verify else (start, stop)
         values = np.empty((last - first, self.features.num_mels), np.float16)
         self.read_into(recording, first, values)
         if verify:
             bad = self.bad_blocks(recording, first, values)
             if bad:
-                raise UserError(f"{self.where(recording)}: the checksum of block {bad[0]} is wrong: {DAMAGED}")
+                raise UserError(f"{self.place(recording)}: the checksum of block {bad[0]} is wrong: {DAMAGED}")
         return values[start - first : stop - first]
 
     def read_into(self, recording: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` (C-contiguous float16 [n, M]) with frames [start, start + n). Errors as `read`."""
+        """Read frames [start, start + n) into `out` (C-contiguous float16 [n, M]). Raises as `read`."""
         try:
-            read_frames(self.storage, self.index, self.layout, recording, start, out)
+            read_frames(self.storage, self.index, self.encoding, recording, start, out)
         except CutShort as error:
-            raise UserError(f"{self.where(recording)}: the shard is cut short; {DAMAGED}") from error
+            raise UserError(f"{self.place(recording)}: the shard is cut short; {DAMAGED}") from error
         except (OSError, UserError) as error:
-            raise UserError(f"{self.where(recording)}: {error}; {DAMAGED}") from error
+            raise UserError(f"{self.place(recording)}: {error}; {DAMAGED}") from error
 
     def forget(self, recording: int, start: int, stop: int) -> None:
-        """Drop what a cache holds of frames [start, stop), of all that is read with them and of the statistics."""
-        first, last = ix.block_range(start, stop, int(self.frames[recording]))
-        with suppress(OSError, UserError):  # whoever reads them again is told
-            place = bytes_of(self.index, self.layout, recording, first, last, self.features.num_mels)
-            self.storage.forget(ix.shard_name(int(self.index.shard[recording])), *place)
-            self.storage.forget(ix.STATISTICS_FILE, *statistics_range(int(recording), self.features.num_mels))
+        """Drop cached bytes of frames [start, stop), of their checksum blocks, and of the statistics."""
+        first, last = checksum_range(start, stop, int(self.frames[recording]))
+        with suppress(OSError, UserError):  # the next read reports the error
+            place = byte_range(self.index, self.encoding, recording, first, last, self.features.num_mels)
+            self.storage.forget(shard_name(int(self.index.shard[recording])), *place)
+            self.storage.forget(STATISTICS_FILE, *statistics_range(int(recording), self.features.num_mels))
 
     def mean_std(self, recording: int) -> np.ndarray:
-        """Mean and standard deviation of a recording's log-mel: float32 [2, M]. UserError where they cannot be."""
+        """Mean and standard deviation of a recording's log-mel: float32 [2, M]. Raises UserError if invalid."""
         position, size = statistics_range(int(recording), self.features.num_mels)
         values = np.empty((2, self.features.num_mels), np.float32)
         try:
-            self.storage.read_into(ix.STATISTICS_FILE, position, memoryview(values).cast("B"))  # type: ignore[arg-type]
+            self.storage.read_into(STATISTICS_FILE, position, memoryview(values).cast("B"))  # type: ignore[arg-type]
         except OSError as error:
             raise UserError(f"{self.location}: statistics of {self.id(recording)!r}: {error}; {DAMAGED}") from error
-        flat = values.ravel()
-        if not math.isfinite(np.dot(flat, flat)) or values[1].min() < 0:  # a third of the time of np.isfinite
-            raise UserError(f"{self.location}: statistics of {self.id(recording)!r} cannot be; {DAMAGED}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = math.isfinite(np.vdot(values, values))  # a third of the time of np.isfinite
+        if not finite or values[1].min() < 0:
+            raise UserError(f"{self.location}: statistics of {self.id(recording)!r} are invalid; {DAMAGED}")
         return values
 
     def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
         """(mean, 1 / std), float32 [M] each: a frame is normalised as `(x - mean) * inverse_std`."""
         if normalisation == "dataset":
-            mean, std = self._mean, self._std
-        else:
-            mean, std = map(torch.from_numpy, self.mean_std(recording))
-        return scale_of(mean, std)
+            return normalisation_scale(self._mean, self._std)
+        return normalisation_scale(*map(torch.from_numpy, self.mean_std(recording)))
 
     def read_normalised(
         self,
@@ -225,7 +237,7 @@ class Dataset:
     ) -> np.ndarray:
         """Frames [start, stop) as float32 [stop - start, M], zero mean and unit variance over the recording or dataset.
 
-        A crop gets the numbers that the whole recording has there. Raises as `read`, and for non-finite values.
+        A crop has the same values as that part of the whole recording. Raises as `read`, and for non-finite values.
         """
         values = self.read(recording, start, stop, verify)
         out = torch.empty(values.shape)
@@ -240,23 +252,47 @@ class Dataset:
         try:
             normalise_into(out, values, mean, inverse_std)
         except UserError as error:
-            raise UserError(f"{self.where(recording)}: damaged ({error}); {DAMAGED}") from error
+            raise UserError(f"{self.place(recording)}: damaged ({error}); {DAMAGED}") from error
 
     def bad_blocks(self, recording: int, first: int, values: np.ndarray) -> list[int]:
-        """Numbers of the blocks with a wrong checksum; values: whole blocks from frame `first` on."""
-        size = ix.CHECKSUM_FRAMES
+        """Numbers of the blocks with a wrong checksum; values: whole checksum blocks from frame `first` on."""
         expected = self.index.value("crc32", recording)
-        found = {(first + b) // size: zlib.crc32(values[b : b + size].data) for b in range(0, len(values), size)}
-        return [block for block, crc32 in found.items() if [crc32] != expected[block : block + 1]]
+        actual = enumerate(checksums(values), first // CHECKSUM_FRAMES)
+        return [block for block, crc32 in actual if [crc32] != expected[block : block + 1]]
 
     def shards(self) -> list[int]:
-        """Numbers of the shards that the recordings lie in, ascending."""
+        """Numbers of the dataset's shards, ascending."""
         return np.flatnonzero(np.bincount(self.index.shard)).tolist()
 
-    def where(self, recording: int) -> str:
-        """The recording's name and shard, for error messages."""
-        shard = ix.shard_name(self.index.shard[recording])
-        return f"recording {self.id(recording)!r} in {self.location.rstrip('/')}/{shard}"
+    def place(self, recording: int) -> str:
+        """Recording and shard, for error messages."""
+        return f"recording {self.id(recording)!r} in {self._file(shard_name(self.index.shard[recording]))}"
+
+    def check_shards(self) -> None:
+        """Raise UserError that names missing shards, or truncated shards and the recordings beyond the cut."""
+        shards = self.shards()
+        sizes, missing = np.zeros(shards[-1] + 1, np.int64), []
+        for shard in shards:
+            name = shard_name(shard)
+            if (self.path / name).is_symlink():
+                raise UserError(f"{self.path / name} is a symbolic link; refused, a shard must be a file in its folder")
+            size = self.storage.size(name)
+            if size is None:
+                missing.append(name)
+            sizes[shard] = size or 0
+        if missing:
+            raise UserError(f"{self.path}: {len(missing)} shards are missing: {', '.join(missing[:8])}; {DAMAGED}")
+        beyond = np.flatnonzero(self.index.offset + self.index.bytes > sizes[self.index.shard])
+        if len(beyond):
+            names = sorted({shard_name(shard) for shard in self.index.shard[beyond].tolist()})
+            ids = ", ".join(repr(self.id(recording)) for recording in beyond[:8])
+            raise UserError(
+                f"{self.location}: {', '.join(names[:8])} cut short: {len(beyond)} recordings are incomplete "
+                f"({ids}{', ...' if len(beyond) > 8 else ''}); {DAMAGED}"
+            )
+
+    def _file(self, name: str) -> str:
+        return f"{self.location.rstrip('/')}/{name}"
 
 
 def open_dataset(
@@ -264,29 +300,57 @@ def open_dataset(
 ) -> Dataset:
     """Open a dataset: a folder, or a URL of object storage, whose index is then copied to this machine once.
 
-    check=False leaves the shards to be looked at when they are read: what is whole stays readable. It is always
-    so with a URL, where asking for every shard would take long.
+    check: raise an error if shards are missing or cut short. Without it, and always with a URL (one request per shard
+    would take too long), an error is raised when a shard is read, and recordings that are complete stay readable.
 
-    Raises UserError: not a dataset, half-written, another format, missing or short shards.
+    Raises UserError: not a dataset, incomplete, another format, missing or short shards.
     """
     store = open_storage(location, storage)
-    place = f"{store.location.rstrip('/')}/{ix.DATASET_FILE}"
+    place = f"{store.location.rstrip('/')}/{DATASET_FILE}"
     try:
-        if store.size(ix.DATASET_FILE) is None:
-            if store.size(ix.PREPARING_FILE) is not None:
-                raise UserError(f"{location} is half-written: preparing it was interrupted; run the same command again")
+        if store.size(DATASET_FILE) is None:
+            if store.size(PREPARING_FILE) is not None:
+                raise UserError(
+                    f"{location} is incomplete: its preparation was interrupted; run the same command again"
+                )
             raise UserError(
-                f"{location} is not a dataset: it has no {ix.DATASET_FILE}. `python -m data.prepare` makes one"
+                f"{location} is not a dataset: it has no {DATASET_FILE}. `python -m data.prepare` makes one"
             )
-        fields = as_object(parse_json(store.read(ix.DATASET_FILE), place), place)
+        fields = as_object(parse_json(store.read(DATASET_FILE), place), place)
     except OSError as error:
         raise UserError(f"{place}: cannot be read ({error})") from error
-    ix.check_version(fields, place)
-    missing = {"layout", "features", "feature_hash", "fingerprint", "recordings", "frames", "mean", "std"} - set(fields)
+    check_version(fields, place)
+    missing = _REQUIRED - set(fields)
     if missing:
         raise UserError(f"{place}: lacks {sorted(missing)}; prepare the dataset again")
     dataset = Dataset(store, fields)
     if check and "://" not in dataset.location:
-        check_files(dataset)
+        dataset.check_shards()
     dataset.index.release()
     return dataset
+
+
+def mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the frames of float16 [frames, M]: two float32 [M], summed in float64."""
+    # Block by block: hours in float64 would take four times the memory of the features.
+    blocks = [values[start : start + CHECKSUM_FRAMES] for start in range(0, len(values), CHECKSUM_FRAMES)]
+    mean = np.sum([block.astype(np.float64).sum(axis=0) for block in blocks], axis=0) / len(values)
+    squares = np.zeros_like(mean)
+    for block in blocks:
+        exact = block - mean
+        squares += np.einsum("fm,fm->m", exact, exact)
+    return mean.astype(np.float32), np.sqrt(squares / len(values)).astype(np.float32)
+
+
+def normalisation_scale(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / std) for `normalise_into`, from statistics, float32 [M] each."""
+    return mean, std.clamp(min=SMALLEST_STD).reciprocal_()
+
+
+def normalise_into(out: Tensor, values: np.ndarray, mean: Tensor, inverse_std: Tensor) -> None:
+    """Normalise float16 [n, M] into contiguous float32 [n, M]. Raises UserError for NaN and infinite values."""
+    # torch converts float16 nine times faster than numpy.
+    out.copy_(torch.from_numpy(values)).sub_(mean).mul_(inverse_std)
+    # A sum is the fastest check: any NaN or infinity propagates, and normalised float16 cannot overflow it otherwise.
+    if not math.isfinite(out.sum()):
+        raise UserError("NaN or infinite values")

@@ -1,244 +1,152 @@
-"""What a dataset on disk is made of: the recording, the columns of the index, names, atomic writes, fingerprint.
+"""Memory-mapped index of a dataset (reader; `data.format.index_writer` writes it).
 
-DIR/dataset.json            format version, features and their hash, statistics, totals, fingerprint; written last
-DIR/index.arrow             one row a recording, sorted by id: where its sound is, its length and its labels
-DIR/recordings.arrow        the same rows: id, text, word times, checksums
-DIR/statistics.safetensors  the same rows: mean and standard deviation of every mel bin, float32 [N, 2, M]
-DIR/shard-NNNNN.safetensors one float16 tensor [frames, M] a recording, named by its id
-DIR/preparing.json, DIR/rows-NNNNN.arrow, DIR/part-NNNNN.*    only while a dataset is being written
+Opening loads nothing: ten million recordings take no private memory, and the pages that are read are shared by all
+processes of a machine.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import functools
-import hashlib
-import json
-import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import mmap
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from common.errors import UserError
-from data.features import FeatureSettings
-from data.names import name_fault
-from data.transcripts import Word
+from data.format.schema import LABELS, index_schema, recordings_schema
 
-FORMAT_VERSION = 2
-DATASET_FILE = "dataset.json"
-INDEX_FILE = "index.arrow"
-RECORDINGS_FILE = "recordings.arrow"
-STATISTICS_FILE = "statistics.safetensors"
-PREPARING_FILE = "preparing.json"
-Layout = Literal["plain", "uint8", "shuffle-zstd"]
-"""How values lie in a shard: float16, or in blocks as `data.compression` encodes them."""
-LAYOUTS: tuple[str, ...] = get_args(Layout)
-# Frames that one checksum stands for; 4096 frames of 80 bins are 655,360 bytes.
-CHECKSUM_FRAMES = 4096
-BYTES_PER_VALUE = 2  # float16
-# Rows in a batch of recordings.arrow, the last one aside: row i is row i % BATCH_ROWS of batch i // BATCH_ROWS.
-BATCH_ROWS = 16384
-
-WORDS = pa.list_(
-    pa.struct([("word", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("confidence", pa.float32())])
-)
-EXCLUDED = pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64())]))
-# Columns with few values: their codes are looked up in a table that the file holds once.
-LABELS = ("language", "speaker", "split")
+_OPTIONAL = ("text", "words", "excluded", "confidence", "block_bytes")
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What is known of a recording besides its sound. Empty strings and None stand for 'not known'."""
+class Index:
+    """index.arrow and recordings.arrow, memory-mapped.
 
-    id: str
-    """Unique in the dataset; becomes the tensor's name."""
-    text: str | None = None
-    """Transcript; None where there is none."""
-    words: list[Word] | None = None
-    """Words with their times, sorted by start; None where there are none."""
-    language: str = ""
-    """Language code, as the corpus gives it ('en', 'cs', ...)."""
-    speaker: str = ""
-    """Speaker id."""
-    split: str = "train"
-    """'train', 'dev' or 'test'."""
-    excluded: list[tuple[float, float]] | None = None
-    """(start, end) in seconds of stretches that are in the audio, but not in `text`: no labelled training, no scoring
-    (pretraining, which needs no labels, takes them as any sound). None: none."""
+    The content is validated before it is used: sizes and types when the files are opened, texts and lists one batch at
+    a time, at the first access to a batch.
 
-    def __post_init__(self) -> None:
-        fault = "is reserved by the shard format" if self.id == "__metadata__" else name_fault(self.id)
-        if fault is not None:
-            raise UserError(f"recording id {self.id!r} {fault}: give it another name")
+    Attributes:
+        shard: int32 [N]. offset, bytes, frames: int64 [N]. All are views of the file.
+        labels: for 'language', 'speaker' and 'split': the distinct values, and the code of every recording, int32 [N].
+        batches: the record batches of recordings.arrow.
 
-
-def index_schema() -> pa.Schema:
-    """Columns of index.arrow, all of one width: a single batch, so that each is an array in the mapped file."""
-    return pa.schema(
-        [
-            ("shard", pa.int32()),  # number of the shard's file
-            ("offset", pa.int64()),  # of the first value, in bytes from the start of the shard's file
-            ("bytes", pa.int64()),  # of all its values in that file
-            ("frames", pa.int64()),
-            *((name, pa.dictionary(pa.int32(), pa.string())) for name in LABELS),
-        ]
-    )
-
-
-def recordings_schema() -> pa.Schema:
-    """Columns of recordings.arrow."""
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("crc32", pa.list_(pa.uint32())),  # zlib.crc32 of every CHECKSUM_FRAMES frames, as they are read
-            ("block_bytes", pa.list_(pa.uint32())),  # of every block of BLOCK_FRAMES frames; null in the plain layout
-            ("text", pa.string()),
-            ("words", WORDS),
-            ("excluded", EXCLUDED),
-        ]
-    )
-
-
-def rows_schema(num_mels: int) -> pa.Schema:
-    """Columns of rows-NNNNN.arrow: all that the three files will hold of a shard's recordings."""
-    labels = [(name, pa.string()) for name in LABELS]
-    vectors = [(name, pa.list_(pa.float32(), num_mels)) for name in ("mean", "std")]
-    numbers = [field for field in index_schema() if field.name not in LABELS]
-    return pa.schema([*numbers, *labels, *recordings_schema(), *vectors])
-
-
-def tensor_entry(layout: Layout, frames: int, num_mels: int, begin: int, size: int) -> dict[str, Any]:
-    """What the head of a shard says of a recording of `size` bytes, `begin` bytes after that head."""
-    plain = layout == "plain"
-    shape = [frames, num_mels] if plain else [size]
-    return {"dtype": "F16" if plain else "U8", "shape": shape, "data_offsets": [begin, begin + size]}
-
-
-def described(recording: Recording) -> dict[str, Any]:
-    """A recording as the index's columns hold it: what is known of it besides its sound."""
-    row = {field.name: getattr(recording, field.name) for field in dataclasses.fields(Recording)}
-    if recording.words is not None:
-        row["words"] = [Word(*word)._asdict() for word in recording.words]
-    if recording.excluded is not None:
-        row["excluded"] = [{"start": start, "end": end} for start, end in recording.excluded]
-    try:
-        for name in ("id", "text", *LABELS):
-            if name != "text" or row[name] is not None:
-                row[name].encode()
-        for word in row["words"] or ():
-            word["word"].encode()
-    except (AttributeError, UnicodeEncodeError) as error:
-        raise UserError(
-            f"recording {recording.id!r}: an id, text, word or label that is no Unicode text ({error})"
-        ) from None
-    return row
-
-
-@functools.cache
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def block_range(start: int, stop: int, frames: int) -> tuple[int, int]:
-    """The frames [start, stop) widened to whole checksum blocks of a recording of `frames` frames."""
-    first = start // CHECKSUM_FRAMES * CHECKSUM_FRAMES
-    last = -(-stop // CHECKSUM_FRAMES) * CHECKSUM_FRAMES
-    return first, min(last, frames)
-
-
-class Fingerprint:
-    """SHA-256 over what the recordings are: ids, sound (by checksums), labels; not over where they are stored.
-
-    So it is the same for a dataset written in one go, in parts, or after interruptions. Rows come in the index's order.
+    Raises:
+        UserError: not an index of this format, or damaged.
     """
 
-    def __init__(self, feature_hash: str) -> None:
-        self._digest = hashlib.sha256(f"{FORMAT_VERSION} {feature_hash}".encode())
+    def __init__(self, index: Path, recordings: Path) -> None:
+        self.path, self.recordings = index, recordings
+        self._pages = _map_file(index)
+        (batch,) = read_batches(index, pa.py_buffer(self._pages), index_schema(), max_batches=1)
+        arrays = {name: batch.column(name) for name in index_schema().names}
+        codes = {name: arrays[name].indices for name in LABELS}
+        if any(array.null_count for array in [*arrays.values(), *codes.values()]):
+            raise damage_error(index, "a column with nulls")
+        self.shard, self.offset = _view(arrays["shard"]), _view(arrays["offset"])
+        self.bytes, self.frames = _view(arrays["bytes"]), _view(arrays["frames"])
+        self.labels = {name: (arrays[name].dictionary.to_pylist(), _view(codes[name])) for name in LABELS}
+        if not len(self) or min(self.frames.min(), self.bytes.min(), self.offset.min() - 7) < 1 or self.shard.min() < 0:
+            raise damage_error(index, "no recordings, or invalid frames, offsets or shards")
+        if self.shard.max() >= 10**7 or max(self.frames.max(), self.bytes.max(), self.offset.max()) >= 2**50:
+            raise damage_error(index, "invalid frames, offsets or shards")
+        for name, (values, code) in self.labels.items():
+            if code.min() < 0 or code.max() >= len(values):
+                raise damage_error(index, f"a code of {name} beyond its {len(values)} values")
+        self.batches = read_batches(recordings, pa.py_buffer(_map_file(recordings)), recordings_schema())
+        self._batch_rows = self.batches[0].num_rows
+        sizes = [batch.num_rows for batch in self.batches]
+        if set(sizes[:-1]) - {self._batch_rows} or sizes[-1] > self._batch_rows or sum(sizes) != len(self):
+            raise damage_error(recordings, f"{sum(sizes)} rows, but {index.name} has {len(self)}")
+        self._validated: set[tuple[int, str]] = set()
 
-    def update(self, batch: pa.RecordBatch) -> None:
-        names = ["id", "frames", "crc32", "language", "speaker", "split", "text", "words", "excluded"]
-        for first in range(0, len(batch), 64):  # hours of words each are much as Python objects
-            for row in batch.select(names).slice(first, 64).to_pylist():
-                self._digest.update(json.dumps(row, sort_keys=True).encode())
+    def __len__(self) -> int:
+        return len(self.frames)
 
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+    def release(self) -> None:
+        """Release the pages of index.arrow that were read; later accesses map them again from the page cache."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def value(self, name: str, recording: int) -> Any:
+        """Value of a column of recordings.arrow for a recording, as a Python object."""
+        return self._scalar(name, recording).as_py()
+
+    def block_bytes(self, recording: int) -> np.ndarray:
+        """Sizes in bytes of the blocks of a compressed recording: uint32 [blocks]."""
+        blocks = self._scalar("block_bytes", recording).values
+        if blocks is None or blocks.null_count:
+            raise damage_error(self.recordings, f"row {recording} has no block_bytes")
+        return blocks.to_numpy()
+
+    def _scalar(self, name: str, recording: int) -> pa.Scalar:
+        number, row = divmod(int(recording), self._batch_rows)
+        column = self.batches[number].column(name)
+        if (number, name) not in self._validated:
+            try:
+                column.validate(full=True)
+            except pa.ArrowException as error:
+                raise damage_error(self.recordings, error) from error
+            if has_nulls(name, column):
+                raise damage_error(self.recordings, f"{name} with nulls")
+            self._validated.add((number, name))
+        return column[row]
+
+    def label(self, name: str, recording: int) -> str:
+        """`language`, `speaker` or `split` of a recording."""
+        values, codes = self.labels[name]
+        return values[codes[recording]]
+
+    def find(self, id: str) -> int | None:
+        """Number of the recording with this id, by bisection; None if the dataset does not have it."""
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.value("id", middle) < id else (low, middle)
+        return low if low < len(self) and self.value("id", low) == id else None
 
 
-def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over the frames of float16 [frames, M]: two float32 [M], summed in float64.
-
-    A block at a time: hours in float64 would take four times the memory that the features take.
-    """
-    blocks = [values[begin : begin + CHECKSUM_FRAMES] for begin in range(0, len(values), CHECKSUM_FRAMES)]
-    mean = np.sum([block.astype(np.float64).sum(axis=0) for block in blocks], axis=0) / len(values)
-    squares = np.zeros_like(mean)
-    for block in blocks:
-        exact = block - mean
-        squares += np.einsum("fm,fm->m", exact, exact)
-    return mean.astype(np.float32), np.sqrt(squares / len(values)).astype(np.float32)
+def damage_error(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: cannot be read ({reason}); restore the file or prepare the dataset again")
 
 
-def checksums(values: np.ndarray) -> list[int]:
-    """zlib.crc32 of every CHECKSUM_FRAMES frames of float16 [frames, M]."""
-    size = CHECKSUM_FRAMES
-    return [zlib.crc32(values[begin : begin + size].data) for begin in range(0, len(values), size)]
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a file, made where it is missing, or of a folder. UserError where another process holds it."""
-    kind = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-    lock = os.open(path, kind, 0o644)
+def read_batches(
+    path: Path, source: pa.Buffer, schema: pa.Schema, max_batches: int | None = None
+) -> list[pa.RecordBatch]:
+    """Batches (at least one) of an Arrow file. Sizes are validated; texts and lists are not, except in dictionaries."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(f"{path}: another process is writing this dataset; wait for it or stop it") from error
-        except OSError:
-            pass  # a file system without locks: the folder is then unguarded, but nothing else is lost
-        yield
-    finally:
-        os.close(lock)
+        reader = pa.ipc.open_file(source)
+        if not reader.schema.equals(schema):
+            raise UserError(f"{path}: the columns are not those of this version; prepare the dataset again")
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate()
+            for column in batch.columns:
+                if pa.types.is_dictionary(column.type):
+                    column.dictionary.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise damage_error(path, error) from error
+    if not 1 <= len(batches) <= (max_batches or len(batches)):
+        raise damage_error(path, f"{len(batches)} batches")
+    return batches
 
 
-def head(features: FeatureSettings, layout: Layout) -> dict[str, Any]:
-    """How dataset.json and preparing.json begin."""
-    told = {"features": features.to_dict(), "feature_hash": features.hash()}
-    return {"format_version": FORMAT_VERSION, "layout": layout, **told}
+def has_nulls(name: str, column: pa.Array) -> bool:
+    """Whether a required value is null, in the column or in the lists and structs of it."""
+    if column.null_count and name not in _OPTIONAL:
+        return True
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        return has_nulls("items", column.flatten())
+    if pa.types.is_struct(column.type):
+        return any(has_nulls(field.name, part) for field, part in zip(column.type, column.flatten(), strict=True))
+    return False
 
 
-def features_of(fields: dict[str, Any], path: Path | str) -> FeatureSettings:
-    """The features in dataset.json or preparing.json. Raises UserError naming the file where they cannot be."""
+def _view(column: pa.Array) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=True)
+
+
+def _map_file(path: Path) -> mmap.mmap:
     try:
-        return FeatureSettings.from_dict(fields.get("features", {}))
-    except (UserError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: {error}; restore the file or prepare the dataset again") from error
-
-
-def vector_of(fields: dict[str, Any], name: str, features: FeatureSettings, folder: str) -> Tensor:
-    """`mean` or `std` of dataset.json, float32 [M]. Raises UserError where it is not that."""
-    values = fields[name]
-    numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
-    if not numbers or len(values) != features.num_mels or not all(abs(value) < 2**16 for value in values):
-        raise UserError(f"{folder.rstrip('/')}/{DATASET_FILE}: {name} must be {features.num_mels} numbers; restore it")
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def check_version(fields: dict[str, Any], path: Path | str) -> None:
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version is {fields.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-            "prepare the dataset again"
-        )
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        raise damage_error(path, error) from error

@@ -112,9 +112,9 @@ class DatasetGroup(Dataset):
         dataset, number = self._locate(recording)
         return dataset.split(number)
 
-    def where(self, recording: int) -> str:
+    def place(self, recording: int) -> str:
         dataset, number = self._locate(recording)
-        return dataset.where(number)
+        return dataset.place(number)
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
         tables = [dataset.labels(name) for dataset in self.datasets]

@@ -1,1 +1,1 @@
-"""Preparation: from a corpus to a dataset."""
+"""Preparation of a corpus: from audio and labels to a dataset of log-mel shards."""

@@ -3,7 +3,7 @@
 import sys
 
 from common.console import set_up_console
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 
 if __name__ == "__main__":
     set_up_console(may_vanish=True)

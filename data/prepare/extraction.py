@@ -1,4 +1,4 @@
-"""Sources to log-mel in worker processes, given back in the order of the sources."""
+"""Log-mel extraction in worker processes, in the order of the sources."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.errors import SoundWarning, UserError
+from common.errors import AudioWarning, UserError
 from data.corpora.base import FeatureUtterance, Source, Unreadable
 from data.features import FeatureSettings, LogMel
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.skipped import NO_WORD_TIMES, Skipped
 from data.transcripts import check_word_times
 
-__all__ = ["Extracted", "Skipped", "extract", "extract_all"]
-
-# Results that may wait for their turn, for each worker and in bytes: enough that no worker idles while a long recording
-# is done, few enough that hours of features never pile up in memory.
+# Limits of results that wait for an earlier one, per worker and in bytes: enough that no worker idles during a long
+# recording, and few enough that hours of features never accumulate in memory.
 _WAITING_PER_WORKER = 8
 _WAITING_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """A recording with its features."""
+    """Recording with its features."""
 
     recording: Recording
     log_mel: NDArray[np.float16]
@@ -48,19 +46,19 @@ class Extracted:
 
 
 def extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
-    """Load one source and compute its log-mel; a UserError, an I/O error or a lack of memory gives a Skipped.
+    """Load a source and compute its log-mel. A UserError, an I/O error or a lack of memory gives a Skipped.
 
-    Word times that contradict the sound are dropped with a warning: text and sound stay usable. Sound that comes in
-    blocks is never held whole: only the float16 features grow with its length. A SoundWarning is added to the result's
-    warnings; other warnings are issued again.
+    Word times that contradict the audio are dropped with a warning: text and audio stay usable. Audio in blocks is
+    never in memory as a whole: only the float16 features grow with its length. An AudioWarning is added to the warnings
+    of the result; other warnings are issued again.
     """
     if isinstance(source, Unreadable):
         return Skipped(source.id, source.reason, listed=True)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SoundWarning)
+        warnings.simplefilter("always", AudioWarning)
         result = _extract(source, features)
-    issued = [str(warning.message) for warning in caught if issubclass(warning.category, SoundWarning)]
-    for other in (warning for warning in caught if not issubclass(warning.category, SoundWarning)):
+    issued = [str(warning.message) for warning in caught if issubclass(warning.category, AudioWarning)]
+    for other in (warning for warning in caught if not issubclass(warning.category, AudioWarning)):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     return result if isinstance(result, Skipped) else replace(result, warnings=(*result.warnings, *issued))
 
@@ -73,8 +71,8 @@ def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
         if isinstance(utterance, FeatureUtterance):
             blocks = iter([utterance.log_mel])
         else:
-            sound = [utterance.waveform] if hasattr(utterance.sound, "shape") else utterance.sound
-            blocks = _log_mel(features).blocks(sound)
+            audio = [utterance.waveform] if hasattr(utterance.audio, "shape") else utterance.audio
+            blocks = _log_mel(features).blocks(audio)
         for block in blocks:
             values += block.to(torch.float16).numpy().data
         log_mel = np.frombuffer(values, np.float16).reshape(-1, features.num_mels)
@@ -84,12 +82,12 @@ def _extract(source: Source, features: FeatureSettings) -> Extracted | Skipped:
     except OSError as error:
         return Skipped(source.id, f"{source.id}: cannot be read ({error})")
     except MemoryError:
-        return Skipped(source.id, f"{source.id}: there was not enough memory to read it; prepare with fewer --workers")
+        return Skipped(source.id, f"{source.id}: not enough memory to read it; prepare with fewer --workers")
     return Extracted(recording, log_mel, (*utterance.warnings, *dropped))
 
 
 def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording, tuple[str, ...]]:
-    """The recording, without its word times if they are invalid, and the warning about it."""
+    """Recording, without its word times and with a warning if they are invalid."""
     try:
         check_word_times(recording.words or (), seconds, recording.id)
     except UserError as error:
@@ -100,10 +98,10 @@ def _with_checked_words(recording: Recording, seconds: float) -> tuple[Recording
 def extract_all(
     sources: Sequence[Source], features: FeatureSettings, workers: int
 ) -> Generator[Extracted | Skipped, None, None]:
-    """`extract` of every source, in order; with more than one worker in that many processes.
+    """Yield `extract` of every source, in order, computed in `workers` processes if there are several.
 
-    A source whose worker process dies (a fault in a decoder, a want of memory) is tried once more, then skipped.
-    Raises RuntimeError, with the traceback of the worker, for what is neither a UserError nor a death.
+    A source whose worker process dies (fault in a decoder, lack of memory) is tried once more, then skipped.
+    Raises RuntimeError, with the traceback of the worker, for any other exception than UserError.
     """
     if workers == 1:
         threads = torch.get_num_threads()
@@ -121,7 +119,7 @@ def extract_all(
 
 
 class _Pool:
-    """A thread for every worker process. It takes the next source, so a process that dies had that one alone."""
+    """Worker processes, each served by a thread that gives it one source at a time."""
 
     def __init__(self, sources: Sequence[Source], features: FeatureSettings, workers: int) -> None:
         self.sources = sources
@@ -136,7 +134,7 @@ class _Pool:
             thread.start()
 
     def results(self) -> Generator[Extracted | Skipped, None, None]:
-        """In the order of the sources."""
+        """Yield the results in the order of the sources."""
         for number in range(len(self.sources)):
             with self.changed:
                 while number not in self.waiting:
@@ -149,7 +147,7 @@ class _Pool:
             yield result
 
     def stop(self) -> None:
-        """End all processes, at once, and their threads."""
+        """Kill all processes and join their threads."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
@@ -161,15 +159,15 @@ class _Pool:
     def _serve(self, worker: _Worker) -> None:
         while True:
             with self.changed:
-                # The earliest missing result is always among those under way: it cannot wait for those that wait.
-                self.changed.wait_for(self._may_go_on)
+                # No deadlock: the earliest missing result is always being computed, so waiting results get consumed.
+                self.changed.wait_for(self._may_continue)
                 if self.stopping or self.taken == len(self.sources):
                     return
                 number = self.taken
                 self.taken += 1
             source = self.sources[number]
-            # For an exception that is not foreseen: Python prints it, and `results` must not wait for ever.
-            result: Any = RuntimeError(f"recording {source.id!r} could not be handed to a worker process")
+            # Result for an unexpected exception in this thread: `results` must not wait forever.
+            result: Any = RuntimeError(f"recording {source.id!r} could not be sent to a worker process")
             try:
                 result = worker.extract(source)
             finally:
@@ -178,12 +176,12 @@ class _Pool:
                     self.waiting_bytes += _size(result)
                     self.changed.notify_all()
 
-    def _may_go_on(self) -> bool:
+    def _may_continue(self) -> bool:
         return self.stopping or (len(self.waiting) < self.most_waiting and self.waiting_bytes < _WAITING_BYTES)
 
 
 class _Worker:
-    """A process that extracts one recording at a time; started when it is first needed, and again when it has died."""
+    """Process that extracts one recording at a time; started on first use, and again after its death."""
 
     def __init__(self, features: FeatureSettings) -> None:
         self.context = _server()
@@ -193,24 +191,24 @@ class _Worker:
         self.process: ForkServerProcess | None = None
 
     def extract(self, source: Source) -> Extracted | Skipped | RuntimeError:
-        """As the function of that name; gives a RuntimeError with the worker's traceback for any other exception."""
-        how = ""
+        """Result of the function `extract`, or a RuntimeError with the worker's traceback."""
+        cause = ""
         for _ in range(2):  # another process may have taken the memory that this one lacked
             try:
                 connection = self._connection()
                 connection.send(source)
                 answer = connection.recv()
                 if isinstance(answer, tuple):
-                    recording, found = answer
+                    recording, issued = answer
                     values = np.frombuffer(connection.recv_bytes(), np.float16)
-                    return Extracted(recording, values.reshape(-1, self.features.num_mels), found)
+                    return Extracted(recording, values.reshape(-1, self.features.num_mels), issued)
             except (EOFError, OSError):
-                how = self._bury()
+                cause = self._clean_up()
                 continue
             if isinstance(answer, Skipped):
                 return answer
-            return RuntimeError(f"recording {source.id!r} met a mistake in this program:\n{answer}")
-        return Skipped(source.id, f"{source.id}: two worker processes died while they read it ({how})")
+            return RuntimeError(f"recording {source.id!r} caused an error in this program:\n{answer}")
+        return Skipped(source.id, f"{source.id}: two worker processes died while reading it ({cause})")
 
     def stop(self) -> None:
         with self.lock:
@@ -223,35 +221,36 @@ class _Worker:
             if self.stopped:
                 raise EOFError
             if self.process is None:
-                self.connection, theirs = self.context.Pipe()
-                process = self.context.Process(target=_work, args=(theirs, self.features), daemon=True)
-                with theirs:  # then the process has it alone, so that its death is the end of what can be read
+                self.connection, worker_end = self.context.Pipe()
+                process = self.context.Process(target=_work, args=(worker_end, self.features), daemon=True)
+                with worker_end:  # closed here, so that the death of the process ends the stream
                     process.start()
                 self.process = process
             return self.connection
 
-    def _bury(self) -> str:
-        """What the dead process died of."""
+    def _clean_up(self) -> str:
+        """Remove the dead process. Returns the cause of its death."""
         with self.lock:
             if self.process is None:
                 return "stopped" if self.stopped else "it could not be started"
-            self.process.kill()  # it may be alive, and have closed its end
+            self.process.kill()  # it may be alive with its end of the pipe closed
             self.process.join()
             code, self.process = self.process.exitcode or 0, None
             self.connection.close()
         if code == -signal.SIGKILL:
-            return "SIGKILL, most likely for want of memory: prepare with fewer --workers"
+            return "SIGKILL, most likely for lack of memory: prepare with fewer --workers"
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _server() -> ForkServerContext:
-    """Processes, as the synthesiser is not thread-safe; forked from a server that has imported torch once.
+    """Fork server that has imported torch once. Processes, because the synthesiser is not thread-safe.
 
-    Ctrl-C reaches the whole process group. The server would die of it while it imports, so it is started deaf to it.
+    Ctrl-C reaches the whole process group and would kill the server during its imports, so it starts with the signal
+    blocked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # else the server's start starts it, which would unblock the signal
+    resource_tracker.ensure_running()  # otherwise the server starts it, which would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
@@ -261,16 +260,16 @@ def _server() -> ForkServerContext:
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
-    """Loop of a worker process: answers a source with (Recording, warnings) and features, a Skipped, or a str."""
+    """Loop of a worker process: answer a source with (Recording, warnings) and features, a Skipped, or a traceback."""
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group: the main process alone decides what it means.
+    # Ctrl-C reaches the whole process group; only the main process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         source = connection.recv()
         try:
             result = extract(source, features)
-        except BaseException:  # a bug: the main process shows it
+        except BaseException:  # a bug, which the main process reports
             connection.send(traceback.format_exc())
             raise
         if isinstance(result, Skipped):
@@ -281,7 +280,7 @@ def _work(connection: Connection, features: FeatureSettings) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would work on for nobody."""
+    """Exit once the main process is dead."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""What a long preparation shows, and how it is stopped."""
+"""Progress display of a long preparation, and its interruption by signals."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt: once, and never in the middle of a write to the dataset."""
+    """Handler of Ctrl-C and SIGTERM: raises KeyboardInterrupt once, and never during a write to the dataset."""
 
     def __init__(self) -> None:
         self.holding = self.raised = self.pending = False
 
     def __enter__(self) -> Interrupts:
-        self.handlers = {number: signal.signal(number, self._arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,22 +34,25 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A signal that arrives inside of the block takes effect at its end."""
+        """Delay signals that arrive within the block to its end."""
         self.holding = True
         yield
         self.holding = False
         if self.pending:
-            self._arrived()
+            self._handle()
 
-    def _arrived(self, *_: object) -> None:
+    def _handle(self, *_: object) -> None:
         self.pending = True
         if not self.holding and not self.raised:
-            self.raised = True  # a second one must not disturb the closing of the last shard
+            self.raised = True  # a second signal must not disturb the closing of the last shard
             raise KeyboardInterrupt
 
 
 class Progress:
-    """Recordings, audio-hours, speed, time left, skipped by reason, warnings: a bar on a terminal, elsewhere lines."""
+    """Recordings, hours of audio, speed, time left, skipped recordings by reason and warnings.
+
+    Shown as a bar on a terminal, otherwise as lines.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -72,34 +75,34 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        print(f"prepare: {self.done}/{self.total} recordings, {self}", flush=True)
+        self._print_line()
 
     def __str__(self) -> str:
-        passed = max(time.monotonic() - self.started, 1e-3)
-        said = [f"{self.seconds / 3600:.2f} audio-hours", f"{self.seconds / passed:.0f} x real time"]
+        elapsed = max(time.monotonic() - self.started, 1e-3)
+        items = [f"{self.seconds / 3600:.2f} audio-hours", f"{self.seconds / elapsed:.0f} x real time"]
         if 0 < self.done < self.total:
-            left = timedelta(seconds=round(passed * (self.total - self.done) / self.done))
-            said.append(f"{left} left")
+            left = timedelta(seconds=round(elapsed * (self.total - self.done) / self.done))
+            items.append(f"{left} left")
         if self.skipped:
             reasons = [f"{count} {_shortened(reason)}" for reason, count in self.skipped.most_common(_REASONS_SHOWN)]
             more = len(self.skipped) - len(reasons)
             reasons += [f"{more} other reasons"] if more > 0 else []
-            said.append(f"{self.skipped.total()} skipped ({'; '.join(reasons)})")
+            items.append(f"{self.skipped.total()} skipped ({'; '.join(reasons)})")
         if self.warnings:
-            said.append(f"{self.warnings} warnings")
-        return ", ".join(said)
+            items.append(f"{self.warnings} warnings")
+        return ", ".join(items)
 
     def update(self, seconds: float) -> None:
-        """One more recording, of so many seconds."""
+        """Count a prepared recording of this length."""
         self.seconds += seconds
-        self._one_more()
+        self._advance()
 
     def skip(self, reason: str) -> None:
-        """One more recording, which cannot be used."""
+        """Count a skipped recording."""
         self.skipped[reason] += 1
-        self._one_more()
+        self._advance()
 
-    def _one_more(self) -> None:
+    def _advance(self) -> None:
         self.done += 1
         now = time.monotonic()
         if not self.bar.disable:
@@ -107,7 +110,10 @@ class Progress:
             self.bar.update()
         elif now - self.last_line >= _SECONDS_BETWEEN_LINES:
             self.last_line = now
-            print(f"prepare: {self.done}/{self.total} recordings, {self}", flush=True)
+            self._print_line()
+
+    def _print_line(self) -> None:
+        print(f"prepare: {self.done}/{self.total} recordings, {self}", flush=True)
 
 
 def _shortened(reason: str) -> str:

@@ -1,1 +1,1 @@
-"""Tools on finished datasets."""
+"""Tools on datasets: `python -m data.shards COMMAND`."""

@@ -1,104 +1,111 @@
-"""Do the tables of a dataset tell of what is there: index, statistics, dataset.json, the heads of the shards."""
+"""Consistency checks of index, statistics, dataset.json and shard headers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from common.errors import UserError
 from common.files import as_object, parse_json
-from data.format import index as ix
-from data.format.index_file import statistics_header, statistics_range
+from data.format.dataset import Dataset
+from data.format.index_writer import Fingerprint
+from data.format.schema import (
+    DATASET_FILE,
+    RECORDINGS_FILE,
+    STATISTICS_FILE,
+    shard_name,
+    statistics_header,
+    statistics_range,
+    tensor_entry,
+)
 from data.transcripts import check_word_times
 
-if TYPE_CHECKING:
-    from data.format.dataset import Dataset
-
-# Rows whose texts and words are Python objects at a time: with hours of words each they are what takes memory.
+# Rows whose texts and words are Python objects at the same time, which bounds memory for recordings of hours.
 _ROWS = 32
 _STATISTICS_ROWS = 4096
 _TOLERANCE = 1e-3
+_ENTRY_FIELDS = ("dtype", "shape", "data_offsets")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is not as it should be: of one recording, or (id None) of a file as a whole."""
+    """Damage of a recording, or (id None) of a file as a whole."""
 
     file: str
-    """Name of the file within the dataset."""
+    """Name of the file in the dataset."""
     problem: str
-    """What is wrong, naming recording and file."""
+    """Description, with recording and file."""
     id: str | None = None
 
 
 def check_index(dataset: Dataset) -> list[Fault]:
-    """Ids, texts, word times and labels, one by one and by the fingerprint."""
-    fingerprint, last = ix.Fingerprint(dataset.features.hash()), ""
-    found: list[Fault] = []
+    """Check ids, texts, word times and labels: each alone, and all by the fingerprint."""
+    fingerprint, last = Fingerprint(dataset.features.hash()), ""
+    faults: list[Fault] = []
     try:
-        for first, piece in _pieces(dataset):
-            fingerprint.update(piece)
-            for number in range(first, first + len(piece)):
+        for first, batch in _fingerprint_batches(dataset):
+            fingerprint.update(batch)
+            for number in range(first, first + len(batch)):
                 id = dataset.id(number)
                 if id <= last:
-                    raise UserError(f"{dataset.index.recordings}: id {id!r} comes after {last!r}, they must be sorted")
+                    raise UserError(f"{dataset.index.recordings}: id {id!r} after {last!r}: the ids are not sorted")
                 last = id
-                found += _check_labels(dataset, number)
+                faults += _check_metadata(dataset, number)
     except UserError as error:
-        return [*found, Fault(ix.RECORDINGS_FILE, str(error))]
+        return [*faults, Fault(RECORDINGS_FILE, str(error))]
     if fingerprint.hexdigest() != dataset.fingerprint:
         problem = (
-            "the fingerprint is not that of the recordings: it, or their ids, texts, words or labels, were changed"
+            "the fingerprint does not match the recordings: it, or their ids, texts, words or labels, were changed"
         )
-        found.append(Fault(ix.DATASET_FILE, f"{_place(dataset, ix.DATASET_FILE)}: {problem}"))
-    return found
+        faults.append(Fault(DATASET_FILE, f"{_place(dataset, DATASET_FILE)}: {problem}"))
+    return faults
 
 
-def _pieces(dataset: Dataset) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(number of the first, columns of the fingerprint) of some recordings after the other."""
+def _fingerprint_batches(dataset: Dataset) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number of the first recording, columns of the fingerprint) of successive batches of _ROWS recordings."""
     index, first = dataset.index, 0
     labels = {name: (pa.array(values, pa.string()), codes) for name, (values, codes) in index.labels.items()}
     for whole in index.batches:
         for name in whole.schema.names:
-            index.value(name, first)  # checks the column
+            index.value(name, first)  # validates the column
         for row in range(0, len(whole), _ROWS):
             batch = whole.slice(row, _ROWS)
-            here = slice(first + row, first + row + len(batch))
+            rows = slice(first + row, first + row + len(batch))
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-            columns["frames"] = pa.array(index.frames[here])
-            columns |= {name: values.take(pa.array(codes[here])) for name, (values, codes) in labels.items()}
-            yield here.start, pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+            columns["frames"] = pa.array(index.frames[rows])
+            columns |= {name: values.take(pa.array(codes[rows])) for name, (values, codes) in labels.items()}
+            yield rows.start, pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
         first += len(whole)
 
 
-def _check_labels(dataset: Dataset, number: int) -> Iterator[Fault]:
-    """Is what the index tells of a recording possible?"""
+def _check_metadata(dataset: Dataset, number: int) -> Iterator[Fault]:
+    """Check that a recording's metadata are valid, with word times within its duration."""
     try:
         recording = dataset.recording(number)
-        check_word_times(
-            recording.words or [], dataset.frames[number] / dataset.features.frames_per_second, recording.id
-        )
+        seconds = dataset.frames[number] / dataset.features.frames_per_second
+        check_word_times(recording.words or [], seconds, recording.id)
     except UserError as error:
-        yield Fault(ix.RECORDINGS_FILE, f"{_place(dataset, ix.RECORDINGS_FILE)}: {error}", dataset.id(number))
+        yield Fault(RECORDINGS_FILE, f"{_place(dataset, RECORDINGS_FILE)}: {error}", dataset.id(number))
 
 
 def check_statistics(dataset: Dataset) -> list[Fault]:
-    """Does statistics.safetensors have the size and the head that it must have, and dataset.json the totals?"""
-    name, width = ix.STATISTICS_FILE, dataset.features.num_mels
+    """Check size and header of statistics.safetensors, and the totals in dataset.json."""
+    name, width = STATISTICS_FILE, dataset.features.num_mels
     header = bytearray(statistics_range(0, width)[0])
     try:
         size = dataset.storage.size(name)
-        right = size == sum(statistics_range(len(dataset) - 1, width))
-        if right:
+        valid = size == sum(statistics_range(len(dataset) - 1, width))
+        if valid:
             dataset.storage.read_into(name, 0, memoryview(header))
-            right = header == statistics_header(len(dataset), width)
-        if not right:
-            problem = f"{size or 0} bytes, or not the head, of the statistics of {len(dataset)} recordings"
+            valid = header == statistics_header(len(dataset), width)
+        if not valid:
+            problem = (
+                f"{size or 0} bytes, or a header, that are not those of the statistics of {len(dataset)} recordings"
+            )
             return [Fault(name, f"{_place(dataset, name)}: damaged ({problem})")]
         return list(_check_totals(dataset))
     except OSError as error:
@@ -106,15 +113,15 @@ def check_statistics(dataset: Dataset) -> list[Fault]:
 
 
 def _check_totals(dataset: Dataset) -> Iterator[Fault]:
-    """dataset.json against what it sums up. OSError where the statistics cannot be read."""
-    place, width = _place(dataset, ix.DATASET_FILE), dataset.features.num_mels
-    fields = as_object(parse_json(dataset.storage.read(ix.DATASET_FILE), place), place)
+    """Compare dataset.json with the sums over all recordings. Raises OSError if the statistics cannot be read."""
+    place, width = _place(dataset, DATASET_FILE), dataset.features.num_mels
+    fields = as_object(parse_json(dataset.storage.read(DATASET_FILE), place), place)
     sums, squares = np.zeros(width), np.zeros(width)
     for first in range(0, len(dataset), _STATISTICS_ROWS):
         frames = dataset.frames[first : first + _STATISTICS_ROWS]
         values = np.empty((len(frames), 2, width), np.float32)
         position, _ = statistics_range(first, width)
-        dataset.storage.read_into(ix.STATISTICS_FILE, position, memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+        dataset.storage.read_into(STATISTICS_FILE, position, memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
         mean, std = values.astype(np.float64).transpose(1, 0, 2)
         sums, squares = sums + frames @ mean, squares + frames @ (std**2 + mean**2)
     mean = sums / dataset.total_frames
@@ -126,40 +133,39 @@ def _check_totals(dataset: Dataset) -> Iterator[Fault]:
     }
     for name, value in expected.items():
         try:
-            told = np.asarray(fields.get(name), np.float64)
-            same = told.shape == value.shape and np.allclose(told, value, _TOLERANCE, _TOLERANCE)
+            stored = np.asarray(fields.get(name), np.float64)
+            same = stored.shape == value.shape and np.allclose(stored, value, _TOLERANCE, _TOLERANCE)
         except (TypeError, ValueError):
             same = False
         if not same:
-            yield Fault(ix.DATASET_FILE, f"{place}: {name} is not what the recordings add up to")
+            yield Fault(DATASET_FILE, f"{place}: {name} does not match the recordings")
 
 
 def check_header(dataset: Dataset, numbers: np.ndarray) -> Iterator[Fault]:
-    """The head of a shard's file, by which other programs find these recordings. One that cannot be read is no fault
-    of its own: then the recordings cannot be read either."""
-    name = ix.shard_name(dataset.index.shard[numbers[0]])
+    """Check that the shard's header, by which other programs find tensors, has the entries of these recordings.
+
+    An unreadable header is no fault here: its recordings are then unreadable, too, and reported.
+    """
+    name = shard_name(dataset.index.shard[numbers[0]])
     length, width = bytearray(8), dataset.features.num_mels
     try:
         dataset.storage.read_into(name, 0, memoryview(length))
         size = int.from_bytes(length, "little")
         if size > int(dataset.index.offset[numbers].min()) - 8:
-            raise UserError(f"it has {size} bytes, as it says")
+            raise UserError(f"its stated size is {size} bytes")
         content = bytearray(size)
         dataset.storage.read_into(name, 8, memoryview(content))
         tensors = as_object(parse_json(bytes(content), "its JSON"), "its JSON").values()
-        there = {json.dumps([t.get(key) for key in _ENTRY]) for t in tensors if isinstance(t, dict)}
+        entries = {json.dumps([t.get(key) for key in _ENTRY_FIELDS]) for t in tensors if isinstance(t, dict)}
         for i in numbers:
-            begin, stored = int(dataset.index.offset[i]) - 8 - size, int(dataset.index.bytes[i])
-            entry = ix.tensor_entry(dataset.layout, int(dataset.frames[i]), width, begin, stored)
-            if json.dumps([entry[key] for key in _ENTRY]) not in there:
-                raise UserError(f"it does not tell of {dataset.id(i)!r}")
+            start, stored = int(dataset.index.offset[i]) - 8 - size, int(dataset.index.bytes[i])
+            entry = tensor_entry(dataset.encoding, int(dataset.frames[i]), width, start, stored)
+            if json.dumps([entry[key] for key in _ENTRY_FIELDS]) not in entries:
+                raise UserError(f"it lacks {dataset.id(i)!r}")
     except UserError as error:
         yield Fault(name, f"{_place(dataset, name)}: damaged header ({error}); other programs cannot read the file")
     except OSError:
         pass
-
-
-_ENTRY = ("dtype", "shape", "data_offsets")
 
 
 def _place(dataset: Dataset, name: str) -> str:

@@ -1,7 +1,7 @@
-"""A new dataset made of recordings of others: a choice of them, several joined, or with other labels and word times.
+"""Derived datasets: recordings of existing datasets, selected, merged, or with other labels and word times.
 
-The sound is not copied: shards are hard links where the file system allows, and a link and its origin are the same
-bytes for ever, since nobody writes to a finished shard. Only the index is new.
+Shards are not copied but hard-linked if the file system allows it, which is safe because finished shards are never
+modified. Only the index is new.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from typing import Any
 from common.errors import UserError
 from common.files import sync
 from data.features import difference
-from data.format import index as ix
 from data.format.dataset import Dataset, open_dataset
-from data.format.index import Recording
-from data.format.index_merge import write_dataset, write_rows
+from data.format.index_writer import metadata_row, write_dataset, write_rows
+from data.format.schema import BATCH_ROWS, Recording, shard_name
+from data.format.writer import locked
 
 Entry = tuple[Dataset, int, Recording]
-"""(where the sound is, the recording's number there, what the new dataset says of it)."""
+"""(source dataset, number of the recording there, metadata in the new dataset)."""
 
 
-def beside(out: Path, kind: str) -> Path:
-    """Hidden path beside a folder, deterministic and short: the folder's name may already have the maximum length."""
+def hidden_sibling(out: Path, kind: str) -> Path:
+    """Hidden path next to a folder, deterministic and short: the folder's name may already have the maximum length."""
     return out.with_name(f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]}.{kind}")
 
 
 def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = "") -> Dataset:
-    """Write a dataset of the given recordings; the folder appears when it is complete.
+    """Write a dataset of the given recordings. The folder appears when it is complete.
 
     Args:
         out: the new folder, which must not exist.
-        entries: any order; ids must differ. Taken one after another, so a generator keeps memory bounded.
-        name: what reports call it.
+        entries: in any order, with distinct ids. A generator keeps memory bounded.
+        name: name in reports.
     Raises:
-        UserError: `out` exists, datasets of different features, two recordings with one id, or none at all.
+        UserError: `out` exists, the sources differ in features or layout, two recordings share an id, or none is given.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose another folder, or delete it")
-    temporary, lock = beside(out, "tmp"), beside(out, "lock")  # a killed attempt's remains make room for the next
+    # Leftovers of a killed process are replaced.
+    temporary, lock = hidden_sibling(out, "tmp"), hidden_sibling(out, "lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with ix.locked(lock):
+        with locked(lock):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
@@ -58,7 +59,7 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
                 shutil.rmtree(temporary, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); nothing of it is left, the sources are whole") from error
+        raise UserError(f"{out}: cannot be written ({error}); it was removed, the sources are unchanged") from error
     return open_dataset(out)
 
 
@@ -67,31 +68,31 @@ def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
     first: Dataset | None = None
     parts: list[Path] = []
     remaining = iter(entries)
-    while some := list(islice(remaining, ix.BATCH_ROWS)):
-        first = first or some[0][0]
+    while batch := list(islice(remaining, BATCH_ROWS)):
+        first = first or batch[0][0]
         rows = []
-        for dataset, number, recording in some:
+        for dataset, number, recording in batch:
             if differing := difference(first.features, dataset.features):
                 raise UserError(f"{first.path} and {dataset.path} differ in their features: {'; '.join(differing)}")
-            if first.layout != dataset.layout:
-                places = f"{first.path} ({first.layout}) and {dataset.path} ({dataset.layout})"
+            if first.encoding != dataset.encoding:
+                places = f"{first.path} ({first.encoding}) and {dataset.path} ({dataset.encoding})"
                 raise UserError(f"{places} differ in their layout: prepare one of them again with the other's --layout")
             place = dataset.path, int(dataset.index.shard[number])
             if place not in shards:
                 shards[place] = len(shards)
-                _link(dataset.path / ix.shard_name(place[1]), folder / ix.shard_name(shards[place]))
-            rows.append(_row(dataset, number) | ix.described(recording) | {"shard": shards[place]})
+                _link(dataset.path / shard_name(place[1]), folder / shard_name(shards[place]))
+            rows.append(_value_columns(dataset, number) | metadata_row(recording) | {"shard": shards[place]})
         parts.append(folder / f"rows-{len(parts):05d}.arrow")
         write_rows(parts[-1], rows, first.features.num_mels)
     if first is None:
-        raise UserError(f"{folder}: no recordings were chosen, there is nothing to write")
-    write_dataset(folder, parts, first.features, first.layout, name, len(shards))
+        raise UserError(f"{folder}: no recordings were selected, there is nothing to write")
+    write_dataset(folder, parts, first.features, first.encoding, name, len(shards))
     for part in parts:
         part.unlink()
 
 
-def _row(dataset: Dataset, number: int) -> dict[str, Any]:
-    """What the index says of a recording's sound."""
+def _value_columns(dataset: Dataset, number: int) -> dict[str, Any]:
+    """Columns of the index that describe a recording's values: position, size, checksums and statistics."""
     index = dataset.index
     mean, std = dataset.mean_std(number)
     numbers = {name: int(getattr(index, name)[number]) for name in ("offset", "bytes", "frames")}
@@ -102,5 +103,5 @@ def _row(dataset: Dataset, number: int) -> dict[str, Any]:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""What is in a dataset: totals of millions of recordings in seconds, or one recording and its picture."""
+"""Contents of a dataset: totals of millions of recordings in seconds, or one recording with its spectrogram."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import pyarrow.compute as pc
 
 from common.errors import UserError
 from common.files import replace_file
-from data.format import index as ix
 from data.format.dataset import Dataset
-from data.shards.verify import damage
+from data.format.schema import shard_name
+from data.shards.integrity import check_recording
 from data.transcripts import words_between
 
 # Upper edges of the histogram of durations, in seconds.
 EDGES = (1, 2, 5, 10, 15, 20, 25, 30, 45, 60, 120, 300, 600, 1800, 3600, 7200)
-# Batches of the index, of 16,384 recordings each, whose confidences are read at most.
-_SAMPLED = 16
-_BAR = 40
-_MOST_SECONDS = 600.0  # of a picture: matplotlib holds it several times
+# Maximum number of batches of the index (16,384 recordings each) whose confidences are read.
+_SAMPLED_BATCHES = 16
+_BAR_WIDTH = 40
+_MAX_PICTURE_SECONDS = 600.0  # matplotlib holds several copies of a picture
 
 
 def totals(dataset: Dataset) -> dict[str, Any]:
-    """Totals of a dataset as plain values. Texts are not read; memory is a few numbers a recording."""
+    """Totals of a dataset as JSON values. Texts are not read; memory is a few numbers per recording."""
     rate, frames = dataset.features.frames_per_second, dataset.frames
     seconds = frames / rate
     batches = dataset.index.batches
     shards = dataset.shards()
-    sizes = [dataset.storage.size(ix.shard_name(shard)) for shard in shards]
+    sizes = [dataset.storage.size(shard_name(shard)) for shard in shards]
     counts = np.bincount(np.searchsorted(EDGES, seconds, side="left"), minlength=len(EDGES) + 1)
     return {
         "dataset": dataset.location,
@@ -50,7 +50,7 @@ def totals(dataset: Dataset) -> dict[str, Any]:
         "with_text": sum(len(batch) - batch["text"].null_count for batch in batches),
         "with_words": sum(len(batch) - batch["words"].null_count for batch in batches),
         "mean_confidence": _mean_confidence(dataset),
-        "mean_confidence_exact": len(batches) <= _SAMPLED,
+        "mean_confidence_exact": len(batches) <= _SAMPLED_BATCHES,
         "groups": _groups(dataset),
         "durations": dict(zip([*map(str, EDGES), "more"], counts.tolist(), strict=True)),
         "first_id": dataset.id(0),
@@ -58,20 +58,20 @@ def totals(dataset: Dataset) -> dict[str, Any]:
 
 
 def _mean_confidence(dataset: Dataset) -> float | None:
-    """Over the words that tell one, of some batches evenly spread over the index; None where none does."""
+    """Mean over all words with a confidence in evenly spaced batches of the index; None if there are none."""
     batches = dataset.index.batches
     total, count, rows = 0.0, 0, len(batches[0])
-    for number in np.unique(np.linspace(0, len(batches) - 1, min(len(batches), _SAMPLED)).astype(int)).tolist():
-        dataset.index.value("words", number * rows)  # checks the column
+    for number in np.unique(np.linspace(0, len(batches) - 1, min(len(batches), _SAMPLED_BATCHES)).astype(int)).tolist():
+        dataset.index.value("words", number * rows)  # validates the column
         values = batches[number]["words"].flatten().field("confidence")
-        told = len(values) - values.null_count
-        if told:
-            total, count = total + pc.sum(values.cast(pa.float64())).as_py(), count + told
+        known = len(values) - values.null_count
+        if known:
+            total, count = total + pc.sum(values.cast(pa.float64())).as_py(), count + known
     return total / count if count else None
 
 
 def _groups(dataset: Dataset) -> list[dict[str, Any]]:
-    """Recordings, hours and known speakers for every language of every split."""
+    """Recordings, hours and known speakers per split and language."""
     (splits, split), (languages, language), (speakers, speaker) = (
         dataset.index.labels[name] for name in ("split", "language", "speaker")
     )
@@ -99,7 +99,7 @@ _ORDER = {"train": 0, "dev": 1, "test": 2}
 
 
 def summary(fields: dict[str, Any]) -> str:
-    """`totals` for people."""
+    """`totals` as readable text."""
     seconds, recordings = fields["seconds"], fields["recordings"]
     missing = f" ({fields['shards_missing']} MISSING)" if fields["shards_missing"] else ""
     confidence = ""
@@ -124,18 +124,18 @@ def summary(fields: dict[str, Any]) -> str:
     filled = [number for number, count in enumerate(counts.values()) if count]
     for number, (name, count) in enumerate(counts.items()):
         if filled[0] <= number <= filled[-1]:
-            bar = "#" * max(round(_BAR * count / max(counts.values())), count > 0)
+            bar = "#" * max(round(_BAR_WIDTH * count / max(counts.values())), count > 0)
             label = f"up to {name}" if name != "more" else f"over {EDGES[-1]}"
             lines.append(f"{label:>12} s {count:12}  {bar}".rstrip())
     return "\n".join([*lines, f"first id {fields['first_id']!r}"])
 
 
 def describe(dataset: Dataset, recording: int, start: float = 0.0, seconds: float = 30.0) -> dict[str, Any]:
-    """All that is known of a recording, and the words that begin in a stretch of it."""
+    """Metadata and state of a recording, and its words from `start` to `start + seconds`."""
     r, frames = dataset.recording(recording), int(dataset.frames[recording])
     duration = frames / dataset.features.frames_per_second
-    problem = damage(dataset, recording)
-    mean, std = (None, None) if problem else dataset.mean_std(recording).mean(axis=1).tolist()
+    fault = check_recording(dataset, recording)
+    mean, std = (None, None) if fault else dataset.mean_std(recording).mean(axis=1).tolist()
     if start >= duration:
         raise UserError(f"--start is {start}: recording {r.id!r} has {duration:.2f} seconds")
     return {
@@ -145,8 +145,8 @@ def describe(dataset: Dataset, recording: int, start: float = 0.0, seconds: floa
         "split": r.split,
         "language": r.language,
         "speaker": r.speaker,
-        "shard": ix.shard_name(dataset.index.shard[recording]),
-        "sound": problem or "checksums are right",
+        "shard": shard_name(dataset.index.shard[recording]),
+        "sound": fault.problem if fault else "checksums are right",
         "mean log-mel": mean,
         "mean std": std,
         "text": r.text,
@@ -157,34 +157,34 @@ def describe(dataset: Dataset, recording: int, start: float = 0.0, seconds: floa
 
 
 def draw(dataset: Dataset, recording: int, png: Path, start: float = 0.0, seconds: float = 30.0) -> None:
-    """Save a picture of a stretch of a recording, with its words and excluded stretches where they are known.
+    """Save the spectrogram of a passage of a recording, with its words and excluded passages.
 
-    Raises UserError: the stretch is longer than ten minutes or not in the recording, or the file cannot be written.
+    Raises UserError: the passage is longer than ten minutes or not in the recording, or the file cannot be written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if not 0 < seconds <= _MOST_SECONDS:
-        raise UserError(f"--seconds is {seconds:g}: a picture shows more than 0 and at most {_MOST_SECONDS:g} s")
+    if not 0 < seconds <= _MAX_PICTURE_SECONDS:
+        raise UserError(f"--seconds is {seconds:g}: must be more than 0 and at most {_MAX_PICTURE_SECONDS:g}")
     rate, frames = dataset.features.frames_per_second, int(dataset.frames[recording])
     first = round(start * rate)
     last = min(first + max(round(seconds * rate), 1), frames)
     if first >= frames:
-        raise UserError(f"--start is {start}: {dataset.where(recording)} has {frames / rate:.2f} seconds")
+        raise UserError(f"--start is {start}: {dataset.place(recording)} has {frames / rate:.2f} seconds")
     log_mel = dataset.read(recording, first, last).astype(np.float32)
-    begin, end = first / rate, last / rate
-    figure, axes = pyplot.subplots(figsize=(min(40.0, 4 + end - begin), 4), layout="constrained")
+    left, right = first / rate, last / rate
+    figure, axes = pyplot.subplots(figsize=(min(40.0, 4 + right - left), 4), layout="constrained")
     try:
-        edges = (begin, end, 0, log_mel.shape[1])
+        edges = (left, right, 0, log_mel.shape[1])
         image = axes.imshow(log_mel.T, origin="lower", aspect="auto", extent=edges)
-        for word in words_between(dataset.words(recording) or [], begin, end):
+        for word in words_between(dataset.words(recording) or [], left, right):
             axes.axvline(word.start, color="white", linewidth=0.5)
             axes.text(word.start, log_mel.shape[1], word.word.replace("$", r"\$"), rotation=60, fontsize=7, va="bottom")
-        for stretch in dataset.excluded(recording) or []:
-            if stretch[0] < end and stretch[1] > begin:
-                axes.axvspan(max(stretch[0], begin), min(stretch[1], end), color="black", alpha=0.5)
+        for passage_start, passage_end in dataset.excluded(recording) or []:
+            if passage_start < right and passage_end > left:
+                axes.axvspan(max(passage_start, left), min(passage_end, right), color="black", alpha=0.5)
         axes.set(xlabel="seconds", ylabel="mel bin")
         figure.colorbar(image, label="log energy")
         with replace_file(png) as file:

@@ -1,4 +1,4 @@
-"""Datasets made of datasets: new splits, a choice of recordings, several joined. The sound is linked, not copied."""
+"""Commands `split`, `filter` and `merge`, which derive a dataset from others. Shards are linked, not copied."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,77 +17,80 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, did_you_mean
+from common.hashing import hash_share
 from common.text import label_text
-from data.corpora.base import hash_share
-from data.format.dataset import Dataset, Recording, open_dataset
-from data.format.index import LABELS
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import LABELS, Recording
 from data.shards.derive import Entry, derive
 
-Add = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
+AddCommand = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
+"""(name, description, function) -> parser of the command."""
 Item = TypeVar("Item")
-_CHARACTERS_SHOWN = 60
+_MAX_CHARACTERS = 60
 
 
-def add_split(add: Add) -> None:
-    """Adds the command `split`; `add` makes a parser."""
+def add_split(add: AddCommand) -> None:
+    """Add the command `split`."""
     command = add(
-        "split", "make a dataset with new splits: train, dev and test by a hash, alike on every machine", _split
+        "split", "make a dataset with new splits: train, dev and test by a hash, equal on every machine", _split
     )
     _add_common(command)
-    command.add_argument("--dev-share", type=_share, default=0.05, help="share of 'dev', about (default: %(default)s)")
     command.add_argument(
-        "--test-share", type=_share, default=0.05, help="share of 'test', about (default: %(default)s)"
+        "--dev-share", type=_share, default=0.05, help="approximate share of 'dev' (default: %(default)s)"
+    )
+    command.add_argument(
+        "--test-share", type=_share, default=0.05, help="approximate share of 'test' (default: %(default)s)"
     )
     command.add_argument(
         "--by",
         choices=("text", "speaker", "recording"),
         default="text",
-        help="recordings with one text (whatever its case and punctuation), or of one speaker, come into one split "
+        help="keep recordings of the same text (ignoring case and punctuation) or of the same speaker in one split "
         "(default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, help="another number draws other splits (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the hash (default: %(default)s)")
 
 
-def add_filter(add: Add) -> None:
-    """Adds the command `filter`; `add` makes a parser."""
+def add_filter(add: AddCommand) -> None:
+    """Add the command `filter`."""
     command = add("filter", "make a dataset of the recordings that meet all conditions", _filter)
     _add_common(command)
     for name in LABELS:
-        command.add_argument(f"--{name}", action="append", metavar="NAME", help=f"this {name}; repeat it for several")
-    command.add_argument("--min-seconds", type=_number, metavar="S", help="at least as long")
-    command.add_argument("--max-seconds", type=_number, metavar="S", help="at most as long")
+        command.add_argument(
+            f"--{name}", action="append", metavar="NAME", help=f"only this {name}; repeat the option for several"
+        )
+    command.add_argument("--min-seconds", type=_number, metavar="S", help="minimum duration in seconds")
+    command.add_argument("--max-seconds", type=_number, metavar="S", help="maximum duration in seconds")
     flag = argparse.BooleanOptionalAction
-    command.add_argument("--has-text", action=flag, help="with a transcript, or without")
-    command.add_argument("--has-words", action=flag, help="with word times, or without")
-    listed = (
-        "listed in FILE: an id a line, or JSON lines with a field id, as `verify --list` and tools/align.py write them"
-    )
-    command.add_argument("--ids", type=Path, metavar="FILE", help=f"those {listed}")
-    command.add_argument("--exclude-ids", type=Path, metavar="FILE", help=f"all but those {listed}")
+    command.add_argument("--has-text", action=flag, help="only recordings with a transcript, or without")
+    command.add_argument("--has-words", action=flag, help="only recordings with word times, or without")
+    listed = "listed in FILE: one id per line, or JSON lines with a field id (`verify --list`, tools/align.py)"
+    command.add_argument("--ids", type=Path, metavar="FILE", help=f"only those {listed}")
+    command.add_argument("--exclude-ids", type=Path, metavar="FILE", help=f"none of those {listed}")
     command.add_argument(
         "--min-confidence",
         type=_number,
         metavar="C",
-        help="mean confidence of the word times at least this, from 0 to 1; those that tell none are left out",
+        help="minimum mean confidence of the word times, from 0 to 1; recordings without confidences are excluded",
     )
 
 
-def add_merge(add: Add) -> None:
-    """Adds the command `merge`; `add` makes a parser."""
-    command = add("merge", "join datasets of the same features into one", _merge)
-    command.add_argument("dirs", nargs="+", metavar="DIR", help="the datasets' folders")
+def add_merge(add: AddCommand) -> None:
+    """Add the command `merge`."""
+    command = add("merge", "merge datasets of the same features", _merge)
+    command.add_argument("dirs", nargs="+", metavar="DIR", help="folders of the datasets")
     _add_out(command)
-    command.add_argument("--prefix", action="store_true", help="put the name of its folder and '/' before every id")
+    command.add_argument("--prefix", action="store_true", help="prefix every id with the name of its folder and '/'")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("dir", metavar="DIR", help="the dataset's folder; it stays as it is")
+    command.add_argument("dir", metavar="DIR", help="folder of the dataset, which is not changed")
     _add_out(command)
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the new dataset, which must not exist")
-    command.add_argument("--name", default="", help="what reports call it (default: the folder's name)")
+    command.add_argument("--name", default="", help="name in reports (default: name of the folder)")
 
 
 def _number(value: str) -> float:
@@ -109,27 +113,27 @@ def _share(value: str) -> float:
 def _split(options: argparse.Namespace) -> int:
     dev, test = options.dev_share, options.test_share
     if dev + test > 1:
-        raise UserError(f"--dev-share {dev} and --test-share {test} are together more than 1: lower one of them")
+        raise UserError(f"--dev-share {dev} and --test-share {test} are more than 1 in total: lower one of them")
     dataset = _open(options.dir)
     if options.by == "speaker" and "" in dataset.totals("speaker"):
         unknown = dataset.totals("speaker")[""][0]
         raise UserError(f"{options.dir}: {unknown} recordings have no speaker; use --by text or --by recording")
 
     def entries() -> Iterator[Entry]:
-        for number in _shown(range(len(dataset)), "split"):
+        for number in _with_progress(range(len(dataset)), "split"):
             recording = dataset.recording(number)
             yield dataset, number, replace(recording, split=split_of(recording, options.by, options.seed, dev, test))
 
-    made = derive(options.out, entries(), options.name)
-    _report(made)
+    derived = derive(options.out, entries(), options.name)
+    _report(derived)
     for name, share in (("train", 1 - dev - test), ("dev", dev), ("test", test)):
-        if share > 0 and name not in made.totals("split"):
-            print(f"note: no recording came into {name!r}; with so few, try a greater share or another --seed")
+        if share > 0 and name not in derived.totals("split"):
+            print(f"note: no recording is in {name!r}; for few recordings, try a larger share or another --seed")
     return 0
 
 
 def split_of(recording: Recording, by: str, seed: int, dev: float, test: float) -> str:
-    """'train', 'dev' or 'test', from the text, the speaker or the id alone. Without text it is from the id."""
+    """'train', 'dev' or 'test', by a hash of the text (the id if there is none), the speaker or the id."""
     key = f"id {recording.id}"
     if by == "speaker":
         key = f"speaker {recording.speaker}"
@@ -153,8 +157,8 @@ def _filter(options: argparse.Namespace) -> int:
         keep &= seconds <= options.max_seconds
     for column, wanted in (("text", options.has_text), ("words", options.has_words)):
         if wanted is not None:
-            there = [batch[column].is_valid().to_numpy(zero_copy_only=False) for batch in dataset.index.batches]
-            keep &= np.concatenate(there) == wanted
+            valid = [batch[column].is_valid().to_numpy(zero_copy_only=False) for batch in dataset.index.batches]
+            keep &= np.concatenate(valid) == wanted
     if options.ids is not None:
         ids, unknown = _listed(dataset, options.ids)
         if unknown:
@@ -165,13 +169,13 @@ def _filter(options: argparse.Namespace) -> int:
         keep[ids] = False
         if unknown:
             print(f"note: {len(unknown)} ids of {options.exclude_ids} are not in {options.dir}, first {unknown[0]!r}")
-    numbers = _confident(dataset, np.flatnonzero(keep), options.min_confidence)
+    numbers = _filter_confidence(dataset, np.flatnonzero(keep), options.min_confidence)
     first = next(numbers, None)
     if first is None:
         raise UserError(f"{options.dir}: none of {len(dataset)} recordings meets all conditions; leave some out")
 
     def entries(first: int) -> Iterator[Entry]:
-        for number in (n for some in ([first], numbers) for n in some):
+        for number in chain([first], numbers):
             yield dataset, number, dataset.recording(number)
 
     _report(derive(options.out, entries(first), options.name), len(dataset))
@@ -179,31 +183,31 @@ def _filter(options: argparse.Namespace) -> int:
 
 
 def _codes(dataset: Dataset, name: str, wanted: Collection[str]) -> list[int]:
-    """Codes of the wanted values of a label. UserError for one that no recording has."""
+    """Codes of the wanted values of a label. Raises UserError for a value that no recording has."""
     values = dataset.index.labels[name][0]
     for value in wanted:
         if value not in values:
             known = ", ".join(map(repr, sorted(values)))
-            known = known if len(known) <= _CHARACTERS_SHOWN else known[:_CHARACTERS_SHOWN] + "..."
+            known = known if len(known) <= _MAX_CHARACTERS else known[:_MAX_CHARACTERS] + "..."
             near = did_you_mean(value, values)
             raise UserError(
-                f"--{name} is {value!r}: no recording of {dataset.location} has it, they have {known}.{near}"
+                f"--{name} is {value!r}: no recording of {dataset.location} has it; values are {known}.{near}"
             )
     return [values.index(value) for value in wanted]
 
 
-def _confident(dataset: Dataset, numbers: np.ndarray, least: float | None) -> Iterator[int]:
-    """Those of the recordings whose words are sure enough."""
-    for number in _shown(numbers.tolist(), "filter"):
-        if least is not None:
-            told = [word.confidence for word in dataset.words(number) or [] if word.confidence is not None]
-            if not told or sum(told) / len(told) < least:
+def _filter_confidence(dataset: Dataset, numbers: np.ndarray, minimum: float | None) -> Iterator[int]:
+    """Numbers of the recordings with a mean confidence of their words of at least `minimum`."""
+    for number in _with_progress(numbers.tolist(), "filter"):
+        if minimum is not None:
+            known = [word.confidence for word in dataset.words(number) or [] if word.confidence is not None]
+            if not known or sum(known) / len(known) < minimum:
                 continue
         yield number
 
 
 def _listed(dataset: Dataset, path: Path) -> tuple[list[int], list[str]]:
-    """Numbers of the recordings listed in a file, and the ids that the dataset does not have."""
+    """Numbers of the recordings listed in a file, and the unknown ids."""
     numbers, unknown = [], []
     for id in read_ids(path):
         number = dataset.index.find(id)
@@ -215,7 +219,7 @@ def _listed(dataset: Dataset, path: Path) -> tuple[list[int], list[str]]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Ids in a UTF-8 file: one a line, or JSON lines with a field `id` (null where it is about no recording).
+    """Ids in a UTF-8 file: one per line, or JSON lines with a field `id` (null is skipped).
 
     Raises UserError naming file and line.
     """
@@ -223,15 +227,15 @@ def read_ids(path: Path) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                line = line.strip(" \t\r\n")  # other spaces may be part of an id
+                line = line.strip(" \t\r\n")  # other white space may be part of an id
                 id = json.loads(line).get("id", ...) if line.startswith("{") else line
                 if id is not None and not isinstance(id, str):
-                    raise UserError(f"{path}, line {number}: a JSON line must have a field id, which is a text")
+                    raise UserError(f"{path}, line {number}: a JSON line must have a field id with a string")
                 ids += [id] if id else []
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: cannot be read ({error}); write one id a line, in UTF-8") from error
+        raise UserError(f"{path}: cannot be read ({error}); write one id per line, in UTF-8") from error
     if not ids:
         raise UserError(f"{path}: lists no ids")
     return ids
@@ -242,14 +246,14 @@ def _merge(options: argparse.Namespace) -> int:
     names = [dataset.path.resolve().name for dataset in datasets]
     prefixes = [f"{name}/" if options.prefix else "" for name in names]
     if options.prefix and len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"--prefix: two of the folders are called {twice!r}; rename one of them")
-    _check_apart(datasets, prefixes)
+        repeated = Counter(names).most_common(1)[0][0]
+        raise UserError(f"--prefix: two of the folders are called {repeated!r}; rename one of them")
+    _check_distinct_ids(datasets, prefixes)
 
     def entries() -> Iterator[Entry]:
         total = sum(map(len, datasets))
-        everything = ((d, prefix, n) for d, prefix in zip(datasets, prefixes, strict=True) for n in range(len(d)))
-        for dataset, prefix, number in _shown(everything, "merge", total):
+        sources = ((d, prefix, n) for d, prefix in zip(datasets, prefixes, strict=True) for n in range(len(d)))
+        for dataset, prefix, number in _with_progress(sources, "merge", total):
             recording = dataset.recording(number)
             yield dataset, number, replace(recording, id=prefix + recording.id)
 
@@ -257,8 +261,8 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_apart(datasets: Sequence[Dataset], prefixes: Sequence[str]) -> None:
-    """Raise UserError where two datasets have an id in common. Indexes are sorted, so nothing has to be held."""
+def _check_distinct_ids(datasets: Sequence[Dataset], prefixes: Sequence[str]) -> None:
+    """Raise UserError if two datasets have an id in common. Indexes are sorted, so memory is constant."""
 
     def ids(number: int) -> Iterator[tuple[str, int]]:
         return ((prefixes[number] + datasets[number].id(i), number) for i in range(len(datasets[number])))
@@ -267,23 +271,26 @@ def _check_apart(datasets: Sequence[Dataset], prefixes: Sequence[str]) -> None:
     for id, number in heapq.merge(*map(ids, range(len(datasets)))):
         if id == last:
             a, b = datasets[owner].location, datasets[number].location
-            raise UserError(f"recording {id!r} is in {a} and in {b}: --prefix keeps ids apart, by the folders' names")
+            raise UserError(
+                f"recording {id!r} is in {a} and in {b}: --prefix makes ids distinct, by the names of the folders"
+            )
         last, owner = id, number
 
 
 def _open(place: str) -> Dataset:
-    """A dataset in a folder, whole. UserError for a URL."""
+    """Open a complete dataset in a folder. Raises UserError for a URL."""
     dataset = open_dataset(place)
     _ = dataset.path
     return dataset
 
 
-def _shown(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """With a progress bar on a terminal."""
-    yield from tqdm(items, what, total, unit=" recordings", disable=not sys.stderr.isatty(), leave=False)
+def _with_progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Show a progress bar on a terminal."""
+    yield from tqdm(items, description, total, unit=" recordings", disable=not sys.stderr.isatty(), leave=False)
 
 
-def _report(made: Dataset, of: int | None = None) -> None:
-    hours = made.total_frames / made.features.frames_per_second / 3600
-    splits = ", ".join(f"{count} {name or '-'}" for name, (count, _) in made.totals("split").items())
-    print(f"{made.path}: {len(made)}{f' of {of}' if of else ''} recordings, {hours:.2f} hours ({splits})")
+def _report(dataset: Dataset, available: int | None = None) -> None:
+    hours = dataset.total_frames / dataset.features.frames_per_second / 3600
+    splits = ", ".join(f"{count} {name or '-'}" for name, (count, _) in dataset.totals("split").items())
+    count = f"{len(dataset)} of {available}" if available else f"{len(dataset)}"
+    print(f"{dataset.path}: {count} recordings, {hours:.2f} hours ({splits})")

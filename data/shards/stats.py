@@ -1,4 +1,4 @@
-"""A table of a dataset's durations, texts and speech rate, for all of it or by language, speaker or split."""
+"""Table of durations, texts and speech rate of a dataset, or of its languages, speakers or splits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data.format.dataset import Dataset
-from data.format.index import LABELS
 
-BY = LABELS
 HEADER = (
     "recordings", "hours", "shortest", "median", "longest",
     "with text", "words", "characters", "distinct words", "distinct characters", "words/s", "characters/s",
@@ -21,10 +19,10 @@ _PENDING = 1 << 16
 
 
 @dataclass
-class _Distinct:
-    """Counts different strings by 64-bit hashes, 8 bytes each."""
+class _DistinctStrings:
+    """Number of distinct strings, by 64-bit hashes of 8 bytes each."""
 
-    seen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     pending: set[int] = field(default_factory=set)
 
     def add(self, strings: Iterable[str]) -> None:
@@ -33,21 +31,21 @@ class _Distinct:
             self.fold()
 
     def fold(self) -> int:
-        """Their number so far."""
-        self.seen = np.union1d(self.seen, np.fromiter(self.pending, np.int64, len(self.pending)))
+        """Number of distinct strings so far."""
+        self.hashes = np.union1d(self.hashes, np.fromiter(self.pending, np.int64, len(self.pending)))
         self.pending = set()
-        return len(self.seen)
+        return len(self.hashes)
 
 
 @dataclass
-class _Texts:
-    """What the texts of a group add up to."""
+class _TextTotals:
+    """Totals of the texts of a group."""
 
     recordings: int = 0
     frames: int = 0
     words: int = 0
     characters: int = 0
-    vocabulary: _Distinct = field(default_factory=_Distinct)
+    vocabulary: _DistinctStrings = field(default_factory=_DistinctStrings)
     alphabet: set[str] = field(default_factory=set)
 
     def add(self, text: str, frames: int) -> None:
@@ -61,14 +59,16 @@ class _Texts:
 
 
 def statistics_table(dataset: Dataset, by: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, as text. Words are what spaces separate; characters are counted without spaces; rates are over
-    the recordings with text. Raises UserError where the index is damaged.
+    """Header and rows, as text.
+
+    Words are separated by spaces; characters do not include spaces; rates are over the recordings with text.
+    Raises UserError if the index is damaged.
     """
     if by is None:
         names, codes = ["all"], np.zeros(len(dataset), np.int32)
     else:
         names, codes = dataset.index.labels[by]
-    texts = _texts(dataset, codes, len(names))
+    texts = _text_totals(dataset, codes, len(names))
     rate = dataset.features.frames_per_second
     order = np.argsort(codes, kind="stable")
     edges = np.searchsorted(codes[order], np.arange(len(names) + 1))
@@ -78,21 +78,21 @@ def statistics_table(dataset: Dataset, by: str | None = None) -> tuple[list[str]
         if not len(seconds):
             continue
         t = texts[group]
-        spoken = t.frames / rate
+        text_seconds = t.frames / rate
         numbers: list[float | None] = [
             len(seconds), seconds.sum() / 3600, seconds.min(), float(np.median(seconds)), seconds.max(),
             t.recordings, t.words, t.characters, t.vocabulary.fold(), len(t.alphabet),
-            t.words / spoken if spoken else None, t.characters / spoken if spoken else None,
+            t.words / text_seconds if text_seconds else None, t.characters / text_seconds if text_seconds else None,
         ]  # fmt: skip
         rows.append([names[group] or "-", *map(_cell, numbers)])
     return [by or "", *HEADER], rows
 
 
-def _texts(dataset: Dataset, codes: np.ndarray, groups: int) -> list[_Texts]:
-    """Texts are looked at a batch of the index at a time."""
-    texts, first = [_Texts() for _ in range(groups)], 0
+def _text_totals(dataset: Dataset, codes: np.ndarray, groups: int) -> list[_TextTotals]:
+    """Totals of every group, read one batch of the index at a time."""
+    texts, first = [_TextTotals() for _ in range(groups)], 0
     for batch in dataset.index.batches:
-        dataset.index.value("text", first)  # checks the column
+        dataset.index.value("text", first)  # validates the column
         for number, text in enumerate(batch["text"].to_pylist(), first):
             if text is not None:
                 texts[codes[number]].add(text, int(dataset.frames[number]))
@@ -106,8 +106,8 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def write_csv(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as the text of a CSV file (RFC 4180)."""
+def csv_text(rows: Sequence[Sequence[str]]) -> str:
+    """Text of a CSV file (RFC 4180)."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""Published lists of dev and test recordings, one JSON file a corpus, each with its source."""
+"""Published lists of dev and test recordings, one JSON file per corpus, with its source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from types import MappingProxyType
 
 @functools.cache
 def published_split(corpus: str) -> Mapping[str, tuple[str, ...]]:
-    """Split name -> ids of its recordings, as published; `corpus` names a file beside this module.
-
-    The files are part of the program: a missing or a wrong one is a bug, not a user's mistake.
-    """
+    """Published ids of recordings by split. `corpus` names a JSON file beside this module."""
     fields = json.loads((Path(__file__).parent / f"{corpus}.json").read_text(encoding="utf-8"))
     return MappingProxyType({split: tuple(ids) for split, ids in fields["splits"].items()})

@@ -1,1 +1,1 @@
-"""Byte ranges of local and remote files."""
+"""Byte-range access to local and remote files."""

@@ -1,12 +1,12 @@
-"""A bounded folder of blocks of remote files, on a node's own disk, shared by all processes of the node.
+"""Bounded cache of blocks of remote files on a node's local disk, shared by all processes of the node.
 
-FOLDER/blocks/KEY-NUMBER    one block of a file; its time of change is when it was last read, to a minute
-FOLDER/blocks.lock          held while a block is added; holds the bytes that all blocks have together
-FOLDER/copies/URL-VERSION-NAME    a whole file, for memory-mapping; not counted and not evicted
+FOLDER/blocks/KEY-NUMBER    a block of a file; its modification time is the time of the last read, to a minute
+FOLDER/blocks.lock          lock for adding a block; contains the total size of all blocks
+FOLDER/copies/URL-VERSION-NAME    a whole file, for memory-mapping; neither counted nor evicted
 
-Readers take no lock: a block appears whole, by a rename, and an evicted one stays readable to whoever has it open.
-Writers hold the lock, so that whatever stands under a temporary name is left from a killed process and written over.
-A machine that loses power may leave a short block, which its length gives away.
+Readers take no lock: a block appears complete, by a rename, and an evicted block stays readable while it is open.
+Writers hold the lock, so a file under a temporary name is left from a killed process and may be overwritten. A power
+failure may leave a truncated block, which is detected by its length.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
+from data.storage.local import fill
 
-# Eviction goes on to this share of the limit, so that the folder is listed once in many blocks.
+# Eviction continues to this share of the limit, so that the folder is listed once per many blocks.
 EVICT_TO = 0.9
-# Seconds within which a block that is read again is not marked again: the mark is a write to the disk.
-_MARKED = 60
+# Minimum interval in seconds between two updates of a block's read time, which are writes to the disk.
+_MARK_INTERVAL = 60
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class BlockCache:
-    """Blocks and whole copies of remote files in `folder`; the blocks have at most `limit` bytes together (0: none).
+    """Blocks and whole copies of remote files in `folder`; the total size of the blocks is at most `limit` bytes.
 
-    Raises UserError where the folder belongs to another user, OSError where it cannot be made.
+    Raises UserError if the folder belongs to another user, OSError if it cannot be created.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self._blocks, self._copies = folder / "blocks", folder / "copies"
-        for made in (folder, self._blocks, self._copies):
-            made.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # In a folder for everybody's temporary files, another user could have laid out blocks under our name.
-            if made.lstat().st_uid != os.geteuid():
-                raise UserError(f"storage.cache_dir: {made} belongs to another user; give a folder of your own")
+        for path in (folder, self._blocks, self._copies):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # In a shared temporary folder, another user could have prepared blocks under this name.
+            if path.lstat().st_uid != os.geteuid():
+                raise UserError(f"storage.cache_dir: {path} belongs to another user; choose a folder that you own")
 
     def read_into(self, key: str, number: int, length: int, skip: int, out: memoryview) -> bool:
-        """Fill `out` from byte `skip` of a block of `length` bytes; False where the block is not there whole."""
+        """Fill `out` from byte `skip` of a block of `length` bytes; False if the block is missing or truncated."""
         path = self._path(key, number)
         try:
             file = os.open(path, _READ)
@@ -56,19 +57,19 @@ class BlockCache:
             if status.st_size != length or not fill(file, skip, out):
                 os.unlink(path)
                 return False
-            if abs(time.time() - status.st_mtime) > _MARKED:
+            if abs(time.time() - status.st_mtime) > _MARK_INTERVAL:
                 os.utime(file)
         finally:
             os.close(file)
         return True
 
     def add(self, key: str, number: int, data: memoryview) -> None:
-        """Keep a block; those longest unread make room for it. OSError where the disk is full or broken."""
+        """Store a block, and evict the least recently read ones if necessary. Raises OSError."""
         if len(data) > self.limit:
             return
         with _locked(self.folder / "blocks.lock") as lock:
             path = self._path(key, number)
-            if os.path.exists(path):  # another process was quicker
+            if os.path.exists(path):  # added by another process meanwhile
                 return
             used = self._used(lock)
             if used + len(data) > self.limit:
@@ -80,13 +81,13 @@ class BlockCache:
             os.rename(temporary, path)
 
     def forget(self, key: str, number: int) -> None:
-        """Drop a block, so that it is fetched again."""
+        """Remove a block, so that it is fetched again."""
         Path(self._path(key, number)).unlink(missing_ok=True)
 
     def copy(self, key: str, version: str, name: str, size: int, download: Callable[[BinaryIO], None]) -> Path:
-        """Path of the whole file on this disk; the first process of the node lets `download` write it.
+        """Path of a copy of the whole file; the first process of the node calls `download` to write it.
 
-        key: of the file; version: of its content (older versions are removed); size: bytes that it must have.
+        key: identifies the file; version: its content (older versions are removed); size: expected size in bytes.
         """
         path = self._copies / f"{key}-{version}-{name}"
         with _locked(self._copies / f"{key}.lock"):
@@ -99,10 +100,10 @@ class BlockCache:
                 os.fsync(file.fileno())
                 written = os.fstat(file.fileno()).st_size
             if written != size:
-                raise OSError(f"{name}: {written} bytes arrived of {size}")
+                raise OSError(f"{name}: received {written} of {size} bytes")
             os.rename(temporary, path)
             for other in self._copies.glob(f"{key}-*"):
-                if other != path:  # a process that has it mapped keeps it
+                if other != path:  # stays readable for processes that have it mapped
                     other.unlink(missing_ok=True)
         return path
 
@@ -110,16 +111,16 @@ class BlockCache:
         return f"{self._blocks}/{key}-{number:08d}"
 
     def _used(self, lock: int) -> int:
-        """Bytes of all blocks, as counted; as found where nothing was counted yet."""
+        """Total size of all blocks: the stored count, or that of the files if there is none yet."""
         counted = os.pread(lock, 20, 0).strip()
         return int(counted) if counted.isdigit() else self._evict(self.limit)
 
     def _evict(self, target: int) -> int:
-        """Remove the blocks longest unread until at most `target` bytes are left; the bytes that are left."""
+        """Remove the least recently read blocks until at most `target` bytes are left; returns their number."""
         with os.scandir(self._blocks) as entries:
-            found = sorted((s.st_mtime_ns, s.st_size, e.name) for e in entries for s in [_stat(e)] if s is not None)
-        total = sum(size for _, size, _ in found)
-        for _, size, name in found:
+            blocks = sorted((s.st_mtime_ns, s.st_size, e.name) for e in entries for s in [_stat(e)] if s is not None)
+        total = sum(size for _, size, _ in blocks)
+        for _, size, name in blocks:
             if total <= target:
                 break
             (self._blocks / name).unlink(missing_ok=True)
@@ -127,19 +128,9 @@ class BlockCache:
         return total
 
 
-def fill(file: int, position: int, out: memoryview) -> bool:
-    """Fill `out` from byte `position` of an open file; False where the file ends before. Raises OSError."""
-    while out:
-        got = os.preadv(file, [out], position)
-        if got == 0:
-            return False
-        out, position = out[got:], position + got
-    return True
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Hold a file's lock, which ends with its holder; its file descriptor."""
+    """Hold a file's lock, which the system releases if the process ends; yields the file descriptor."""
     file = os.open(path, _WRITE, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -156,5 +147,5 @@ def _write(path: Path, data: memoryview) -> None:
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
         return entry.stat(follow_symlinks=False)
-    except FileNotFoundError:  # a reader dropped a broken block
+    except FileNotFoundError:  # a reader removed a damaged block
         return None

@@ -1,6 +1,6 @@
 """Object storage and web servers through fsspec: range reads with a cache of blocks on the node's disk.
 
-Files are taken to be written once: a file that was replaced is noticed when a process opens it, not while it reads.
+Files are assumed to be written once: a replaced file is detected when a process opens it, not while it reads.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from common.errors import UserError
 from data.storage.block_cache import BlockCache
 from data.storage.local import SMALL_FILE, CutShort, StorageError, StorageSettings, check_name, check_small, retry
 
-# Package of each kind of URL; '' needs none. Others (fsspec's caches, archives, local files) are not what we mean.
+# Package for each kind of URL; '' needs none. fsspec's others (caches, archives, local files) are refused.
 _PACKAGES = {
     "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
     "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp", "memory": "",
 }  # fmt: skip
-# What tells one version of a file from the next, in the words of the back ends.
+# Fields that identify the version of a file, as the back ends name them.
 _VERSION_FIELDS = ("size", "ETag", "etag", "Last-Modified", "LastModified", "last_modified", "generation", "created")
-# Adjacent missing blocks are fetched together, up to this.
-_MOST_BYTES = 2**24
+# Maximum size of a request; adjacent missing blocks are fetched together.
+_MAX_REQUEST = 2**24
 
 
 class WrongRange(OSError):
-    """A web server answered a range request with other bytes."""
+    """Answer of a web server with other bytes than the requested range."""
 
 
 class RemoteStorage:
-    """The files below a URL. Raises UserError for a URL that it cannot mean, or whose package is missing."""
+    """Files below a URL. Raises UserError for an unsupported URL, or if its package is missing."""
 
     def __init__(self, location: str, settings: StorageSettings) -> None:
         self.location, self.settings = location.rstrip("/"), settings
         self._protocol = _checked_protocol(self.location)
         self._block = int(settings.block_mb * 2**20)
         self._cache = BlockCache(settings.cache_folder(), int(settings.cache_gb * 1e9))
-        self._opened: dict[int, Any] = {}  # by process: see _file_system
-        self._known: dict[str, tuple[int, str]] = {}
-        self._file_system()  # a missing package is told now
+        self._file_systems: dict[int, Any] = {}  # by process id
+        self._files: dict[str, tuple[int, str]] = {}
+        self._file_system()  # raises if a package is missing
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteStorage, (self.location, self.settings)
@@ -53,7 +53,7 @@ class RemoteStorage:
         size, version = self._info(name)
         end = position + len(out)
         if end > size:
-            raise CutShort(f"{self._url(name)} has {size} bytes, it ends before byte {end}")
+            raise CutShort(f"{self._url(name)} ends before byte {end}: it has {size} bytes")
         if not self._cache.limit:
             out[:] = self._fetch(name, position, end)
             return
@@ -61,7 +61,7 @@ class RemoteStorage:
         for number in range(position // self._block, -(-end // self._block)):
             if self._from_cache(version, size, number, position, out):
                 continue
-            if missing and (number != missing[-1] + 1 or len(missing) * self._block >= _MOST_BYTES):
+            if missing and (number != missing[-1] + 1 or len(missing) * self._block >= _MAX_REQUEST):
                 self._fetch_blocks(name, missing, position, out)
                 missing = []
             missing.append(number)
@@ -83,10 +83,10 @@ class RemoteStorage:
         size, version = self._info(name)
 
         def download(file: BinaryIO) -> None:
-            # The first byte apart: a server without ranges gives a whole file just as well, and would fail at the
+            # The first byte separately: a server without range support can send whole files, but would fail at the
             # first crop, minutes later.
-            for start in (0, *range(1, size, _MOST_BYTES)):
-                file.write(self._fetch(name, start, min(size, start + _MOST_BYTES if start else 1)))
+            for start in (0, *range(1, size, _MAX_REQUEST)):
+                file.write(self._fetch(name, start, min(size, start + _MAX_REQUEST if start else 1)))
 
         return self._cache.copy(_hash(self._url(name)), version, name, size, download)
 
@@ -99,51 +99,51 @@ class RemoteStorage:
         return f"{self.location}/{check_name(name)}"
 
     def _info(self, name: str) -> tuple[int, str]:
-        """Bytes of a file and a key of its content; asked for once a process. Raises OSError."""
-        if name not in self._known:
+        """Size of a file in bytes, and a key of its content; requested once per process. Raises OSError."""
+        if name not in self._files:
             url = self._url(name)
-            found = retry(lambda: self._call("info", url), url, self.settings)
-            if found.get("type") == "directory":
+            info = retry(lambda: self._call("info", url), url, self.settings)
+            if info.get("type") == "directory":
                 raise IsADirectoryError(f"{url} is a folder")
-            if not isinstance(found.get("size"), int):
-                raise StorageError(f"{url}: the server does not tell the file's size; use one that does")
-            version = [str(found.get(field)) for field in _VERSION_FIELDS]
-            self._known[name] = found["size"], _hash(url, str(self._block), *version)
-        return self._known[name]
+            if not isinstance(info.get("size"), int):
+                raise StorageError(f"{url}: the server does not send the size of the file; use one that does")
+            version = [str(info.get(field)) for field in _VERSION_FIELDS]
+            self._files[name] = info["size"], _hash(url, str(self._block), *version)
+        return self._files[name]
 
     def _fetch(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end), from the storage itself."""
+        """Bytes [start, end), bypassing the cache."""
         url = self._url(name)
 
-        def once() -> bytes:
+        def request() -> bytes:
             data = self._call("cat_file", url, start=start, end=end)
             if len(data) != end - start:
-                raise WrongRange(f"{len(data)} bytes came of the {end - start} asked for at {start}")
+                raise WrongRange(f"received {len(data)} of the {end - start} bytes requested at {start}")
             return data
 
-        return retry(once, url, self.settings, start)
+        return retry(request, url, self.settings, start)
 
     def _fetch_blocks(self, name: str, numbers: list[int], position: int, out: memoryview) -> None:
-        """Fetch adjacent blocks, keep them, and fill what they have of `out`, which begins at byte `position`."""
+        """Fetch adjacent blocks, cache them, and fill their part of `out`, which starts at byte `position`."""
         size, version = self._info(name)
-        begin, end = numbers[0] * self._block, min(size, (numbers[-1] + 1) * self._block)
-        data = memoryview(self._fetch(name, begin, end))
-        first, last = max(begin, position), min(end, position + len(out))
-        out[first - position : last - position] = data[first - begin : last - begin]
+        start, end = numbers[0] * self._block, min(size, (numbers[-1] + 1) * self._block)
+        data = memoryview(self._fetch(name, start, end))
+        first, last = max(start, position), min(end, position + len(out))
+        out[first - position : last - position] = data[first - start : last - start]
         for number in numbers:
-            at = number * self._block - begin
+            offset = number * self._block - start
             try:
-                self._cache.add(version, number, data[at : at + self._block])
+                self._cache.add(version, number, data[offset : offset + self._block])
             except OSError as error:  # a full disk makes reading slower, not wrong
-                warnings.warn(f"storage.cache_dir: blocks cannot be kept: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"storage.cache_dir: blocks cannot be cached: {error}", RuntimeWarning, stacklevel=2)
 
     def _from_cache(self, version: str, size: int, number: int, position: int, out: memoryview) -> bool:
-        begin = number * self._block
-        end = min(size, begin + self._block)
-        first, last = max(begin, position), min(end, position + len(out))
+        start = number * self._block
+        end = min(size, start + self._block)
+        first, last = max(start, position), min(end, position + len(out))
         part = out[first - position : last - position]
-        with contextlib.suppress(OSError):  # a broken cache is an empty cache
-            return self._cache.read_into(version, number, end - begin, first - begin, part)
+        with contextlib.suppress(OSError):  # a broken cache counts as empty
+            return self._cache.read_into(version, number, end - start, first - start, part)
         return False
 
     def _call(self, method: str, url: str, **arguments: Any) -> Any:
@@ -153,19 +153,19 @@ class RemoteStorage:
         return getattr(system, method)(url, **arguments)
 
     def _file_system(self) -> Any:
-        """This process's own: the event loop and the connections behind it do not survive a fork.
+        """File system of this process: its event loop and connections do not survive a fork.
 
-        The parent's is kept, for closing it would wait for a loop that does not run here.
+        The parent's is kept open, because closing it would wait for a loop that does not run in this process.
         """
         process = os.getpid()
-        if process not in self._opened:
-            self._opened[process] = self._connect()
-        return self._opened[process]
+        if process not in self._file_systems:
+            self._file_systems[process] = self._connect()
+        return self._file_systems[process]
 
     def _connect(self) -> Any:
         arguments: dict[str, Any] = {}
         if self._protocol in ("http", "https"):
-            headers = {"Accept-Encoding": "identity"}  # a packed answer has another length
+            headers = {"Accept-Encoding": "identity"}  # a compressed answer has another length
             arguments["client_kwargs"] = {"raise_for_status": check_range, "headers": headers}
         try:
             return fsspec.filesystem(self._protocol, skip_instance_cache=True, **arguments)
@@ -175,31 +175,31 @@ class RemoteStorage:
 
 
 async def check_range(response: Any) -> None:
-    """Refuse an answer (aiohttp) to a range request that holds other bytes, before its body is read: WrongRange.
+    """Raise WrongRange for an answer (aiohttp) with other bytes than requested, before its body is read.
 
-    A server that ignores ranges would send a whole shard.
+    A server without range support would send a whole shard.
     """
-    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request_info.headers.get("Range", ""))
-    if asked is None or response.status >= 400:
+    requested = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request_info.headers.get("Range", ""))
+    if requested is None or response.status >= 400:
         return
-    start, last = int(asked[1]), int(asked[2])
+    start, last = int(requested[1]), int(requested[2])
     length = response.content_length
     if response.status == 200 and start == 0 and length == last + 1:
-        return  # the whole file is what was asked for
+        return  # the requested range is the whole file
     if response.status != 206:
         raise WrongRange(f"answer {response.status} to a range request; the server must support ranges (206)")
-    given = re.match(r"bytes (\d+)-(\d+)/", response.headers.get("Content-Range", ""))
-    if given is None or int(given[1]) != start or int(given[2]) > last or (length or 0) > last + 1 - start:
-        said = response.headers.get("Content-Range")
-        raise WrongRange(f"the server sent range {said!r} ({length} bytes) where {start}-{last} was asked for")
+    sent = re.match(r"bytes (\d+)-(\d+)/", response.headers.get("Content-Range", ""))
+    if sent is None or int(sent[1]) != start or int(sent[2]) > last or (length or 0) > last + 1 - start:
+        header = response.headers.get("Content-Range")
+        raise WrongRange(f"the server sent range {header!r} ({length} bytes), requested was {start}-{last}")
 
 
 def _checked_protocol(location: str) -> str:
     protocol, _, rest = location.partition("://")
     if protocol not in _PACKAGES:
-        raise UserError(f"URLs of the kind {protocol!r} are not read; there are {', '.join(_PACKAGES)}")
+        raise UserError(f"URLs of the kind {protocol!r} are not supported; known are {', '.join(_PACKAGES)}")
     if re.search(r"[\s?#%]|::", rest) or "@" in rest.partition("/")[0]:
-        # They would end up in logs; every back end takes credentials from its own configuration.
+        # They would appear in logs; every back end reads credentials from its own configuration.
         raise UserError(f"a {protocol} URL must have no user, password, query or escapes; see docs/storage.md")
     return protocol
 

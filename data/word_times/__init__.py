@@ -1,7 +1,7 @@
-"""Word times as other programs write them. Every reader gives `Word`s sorted by start, or a UserError with the place.
+"""Readers of word times in the formats of other programs. Each returns `Word`s sorted by start.
 
-What is out of order is refused: a program that writes one word in the wrong place has most likely written others with
-the wrong times, and chunks cut by such times get labels that were not said in them.
+Unsorted words are refused with the place: if one word is out of order, other times are probably wrong too, and crops
+cut by such times would get wrong labels.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ SUFFIXES = (".words.json", ".TextGrid", ".textgrid", ".ctm")
 
 
 def find_word_times(audio_path: str | Path) -> list[Word] | None:
-    """The words of X.words.json, X.TextGrid or X.ctm beside X.flac, in seconds; None where there is none of them.
+    """Words of X.words.json, X.TextGrid or X.ctm beside X.flac, with times in seconds; None if none of them exists.
 
-    A .words.json holds our own list or Google's answer; a .ctm with several recordings must have one named X.
-    Raises UserError for a file that cannot be right, and where there are two.
+    A .words.json holds this project's list or the output of Google's recogniser; a .ctm with several recordings must
+    have one named X. Raises UserError for an invalid file, or if several exist.
     """
     audio = Path(audio_path)
     beside = [audio.with_name(audio.stem + suffix) for suffix in SUFFIXES]
-    found = [path for path in beside if path.is_file()]
-    if len(found) > 1 and not all(path.samefile(found[0]) for path in found):  # a file system may ignore case
-        raise UserError(f"{audio}: word times in both {found[0].name} and {found[1].name}; keep one of them")
-    if not found:
+    existing = [path for path in beside if path.is_file()]
+    if len(existing) > 1 and not all(path.samefile(existing[0]) for path in existing):  # a file system may ignore case
+        raise UserError(f"{audio}: word times in both {existing[0].name} and {existing[1].name}; keep one of them")
+    if not existing:
         return None
-    path = found[0]
+    path = existing[0]
     if path.suffix == ".json":
         return read_words_json(path)
     if path.suffix != ".ctm":

@@ -1,8 +1,8 @@
-"""Word times within manifests: lhotse's lists, NeMo's CTM files; and our own JSON.
+"""Word times of manifests (lists of lhotse, CTM files of NeMo), and this project's JSON.
 
     X.words.json    [["yes", 11.34, 11.54, 0.99], ["you", 12.0, 12.34]]
 
-word, start, end in seconds, and a confidence from 0 (the time is a guess) to 1 where there is one.
+Each item is word, start, end in seconds, and optionally a confidence from 0 (the time is a guess) to 1.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from data.word_times.base import in_order, probability, read_json, seconds, word
 from data.word_times.ctm import read_ctm
 from data.word_times.google import google_words
 
-# Names that the versions of NeMo's forced aligner give to the path of a line's words.
+# Fields with the path of the word times, in different versions of NeMo's forced aligner.
 _NEMO_FIELDS = ("word_level_ctm_filepath", "words_level_ctm_filepath")
 
 
 def read_words_json(path: str | Path, duration: float = math.inf) -> list[Word]:
-    """Our own JSON: a list of [word, start, end] or [word, start, end, confidence], or {"words": [...]} of such.
+    """Read this project's JSON: a list of [word, start, end] or [word, start, end, confidence], or {"words": [...]}.
 
-    A word may also be an object {"word", "start", "end", "confidence"}. Google's answer is read as what it is.
+    A word may also be an object {"word", "start", "end", "confidence"}. Output of Google's recogniser is read too.
 
     Args:
-        duration: of the recording in seconds, where it is known.
+        duration: of the recording in seconds, if known.
     Raises:
         UserError: naming the file and the word.
     """
@@ -54,14 +54,17 @@ def read_words_json(path: str | Path, duration: float = math.inf) -> list[Word]:
 
 
 def lhotse_words(alignment: Sequence[Any], where: str, offset: float = 0.0, duration: float = math.inf) -> list[Word]:
-    """A lhotse alignment: [symbol, start, duration, score] each (score may be absent or null), or objects of these.
+    """Words of a lhotse alignment: items [symbol, start, duration, score] (score may be missing or null), or objects.
 
-    A score outside of 0 to 1 is no confidence (some aligners give logarithms) and is dropped.
+    A score outside [0, 1] is not a confidence (some aligners write logarithms) and is dropped.
 
     Args:
         alignment: `supervision["alignment"]["word"]`.
         where: file and line, for messages.
-        offset: seconds added to every start: what the times are counted from, on the recording's own clock.
+        offset: seconds added to every start: the origin of the times in the recording.
+        duration: of the recording in seconds, if known.
+    Raises:
+        UserError: naming the place.
     """
     if not isinstance(alignment, list):
         raise UserError(f"{where}: alignment is {str(alignment)[:60]}, expected a list of [symbol, start, duration]")
@@ -81,14 +84,17 @@ def lhotse_words(alignment: Sequence[Any], where: str, offset: float = 0.0, dura
 
 
 def nemo_words(entry: Mapping[str, Any], folder: Path, where: str, duration: float = math.inf) -> list[Word] | None:
-    """The words of a line of a NeMo manifest: those of the CTM file that NeMo's forced aligner names in it.
+    """Words of a line of a NeMo manifest, from the CTM file of NeMo's forced aligner.
 
     Args:
-        entry: the line's JSON object.
-        folder: the manifest's; a relative path counts from it.
+        entry: JSON object of the line.
+        folder: of the manifest, at which relative paths start.
         where: file and line, for messages.
+        duration: of the segment in seconds, if known.
     Returns:
-        Words, in seconds from the start of the line's stretch; None where the line names no CTM.
+        Words, in seconds from the start of the line's segment; None if the line has no CTM file.
+    Raises:
+        UserError: naming the place.
     """
     name = next((entry[field] for field in _NEMO_FIELDS if entry.get(field)), None)
     if name is None:

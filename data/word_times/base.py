@@ -1,4 +1,4 @@
-"""What the readers of word times share: bounded reading, numbers, and the check of order and range."""
+"""Helpers of the readers of word times: bounded reading, numbers, and checks of order and range."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from common.errors import UserError
 from common.files import parse_json
 from data.transcripts import TOLERANCE, Word, word_fault
 
-# A file of one recording's words is read whole: ten hours of speech are some 10 MB of JSON.
+# Files with the words of a recording are read whole: ten hours of speech are about 10 MB of JSON.
 LARGEST_FILE = 1 << 26
-# What aligners write where nothing is said.
+# Labels of aligners for silence.
 SILENCES = frozenset(("", "sil", "sp", "<sil>", "<silence>", "<eps>", "<b>", "<p:>"))
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file, unless it is larger than any recording's words. Raises UserError."""
+    """Content of a file of at most LARGEST_FILE bytes. Raises UserError."""
     try:
         with open(path, "rb") as file:
             content = file.read(LARGEST_FILE + 1)
@@ -30,14 +30,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Whatever a JSON file holds. Raises UserError naming the file, and the place where it is not JSON."""
+    """Value of a JSON file of at most LARGEST_FILE bytes. Raises UserError naming the file."""
     return parse_json(read_bytes(path), path)
 
 
 def seconds(value: Any, where: str) -> float:
-    """A number, or the text of one, as a float; it may still be NaN or negative. Raises UserError."""
+    """Convert a number, or the text of one, to float; NaN and negative values are allowed. Raises UserError."""
     try:
-        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python reads both, nobody means them
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float() would accept both
             raise ValueError
         return float(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -45,17 +45,17 @@ def seconds(value: Any, where: str) -> float:
 
 
 def probability(value: Any, where: str) -> float | None:
-    """A confidence; None for None and "NA". Raises UserError unless it is a number from 0 to 1."""
+    """Confidence as a float; None for None and "NA". Raises UserError unless it is a number from 0 to 1."""
     if value is None or value == "NA":
         return None
     number = seconds(value, where)
     if not 0 <= number <= 1:
-        raise UserError(f"{where}: confidence is {number}, it must be from 0 to 1")
+        raise UserError(f"{where}: confidence is {number}, but must be from 0 to 1")
     return number
 
 
 def word_text(value: Any, where: str) -> str:
-    """A word with its spaces tidied; "" for silence. Raises UserError where it is not text, or not Unicode."""
+    """Word with normalised spaces; "" for silence. Raises UserError if it is not text, or not Unicode."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {_short(value)} is not a word")
     text = " ".join(value.split())
@@ -67,11 +67,13 @@ def word_text(value: Any, where: str) -> str:
 
 
 def in_order(words: list[Word], where: Callable[[int], str], duration: float = math.inf) -> list[Word]:
-    """The words of one speaker or channel, if each begins when the one in front has ended (within TOLERANCE).
+    """Check the words of a speaker or channel and return them.
+
+    Raises UserError unless each starts after the end of the previous one, within TOLERANCE.
 
     Args:
         where: number of a word -> its place, for the message.
-        duration: of the recording in seconds, where it is known.
+        duration: of the recording in seconds, if known.
     """
     fault = word_fault(words, duration, overlap=TOLERANCE)
     if fault is None:
@@ -82,7 +84,7 @@ def in_order(words: list[Word], where: Callable[[int], str], duration: float = m
 
 
 def merged(streams: Sequence[list[Word]]) -> list[Word]:
-    """Words of several speakers or channels, each sorted, as one list sorted by start."""
+    """Merge the sorted words of several speakers or channels into one list sorted by start."""
     if len(streams) == 1:
         return streams[0]
     return sorted((word for stream in streams for word in stream), key=lambda word: word.start)

@@ -1,11 +1,11 @@
-"""CTM, the time-marked words of NIST's scoring tools (https://github.com/usnistgov/SCTK, doc/infmts.htm).
+"""CTM: time-marked words of NIST's scoring tools (https://github.com/usnistgov/SCTK, doc/infmts.htm).
 
     ;; a comment
     talk-1 A 11.34 0.20 YES 0.99
     talk-1 A 12.00 0.34 you
 
-file, channel, start, duration, word; then, where they are given, confidence (or NA), type and speaker. They are
-separated by spaces and tabs.
+Fields: file, channel, start, duration, word; optionally confidence (or NA), type and speaker. Separators are spaces and
+tabs.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from data.transcripts import Word
 from data.word_times.base import in_order, merged, probability, seconds, word_text
 
 _LONGEST_LINE = 1 << 16
-# Types of the Rich Transcription evaluations that are no words: laughter, breath, what annotators remark.
-_NO_WORDS = ("non-lex", "misc")
+# Types of the Rich Transcription evaluations that are not words: laughter, breath, comments of annotators.
+_NON_WORD_TYPES = ("non-lex", "misc")
 
 
 def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> dict[str, list[Word]]:
-    """The words of every recording of a CTM file, by the name in its first column.
+    """Read the words of every recording of a CTM file, by the name in its first column.
 
-    Of alternatives (<ALT_BEGIN> ... <ALT> ... <ALT_END>) the first is taken; silences, null words (@) and lines of type
-    non-lex and misc are left out. Channels of a recording are merged by time. The file is read a line at a time.
+    Of alternatives (<ALT_BEGIN> ... <ALT> ... <ALT_END>) the first is used; silences, null words (@) and lines of type
+    non-lex and misc are ignored. Channels of a recording are merged by time. The file is read line by line.
 
     Args:
-        durations: seconds of recordings, where they are known: words beyond them are refused.
+        durations: known durations of recordings in seconds: later words are refused.
     Raises:
-        UserError: naming file and line, for whatever is not a line of a CTM, and for words of a channel that are
-            unsorted, overlap, or have times that cannot be.
+        UserError: naming file and line, for invalid lines, and for words of a channel that are unsorted, overlap, or
+            have invalid times.
     """
     path = Path(path)
     streams: dict[tuple[str, str], tuple[list[Word], list[int]]] = {}
@@ -49,17 +49,17 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
         mark = fields[4].upper()
         if mark in ("<ALT_BEGIN>", "<ALT>", "<ALT_END>"):
             if in_alternatives == (mark == "<ALT_BEGIN>"):
-                raise UserError(f"{where}: {mark} where it cannot be; <ALT_BEGIN>, <ALT> and <ALT_END> come in order")
+                raise UserError(f"{where}: unexpected {mark}; the order is <ALT_BEGIN>, <ALT>, <ALT_END>")
             in_alternatives, skipping = mark != "<ALT_END>", mark == "<ALT>"
             continue
         start, length = (seconds(field, where) for field in fields[2:4])
         word = word_text(fields[4], where)
         confidence = probability(fields[5] if len(fields) > 5 else None, where)
-        no_word = len(fields) > 6 and fields[6].lower() in _NO_WORDS
+        non_word = len(fields) > 6 and fields[6].lower() in _NON_WORD_TYPES
         if not 0 <= length < math.inf:
-            raise UserError(f"{where}: duration is {fields[3]}, it must be 0 or more")
+            raise UserError(f"{where}: duration is {fields[3]}, but must be 0 or more")
         words, lines = streams.setdefault((fields[0], fields[1]), ([], []))
-        if not (skipping or no_word or word in ("", "@")):
+        if not (skipping or non_word or word in ("", "@")):
             words.append(Word(word, start, round(start + length, 6), confidence))
             lines.append(number)
     if in_alternatives:
@@ -73,7 +73,7 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, none longer than a CTM's could be. Raises UserError."""
+    """Yield numbered lines of at most _LONGEST_LINE bytes. Raises UserError."""
     try:
         with open(path, "rb") as file:
             number = 0

@@ -1,8 +1,8 @@
-"""The answer of Google's speech recogniser, the transcripts of the Spotify podcasts and of the long-context-asr layout.
+"""Output of Google's speech recogniser, as in the transcripts of the Spotify podcasts and of long-context-asr.
 
     {"results": [{"alternatives": [{"words": [{"startTime": "1.300s", "endTime": "1.500s", "word": "yes"}]}]}]}
 
-With speakers told apart, the last result repeats all words of the recording with a `speakerTag`.
+With speaker diarisation, the last result repeats all words of the recording with a `speakerTag`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from data.word_times.base import in_order, probability, read_json, seconds, word
 
 
 def read_google_words(path: str | Path, duration: float = math.inf) -> list[Word]:
-    """The words of the first alternatives: of the last result where it tells speakers, else of all results in turn.
+    """Read the words of the first alternatives: of the last result if it has speakers, else of all results.
 
     Args:
-        duration: of the recording in seconds, where it is known.
+        duration: of the recording in seconds, if known.
     Raises:
-        UserError: naming file and place: not such a file, or words that are unsorted, overlap, or have times that
-            cannot be.
+        UserError: naming file and place: another kind of file, or words that are unsorted, overlap, or have invalid
+            times.
     """
     path = Path(path)
     return google_words(read_json(path), str(path), duration)
 
 
 def google_words(answer: Any, where: str, duration: float = math.inf) -> list[Word]:
-    """`read_google_words` of what the file `where` holds."""
+    """`read_google_words` of the parsed content of the file `where`."""
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list):
-        raise UserError(f"{where}: no list 'results'; not an answer of Google's recogniser")
+        raise UserError(f"{where}: no list 'results'; not the output of Google's recogniser")
     numbered = [(f"results[{i}].alternatives[0].words", _words(result)) for i, result in enumerate(results)]
-    bad = [place for place, words in numbered if words is None]
-    if bad:
-        raise UserError(f"{where}: {bad[0]}: no list of words there")
+    invalid = [place for place, words in numbered if words is None]
+    if invalid:
+        raise UserError(f"{where}: {invalid[0]}: not a list of words")
     if numbered and any(isinstance(item, dict) and item.get("speakerTag") for item in numbered[-1][1] or ()):
         numbered = numbered[-1:]
     words, places = [], []
@@ -47,7 +47,7 @@ def google_words(answer: Any, where: str, duration: float = math.inf) -> list[Wo
             if not isinstance(item, dict):
                 raise UserError(f"{at}: not an object with word, startTime and endTime")
             text = word_text(item.get("word"), at)
-            # Zero is their sign for a confidence that is not told; a start that is not told is 0 s.
+            # A confidence of 0 stands for an unknown one; a missing start is 0 s.
             start = _time(item.get("startTime", item.get("startOffset", "0s")), at)
             end = _time(item.get("endTime", item.get("endOffset")), at)
             confidence = probability(item.get("confidence"), at) or None
@@ -58,7 +58,7 @@ def google_words(answer: Any, where: str, duration: float = math.inf) -> list[Wo
 
 
 def _words(result: Any) -> list[Any] | None:
-    """The words of a result's first alternative; none where it has no alternative; None where it is no result."""
+    """Words of the first alternative of a result; [] without alternatives; None if it is not a result."""
     alternatives = result.get("alternatives", []) if isinstance(result, dict) else None
     if not isinstance(alternatives, list):
         return None
@@ -69,7 +69,7 @@ def _words(result: Any) -> list[Any] | None:
 
 
 def _time(value: Any, where: str) -> float:
-    """Seconds of "1.300s". Raises UserError."""
+    """Convert "1.300s" to seconds. Raises UserError."""
     if not isinstance(value, str) or not value.endswith("s"):
         raise UserError(f'{where}: time is {str(value)[:40]!r}, expected seconds such as "1.300s"')
     return seconds(value[:-1], where)

@@ -1,6 +1,6 @@
-"""NIST STM: segments of recordings with their times and text, as in TED-LIUM.
+"""NIST STM: segments of recordings with times and text, as in TED-LIUM.
 
-A line is `RECORDING CHANNEL SPEAKER START END [<LABEL>] TEXT`, times in seconds; lines that begin with `;;` are
+A line is `RECORDING CHANNEL SPEAKER START END [<LABEL>] TEXT`, times in seconds; lines that start with `;;` are
 comments. Fields are separated by spaces and tabs. Any field in angle brackets after the times is the label, as in
 NIST's sclite (SCTK, src/sclite/stm.c). An STM gives the times of segments, not of words. A segment that is not scored
 has the text `ignore_time_segment_in_scoring` in upper or lower case, or the speaker `inter_segment_gap`.
@@ -19,19 +19,19 @@ from data.word_times.base import read_bytes, seconds
 
 IGNORED_TEXT = "ignore_time_segment_in_scoring"
 GAP_SPEAKER = "inter_segment_gap"
-_FIELDS = 5  # in front of the label and the text
+_FIELDS = 5  # before the label and the text
 # `word(2)`: the second pronunciation of the word.
 _PRONUNCIATION = re.compile(r"\(\d+\)$")
-# `<o,f0,male>`, `<>`, `<NA>`, `<o, f0, male>`; other spaces make it text, such as `<5 or >6`.
+# `<o,f0,male>`, `<>`, `<NA>`, `<o, f0, male>`; with other spaces it is text, such as `<5 or >6`.
 _LABEL = re.compile(r"<[ \t]*([^<> \t,]*(?:,[ \t]*[^<> \t,]*)*)[ \t]*>")
 _EVENT = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]")
-# Endings that TED-LIUM writes as words of their own. Other words begin with an apostrophe too: 'cause, 'em, 'til.
+# Endings that TED-LIUM writes as separate words. Other words start with an apostrophe too: 'cause, 'em, 'til.
 _CLITICS = frozenset(("'s", "'m", "'d", "'t", "'re", "'ve", "'ll", "'"))
 
 
 @dataclass(frozen=True)
 class StmSegment:
-    """One line of an STM file."""
+    """Line of an STM file."""
 
     recording: str
     channel: str
@@ -41,23 +41,23 @@ class StmSegment:
     end: float
     """Seconds, not before the start."""
     label: str
-    """What stands between `<` and `>` in front of the text, such as `o,f0,male`; empty where there is none."""
+    """Text between `<` and `>` before the transcript, such as `o,f0,male`; may be empty."""
     text: str
-    """As written; `plain_text` takes the marks out."""
+    """Transcript as written; `plain_text` removes the marks."""
 
     @property
     def ignored(self) -> bool:
-        """True where the segment is not scored."""
-        said = _EVENT.sub(" ", self.text).strip().lower()
-        return said == IGNORED_TEXT or self.speaker.lower() == GAP_SPEAKER
+        """True if the segment is not scored."""
+        words = _EVENT.sub(" ", self.text).strip().lower()
+        return words == IGNORED_TEXT or self.speaker.lower() == GAP_SPEAKER
 
 
 def read_stm(path: Path) -> list[StmSegment]:
-    """The segments of an STM file, sorted by recording, start and end; the lines need not be.
+    """Read the segments of an STM file, sorted by recording, start and end.
 
     Raises:
-        UserError: naming the file, or the file and the line: not readable, too large, not UTF-8, a line with
-            fewer than five fields, a time that is no number, is negative, or ends before the start.
+        UserError: naming the file, or file and line: not readable, too large, not UTF-8, a line with fewer than five
+            fields, a time that is not a number or negative, or an end before the start.
     """
     raw = read_bytes(path)
     try:
@@ -79,7 +79,7 @@ def _segment(line: str, where: str) -> StmSegment:
     recording, channel, speaker, *times = fields[:_FIELDS]
     text = fields[_FIELDS].strip() if len(fields) > _FIELDS else ""
     if name_fault(line.replace("\t", " ").rstrip("\r")):
-        raise UserError(f"{where}: a control character; the file is damaged: fetch it again")
+        raise UserError(f"{where}: a control character; the file is damaged: download it again")
     start, end = (seconds(value, where) for value in times)
     if not 0 <= start <= end < math.inf:  # also false for NaN
         raise UserError(
@@ -92,22 +92,22 @@ def _segment(line: str, where: str) -> StmSegment:
 
 
 def plain_text(text: str) -> str:
-    """The words of a TED-LIUM transcript: no events, no pronunciation marks, clitics joined to their words.
+    """Words of a TED-LIUM transcript, without events and pronunciation marks, and with clitics joined to their words.
 
     `<unk> and {NOISE} i 'm a(2) friend [laughs]` becomes `and i'm a friend`.
     """
     words: list[str] = []
-    joins = False
+    after_word = False
     for token in _EVENT.sub(" \0 ", text).split():
         if token == "\0":
-            joins = False  # `<unk> 's`: the word that it belongs to is not known
+            after_word = False  # `<unk> 's`: the word before the clitic is unknown
             continue
         token = _PRONUNCIATION.sub("", token)
         if not token:
             continue
-        if token.lower() in _CLITICS and joins:
+        if token.lower() in _CLITICS and after_word:
             words[-1] += token
         else:
             words.append(token)
-        joins = True
+        after_word = True
     return " ".join(words)

@@ -1,8 +1,8 @@
-"""TextGrid, the annotations of Praat, as forced aligners write them (MFA, WebMAUS, LibriSpeech-alignments).
+"""TextGrid: annotations of Praat, as written by forced aligners (MFA, WebMAUS, LibriSpeech alignments).
 
-To Praat a text file is the numbers, "strings" and <flags> that stand free between spaces; whatever else there is, such
-as `xmin =` or `intervals [3]:` of the long format, is a remark (Praat's manual, "TextGrid file formats"). So both
-formats are one.
+Praat reads the numbers, "strings" and <flags> of a text file that are separated by spaces; all other text, such as
+`xmin =` or `intervals [3]:` of the long format, is a comment (Praat's manual, "TextGrid file formats"). So one parser
+reads the long and the short format.
 """
 
 from __future__ import annotations
@@ -24,54 +24,55 @@ _TOKEN = re.compile(
 
 
 def read_textgrid(path: str | Path, tier: str = "words", duration: float = math.inf) -> list[Word]:
-    """The intervals of a tier as words; those that are empty, sil or sp are silence.
+    """Read the intervals of a tier as words; empty intervals, sil and sp are silence.
 
-    Besides a tier of this very name (in any case) all tiers "SPEAKER - words" are taken, as MFA names them where there
-    are several speakers, and merged by time. UTF-8, or UTF-16 with its byte order mark.
+    The name of the tier is not case-sensitive. Tiers "SPEAKER - words", as MFA writes them for several speakers, are
+    merged with it by time. UTF-8, or UTF-16 with a byte-order mark.
 
     Args:
-        duration: of the recording in seconds, where it is known.
+        duration: of the recording in seconds, if known.
     Raises:
-        UserError: naming file and line: not a TextGrid, cut short, no such tier (the tiers are named), or intervals
-            that are unsorted, overlap, or lie outside of the tier.
+        UserError: naming file and line: not a TextGrid, truncated, no such tier (the message lists them), or intervals
+            that are unsorted, overlap, or lie outside the tier.
     """
     path = Path(path)
     text = _decode(path)
     reader = _Reader(path, text)
     kind = reader.string(), reader.string()
     if not kind[0].startswith("ooTextFile") or kind[1] != "TextGrid":
-        raise UserError(f"{path}: begins with {kind[0][:40]!r}, {kind[1][:40]!r}; not a TextGrid saved as text")
+        raise UserError(f"{path}: starts with {kind[0][:40]!r}, {kind[1][:40]!r}; not a TextGrid saved as text")
     reader.number(), reader.number()
     tiers = reader.count() if reader.flag() == "<exists>" else 0
     names, streams = [], []
     for _ in range(tiers):
         is_intervals, name = reader.string() == "IntervalTier", reader.string()
         start, end = reader.number(), reader.number()
-        wanted = name.lower() == tier.lower() or name.lower().endswith(f" - {tier.lower()}")
+        selected = name.lower() == tier.lower() or name.lower().endswith(f" - {tier.lower()}")
         names.append(name)
         words, places = [], []
         for _ in range(reader.count()):
-            begin = reader.number()
-            stop = reader.number() if is_intervals else begin
+            word_start = reader.number()
+            word_end = reader.number() if is_intervals else word_start
             place = reader.place
             label = reader.string()
-            if is_intervals and wanted:
+            if is_intervals and selected:
                 word = word_text(label, reader.where(place))
-                # The limits are written with as many digits as the intervals: no tolerance is needed but rounding's.
-                if not start - 1e-3 <= begin <= stop <= end + 1e-3:
-                    raise UserError(f"{reader.where(place)}: interval {begin} to {stop} in a tier {start} to {end}")
+                # Limits and intervals have the same number of digits: only rounding needs a tolerance.
+                if not start - 1e-3 <= word_start <= word_end <= end + 1e-3:
+                    interval = f"interval {word_start} to {word_end} in a tier {start} to {end}"
+                    raise UserError(f"{reader.where(place)}: {interval}")
                 if word:
-                    words.append(Word(word, max(begin, 0.0), stop))
+                    words.append(Word(word, max(word_start, 0.0), word_end))
                     places.append(place)
-        if is_intervals and wanted:
+        if is_intervals and selected:
             streams.append(in_order(words, lambda i, places=places: reader.where(places[i]), duration))  # type: ignore[misc]
     if not streams:
-        raise UserError(f"{path}: no interval tier {tier!r}; there are {[name[:40] for name in names[:20]]}")
+        raise UserError(f"{path}: no interval tier {tier!r}; the file has {[name[:40] for name in names[:20]]}")
     return merged(streams)
 
 
 class _Reader:
-    """What stands free in the text, one after another, of the kind that has to come."""
+    """Tokens of the text in sequence. Each method raises UserError if the next token is of another kind."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text
@@ -89,11 +90,11 @@ class _Reader:
     def where(self, place: int) -> str:
         return f"{self.path}:{self.text.count(chr(10), 0, place) + 1}"
 
-    def _next(self, wanted: str) -> str:
+    def _next(self, expected: str) -> str:
         kind, text = next(self._tokens, ("end", ""))
-        if kind != wanted:
-            found = {"end": "the end of the file: cut short?", "open": "a quote that is never closed"}.get(kind, text)
-            raise UserError(f"{self.where(self.place)}: expected a {wanted}, found {found[:60]}")
+        if kind != expected:
+            found = {"end": "the end of the file: truncated?", "open": "an unclosed quote"}.get(kind, text)
+            raise UserError(f"{self.where(self.place)}: expected a {expected}, found {found[:60]}")
         return text
 
     def string(self) -> str:
@@ -108,7 +109,7 @@ class _Reader:
     def count(self) -> int:
         number = self.number()
         if not 0 <= number < 2**53 or number != int(number):
-            raise UserError(f"{self.where(self.place)}: {number} cannot be a number of tiers or intervals")
+            raise UserError(f"{self.where(self.place)}: {number} is not a number of tiers or intervals")
         return int(number)
 
 

@@ -1,4 +1,4 @@
-"""Word times: pieces give what one pass gives, memory stays bounded, and what was not said is found out."""
+"""Word times: pieces against a single pass, bounded memory, refused transcripts."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from bestrq.alignment.alignment import (
     Alignment,
     AlignmentSettings,
     LogProbSpool,
-    align_words,
+    forced_alignment,
     refusal,
     word_times,
 )
@@ -33,13 +33,13 @@ ONE_PIECE = AlignmentSettings(piece_cells=10**9, max_cells=10**9)
 SMALL_PIECES = AlignmentSettings(piece_cells=20_000)
 
 
-def some_words(rng: np.random.Generator, count: int) -> list[list[int]]:
-    """Words of 1 to 7 letters out of 1 .. SPACE - 1."""
+def random_words(rng: np.random.Generator, count: int) -> list[list[int]]:
+    """Words of 1 to 7 random letters from 1 to SPACE - 1."""
     return [rng.integers(1, SPACE, size=rng.integers(1, 8)).tolist() for _ in range(count)]
 
 
-class Sound:
-    """Log-probabilities as a recogniser gives them: a spike a label, blanks between, mistakes, uneven tempo."""
+class MadeAudio:
+    """Log-probabilities like those of a recogniser: one spike per label, blanks between, mistakes, uneven tempo."""
 
     def __init__(self, rng: np.random.Generator, mistakes: float = 0.08) -> None:
         self.rng, self.mistakes = rng, mistakes
@@ -50,21 +50,21 @@ class Sound:
         self.labels += [0] * frames
 
     def say(self, words: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-        """(frame of the first label, frame after that of the last) of every word."""
+        """Append words; return (frame of the first label, frame after that of the last) of each."""
         spans = []
         for word in words:
-            begin = len(self.labels)
+            start = len(self.labels)
             for label in word:
                 last = len(self.labels) + int(self.rng.integers(1, 3))
                 self.labels += [label] * (last - len(self.labels))
                 self.pauses(int(self.rng.integers(1, 3)))
-            spans.append((begin, last))
+            spans.append((start, last))
             self.labels.append(SPACE)
             self.pauses(int(self.rng.integers(0, 4)))
         return spans
 
     def log_probs(self) -> NDArray[np.float32]:
-        """float32 `[T, V]`; a share of the labels is heard as another one, though the right one stays likely."""
+        """float32 `[T, V]`; a share of the labels has another most probable label, but keeps a high probability."""
         rng = self.rng
         self.pauses(5)
         labels = np.array(self.labels)
@@ -77,39 +77,41 @@ class Sound:
 
 
 def align(
-    log_probs: NDArray[np.float32], words: Sequence[Sequence[int]], how: AlignmentSettings = ONE_PIECE
+    log_probs: NDArray[np.float32], words: Sequence[Sequence[int]], limits: AlignmentSettings = ONE_PIECE
 ) -> tuple[Alignment, str | None]:
-    transcript = Transcript.of(words, [SPACE])
+    transcript = Transcript.from_words(words, [SPACE])
     best = log_probs.argmax(axis=1)
-    placed = align_words(lambda start, stop: log_probs[start:stop], best, transcript, log_probs.shape[1], how)
-    return placed, refusal(placed, transcript, len(best), how)
+    alignment = forced_alignment(
+        lambda start, stop: log_probs[start:stop], best, transcript, log_probs.shape[1], limits
+    )
+    return alignment, refusal(alignment, transcript, len(best), limits)
 
 
-def share_found(placed: Alignment, truth: Sequence[int] | NDArray[np.int64]) -> float:
-    """Share of the words that begin within two frames of the truth: a mistake may hide a label's first frame."""
-    return float((np.abs(placed.start - truth) <= 2).mean())
+def share_correct(alignment: Alignment, truth: Sequence[int] | NDArray[np.int64]) -> float:
+    """Share of words that start within two frames of the truth: a mistake may replace a label's first frame."""
+    return float((np.abs(alignment.start - truth) <= 2).mean())
 
 
 def viterbi(log_probs: NDArray[np.float64], ids: Sequence[int]) -> tuple[float, list[int]]:
-    """The likeliest path through the lattice of CTC, written out: its log-probability, and a label for every frame."""
+    """Most probable path through the CTC lattice, in plain loops: its log-probability and the label of every frame."""
     states = [0, *itertools.chain.from_iterable((label, 0) for label in ids)]
     score = np.full(len(states), -np.inf)
     score[:2] = [log_probs[0, state] for state in states[:2]]
     back: list[list[int]] = []
     for frame in log_probs[1:]:
-        came = []
+        sources = []
         new = np.full(len(states), -np.inf)
         for s, label in enumerate(states):
             steps = [s, s - 1, s - 2] if label != 0 and s >= 2 and states[s - 2] != label else [s, s - 1]
             source = max((step for step in steps if step >= 0), key=lambda step: score[step])
             new[s] = score[source] + frame[label]
-            came.append(source)
+            sources.append(source)
         score = new
-        back.append(came)
+        back.append(sources)
     state = max(range(max(0, len(states) - 2), len(states)), key=lambda s: score[s])
     best, path = float(score[state]), [state]
-    for came in reversed(back):
-        path.append(came[path[-1]])
+    for sources in reversed(back):
+        path.append(sources[path[-1]])
     return best, [states[s] for s in reversed(path)]
 
 
@@ -118,12 +120,12 @@ def collapse(path: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("word", [[1], [1, 2], [2, 2], [STAR], [1, STAR, 2]])
-def test_the_cost_is_that_of_the_likeliest_of_all_paths(word: list[int]) -> None:
-    """Brute force: every labelling of five frames that collapses to the transcript."""
+def test_the_cost_is_that_of_the_most_probable_of_all_paths(word: list[int]) -> None:
+    """Brute force over all paths of five frames that collapse to the transcript."""
     log_probs = torch.randn(5, 3, generator=torch.Generator().manual_seed(len(word))).log_softmax(-1).numpy()
-    placed, _ = align(log_probs, [word])
-    likeliest = log_probs.max(axis=1)
-    emissions = np.concatenate([log_probs, likeliest[:, None]], axis=1).astype(np.float64)
+    alignment, _ = align(log_probs, [word])
+    highest = log_probs.max(axis=1)
+    emissions = np.concatenate([log_probs, highest[:, None]], axis=1).astype(np.float64)
     ids = [3 if label == STAR else label for label in word]
     scores = [
         sum(emissions[t, label] for t, label in enumerate(path))
@@ -131,48 +133,48 @@ def test_the_cost_is_that_of_the_likeliest_of_all_paths(word: list[int]) -> None
         if collapse(path) == ids
     ]
     written = sum(label != STAR for label in word)
-    expected = (likeliest.sum() - max(scores)) / written if written else math.inf
-    assert placed.cost == pytest.approx(expected, abs=1e-5)
+    expected = (highest.sum() - max(scores)) / written if written else math.inf
+    assert alignment.cost == pytest.approx(expected, abs=1e-5)
     assert viterbi(emissions, ids)[0] == pytest.approx(max(scores), abs=1e-9)
 
 
 def test_one_piece_is_the_viterbi_path() -> None:
     rng = np.random.default_rng(0)
-    sound, words = Sound(rng, mistakes=0.2), some_words(rng, 25)
-    sound.say(words)
-    log_probs = sound.log_probs()
-    placed, _ = align(log_probs, words)
-    ids = Transcript.of(words, [SPACE]).ids.tolist()
+    audio, words = MadeAudio(rng, mistakes=0.2), random_words(rng, 25)
+    audio.say(words)
+    log_probs = audio.log_probs()
+    alignment, _ = align(log_probs, words)
+    ids = Transcript.from_words(words, [SPACE]).ids.tolist()
     best, path = viterbi(log_probs.astype(np.float64), ids)
     runs = [(label, len(list(run))) for label, run in itertools.groupby(path)]
     edges = np.concatenate([[0], np.cumsum([length for _, length in runs])])
     labels = [(edges[i], edges[i + 1]) for i, (label, _) in enumerate(runs) if label != 0]
     first = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
-    assert placed.start.tolist() == [labels[i][0] for i in first]
-    assert placed.end.tolist() == [labels[i + len(word) - 1][1] for i, word in zip(first, words, strict=True)]
-    assert placed.cost == pytest.approx((log_probs.max(axis=1).sum() - best) / len(ids), abs=1e-4)
+    assert alignment.start.tolist() == [labels[i][0] for i in first]
+    assert alignment.end.tolist() == [labels[i + len(word) - 1][1] for i, word in zip(first, words, strict=True)]
+    assert alignment.cost == pytest.approx((log_probs.max(axis=1).sum() - best) / len(ids), abs=1e-4)
     place = int(first[3])
-    of_word = enumerate(labels[place : place + len(words[3])], start=place)
-    posteriors = [np.exp(log_probs[a:b, ids[i]]).mean() for i, (a, b) in of_word]
-    assert placed.confidence[3] == pytest.approx(np.mean(posteriors), abs=1e-5)
+    word_labels = enumerate(labels[place : place + len(words[3])], start=place)
+    posteriors = [np.exp(log_probs[a:b, ids[i]]).mean() for i, (a, b) in word_labels]
+    assert alignment.confidence[3] == pytest.approx(np.mean(posteriors), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_give_the_words_of_one_pass(seed: int) -> None:
+def test_pieces_give_the_alignment_of_a_single_pass(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sound, words = Sound(rng), some_words(rng, 300)
-    sound.say(words)
-    log_probs = sound.log_probs()
+    audio, words = MadeAudio(rng), random_words(rng, 300)
+    audio.say(words)
+    log_probs = audio.log_probs()
     reads: list[tuple[int, int]] = []
 
     def read(start: int, stop: int) -> NDArray[np.float32]:
         reads.append((start, stop))
         return log_probs[start:stop]
 
-    best, transcript = log_probs.argmax(axis=1), Transcript.of(words, [SPACE])
-    pieces = align_words(read, best, transcript, VOCABULARY, SMALL_PIECES)
+    best, transcript = log_probs.argmax(axis=1), Transcript.from_words(words, [SPACE])
+    pieces = forced_alignment(read, best, transcript, VOCABULARY, SMALL_PIECES)
     assert len(reads) > 20 and reads[0][0] == 0 and reads[-1][1] == len(best)
-    assert all(one[1] == two[0] for one, two in itertools.pairwise(reads))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(reads))
     whole, _ = align(log_probs, words)
     assert pieces.num_guessed == whole.num_guessed == 0
     for name in ("start", "end", "confidence", "cost"):
@@ -180,11 +182,11 @@ def test_pieces_give_the_words_of_one_pass(seed: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells of the lattices and frames read at once, for an hour's worth of labels."""
+    """Lattice cells of every piece, for an hour of labels."""
     rng = np.random.default_rng(1)
-    sound, words = Sound(rng), some_words(rng, 6000)
-    spans = sound.say(words)
-    log_probs = sound.log_probs()
+    audio, words = MadeAudio(rng), random_words(rng, 6000)
+    spans = audio.say(words)
+    log_probs = audio.log_probs()
     cells: list[int] = []
 
     def counted(emissions: torch.Tensor, ids: torch.Tensor) -> Any:
@@ -193,224 +195,228 @@ def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch
 
     original = module.forced_align
     monkeypatch.setattr(module, "forced_align", counted)
-    placed, reason = align(log_probs, words, AlignmentSettings(piece_cells=500_000, max_cells=1_000_000))
+    alignment, reason = align(log_probs, words, AlignmentSettings(piece_cells=500_000, max_cells=1_000_000))
     assert reason is None and len(log_probs) > 80_000
     assert max(cells) <= 500_000 and len(cells) > 100
-    assert share_found(placed, [start for start, _ in spans]) > 0.99
+    assert share_correct(alignment, [start for start, _ in spans]) > 0.99
 
 
-def test_a_stretch_too_large_to_align_is_guessed_and_said_to_be() -> None:
+def test_a_stretch_too_large_to_align_is_guessed_with_confidence_0() -> None:
     rng = np.random.default_rng(2)
-    before, unclear, after = (some_words(rng, 60) for _ in range(3))
-    sound = Sound(rng, mistakes=0.0)
-    first = sound.say(before)
-    begin = len(sound.labels)
-    sound.labels += rng.integers(1, SPACE, 600).tolist()  # nobody knows what
-    end = len(sound.labels)
-    last = sound.say(after)
-    how = AlignmentSettings(piece_cells=20_000, max_cells=100_000)
-    placed, reason = align(sound.log_probs(), before + unclear + after, how)
-    assert reason is None and 60 <= placed.num_guessed < 70
-    sure = placed.confidence > 0
+    before, unclear, after = (random_words(rng, 60) for _ in range(3))
+    audio = MadeAudio(rng, mistakes=0.0)
+    first = audio.say(before)
+    start = len(audio.labels)
+    audio.labels += rng.integers(1, SPACE, 600).tolist()  # other labels than those of the transcript
+    end = len(audio.labels)
+    last = audio.say(after)
+    limits = AlignmentSettings(piece_cells=20_000, max_cells=100_000)
+    alignment, reason = align(audio.log_probs(), before + unclear + after, limits)
+    assert reason is None and 60 <= alignment.num_guessed < 70
+    aligned = alignment.confidence > 0
     truth = np.array([s for s, _ in first] + [0] * 60 + [s for s, _ in last])
-    said = np.r_[:60, 120:180]
-    assert (placed.start[said][sure[said]] == truth[said][sure[said]]).all()
-    assert not sure[60:120].any()
-    assert (placed.start[60:120] >= begin - 40).all() and (placed.end[60:120] <= end + 40).all()
+    spoken = np.r_[:60, 120:180]
+    assert (alignment.start[spoken][aligned[spoken]] == truth[spoken][aligned[spoken]]).all()
+    assert not aligned[60:120].any()
+    assert (alignment.start[60:120] >= start - 40).all() and (alignment.end[60:120] <= end + 40).all()
 
 
-def test_a_starred_word_lies_where_something_unknown_was_said() -> None:
+def test_a_starred_word_is_aligned_with_unknown_audio() -> None:
     rng = np.random.default_rng(3)
-    sound, words = Sound(rng, mistakes=0.0), some_words(rng, 40)
-    sound.pauses(20)
-    spans = sound.say(words[:20])
-    sound.pauses(30)
-    [unknown] = sound.say([[7, 3, 9, 12, 5, 5, 8]])
-    sound.pauses(30)
-    spans += sound.say(words[20:])
-    log_probs = sound.log_probs()
-    for how in (ONE_PIECE, SMALL_PIECES):
-        placed, reason = align(log_probs, [*words[:20], [STAR], *words[20:]], how)
+    audio, words = MadeAudio(rng, mistakes=0.0), random_words(rng, 40)
+    audio.pauses(20)
+    spans = audio.say(words[:20])
+    audio.pauses(30)
+    [unknown] = audio.say([[7, 3, 9, 12, 5, 5, 8]])
+    audio.pauses(30)
+    spans += audio.say(words[20:])
+    log_probs = audio.log_probs()
+    for limits in (ONE_PIECE, SMALL_PIECES):
+        alignment, reason = align(log_probs, [*words[:20], [STAR], *words[20:]], limits)
         assert reason is None
-        assert abs(placed.start[20] - unknown[0]) <= 4 and abs(placed.end[20] - unknown[1]) <= 4
-        assert placed.confidence[20] == min(placed.confidence[19], placed.confidence[21]) > 0
-        assert np.delete(placed.start, 20).tolist() == [start for start, _ in spans]
+        assert abs(alignment.start[20] - unknown[0]) <= 4 and abs(alignment.end[20] - unknown[1]) <= 4
+        assert alignment.confidence[20] == min(alignment.confidence[19], alignment.confidence[21]) > 0
+        assert np.delete(alignment.start, 20).tolist() == [start for start, _ in spans]
 
 
 def sentences(rng: np.random.Generator, count: int) -> list[list[list[int]]]:
-    return [some_words(rng, 8) for _ in range(count)]
+    return [random_words(rng, 8) for _ in range(count)]
 
 
-@pytest.mark.parametrize("how", [ONE_PIECE, SMALL_PIECES], ids=["one piece", "many pieces"])
-def test_sentences_missing_from_the_transcript_do_not_move_the_others(how: AlignmentSettings) -> None:
+@pytest.mark.parametrize("limits", [ONE_PIECE, SMALL_PIECES], ids=["one piece", "many pieces"])
+def test_sentences_missing_from_the_transcript_do_not_move_the_others(limits: AlignmentSettings) -> None:
     rng = np.random.default_rng(4)
     spoken = sentences(rng, 40)
-    sound = Sound(rng)
-    spans = [sound.say(sentence) for sentence in spoken]
+    audio = MadeAudio(rng)
+    spans = [audio.say(sentence) for sentence in spoken]
     kept = [number for number in range(40) if number not in (0, 7, 8, 9, 23, 39)]
-    placed, reason = align(sound.log_probs(), [word for number in kept for word in spoken[number]], how)
+    alignment, reason = align(audio.log_probs(), [word for number in kept for word in spoken[number]], limits)
     truth = np.array([start for number in kept for start, _ in spans[number]])
-    assert reason is None and placed.num_guessed == 0
-    assert share_found(placed, truth) > 0.98 and np.abs(placed.start - truth).max() < 20
+    assert reason is None and alignment.num_guessed == 0
+    assert share_correct(alignment, truth) > 0.98 and np.abs(alignment.start - truth).max() < 20
 
 
-def test_sentences_that_were_not_said_do_not_move_the_others() -> None:
+def test_sentences_without_audio_do_not_move_the_others() -> None:
     rng = np.random.default_rng(5)
     spoken, foreign = sentences(rng, 40), sentences(rng, 3)
-    sound = Sound(rng)
-    spans = [span for sentence in spoken for span in sound.say(sentence)]
+    audio = MadeAudio(rng)
+    spans = [span for sentence in spoken for span in audio.say(sentence)]
     text = [*spoken[:10], foreign[0], *spoken[10:30], foreign[1], foreign[2], *spoken[30:]]
-    said = np.array([any(sentence is other for other in spoken) for sentence in text for _ in range(8)])
-    placed, reason = align(sound.log_probs(), [word for sentence in text for word in sentence], SMALL_PIECES)
+    has_audio = np.array([any(sentence is other for other in spoken) for sentence in text for _ in range(8)])
+    alignment, reason = align(audio.log_probs(), [word for sentence in text for word in sentence], SMALL_PIECES)
     assert reason is None
-    assert (placed.start[said] == [start for start, _ in spans]).mean() > 0.94
-    assert placed.confidence[~said].mean() < 0.2 and placed.confidence[said].mean() > 0.8
-    assert (np.diff(placed.start) >= 0).all()
+    assert (alignment.start[has_audio] == [start for start, _ in spans]).mean() > 0.94
+    assert alignment.confidence[~has_audio].mean() < 0.2 and alignment.confidence[has_audio].mean() > 0.8
+    assert (np.diff(alignment.start) >= 0).all()
 
 
-def test_phrases_that_come_again_and_again_keep_their_order() -> None:
+def test_repeated_phrases_keep_their_order() -> None:
     rng = np.random.default_rng(6)
     phrases = sentences(rng, 3)
     words = [word for number in rng.integers(0, 3, 60).tolist() for word in phrases[number]]
-    sound = Sound(rng)
-    spans = sound.say(words)
-    for how in (ONE_PIECE, SMALL_PIECES):
-        placed, reason = align(sound.log_probs(), words, how)
-        assert reason is None and share_found(placed, [start for start, _ in spans]) > 0.99
+    audio = MadeAudio(rng)
+    spans = audio.say(words)
+    for limits in (ONE_PIECE, SMALL_PIECES):
+        alignment, reason = align(audio.log_probs(), words, limits)
+        assert reason is None and share_correct(alignment, [start for start, _ in spans]) > 0.99
 
 
 @pytest.mark.parametrize("music", [False, True], ids=["silence", "music"])
-def test_words_are_not_drawn_into_silence_or_music(music: bool) -> None:
+def test_words_are_not_moved_into_silence_or_music(music: bool) -> None:
     rng = np.random.default_rng(7)
-    sound, words = Sound(rng), some_words(rng, 80)
-    spans = sound.say(words[:40])
+    audio, words = MadeAudio(rng), random_words(rng, 80)
+    spans = audio.say(words[:40])
     noise = rng.integers(0, SPACE, 4000) * (rng.random(4000) < 0.2) if music else np.zeros(4000, np.int64)
-    sound.labels += noise.tolist()
-    spans += sound.say(words[40:])
-    placed, reason = align(sound.log_probs(), words, AlignmentSettings(piece_cells=100_000))
-    assert reason is None and share_found(placed, [start for start, _ in spans]) > 0.95
-    far = np.abs(placed.start - [start for start, _ in spans]) > 40
-    assert not any(len(words[i]) > 1 for i in np.flatnonzero(far))  # a letter alone is anywhere in music
+    audio.labels += noise.tolist()
+    spans += audio.say(words[40:])
+    alignment, reason = align(audio.log_probs(), words, AlignmentSettings(piece_cells=100_000))
+    assert reason is None and share_correct(alignment, [start for start, _ in spans]) > 0.95
+    far = np.abs(alignment.start - [start for start, _ in spans]) > 40
+    assert not any(len(words[i]) > 1 for i in np.flatnonzero(far))  # a single letter matches somewhere in music
 
 
 def test_shuffled_and_foreign_transcripts_are_refused_and_right_ones_are_not() -> None:
     rng = np.random.default_rng(8)
     refused = {"right": 0, "shuffled": 0, "foreign": 0}
     for count in [6, 10, 20, 60, 200] * 8:
-        sound, words = Sound(rng, mistakes=0.25), some_words(rng, count)
-        sound.say(words)
-        log_probs = sound.log_probs()
+        audio, words = MadeAudio(rng, mistakes=0.25), random_words(rng, count)
+        audio.say(words)
+        log_probs = audio.log_probs()
         shuffled = [words[i] for i in rng.permutation(count)]
-        for name, text in (("right", words), ("shuffled", shuffled), ("foreign", some_words(rng, count))):
+        for name, text in (("right", words), ("shuffled", shuffled), ("foreign", random_words(rng, count))):
             refused[name] += align(log_probs, text, SMALL_PIECES)[1] is not None
     assert refused == {"right": 0, "shuffled": 40, "foreign": 40}
 
 
-def test_reasons_name_what_is_wrong() -> None:
+def test_reasons_of_refusals() -> None:
     rng = np.random.default_rng(9)
-    sound, words = Sound(rng), some_words(rng, 20)
-    sound.say(words)
-    log_probs = sound.log_probs()
+    audio, words = MadeAudio(rng), random_words(rng, 20)
+    audio.say(words)
+    log_probs = audio.log_probs()
     assert align(log_probs, words)[1] is None
     assert "too long: " in str(align(log_probs[:60], words)[1])
     assert "can write none" in str(align(log_probs, [[STAR]] * 20)[1])
-    assert "nats a label, at most 3" in str(align(log_probs, words[::-1])[1])
-    # What was said is all there, but most of the text was not said; there are frames enough in the silence before.
+    assert "nats per label, at most 3" in str(align(log_probs, words[::-1])[1])
+    # The transcript has all spoken words and many more, for which the frames of the silence suffice.
     silence = np.concatenate([np.tile(log_probs[:1], (2000, 1)), log_probs])
-    assert "nats a label" in str(align(silence, words + some_words(rng, 60))[1])
-    with pytest.raises(ValueError, match="without labels"):
+    assert "nats per label" in str(align(silence, words + random_words(rng, 60))[1])
+    with pytest.raises(ValueError, match="has no labels"):
         align(log_probs, [[], []])
 
 
-def test_words_without_labels_take_no_time() -> None:
+def test_words_without_labels_have_no_length() -> None:
     rng = np.random.default_rng(10)
-    sound, words = Sound(rng, mistakes=0), some_words(rng, 6)
-    spans = sound.say(words)
-    placed, reason = align(sound.log_probs(), [[], words[0], words[1], [], [], *words[2:], []])
+    audio, words = MadeAudio(rng, mistakes=0), random_words(rng, 6)
+    spans = audio.say(words)
+    alignment, reason = align(audio.log_probs(), [[], words[0], words[1], [], [], *words[2:], []])
     assert reason is None
-    for silent, (before, edge) in {0: (0, 0), 3: (1, 1), 4: (1, 1), 9: (5, 1)}.items():
-        assert placed.start[silent] == placed.end[silent] == spans[before][edge]
-    assert np.delete(placed.start, [0, 3, 4, 9]).tolist() == [start for start, _ in spans]
+    for word, (before, edge) in {0: (0, 0), 3: (1, 1), 4: (1, 1), 9: (5, 1)}.items():
+        assert alignment.start[word] == alignment.end[word] == spans[before][edge]
+    assert np.delete(alignment.start, [0, 3, 4, 9]).tolist() == [start for start, _ in spans]
 
 
 @given(st.lists(st.integers(0, 6), max_size=60), st.lists(st.integers(1, 6), max_size=60), st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
-def test_matches_are_equal_labels_in_the_same_order(text: list[int], heard: list[int], seed: int) -> None:
-    # Half of the time the two share much.
+def test_matches_are_equal_labels_in_the_same_order(text: list[int], decoded: list[int], seed: int) -> None:
+    # In half of the examples, the sequences are similar.
     rng = np.random.default_rng(seed)
     if seed % 2 and text:
-        heard = [label for label in text if rng.random() < 0.95 and label > 0]
+        decoded = [label for label in text if rng.random() < 0.95 and label > 0]
     ids = np.array([label or STAR for label in text], np.int64)
-    matched = match_labels(ids, np.array(heard, np.int64))
+    matched = match_labels(ids, np.array(decoded, np.int64))
     places = np.flatnonzero(matched >= 0)
     assert (np.diff(matched[places]) > 0).all()
-    assert [heard[i] for i in matched[places]] == ids[places].tolist()
+    assert [decoded[i] for i in matched[places]] == ids[places].tolist()
 
 
-def test_a_phrase_at_another_place_does_not_hide_the_rest() -> None:
+def test_a_moved_phrase_does_not_prevent_other_matches() -> None:
     ids = np.random.default_rng(1).integers(1, 30, 2000)
     matched = match_labels(np.concatenate([ids[1960:], ids[:1960]]), ids)
     assert matched[40:].tolist() == list(range(1960)) and (matched[:40] == -1).all()
 
 
-def test_a_transcript_that_was_heard_as_it_is_matches_whole() -> None:
+def test_a_correctly_decoded_transcript_matches_completely() -> None:
     ids = np.random.default_rng(0).integers(1, 30, 5000)
     assert (match_labels(ids, ids) == np.arange(5000)).all()
 
 
 @given(st.integers(0, 2**32), st.floats(0, 200), st.floats(0, 200), st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_word_times_are_ordered_apart_and_within_the_recording(seed: int, lead: float, tail: float, count: int) -> None:
+def test_word_times_are_ordered_without_overlap_and_within_the_recording(
+    seed: int, lead: float, tail: float, count: int
+) -> None:
     edges = np.sort(np.random.default_rng(seed).integers(0, 3 * count, 2 * count)).astype(float)
-    placed = Alignment(edges[::2], edges[1::2], np.ones(count), 0.0, 0)
+    alignment = Alignment(edges[::2], edges[1::2], np.ones(count), 0.0, 0)
     duration = (edges[-1] + 0.5) * 0.04
-    start, end = word_times(placed, 0.04, duration, AlignmentSettings(lead_ms=lead, tail_ms=tail))
+    start, end = word_times(alignment, 0.04, duration, AlignmentSettings(lead_ms=lead, tail_ms=tail))
     assert (start >= 0).all() and (end <= duration).all() and (start <= end).all()
     assert (start[1:] >= end[:-1]).all()
-    # No label falls out of its word by the lead or the tail.
+    # Every word contains all of its labels.
     assert (start <= edges[::2] * 0.04 + 1e-9).all() and (end >= edges[1::2] * 0.04 - 1e-9).all()
 
 
-def test_pieces_tile_words_and_frames_whatever_was_heard() -> None:
+def test_pieces_cover_all_words_and_frames_of_any_audio() -> None:
     rng = np.random.default_rng(11)
     for _ in range(30):
-        sound, words = Sound(rng, mistakes=rng.random()), some_words(rng, int(rng.integers(1, 80)))
-        sound.say(words[: int(rng.integers(0, len(words) + 1))])
-        sound.say(some_words(rng, int(rng.integers(0, 20))))
-        best = sound.log_probs().argmax(axis=1)
-        transcript = Transcript.of([word if rng.random() < 0.9 else [] for word in [[3], *words]], [SPACE])
+        audio, words = MadeAudio(rng, mistakes=rng.random()), random_words(rng, int(rng.integers(1, 80)))
+        audio.say(words[: int(rng.integers(0, len(words) + 1))])
+        audio.say(random_words(rng, int(rng.integers(0, 20))))
+        best = audio.log_probs().argmax(axis=1)
+        transcript = Transcript.from_words([word if rng.random() < 0.9 else [] for word in [[3], *words]], [SPACE])
         pieces = list(plan_pieces(transcript, best, VOCABULARY, 9000, 50_000))
         regions = [region for piece in pieces for region in piece.regions]
         places = [place for piece in pieces for place in piece.places if place >= 0]
         assert (regions[0].first, regions[0].start) == (0, 0)
         assert (regions[-1].stop, regions[-1].end) == (len(words) + 1, len(best))
-        assert all(one.stop == two.first and one.end == two.start for one, two in itertools.pairwise(regions))
-        of_words = {p for f, s in zip(transcript.first, transcript.stop, strict=True) for p in range(f, s)}
-        assert places == sorted(set(places)) and of_words <= set(places)
+        assert all(a.stop == b.first and a.end == b.start for a, b in itertools.pairwise(regions))
+        word_places = {p for f, s in zip(transcript.first, transcript.stop, strict=True) for p in range(f, s)}
+        assert places == sorted(set(places)) and word_places <= set(places)
 
 
 def test_the_spool_holds_one_recording_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of several recordings share a batch; what is read back is the recording that is at hand."""
-    monkeypatch.setattr(module, "_SPOOL_BYTES", 200)  # so that it goes to disk, too
+    """Windows of several recordings share a batch, but the spool holds the recording that was returned last."""
+    monkeypatch.setattr(module, "_SPOOL_BYTES", 200)  # small enough for the temporary file
     pairs = [recording(n, seed) for seed, n in enumerate([5, 33, 400, 34, 401])]
-    how = InferenceSettings(context_seconds=100, batch_seconds=300)
+    inference = InferenceSettings(context_seconds=100, batch_seconds=300)
     spool = LogProbSpool(5)
     outputs: Callable[..., Any] = transcribe
-    seen = []
-    for index, best in outputs(LocalModel().log_probs, [s for _, s in pairs], how, FACTOR, 1.0, reduce=spool.keep):
+    indices = []
+    for index, best in outputs(
+        LocalModel().log_probs, [s for _, s in pairs], inference, FACTOR, 1.0, reduce=spool.keep
+    ):
         source: Source = pairs[index][1]
-        [(_, whole)] = transcribe(LocalModel().log_probs, [source], how, FACTOR, 1.0)
+        [(_, whole)] = transcribe(LocalModel().log_probs, [source], inference, FACTOR, 1.0)
         np.testing.assert_allclose(spool.read(0, len(best)), whole.half().float(), rtol=1e-3)
         middle = len(best) // 2
         np.testing.assert_array_equal(spool.read(middle, len(best)), spool.read(0, len(best))[middle:])
         assert best.tolist() == whole.argmax(dim=-1).tolist()
         spool.clear()
-        seen.append(index)
-    assert seen == list(range(len(pairs)))
+        indices.append(index)
+    assert indices == list(range(len(pairs)))
 
 
 def test_bad_settings_name_the_field() -> None:
-    wrong: dict[str, Any] = {"max_cost": 0.0, "lead_ms": -1.0, "tail_ms": 5000.0, "piece_cells": 0, "max_cells": 1}
-    for field, value in wrong.items():
-        with pytest.raises(UserError, match=rf"alignment\.{field} = {value}"):
+    invalid: dict[str, Any] = {"max_cost": 0.0, "lead_ms": -1.0, "tail_ms": 5000.0, "piece_cells": 0, "max_cells": 1}
+    for field, value in invalid.items():
+        with pytest.raises(UserError, match=rf"alignment\.{field} is {value}"):
             replace(AlignmentSettings(), **{field: value})

@@ -1,4 +1,4 @@
-"""The command line and YAML parser, and how scripts end."""
+"""Command-line and YAML parser, and exit of scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Wheel:
     radius: float = 0.5
     """Radius in metres."""
     kind: Literal["spoke", "disc"] = "spoke"
-    """How it is built."""
+    """Construction of the wheel."""
     range: tuple[float, float] = (0.25, 4.0)
     """Smallest and largest radius."""
 
@@ -45,7 +45,7 @@ class Cart:
     wheel: Wheel = field(default_factory=Wheel)
     """The wheel's section."""
     name: str | None = None
-    """What it is called."""
+    """Name of the cart."""
     steps: int = 10
     """Length of the ride."""
     spare: Wheel = field(default_factory=Wheel)
@@ -139,7 +139,7 @@ def test_restricted_values_are_plain_numbers_and_refused_with_field_value_and_ex
         ("--boxes=1.5", "boxes is '1.5': expected an integer above 0"),
         ("--share=1.5", "share is 1.5: expected a number from 0 to 1"),
         ("--share=half", "share is 'half': expected a number from 0 to 1"),
-        ("--limit=-1", "limit is -1: expected an integer, 0 or more or null"),
+        ("--limit=-1", "limit is -1: expected an integer of at least 0 or null"),
         ("--goods=[hay,milc]", "goods is 'milc', known are hay, milk. Did you mean 'milk'?"),
     ):
         with pytest.raises(UserError) as caught:
@@ -160,8 +160,8 @@ def test_help_shows_every_field_with_the_string_under_it(capsys: pytest.CaptureF
         parse(Cart, ["--help"], description="Rides a cart.")
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for text in ("Rides a cart.", "Radius in metres.", "How it is built.", "Smallest and largest radius.",
-                 "What it is called.", "Length of the ride."):  # fmt: skip
+    for text in ("Rides a cart.", "Radius in metres.", "Construction of the wheel.", "Smallest and largest radius.",
+                 "Name of the cart.", "Length of the ride."):  # fmt: skip
         assert text in shown
     assert all(f"--{name}" in shown for name in field_names(Cart))
 
@@ -211,7 +211,7 @@ def test_a_configuration_cannot_name_code_to_run(tmp_path: Path, text: str, monk
 
 
 class OtherError(UserError):
-    """A user error of another room."""
+    """User error of another module."""
 
 
 @pytest.mark.parametrize(

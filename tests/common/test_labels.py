@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from bestrq.report.tables import language_text
+from bestrq.report.text import language_text
 from bestrq.scoring.breakdowns import align_timed
 from bestrq.scoring.normalisers import RULES, Choice, normaliser
 from bestrq.scoring.stm import ReferenceSegment, score_as_whole, score_by_segments
@@ -24,7 +24,7 @@ APOSTROPHES = "'\u2018\u2019\u201b\u2032`\u00b4\u02bc\uff07"
 INVISIBLE = "\u00ad\u200c\u200d\u200e\u200f\u202b\u2060\ufeff\ufe0f\u061c\u034f\u180e\U000e0061"
 LANGUAGES = [*_NAMES, "", "xx", "azz", "haw", "en-GB", "tr_TR.UTF-8", "cmn-Hans-CN", "English", "Turkish", "tur", "ger"]
 
-# Pieces of texts as people write them, and characters that case, composition and compatibility treat in odd ways.
+# Fragments of real texts, and characters with unusual case, composition and compatibility mappings.
 PIECES = [
     "don't", "rock 'n' roll", "it 's", "Mr. Smith's", "gov't", "I'ma", "colour", "um",
     "uh-huh", "twenty one", "percent",
@@ -89,7 +89,7 @@ def test_the_label_of_a_text_has_no_errors_against_it_in_english(text: str) -> N
 
 @pytest.mark.parametrize("language", ["en", "tr", "uk", ""])
 def test_no_character_makes_a_label_differ_from_its_text(language: str) -> None:
-    """Every assigned character but ideographs, between letters, at a word's edge and alone."""
+    """Every assigned character except ideographs, between letters, at the edge of a word and alone."""
     clean = normaliser(language).clean
     characters = [
         chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Co")

@@ -16,7 +16,7 @@ import soundfile
 from common.files import write_file
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import load_tokenizer
 from tests.paths import REPOSITORY
@@ -25,7 +25,7 @@ from tests.tiny import ENCODER, RUN
 
 JAPANESE = "\u65e5\u672c\u8a9e"
 TEXT = f"\u0159e\u010d na\u00efve {JAPANESE}"
-# Where Python's UTF-8 mode is switched off, as for LC_ALL=en_US.ISO-8859-1: files, names, streams are ASCII.
+# Without Python's UTF-8 mode, as with LC_ALL=en_US.ISO-8859-1: files, names and streams are ASCII.
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -158,7 +158,7 @@ def test_a_closed_console_ends_only_programs_whose_output_is_their_result(may_va
 
 
 def test_streams_that_are_no_files_stay_as_they_are(tmp_path: Path) -> None:
-    """Of a notebook's `%run`, or of a program that keeps what another one prints."""
+    """Streams of a notebook's `%run`, or of a program that captures the output of another one."""
     script = tmp_path / "script.py"
     script.write_text("from common.console import set_up_console\nset_up_console(may_vanish=True)\nprint('printed')\n")
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(None):

@@ -1,4 +1,4 @@
-"""Audio to log-mel: the numbers, their length, what is refused."""
+"""Log-mel features: values, length, refused input."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import torchaudio
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.audio.reading import READ_SECONDS, read_audio, resample
-from data.corpora.base import FileSource, SegmentSource
+from data.audio.reading import READ_SECONDS, resample
+from data.corpora.audio_files import FileSource
 from data.features import BLOCK_FRAMES, FeatureSettings, LogMel, difference
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
+from tests.decoded_audio import read_audio
 from tests.paths import REPOSITORY
 
 SETTINGS = FeatureSettings()
@@ -95,7 +96,7 @@ def noise(samples: int, seed: int = 0) -> torch.Tensor:
 
 
 def in_pieces(waveform: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
-    """Cut at random into pieces from 1 sample to ten seconds long."""
+    """Split at random into blocks of 1 sample to ten seconds."""
     lengths = np.exp(np.random.default_rng(seed).uniform(0, np.log(160_000), 2000)).astype(int)
     cuts = [int(cut) for cut in np.cumsum(lengths) if cut < len(waveform)]
     return list(torch.tensor_split(waveform, cuts))
@@ -113,7 +114,7 @@ def test_resampling_in_blocks_equals_one_pass(rate: int) -> None:
 @pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
 @pytest.mark.parametrize("extra", [-1, 0, 1, 700, 44_100])
 def test_resampled_samples_do_not_depend_on_the_blocks(rate: int, extra: int) -> None:
-    """To the bit, also where the end falls just before, at and behind the end of a block and its context."""
+    """Bit-identical, also with the end just before, at and after the end of a block and its context."""
     waveform = noise(rate * READ_SECONDS + extra)
     assert torch.equal(resample(in_pieces(waveform), rate, 16_000), resample([waveform], rate, 16_000))
 
@@ -138,8 +139,8 @@ def test_a_long_stereo_file_read_in_blocks_gives_the_frames_of_one_pass(suffix: 
     samples, _ = soundfile.read(path, dtype="float32")
     one_pass = LogMel(SETTINGS)(resample([np.ascontiguousarray(samples).mean(axis=1)], rate, 16_000))
     utterance = FileSource(Recording("a"), path).load(SETTINGS)
-    assert not isinstance(utterance.sound, torch.Tensor)  # it is not held whole
-    assert torch.equal(torch.cat(list(LogMel(SETTINGS).blocks(utterance.sound))), one_pass)
+    assert not isinstance(utterance.audio, torch.Tensor)  # it is not held whole
+    assert torch.equal(torch.cat(list(LogMel(SETTINGS).blocks(utterance.audio))), one_pass)
     result = extract(FileSource(Recording("a"), path), SETTINGS)
     assert isinstance(result, Extracted) and np.array_equal(result.log_mel, one_pass.half().numpy())
 
@@ -148,15 +149,15 @@ def test_a_stretch_of_a_file_is_that_of_the_whole_one(tmp_path: Path) -> None:
     samples = noise(16_000 * 30)
     soundfile.write(tmp_path / "a.wav", samples.numpy(), 16_000, "FLOAT")
     for start, duration in ((0.0, 30.0), (1.5, 12.0), (29.0, 1.0), (3.0, 0.25)):
-        heard = SegmentSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS).waveform
+        heard = FileSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS).waveform
         assert torch.equal(heard, samples[int(start * 16_000) : int((start + duration) * 16_000)])
     for start, duration in ((29.0, 1.5), (31.0, 1.0), (3.0, 0.0)):
         with pytest.raises(UserError, match=r"a\.wav"):
-            SegmentSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS)
+            FileSource(Recording("a"), tmp_path / "a.wav", start, duration).load(SETTINGS)
 
 
 def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_features(tmp_path: Path) -> None:
-    """The file is mostly a hole, so it costs no disk: some noise at its beginning, then silence."""
+    """The file is sparse: noise at its start, then silence."""
     path, seconds, rate = tmp_path / "long.wav", 3 * 3600, 48_000
     soundfile.write(path, noise(2 * rate * 10).view(-1, 2).numpy(), rate, "PCM_16")
     size = 4 * rate * seconds
@@ -169,11 +170,11 @@ def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_feature
     program = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from data.corpora.base import FileSource\n"
-        "from data.extraction import extract\n"
+        "from data.corpora.audio_files import FileSource\n"
+        "from data.prepare.extraction import extract\n"
         "from data.features import FeatureSettings\n"
-        "from data.index import Recording\n"
-        "from data.writer import DatasetWriter\n"
+        "from data.format.schema import Recording\n"
+        "from data.format.writer import DatasetWriter\n"
         "torch.set_num_threads(1)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "writer = DatasetWriter(sys.argv[2], FeatureSettings())\n"
@@ -208,7 +209,7 @@ for _name, (_format, _subtype) in {
 def test_a_damaged_file_is_sound_or_one_error_that_names_it(kind: str, data: st.DataObject) -> None:
     content = bytearray(SEEDS[kind])
     for _ in range(data.draw(st.integers(1, 4))):
-        # The header is where lies are dangerous: half of the changes go there.
+        # Half of the changes are in the header, where errors are most dangerous.
         place = data.draw(st.integers(0, 80) | st.integers(0, 1 << 16)) % max(1, len(content))
         change = data.draw(st.sampled_from(["flip", "delete", "insert", "cut", "ones"]))
         if change == "flip":

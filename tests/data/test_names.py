@@ -10,21 +10,22 @@ import pytest
 import safetensors
 from corpora_speech import encoded, put
 
-from bestrq.transcripts.transcripts import TimedTranscript, ctm_text
+from bestrq.transcripts.formats import TimedTranscript, ctm_text
 from bestrq.transcripts.words import TimedWord
 from common.errors import UserError
 from data.corpora.base import Unreadable
 from data.corpora.folder import FolderSettings, sources
 from data.features import FeatureSettings
-from data.format.dataset import DatasetWriter, open_dataset
-from data.format.index import Recording
+from data.format.dataset import open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
 from data.names import escaped, name_fault, space_fields
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from data.shards.select import read_ids
 from data.word_times import find_word_times, read_ctm
 from data.word_times.stm import read_stm
 
-# Format characters and spaces (Cf, Zs, Zl, Zp), unassigned and private ones, and those that mean something to a format.
+# Format characters and spaces (Cf, Zs, Zl, Zp), unassigned and private characters, and separators of file formats.
 ODD = [chr(c) for c in range(0x20, 0x3100) if unicodedata.category(chr(c)) in ("Cf", "Zs", "Zl", "Zp")]
 ODD += list("\ufeff\ue000\u0378\ufffe\U000e0001\U0001f600\\\"'%&<>|{}[]#;,:=@")
 CONTROLS = [chr(c) for c in (*range(1, 32), *range(127, 160))]

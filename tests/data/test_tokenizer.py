@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, unknown characters, files; and the text that they are given."""
+"""Tokenizers: round trips, unknown characters, files, and training texts."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from bestrq.decoding.ctc_beam import CTCBeamState, ctc_beam_search, likeliest_la
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.hot_words import HotWords
 from bestrq.decoding.sequences import Hypothesis, choose
-from bestrq.decoding.tokens import greedy_ctc_timed
+from bestrq.decoding.tokens import greedy_ctc
 from common.errors import UserError
 
 Path = tuple[int, ...]
@@ -86,7 +86,7 @@ def test_a_wider_beam_finds_what_greedy_search_has_missed() -> None:
     for seed in range(20):
         log_probs = random_log_probs(6, seed=seed, scale=1.0)
         wanted = sums_over_alignments(log_probs)
-        [greedy] = greedy_ctc_timed(log_probs[None], torch.tensor([6]))
+        [greedy] = greedy_ctc(log_probs[None], torch.tensor([6]))
         assert search(log_probs, 30)[0].score == pytest.approx(max(wanted.values()), abs=1e-9)
         better += wanted[tuple(greedy.ids)] < max(wanted.values())
     assert better >= 3
@@ -150,14 +150,14 @@ def test_times_and_confidences_are_those_of_the_likeliest_alignment(kind: str) -
         for one in search(log_probs, 1000, make_fusion(kind)):
             path = torch.tensor(likeliest_alignment(log_probs, tuple(one.tokens.ids)))
             best = log_probs.gather(1, path[:, None]).squeeze(1)
-            [wanted] = greedy_ctc_timed(path[None], torch.tensor([5]), best[None])
+            [wanted] = greedy_ctc(path[None], torch.tensor([5]), best[None])
             assert one.tokens == wanted
             assert one.tokens.confidence == pytest.approx(wanted.confidence, abs=1e-12)
 
 
 def test_where_the_model_is_sure_the_beam_says_what_greedy_search_says() -> None:
     log_probs = random_log_probs(300, 6, scale=60.0)
-    [greedy] = greedy_ctc_timed(log_probs[None], torch.tensor([300]))
+    [greedy] = greedy_ctc(log_probs[None], torch.tensor([300]))
     for width, least in ((1, -math.inf), (8, -10.0)):
         best = ctc_beam_search(likeliest_labels(log_probs, 6), width, min_log_prob=least).hypotheses()[0].tokens
         assert best == greedy and best.confidence == pytest.approx(greedy.confidence)
@@ -178,7 +178,7 @@ def test_labels_left_out_are_those_below_the_threshold_and_beyond_the_count() ->
     assert scores_of(search(log_probs, 1000, count=2)) == pytest.approx(scores_of(wanted))
     assert [
         one.tokens.ids for one in ctc_beam_search(likeliest_labels(log_probs, 4), 9, min_log_prob=0).hypotheses()
-    ] == [greedy_ctc_timed(log_probs[None], torch.tensor([6]))[0].ids]
+    ] == [greedy_ctc(log_probs[None], torch.tensor([6]))[0].ids]
 
 
 def test_hot_words_are_found_that_are_a_little_too_unlikely_and_given_back_when_they_break_off() -> None:

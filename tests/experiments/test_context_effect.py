@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from bestrq.report.results import FORMAT_VERSION
+from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_recording
 from common.errors import UserError
 from tests.paths import REPOSITORY

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import yaml
 
-from bestrq.report.results import FORMAT_VERSION
+from bestrq.report.result_files import FORMAT_VERSION
 from data.format.dataset import open_dataset
 from data.splits import published_split
 from tests.corpora_speech import encoded, put, speech
@@ -60,7 +60,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
-    scripts = ("evaluate", "tools.align", "finetune_ctc", "data.prepare", "data.corpora.tedlium")
+    scripts = ("evaluate", "tools.align", "finetune_ctc", "data.prepare.prepare", "data.corpora.tedlium")
     with quick_python(
         *scripts, "pandas", "torch._dynamo", "torch.utils.tensorboard", "docstring_parser", "attr"
     ) as path:

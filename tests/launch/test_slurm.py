@@ -16,9 +16,9 @@ from slurm_cluster import Cluster, running_cluster, wait_until, why_not
 
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 

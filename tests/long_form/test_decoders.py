@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bestrq.decoding.sequences import Hypothesis
-from bestrq.decoding.tokens import TimedTokens, greedy_ctc_timed
+from bestrq.decoding.tokens import TimedTokens, greedy_ctc
 from bestrq.long_form.decoders import (
     BeamCTC,
     Decoder,
@@ -124,7 +124,7 @@ def test_bad_settings_name_the_field() -> None:
 
 def test_a_greedy_ctc_confidence_is_the_mean_probability_of_the_frames_of_a_label() -> None:
     probabilities = torch.tensor([[0.2, 0.8, 0], [0.4, 0.6, 0], [0.7, 0.2, 0.1], [0.1, 0.9, 0], [0.1, 0.2, 0.7]])
-    [tokens] = greedy_ctc_timed(probabilities[None].log(), torch.tensor([5]))
+    [tokens] = greedy_ctc(probabilities[None].log(), torch.tensor([5]))
     assert tokens.ids == [1, 1, 2] and tokens.confidence == pytest.approx([0.7, 0.9, 0.7])
     decoder = make_decoder("ctc")
     kept = decoder.reduce(probabilities.log())

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients to the bit, less kept, and no product with a weight reckoned in vain."""
+"""Activation checkpointing: bit-identical gradients, less memory, no needless recomputation."""
 
 import dataclasses
 from typing import Any
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.live_bytes import LiveBytes
-from bestrq.model.checkpointing import MODES, run_block
-from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings, run_block
 from bestrq.model.settings import StageSettings
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise
 from common.segments import Segments
@@ -41,7 +40,7 @@ def make(settings: EncoderSettings, mode: str, dtype: torch.dtype = torch.float6
 
 
 def loss_of(model: nn.Module, encoder: ConformerEncoder, seed: int = 1) -> Tensor:
-    """Two rows, three segments and a gap; the same noise and the same dropout for the same seed."""
+    """Loss on two rows with three segments and a gap; noise and dropout are determined by the seed."""
     torch.manual_seed(seed)
     frames = 192
     layout = encoder.layout(Segments(torch.tensor([[0, 96], [0, 0]]), torch.tensor([[71, 64], [131, 0]]), frames))
@@ -53,28 +52,28 @@ def gradients(encoder: ConformerEncoder) -> list[Tensor]:
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in encoder.parameters()]
 
 
-def equal(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    assert any(t.any() for t in theirs)
-    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+def equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    assert any(t.any() for t in expected)
+    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("mode", SAVING)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_without_checkpointing_to_the_bit(variant: str, mode: str) -> None:
+def test_gradients_are_bit_identical_to_those_without_checkpointing(variant: str, mode: str) -> None:
     results = []
-    for this in ("none", mode):
-        encoder = make(dataclasses.replace(TINY, **VARIANTS[variant]), this)
+    for setting in ("none", mode):
+        encoder = make(dataclasses.replace(TINY, **VARIANTS[variant]), setting)
         loss_of(encoder, encoder).backward()
         results.append(gradients(encoder))
     assert equal(results[1], results[0])
 
 
 @pytest.mark.parametrize("mode", SAVING)
-def test_the_same_under_autocast_for_two_batches_in_one_context(mode: str) -> None:
-    """The second batch finds the weights that the first one cast in autocast's cache, the backward pass does not."""
+def test_gradients_are_bit_identical_under_autocast_for_two_batches_in_one_context(mode: str) -> None:
+    """Autocast's cache of weights is filled in the second forward pass, but empty in the backward pass."""
     results = []
-    for this in ("none", mode):
-        encoder = make(TINY, this, torch.float32)
+    for setting in ("none", mode):
+        encoder = make(TINY, setting, torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             loss_of(encoder, encoder).backward()
             loss = loss_of(encoder, encoder, 2)
@@ -84,30 +83,31 @@ def test_the_same_under_autocast_for_two_batches_in_one_context(mode: str) -> No
 
 
 def parallel_gradients(world: World, strategy: str) -> dict[tuple[str, str], list[Tensor]]:
-    found = {}
+    """Gradients of each precision and mode after two steps."""
+    gradients_of_mode = {}
     for precision in ("float32", "bfloat16"):
         settings = DistributedSettings(strategy=strategy, device="cpu", precision=precision)  # type: ignore[arg-type]
         for mode in MODES:
             encoder = make(TINY, mode, torch.float32)
             model = parallelise(encoder, encoder.blocks, world, settings)
-            for step in range(2):  # the second finds the weights sharded again
+            for step in range(2):  # in the second step the weights are sharded again
                 with autocast(world, settings):
                     loss = loss_of(model, encoder, 10 * step + world.rank)
                 loss.backward()
             grads: list[Any] = [p.grad for p in model.parameters()]
-            found[precision, mode] = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
-    return found
+            gradients_of_mode[precision, mode] = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    return gradients_of_mode
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_gradients_of_two_processes_are_the_same_in_every_mode(strategy: str) -> None:
-    for found in run_distributed(parallel_gradients, 2, strategy):
+    for result in run_distributed(parallel_gradients, 2, strategy):
         for precision in ("float32", "bfloat16"):
-            assert all(equal(found[precision, mode], found[precision, "none"]) for mode in SAVING)
+            assert all(equal(result[precision, mode], result[precision, "none"]) for mode in SAVING)
 
 
 class CountOperations(TorchDispatchMode):
-    """How often operations of one name run."""
+    """Count of the calls of operations with one name."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_reckons_products_with_weights_once_and_full_twice() -> None:
+def test_selective_computes_products_with_weights_once_and_full_twice() -> None:
     linear_maps = sum(isinstance(m, nn.Linear) for m in make(TINY, "none").blocks.modules())
     counts = {}
     for mode in MODES:
@@ -127,12 +127,12 @@ def test_selective_reckons_products_with_weights_once_and_full_twice() -> None:
             loss_of(encoder, encoder).backward()
         counts[mode] = counter.count
     assert counts["selective"] == counts["none"]
-    # All but the last of a block: nothing after it needs its output, so the second computation ends before it.
+    # Except the last one of a block: its output is not needed, so the recomputation ends before it.
     assert counts["full"] == counts["none"] + linear_maps
 
 
 def kept_bytes(mode: str, frames: int) -> int:
-    """What a block of 32 float32 features keeps of a row of one segment, its output aside."""
+    """Bytes that a block of 32 float32 features stores for a row of one segment, except its output."""
     encoder = make(TINY, "none", torch.float32)
     layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[4 * frames]]), 4 * frames))
     x = torch.randn(1, frames, TINY.dim, requires_grad=True)
@@ -141,20 +141,20 @@ def kept_bytes(mode: str, frames: int) -> int:
     return live.now - y.nbytes
 
 
-def test_full_keeps_the_input_and_selective_an_amount_linear_in_the_length() -> None:
+def test_full_stores_the_input_and_selective_an_amount_linear_in_the_length() -> None:
     none, selective = (kept_bytes(mode, 400) for mode in ("none", "selective"))
-    assert kept_bytes("full", 400) < 200  # what was there before is not counted; a seed or so
+    assert kept_bytes("full", 400) < 200  # the input is not counted; a seed or similar is
     assert 0 < selective < 0.5 * none
     assert kept_bytes("selective", 800) <= 2 * selective < 0.6 * kept_bytes("none", 800)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_without_gradients_the_block_is_called_as_it_is(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("bestrq.model.checkpointing.checkpoint")
+def test_without_gradients_the_block_is_called_directly(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("bestrq.model.conformer.checkpoint")
     with torch.no_grad():
         assert kept_bytes(mode, 100) == 0
 
 
-def test_unknown_mode_is_refused_by_name() -> None:
+def test_an_unknown_mode_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'some': give one of 'none', 'selective', 'full'"):
         run_block(nn.Identity(), "some", torch.zeros(1))

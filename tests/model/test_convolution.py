@@ -1,4 +1,4 @@
-"""The convolution module over packed rows: plain convolution of each segment, causal, with a stride, in a stream."""
+"""Convolution module over packed rows, against plain convolutions of each segment; causal, with a stride, streaming."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bestrq.model.convolution import ConvolutionModule, convolve_in_segments, depthwise
 from bestrq.model.norms import MaskedBatchNorm
+from bestrq.model.streaming import stream_convolution
 from bestrq.training.process import World
 from tests.gloo import run_distributed
 
@@ -21,7 +22,7 @@ FRAMES = 24
 
 
 def make_layout(rows: Rows, frames: int, reach: int) -> Any:
-    """A `StageLayout`'s `valid` and `convolution`, segment by segment."""
+    """`valid` and `convolution` of a `StageLayout`, built segment by segment."""
     num_spread = frames + (len(rows[0]) - 1) * reach
     valid = torch.zeros(len(rows), frames, dtype=torch.bool)
     frame, slot = [], []
@@ -44,7 +45,7 @@ def reach_of(module: ConvolutionModule) -> int:
 
 
 def plain(module: ConvolutionModule, x: Tensor) -> Tensor:
-    """One segment `[n, D]` alone, frame by frame: the definition."""
+    """Definition: one segment `[n, D]` alone, frame by frame."""
     gated = F.glu(module.pointwise_in(x), dim=-1)
     weight, kernel_size = module.depthwise.weight[:, 0], module.depthwise.kernel_size[0]
     outputs = []
@@ -63,7 +64,7 @@ VARIANTS = [(causal, stride) for causal in (False, True) for stride in (1, 2)]
 
 @pytest.mark.parametrize("kernel_size", [1, 5, 31])
 @pytest.mark.parametrize("causal, stride", VARIANTS)
-def test_packed_segments_come_out_as_each_alone_with_the_same_gradients(
+def test_packed_segments_have_the_outputs_and_gradients_of_each_alone(
     causal: bool, stride: int, kernel_size: int
 ) -> None:
     module = make_module(kernel_size, causal=causal, stride=stride, dim_out=8)
@@ -77,19 +78,19 @@ def test_packed_segments_come_out_as_each_alone_with_the_same_gradients(
                 continue
             alone = x[row, start : start + length].detach().requires_grad_()
             expected = plain(module, alone)
-            got = packed[row, start // stride : start // stride + len(expected)]
-            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+            actual = packed[row, start // stride : start // stride + len(expected)]
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
             weight = torch.randn_like(expected)
-            want = torch.autograd.grad((expected * weight).sum(), (alone, *module.parameters()))
-            have = torch.autograd.grad((got * weight).sum(), (x, *module.parameters()), retain_graph=True)
+            alone_grads = torch.autograd.grad((expected * weight).sum(), (alone, *module.parameters()))
+            packed_grads = torch.autograd.grad((actual * weight).sum(), (x, *module.parameters()), retain_graph=True)
             inside = torch.zeros_like(x)
-            inside[row, start : start + length] = want[0]
-            torch.testing.assert_close(have, (inside, *want[1:]), rtol=1e-10, atol=1e-10)
+            inside[row, start : start + length] = alone_grads[0]
+            torch.testing.assert_close(packed_grads, (inside, *alone_grads[1:]), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("causal, stride", VARIANTS)
-def test_output_sees_the_documented_frames_and_no_other(causal: bool, stride: int, kernel_size: int) -> None:
+def test_outputs_depend_on_the_documented_frames_only(causal: bool, stride: int, kernel_size: int) -> None:
     module = make_module(kernel_size, causal=causal, stride=stride)
     x = torch.randn(1, 20, 6, dtype=torch.float64, requires_grad=True)
     start, length = 4, 13
@@ -97,14 +98,14 @@ def test_output_sees_the_documented_frames_and_no_other(causal: bool, stride: in
     for u in range(-(-length // stride)):
         (grad,) = torch.autograd.grad(outputs[0, start // stride + u].pow(2).sum(), x, retain_graph=True)
         last = stride * u + (stride - 1 if causal else kernel_size // 2)
-        seen = range(max(last - kernel_size + 1, 0), min(last, length - 1) + 1)
-        assert grad[0].abs().sum(1).nonzero().flatten().tolist() == [start + t for t in seen]
-        assert not causal or max(seen) < stride * (u + 1)
+        covered = range(max(last - kernel_size + 1, 0), min(last, length - 1) + 1)
+        assert grad[0].abs().sum(1).nonzero().flatten().tolist() == [start + t for t in covered]
+        assert not causal or max(covered) < stride * (u + 1)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 5, 31])
 @pytest.mark.parametrize("ahead_share", [0, 1])
-def test_gradients_of_the_depthwise_convolution_are_those_of_its_outputs(kernel_size: int, ahead_share: int) -> None:
+def test_gradients_of_the_depthwise_convolution_match_its_outputs(kernel_size: int, ahead_share: int) -> None:
     torch.manual_seed(0)
     ahead = ahead_share * (kernel_size // 2)
     rows: Rows = [[(4, 2), (0, 3)], [(1, 5), (0, 0)]]
@@ -129,23 +130,23 @@ def test_stream_of_chunks_equals_the_one_pass_output(kernel_size: int, chunks: l
     whole = module(x, make_layout([[(0, 40)]], 40, kernel_size - 1))
     cache, outputs = x.new_zeros(1, kernel_size - 1, 6), []
     for chunk in x.split(chunks, dim=1):
-        out, cache = module.stream(chunk, cache)
+        out, cache = stream_convolution(module, chunk, cache)
         assert cache.shape == (1, kernel_size - 1, 6)
         outputs.append(out)
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal, stride", VARIANTS)
-def test_batch_norm_leaves_gaps_out_of_its_statistics(causal: bool, stride: int) -> None:
+def test_statistics_of_batch_norm_exclude_gaps(causal: bool, stride: int) -> None:
     module = make_module(norm="batch_norm", causal=causal, stride=stride).train()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, FRAMES, 6, dtype=torch.float64, generator=generator)
     layout = make_layout(ROWS, FRAMES, reach_of(module))
-    few = module(x, layout)[layout.valid[:, ::stride]]
+    short = module(x, layout)[layout.valid[:, ::stride]]
     padded = F.pad(torch.where(layout.valid[..., None], x, 100.0), (0, 0, 0, 50), value=100.0)
     layout = make_layout(ROWS, FRAMES + 50, reach_of(module))
-    many = module(padded, layout)[layout.valid[:, ::stride]]
-    torch.testing.assert_close(few, many, rtol=1e-12, atol=1e-12)
+    long = module(padded, layout)[layout.valid[:, ::stride]]
+    torch.testing.assert_close(short, long, rtol=1e-12, atol=1e-12)
 
 
 def test_parameter_names_of_a_checkpoint_do_not_depend_on_the_variant() -> None:
@@ -159,7 +160,7 @@ def test_parameter_names_of_a_checkpoint_do_not_depend_on_the_variant() -> None:
 
 
 def test_the_gradient_of_the_depthwise_weight_has_the_weights_strides() -> None:
-    """DDP would warn of others at every start, and copy."""
+    """With other strides DDP would warn at every start, and copy."""
     weight = torch.randn(6, 1, 5, requires_grad=True)
     out = depthwise(torch.randn(2, 9, 6), weight, torch.zeros(6), 2)
     out.sum().backward()
@@ -169,17 +170,17 @@ def test_the_gradient_of_the_depthwise_weight_has_the_weights_strides() -> None:
 def convolve_few_channels(world: World, dim: int, kernel: int) -> float:
     torch.manual_seed(0)
     values = [torch.randn(2, 160, dim), torch.randn(dim, 1, kernel), torch.randn(dim)]
-    given = [value.bfloat16().requires_grad_() for value in values]
+    inputs = [value.bfloat16().requires_grad_() for value in values]
     with torch.autocast("cpu", torch.bfloat16):
-        found = depthwise(*given, kernel // 2)
-    assert found.dtype == torch.bfloat16
-    found.float().square().sum().backward()
-    assert all(value.grad is not None and value.grad.isfinite().all() for value in given)
-    expected = depthwise(*(value.detach().float() for value in given), kernel // 2)
-    return float((found.float() - expected).abs().max() / expected.abs().max())
+        output = depthwise(*inputs, kernel // 2)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in inputs)
+    expected = depthwise(*(value.detach().float() for value in inputs), kernel // 2)
+    return float((output.float() - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(("dim", "kernel"), [(16, 31), (8, 15), (17, 31)])
-def test_few_channels_are_convolved_in_bfloat16_too(dim: int, kernel: int) -> None:
-    """In a process of its own: what this guards against never returns."""
+def test_few_channels_are_convolved_in_bfloat16(dim: int, kernel: int) -> None:
+    """In a separate process, as the oneDNN call that must be avoided never returns."""
     assert run_distributed(convolve_few_channels, 1, dim, kernel)[0] < 0.01

@@ -1,4 +1,4 @@
-"""Encoder frame t is made of the mel frames of BEST-RQ's target t, and of little else."""
+"""Encoder frame t depends mostly on the mel frames of BEST-RQ target t."""
 
 import pytest
 import torch
@@ -42,12 +42,12 @@ def test_impulse_in_the_frames_of_target_t_changes_encoder_frame_t_most(seed: in
 
 
 @pytest.mark.parametrize("length", [40, 41, 42, 43])
-def test_receptive_field_is_two_frames_before_and_one_behind_its_target(length: int) -> None:
+def test_receptive_field_is_two_frames_before_and_one_after_its_target(length: int) -> None:
     encoder = make_encoder(0)
     log_mel = torch.randn(60, MELS, dtype=torch.float64, requires_grad=True)
     frames = subsample(encoder, log_mel, 8, length)
     for t, frame in enumerate(frames):
         (grad,) = torch.autograd.grad(frame.pow(2).sum(), log_mel, retain_graph=True)
-        seen = grad.abs().sum(dim=1).nonzero().flatten().tolist()
+        frames_used = grad.abs().sum(dim=1).nonzero().flatten().tolist()
         first, last = max(8 + 4 * t - 2, 8), min(8 + 4 * t + 4, 8 + length - 1)
-        assert seen == list(range(first, last + 1))
+        assert frames_used == list(range(first, last + 1))

@@ -1,4 +1,4 @@
-"""What an encoder sees can be changed for an evaluation, as no weight depends on it; then it streams, too."""
+"""Changes of the attention mask for an evaluation, as no weight depends on it; streaming of a changed encoder."""
 
 from pathlib import Path
 
@@ -33,23 +33,23 @@ def log_probs(export: Export, changes: EncoderChanges) -> Tensor:
         return model.log_probs(log_mel, Segments(torch.tensor([[0]]), torch.tensor([[400]]), 400))
 
 
-def test_an_encoder_trained_on_chunks_of_changing_length_takes_any_mask() -> None:
+def test_an_encoder_trained_with_dynamic_chunks_takes_any_mask() -> None:
     trained = EncoderSettings(mask="chunk", dynamic_chunks=True)
     assert EncoderChanges().apply(trained) == trained
     assert EncoderChanges(mask="segment").apply(trained).mask == "segment"
     assert EncoderChanges(mask="window", window=9).apply(trained).window == 9
 
 
-def test_an_encoder_sees_what_it_is_told_to_see(export: Export) -> None:
+def test_changes_take_effect_on_the_outputs(export: Export) -> None:
     own = log_probs(export, EncoderChanges())
     assert torch.equal(own, log_probs(export, EncoderChanges(mask="segment")))
     near = log_probs(export, EncoderChanges(mask="window", window=4))
     assert not torch.allclose(near, own, atol=1e-3)
-    # The window reaches over the whole recording.
+    # This window covers the whole recording.
     torch.testing.assert_close(log_probs(export, EncoderChanges(mask="window", window=100)), own, rtol=0, atol=1e-3)
 
 
-def test_changes_that_are_not_given_keep_the_settings_of_the_export() -> None:
+def test_settings_without_a_change_are_those_of_the_export() -> None:
     own = EncoderSettings(mask="chunk", chunk_size=8, left_chunks=3, rotary_interpolation=2.0)
     assert EncoderChanges().apply(own) == own
     changed = EncoderChanges(left_chunks=-1, rotary_interpolation=4.0).apply(own)
@@ -62,16 +62,18 @@ def test_changes_come_from_a_command_line() -> None:
     assert from_dict(EncoderChanges, to_dict(EncoderChanges())) == EncoderChanges()
 
 
-def test_a_change_that_does_nothing_or_is_impossible_is_named() -> None:
+def test_a_change_without_effect_or_with_an_invalid_value_is_named() -> None:
     with pytest.raises(UserError, match="encoder.window = 64 has no effect with mask 'segment'"):
         EncoderChanges(window=64).apply(EncoderSettings())
     with pytest.raises(UserError, match="encoder.left_chunks = 2 has no effect with mask 'window'"):
         EncoderChanges(mask="window", left_chunks=2).apply(EncoderSettings())
-    with pytest.raises(UserError, match="encoder.window: 0 is not possible"):
-        EncoderChanges(mask="window", window=0).apply(EncoderSettings())
+    with pytest.raises(UserError, match="window is 0: expected an integer above 0"):
+        from_dict(EncoderChanges, {"mask": "window", "window": 0})
+    with pytest.raises(UserError, match="encoder.left_chunks: -2 is invalid"):
+        EncoderChanges(mask="chunk", left_chunks=-2).apply(EncoderSettings())
 
 
-def test_a_causal_export_is_streamed_to_the_tokens_of_one_pass(export: Export, tmp_path: Path) -> None:
+def test_a_causal_export_streams_to_the_tokens_of_one_pass(export: Export, tmp_path: Path) -> None:
     causal = {**export.config, "encoder": {**export.config["encoder"], "causal_convolution": True}}
     files = {path.name: path.read_bytes() for path in export.path.iterdir() if "tokenizer" in path.name}
     write_export(tmp_path / "export", export.tensors, causal, "a card", files)

@@ -1,4 +1,4 @@
-"""Dropout, depthwise convolution, layout and norms: each against its plain definition."""
+"""Dropout, layout, norms and the whole encoder, each against its plain definition."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ from tests.layouts import row_layout
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_dropout_zeroes_its_share_and_scales_the_rest_exactly(share: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_dropout_drops_with_its_probability_and_scales_the_rest_exactly(probability: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    threshold = drop_threshold(share)
+    threshold = drop_threshold(probability)
     x = torch.ones(1001, 301, dtype=dtype)
-    y = Dropout(share)(x)
+    y = Dropout(probability)(x)
     kept = y != 0
     assert y.dtype == dtype
     assert (y[kept] == torch.tensor(256 / (256 - threshold), dtype=dtype)).all()
@@ -32,12 +32,12 @@ def test_dropout_zeroes_its_share_and_scales_the_rest_exactly(share: float, dtyp
     assert abs(float(kept.double().mean()) - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
 
 
-def test_dropped_share_is_the_nearest_256th_and_never_all_or_none() -> None:
+def test_dropout_probability_is_the_nearest_256th_and_never_all_or_none() -> None:
     assert [drop_threshold(p) for p in (0.0, 1e-4, 0.1, 0.5, 0.999)] == [0, 1, 26, 128, 255]
     assert keep_scale(0) == 1.0
 
 
-def test_dropout_masks_are_uncorrelated_from_element_to_element() -> None:
+def test_dropout_masks_are_uncorrelated_between_elements() -> None:
     torch.manual_seed(0)
     kept = (Dropout(0.5)(torch.ones(1 << 18)) != 0).double() - 0.5
     for lag in (1, 2, 4, 7, 8, 16, 64):
@@ -70,7 +70,7 @@ def test_dropout_repeats_with_the_global_seed_and_differs_between_calls() -> Non
     assert torch.equal(drop(x), third)
 
 
-def test_dropout_gradients_pass_through_the_same_mask() -> None:
+def test_dropout_gradients_use_the_mask_of_the_forward_pass() -> None:
     torch.manual_seed(0)
     x, y = (torch.randn(6, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     drop = Dropout(0.4)
@@ -85,7 +85,7 @@ def test_dropout_gradients_pass_through_the_same_mask() -> None:
     torch.testing.assert_close(seeded(x, y), expected)
 
 
-def test_dropout_does_nothing_in_evaluation_or_at_share_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_the_identity_in_evaluation_or_at_probability_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dropout_module, "draw_kept", lambda *_: pytest.fail("a mask was drawn"))
     x, y = torch.randn(2, 5)
     for drop in (Dropout(0.5).eval(), Dropout(0.0)):
@@ -101,7 +101,7 @@ def test_dropout_does_nothing_in_evaluation_or_at_share_zero(monkeypatch: pytest
     reach=st.integers(0, 15),
     data=st.data(),
 )
-def test_spread_segments_keep_their_reach_apart_whatever_the_order_of_the_slots(rows, reach, data) -> None:  # type: ignore
+def test_segments_are_moved_apart_by_the_reach_for_any_order_of_the_slots(rows, reach, data) -> None:  # type: ignore
     frames, starts, lengths = 400, [], []
     for row in rows:
         row_starts, end = [], 0
@@ -129,7 +129,7 @@ def test_spread_segments_keep_their_reach_apart_whatever_the_order_of_the_slots(
 
 
 @pytest.mark.parametrize("interpolation", [1.0, 4.0])
-def test_positions_count_from_the_start_of_each_segment(interpolation: float) -> None:
+def test_positions_start_at_each_segment(interpolation: float) -> None:
     stage = row_layout([[0, 44]], [[40, 37]], 100, rotary_interpolation=interpolation).output
     phase = stage.attention.rotary_phase
     assert phase is not None
@@ -142,23 +142,23 @@ def test_positions_count_from_the_start_of_each_segment(interpolation: float) ->
 
 def test_stages_of_an_efficient_conformer_halve_the_frames_of_every_segment() -> None:
     earlier = [StageSettings(1, 8, 2, 8, group_size=3), StageSettings(1, 8, 2, 8)]
-    layout = row_layout([[0, 96]], [[90, 53]], 200, earlier_stages=earlier)  # rows are filled up to 240
+    layout = row_layout([[0, 96]], [[90, 53]], 200, earlier_stages=earlier)  # rows are padded to 240
     assert [stage.valid.shape[1] for stage in layout.stages] == [60, 30, 15]
     assert [stage.segments.start[0].tolist() for stage in layout.stages] == [[0, 24], [0, 12], [0, 6]]
     assert [stage.segments.length[0].tolist() for stage in layout.stages] == [[23, 14], [12, 7], [6, 4]]
     assert layout.stages[0].attention.segments == [(0, 8), (8, 13)]  # in groups of three frames
 
 
-@pytest.mark.parametrize("start, length, frames, word", [(6, 8, 40, "multiples"), (36, 8, 40, "ends behind")])
-def test_impossible_rows_are_refused(start: int, length: int, frames: int, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+@pytest.mark.parametrize("start, length, frames, message", [(6, 8, 40, "multiples"), (36, 8, 40, "ends after")])
+def test_invalid_rows_are_refused(start: int, length: int, frames: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         row_layout([[start]], [[length]], frames)
 
 
 # ---- norms and the whole
 
 
-def test_norm_has_the_parameter_names_of_every_other_layer_norm() -> None:
+def test_layer_norm_has_the_parameter_names_of_torchs() -> None:
     norm = make_norm("layer_norm", 8)
     assert isinstance(norm, LayerNorm) and set(norm.state_dict()) == {"weight", "bias"}
     norm.load_state_dict(torch.nn.LayerNorm(8).state_dict())
@@ -169,7 +169,7 @@ def test_norm_has_the_parameter_names_of_every_other_layer_norm() -> None:
 
 
 def test_encoder_error_stays_within_its_precision() -> None:
-    """float32 within 1e-5 and bfloat16 autocast within 2 % of float64, over the whole encoder."""
+    """Whole encoder: float32 within 1e-5 and bfloat16 autocast within 2 % of float64."""
     torch.manual_seed(0)
     encoder = ConformerEncoder(
         EncoderSettings(dim=64, num_layers=3, num_heads=2, feedforward_dim=128, subsampling_channels=16)
@@ -196,10 +196,10 @@ def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
     expected = cpu(log_mel, cpu.layout(rows))
     grads = torch.autograd.grad(expected.pow(2).sum(), list(cpu.parameters()))
     gpu = cpu.cuda()
-    got = gpu(log_mel.cuda(), gpu.layout(rows))
-    got_grads = torch.autograd.grad(got.pow(2).sum(), list(gpu.parameters()))
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
-    for a, b in zip(got_grads, grads, strict=True):
+    actual = gpu(log_mel.cuda(), gpu.layout(rows))
+    actual_grads = torch.autograd.grad(actual.pow(2).sum(), list(gpu.parameters()))
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-9, atol=1e-9)
+    for a, b in zip(actual_grads, grads, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
 
 
@@ -219,4 +219,4 @@ def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.M
     with torch.no_grad():
         sliced = encoder(log_mel, layout)
     torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=1e-12)
-    assert max(hidden) == 7 * 48, "the hidden units of all frames stood at once"
+    assert max(hidden) == 7 * 48, "the hidden units of all frames were in memory at once"

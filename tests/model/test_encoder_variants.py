@@ -1,4 +1,4 @@
-"""What the choices of an encoder promise: relative positions, dropped layers, dynamic chunks, saving and exporting."""
+"""Properties of encoder variants: relative positions, layer drop, dynamic chunks, saving and exporting."""
 
 import io
 from dataclasses import replace
@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bestrq.model.attention.masks.chunk import ChunkMask
-from bestrq.model.attention.masks.segment import SegmentMask
+import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
+from bestrq.model.attention.masks import ChunkMask, SegmentMask
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.layout import RowLayout
@@ -26,16 +26,16 @@ LENGTH, REACH = 40, 12
 
 
 def weights_under(bias: Tensor, backend: str) -> Tensor:
-    """Attention weights `[H, queries, keys]` of queries and keys that are zero: what the bias alone makes."""
+    """Attention weights `[H, queries, keys]` of the bias alone, with queries and keys of zero."""
     sizes = {"dim": 2 * LENGTH, "num_heads": 2, "position": "relative"}
     layout = stage_layout([LENGTH], gap=0, backend=backend, mask="window", window=LENGTH, **sizes).attention
     qkv = torch.zeros(1, LENGTH, 6, LENGTH, dtype=torch.float64)
-    qkv[0, :, 4:] = torch.eye(LENGTH, dtype=torch.float64)[:, None]  # values that tell the keys apart
+    qkv[0, :, 4:] = torch.eye(LENGTH, dtype=torch.float64)[:, None]  # one-hot values identify the keys
     return ATTEND[backend](qkv, 2, layout, bias, 0.0)[0].transpose(0, 1)
 
 
 def assert_relative_and_bounded(weights: Tensor) -> None:
-    """Beside the frame itself, a key weighs the same at the same distance, and all far ones the same."""
+    """Relative to the frame itself, the weight of a key depends on its distance only, and is constant far away."""
     scores = weights.log() - weights.diagonal(dim1=1, dim2=2).log()[..., None]
     torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1])
     far = scores[:, -1].flip(-1)[:, REACH:], scores[:, 0][:, REACH:]
@@ -44,36 +44,36 @@ def assert_relative_and_bounded(weights: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", ["segments", "dense", "bands", "reference"])
-def test_a_relative_bias_depends_on_the_distance_alone_and_is_bounded(backend: str) -> None:
+def test_a_relative_bias_depends_on_the_distance_only_and_is_bounded(backend: str) -> None:
     torch.manual_seed(0)
     bias = RelativeBias(2, 8, REACH).double()
     nn.init.normal_(bias.weight)
     weights = weights_under(bias(), backend)
     assert_relative_and_bounded(weights)
     scores = weights.log() - weights.diagonal(dim1=1, dim2=2).log()[..., None]
-    last = bias.weight[:, [3, 7]] - bias.weight[:, :1]  # of the buckets behind and ahead
+    last = bias.weight[:, [3, 7]] - bias.weight[:, :1]  # of the last buckets before and after the query
     torch.testing.assert_close(torch.stack((scores[:, -1, 0], scores[:, 0, -1]), dim=1), last)
 
 
-def test_the_toy_bias_of_query_minus_key_would_be_caught() -> None:
+def test_the_check_fails_for_a_bias_of_query_minus_key() -> None:
     frame = torch.arange(LENGTH, dtype=torch.float64)
     with pytest.raises(AssertionError):
         assert_relative_and_bounded((frame[:, None] - frame).softmax(dim=-1)[None])
 
 
-def test_distances_of_an_hour_share_the_last_bucket_and_short_ones_have_their_own() -> None:
+def test_distances_up_to_an_hour_share_the_last_bucket_and_short_ones_have_their_own() -> None:
     distance = torch.arange(-90_000, 90_001)
     bucket = distance_bucket(distance, 64, 800)
-    behind, ahead = bucket[:90_001].flip(0), bucket[90_001:]
-    assert (behind[800:] == 31).all() and (ahead[799:] == 63).all()
-    assert behind[:16].tolist() == list(range(16)) and ahead[:15].tolist() == list(range(33, 48))
-    for side in (behind, ahead):
-        assert set(side.diff().tolist()) == {0, 1}  # no bucket is left out on the way
+    before, after = bucket[:90_001].flip(0), bucket[90_001:]
+    assert (before[800:] == 31).all() and (after[799:] == 63).all()
+    assert before[:16].tolist() == list(range(16)) and after[:15].tolist() == list(range(33, 48))
+    for side in (before, after):
+        assert set(side.diff().tolist()) == {0, 1}  # no bucket is skipped
 
 
 @pytest.mark.parametrize("position", CHOICES["position"])
-def test_under_a_window_frames_far_from_both_ends_do_not_know_where_they_are(position: str) -> None:
-    """But with features of the position in the input they do."""
+def test_outputs_under_a_window_do_not_depend_on_the_position_far_from_both_ends(position: str) -> None:
+    """Except with Fourier features of the position in the input."""
     encoder = make_encoder({"position": position, "mask": "window"}, num_layers=2)
     reach, later = 2 * (6 + 3) + 1, 17
     long = torch.randn(1, 4 * 80, MELS, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_under_a_window_frames_far_from_both_ends_do_not_know_where_they_are(pos
 # ---- random depth and chunks
 
 
-def test_dropped_rows_pass_a_block_by_as_often_as_asked_for() -> None:
+def test_rows_skip_a_block_with_the_configured_probability() -> None:
     rows, share = 600, 0.3
     encoder = make_encoder({"subsampling": "stacking 4"}, dropout=0.0, attention_dropout=0.0, layer_drop=share)
     layout = encoder.layout(Segments(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), 8), 8))
@@ -104,7 +104,7 @@ def test_dropped_rows_pass_a_block_by_as_often_as_asked_for() -> None:
 
 
 def test_every_parameter_has_a_gradient_whichever_rows_are_dropped() -> None:
-    """Zeros where all rows pass a block by: DDP waits for all of them."""
+    """Zeros if all rows skip a block: DDP waits for the gradients of all parameters."""
     encoder = make_encoder({"stages": "two"}, num_layers=3, dropout=0.0, attention_dropout=0.0, layer_drop=0.99).train()
     layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[90]]), 96))
     torch.manual_seed(0)
@@ -113,11 +113,16 @@ def test_every_parameter_has_a_gradient_whichever_rows_are_dropped() -> None:
     assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
     assert grads["blocks.2.attention.qkv.weight"].abs().max() == 0 < grads["subsampling.out.weight"].abs().max()  # type: ignore[union-attr]
     blocks = [block for block in encoder.blocks if isinstance(block, ConformerBlock)]
-    assert [block.layer_drop for block in blocks] == [0.0, 0.99, 0.99, 0.99]  # halving the rate cannot be passed by
+    assert [block.layer_drop for block in blocks] == [
+        0.0,
+        0.99,
+        0.99,
+        0.99,
+    ]  # a block that halves the rate is never skipped
 
 
 def chunk_sizes(encoder: ConformerEncoder) -> list[int | None]:
-    """The chunk of each stage in frames of the first; None for the whole segment."""
+    """Chunk size of each stage, in frames of the first stage; None for the whole segment."""
     layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[90]]), 96))
     sizes: list[int | None] = []
     for number, (stage, settings) in enumerate(zip(layout.stages, encoder.settings.stages, strict=True)):
@@ -136,7 +141,7 @@ def test_dynamic_chunks_are_drawn_in_training_from_the_global_generator_and_fixe
     encoder.train()
     torch.manual_seed(0)
     drawn = [chunk_sizes(encoder) for _ in range(400)]
-    assert all(len({*sizes}) == 1 for sizes in drawn)  # all stages see as far
+    assert all(len({*sizes}) == 1 for sizes in drawn)  # the same context in all stages
     assert {sizes[0] for sizes in drawn} == {None, *range(unit, 25, unit)}
     torch.manual_seed(0)
     assert [chunk_sizes(encoder) for _ in range(400)] == drawn
@@ -149,7 +154,7 @@ def test_dynamic_chunks_are_drawn_in_training_from_the_global_generator_and_fixe
 
 
 def shrunk(settings: EncoderSettings) -> EncoderSettings:
-    """The same kind of encoder, tiny."""
+    """Tiny encoder of the same variant."""
     earlier = [
         StageSettings(1, 2 * stage.num_heads, stage.num_heads, 6, stage.group_size) for stage in settings.earlier_stages
     ]
@@ -170,7 +175,7 @@ def rows_of(encoder: ConformerEncoder, backend: str | None = None) -> tuple[Tens
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_state_round_trips_through_safetensors_and_holds_all_that_outputs_depend_on(name: str) -> None:
+def test_state_round_trips_through_safetensors_and_determines_the_outputs(name: str) -> None:
     torch.manual_seed(1)
     encoder, other = (ConformerEncoder(VARIANTS[name]).double().eval() for _ in range(2))
     for tensor in encoder.state_dict().values():
@@ -179,12 +184,12 @@ def test_state_round_trips_through_safetensors_and_holds_all_that_outputs_depend
     assert not torch.equal(encoder(log_mel, layout), other(log_mel, layout))
     other.load_state_dict(load(save(encoder.state_dict())), strict=True)
     assert torch.equal(encoder(log_mel, layout), other(log_mel, layout))
-    kept_out = {name for name, _ in encoder.named_buffers()} - encoder.state_dict().keys()
-    assert all(name.endswith("relative_bias.bucket") for name in kept_out)  # made of the settings alone
+    unsaved = {name for name, _ in encoder.named_buffers()} - encoder.state_dict().keys()
+    assert all(name.endswith("relative_bias.bucket") for name in unsaved)  # derived from the settings
 
 
-class Fixed(nn.Module):
-    """An encoder of rows that all lie alike."""
+class FixedLayout(nn.Module):
+    """Encoder with a fixed layout."""
 
     def __init__(self, encoder: ConformerEncoder, layout: RowLayout) -> None:
         super().__init__()
@@ -199,7 +204,7 @@ def test_exported_programs_give_the_same_outputs(number: int, case: dict[str, st
     encoder = make_encoder(case)
     log_mel, layout = rows_of(encoder, case["backend"])
     with torch.no_grad():
-        program = torch.export.export(Fixed(encoder, layout).eval(), (log_mel,))
+        program = torch.export.export(FixedLayout(encoder, layout).eval(), (log_mel,))
         if number == 0:
             file = io.BytesIO()
             torch.export.save(program, file)

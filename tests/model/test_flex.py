@@ -1,8 +1,7 @@
-"""FlexAttention: its block mask, what it gives forward and backward, and that it compiles no more often than it must.
+"""FlexAttention: block masks, outputs and gradients, number of compilations.
 
-On a CPU torch lets FlexAttention compute no gradients, but only by a check of the device: without it, and uncompiled,
-its own graphs of the scores and of their gradients run here too, in float64. The kernels:
-tests/scripts/test_cuda.py.
+torch refuses gradients of FlexAttention on a CPU by a check of the device. Without the check, and uncompiled, its
+graphs of scores and gradients run on a CPU in float64. tests/scripts/test_cuda.py tests the kernels.
 """
 
 import shutil
@@ -24,10 +23,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bestrq.model.attention import flex
-from bestrq.model.attention.backends import choose_backend
-from bestrq.model.attention.flex import BLOCK, attend_flex, compiled_flex_attention, make_block_mask
-from bestrq.model.attention.masks import dense
+import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
+from bestrq.model.attention import backends
+from bestrq.model.attention.backends import BLOCK, attend_flex, choose_backend, compiled_flex_attention, make_block_mask
+from bestrq.model.attention.draw_mask import dense_mask
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
@@ -39,7 +38,7 @@ WIDE = {
     "window 300": {"mask": "window", "window": 300},
     "chunk 100": {"mask": "chunk", "chunk_size": 100, "left_chunks": 3},
 }
-"""masks that see whole blocks, beside those of MASKS that do not"""
+"""masks with full blocks, in addition to MASKS"""
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
@@ -49,7 +48,7 @@ def gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counting(calls: list[str]) -> Callable[..., Any]:
-    """A backend for torch.compile that runs graphs as they are, and notes their compilations and runs."""
+    """Backend for torch.compile that runs graphs unchanged and records compilations and runs."""
 
     def named(name: str) -> Callable[..., Any]:
         def compiler(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
@@ -66,8 +65,8 @@ def counting(calls: list[str]) -> Callable[..., Any]:
     return aot_autograd(fw_compiler=named("forward"), bw_compiler=named("backward"))
 
 
-def listed(count: Tensor | None, index: Tensor | None) -> Tensor:
-    """bool `[R, blocks, blocks]` of the blocks that a BlockMask lists."""
+def to_dense(count: Tensor | None, index: Tensor | None) -> Tensor:
+    """Blocks that a BlockMask lists, bool `[R, blocks, blocks]`."""
     assert count is not None and index is not None
     used = torch.arange(index.shape[-1]) < count[..., None]
     return torch.zeros_like(used).scatter(-1, index.long(), used)[:, 0]
@@ -75,8 +74,8 @@ def listed(count: Tensor | None, index: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("frames", [384, 400, 511], ids="{} frames".format)
 @pytest.mark.parametrize("mask", MASKS | WIDE)
-def test_block_mask_is_the_one_of_all_pairs_of_frames(mask: str, frames: int) -> None:
-    """Both ways round: the backward pass goes by the blocks of queries that see a block of keys."""
+def test_block_mask_equals_that_of_all_pairs_of_frames(mask: str, frames: int) -> None:
+    """In both directions: the backward pass uses the blocks of queries that attend to a block of keys."""
     segments = [
         [(0, 128), (129, 1), (131, 253)],
         [],
@@ -89,25 +88,25 @@ def test_block_mask_is_the_one_of_all_pairs_of_frames(mask: str, frames: int) ->
     truth = torch.eye(blocks * BLOCK, dtype=torch.bool).repeat(len(segments), 1, 1)
     for row, spans in enumerate(segments):
         for start, length in spans:
-            truth[row, start : start + length, start : start + length] = dense(layout.mask, length)
-    plan = layout.plan
-    assert isinstance(plan, BlockMask)
+            truth[row, start : start + length, start : start + length] = dense_mask(layout.mask, length)
+    block_mask = layout.backend_mask
+    assert isinstance(block_mask, BlockMask)
     frame = torch.arange(blocks * BLOCK)
     row = torch.arange(len(segments))[:, None, None]
-    assert torch.equal(plan.mask_mod(row, row * 0, frame[:, None], frame), truth)
+    assert torch.equal(block_mask.mask_mod(row, row * 0, frame[:, None], frame), truth)
     tiles = truth.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3)
-    whole, partly = tiles.all(dim=3), tiles.any(dim=3) & ~tiles.all(dim=3)
-    theirs = create_block_mask(plan.mask_mod, len(segments), None, blocks * BLOCK, blocks * BLOCK, device="cpu")
-    for made in (plan, theirs):
-        assert torch.equal(listed(made.kv_num_blocks, made.kv_indices), partly)
-        assert torch.equal(listed(made.full_kv_num_blocks, made.full_kv_indices), whole)
-        assert torch.equal(listed(made.q_num_blocks, made.q_indices), partly.mT)
-        assert torch.equal(listed(made.full_q_num_blocks, made.full_q_indices), whole.mT)
-    assert plan.shape == theirs.shape and plan.BLOCK_SIZE == theirs.BLOCK_SIZE
-    assert mask not in ("segment", *WIDE) or bool(whole.any())
+    full, partial_blocks = tiles.all(dim=3), tiles.any(dim=3) & ~tiles.all(dim=3)
+    torchs = create_block_mask(block_mask.mask_mod, len(segments), None, blocks * BLOCK, blocks * BLOCK, device="cpu")
+    for made in (block_mask, torchs):
+        assert torch.equal(to_dense(made.kv_num_blocks, made.kv_indices), partial_blocks)
+        assert torch.equal(to_dense(made.full_kv_num_blocks, made.full_kv_indices), full)
+        assert torch.equal(to_dense(made.q_num_blocks, made.q_indices), partial_blocks.mT)
+        assert torch.equal(to_dense(made.full_q_num_blocks, made.full_q_indices), full.mT)
+    assert block_mask.shape == torchs.shape and block_mask.BLOCK_SIZE == torchs.BLOCK_SIZE
+    assert mask not in ("segment", *WIDE) or bool(full.any())
 
 
-def test_block_mask_of_half_an_hour_takes_no_memory_but_frames_and_pairs_of_blocks() -> None:
+def test_memory_of_a_block_mask_of_half_an_hour_is_frames_and_pairs_of_blocks() -> None:
     frames = 45_000
     blocks = -(-frames // BLOCK)
     first = (torch.arange(frames) - 1000).clamp(min=0)[None]
@@ -119,24 +118,24 @@ def test_block_mask_of_half_an_hour_takes_no_memory_but_frames_and_pairs_of_bloc
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("position", ["rotary", "relative", "none"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_flex_is_the_definition_forward_and_backward(
+def test_flex_equals_the_definition_forward_and_backward(
     mask: str, position: str, num_kv_heads: int, gradients_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of the bias included: each pair's, gathered by the graph that the kernels are made of."""
+    """Including the gradient of the bias, summed over pairs by the graph from which the kernels are generated."""
     monkeypatch.setitem(ATTEND, "flex", partial(attend_flex, attention=torch_flex.flex_attention))
     qkv, bias = inputs(layout_of("reference"), num_kv_heads, position == "relative")
     expected = results(layout_of("reference", mask, position), qkv, bias, "reference")
-    for ours, exact in zip(results(layout_of("flex", mask, position), qkv, bias, "flex"), expected, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    for actual, exact in zip(results(layout_of("flex", mask, position), qkv, bias, "flex"), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile finds no C++ compiler here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
 @pytest.mark.skipif(
     bool(torch.cpu.get_capabilities().get("avx512_f")) and torch.backends.cpu.get_cpu_capability() == "AVX2",
-    reason="torch.compile emits AVX-512 where ATEN_CPU_CAPABILITY holds ATen to AVX2, and mixes the two wrongly",
+    reason="torch.compile emits AVX-512 although ATEN_CPU_CAPABILITY limits ATen to AVX2, and mixes the two wrongly",
 )
 @pytest.mark.parametrize("training", [True, False], ids=["fixed shapes", "any shapes"])
-def test_compiled_flex_is_the_definition_forward_on_a_cpu(training: bool) -> None:
+def test_compiled_flex_equals_the_definition_forward_on_a_cpu(training: bool) -> None:
     position, num_kv_heads = ("relative", 2) if training else ("rotary", 4)
     settings: dict[str, Any] = {"dim": 24, "num_heads": HEADS, "position": position, "mask": "window", "window": 9}
     torch.manual_seed(0)
@@ -148,17 +147,15 @@ def test_compiled_flex_is_the_definition_forward_on_a_cpu(training: bool) -> Non
         )
         qkv = torch.randn(*low.valid.shape, HEADS + 2 * num_kv_heads, 6)
         with torch.no_grad():
-            ours = attend_flex(qkv, HEADS, low.attention, bias, 0.0, compiled_flex_attention(training))
+            actual = attend_flex(qkv, HEADS, low.attention, bias, 0.0, compiled_flex_attention(training))
         truth = ATTEND["reference"](qkv.double(), HEADS, exact.attention, bias, 0.0)
-        torch.testing.assert_close(ours[low.valid].double(), truth[low.valid], rtol=1e-5, atol=1e-5)
-        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(actual[low.valid].double(), truth[low.valid], rtol=1e-5, atol=1e-5)
+        assert torch.isfinite(actual).all()
 
 
 @pytest.mark.parametrize("position", ["rotary", "relative"])
-def test_fifty_batches_of_one_shape_compile_once_and_leave_nothing_behind(
-    position: str, gradients_on_a_cpu: None
-) -> None:
-    """Over two layers with biases of their own, in training and evaluation by turns."""
+def test_fifty_batches_of_one_shape_compile_once_and_are_freed(position: str, gradients_on_a_cpu: None) -> None:
+    """With two layers and biases, alternating training and evaluation."""
     calls: list[str] = []
     compiled = {training: compiled_flex_attention(training, counting(calls)) for training in (True, False)}
     masks = []
@@ -181,7 +178,7 @@ def test_fifty_batches_of_one_shape_compile_once_and_leave_nothing_behind(
 
 
 def test_recordings_of_any_length_and_number_compile_for_few_shapes() -> None:
-    """Rows of one block or more, and one row or more: torch takes a 1 for something special."""
+    """For rows of one block or more, and one row or more: torch specialises sizes of 1."""
     calls: list[str] = []
     compiled = compiled_flex_attention(False, counting(calls))
     for rows in (1, 2, 3):
@@ -192,8 +189,8 @@ def test_recordings_of_any_length_and_number_compile_for_few_shapes() -> None:
     assert calls.count("compile forward") <= 4 and calls.count("forward") == 15
 
 
-def test_one_kernel_too_many_is_an_error_not_a_fallback_that_holds_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "MAX_KERNELS", 2)
+def test_one_kernel_too_many_is_an_error_not_a_fallback_that_stores_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MAX_KERNELS", 2)
     compiled = compiled_flex_attention(True, counting([]))
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for length in (20, 130, 300):
@@ -229,12 +226,14 @@ def encode(encoder: nn.Module, layout_of: ConformerEncoder, backend: str) -> Ten
 
 
 @pytest.mark.parametrize("variant", ENCODERS)
-def test_encoder_by_flex_is_the_encoder_by_the_definition(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "compiled_flex_attention", lambda training: torch_flex.flex_attention)
+def test_encoder_with_flex_equals_the_encoder_with_the_definition(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "compiled_flex_attention", lambda training: torch_flex.flex_attention)
     encoder = make_encoder(**ENCODERS[variant]).double().eval()
     with torch.no_grad():
-        ours, exact = (encode(encoder, encoder, backend) for backend in ("flex", "reference"))
-    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+        actual, exact = (encode(encoder, encoder, backend) for backend in ("flex", "reference"))
+    torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture
@@ -251,7 +250,7 @@ def test_gradients_through_compiled_flex_hold_under_checkpointing_ddp_and_fsdp(
 ) -> None:
     calls: list[str] = []
     compiled = compiled_flex_attention(True, counting(calls))
-    monkeypatch.setattr(flex, "compiled_flex_attention", lambda training: compiled)
+    monkeypatch.setattr(backends, "compiled_flex_attention", lambda training: compiled)
     mode = wrapped if wrapped in ("selective", "full") else "none"
     exact = make_encoder(position="relative").double()
     encode(exact, exact, "reference")[..., 0].sin().sum().backward()
@@ -263,8 +262,8 @@ def test_gradients_through_compiled_flex_hold_under_checkpointing_ddp_and_fsdp(
         for block in [*encoder.blocks, encoder]:
             fully_shard(block, mesh=dist.init_device_mesh("cpu", (1,)))
     encode(module, encoder, "flex")[..., 0].sin().sum().backward()
-    for ours, parameter in zip(encoder.parameters(), exact.parameters(), strict=True):
-        grad, truth = ours.grad, parameter.grad
+    for parameter, exact_parameter in zip(encoder.parameters(), exact.parameters(), strict=True):
+        grad, truth = parameter.grad, exact_parameter.grad
         assert grad is not None and truth is not None
         whole = grad.full_tensor() if isinstance(grad, dist.tensor.DTensor) else grad
         torch.testing.assert_close(whole, truth, rtol=1e-8, atol=1e-10)
@@ -284,7 +283,7 @@ def test_backend_is_chosen_by_device_setting_and_reach() -> None:
         assert choose_backend("flex", cuda, 500, (9, 9)) == "bands"
 
 
-def test_flex_refuses_dropout_of_attention() -> None:
+def test_flex_refuses_attention_dropout() -> None:
     layout = layout_of("flex").attention
     with pytest.raises(AssertionError):
         attend_flex(torch.zeros(1), 1, layout, None, 0.1)

@@ -1,4 +1,4 @@
-"""At step 0, over 24 layers: activations, gradients, and the difference between frames stay within a factor."""
+"""Initialisation: activations, gradients and differences between frames keep their size over 24 layers at step 0."""
 
 from dataclasses import dataclass
 
@@ -33,12 +33,12 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @dataclass
 class Depth:
-    """What a forward and a backward pass leave at the input of each block and behind the last."""
+    """Statistics of a forward and a backward pass, at the input of each block and after the last."""
 
     activation: list[float]
     """root mean square"""
     between_frames: list[float]
-    """share of the activations' mean square that differs from frame to frame"""
+    """share of the mean square of the activations that varies between frames"""
     gradient: list[float]
     """root mean square"""
     weights: dict[str, list[float]]
@@ -50,13 +50,13 @@ def rms(x: Tensor) -> float:
 
 
 def measure(encoder: ConformerEncoder) -> Depth:
-    """On log-mel frames of unit variance, in training mode, under a loss that weighs all outputs alike."""
+    """Measure in training mode, on log-mel frames of unit variance, with a loss that weights all outputs equally."""
     rows, frames = 4, 240
-    reached: list[Tensor] = []
+    activations: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, object]) -> None:
         args[0].retain_grad()
-        reached.append(args[0])
+        activations.append(args[0])
 
     for block in encoder.blocks:
         block.register_forward_pre_hook(keep)
@@ -70,11 +70,11 @@ def measure(encoder: ConformerEncoder) -> Depth:
             if parameter.ndim > 1 and not name.startswith(("shortcut", "attention.relative")):
                 assert parameter.grad is not None
                 weights.setdefault(name, []).append(rms(parameter.grad))
-    reached.append(outputs)
+    activations.append(outputs)
     return Depth(
-        activation=[rms(x) for x in reached],
-        between_frames=[rms(x - x.mean(dim=(0, 1))) ** 2 / rms(x) ** 2 for x in reached],
-        gradient=[rms(x.grad) for x in reached if x.grad is not None],
+        activation=[rms(x) for x in activations],
+        between_frames=[rms(x - x.mean(dim=(0, 1))) ** 2 / rms(x) ** 2 for x in activations],
+        gradient=[rms(x.grad) for x in activations if x.grad is not None],
         weights=weights,
     )
 
@@ -85,9 +85,9 @@ def spread(values: list[float]) -> float:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_activations_gradients_and_differences_between_frames_keep_their_size_over_24_layers(variant: str) -> None:
-    """Activations, and what differs between frames, within 1.5; gradients of activations within 2, of weights 3.
+    """Factors: 1.5 for activations and for their share between frames; 2 for their gradients, 3 for those of weights.
 
-    With torch's own initialisation and LayerNorm in the convolution module: 9, 50, 6 and 6.
+    With torch's default initialisation and LayerNorm in the convolution module: 9, 50, 6 and 6.
     """
     torch.manual_seed(0)
     encoder = ConformerEncoder(EncoderSettings(**{**LARGE, **VARIANTS[variant]}))  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_activations_gradients_and_differences_between_frames_keep_their_size_ov
     assert max(spread(sizes) for sizes in depth.weights.values()) < 3
 
 
-def test_biases_begin_at_zero_and_norms_at_one() -> None:
+def test_biases_start_at_zero_and_norms_at_one() -> None:
     encoder = ConformerEncoder(EncoderSettings(convolution_norm="batch_norm", num_layers=2))
     for name, parameter in encoder.named_parameters():
         if parameter.ndim == 1:

@@ -1,4 +1,4 @@
-"""What the attention is built on: every mask's promises, and its drawing."""
+"""Attention masks: the properties that all backends rely on, and the drawing of masks."""
 
 from pathlib import Path
 
@@ -7,12 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestrq.model.attention.masks import Mask, dense
-from bestrq.model.attention.masks.causal import CausalMask
-from bestrq.model.attention.masks.chunk import ChunkMask, draw_chunk_size
-from bestrq.model.attention.masks.draw import as_text, draw
-from bestrq.model.attention.masks.segment import SegmentMask
-from bestrq.model.attention.masks.window import WindowMask
+from bestrq.model.attention.draw_mask import as_text, dense_mask, draw
+from bestrq.model.attention.masks import AttentionMask, CausalMask, ChunkMask, SegmentMask, WindowMask, draw_chunk_size
 
 any_mask = st.one_of(
     st.just(SegmentMask()),
@@ -23,21 +19,21 @@ any_mask = st.one_of(
 
 
 @given(any_mask, st.integers(1, 70))
-def test_a_query_sees_itself_and_neither_end_of_its_interval_ever_falls_or_leaves_the_reach(
-    mask: Mask, length: int
+def test_a_query_attends_to_itself_and_its_interval_never_decreases_or_exceeds_the_reach(
+    mask: AttentionMask, length: int
 ) -> None:
     query = torch.arange(length)
     first, stop = mask(query)
     assert ((first <= query) & (query < stop)).all()
     assert (first.diff() >= 0).all() and (stop.diff() >= 0).all()
-    before, behind = mask.reach
+    before, after = mask.reach
     assert before is None or int((query - first).max()) <= before
-    assert behind is None or int((stop - 1 - query).max()) <= behind
+    assert after is None or int((stop - 1 - query).max()) <= after
     assert mask(length) == tuple(int(end) for end in mask(torch.tensor(length)))
 
 
 @pytest.mark.parametrize(
-    "mask, drawn",
+    "mask, drawing",
     [
         (SegmentMask(), "#####/#####/#####/#####/#####"),
         (CausalMask(), "#..../##.../###../####./#####"),
@@ -47,18 +43,18 @@ def test_a_query_sees_itself_and_neither_end_of_its_interval_ever_falls_or_leave
         (ChunkMask(2, -1), "##.../##.../####./####./#####"),
     ],
 )
-def test_masks_are_what_their_names_say(mask: Mask, drawn: str) -> None:
-    assert as_text(dense(mask, 5)).split() == drawn.split("/")
+def test_masks_match_their_drawings(mask: AttentionMask, drawing: str) -> None:
+    assert as_text(dense_mask(mask, 5)).split() == drawing.split("/")
 
 
 def test_a_mask_is_drawn_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw(WindowMask, ["--frames", "1", "--length", "3"])
+    draw(["window", "--frames", "1", "--length", "3"])
     assert capsys.readouterr().out.split() == ["##.", "###", ".##"]
-    draw(ChunkMask, ["--size", "2", "--out", str(tmp_path / "mask.png")])
+    draw(["chunk", "--size", "2", "--out", str(tmp_path / "mask.png")])
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_other_dynamic_chunk_is_the_whole_segment_and_the_rest_are_uniform() -> None:
+def test_half_of_the_dynamic_chunks_are_whole_segments_and_the_rest_are_uniform() -> None:
     torch.manual_seed(0)
     drawn = [draw_chunk_size(16, 4) for _ in range(4000)]
     assert drawn.count(None) == pytest.approx(2000, abs=130)

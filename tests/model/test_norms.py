@@ -1,4 +1,4 @@
-"""Norms: parameter names and numbers of torch's own, statistics of valid frames over all ranks."""
+"""Norms: parameter names and numbers of torch's, statistics of valid frames over all ranks."""
 
 import pytest
 import torch
@@ -35,23 +35,21 @@ def test_rms_norm_has_a_weight_only_and_divides_by_the_root_mean_square(dtype: t
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-def test_norms_are_finite_where_the_input_is_zero(kind: str) -> None:
+def test_norms_of_zeros_are_finite(kind: str) -> None:
     x = torch.zeros(2, 8, requires_grad=True)
     make_norm(kind, 8)(x).sum().backward()
     assert x.grad is not None and bool(x.grad.isfinite().all())
 
 
-def test_another_norm_is_refused_by_name() -> None:
+def test_an_unknown_norm_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="batch_norm.*'layer_norm' or 'rms_norm'"):
         make_norm("batch_norm", 8)
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(
-    norms.fused_rms_norm_affine is None or not torch.cuda.is_available(), reason="no GPU with Apex here"
-)
+@pytest.mark.skipif(norms.fused_rms_norm_affine is None or not torch.cuda.is_available(), reason="needs a GPU and Apex")
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-def test_apex_gives_what_torch_gives(kind: str) -> None:
+def test_apex_equals_torch(kind: str) -> None:
     torch.manual_seed(0)
     norm = make_norm(kind, 64)
     for parameter in norm.parameters():
@@ -65,7 +63,7 @@ def test_apex_gives_what_torch_gives(kind: str) -> None:
 
 
 def make_batch(lengths: list[int], frames: int = 9, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Noise [R, T, D] far from zero, and which frames count; the others are noise of another scale."""
+    """Noise [R, T, D] far from zero, and the validity of frames; invalid frames are noise of another scale."""
     generator = torch.Generator().manual_seed(3)
     valid = torch.arange(frames) < torch.tensor(lengths)[:, None]
     x = torch.randn(len(lengths), frames, DIM, dtype=torch.float64, generator=generator) * 2 + 30
@@ -79,28 +77,28 @@ def filled(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def test_batch_norm_is_torchs_of_the_valid_frames_alone() -> None:
-    ours, torchs = filled(MaskedBatchNorm(DIM).double()), filled(nn.BatchNorm1d(DIM).double())
-    assert list(ours.state_dict()) == list(torchs.state_dict())
+def test_batch_norm_equals_torchs_on_the_valid_frames() -> None:
+    masked, torchs = filled(MaskedBatchNorm(DIM).double()), filled(nn.BatchNorm1d(DIM).double())
+    assert list(masked.state_dict()) == list(torchs.state_dict())
     weight = torch.randn(2, 9, DIM, dtype=torch.float64)
     for step, train in enumerate((True, True, False, True)):
         x, valid = make_batch([9 - step, 4 + step])
         x.requires_grad_()
-        ours.train(train), torchs.train(train)
-        out = ours(x, valid)
+        masked.train(train), torchs.train(train)
+        out = masked(x, valid)
         expected = torch.zeros_like(out)
         expected[valid] = torchs(x[valid])
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-        got = torch.autograd.grad((out * weight).sum(), (x, *ours.parameters()))
-        want = torch.autograd.grad((expected * weight).sum(), (x, *torchs.parameters()))
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-        assert out[~valid].abs().max() == 0 and got[0][~valid].abs().max() == 0
-        for name, value in ours.state_dict().items():
+        actual_grads = torch.autograd.grad((out * weight).sum(), (x, *masked.parameters()))
+        expected_grads = torch.autograd.grad((expected * weight).sum(), (x, *torchs.parameters()))
+        torch.testing.assert_close(actual_grads, expected_grads, rtol=1e-10, atol=1e-10)
+        assert out[~valid].abs().max() == 0 and actual_grads[0][~valid].abs().max() == 0
+        for name, value in masked.state_dict().items():
             torch.testing.assert_close(value, torchs.state_dict()[name], rtol=1e-12, atol=1e-12)
-    torchs.load_state_dict(ours.state_dict())
+    torchs.load_state_dict(masked.state_dict())
 
 
-def test_batch_norm_of_bfloat16_reckons_its_statistics_in_float32() -> None:
+def test_batch_norm_of_bfloat16_computes_its_statistics_in_float32() -> None:
     x, valid = make_batch([400, 300], 400, torch.bfloat16)
     norm, exact = MaskedBatchNorm(DIM), MaskedBatchNorm(DIM).double()
     out = norm(x, valid)
@@ -110,7 +108,7 @@ def test_batch_norm_of_bfloat16_reckons_its_statistics_in_float32() -> None:
     torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=1e-5, atol=1e-5)
 
 
-def test_float32_variance_survives_a_mean_a_thousand_times_as_large() -> None:
+def test_float32_variance_is_accurate_with_a_mean_a_thousand_times_larger() -> None:
     x = 4096 + torch.randn(1, 500, DIM, dtype=torch.float64)
     valid = torch.ones(1, 500, dtype=torch.bool)
     norm = MaskedBatchNorm(DIM)
@@ -120,7 +118,7 @@ def test_float32_variance_survives_a_mean_a_thousand_times_as_large() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [1, 0]], ids=["no valid frame", "one valid frame"])
-def test_batch_without_a_variance_is_finite_and_leaves_the_running_statistics_alone(lengths: list[int]) -> None:
+def test_a_batch_without_variance_is_finite_and_keeps_the_running_statistics(lengths: list[int]) -> None:
     norm = MaskedBatchNorm(DIM)
     before = {name: value.clone() for name, value in norm.named_buffers()}
     x, valid = make_batch(lengths, dtype=torch.float32)
@@ -133,7 +131,7 @@ def test_batch_without_a_variance_is_finite_and_leaves_the_running_statistics_al
 
 
 def normalise_rank(lengths: list[int], loss_weight: Tensor, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Outputs, gradients and buffers of two training steps on this rank's share of the rows."""
+    """Outputs, gradients and buffers after two training steps on the rows of this rank."""
     norm = filled(MaskedBatchNorm(DIM).double())
     for _ in range(2):
         x, valid = make_batch(lengths)
@@ -149,7 +147,7 @@ def normalise_cases(world: World, cases: list[list[int]], loss_weight: Tensor) -
     return [normalise_rank(lengths, loss_weight, world.rank, world.size) for lengths in cases]
 
 
-def test_two_processes_normalise_as_one_does_the_union_also_when_one_has_no_valid_frame() -> None:
+def test_two_processes_equal_one_also_if_a_process_has_no_valid_frame() -> None:
     cases = [[9, 4, 7, 1], [9, 4, 0, 0], [0, 0, 5, 2], [0, 0, 0, 0]]
     loss_weight = torch.randn(4, 9, DIM, dtype=torch.float64)
     first, second = run_distributed(normalise_cases, 2, cases, loss_weight)
@@ -164,14 +162,14 @@ def test_two_processes_normalise_as_one_does_the_union_also_when_one_has_no_vali
             torch.testing.assert_close(a[name], whole[name], rtol=1e-10, atol=1e-10)
 
 
-def test_batch_norm_gradients_are_those_of_its_outputs() -> None:
+def test_batch_norm_gradients_match_its_outputs() -> None:
     norm = filled(MaskedBatchNorm(DIM).double())
     x, valid = make_batch([4, 3], 4)
     x = torch.where(valid[..., None], x, 0.0).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: F.silu(norm(x, valid)), (x,))
 
 
-def test_a_batch_that_is_not_finite_leaves_the_running_statistics_as_they_are() -> None:
+def test_a_batch_with_non_finite_values_keeps_the_running_statistics() -> None:
     norm = MaskedBatchNorm(3)
     norm(torch.randn(1, 8, 3), torch.ones(1, 8, dtype=torch.bool))
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}

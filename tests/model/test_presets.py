@@ -1,6 +1,7 @@
-"""Presets are as large as they say, and impossible settings are refused with the field, the value and the fix."""
+"""Presets have their parameter counts; invalid settings are refused with the field, the value and the fix."""
 
 import dataclasses
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings, StageSettings
+from common.config import from_dict, parse
 from common.errors import UserError
 
 NUM_PARAMETERS = {
@@ -43,13 +45,20 @@ def test_comparison_preset_has_the_shape_of_the_published_recipe() -> None:
     assert shape == (12, 576, 2048, 8, 31)
 
 
-def test_settings_cannot_be_changed_behind_a_preset() -> None:
+def test_a_preset_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["quickstart"].dropout = 0.5  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class Config:
+    """Settings of a script with an encoder."""
+
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+
+
 @pytest.mark.parametrize(
-    "field, value",
+    "name, value",
     [
         ("num_mels", 0),
         ("num_layers", 0),
@@ -82,15 +91,22 @@ def test_settings_cannot_be_changed_behind_a_preset() -> None:
         ("backend", "flash"),
     ],
 )
-def test_impossible_setting_names_field_value_and_fix(field: str, value: object) -> None:
-    with pytest.raises(UserError) as error:
-        EncoderSettings(**{field: value})  # type: ignore[arg-type]
-    message = str(error.value)
-    assert f"encoder.{field}" in message and repr(value) in message and ("give" in message or "choose" in message)
+def test_an_invalid_setting_is_refused_with_field_value_and_fix(name: str, value: object) -> None:
+    """On the command line, in a recipe, and in the config.json of an export, which is read by `from_dict`."""
+    for read in (
+        lambda: parse(Config, [f"--encoder.{name}={value}"]),
+        lambda: from_dict(Config, {"encoder": {name: value}}),
+        lambda: from_dict(EncoderSettings, {name: value}),
+    ):
+        with pytest.raises(UserError) as error:
+            read()
+        message = str(error.value)
+        assert name in message and str(value) in message
+        assert any(word in message for word in ("give", "expected", "known are"))
 
 
 @pytest.mark.parametrize(
-    "field, settings",
+    "name, settings",
     [
         ("attention_dropout", {"backend": "flex"}),
         ("activation_checkpointing", {"convolution_norm": "batch_norm", "activation_checkpointing": "full"}),
@@ -100,12 +116,17 @@ def test_impossible_setting_names_field_value_and_fix(field: str, value: object)
         ("earlier_stages", {"earlier_stages": [StageSettings(num_heads=7)]}),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(field: str, settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=f"encoder.{field}"):
+def test_incompatible_settings_are_refused(name: str, settings: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"encoder.{name}"):
         EncoderSettings(**settings)  # type: ignore[arg-type]
 
 
-def test_targets_follow_the_total_stride() -> None:
+def test_an_invalid_setting_of_a_stage_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="earlier_stages: dim is 0: expected an integer above 0"):
+        from_dict(EncoderSettings, {"earlier_stages": [{"dim": 0}]})
+
+
+def test_the_stride_of_targets_includes_all_stages() -> None:
     efficient = PRESETS["efficient-13m"]
     assert (efficient.subsampling_factor, efficient.stride, efficient.row_multiple) == (2, 8, 24)
     assert (PRESETS["fast-115m"].stride, PRESETS["fast-115m"].row_multiple) == (8, 8)

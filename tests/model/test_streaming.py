@@ -1,4 +1,4 @@
-"""Chunk by chunk with what earlier chunks left behind is the same as in one pass (float64)."""
+"""Streaming: chunks with cached state equal one pass (float64)."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def make_encoder(**changes: object) -> ConformerEncoder:
 def test_chunks_with_caches_equal_one_pass(
     position: str, left_chunks: int, subsampling: tuple[str, int], num_kv_heads: int
 ) -> None:
-    name, factor = subsampling
+    name, stride = subsampling
     encoder = make_encoder(
-        position=position, left_chunks=left_chunks, subsampling=name, subsampling_factor=factor,
+        position=position, left_chunks=left_chunks, subsampling=name, subsampling_factor=stride,
         num_kv_heads=num_kv_heads,
     )  # fmt: skip
-    chunk = 4 * factor
-    frames = 5 * chunk + factor + 1
+    chunk = 4 * stride
+    frames = 5 * chunk + stride + 1
     log_mel = torch.randn(frames, 16, dtype=torch.float64)
     layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[frames]]), frames))
     whole = encoder(log_mel[None], layout)[0]
@@ -48,7 +48,7 @@ def test_chunks_with_caches_equal_one_pass(
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "batch_norm"])
-def test_a_stream_has_the_norms_and_gates_of_one_pass(norm: str) -> None:
+def test_a_stream_with_other_norms_and_gates_equals_one_pass(norm: str) -> None:
     encoder = make_encoder(
         convolution_norm=norm, feedforward="swiglu", norm="rms_norm" if norm == "rms_norm" else "layer_norm"
     )
@@ -61,20 +61,20 @@ def test_a_stream_has_the_norms_and_gates_of_one_pass(norm: str) -> None:
     torch.testing.assert_close(torch.cat(outputs), whole, rtol=1e-11, atol=1e-11)
 
 
-def test_what_a_stream_keeps_does_not_grow() -> None:
+def test_the_state_of_a_stream_does_not_grow() -> None:
     encoder, sizes = make_encoder(), []
     state = start_stream(encoder)
     for _ in range(6):
         _, state = encode_chunk(encoder, torch.randn(16, 16, dtype=torch.float64), state)
-        kept = [*state.convolution, state.log_mel, *(t for pair in state.attention for t in pair)]
-        sizes.append(sum(tensor.numel() for tensor in kept))
+        tensors = [*state.convolution, state.log_mel, *(t for pair in state.attention for t in pair)]
+        sizes.append(sum(tensor.numel() for tensor in tensors))
     assert sizes[0] < sizes[1] == sizes[2] == sizes[5]
 
 
 @pytest.mark.parametrize(
     "changes, field", [({"mask": "window"}, "mask"), ({"causal_convolution": False}, "causal_convolution")]
 )
-def test_an_encoder_that_looks_ahead_is_refused_by_name(changes: dict[str, object], field: str) -> None:
+def test_an_encoder_with_look_ahead_is_refused_by_name(changes: dict[str, object], field: str) -> None:
     with pytest.raises(UserError, match=f"encoder.{field}"):
         start_stream(make_encoder(**changes))
 

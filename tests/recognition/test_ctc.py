@@ -1,4 +1,4 @@
-"""The CTC model: its loss by brute force, packing, impossible and empty segments, freezing, fresh top blocks."""
+"""CTC model: loss against brute force, packing, impossible and empty segments, freezing."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bestrq.long_form.inference import InferenceSettings, Source, transcribe
 from bestrq.model.conformer import EncoderSettings
-from bestrq.recognition.ctc import CTCModel, CTCOutput, frames_needed, pad_labels, reinitialise_top_blocks
-from common.errors import UserError
+from bestrq.recognition.ctc import CTCModel, CTCOutput, frames_needed, pad_labels, segment_frames
 from common.segments import Segments
 
-MELS, VOCAB, FACTOR = 8, 5, 4
+MELS, VOCAB, STRIDE = 8, 5, 4
 
 
 def make_model(num_layers: int = 1, dropout: float = 0.0) -> CTCModel:
@@ -34,11 +33,11 @@ Row = list[tuple[int, int, list[int]]]
 
 
 def utterance(num_frames: int) -> Tensor:
-    """Features that depend on the length alone, so that they can be put anywhere."""
+    """Features that depend on the length only, so that a segment can be placed anywhere."""
     return torch.randn(num_frames, MELS, dtype=torch.float64, generator=torch.Generator().manual_seed(num_frames))
 
 
-def run(model: CTCModel, rows: list[Row], num_frames: int, label_padding: int = 0, **options: bool) -> CTCOutput:
+def batch(rows: list[Row], num_frames: int) -> tuple[Tensor, Segments]:
     log_mel = torch.zeros(len(rows), num_frames, MELS, dtype=torch.float64)
     slots = max(len(row) for row in rows)
     start, length = torch.zeros(2, len(rows), slots, dtype=torch.int64)
@@ -46,11 +45,21 @@ def run(model: CTCModel, rows: list[Row], num_frames: int, label_padding: int = 
         for s, (first, size, _) in enumerate(row):
             start[r, s], length[r, s] = first, size
             log_mel[r, first : first + size] = utterance(size)
+    return log_mel, Segments(start, length, num_frames)
+
+
+def run(model: CTCModel, rows: list[Row], num_frames: int, label_padding: int = 0, **options: bool) -> CTCOutput:
     labels, label_lengths = pad_labels([labels for row in rows for _, _, labels in row])
     extra = torch.full((len(labels), label_padding), 1)
-    return model(
-        log_mel, Segments(start, length, num_frames), torch.cat([labels, extra], dim=1), label_lengths, **options
-    )
+    return model(*batch(rows, num_frames), torch.cat([labels, extra], dim=1), label_lengths, **options)
+
+
+def segment_log_probs(model: CTCModel, rows: list[Row], num_frames: int) -> list[Tensor]:
+    """Log-probabilities `[T_s, V]` of every segment, cut out of the packed rows."""
+    log_mel, segments = batch(rows, num_frames)
+    log_probs = model.log_probs(log_mel, segments)
+    index, lengths = segment_frames(segments, STRIDE, log_probs.shape[1])
+    return [log_probs.flatten(0, 1)[row[:length]] for row, length in zip(index, lengths.tolist(), strict=True)]
 
 
 def gradients(model: CTCModel, loss: Tensor) -> list[Tensor]:
@@ -58,11 +67,11 @@ def gradients(model: CTCModel, loss: Tensor) -> list[Tensor]:
 
 
 def brute_force_loss(log_probs: Tensor, labels: list[int]) -> Tensor:
-    """-log of the summed probability of every path that collapses to the labels; `[T, V]`."""
+    """Negative log of the total probability of all paths `[T, V]` that collapse to the labels."""
     paths = []
     for path in itertools.product(range(VOCAB), repeat=len(log_probs)):
-        merged = [one for t, one in enumerate(path) if t == 0 or one != path[t - 1]]
-        if [one for one in merged if one != 0] == labels:
+        merged = [label for t, label in enumerate(path) if t == 0 or label != path[t - 1]]
+        if [label for label in merged if label != 0] == labels:
             paths.append(log_probs[torch.arange(len(path)), torch.tensor(path)].sum())
     return -torch.logsumexp(torch.stack(paths), dim=0)
 
@@ -77,11 +86,10 @@ def test_loss_and_gradients_equal_those_of_all_paths_enumerated() -> None:
             zero = torch.zeros(1, 1, dtype=torch.int64)
             padded = torch.zeros(1, 20, MELS, dtype=torch.float64)
             padded[0, :size] = utterance(size)
-            log_probs = model.log_probs(padded, Segments(zero, zero + size, 20))[0, : -(-size // FACTOR)]
+            log_probs = model.log_probs(padded, Segments(zero, zero + size, 20))[0, : -(-size // STRIDE)]
             expected = expected + brute_force_loss(log_probs, labels)
     assert torch.allclose(output.loss_sum, expected, rtol=0, atol=1e-9)
-    assert (int(output.num_labels), int(output.num_impossible)) == (5, 0)
-    assert output.num_frames.tolist() == [5, 4, 5, 2]
+    assert int(output.num_impossible) == 0
     for got, wanted in zip(gradients(model, output.loss_sum), gradients(model, expected), strict=True):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-9)
 
@@ -99,14 +107,23 @@ def test_loss_and_gradients_depend_on_neither_row_nor_padding_nor_neighbours() -
     for rows in layouts:
         output = run(model, rows, 180, label_padding=3)
         assert torch.allclose(output.loss_sum, wanted, rtol=0, atol=1e-9)
-        assert int(output.num_labels) == 6
         pairs = zip(gradients(model, output.loss_sum), wanted_gradients, strict=True)
         assert all(torch.allclose(got, want, rtol=0, atol=1e-9) for got, want in pairs)
+
+
+def test_the_outputs_at_a_segments_frames_depend_on_neither_row_nor_padding_nor_neighbours() -> None:
+    model = make_model(num_layers=2)
+    layouts: list[list[Row]] = [
+        [[(0, 60, []), (64, 33, []), (104, 18, []), (128, 47, [])]],
+        [[(8, 18, []), (32, 60, [])], [(100, 33, [])], [(4, 47, [])]],
+    ]
+    for rows in layouts:
         sizes = [size for row in rows for _, size, _ in row]
-        assert output.num_frames.tolist() == [-(-size // FACTOR) for size in sizes]
-        best = {one: out.best_ids[0].tolist() for (one, _), out in zip(segments, alone, strict=True)}
-        for size, ids in zip(sizes, output.best_ids, strict=True):
-            assert ids[: -(-size // FACTOR)].tolist() == best[size]
+        outputs = segment_log_probs(model, rows, 180)
+        assert [len(output) for output in outputs] == [-(-size // STRIDE) for size in sizes]
+        for size, output in zip(sizes, outputs, strict=True):
+            [alone] = segment_log_probs(model, [[(0, size, [])]], 60)
+            assert torch.allclose(output, alone, rtol=0, atol=1e-9)
 
 
 def test_impossible_segments_are_counted_and_change_nothing() -> None:
@@ -114,7 +131,7 @@ def test_impossible_segments_are_counted_and_change_nothing() -> None:
     possible = run(model, [[(0, 20, [1, 2])]], 40)
     # Two encoder frames cannot carry 1, blank, 1, nor four labels.
     both = run(model, [[(0, 20, [1, 2]), (24, 8, [1, 1])], [(0, 8, [1, 2, 3, 4])]], 40)
-    assert (int(both.num_impossible), int(both.num_labels)) == (2, 2)
+    assert int(both.num_impossible) == 2
     assert torch.allclose(both.loss_sum, possible.loss_sum, rtol=0, atol=1e-9)
     for got, wanted in zip(gradients(model, both.loss_sum), gradients(model, possible.loss_sum), strict=True):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-9)
@@ -130,10 +147,10 @@ def test_frames_needed_is_the_shortest_length_with_a_finite_loss() -> None:
         assert torch.equal(loss.isfinite(), frames >= needed)
 
 
-def test_a_batch_of_empty_transcripts_has_a_loss_and_no_labels() -> None:
+def test_a_batch_of_empty_transcripts_has_a_loss_and_no_impossible_segments() -> None:
     output = run(make_model(), [[(0, 20, []), (24, 12, [])]], 40)
     assert output.loss_sum > 0 and output.loss_sum.isfinite()
-    assert int(output.num_labels) == 0 and int(output.num_impossible) == 0
+    assert int(output.num_impossible) == 0
 
 
 def test_log_probs_are_float32_under_bfloat16_autocast() -> None:
@@ -142,7 +159,7 @@ def test_log_probs_are_float32_under_bfloat16_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         log_probs = model.log_probs(utterance(40).float()[None], Segments(zero, zero + 40, 40))
     assert log_probs.dtype == torch.float32
-    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(1, 10), atol=1e-6)  # bfloat16 would be off by 1e-3
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(1, 10), atol=1e-6)  # bfloat16: an error of 1e-3
 
 
 def test_a_frozen_encoder_gets_no_gradients_and_the_head_gets_the_same() -> None:
@@ -159,28 +176,28 @@ def test_a_frozen_encoder_gets_no_gradients_and_the_head_gets_the_same() -> None
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """This process as a world of one: the reducer and the sharding hooks run all the same."""
+    """A process group of this process alone, with which DDP and FSDP2 run their hooks."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("parallel", ["none", "ddp", "fsdp2"])
-def test_freezing_for_the_first_updates_works_in_every_parallel_mode(parallel: str, process_group: None) -> None:
+def test_freezing_in_the_first_steps_works_in_every_parallel_mode(parallel: str, process_group: None) -> None:
     plain, model = make_model(), make_model()
     if parallel == "fsdp2":
         for block in model.encoder.blocks:
             fully_shard(block)
         fully_shard(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True) if parallel == "ddp" else model
-    plain_optimizer, optimizer = (torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (plain, model))
+    plain_optimizer, optimizer = (torch.optim.AdamW(module.parameters(), lr=1e-2) for module in (plain, model))
     rows: list[Row] = [[(0, 40, [1, 2]), (44, 16, [3])]]
     before = [parameter.detach().clone() for parameter in plain.encoder.parameters()]
     for step in range(5):
-        for one, its_optimizer in ((plain, plain_optimizer), (wrapped, optimizer)):
-            its_optimizer.zero_grad()
-            run(one, rows, 60, train_encoder=step >= 2).loss_sum.backward()
-            its_optimizer.step()
+        for module, module_optimizer in ((plain, plain_optimizer), (wrapped, optimizer)):
+            module_optimizer.zero_grad()
+            run(module, rows, 60, train_encoder=step >= 2).loss_sum.backward()
+            module_optimizer.step()
         if step == 1:  # neither gradient nor weight decay has touched the frozen encoder
             assert all(torch.equal(a, b) for a, b in zip(plain.encoder.parameters(), before, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(plain.encoder.parameters(), before, strict=True))
@@ -189,34 +206,15 @@ def test_freezing_for_the_first_updates_works_in_every_parallel_mode(parallel: s
         assert torch.allclose(full, wanted, rtol=0, atol=1e-12)
 
 
-def test_top_blocks_are_fresh_and_the_others_and_the_random_state_are_kept() -> None:
-    model, again = make_model(num_layers=3), make_model(num_layers=3)
-    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
-    state = torch.get_rng_state()
-    reinitialise_top_blocks(model.encoder, 2, seed=5)
-    assert torch.equal(torch.get_rng_state(), state)
-    reinitialise_top_blocks(again.encoder, 2, seed=5)
-    for name, value in model.encoder.state_dict().items():
-        assert torch.equal(value, again.encoder.state_dict()[name])
-        if not name.startswith(("blocks.1.", "blocks.2.")):
-            assert torch.equal(value, before[name])
-    for name in ("blocks.1.feedforward_in.hidden.weight", "blocks.2.feedforward_out.out.weight"):
-        fresh = model.encoder.state_dict()[name]
-        assert not torch.equal(fresh, before[name])
-        assert 0.8 < fresh.std() / before[name].std() < 1.25  # of the same initialisation
-    with pytest.raises(UserError, match="has 3 blocks: choose 0 to 3"):
-        reinitialise_top_blocks(model.encoder, 4, seed=0)
-
-
-def test_whole_recordings_come_out_the_same_in_any_batch() -> None:
+def test_outputs_of_whole_recordings_do_not_depend_on_the_batch() -> None:
     model = make_model(num_layers=2).eval()
     sources = [Source(n, lambda start, stop, n=n: utterance(n)[start:stop]) for n in (30, 41, 200, 203)]
 
     def outputs(batch_seconds: float) -> dict[int, Tensor]:
         settings = InferenceSettings(context_seconds=0.8, batch_seconds=batch_seconds)
-        return dict(transcribe(model.log_probs, sources, settings, FACTOR, 100.0))
+        return dict(transcribe(model.log_probs, sources, settings, STRIDE, 100.0))
 
     one_by_one, together = outputs(0.1), outputs(1000.0)
     for index, source in enumerate(sources):
-        assert one_by_one[index].shape == (-(-source.num_frames // FACTOR), VOCAB)
+        assert one_by_one[index].shape == (-(-source.num_frames // STRIDE), VOCAB)
         assert torch.allclose(one_by_one[index], together[index], rtol=0, atol=1e-9)

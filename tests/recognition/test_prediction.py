@@ -1,10 +1,11 @@
-"""Prediction networks: whole sequences equal label by label, states that a search can reorder, and no dropout in it."""
+"""Prediction networks: whole sequences against single steps, reordered states, dropout, autocast."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from bestrq.recognition.prediction import LSTMPrediction, StatelessPrediction
+from tests.lattices import assert_same
 
 VOCAB, DIM = 7, 5
 SEQUENCES = [[3, 3, 6, 1], [], [2], [5, 4, 3, 2, 1, 6, 6]]
@@ -28,22 +29,20 @@ def label_by_label(network: Prediction, sequence: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS)
-def test_whole_sequences_give_the_outputs_and_gradients_of_label_by_label(kind: str, size: int) -> None:
+def test_whole_sequences_have_the_outputs_and_gradients_of_single_steps(kind: str, size: int) -> None:
     network = make(kind, size)
-    got = network([torch.tensor(one, dtype=torch.int64) for one in SEQUENCES])
-    wanted = torch.cat([label_by_label(network, one) for one in SEQUENCES])
-    assert got.shape == (sum(len(one) + 1 for one in SEQUENCES), DIM)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    result = network([torch.tensor(sequence, dtype=torch.int64) for sequence in SEQUENCES])
+    expected = torch.cat([label_by_label(network, sequence) for sequence in SEQUENCES])
+    assert result.shape == (sum(len(sequence) + 1 for sequence in SEQUENCES), DIM)
     parameters = list(network.parameters())
-    weight = torch.randn_like(got)
-    for one, other in zip(
-        *(torch.autograd.grad((weight * outputs).sum(), parameters) for outputs in (got, wanted)), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    weight = torch.randn_like(result)
+    grads = (torch.autograd.grad((weight * outputs).sum(), parameters) for outputs in (result, expected))
+    assert_same([result], [expected], 1e-12)
+    assert_same(*grads, 1e-12)
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS)
-def test_states_can_be_picked_repeated_and_reordered(kind: str, size: int) -> None:
+def test_states_can_be_selected_repeated_and_reordered(kind: str, size: int) -> None:
     network = make(kind, size)
     state = network.start(3)
     assert all(len(tensor) == 3 for tensor in state)
@@ -52,30 +51,30 @@ def test_states_can_be_picked_repeated_and_reordered(kind: str, size: int) -> No
     order = [2, 0, 0, 1]
     output, _ = network.step(torch.tensor([3, 1, 2, 6]), tuple(tensor[order] for tensor in state))
     for row, (source, label) in enumerate(zip(order, [3, 1, 2, 6], strict=True)):
-        wanted = label_by_label(network, [[1, 4], [2, 5], [3, 6]][source] + [label])[-1]
-        torch.testing.assert_close(output[row], wanted, rtol=0, atol=1e-12)
+        expected = label_by_label(network, [[1, 4], [2, 5], [3, 6]][source] + [label])[-1]
+        torch.testing.assert_close(output[row], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS)
-def test_a_step_leaves_the_state_before_it_as_it_was(kind: str, size: int) -> None:
+def test_a_step_does_not_change_the_state_that_it_is_given(kind: str, size: int) -> None:
     network = make(kind, size)
     _, state = network.step(torch.tensor([0, 0]), network.start(2))
     before = [tensor.clone() for tensor in state]
     network.step(torch.tensor([4, 5]), state)
-    assert all(torch.equal(one, other) for one, other in zip(state, before, strict=True))
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(state, before, strict=True))
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])
-def test_a_stateless_network_sees_its_last_labels_and_no_more(context: int) -> None:
+def test_a_stateless_network_depends_on_its_last_labels_only(context: int) -> None:
     network = make("stateless", context)
-    one, other = ([1] * (6 - context) + [2, 3, 4][:context], [5] * (6 - context) + [2, 3, 4][:context])
-    outputs = [network([torch.tensor(labels)])[-1] for labels in (one, other)]
+    sequences = [[label] * (6 - context) + [2, 3, 4][:context] for label in (1, 5)]
+    outputs = [network([torch.tensor(labels)])[-1] for labels in sequences]
     assert torch.equal(*outputs)
-    other[-context] = 6
-    assert not torch.equal(outputs[0], network([torch.tensor(other)])[-1])
+    sequences[1][-context] = 6
+    assert not torch.equal(outputs[0], network([torch.tensor(sequences[1])])[-1])
 
 
-def test_an_lstm_sees_all_labels_and_no_later_one() -> None:
+def test_an_lstm_depends_on_all_earlier_labels_and_no_later_one() -> None:
     network = make("lstm", 1)
     outputs = [network([torch.tensor(labels)]) for labels in ([1, 2, 3, 4], [6, 2, 3, 4], [1, 2, 3, 5])]
     assert not torch.isclose(outputs[0][1:], outputs[1][1:], rtol=0, atol=1e-9).all(dim=-1).any()
@@ -83,7 +82,7 @@ def test_an_lstm_sees_all_labels_and_no_later_one() -> None:
 
 
 @pytest.mark.parametrize("kind", ["stateless", "lstm"])
-def test_dropout_is_of_training_alone(kind: str) -> None:
+def test_dropout_is_active_in_training_mode_only(kind: str) -> None:
     network = make(kind, 1, dropout=0.5)
     labels = [torch.tensor([1, 2, 3, 4, 5, 6])]
     assert not torch.equal(network(labels), network(labels))
@@ -95,7 +94,7 @@ def test_dropout_is_of_training_alone(kind: str) -> None:
 def test_an_lstm_is_computed_in_the_precision_of_its_weights_under_autocast() -> None:
     network = make("lstm", 2).float()
     labels = [torch.tensor([1, 2, 3, 4, 5, 6])]
-    wanted, wanted_step = network(labels), network.step(torch.tensor([3]), network.start(1))[0]
+    expected, expected_step = network(labels), network.step(torch.tensor([3]), network.start(1))[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(network(labels), wanted)
-        assert torch.equal(network.step(torch.tensor([3]), network.start(1))[0], wanted_step)
+        assert torch.equal(network(labels), expected)
+        assert torch.equal(network.step(torch.tensor([3]), network.start(1))[0], expected_step)

@@ -1,4 +1,4 @@
-"""Pruned transducers: the small joint network by definition, bands that alignments can follow, and their loss."""
+"""Pruned transducers: simple joint network against its definition, bands, and the loss within bands."""
 
 from dataclasses import replace
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.pruning import SimpleJoint, band_width, choose_band, simple_arcs
 from bestrq.recognition.losses.transducer import sum_over_alignments, transducer_loss
-from tests.lattices import arcs_of, assert_same, brute_force_loss, joint_arcs, made_lattices
+from tests.lattices import assert_same, brute_force_loss, joint_arcs, made_lattices, select_arcs
 
 ENOUGH = 2**40
 SIZES = [(4, 3), (5, 2), (1, 2), (3, 0), (1, 0), (2, 4)]
 
 
 def made_bands(lattices: Lattices, band: int, seed: int = 0) -> Lattices:
-    """Bands as of random probabilities."""
+    """Lattices with the bands of random probabilities."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(frames, len(labels) + 1) for frames, labels in zip(lattices.num_frames, lattices.labels, strict=True)]
     widths = [band_width(*size, band) for size in sizes]
@@ -37,7 +37,7 @@ def losses_of_bands(arcs: list[Tensor], lattices: Lattices) -> Tensor:
 def simple_parts(
     dtype: torch.dtype = torch.float64, scale: float = 1.0
 ) -> tuple[SimpleJoint, Tensor, Tensor, Lattices, list[Tensor]]:
-    """The small network, its inputs, and the arcs by the log-softmax of the outputs added."""
+    """Simple joint network, its inputs, and its arcs by the log-softmax of the added outputs."""
     _, lattices = made_lattices(SIZES)
     torch.manual_seed(0)
     network = SimpleJoint(7, 6, 5).to(dtype)
@@ -47,20 +47,20 @@ def simple_parts(
     acoustic = network.encoder_output(frames).split(list(lattices.num_frames))
     language = network.prediction_output(predicted).split(states)
     parts = zip(acoustic, language, lattices.labels, strict=True)
-    arcs = [arcs_of((a[:, None] + b).log_softmax(-1), labels) for a, b, labels in parts]
+    arcs = [select_arcs((a[:, None] + b).log_softmax(-1), labels) for a, b, labels in parts]
     return network, frames, predicted, lattices, arcs
 
 
-def test_simple_arcs_are_the_log_softmax_of_the_outputs_added() -> None:
+def test_simple_arcs_are_the_log_softmax_of_the_added_outputs() -> None:
     torch.manual_seed(0)
     for frames, states in ((4, 3), (1, 1), (1, 4), (3, 1)):
         acoustic = (5 * torch.randn(frames, 6, dtype=torch.float64)).requires_grad_()
         language = (5 * torch.randn(states, 6, dtype=torch.float64)).requires_grad_()
         labels = torch.randint(1, 6, (states - 1,))
         got = simple_arcs(acoustic, language, labels)
-        wanted = arcs_of((acoustic[:, None] + language).log_softmax(-1), labels)
+        wanted = select_arcs((acoustic[:, None] + language).log_softmax(-1), labels)
         used = torch.ones_like(got, dtype=torch.bool)
-        used[:, -1, 1] = False  # behind the last label there is none
+        used[:, -1, 1] = False  # the last state has no next label
         assert_same([got[used]], [wanted[used]], 1e-12)
         weight = torch.randn_like(got[used])
         grads = (torch.autograd.grad((weight * arcs[used]).sum(), (acoustic, language)) for arcs in (got, wanted))
@@ -68,7 +68,7 @@ def test_simple_arcs_are_the_log_softmax_of_the_outputs_added() -> None:
         assert got.isfinite().all()
 
 
-def test_simple_arcs_of_outputs_hundreds_apart_are_finite_with_their_gradients() -> None:
+def test_simple_arcs_and_gradients_are_finite_for_outputs_that_differ_by_hundreds() -> None:
     acoustic = torch.tensor([[300.0, 0.0, -300.0]]).requires_grad_()
     language = torch.tensor([[-300.0, 0.0, 300.0], [0.0, 0.0, 0.0]]).requires_grad_()
     arcs = simple_arcs(acoustic, language, torch.tensor([2]))
@@ -84,10 +84,10 @@ def test_simple_arcs_are_float32_under_bfloat16_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             arcs.append(simple_arcs(acoustic, language, torch.arange(1, 9)))
     assert_same([arcs[1]], [arcs[0]], 1e-6)
-    assert_same(*(torch.autograd.grad(one.sum(), acoustic) for one in arcs), 1e-4)
+    assert_same(*(torch.autograd.grad(outputs.sum(), acoustic) for outputs in arcs), 1e-4)
 
 
-def test_the_small_networks_loss_and_gradients_equal_those_of_all_alignments() -> None:
+def test_loss_and_gradients_of_the_simple_joint_network_equal_those_of_all_alignments() -> None:
     network, frames, predicted, lattices, arcs = simple_parts()
     wanted = torch.stack([brute_force_loss(part) for part in arcs])
     got, _ = network(frames, predicted, lattices, band=2)
@@ -97,7 +97,7 @@ def test_the_small_networks_loss_and_gradients_equal_those_of_all_alignments() -
 
 
 def test_gradients_of_arcs_are_minus_the_probabilities_that_alignments_take_them() -> None:
-    """Of every frame one blank is taken, and every label once: of several frames or states, the probabilities add."""
+    """An alignment takes one blank per frame and every label once, so probabilities sum to 1 over states or frames."""
     _, _, _, lattices, arcs = simple_parts()
     leaf = torch.cat([part.flatten(0, 1) for part in arcs]).detach().requires_grad_()
     [grad] = torch.autograd.grad(sum_over_alignments(leaf, lattices).sum(), leaf)
@@ -114,7 +114,7 @@ def test_gradients_of_arcs_are_minus_the_probabilities_that_alignments_take_them
 @given(
     st.integers(1, 30), st.integers(0, 30), st.integers(2, 35), st.integers(0, 2**31), st.sampled_from([0.0, 1.0, 30.0])
 )
-def test_bands_lead_from_the_first_state_to_the_last_without_a_gap(
+def test_bands_connect_the_first_state_with_the_last(
     num_frames: int, num_labels: int, band: int, seed: int, sharpness: float
 ) -> None:
     states = num_labels + 1
@@ -128,12 +128,12 @@ def test_bands_lead_from_the_first_state_to_the_last_without_a_gap(
     assert (moves >= 0).all() and (moves <= width - 1).all()
 
 
-def test_bands_are_no_wider_than_asked_unless_frames_are_too_few() -> None:
+def test_bands_are_wider_than_requested_only_if_frames_are_too_few() -> None:
     assert [band_width(10, states, 4) for states in (1, 3, 4, 30, 31, 32, 41)] == [1, 3, 4, 4, 4, 5, 5]
     assert band_width(1, 9, 2) == 9
 
 
-def test_a_band_follows_where_alignments_pass() -> None:
+def test_a_band_follows_the_most_probable_path() -> None:
     passed = torch.zeros(10, 8)
     path = [0, 0, 1, 2, 2, 3, 5, 6, 7, 7]
     passed[torch.arange(10), torch.tensor(path)] = 1
@@ -147,7 +147,7 @@ def test_bands_of_all_states_change_neither_loss_nor_gradients(band: int) -> Non
     losses = transducer_loss(*tensors, lattices, ENOUGH)
     banded = transducer_loss(*tensors, made_bands(lattices, band), ENOUGH)
     assert_same([banded], [losses], 1e-12)
-    assert_same(*(torch.autograd.grad(one.sum(), tensors) for one in (banded, losses)), 1e-12)
+    assert_same(*(torch.autograd.grad(values.sum(), tensors) for values in (banded, losses)), 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,7 +158,7 @@ def test_with_bands_the_loss_is_that_of_all_alignments_within_them(band: int, se
     wanted = losses_of_bands(joint_arcs(tensors, lattices), lattices)
     weight = torch.linspace(0.5, 2.0, len(wanted), dtype=wanted.dtype)
     expected = torch.autograd.grad((weight * wanted).sum(), tensors)
-    smallest = max(lattices.widths or []) * 600  # of a few cells, so that there are many slices
+    smallest = max(lattices.widths or []) * 600  # a few cells, which makes many slices
     for budget in (ENOUGH, smallest):
         got = transducer_loss(*tensors, lattices, budget)
         assert_same([got], [wanted], 1e-9)
@@ -172,7 +172,7 @@ def test_with_bands_the_loss_is_that_of_all_alignments_within_them(band: int, se
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_small_networks_bands_are_of_its_own_probabilities_and_carry_no_graph(dtype: torch.dtype) -> None:
+def test_bands_follow_from_the_simple_joint_networks_probabilities_and_carry_no_graph(dtype: torch.dtype) -> None:
     network, frames, predicted, lattices, arcs = simple_parts(dtype)
     losses, banded = network(frames, predicted, lattices, band=2)
     assert losses.dtype == torch.promote_types(dtype, torch.float32) and losses.requires_grad
@@ -185,12 +185,12 @@ def test_the_small_networks_bands_are_of_its_own_probabilities_and_carry_no_grap
             leaf = part.detach().requires_grad_()
             [grad] = torch.autograd.grad(brute_force_loss(leaf), leaf)
             assert torch.equal(first, choose_band(-grad.sum(dim=-1), width))
-    with torch.no_grad():  # as validation calls it
+    with torch.no_grad():  # as in validation
         again, same = network(frames, predicted, lattices, band=2)
     assert torch.equal(again, losses) and same.widths == banded.widths
 
 
-def test_no_segments_leave_the_small_networks_gradients_zero() -> None:
+def test_a_batch_without_segments_gives_the_simple_joint_network_gradients_of_zero() -> None:
     network, frames, predicted, _, _ = simple_parts()
     losses, banded = network(frames[:0], predicted[:0], Lattices([], []), band=2)
     losses.sum().backward()

@@ -1,4 +1,4 @@
-"""The token-and-duration transducer's loss: by brute force, beside the plain transducer, in slices, long, refused."""
+"""TDT loss: against brute force and the plain transducer loss, slices, long segments, memory, invalid durations."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor
 from benchmarks.live_bytes import LiveBytes
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.tdt import sum_over_durations, tdt_loss
-from bestrq.recognition.losses.transducer import bytes_of_cell, sum_over_alignments
+from bestrq.recognition.losses.transducer import bytes_per_cell, sum_over_alignments
 from common.errors import UserError
+from tests.lattices import assert_same
 
 VOCAB, JOINT = 5, 4
 SEGMENTS = [(4, [1, 2]), (3, []), (1, [3, 3, 3]), (1, []), (2, [4, 1, 1]), (4, [2, 2]), (3, [1])]
-"""frames and labels: more labels than frames, none, one frame, repeated labels, fewer frames than the durations"""
-
+"""frames and labels: more labels than frames, no labels, one frame, repeated labels, fewer frames than the durations"""
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,7 +40,7 @@ def make_lattices(segments: Sequence[tuple[int, list[int]]], **bands: Any) -> La
 def alignments(
     frames: int, labels: int, durations: Sequence[int], t: int = 0, u: int = 0
 ) -> Iterator[list[tuple[int, int, bool, int]]]:
-    """All ways through a lattice as lists of arcs: frame, state, is it a label, index of its duration."""
+    """All paths through a lattice as lists of arcs: frame, state, whether it is a label, index of its duration."""
     for index, duration in enumerate(durations):
         if duration > 0 and u == labels and t + duration == frames:
             yield [(t, u, False, index)]
@@ -66,8 +66,8 @@ def brute_force(inputs: Inputs, lattices: Lattices, durations: Sequence[int], si
         totals = []
         for path in alignments(lattices.num_frames[s], len(labels), durations):
             if lattices.first_state is not None and lattices.widths is not None:
-                begins = lattices.first_state[s].tolist()
-                if not all(begins[t] <= u < begins[t] + lattices.widths[s] for t, u, _, _ in path):
+                first = lattices.first_state[s].tolist()
+                if not all(first[t] <= u < first[t] + lattices.widths[s] for t, u, _, _ in path):
                     continue
             arcs = [tokens[t, u, int(labels[u]) if label else 0] + lasts[t, u, d] - sigma for t, u, label, d in path]
             totals.append(torch.stack(arcs).sum())
@@ -76,13 +76,8 @@ def brute_force(inputs: Inputs, lattices: Lattices, durations: Sequence[int], si
 
 
 def with_gradients(losses: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Losses, and gradients of a sum in which every segment has a weight of its own."""
+    """Losses, and gradients of their sum with a different weight for every segment."""
     return [losses.detach(), *torch.autograd.grad((losses * torch.arange(1, 1 + len(losses))).sum(), inputs)]
-
-
-def assert_close(results: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for result, one in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, one, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("durations", [[0, 1], [0, 1, 2, 3, 4], [0, 1, 3]])
@@ -93,23 +88,23 @@ def test_loss_and_gradients_equal_those_of_all_alignments_enumerated(durations: 
     result = tdt_loss(*inputs, lattices, durations, 10**6, sigma)
     assert result.dtype == torch.float64
     expected = brute_force(inputs, lattices, durations, sigma)
-    assert_close(with_gradients(result, inputs), with_gradients(expected, inputs))
+    assert_same(with_gradients(result, inputs), with_gradients(expected, inputs))
 
 
-def test_in_bands_only_alignments_within_them_count() -> None:
+def test_with_bands_only_alignments_within_them_count() -> None:
     durations = [0, 1, 2, 4]
     bands = [torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1])]
     lattices = make_lattices([(4, [1, 2, 2]), (3, [3])], first_state=bands, widths=[2, 1])
     inputs = make_inputs(lattices, VOCAB + len(durations))
     whole = make_lattices([(4, [1, 2, 2]), (3, [3])])
-    with pytest.raises(AssertionError):  # the bands leave something out
-        assert_close([brute_force(inputs, lattices, durations)], [brute_force(inputs, whole, durations)])
+    with pytest.raises(AssertionError):  # the bands exclude alignments
+        assert_same([brute_force(inputs, lattices, durations)], [brute_force(inputs, whole, durations)])
     result = tdt_loss(*inputs, lattices, durations, 10**6)
-    assert_close(with_gradients(result, inputs), with_gradients(brute_force(inputs, lattices, durations), inputs))
+    assert_same(with_gradients(result, inputs), with_gradients(brute_force(inputs, lattices, durations), inputs))
 
 
 def forward_recursion(arcs: Tensor, durations: Sequence[int]) -> Tensor:
-    """The paper's equation 7 cell by cell, for one lattice `[T, U + 1, 2 + D]`."""
+    """Equation 7 of the paper, cell by cell, for one lattice `[T, U + 1, 2 + D]`."""
     frames, states = arcs.shape[:2]
     alpha: dict[tuple[int, int], Tensor] = {(0, 0): arcs.new_zeros(())}
     end = []
@@ -142,27 +137,28 @@ def test_sum_and_its_gradients_equal_those_of_autograd_through_the_forward_recur
         [forward_recursion(part.view(frames, -1, arcs.shape[1]), durations) for part, frames in parts]
     )
     result = sum_over_durations(arcs, lattices, durations)
-    assert_close(with_gradients(result, [arcs]), with_gradients(expected, [arcs]), 1e-12)
+    assert_same(with_gradients(result, [arcs]), with_gradients(expected, [arcs]), 1e-12)
 
 
-def test_where_labels_take_no_frame_and_blanks_take_one_it_is_the_plain_transducer() -> None:
+def test_if_labels_take_no_frame_and_blanks_take_one_the_loss_is_that_of_the_plain_transducer() -> None:
     lattices = make_lattices([(9, [1, 2, 2]), (4, [1] * 6), (5, []), (1, [1])])
     plain = random_arcs(lattices, 0)
-    # One duration is drawn for both tokens, so weights alone can tell them apart: a label's is moved into duration 0.
+    # Blank and label share the duration outputs. The offsets cancel for a label of duration 0, leave a blank of
+    # duration 1 unchanged, and make a label of duration 1 impossible.
     moved = plain.new_tensor([0.0, -300.0, 300.0, 0.0])
     arcs = torch.cat((plain, torch.zeros_like(plain)), dim=1) + moved
     expected = with_gradients(sum_over_alignments(plain, lattices), [plain])
-    assert_close(with_gradients(sum_over_durations(arcs, lattices, [0, 1]), [plain]), expected)
+    assert_same(with_gradients(sum_over_durations(arcs, lattices, [0, 1]), [plain]), expected)
 
 
-def test_slices_of_any_budget_give_the_same() -> None:
+def test_slices_of_any_budget_give_the_same_loss() -> None:
     durations = [0, 1, 2]
     lattices = make_lattices(SEGMENTS)
     inputs = make_inputs(lattices, VOCAB + len(durations))
     whole = with_gradients(tdt_loss(*inputs, lattices, durations, 10**6), inputs)
-    smallest = 4 * bytes_of_cell(JOINT, VOCAB + len(durations), 8)
+    smallest = 4 * bytes_per_cell(JOINT, VOCAB + len(durations), 8)
     for budget in (smallest, smallest + 100, 3 * smallest):
-        assert_close(with_gradients(tdt_loss(*inputs, lattices, durations, budget), inputs), whole, 1e-12)
+        assert_same(with_gradients(tdt_loss(*inputs, lattices, durations, budget), inputs), whole, 1e-12)
     with pytest.raises(UserError, match=f"give {smallest} or more"):
         tdt_loss(*inputs, lattices, durations, smallest - 1)
 
@@ -176,7 +172,7 @@ def test_a_segments_loss_and_gradients_do_not_depend_on_its_batch() -> None:
         alone = sum_over_durations(part, make_lattices(SEGMENTS[s : s + 1]), durations)
         grad = torch.autograd.grad(alone * (s + 1), arcs)[0]
         cells = slice(sum(together.cells[:s]), sum(together.cells[: s + 1]))
-        assert_close([alone[0], grad[cells]], [losses[s], grads[cells]], 1e-12)
+        assert_same([alone[0], grad[cells]], [losses[s], grads[cells]], 1e-12)
 
 
 def test_float32_stays_accurate_on_2000_frames_and_100_labels() -> None:
@@ -186,7 +182,7 @@ def test_float32_stays_accurate_on_2000_frames_and_100_labels() -> None:
     narrow = arcs.detach().float().requires_grad_()
     loss, grad = with_gradients(sum_over_durations(narrow, lattices, durations), [narrow])
     torch.testing.assert_close(loss.double(), sum_over_durations(arcs, lattices, durations), rtol=1e-5, atol=0)
-    emitted = -grad.view(2000, 101, -1)[..., 1].sum(dim=0)  # every label is emitted once; behind the last, none
+    emitted = -grad.view(2000, 101, -1)[..., 1].sum(dim=0)  # every label is emitted once, none in the last state
     torch.testing.assert_close(emitted, torch.ones(101).index_fill(0, torch.tensor([100]), 0.0), rtol=0, atol=1e-4)
 
 
@@ -206,7 +202,7 @@ def peak_bytes(frames: int, states: int, joint: int, slices: int) -> int:
     inputs = make_inputs(lattices, 256 + 3, torch.float32, joint)
     live = LiveBytes()
     with live:
-        budget = slices * states * bytes_of_cell(joint, 256 + 3, 4)
+        budget = slices * states * bytes_per_cell(joint, 256 + 3, 4)
         tdt_loss(*inputs, lattices, [0, 1, 2], budget).sum().backward()
     return live.peak
 
@@ -214,17 +210,17 @@ def peak_bytes(frames: int, states: int, joint: int, slices: int) -> int:
 @pytest.mark.parametrize("joint", [16, 256])
 def test_a_slice_stays_within_its_budget(joint: int) -> None:
     least, more = (peak_bytes(20, 21, joint, slices) for slices in (1, 6))
-    assert more - least <= 5 * 21 * bytes_of_cell(joint, 256 + 3, 4)
+    assert more - least <= 5 * 21 * bytes_per_cell(joint, 256 + 3, 4)
 
 
-def test_a_longer_lattice_costs_a_few_numbers_a_cell_and_never_the_vocabulary() -> None:
+def test_a_longer_lattice_takes_a_few_numbers_per_cell_whatever_the_vocabulary() -> None:
     short, long = (peak_bytes(frames, 31, 32, 1) for frames in (40, 80))
-    # 4 + D that are kept, and twice 2 + D while gradients are computed, 8 bytes spare; outputs would take 1036.
-    of_frame = 31 * (4 * (4 + 3 + 2 * (2 + 3)) + 8) + 32 * 16
-    assert 0 < long - short <= 40 * of_frame
+    # 4 + D numbers are kept, 2 (2 + D) more exist while gradients are computed, 8 bytes spare; outputs would take 1036.
+    per_frame = 31 * (4 * (4 + 3 + 2 * (2 + 3)) + 8) + 32 * 16
+    assert 0 < long - short <= 40 * per_frame
 
 
-def test_a_batch_of_no_segment_keeps_the_graph() -> None:
+def test_a_batch_without_segments_keeps_the_graph() -> None:
     inputs = make_inputs(make_lattices([]), VOCAB + 2)
     result = tdt_loss(*inputs, make_lattices([]), [0, 1], 10**6)
     assert result.shape == (0,)
@@ -236,5 +232,5 @@ def test_a_batch_of_no_segment_keeps_the_graph() -> None:
 def test_durations_with_which_some_segment_has_no_alignment_are_refused(durations: list[int]) -> None:
     lattices = make_lattices([(2, [1])])
     inputs = make_inputs(lattices, VOCAB + len(durations))
-    with pytest.raises(UserError, match=r"transducer\.durations is \[.*begin with 0 and 1"):
+    with pytest.raises(UserError, match=r"transducer\.durations is \[.*start with 0 and 1"):
         tdt_loss(*inputs, lattices, durations, 10**6)

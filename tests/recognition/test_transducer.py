@@ -1,6 +1,7 @@
-"""The transducer model: its loss by enumeration, packing, accumulation, empty batches, CTC head, parallel modes."""
+"""Transducer model: loss by enumeration, packing, accumulation, empty batches, CTC head, parallel modes."""
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, pad_labels
 from bestrq.recognition.transducer import TransducerModel, TransducerOutput, TransducerSettings, check_slice_bytes
 from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise
+from common.config import parse
 from common.errors import UserError
 from common.segments import Segments
 from tests.gloo import run_distributed
-from tests.lattices import arcs_of, assert_same, brute_force_loss
+from tests.lattices import assert_same, brute_force_loss, select_arcs
 
-MELS, VOCAB, FACTOR = 8, 5, 4
+MELS, VOCAB, STRIDE = 8, 5, 4
 ENCODER = EncoderSettings(
     num_mels=MELS, dim=16, num_layers=2, num_heads=2, feedforward_dim=24, kernel_size=5, subsampling_channels=4,
     dropout=0.0, attention_dropout=0.0,
@@ -33,7 +35,7 @@ every_kind = pytest.mark.parametrize("kind", list(KINDS))
 Row = list[tuple[int, int, list[int]]]
 """segments of a row: start, length, labels"""
 ROWS: list[Row] = [[(0, 20, [1, 2]), (24, 13, [3, 3, 3]), (40, 6, [4, 2, 1])], [(4, 17, []), (24, 7, [4])]]
-"""among them two frames with three labels, and no labels"""
+"""including two frames with three labels, and segments without labels"""
 
 
 def make_model(kind: str = "stateless", **changed: Any) -> TransducerModel:
@@ -43,7 +45,7 @@ def make_model(kind: str = "stateless", **changed: Any) -> TransducerModel:
 
 
 def utterance(num_frames: int) -> Tensor:
-    """Features that depend on the length alone, so that they can be put anywhere."""
+    """Features that depend on the length only, so that a segment can be placed anywhere."""
     return torch.randn(num_frames, MELS, dtype=torch.float64, generator=torch.Generator().manual_seed(num_frames))
 
 
@@ -71,19 +73,19 @@ def gradients(model: TransducerModel, loss: Tensor) -> list[Tensor]:
 
 
 def searched_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tensor:
-    """`[T, U + 1, 2]` of one segment by itself, from what a search calls."""
+    """Arcs `[T, U + 1, 2]` of a single segment, from the methods that a search calls."""
     zero = torch.zeros(1, 1, dtype=torch.int64)
     padded = torch.nn.functional.pad(utterance(size), (0, 0, 0, 48 - size))
-    encoded = model.encode(padded[None], Segments(zero, zero + size, len(padded)))[0, : -(-size // FACTOR)]
+    encoded = model.encode(padded[None], Segments(zero, zero + size, len(padded)))[0, : -(-size // STRIDE)]
     state, predicted = model.start(1), []
     for label in [0, *labels]:
-        one, state = model.predict(torch.tensor([label]), state)
-        predicted.append(one)
-    return arcs_of(model.joint(encoded[:, None], torch.cat(predicted)), torch.tensor(labels))
+        output, state = model.predict(torch.tensor([label]), state)
+        predicted.append(output)
+    return select_arcs(model.joint(encoded[:, None], torch.cat(predicted)), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("kind", ["stateless", "lstm-hybrid"])
-def test_loss_and_gradients_equal_those_of_all_alignments_of_what_a_search_sees(kind: str) -> None:
+def test_loss_and_gradients_equal_those_of_all_alignments_of_a_searchs_outputs(kind: str) -> None:
     model = make_model(kind, ctc_weight=0.0, fast_emit=0.0)
     output = run(model, ROWS)
     segments = [segment for row in ROWS for segment in row]
@@ -132,14 +134,14 @@ def test_slices_change_neither_loss_nor_gradients(kind: str, slice_bytes: int) -
 
 
 @every_kind
-def test_a_budget_that_passes_the_check_before_training_is_enough_for_one_frame_of_all_labels(kind: str) -> None:
+def test_the_budget_check_before_training_passes_if_one_frame_of_all_labels_fits(kind: str) -> None:
     labels = [1, 2, 3, 4, 1, 2, 3]
     with pytest.raises(UserError, match=r"give \d+ or more") as refused:
         check_slice_bytes(make_model(kind, slice_bytes=1).settings, VOCAB, len(labels), itemsize=8)
     smallest = int(re.findall(r"give (\d+) or more", str(refused.value))[0])
     model = make_model(kind, slice_bytes=smallest)
     check_slice_bytes(model.settings, VOCAB, len(labels), itemsize=8)
-    run(model, [[(0, FACTOR, labels)]]).loss_sum.backward()
+    run(model, [[(0, STRIDE, labels)]]).loss_sum.backward()
 
 
 @every_kind
@@ -149,7 +151,7 @@ def test_a_batch_of_no_segments_has_a_loss_and_gradients_of_zero(kind: str) -> N
     assert output.loss_sum == 0
     output.loss_sum.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and not parameter.grad.any(), name  # DDP waits for every one
+        assert parameter.grad is not None and not parameter.grad.any(), name  # DDP waits for every gradient
 
 
 @every_kind
@@ -170,7 +172,7 @@ def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
     tensors = {name.replace("ctc_head.", "head."): tensor for name, tensor in model.state_dict().items()}
     ctc.load_state_dict({name: tensors[name] for name in ctc.state_dict()})
     output, wanted = run(model, ROWS), ctc(*batch(ROWS, 48))
-    assert int(wanted.num_impossible) == 2  # which CTC leaves out and the transducer does not
+    assert int(wanted.num_impossible) == 2  # impossible for CTC, but not for the transducer
     assert_same([output.ctc_sum], [wanted.loss_sum.detach()], 1e-9)
     assert_same([output.loss_sum.detach()], [output.transducer_sum + 0.3 * output.ctc_sum], 1e-9)
     plain = make_model("lstm-hybrid", ctc_weight=0.0)
@@ -178,23 +180,23 @@ def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
     run(model, ROWS).loss_sum.backward()
     run(plain, ROWS).loss_sum.backward()
     wanted.loss_sum.backward()
-    theirs = dict(ctc.named_parameters()) | {f"ctc_head.{k}": p for k, p in ctc.head.named_parameters()}
-    others = dict(plain.named_parameters())
+    ctc_parameters = dict(ctc.named_parameters()) | {f"ctc_head.{k}": p for k, p in ctc.head.named_parameters()}
+    plain_parameters = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
-        expected = 0.3 * theirs[name].grad if name in theirs else torch.zeros_like(parameter)
-        if name in others:
-            expected = expected + others[name].grad
+        expected = 0.3 * ctc_parameters[name].grad if name in ctc_parameters else torch.zeros_like(parameter)
+        if name in plain_parameters:
+            expected = expected + plain_parameters[name].grad
         torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-9, msg=name)
     log_mel, segments, *_ = batch(ROWS, 48)
     assert_same([model.ctc_log_probs(log_mel, segments)], [ctc.log_probs(log_mel, segments)], 1e-12)
 
 
-def test_without_a_ctc_head_its_outputs_are_refused_with_the_setting_named() -> None:
+def test_without_a_ctc_head_its_outputs_are_refused_with_the_name_of_the_setting() -> None:
     with pytest.raises(UserError, match="transducer.ctc_weight 0"):
         make_model().ctc_log_probs(*batch(ROWS, 48)[:2])
 
 
-def test_a_prune_range_of_all_states_leaves_the_loss_as_it_is_beside_the_small_networks() -> None:
+def test_a_prune_range_of_all_states_adds_only_the_loss_of_the_simple_joint_network() -> None:
     model = make_model("pruned", prune_range=4, ctc_weight=0.0)
     plain = make_model("stateless")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("simple_joint.")}
@@ -207,7 +209,7 @@ def test_a_prune_range_of_all_states_leaves_the_loss_as_it_is_beside_the_small_n
     again = run(doubled, ROWS)
     assert_same([(again.loss_sum - again.transducer_sum).detach()], [2 * simple], 1e-9)
     narrow = run(make_model("pruned", ctc_weight=0.0), ROWS)
-    assert narrow.transducer_sum > output.transducer_sum  # of fewer alignments
+    assert narrow.transducer_sum > output.transducer_sum  # fewer alignments
 
 
 @every_kind
@@ -236,36 +238,56 @@ def test_a_label_outside_the_vocabulary_is_refused_and_named(kind: str, wrong: i
         run(make_model(kind), rows)
 
 
+@dataclass
+class Config:
+    """Settings with a transducer section, as in finetune_rnnt.py."""
+
+    transducer: TransducerSettings = field(default_factory=TransducerSettings)
+    """transducer"""
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "expected"),
     [
-        *((name, 0) for name in ("context", "prediction_dim", "prediction_layers", "joint_dim", "slice_bytes")),
-        *((name, -0.1) for name in ("ctc_weight", "fast_emit", "simple_weight", "dropout")),
-        *(("dropout", 1.0), ("prune_range", 1), ("prune_range", -1)),
+        *(
+            (name, 0, "expected an integer above 0")
+            for name in ("context", "prediction_dim", "prediction_layers", "joint_dim", "slice_bytes")
+        ),
+        *(
+            (name, -0.1, "expected a number, 0 or more")
+            for name in ("ctc_weight", "fast_emit", "simple_weight", "sigma")
+        ),
+        *(("dropout", value, "give 0 or more, and less than 1") for value in (-0.1, 1.0)),
+        *(("prune_range", value, "give 2 or more") for value in (1, -1)),
     ],
 )
-def test_impossible_settings_are_refused_with_their_names_and_values(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"transducer.{name} is {value}: give "):
-        TransducerSettings(**{name: value})
+def test_invalid_settings_are_refused_with_their_names_and_values(name: str, value: float, expected: str) -> None:
+    with pytest.raises(UserError, match=f"^transducer.{name} is {value}: {expected}"):
+        parse(Config, [f"--transducer.{name}={value}"])
+
+
+def test_fast_emit_is_refused_with_durations() -> None:
+    with pytest.raises(UserError, match="transducer.fast_emit is 0.01: give 0 with durations"):
+        parse(Config, ["--transducer.fast_emit=0.01", "--transducer.durations=[0, 1, 2]"])
 
 
 PARALLEL_ROWS: list[Row] = [ROWS[0], ROWS[1], [(8, 30, [4, 4, 1, 2])], []]
 
 
 def train_once(world: World, strategy: str, precision: str, accumulation: int, reshard: bool) -> dict[str, Tensor]:
-    """What a search sees first, then the whole gradients of one step."""
+    """Arcs from the methods of a search (in one case), and the whole gradients of one step."""
     settings = DistributedSettings(strategy=strategy, device="cpu", precision=precision)
     model = make_model("pruned", prediction="lstm", fast_emit=0.1)
     model = model.float() if precision == "bfloat16" else model
     parallel: Any = parallelise(model, model.encoder.blocks, world, settings)
     if reshard:
         assert isinstance(parallel, FSDPModule)
-        parallel.set_reshard_after_forward(True, recurse=False)  # the joint's weights are gathered again in backward
-    found = {}
+        parallel.set_reshard_after_forward(True, recurse=False)  # backward gathers the joint weights again
+    results = {}
     if strategy == "fsdp" and precision == "float32" and not reshard:
         register_fsdp_forward_method(model, "encode")
         with torch.no_grad():
-            found["arcs"] = searched_arcs(model, 20, [1, 2])
+            results["arcs"] = searched_arcs(model, 20, [1, 2])
     rows = PARALLEL_ROWS[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
     step = len(rows) // accumulation
     for i in range(accumulation):
@@ -276,8 +298,8 @@ def train_once(world: World, strategy: str, precision: str, accumulation: int, r
             output.loss_sum.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        found[name] = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)().clone()
-    return found
+        results[name] = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)().clone()
+    return results
 
 
 CASES = {
@@ -291,21 +313,21 @@ CASES = {
 }
 
 
-def train_every_way(world: World) -> dict[str, dict[str, Tensor]]:
+def train_all_cases(world: World) -> dict[str, dict[str, Tensor]]:
     return {name: train_once(world, *case) for name, case in CASES.items()}
 
 
-def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_even_where_a_rank_has_no_segments() -> None:
-    """Tolerance 1e-5 of float32 sums; under bfloat16 10 %: see above."""
+def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_even_if_a_rank_has_no_segments() -> None:
+    """Tolerance 1e-5 for float32 sums, 10 % for bfloat16 as above."""
     wanted = train_once(World(), "ddp", "float32", 1, False)
     low = train_once(World(), "ddp", "bfloat16", 1, False)
     arcs = searched_arcs(make_model("pruned", prediction="lstm"), 20, [1, 2])
-    for results in run_distributed(train_every_way, 2):
-        for name, found in results.items():
-            if "arcs" in found:
-                torch.testing.assert_close(found.pop("arcs"), arcs.detach(), rtol=0, atol=1e-9)
-            assert found.keys() == wanted.keys()
-            for parameter, grad in found.items():
+    for cases in run_distributed(train_all_cases, 2):
+        for name, results in cases.items():
+            if "arcs" in results:
+                torch.testing.assert_close(results.pop("arcs"), arcs.detach(), rtol=0, atol=1e-9)
+            assert results.keys() == wanted.keys()
+            for parameter, grad in results.items():
                 if "bfloat16" in name:
                     error = (grad - low[parameter]).norm() / max(low[parameter].norm(), 1e-3)
                     assert error < 0.1, (name, parameter)

@@ -1,4 +1,4 @@
-"""The transducer loss: by enumeration, beside torchaudio's, sliced, padded, long, extreme, and within its memory."""
+"""Transducer loss: against enumeration and torchaudio, slices, padding, long segments, extreme values, memory."""
 
 import re
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.live_bytes import LiveBytes
 from bestrq.recognition.losses.lattices import Lattices, check_labels
 from bestrq.recognition.losses.transducer import (
-    _passed,
     _slices,
+    _visited_states,
     sum_by_diagonals,
     sum_over_alignments,
     transducer_loss,
@@ -26,12 +26,13 @@ from common.errors import UserError
 from tests.lattices import assert_same, brute_force_loss, joint_arcs, made_lattices
 
 ENOUGH = 2**40
+VISITED_STATES = "bestrq.recognition.losses.transducer._visited_states"
 SIZES = [(4, 2), (1, 0), (3, 4), (2, 3), (1, 3), (3, 0), (4, 3)]
-"""(T, U), with no labels, one frame, both, and more labels than frames"""
+"""(T, U): no labels, one frame, both, more labels than frames"""
 
 
 def weighted(losses: Tensor) -> Tensor:
-    """A scalar that gives every segment's loss another gradient."""
+    """Weighted sum, in which every segment's loss has a different gradient."""
     return (losses * torch.linspace(0.5, 2.0, len(losses), dtype=losses.dtype)).sum()
 
 
@@ -50,9 +51,9 @@ def brute_force(tensors: Sequence[Tensor], lattices: Lattices) -> list[Tensor]:
 def smallest_budget(tensors: Sequence[Tensor], lattices: Lattices) -> int:
     with pytest.raises(UserError, match="transducer.slice_bytes is 1:") as error:
         transducer_loss(*tensors, lattices, 1)
-    found = re.search(r"give (\d+) or more", str(error.value))
-    assert found is not None
-    return int(found[1])
+    match = re.search(r"give (\d+) or more", str(error.value))
+    assert match is not None
+    return int(match[1])
 
 
 def test_loss_and_all_gradients_equal_those_of_all_alignments_enumerated() -> None:
@@ -78,16 +79,17 @@ def test_the_sum_by_diagonals_equals_that_of_all_alignments_with_its_gradients()
             wanted = brute_force_loss(arcs)
             got = sum_by_diagonals(arcs)
             assert abs(got - wanted) < 1e-12
-            # Alignments of T = 1, U = 0 take no label at all.
             assert_same(torch.autograd.grad(got, arcs), torch.autograd.grad(wanted, arcs), 1e-12)
 
 
 def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary() -> None:
-    """To 2e-5 of each gradient's norm, for torchaudio's own are 1.4e-5 from those in float64, and ours 0.4e-5."""
+    """Tolerance 2e-5 of each gradient's norm: the error against float64 is 1.4e-5 for torchaudio, here 0.4e-5."""
     sizes = [(60, 20), (37, 11)]
     tensors, lattices = made_lattices(sizes, torch.float32, joint=16, vocab=50)
     with torch.no_grad():
-        tensors[2] *= 0.25  # outputs as of fresh weights; of larger ones torchaudio's own gradients are off by 3e-5
+        tensors[2] *= (
+            0.25  # outputs as of initial weights; with larger ones, torchaudio's gradients have an error of 3e-5
+        )
     got = loss_and_gradients(tensors, lattices, budget=2**18)
     encoded, predicted = (
         torch.nn.utils.rnn.pad_sequence(part.split(lengths), batch_first=True)
@@ -98,17 +100,17 @@ def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary()
     lengths = torch.tensor(sizes, dtype=torch.int32).T.contiguous()
     losses = torchaudio.functional.rnnt_loss(logits, targets, *lengths, blank=0, reduction="none")
     wanted = [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
-    for one, other in zip(got, wanted, strict=True):
-        assert (one - other).norm() < 2e-5 * other.norm()
+    for result, expected in zip(got, wanted, strict=True):
+        assert (result - expected).norm() < 2e-5 * expected.norm()
     exact = loss_and_gradients([tensor.detach().double().requires_grad_() for tensor in tensors], lattices, 2**18)
-    for one, other in zip(got, exact, strict=True):
-        assert (one - other).norm() < 1e-5 * other.norm()
+    for result, expected in zip(got, exact, strict=True):
+        assert (result - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("size", [(30_000, 40), (300, 2000)], ids=["20-minutes", "2000-labels"])
 def test_long_segments_have_finite_losses_and_gradients_that_count_frames_and_labels(size: tuple[int, int]) -> None:
-    """Every alignment takes T blanks and U labels, so the arcs' gradients sum to -T and -U. Torchaudio's float32 sums
-    over 30,000 frames of fresh weights make an error of 2 % of that."""
+    """Every alignment takes T blanks and U labels, so the gradients of the arcs sum to -T and -U. The error of
+    torchaudio's float32 sums is 2 % over 30,000 frames of initial weights."""
     tensors, lattices = made_lattices([size], torch.float32, joint=3, vocab=4)
     got = loss_and_gradients(tensors, lattices, budget=2**22)
     assert all(tensor.isfinite().all() for tensor in got)
@@ -125,8 +127,8 @@ def test_extreme_logits_give_the_losses_and_gradients_of_float64() -> None:
         tensors[2] *= 1e4
     wanted = loss_and_gradients(tensors, lattices)
     got = loss_and_gradients([tensor.detach().float().requires_grad_() for tensor in tensors], lattices)
-    for one, other in zip(got, wanted, strict=True):
-        assert other.isfinite().all() and (one - other).abs().max() < 1e-2 * other.abs().max()
+    for result, expected in zip(got, wanted, strict=True):
+        assert expected.isfinite().all() and (result - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @settings(max_examples=25, deadline=None)
@@ -139,7 +141,7 @@ def test_any_budget_gives_the_same_loss_and_gradients(share: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_smallest_budget_named_works_and_a_byte_less_does_not(dtype: torch.dtype) -> None:
+def test_the_smallest_budget_in_the_message_suffices_and_a_byte_less_does_not(dtype: torch.dtype) -> None:
     tensors, lattices = made_lattices(SIZES, dtype)
     smallest = smallest_budget(tensors, lattices)
     assert transducer_loss(*tensors, lattices, smallest).isfinite().all()
@@ -148,7 +150,7 @@ def test_the_smallest_budget_named_works_and_a_byte_less_does_not(dtype: torch.d
 
 
 def peak_bytes(frames: int, dtype: torch.dtype, joint: int, vocab: int, banded: bool, slices: int) -> tuple[int, int]:
-    """The most bytes alive in forward and backward with a budget of so many times the smallest; and that one."""
+    """Peak of allocated bytes in forward and backward, with `slices` times the smallest budget; and that budget."""
     tensors, lattices = made_lattices([(frames, 60)], dtype, joint, vocab)
     if banded:
         first = torch.arange(frames) * 30 // (frames - 1)
@@ -166,24 +168,24 @@ def peak_bytes(frames: int, dtype: torch.dtype, joint: int, vocab: int, banded: 
 def test_a_slice_stays_within_its_budget(
     dtype: torch.dtype, joint: int, vocab: int, banded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Short slices would leave out more states, and so be smaller than they may be.
-    monkeypatch.setattr("bestrq.recognition.losses.transducer._passed", lambda flow: torch.tensor([0, flow.shape[1]]))
+    # Short slices could skip more states, and so take less than their budget.
+    monkeypatch.setattr(VISITED_STATES, lambda flow: torch.tensor([0, flow.shape[1]]))
     frames, slices, width = 20, 6, 31 if banded else 61
     least, more = (peak_bytes(frames, dtype, joint, vocab, banded, count) for count in (1, slices))
     assert more[0] - least[0] <= (slices - 1) * least[1]
-    # And not a frame more from the start; 24 bytes a cell stay, and gradients and what is added to them, in float32.
+    # Nor does a single slice take more: 24 bytes per cell are kept, and gradients with their summands, in float32.
     gradients = (frames + 61 + vocab) * joint + vocab
     assert least[0] <= least[1] + frames * width * 24 + gradients * 8
 
 
-def test_a_longer_lattice_costs_a_few_numbers_a_cell_and_never_the_vocabulary() -> None:
+def test_a_longer_lattice_takes_a_few_numbers_per_cell_whatever_the_vocabulary() -> None:
     joint, vocab, states = 32, 256, 61
     (short, _), (long, _) = (peak_bytes(frames, torch.float32, joint, vocab, False, 1) for frames in (40, 80))
-    of_frame = states * 40 + joint * 16  # 40 bytes a cell, where the outputs would take 1024; gradients of the frame
-    assert 0 < long - short <= 40 * of_frame
-    of_weights = 3 * vocab * joint * 4
-    slice_of_a_frame = states * (3 * joint + 2 * vocab) * 4
-    assert short <= 40 * of_frame + of_weights + slice_of_a_frame + 2**12
+    per_frame = states * 40 + joint * 16  # 40 bytes per cell (outputs would take 1024); gradients of the frame
+    assert 0 < long - short <= 40 * per_frame
+    weight_bytes = 3 * vocab * joint * 4
+    slice_bytes = states * (3 * joint + 2 * vocab) * 4
+    assert short <= 40 * per_frame + weight_bytes + slice_bytes + 2**12
 
 
 def test_lattices_of_mixed_sizes_summed_together_equal_each_alone() -> None:
@@ -197,12 +199,12 @@ def test_lattices_of_mixed_sizes_summed_together_equal_each_alone() -> None:
     parts = zip(arcs.split(lattices.cells), lattices.num_frames, lattices.labels, strict=True)
     alone = torch.cat([sum_over_alignments(part, Lattices([n], [labels])) for part, n, labels in parts])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
-    assert_same(*(torch.autograd.grad(weighted(one), arcs) for one in (together, alone)), 1e-6)
+    assert_same(*(torch.autograd.grad(weighted(losses), arcs) for losses in (together, alone)), 1e-6)
     by_diagonals = sum_over_alignments(arcs.detach().double(), lattices)
     torch.testing.assert_close(together.double(), by_diagonals, rtol=1e-5, atol=1e-5)
 
 
-def test_fast_emit_keeps_the_value_and_scales_the_gradients_of_labels_alone() -> None:
+def test_fast_emit_keeps_the_value_and_scales_the_gradients_of_labels_only() -> None:
     tensors, lattices = made_lattices(SIZES)
     plain, faster = loss_and_gradients(tensors, lattices), loss_and_gradients(tensors, lattices, fast_emit=0.25)
     torch.testing.assert_close(faster[0], plain[0], rtol=0, atol=1e-12)
@@ -214,7 +216,7 @@ def test_fast_emit_keeps_the_value_and_scales_the_gradients_of_labels_alone() ->
     assert (faster[1] - plain[1]).abs().max() > 1e-3
 
 
-def test_no_segments_have_no_losses_and_gradients_of_zero() -> None:
+def test_a_batch_without_segments_has_no_losses_and_gradients_of_zero() -> None:
     tensors, lattices = made_lattices([])
     losses = transducer_loss(*tensors, lattices, 1)
     assert losses.shape == (0,)
@@ -229,56 +231,55 @@ def test_a_label_outside_the_vocabulary_is_named(wrong: int) -> None:
     check_labels(labels, torch.tensor([2, 1]), 5)
 
 
-def test_states_left_out_of_the_backward_pass_change_gradients_by_less_than_their_rounding() -> None:
+def test_states_skipped_in_the_backward_pass_change_gradients_by_less_than_their_rounding() -> None:
     tensors, lattices = made_lattices([(300, 40)], torch.float32, 32, 48)
     shares = []
 
-    def passed(flow: Tensor) -> Tensor:
-        span = _passed(flow)
+    def recorded(flow: Tensor) -> Tensor:
+        span = _visited_states(flow)
         shares.append(int(span.diff()) / flow.shape[1])
         return span
 
     smallest = smallest_budget(tensors, lattices)
-    with mock.patch("bestrq.recognition.losses.transducer._passed", passed):
+    with mock.patch(VISITED_STATES, recorded):
         got = loss_and_gradients(tensors, lattices, smallest)
-    with mock.patch("bestrq.recognition.losses.transducer._passed", lambda flow: torch.tensor([0, flow.shape[1]])):
+    with mock.patch(VISITED_STATES, lambda flow: torch.tensor([0, flow.shape[1]])):
         wanted = loss_and_gradients(tensors, lattices, smallest)
     assert sum(shares) < 0.8 * len(shares)
-    for one, other in zip(got, wanted, strict=True):
-        assert (one - other).abs().max() <= 4 * torch.finfo(torch.float32).eps * other.abs().max()
+    for result, expected in zip(got, wanted, strict=True):
+        assert (result - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
-def test_the_gradients_left_out_of_a_frame_sum_to_a_rounding_error() -> None:
-    """The longest such tails: a bound on single states would keep many more of a wide lattice."""
+def test_the_skipped_gradients_of_a_frame_sum_to_less_than_a_rounding_error() -> None:
+    """The sum of the tails is bounded: a bound on single states would keep many more states of a wide lattice."""
     eps = torch.finfo(torch.float32).eps
-    tail = torch.full((40,), eps / 50)  # 0.8 together, of the 16 / 2 that may be left out on either side
+    tail = torch.full((40,), eps / 50)  # 0.8 eps in total, of the 16 / 2 eps that may be skipped on either side
     flow = torch.cat((tail, torch.ones(16), tail.flip(0)))[None]
-    assert _passed(flow).tolist() == [40, 56]
-    assert _passed(torch.cat((flow, flow.roll(4)))).tolist() == [40, 64]  # 60, rounded up to a multiple of 8
+    assert _visited_states(flow).tolist() == [40, 56]
+    assert _visited_states(torch.cat((flow, flow.roll(4)))).tolist() == [40, 64]  # 60, rounded up to a multiple of 8
     flow[0, :40] = eps
-    assert _passed(flow).tolist() == [8, 56]
+    assert _visited_states(flow).tolist() == [8, 56]
 
 
 def test_slices_on_the_cpu_are_few() -> None:
-    """Every operation of a slice is a barrier for all threads, each a scheduler time slice if another process is on a
-    core: slices of the cache's size made the loss ten times slower there.
-    """
+    """Every operation on a slice is a barrier for all threads, each a scheduler time slice if another process runs on a
+    core: there, slices of the size of the cache made the loss ten times slower."""
     labels = [torch.ones(100, dtype=torch.int64)] * 8
     parts = list(_slices(Lattices([500] * 8, labels), torch.zeros(1024, 512), TransducerSettings.slice_bytes))
     assert len(parts) <= 96
 
 
-def test_a_gradient_that_is_not_finite_is_never_left_out() -> None:
+def test_a_non_finite_gradient_is_never_skipped() -> None:
     flow = torch.zeros(2, 40)
     flow[0, 20], flow[1, 30] = 1.0, torch.nan
-    assert _passed(flow).tolist() == [0, 40]  # against NaN nothing is small
+    assert _visited_states(flow).tolist() == [0, 40]  # no value is small relative to NaN
     flow[1, 30] = torch.inf
-    assert _passed(flow).tolist() == [30, 38]
-    assert _passed(torch.zeros(2, 40)).tolist() == [0, 40]
+    assert _visited_states(flow).tolist() == [30, 38]
+    assert _visited_states(torch.zeros(2, 40)).tolist() == [0, 40]
 
 
 def test_float32_gradients_of_a_long_lattice_of_many_paths_follow_float64() -> None:
-    """Of every frame's blanks one is taken; torchaudio alone loses this along the lattice: its error is 0.7 % here."""
+    """An alignment takes one blank per frame. Gradients of torchaudio violate this along the lattice, by 0.7 %."""
     lattices = Lattices([2000], [torch.ones(200, dtype=torch.int64)])
     arcs = torch.randn(2000 * 201, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 5
     grads = []

@@ -1,5 +1,4 @@
-"""Pages of evaluations: the numbers are those of `scoring`, and in a real browser a reader can sort, search, open a
-transcript and listen."""
+"""Pages of evaluations: numbers equal those of `scoring`; sorting, searching and playback work in a real browser."""
 
 import base64
 import hashlib
@@ -14,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from bestrq.report import comparison, pages
-from bestrq.report.recording_table import LONGEST, stretches
+from bestrq.report.comparison import context_curves
+from bestrq.report.reports import write_comparison, write_evaluation_report
+from bestrq.report.sections import MAX_STRETCH_WORDS, stretches
+from bestrq.report.text import p_text
 from bestrq.scoring.word_errors import RecordingScore, compare
 from common.errors import UserError
 from tests.made_results import make_results, make_transcripts, score_all, write_evaluation
@@ -23,17 +24,17 @@ from tests.report.test_report import check_page
 from tools import compare as script
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SAID = "a b c d e f g h i j k l m n o p q r s t".split()
+REFERENCE = "a b c d e f g h i j k l m n o p q r s t".split()
 
 
-def heard(wrong: Sequence[int], words: Sequence[str] = SAID) -> str:
+def hypothesis(wrong: Sequence[int], words: Sequence[str] = REFERENCE) -> str:
     return " ".join("xx" if place in wrong else word for place, word in enumerate(words))
 
 
 def systems_of(error_every: int, count: int = 12) -> list[RecordingScore]:
-    """Recordings of which every so-manyth has as many errors as its number says."""
+    """Recordings with errors in every `error_every`-th: as many as its number."""
     texts = {
-        f"rec-{i:02d}": (" ".join(SAID), heard(range(i % len(SAID)) if i % error_every == 0 else ()))
+        f"rec-{i:02d}": (" ".join(REFERENCE), hypothesis(range(i % len(REFERENCE)) if i % error_every == 0 else ()))
         for i in range(count)
     }
     return score_all(texts, speakers={id: f"speaker {id[-1]}" for id in texts})
@@ -106,7 +107,7 @@ async function search(text) {
 
 
 def browse(page: Path, check: str) -> dict[str, Any]:
-    """What a script writes that is let into a copy of the page by its hash, as the page's own is; another is not."""
+    """Result of a script in a copy of the page whose policy allows the script by its hash, and blocks a second one."""
     text = page.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(check.encode()).digest()).decode()
     text = text.replace("script-src ", f"script-src 'sha256-{digest}' ", 1).replace(
@@ -118,9 +119,9 @@ def browse(page: Path, check: str) -> dict[str, Any]:
                "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={page.parent / 'profile'}",
                "--virtual-time-budget=60000", "--dump-dom", copy.as_uri()]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r'<pre id="outcome">(.*?)</pre>', shown.stdout, re.DOTALL)
-    assert found, f"the check did not run to its end: {shown.stderr[-2000:]}"
-    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    match = re.search(r'<pre id="outcome">(.*?)</pre>', shown.stdout, re.DOTALL)
+    assert match, f"the check did not finish: {shown.stderr[-2000:]}"
+    return json.loads(match[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed to open the page with")
@@ -129,26 +130,26 @@ def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp
     texts = {
         "hard": ("one two three four five six", "one three zzz five six nine nine"),
         "plain": ("one two", "one two"),
-        "fifth": (" ".join(SAID), heard([5])),
-        "tenth": (" ".join(SAID), heard([3, 4])),
-        "ninth": (" ".join(SAID), heard(range(18))),
+        "fifth": (" ".join(REFERENCE), hypothesis([5])),
+        "tenth": (" ".join(REFERENCE), hypothesis([3, 4])),
+        "ninth": (" ".join(REFERENCE), hypothesis(range(18))),
         f"rec {evil}": ("one", "one"),
     }
     scores = score_all(texts, speakers=dict.fromkeys(texts, f"speaker {evil}"))
     transcripts = make_transcripts(scores)
     transcripts[-1]["alignment"] = [["S", evil, evil, 0.5]]
-    with wave.open(str(tmp_path / "hard sound.wav"), "wb") as sound:
-        sound.setnchannels(1)
-        sound.setsampwidth(1)
-        sound.setframerate(4000)
-        sound.writeframes(b"\x80" * 40_000)
-    pages.write_cell_page(tmp_path, make_results(evil, scores), transcripts, {"hard": "hard%20sound.wav"})
+    with wave.open(str(tmp_path / "hard audio.wav"), "wb") as audio:
+        audio.setnchannels(1)
+        audio.setsampwidth(1)
+        audio.setframerate(4000)
+        audio.writeframes(b"\x80" * 40_000)
+    write_evaluation_report(tmp_path, make_results(evil, scores), transcripts, {"hard": "hard%20audio.wav"})
     page = check_page(tmp_path / "report.html")
-    assert all(id in page.text for id in texts)  # without the script there is the table all the same
+    assert all(id in page.text for id in texts)  # the table is complete without the script
     out = browse(tmp_path / "report.html", SELF_CHECK)
     # 90.0, 66.7, 10.0, 5.0: as text, 5.0 would come before 10.0
-    wanted = ["ninth", "hard", "tenth", "fifth"]
-    assert out["worst"][:4] == wanted and out["best"][-4:] == wanted[::-1]
+    expected = ["ninth", "hard", "tenth", "fifth"]
+    assert out["worst"][:4] == expected and out["best"][-4:] == expected[::-1]
     assert out["names"] == sorted(texts)
     assert out["byId"] == ["plain"] and out["bySaid"] == ["hard"] and out["byHeard"] == ["hard"]
     assert out["byNothing"] == [] and out["count"] == "0 of 6" and out["all"] == 6
@@ -169,7 +170,7 @@ def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baselin
         "first": write_evaluation(tmp_path / "1", "a", first),
         "second": write_evaluation(tmp_path / "2", "bb", second[::-1]),
     }
-    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 300)
+    numbers = write_comparison(tmp_path / "out", folders, {}, 300)
     expected = compare(second[::-1], first, 300).summary()
     assert numbers["comparisons"] == [{"system": "second", "baseline": "first", **expected}]
     assert numbers["comparisons"][0]["wer"]["difference"] < 0  # the second has fewer errors
@@ -179,21 +180,21 @@ def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baselin
     ]
     assert numbers["recordings"][4]["wer"] == {"first": 4 / 20, "second": 0.0}
     page = check_page(tmp_path / "out" / "report.html")
-    # Recording 4 as both heard it: wrong in the first system alone.
+    # Recording 4 has errors in the first system only.
     errors = '[0.2,"a","xx"],[0.8,"b","xx"],[1.2,"c","xx"],[1.8,"d","xx"]'
     right = '[[0.2,"a b c d e f g h i j k l"],[6.2,"m n o p q r s t"]]'
     assert f'[[{errors},[2.2,"e f g h i j k l m n o p"],[8.2,"q r s t"]],{right}]' in page.scripts
-    for wanted in ("Differences to first", "MAPSSWE", "second less first", "speaker 3", "WER of second, %", "0.0250"):
-        assert wanted in page.text
+    for text in ("Differences from first", "MAPSSWE", "second minus first", "speaker 3", "WER of second, %", "0.0250"):
+        assert text in page.text
 
 
-def test_evaluations_of_other_recordings_or_references_are_not_put_side_by_side(tmp_path: Path) -> None:
+def test_evaluations_of_other_recordings_or_references_are_not_compared(tmp_path: Path) -> None:
     folders = {name: write_evaluation(tmp_path / name, name, systems_of(2)) for name in ("a", "b")}
     folders["c"] = write_evaluation(tmp_path / "c", "c", systems_of(2)[:-1])
     with pytest.raises(UserError, match="a and c were evaluated on different recordings"):
-        pages.write_comparison(tmp_path / "out", folders, {}, 100)
+        write_comparison(tmp_path / "out", folders, {}, 100)
     with pytest.raises(UserError, match="no evaluation"):
-        pages.write_comparison(tmp_path / "out", {}, {}, 100)
+        write_comparison(tmp_path / "out", {}, {}, 100)
     assert not (tmp_path / "out").exists()
 
 
@@ -207,33 +208,33 @@ def test_lines_of_a_curve_share_all_settings_but_the_context_and_end_in_the_whol
         "other": make_results("bb", scores, 5.0),
         "stream": make_results("a", scores, 0.0, "streaming"),
     }
-    found = {name: [one.system for one in points] for name, points in comparison.context_curves(cells).items()}
-    assert found == {
+    curves = {name: [point.system for point in points] for name, points in context_curves(cells).items()}
+    assert curves == {
         "a, buffered, overlap 0.25": ["b-5", "b-80", "b-0"],
         "a, windowed": ["w-5", "b-0"],
         "bb, buffered, overlap 0.25": ["other"],
     }
     cells["b-80"]["decoder"] |= {"language_model_weight": 0.5}  # with one description: named apart all the same
-    names = list(comparison.context_curves({name: cells[name] for name in ("b-80", "b-5")}))
+    names = list(context_curves({name: cells[name] for name in ("b-80", "b-5")}))
     assert len(names) == 2 and "language_model_weight 0.5" in names[0]
-    assert list(comparison.context_curves({"x": cells["b-0"]})) == ["whole, greedy"]
+    assert list(context_curves({"x": cells["b-0"]})) == ["whole, greedy"]
 
 
-def test_a_curve_is_drawn_where_there_are_two_contexts_and_a_stale_one_is_removed(tmp_path: Path) -> None:
+def test_two_contexts_are_drawn_as_a_curve_and_a_stale_curve_is_removed(tmp_path: Path) -> None:
     scores = systems_of(2, 4)
     folders = {str(c): write_evaluation(tmp_path / str(c), "a", scores, c) for c in (5.0, 20.0, 0.0)}
-    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    numbers = write_comparison(tmp_path / "out", folders, {}, 100)
     drawing = (tmp_path / "out" / "curve.svg").read_text()
     assert drawing.startswith("<svg") and ">whole<" in drawing and ">20<" in drawing
     assert [one["context_seconds"] for one in numbers["curves"][0]["points"]] == [5.0, 20.0, 0.0]
-    pages.write_comparison(tmp_path / "out", {"5.0": folders["5.0"]}, {}, 100)
+    write_comparison(tmp_path / "out", {"5.0": folders["5.0"]}, {}, 100)
     assert not (tmp_path / "out" / "curve.svg").exists()
 
 
-def test_of_many_evaluations_all_are_in_the_tables_and_six_have_their_recordings_shown(tmp_path: Path) -> None:
+def test_tables_hold_many_evaluations_and_show_the_recordings_of_six(tmp_path: Path) -> None:
     scores = systems_of(2, 3)
     folders = {f"cell {k}": write_evaluation(tmp_path / str(k), "a", scores, 5.0 * k) for k in range(1, 9)}
-    numbers = pages.write_comparison(tmp_path / "out", folders, {}, 100)
+    numbers = write_comparison(tmp_path / "out", folders, {}, 100)
     page = check_page(tmp_path / "out" / "report.html")
     assert len(numbers["systems"]) == 8 and len(numbers["comparisons"]) == 7
     assert "the first 6 of 8 evaluations" in page.text and "WER of cell 6, %" in page.text
@@ -243,32 +244,32 @@ def test_of_many_evaluations_all_are_in_the_tables_and_six_have_their_recordings
 def test_rates_by_segments_stand_beside_those_of_whole_recordings(tmp_path: Path) -> None:
     scores = systems_of(2)
     by_segments = make_results("a", systems_of(1))["scores"]
-    pages.write_cell_page(tmp_path, make_results("a", scores, segments=by_segments), make_transcripts(scores), {})
+    write_evaluation_report(tmp_path, make_results("a", scores, segments=by_segments), make_transcripts(scores), {})
     text = check_page(tmp_path / "report.html").text
     assert "a, by segments" in text and f"{100 * by_segments['all']['wer']:.1f}" in text
 
 
 @pytest.mark.parametrize("part", ["edge_distances", "speakers", "positions"])
-def test_what_is_not_known_of_an_evaluation_is_left_out(tmp_path: Path, part: str) -> None:
+def test_unknown_parts_of_an_evaluation_are_left_out(tmp_path: Path, part: str) -> None:
     scores = score_all({"one": ("a b", ""), "none": ("", "c")})
     results = make_results("a", scores, **{part: {} if part == "speakers" else []})
     results["decoding"]["peak_mb"] = None
-    pages.write_cell_page(tmp_path, results, make_transcripts(scores), {})
+    write_evaluation_report(tmp_path, results, make_transcripts(scores), {})
     check_page(tmp_path / "report.html")
 
 
 def test_stretches_keep_every_step_of_an_alignment_in_order() -> None:
     alignment = [["=", f"w{k}", f"w{k}", k / 10] for k in range(30)]
     alignment[20:20] = [["S", "old", "new", 2.0], ["D", "gone", "", 2.1], ["I", "", "more", 2.2]]
-    found = list(stretches(alignment))
-    assert [len(one) for one in found] == [2, 2, 3, 3, 3, 2]
-    assert max(len(one[1].split()) for one in found if len(one) == 2) == LONGEST
-    assert " ".join(one[-1] for one in found if one[-1]) == " ".join(step[2] for step in alignment if step[2])
-    assert " ".join(one[1] for one in found if one[1]) == " ".join(step[1] for step in alignment if step[1])
-    assert found[1][0] == 1.2 and found[-1][0] == 2.0
+    parts = list(stretches(alignment))
+    assert [len(part) for part in parts] == [2, 2, 3, 3, 3, 2]
+    assert max(len(part[1].split()) for part in parts if len(part) == 2) == MAX_STRETCH_WORDS
+    assert " ".join(part[-1] for part in parts if part[-1]) == " ".join(step[2] for step in alignment if step[2])
+    assert " ".join(part[1] for part in parts if part[1]) == " ".join(step[1] for step in alignment if step[1])
+    assert parts[1][0] == 1.2 and parts[-1][0] == 2.0
 
 
-def test_the_script_compares_what_it_finds_under_names_that_differ(
+def test_the_script_names_evaluations_by_the_parts_of_their_paths_that_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place, every in (("a", 2), ("sweep/x", 3), ("sweep/y", 4)):
@@ -278,7 +279,7 @@ def test_the_script_compares_what_it_finds_under_names_that_differ(
     script.main(arguments)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:4]] == ["a", "sweep/x", "sweep/y"]
-    assert comparison.p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
+    assert p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "rec-03.wav").touch()
     script.main([*arguments, "--names", "one", "two", "three", "--audio", str(tmp_path / "audio")])
@@ -293,5 +294,5 @@ def test_the_script_compares_what_it_finds_under_names_that_differ(
         script.main([*arguments, "--names", "one", "one", "two"])
     with pytest.raises(UserError, match="results is missing"):
         script.main([])
-    with pytest.raises(UserError, match="there is no results.json"):
+    with pytest.raises(UserError, match="no results.json"):
         script.main(["--results", str(tmp_path / "nowhere")])

@@ -1,4 +1,4 @@
-"""The report: a well-formed page that needs nothing but itself, and that shows what it was given."""
+"""Report pages: well-formed, self-contained, complete, and safe for hostile texts."""
 
 import base64
 import importlib.util
@@ -9,21 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from safetensors.numpy import save_file
 
-from bestrq.report import charts, curves, report
-from bestrq.report.comparison import compare_systems, difference_sentence, words_in_few_recordings
-from bestrq.report.results import SCORING
+from bestrq.report import charts, page
+from bestrq.report.comparison import Point, compare_systems
+from bestrq.report.page import SCRIPT
+from bestrq.report.result_files import SCORING
 from bestrq.report.sections import (
     breakdowns_section,
-    cells_section,
     comparison_section,
-    facts_section,
+    cost_section,
+    cut_marks,
+    examples_section,
+    provenance_section,
     results_section,
-    transcripts_section,
 )
+from bestrq.report.text import difference_sentence, few_recordings_warning
 from bestrq.scoring.normalisers import RULES_VERSION
-from bestrq.scoring.word_errors import RecordingScore, score_recording
+from bestrq.scoring.word_errors import RecordingScore, edit_alignment, score_recording
 from common.errors import UserError
 from tests.made_results import make_results, write_evaluation
 from tests.paths import REPOSITORY
@@ -74,7 +78,7 @@ def check_page(path: Path) -> Page:
             if name in ("src", "href", "srcset", "data", "action"):
                 assert value is not None and value.startswith("data:image/")
     run = [attributes for tag, attributes in page.tags if tag == "script" and attributes.get("type") is None]
-    assert run == [{}] and report.SCRIPT in page.scripts  # the one of the page, and data
+    assert run == [{}] and SCRIPT in page.scripts  # the page's own script; the others are data
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(image.get("alt") for image in images)
     assert not re.search(r"url\(|@import", text)
@@ -92,8 +96,8 @@ def recordings(error_every: int) -> list[RecordingScore]:
     for i in range(12):
         language = "cs" if i % 2 else "nl"
         words = texts[language].split() * (1 + 20 * (i == 4))
-        heard = ["xx" if (i + k) % error_every == 0 else word for k, word in enumerate(words)]
-        scores.append(score_recording(f"id-{i}", " ".join(words), " ".join(heard), language, 3.0))
+        hypothesis = ["xx" if (i + k) % error_every == 0 else word for k, word in enumerate(words)]
+        scores.append(score_recording(f"id-{i}", " ".join(words), " ".join(hypothesis), language, 3.0))
     return scores
 
 
@@ -131,39 +135,31 @@ def test_quickstart_page_is_well_formed_self_contained_and_complete(tmp_path: Pa
     spec.loader.exec_module(script)
     script.main(["--pretrain", str(pretrain), "--systems", *arguments, "--out", str(page_path)])
     page = check_page(page_path)
-    for wanted in ("Results", "Pretraining", "What is hidden", "Use of the codebook", "Fine-tuning", "Examples",
-                   "Czech", "Dutch", "WER of scratch less that of pretrained", "more words", "Recordings", "MAPSSWE",
+    for text in ("Results", "Pretraining", "Masked spans", "Codebook usage", "Fine-tuning", "Examples",
+                   "Czech", "Dutch", "WER of scratch minus WER of pretrained", "more words", "Recordings", "MAPSSWE",
                    "By position in the recording", "Most frequent confusions", HOSTILE):  # fmt: skip
-        assert wanted in page.text
+        assert text in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 12
     assert any(tag == "del" for tag, _ in page.tags) and any(tag == "ins" for tag, _ in page.tags)
 
 
 def test_texts_from_files_are_escaped_everywhere(tmp_path: Path) -> None:
-    sample = report.Sample(HOSTILE, HOSTILE, f"{HOSTILE} same", {HOSTILE: f"same {HOSTILE} {HOSTILE}"}, {HOSTILE: 0.5})
     picture = charts.line_chart(HOSTILE, {HOSTILE: charts.Series([1, 2], [3, 4])}, HOSTILE)
-    body = (
-        report.transcripts([sample])
-        + report.facts({HOSTILE: HOSTILE})
-        + report.commands([HOSTILE])
-        + report.paragraph(HOSTILE)
-        + report.figure(HOSTILE, picture, HOSTILE)
-    )
+    body = page.paragraph(HOSTILE) + page.figure(HOSTILE, picture, HOSTILE)
     systems = {HOSTILE: results(HOSTILE, recordings(3)), "b": results("b", recordings(5))}
-    body += "".join(
-        one.body
-        for one in (
+    body += Markup("").join(
+        section.body
+        for section in (
             results_section(systems),
             breakdowns_section(systems),
-            cells_section(systems),
+            cost_section(systems),
             comparison_section(systems, compare_systems(systems, 100)),
-            transcripts_section(systems),
-            facts_section(systems),
+            examples_section(systems),
+            provenance_section(systems),
         )
     )
-    report.write_report(tmp_path / "page.html", HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [report.Section(HOSTILE, body)])
-    page = check_page(tmp_path / "page.html")
-    assert page.text.count("alert") > 30  # it is there, as text
+    page.write_page(tmp_path / "page.html", HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [page.Section(HOSTILE, body)])
+    assert check_page(tmp_path / "page.html").text.count("alert") > 30  # present, as text
 
 
 @pytest.mark.parametrize("reference, hypothesis, expected", [
@@ -172,16 +168,16 @@ def test_texts_from_files_are_escaped_everywhere(tmp_path: Path) -> None:
     ("a c", "a b c", "a <ins>b</ins> c"),
     ("a b c", "a x c", 'a <span class="sub">x <s>b</s></span> c'),
     ("a b", "", "<del>a b</del>"),
-    ("", "", '<span class="note">(nothing)</span>'),
+    ("", "", '<span class="note">(empty)</span>'),
 ])  # fmt: skip
 def test_errors_are_marked(reference: str, hypothesis: str, expected: str) -> None:
-    sample = report.Sample("x", "cs", reference, {"s": hypothesis}, {"s": None})
-    assert f"<dd>{expected}</dd>" in report.transcripts([sample]).split("<dt><b>s</b>")[1]
+    assert page.ELEMENTS.marked_text(cut_marks(edit_alignment(reference, hypothesis), 90)) == expected
 
 
 def test_long_transcripts_are_cut_at_the_same_word() -> None:
     reference = " ".join(f"w{i}" for i in range(50))
-    marked = report.transcripts([report.Sample("x", "cs", reference, {"s": reference}, {"s": 0.0})], max_words=10)
+    scores = [score_recording("x", reference, reference, "cs")]
+    marked = examples_section({"s": results("s", scores)}, max_words=10).body
     assert marked.count("w9 ...") == 2 and "w10" not in marked and "(40 more words)" in marked
 
 
@@ -191,39 +187,39 @@ def test_systems_on_different_recordings_or_references_are_not_compared() -> Non
         results_section(systems)
     other = results("b", recordings(3))
     other["recordings"][2]["reference"] += " more"
-    with pytest.raises(UserError, match="'id-2' has one reference in a and another in b"):
+    with pytest.raises(UserError, match="'id-2' has different references in a and b"):
         results_section({"a": systems["a"], "b": other})
 
 
-def test_results_of_other_rules_for_texts_are_not_compared() -> None:
+def test_results_of_different_scoring_rules_are_not_compared() -> None:
     old, new = results("old", recordings(3)), results("new", recordings(3))
     new["versions"] = {"torch": "2", SCORING: RULES_VERSION}
     assert SCORING not in old["versions"] and compare_systems({"old": old, "same": old}, 200)
     for systems in ({"old": old, "new": new}, {"new": new, "old": old}):
-        for made in (results_section, compare_systems):
+        for function in (results_section, compare_systems):
             with pytest.raises(UserError, match="old was scored with version 1 .* evaluate old again"):
-                made(systems)
+                function(systems)
 
 
-def test_a_clear_difference_and_a_doubtful_one_are_told_apart() -> None:
+def test_a_significant_difference_is_distinguished_from_an_insignificant_one() -> None:
     good, bad = results("good", recordings(100)), results("bad", recordings(2))
     (clear,), (doubtful,) = (compare_systems({"good": good, "other": other}, 200) for other in (bad, good))
-    assert "cannot be told apart" not in difference_sentence(clear) and clear["wer"]["difference"] > 0
-    assert "cannot be told apart" in difference_sentence(doubtful)
+    assert "not significant" not in difference_sentence(clear) and clear["wer"]["difference"] > 0
+    assert "not significant" in difference_sentence(doubtful)
 
 
-def test_the_rules_of_every_normaliser_are_told() -> None:
+def test_the_rules_of_each_normaliser_are_listed() -> None:
     scores = [score_recording("a", "die gro\u00dfe", "die grosse", "de"), score_recording("b", "x", "y", "es")]
-    body = facts_section({"a": results("a", scores)}).body
-    for wanted in ("normaliser unicode+de", "becomes &#x27;ss&#x27;: sharp s is ss", "the general ones: es"):
-        assert wanted in body
+    body = provenance_section({"a": results("a", scores)}).body
+    for text in ("normaliser unicode+de", "becomes &#39;ss&#39;: sharp s is ss", "the general ones: es"):
+        assert text in body
 
 
 def test_samples_cover_easy_and_hard_recordings_once() -> None:
     one = results("a", recordings(3))
-    body = transcripts_section({"a": one}, count=5).body
+    body = examples_section({"a": one}, count=5).body
     assert body.count("<article") == 5
-    assert transcripts_section({"a": one | {"recordings": one["recordings"][:1]}}).body.count("<article") == 1
+    assert examples_section({"a": one | {"recordings": one["recordings"][:1]}}).body.count("<article") == 1
 
 
 def test_mask_spans_are_the_runs_of_true() -> None:
@@ -237,34 +233,34 @@ def test_long_names_leave_room_for_the_chart() -> None:
         f"{'runs-of-a-long-name/' * 6}{k}, averaged 20 s, overlap 0.875, beam 8 with language model" for k in range(6)
     ]
     shares = {name: {"substitutions": 0.1, "deletions": 0.2, "insertions": 0.1} for name in names}
-    bins = {name: [curves.Bin(0.1, None)] for name in names}
-    for picture in (charts.kinds_chart(shares, "words"), curves.bins_chart("x", ["a"], bins, "x")):
-        assert "data:image/svg" in picture  # and matplotlib did not warn that nothing is left of the axes
+    bins = {name: [charts.Bin(0.1, None)] for name in names}
+    for picture in (charts.kinds_chart(shares, "words"), charts.bins_chart("x", ["a"], bins, "x")):
+        assert "data:image/svg" in picture  # and matplotlib does not warn that the axes have no space
 
 
 def test_names_are_drawn_as_they_are() -> None:
-    lines = {"_a$b^c$": [curves.Point(5.0, 0.1, None)], "b": [curves.Point(5.0, 0.2, (0.1, 0.3))]}
-    drawing = curves.context_svg(lines, "WER")
-    assert "_a$b^c$" in drawing and ">b<" in drawing  # neither a formula nor left out of the legend
+    lines = {"_a$b^c$": [Point(5.0, 0.1, None)], "b": [Point(5.0, 0.2, (0.1, 0.3))]}
+    drawing = charts.context_svg(lines, "WER")
+    assert "_a$b^c$" in drawing and ">b<" in drawing  # neither a formula nor missing from the legend
 
 
-def test_a_corpus_of_one_long_recording_is_called_so() -> None:
+def test_a_corpus_dominated_by_one_long_recording_has_a_warning() -> None:
     def row(words: int) -> dict[str, int]:
         return {"word_hits": words - 1, "word_substitutions": 1, "word_deletions": 0, "word_insertions": 9}
 
     alike = {"recordings": [row(100) for _ in range(10)]}
     uneven = {"recordings": [*(row(10) for _ in range(30)), row(900)]}
-    assert words_in_few_recordings(alike) == "" == words_in_few_recordings({"recordings": []})
+    assert few_recordings_warning(alike) == "" == few_recordings_warning({"recordings": []})
     # (30 * 10 + 900)^2 / (30 * 100 + 810,000)
-    expected = "One recording has 75% of the words: for the spread of rates, 31 recordings count as 1.8 equal ones"
-    assert words_in_few_recordings(uneven).startswith(expected)
+    expected = "One recording has 75% of the words. The effective number of recordings is only 1.8 of 31"
+    assert few_recordings_warning(uneven).startswith(expected)
 
 
-def test_a_difference_is_clear_where_both_ways_of_resampling_say_so() -> None:
+def test_a_difference_is_significant_if_both_bootstraps_agree() -> None:
     def sentence(interval: tuple[float, float], probability: float) -> str:
         wer = {"difference": 0.02, "interval": interval, "probability_first_better": probability}
         return difference_sentence({"system": "a", "baseline": "b", "wer": wer})
 
-    doubt = "cannot be told apart"
+    doubt = "not significant"
     assert doubt not in sentence((0.01, 0.03), 0.001)
     assert doubt in sentence((-0.01, 0.03), 0.2) and doubt in sentence((0.01, 0.03), 0.1)

@@ -7,23 +7,22 @@ from functools import cache
 import pytest
 import torch
 
-from bestrq.decoding.tokens import greedy_ctc, greedy_ctc_timed
-from bestrq.scoring.normalisers import normalisers_used
+from bestrq.decoding.tokens import greedy_ctc
+from bestrq.scoring.normalisers import normaliser, normalisers_used
 from bestrq.scoring.word_errors import (
     ErrorCounts,
     Mark,
-    align_words,
     compare,
+    edit_alignment,
     score_by_language,
     score_corpus,
     score_recording,
-    text_normaliser,
 )
 from common.errors import UserError
 
 
 def levenshtein(reference: tuple, hypothesis: tuple) -> int:
-    """Edit distance by its definition."""
+    """Edit distance by its recursive definition."""
 
     @cache
     def distance(i: int, j: int) -> int:
@@ -48,7 +47,7 @@ def test_hand_computed_corpus() -> None:
     assert scores[1].characters == ErrorCounts(hits=3, deletions=6)
     assert scores[2].words.rate is None and scores[2].words.insertions == 1
     total = score_corpus(scores)
-    assert total.words.rate == 4 / 5  # over the corpus, not the mean of 2/3, 1/2 and nothing
+    assert total.words.rate == 4 / 5  # over the corpus, not the mean of 2/3 and 1/2
     assert total.characters.rate == (6 + 6 + 2) / (16 + 9)
     assert (total.num_recordings, total.seconds) == (3, 3.5)
 
@@ -92,17 +91,17 @@ def test_empty_corpus_and_empty_references_have_no_rate() -> None:
     ("ja", "\u6771\u4eac\u3002", "\u6771 \u4eac"),
 ])  # fmt: skip
 def test_normaliser_by_language(language: str, text: str, expected: str) -> None:
-    assert text_normaliser(language)(text) == expected
+    assert normaliser(language).clean(text) == expected
 
 
-def test_languages_are_scored_apart_and_together() -> None:
+def test_languages_are_scored_separately_and_together() -> None:
     scores = [score_recording("1", "a b", "a c", "nl"), score_recording("2", "a b", "a b", "cs")]
     totals = score_by_language(scores)
     assert list(totals) == ["cs", "nl", "all"]
     assert [total.words.rate for total in totals.values()] == [0.0, 0.5, 0.25]
 
 
-def test_a_language_without_rules_says_so_and_one_with_rules_names_them() -> None:
+def test_normalisers_are_described_with_their_rules_or_a_note_that_there_are_none() -> None:
     scores = [score_recording(str(i), "a", "a", language) for i, language in enumerate(["en", "xx", "", "ro-RO", "zh"])]
     assert [score.normaliser for score in scores] == [
         "whisper-english", "unicode", "unicode", "unicode+ro", "unicode+zh",
@@ -114,7 +113,7 @@ def test_a_language_without_rules_says_so_and_one_with_rules_names_them() -> Non
     assert len(used["unicode+ro"]["rules"]) == 2 and json.dumps(used)
     assert score_recording("1", "don't", "do not", "nl", choice="whisper-english").words.errors == 0
     with pytest.raises(UserError, match="normaliser"):
-        text_normaliser("nl", "none")  # type: ignore[arg-type]
+        normaliser("nl", "none")  # type: ignore[arg-type]
 
 
 def test_a_language_without_spaces_counts_characters_once() -> None:
@@ -136,18 +135,18 @@ def test_two_systems_are_compared_only_on_the_same_texts() -> None:
         compare(first, [*second[:-1], score_recording("29", "a b", "a", "nl")])
 
 
-def test_aligned_words_give_back_both_texts() -> None:
-    assert align_words("a b c d", "a x c e d") == [
+def test_an_edit_alignment_contains_both_texts() -> None:
+    assert edit_alignment("a b c d", "a x c e d") == [
         Mark("equal", "a", "a"), Mark("substitute", "b", "x"), Mark("equal", "c", "c"),
         Mark("insert", "", "e"), Mark("equal", "d", "d"),
     ]  # fmt: skip
-    assert align_words("a b", "") == [Mark("delete", "a b", "")]
-    assert align_words("", "") == []
+    assert edit_alignment("a b", "") == [Mark("delete", "a b", "")]
+    assert edit_alignment("", "") == []
 
 
 def brute_force_collapse(ids: list[int]) -> list[int]:
-    merged = [one for t, one in enumerate(ids) if t == 0 or one != ids[t - 1]]
-    return [one for one in merged if one != 0]
+    merged = [label for t, label in enumerate(ids) if t == 0 or label != ids[t - 1]]
+    return [label for label in merged if label != 0]
 
 
 def test_greedy_ctc_collapses_repeats_then_drops_blanks() -> None:
@@ -155,11 +154,11 @@ def test_greedy_ctc_collapses_repeats_then_drops_blanks() -> None:
     ids = torch.randint(0, 3, (200, 12), generator=generator)
     lengths = torch.randint(0, 13, (200,), generator=generator)
     expected = [brute_force_collapse(row[:n].tolist()) for row, n in zip(ids, lengths, strict=True)]
-    assert greedy_ctc(ids, lengths) == expected
+    assert [tokens.ids for tokens in greedy_ctc(ids, lengths)] == expected
     scores = torch.nn.functional.one_hot(ids, 3).float()
-    assert greedy_ctc(scores, lengths) == expected
+    assert [tokens.ids for tokens in greedy_ctc(scores, lengths)] == expected
 
 
 def test_token_times_are_the_frames_of_each_run() -> None:
-    tokens = greedy_ctc_timed(torch.tensor([[0, 5, 5, 0, 5, 2, 0, 9]]), torch.tensor([7]))[0]
+    tokens = greedy_ctc(torch.tensor([[0, 5, 5, 0, 5, 2, 0, 9]]), torch.tensor([7]))[0]
     assert (tokens.ids, tokens.first_frame, tokens.last_frame) == ([5, 5, 2], [1, 4, 5], [2, 4, 5])

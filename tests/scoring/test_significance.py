@@ -1,4 +1,4 @@
-"""Intervals that hold the truth as often as they say, and tests of significance beside NIST's."""
+"""Coverage of confidence intervals, and significance tests compared with NIST's."""
 
 import math
 import random
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bestrq.scoring.significance import (
-    FEW,
+    MIN_BOOTSTRAP,
     bootstrap_interval,
     mapsswe,
     paired_bootstrap,
@@ -23,7 +23,7 @@ from bestrq.scoring.significance import (
 SCLITE = shutil.which("sclite")
 needs_sclite = pytest.mark.skipif(SCLITE is None, reason="sclite (NIST's SCTK) is not on PATH")
 EXPERIMENTS = 1000
-# Mean and spread of the words of a recording (of their logarithm), of its error rate, and how many recordings.
+# Words of a recording (median, spread of the logarithm), its error rate (mean, deviation), number of recordings.
 SITUATIONS = {
     "three calls": (8000, 0.5, 0.15, 0.07, 3),
     "six calls": (8000, 0.5, 0.15, 0.07, 6),
@@ -35,7 +35,7 @@ SITUATIONS = {
 
 
 def simulate(situation: str, seed: int, count: int = EXPERIMENTS) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of two equally good systems `[2, recordings, experiments]`, and lengths: recordings differ in both."""
+    """Errors `[2, recordings, experiments]` of two equally good systems, and lengths `[recordings, experiments]`."""
     words, spread, mean, deviation, n = SITUATIONS[situation]
     generator = np.random.default_rng(seed)
     lengths = generator.lognormal(math.log(words), spread, (n, count)).astype(np.int64) + 1
@@ -60,7 +60,7 @@ def test_intervals_of_differences_hold_the_truth_in_93_to_97_percent_of_1000_exp
     assert 0.93 <= np.mean((low <= 0) & (high >= 0)) <= 0.97
 
 
-def test_studentised_interval_is_that_of_a_plain_loop() -> None:
+def test_studentised_interval_equals_that_of_a_plain_loop() -> None:
     generator = np.random.default_rng(3)
     lengths = generator.integers(5, 50, size=40)
     errors = generator.binomial(lengths, 0.3)
@@ -72,26 +72,26 @@ def test_studentised_interval_is_that_of_a_plain_loop() -> None:
 
     rate, deviation = rate_and_deviation(np.arange(40))
     resamples = [rate_and_deviation(generator.integers(0, 40, size=40)) for _ in range(8000)]
-    low, high = np.quantile([(one - rate) / spread for one, spread in resamples], [0.025, 0.975])
+    low, high = np.quantile([(resampled - rate) / spread for resampled, spread in resamples], [0.025, 0.975])
     expected = (rate - high * deviation, rate - low * deviation)
     assert np.allclose(bootstrap_interval(errors, lengths), expected, atol=0.004)
 
 
-def test_quantities_resampled_together_get_the_intervals_that_each_has_alone() -> None:
+def test_quantities_resampled_together_have_the_same_intervals_as_separately() -> None:
     (errors, others), lengths = simulate("twenty calls", seed=4, count=1)
     both = np.concatenate([errors, others], axis=1)
     together = rate_intervals(both, np.repeat(lengths, 2, axis=1), 500, seed=7)
-    alone = [rate_intervals(one, lengths, 500, seed=7)[0] for one in (errors, others)]
+    alone = [rate_intervals(system, lengths, 500, seed=7)[0] for system in (errors, others)]
     assert np.allclose(together, alone, rtol=1e-12)
     assert alone[0] != rate_intervals(errors, lengths, 500, seed=8)[0]
 
 
 @pytest.mark.filterwarnings("error")
-def test_an_interval_that_says_nothing_is_none_and_no_error_is_no_crash() -> None:
+def test_undefined_intervals_are_none_and_a_corpus_without_errors_has_an_interval() -> None:
     errors, lengths = np.arange(20) ** 2 % 7, np.arange(20) + 7
     for n in (0, 1, 2):
         assert bootstrap_interval(errors[:n], lengths[:n]) is None
-    for n in (3, FEW - 1, FEW, 20):
+    for n in (3, MIN_BOOTSTRAP - 1, MIN_BOOTSTRAP, 20):
         none = np.zeros(n, dtype=np.int64)
         assert bootstrap_interval(none, lengths[:n], 100) == (0.0, 0.0)
         assert rate_intervals(none[:, None], lengths[:n, None], 100) == [(0.0, 0.0)]
@@ -100,15 +100,15 @@ def test_an_interval_that_says_nothing_is_none_and_no_error_is_no_crash() -> Non
         assert 0 <= low < 1 / lengths[:n].sum() < high < 10
 
 
-def test_paired_bootstrap_is_sure_of_a_difference_that_each_rate_alone_does_not_show() -> None:
+def test_paired_bootstrap_finds_a_difference_that_separate_intervals_do_not_show() -> None:
     generator = np.random.default_rng(5)
     lengths = generator.integers(500, 1500, size=20)
     hard = generator.beta(2, 8, size=20)  # recordings differ far more than systems do
     second = generator.binomial(lengths, hard)
     first = generator.binomial(second, 0.9)
-    found = paired_bootstrap(first, second, lengths)
-    assert found is not None and found.interval is not None
-    assert found.interval[0] < found.difference < found.interval[1] < 0 and found.probability_first_better > 0.99
+    result = paired_bootstrap(first, second, lengths)
+    assert result is not None and result.interval is not None
+    assert result.interval[0] < result.difference < result.interval[1] < 0 and result.probability_first_better > 0.99
     a, b = (bootstrap_interval(errors, lengths) for errors in (first, second))
     assert a is not None and b is not None and a[1] > b[0]
     same = paired_bootstrap(second, second, lengths)
@@ -130,16 +130,16 @@ SECOND = [
 ]
 
 
-def test_mapsswe_is_that_of_nist_on_a_worked_example() -> None:
+def test_mapsswe_equals_nists_on_a_worked_example() -> None:
     # sc_stats 1.3 (SCTK): 4 segments, mean 0.250, standard deviation 1.258, Z 0.397. Its p, 0.697, is that of a Z cut
     # to two digits. By hand: "sat on the" 1 - 1, "away" 2 - 0, "three four" 1 - 1, "eight" 0 - 1.
-    found = mapsswe(REFERENCES, FIRST, SECOND)
-    assert (found.num_segments, found.mean_difference) == (4, 0.25)
-    assert found.standard_deviation == pytest.approx(1.258, abs=5e-4)
-    assert found.statistic == pytest.approx(0.397, abs=5e-4)
-    assert found.p_value == pytest.approx(0.691, abs=5e-4)
+    result = mapsswe(REFERENCES, FIRST, SECOND)
+    assert (result.num_segments, result.mean_difference) == (4, 0.25)
+    assert result.standard_deviation == pytest.approx(1.258, abs=5e-4)
+    assert result.statistic == pytest.approx(0.397, abs=5e-4)
+    assert result.p_value == pytest.approx(0.691, abs=5e-4)
     reverse = mapsswe(REFERENCES, SECOND, FIRST)
-    assert (reverse.statistic, reverse.p_value) == (-found.statistic, found.p_value)
+    assert (reverse.statistic, reverse.p_value) == (-result.statistic, result.p_value)
 
 
 @pytest.mark.parametrize("first, second, segments", [
@@ -155,14 +155,14 @@ def test_segments_end_at_two_words_that_both_systems_have_right(first: str, seco
     assert mapsswe(["a b c d e"], [first], [second]).num_segments == segments
 
 
-def test_mapsswe_says_nothing_of_equal_systems() -> None:
+def test_mapsswe_of_equal_systems_is_not_significant() -> None:
     for references, hypotheses in (([], []), ([""], [""]), (REFERENCES, FIRST)):
-        found = mapsswe(references, hypotheses, hypotheses)
-        assert (found.statistic, found.p_value) == (None, 1.0)
+        result = mapsswe(references, hypotheses, hypotheses)
+        assert (result.statistic, result.p_value) == (None, 1.0)
 
 
-def heard(words: list[str], rate: float, generator: random.Random) -> str:
-    """Words with errors, of which some come in bursts."""
+def with_errors(words: list[str], rate: float, generator: random.Random) -> str:
+    """Words with errors, some of them in bursts."""
     out: list[str] = []
     burst = 0
     for word in words:
@@ -182,10 +182,10 @@ def test_p_values_of_equal_systems_are_uniform_and_of_a_better_one_small() -> No
     p_values, better = [], []
     for trial in range(400):
         words = [f"w{generator.randrange(300)}" for _ in range(900)]
-        first, second = (heard(words, 0.08, generator) for _ in range(2))
+        first, second = (with_errors(words, 0.08, generator) for _ in range(2))
         p_values.append(mapsswe([" ".join(words)], [first], [second]).p_value)
         if trial < 40:
-            better.append(mapsswe([" ".join(words)], [heard(words, 0.03, generator)], [second]).p_value)
+            better.append(mapsswe([" ".join(words)], [with_errors(words, 0.03, generator)], [second]).p_value)
     ordered = np.sort(p_values)
     distance = np.abs(ordered - (np.arange(400) + 0.5) / 400).max() + 0.5 / 400
     assert distance < 1.36 / math.sqrt(400)  # Kolmogorov and Smirnov, 5 %
@@ -199,7 +199,7 @@ def trn(path: Path, texts: list[str]) -> Path:
 
 
 def sclite(folder: Path, references: list[str], hypotheses: list[str], name: str, *more: str) -> str:
-    """Runs sclite on texts; its report of alignments."""
+    """Alignment report of sclite."""
     files = trn(folder / "reference.trn", references), trn(folder / f"{name}.trn", hypotheses)
     command = [str(SCLITE), "-i", "spu_id", "-s", "-r", str(files[0]), "trn", "-h", str(files[1]), "trn", "-f", "0"]
     return subprocess.run([*command, *more], check=True, capture_output=True, text=True, cwd=folder).stdout
@@ -207,7 +207,7 @@ def sclite(folder: Path, references: list[str], hypotheses: list[str], name: str
 
 @needs_sclite
 @pytest.mark.parametrize("vocabulary, may_differ", [(2000, False), (3, True)])
-def test_error_counts_beside_sclite_on_200_pairs(tmp_path: Path, vocabulary: int, may_differ: bool) -> None:
+def test_error_counts_compared_with_sclite_on_200_pairs(tmp_path: Path, vocabulary: int, may_differ: bool) -> None:
     generator = random.Random(7)
     names = [f"w{i}" for i in range(vocabulary)]
     weights = [1 / (i + 1) for i in range(vocabulary)]
@@ -215,33 +215,33 @@ def test_error_counts_beside_sclite_on_200_pairs(tmp_path: Path, vocabulary: int
     if may_differ:
         hypotheses = [" ".join(generator.choices(names, k=generator.randrange(1, 30))) for _ in range(200)]
     else:
-        hypotheses = [heard(words, 0.2, generator) for words in references]
+        hypotheses = [with_errors(words, 0.2, generator) for words in references]
     texts = [" ".join(words) for words in references]
     report = sclite(tmp_path, texts, hypotheses, "system", "-o", "pralign", "stdout")
-    theirs = [tuple(map(int, found)) for found in re.findall(r"#I\) (\d+) (\d+) (\d+) (\d+)", report)]
+    sclite_counts = [tuple(map(int, counts)) for counts in re.findall(r"#I\) (\d+) (\d+) (\d+) (\d+)", report)]
     outputs = [jiwer.process_words(*pair) for pair in zip(texts, hypotheses, strict=True)]
-    ours = [(one.hits, one.substitutions, one.deletions, one.insertions) for one in outputs]
-    assert len(theirs) == 200
+    jiwer_counts = [(output.hits, output.substitutions, output.deletions, output.insertions) for output in outputs]
+    assert len(sclite_counts) == 200
     if not may_differ:
-        assert [sum(one[1:]) for one in theirs] == [sum(one[1:]) for one in ours]
-    # Theirs is the cheapest alignment at 4, 3 and 3; ours the one with the fewest errors.
-    for (_, s, d, i), (_, sub, deleted, inserted) in zip(theirs, ours, strict=True):
+        assert [sum(counts[1:]) for counts in sclite_counts] == [sum(counts[1:]) for counts in jiwer_counts]
+    # sclite minimises the cost with weights 4, 3 and 3; jiwer the number of errors.
+    for (_, s, d, i), (_, sub, deleted, inserted) in zip(sclite_counts, jiwer_counts, strict=True):
         assert 4 * s + 3 * (d + i) <= 4 * sub + 3 * (deleted + inserted) and s + d + i >= sub + deleted + inserted
 
 
 @needs_sclite
-def test_mapsswe_beside_sc_stats(tmp_path: Path) -> None:
+def test_mapsswe_equals_sc_stats(tmp_path: Path) -> None:
     generator = random.Random(8)
     references = [[f"w{generator.randrange(500)}" for _ in range(20)] for _ in range(100)]
     texts = [" ".join(words) for words in references]
-    systems = {name: [heard(words, 0.1, generator) for words in references] for name in ("a", "b")}
+    systems = {name: [with_errors(words, 0.1, generator) for words in references] for name in ("a", "b")}
     for name, hypotheses in systems.items():
         sclite(tmp_path, texts, hypotheses, name, "-o", "sgml")
     piped = "".join((tmp_path / f"{name}.trn.sgml").read_text() for name in systems)
     command = [str(Path(str(SCLITE)).with_name("sc_stats")), "-p", "-t", "mapsswe", "-v", "-n", "-"]
     report = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, input=piped).stdout
-    found = re.search(r"# segs: (\d+)\).*\(mean: (\S+)\) \(std dev: (\S+)\) \(Z Stat: (\S+)\)", report)
-    assert found is not None
-    ours = mapsswe(texts, *systems.values())
-    figures = [ours.num_segments, ours.mean_difference, ours.standard_deviation, ours.statistic]
-    assert figures == pytest.approx([float(one) for one in found.groups()], abs=6e-4)
+    match = re.search(r"# segs: (\d+)\).*\(mean: (\S+)\) \(std dev: (\S+)\) \(Z Stat: (\S+)\)", report)
+    assert match is not None
+    result = mapsswe(texts, *systems.values())
+    figures = [result.num_segments, result.mean_difference, result.standard_deviation, result.statistic]
+    assert figures == pytest.approx([float(text) for text in match.groups()], abs=6e-4)

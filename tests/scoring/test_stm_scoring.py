@@ -1,4 +1,4 @@
-"""Scoring by time on cases made by hand, and beside NIST's sclite where it is installed."""
+"""Scoring by time on handmade cases, and compared with NIST's sclite if it is installed."""
 
 import random
 import re
@@ -26,10 +26,12 @@ def at(word: str, middle: float, width: float = 0.2) -> TimedWord:
     return TimedWord(word, middle - width / 2, middle + width / 2)
 
 
-def assigned(segments: list[ReferenceSegment], words: list[TimedWord], outside: str = "insert") -> list[str]:
-    """Texts of the scored segments beside what was assigned: "said: heard"."""
-    found = assign_words(segments, words, outside)  # type: ignore[arg-type]
-    return [f"{one.text}: {' '.join(word.word for word in mine)}".strip() for one, mine in found]
+def assigned(segments: list[ReferenceSegment], words: list[TimedWord]) -> list[str]:
+    """Texts of the scored segments with the words assigned to them: "reference: hypothesis"."""
+    return [
+        f"{segment.text}: {' '.join(word.word for word in own_words)}".strip()
+        for segment, own_words in assign_words(segments, words)
+    ]
 
 
 def ignored(start: float, end: float) -> ReferenceSegment:
@@ -72,22 +74,21 @@ def test_a_segment_of_no_length_loses_no_text_and_takes_no_word_of_others() -> N
     assert score.words == ErrorCounts(substitutions=2, deletions=1, insertions=1)
 
 
-def test_words_outside_all_segments_are_insertions_in_the_next_or_dropped() -> None:
+def test_words_outside_all_segments_are_insertions_in_the_next() -> None:
     segments = [ReferenceSegment(1, 2, "one"), ReferenceSegment(4, 5, "two"), ignored(3.5, 4)]
     words = [at("before", 0.5), at("a", 1.5), at("gap", 3.0), at("hidden", 3.7), at("b", 4.5), at("after", 9.0)]
     assert assigned(segments, words) == ["one: before a", "two: gap b after"]
-    assert assigned(segments, words, "drop") == ["one: a", "two: b"]
     assert score_as_whole("talk", segments, words, "nl").hypothesis == "before a gap b after"
 
 
-def test_channels_are_scored_apart() -> None:
+def test_channels_are_scored_separately() -> None:
     segments = [
         ReferenceSegment(0, 5, "left words", "anna", channel="1"), ReferenceSegment(0, 5, "right", "bob", channel="2"),
         ReferenceSegment(5, 9, "", ignored=True, channel="2"),
     ]  # fmt: skip
     words = [at("left", 1), at("words", 6)]
     left, right = (score_by_segments("call", segments, words, "nl", channel=channel) for channel in ("1", "2"))
-    assert (left.words, left.speaker) == (ErrorCounts(hits=2), "anna")  # the other channel's silence hides nothing
+    assert (left.words, left.speaker) == (ErrorCounts(hits=2), "anna")  # the other channel's pause has no effect
     assert (right.words, right.speaker) == (ErrorCounts(substitutions=1), "bob")
     mixed = score_as_whole("call", segments, words, "nl")
     assert (mixed.reference, mixed.hypothesis, mixed.speaker) == ("left words right", "left", "")
@@ -95,9 +96,9 @@ def test_channels_are_scored_apart() -> None:
         score_by_segments("call", segments, words, "nl", channel="A")
 
 
-def test_segments_are_aligned_each_by_itself_and_whole_talks_across() -> None:
+def test_segments_are_aligned_separately_and_whole_recordings_across_segments() -> None:
     segments = [ReferenceSegment(0, 2, "b a"), ReferenceSegment(2, 4, "c d")]
-    words = [at("b", 0.5), at("a", 2.1), at("c", 2.5), at("d", 3.5)]  # "a" was heard a little late
+    words = [at("b", 0.5), at("a", 2.1), at("c", 2.5), at("d", 3.5)]  # "a" is recognised a little late
     apart, whole = (score(
         "talk", segments, words, "nl", seconds=4.0
     ) for score in (score_by_segments, score_as_whole))  # fmt: skip
@@ -107,18 +108,18 @@ def test_segments_are_aligned_each_by_itself_and_whole_talks_across() -> None:
     assert (apart.normaliser, whole.normaliser) == ("unicode", "unicode")
 
 
-def test_nothing_said_nothing_heard_and_broken_times() -> None:
+def test_empty_references_empty_hypotheses_and_invalid_times() -> None:
     assert score_by_segments("a", [], [], "nl").words == ErrorCounts()
     assert score_as_whole("a", [], [at("x", 1)], "nl").words == ErrorCounts(insertions=1)
     assert score_by_segments("a", [ReferenceSegment(0, 1, "x y")], [], "nl").words == ErrorCounts(deletions=2)
     for start, end in ((2.0, 1.0), (float("nan"), 1.0), (0.0, float("inf"))):
         for score in (score_by_segments, score_as_whole):
-            with pytest.raises(UserError, match="must not end before"):
+            with pytest.raises(UserError, match="segment from .* is invalid"):
                 score("a", [ReferenceSegment(start, end, "x")], [], "nl")
 
 
 @pytest.mark.skipif(SCLITE is None, reason="sclite (NIST's SCTK) is not on PATH")
-def test_segments_and_words_are_paired_as_sclite_pairs_them(tmp_path: Path) -> None:
+def test_words_are_assigned_to_the_same_segments_as_by_sclite(tmp_path: Path) -> None:
     generator = random.Random(9)
     segments: list[ReferenceSegment] = []
     clock = 0.0
@@ -128,31 +129,32 @@ def test_segments_and_words_are_paired_as_sclite_pairs_them(tmp_path: Path) -> N
         text = " ".join(generator.choices("abcdefgh", k=generator.randrange(1, 8)))
         segments.append(ReferenceSegment(round(start, 2), round(start + length, 2), text, f"s{n:03d}", channel="1"))
         clock = start + length
-        if generator.random() < 0.3 and clock >= max(one.end for one in segments):
+        if generator.random() < 0.3 and clock >= max(segment.end for segment in segments):
             segments.append(ReferenceSegment(round(clock, 2), round(clock + 2, 2), "", "gap", True, "1"))
             clock += 2
-    segments.sort(key=lambda one: (one.start, one.end))
+    segments.sort(key=lambda segment: (segment.start, segment.end))
     # On odd thousandths, so that no midpoint is an edge up to rounding.
     words = [at(generator.choice("abcdefgh"), round(clock * k / 900, 2) + 0.003, 0.05) for k in range(900)]
     rows = [
-        f"talk 1 {one.speaker} {one.start} {one.end} "
-        f"<o,,> {'ignore_time_segment_in_scoring' if one.ignored else one.text}"
-        for one in segments
+        f"talk 1 {segment.speaker} {segment.start} {segment.end} "
+        f"<o,,> {'ignore_time_segment_in_scoring' if segment.ignored else segment.text}"
+        for segment in segments
     ]
     (tmp_path / "ref.stm").write_text("\n".join(rows) + "\n")
     rows = [f"talk 1 {word.start:.4f} {word.end - word.start:.4f} {word.word}" for word in words]
     (tmp_path / "hyp.ctm").write_text("\n".join(rows) + "\n")
     command = [str(SCLITE), "-s", "-r", "ref.stm", "stm", "-h", "hyp.ctm", "ctm", "-o", "pralign", "stdout", "-f", "0"]
     report = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    theirs = {}
+    expected = {}
     for speaker, alignment in re.findall(r"^id: \((\w+)-\d+\)\n(.*?)^Eval", report, re.MULTILINE | re.DOTALL):
-        heard = [word for line in re.findall(r"^HYP: (.*)", alignment, re.MULTILINE) for word in line.split()]
-        theirs[speaker] = " ".join(word.lower() for word in heard if set(word) != {"*"})
-    ours = {one.segment.speaker: one.hypothesis for one in score_segments(segments, words, "nl", channel="1")}
-    assert len(ours) == 150 and ours == theirs
+        words_shown = [word for line in re.findall(r"^HYP: (.*)", alignment, re.MULTILINE) for word in line.split()]
+        expected[speaker] = " ".join(word.lower() for word in words_shown if set(word) != {"*"})
+    scored = score_segments(segments, words, "nl", channel="1")
+    hypotheses = {part.segment.speaker: part.hypothesis for part in scored}
+    assert len(hypotheses) == 150 and hypotheses == expected
 
 
-def test_a_pause_of_one_channel_hides_no_word_of_another_that_was_mixed_with_it() -> None:
+def test_a_pause_of_one_channel_does_not_ignore_words_of_another_in_a_mix() -> None:
     segments = [
         ReferenceSegment(0, 4, "we talk on", channel="A"),
         ReferenceSegment(0, 9, "", "inter_segment_gap", ignored=True, channel="B"),

@@ -21,7 +21,7 @@ from common.segments import Segments
 from common.text import label_text
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from data.transcripts import Word, check_word_times
@@ -211,7 +211,7 @@ def test_an_interrupted_alignment_continues(
 ) -> None:
     whole = run(config, tmp_path / "whole")
     done: list[int] = []
-    original = script.align_words
+    original = script.forced_alignment
 
     def interrupted(*arguments: Any) -> Any:
         if len(done) in (4, 9):
@@ -220,7 +220,7 @@ def test_an_interrupted_alignment_continues(
         done.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(script, "align_words", interrupted)
+    monkeypatch.setattr(script, "forced_alignment", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "broken")
@@ -235,7 +235,7 @@ def test_an_interrupted_alignment_continues(
     assert not (tmp_path / "broken").exists()
     monkeypatch.undo()
     use_perfect_model()
-    monkeypatch.setattr(script, "align_words", None)
+    monkeypatch.setattr(script, "forced_alignment", None)
     assert run(config, tmp_path / "broken").fingerprint == whole.fingerprint
     # Each of the 14 recordings with labels was aligned exactly once.
     assert sum(done) == 14

@@ -25,10 +25,10 @@ from bestrq.training.export import write_export
 from bestrq.training.process import World
 from common.config import run_main, to_dict
 from common.errors import UserError
-from data.corpora.base import FileSource
+from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.prepare.extraction import Extracted, extract
 from data.tokenizer import CharTokenizer

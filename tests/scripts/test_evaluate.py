@@ -21,7 +21,7 @@ import evaluate as script
 from bestrq.long_form.inference import InferenceSettings
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
-from bestrq.report.results import SCORING, read_transcripts
+from bestrq.report.result_files import SCORING, read_transcripts
 from bestrq.scoring.normalisers import RULES_VERSION
 from bestrq.training.export import read_export, write_export
 from bestrq.training.process import World
@@ -29,7 +29,7 @@ from common.config import to_dict
 from common.errors import UserError
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import CharTokenizer
 from pipelines import evaluation

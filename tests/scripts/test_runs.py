@@ -23,7 +23,7 @@ from bestrq.training.stop import StopRequest
 from common.config import parse
 from common.errors import UserError
 from data.tokenizer import CharTokenizer
-from pipelines import finetuning
+from pipelines import curriculum
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
@@ -291,7 +291,7 @@ def test_labels_outside_the_tokenizer_are_refused_before_training(dataset, tmp_p
     run("finetune_ctc", dataset, tmp_path / "run")
     tokenizer = tmp_path / "other/tokenizer"
     CharTokenizer(" abcdefgh").save(tokenizer)
-    with pytest.raises(UserError, match="characters that the tokenizer does not know"):
+    with pytest.raises(UserError, match="characters unknown to the tokenizer"):
         run("finetune_ctc", dataset, tmp_path / "other")
     assert not (tmp_path / "other/checkpoints").exists()
 
@@ -317,7 +317,7 @@ def test_a_checkpoint_without_its_run_is_refused_with_what_to_give(dataset, undi
 
 def test_stages_of_a_curriculum_have_their_rows_and_as_many_frames_an_update(dataset, tmp_path, monkeypatch):
     shapes, longest = [], []
-    original = finetuning.Updates.__iter__
+    original = curriculum.CurriculumLoader.__iter__
 
     def noted(self):
         for batches in original(self):
@@ -325,7 +325,7 @@ def test_stages_of_a_curriculum_have_their_rows_and_as_many_frames_an_update(dat
             longest.append(max(int(batch.segments.length.max()) for batch in batches))
             yield batches
 
-    monkeypatch.setattr(finetuning.Updates, "__iter__", noted)
+    monkeypatch.setattr(curriculum.CurriculumLoader, "__iter__", noted)
     stages = "[{after_step: 1, row_frames: 800, max_seconds: 7}, {after_step: 3, row_frames: 1600, max_seconds: 9}]"
     run("finetune_ctc", dataset, tmp_path / "run", f"--curriculum={stages}", "--accumulation=1")
     assert shapes == [[(4, 400)]] + [[(2, 800)]] * 2 + [[(1, 1600)]] * 2

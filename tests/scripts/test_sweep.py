@@ -12,7 +12,7 @@ from bestrq.long_form.decoders import DecoderSettings
 from bestrq.long_form.inference import InferenceSettings
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
-from bestrq.report.results import find_results, read_results, read_transcripts
+from bestrq.report.result_files import find_results, read_results, read_transcripts
 from bestrq.training.export import read_export, write_export
 from bestrq.training.process import World
 from common.config import from_dict, to_dict
@@ -353,7 +353,7 @@ def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
     assert find_audio("", ["a"]) == {}
     with pytest.raises(UserError, match="no audio file there is named as a recording, such as 'x'"):
         find_audio(str(tmp_path), ["x"])
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         find_audio(str(tmp_path / "none"), ["x"])
     (tmp_path / "a.mp3").touch()
     assert find_audio(str(tmp_path), ["a"]) == {"a": tmp_path / "a.mp3"}  # the exact path has priority

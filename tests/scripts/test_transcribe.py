@@ -15,7 +15,7 @@ import soundfile
 
 import transcribe as script
 from bestrq.long_form.inference import InferenceSettings
-from bestrq.scoring.word_errors import text_normaliser
+from bestrq.scoring.normalisers import normaliser
 from bestrq.training.process import World
 from common.config import parse
 from common.errors import UserError
@@ -116,7 +116,7 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
     assert [row["id"] for row in rows] == NAMES
     for row in rows:
         text = json.loads((tmp_path / "out" / f"{row['id']}.json").read_text())["text"]
-        assert text_normaliser("")(text) == row["hypothesis"]
+        assert normaliser("").clean(text) == row["hypothesis"]
 
 
 def test_every_format_has_the_same_words(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +451,7 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
             UserError, match="out = .* is the folder of the audio files, where X.txt may be the reference"
         ):
             replace(setup, audio=audio, out=setup.audio)
-    with pytest.raises(UserError, match="there is no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         transcribe(setup, tmp_path / "out", audio=str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no audio file in this folder; looked for .*\.wav"):

@@ -1,33 +1,43 @@
-"""Transcripts as files: what is written is what a reader of the format finds, for any words and times."""
+"""File formats of transcripts: readers of each format recover the written words and times, for any input."""
 
 import html
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings, make_cues, srt_text, vtt_text
-from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from bestrq.transcripts.words import TimedWord, disjoint
+from common.config import parse
 from common.errors import UserError
 from data.word_times import read_ctm, read_textgrid, read_words_json
 from data.word_times.base import SILENCES
 
 PLAIN = SubtitleSettings()
-# What no tokenizer writes: white space and control characters, and what forced aligners mean silence by.
+
+
+@dataclass
+class TranscriptConfig:
+    """Settings of a script with subtitles."""
+
+    subtitles: SubtitleSettings = field(default_factory=SubtitleSettings)
+
+
+# Excluded, as no tokenizer writes them: white space, control characters, and the silence marks of forced aligners.
 LETTERS = st.characters(exclude_categories=("Cs", "Cc", "Z"))
 WORDS = st.text(LETTERS, min_size=1, max_size=12).filter(lambda word: word.lower() not in SILENCES and word.strip())
 NO_MARKS = WORDS.filter(lambda word: not word.startswith("<") and word != "@")
-MILLISECONDS = st.integers(0, 400)
 
 
 @st.composite
 def spoken(draw: st.DrawFn, word: st.SearchStrategy[str] = WORDS) -> list[TimedWord]:
-    """Words sorted by start; some begin together, have no length or last into the next, as those of a transducer."""
+    """Words sorted by start; some start together, are empty or overlap the next one, like those of a transducer."""
     words, start = [], 0
     for _ in range(draw(st.integers(0, 12))):
         start += draw(st.sampled_from([0, 0, 1, 40, 700, 3000])) + draw(st.integers(0, 3))
@@ -37,17 +47,17 @@ def spoken(draw: st.DrawFn, word: st.SearchStrategy[str] = WORDS) -> list[TimedW
     return words
 
 
-def parted(words: Sequence[TimedWord]) -> list[TimedWord]:
-    """Without overlaps, as readers of CTM and JSON want words to be."""
+def separated(words: Sequence[TimedWord]) -> list[TimedWord]:
+    """Words without overlaps, which readers of CTM and JSON require."""
     times = disjoint(words)
     return [TimedWord(w.word, a / 1000, b / 1000, w.confidence) for w, (a, b) in zip(words, times, strict=True)]
 
 
-def written(form: str, words: Sequence[TimedWord], folder: Path, seconds: float = 60.0, how: SubtitleSettings = PLAIN
+def written(form: str, words: Sequence[TimedWord], folder: Path, seconds: float = 60.0, limits: SubtitleSettings = PLAIN
             ) -> Path:  # fmt: skip
     path = folder / f"talk.{form}"
     text = " ".join(word.word for word in words)
-    path.write_bytes(WRITERS[form](TimedTranscript("day 1/talk", seconds, text, words), how).encode())
+    path.write_bytes(WRITERS[form](TimedTranscript("day 1/talk", seconds, text, words), limits).encode())
     return path
 
 
@@ -58,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(spoken())
 @settings(max_examples=60, deadline=None)
-def test_words_are_parted_so_that_none_is_empty_and_none_overlaps(words: list[TimedWord]) -> None:
+def test_disjoint_words_are_not_empty_and_do_not_overlap(words: list[TimedWord]) -> None:
     for duration in (None, max(30_000, len(words)), max(len(words), 1)):
         times = disjoint(words, duration)
         assert all(start < end for start, end in times) and len(times) == len(words)
@@ -80,9 +90,9 @@ def test_words_of_one_frame_share_it() -> None:
 @given(spoken(NO_MARKS))
 @settings(max_examples=60, deadline=None)
 def test_ctm_holds_words_times_and_confidence(folder: Path, words: list[TimedWord]) -> None:
-    words = parted(words)
-    found = read_ctm(written("ctm", words, folder))
-    assert found == ({"day_1/talk": [(w.word, w.start, w.end, w.confidence) for w in words]} if words else {})
+    words = separated(words)
+    read = read_ctm(written("ctm", words, folder))
+    assert read == ({"day_1/talk": [(w.word, w.start, w.end, w.confidence) for w in words]} if words else {})
 
 
 def test_ctm_lines_are_those_of_nist(folder: Path) -> None:
@@ -100,9 +110,9 @@ def test_json_holds_words_times_and_confidence(folder: Path, words: list[TimedWo
     assert (content["id"], content["seconds"]) == ("day 1/talk", 60.0)
     assert content["text"].split(" ") == [word.word for word in words] or not words
     assert [TimedWord(**word) for word in content["words"]] == words  # also those that overlap
-    words = parted(words)
-    found = read_words_json(written("json", words, folder))
-    assert found == [(w.word, w.start, w.end, w.confidence) for w in words]
+    words = separated(words)
+    result = read_words_json(written("json", words, folder))
+    assert result == [(w.word, w.start, w.end, w.confidence) for w in words]
 
 
 @given(spoken(), st.sampled_from([0.0, 0.004, 2.5, 60.0]))
@@ -116,10 +126,10 @@ def test_a_textgrid_holds_the_words_and_fills_the_recording(
     assert [w[:3] for w in read_textgrid(path)] == [(w.word, *t) for w, t in zip(words, times, strict=True)]
     text = path.read_text(encoding="utf-8")
     edges = [float(number) for number in re.findall(r"^ {12}xm(?:in|ax) = (\S+)$", text, re.MULTILINE)]
-    begins, ends = edges[::2], edges[1::2]
-    assert begins == [0.0, *ends[:-1]] and ends[-1] == last / 1000
-    assert all(begin < end for begin, end in zip(begins, ends, strict=True))
-    assert f"intervals: size = {len(begins)}\n" in text and f"intervals [{len(begins)}]:\n" in text
+    starts, ends = edges[::2], edges[1::2]
+    assert starts == [0.0, *ends[:-1]] and ends[-1] == last / 1000
+    assert all(start < end for start, end in zip(starts, ends, strict=True))
+    assert f"intervals: size = {len(starts)}\n" in text and f"intervals [{len(starts)}]:\n" in text
 
 
 def test_quotes_are_doubled_in_a_textgrid(folder: Path) -> None:
@@ -131,7 +141,7 @@ CLOCK = re.compile(r"(\d\d+):(\d\d):(\d\d)[,.](\d\d\d) --> (\d\d+):(\d\d):(\d\d)
 
 
 def parse_cues(text: str) -> list[tuple[int, int, list[str]]]:
-    """Blocks between empty lines, whose times stand in the first or (SRT) the second line."""
+    """Cues from blocks between empty lines; the times are in the first or (SRT) the second line of a block."""
     cues = []
     for block in text.removeprefix("WEBVTT\n\n").strip("\n").split("\n\n"):
         lines = block.split("\n")
@@ -156,8 +166,8 @@ def subtitle_settings(draw: st.DrawFn) -> SubtitleSettings:
 
 @given(spoken(), subtitle_settings())
 @settings(max_examples=120, deadline=None)
-def test_subtitles_keep_every_word_and_their_limits(words: list[TimedWord], how: SubtitleSettings) -> None:
-    cues = make_cues(words, how)
+def test_subtitles_keep_every_word_and_their_limits(words: list[TimedWord], limits: SubtitleSettings) -> None:
+    cues = make_cues(words, limits)
     assert [word for cue in cues for line in cue.lines for word in line.split(" ")] == [one.word for one in words]
     assert all(cue.start < cue.end for cue in cues)
     assert all(a.end <= b.start for a, b in zip(cues, cues[1:], strict=False))
@@ -165,19 +175,19 @@ def test_subtitles_keep_every_word_and_their_limits(words: list[TimedWord], how:
     for number, cue in enumerate(cues):
         count = sum(len(line.split(" ")) for line in cue.lines)
         spoken_times, place = times[place : place + count], place + count
-        assert cue.start == spoken_times[0][0] and len(cue.lines) <= how.lines
-        assert count == 1 or spoken_times[-1][1] - cue.start <= 1000 * how.longest_seconds
-        assert all(len(line) <= how.line_characters or " " not in line for line in cue.lines)
+        assert cue.start == spoken_times[0][0] and len(cue.lines) <= limits.lines
+        assert count == 1 or spoken_times[-1][1] - cue.start <= 1000 * limits.longest_seconds
+        assert all(len(line) <= limits.line_characters or " " not in line for line in cue.lines)
         pauses = [b[0] - a[1] for a, b in zip(spoken_times, spoken_times[1:], strict=False)]
-        assert all(pause < 1000 * how.pause_seconds for pause in pauses)
+        assert all(pause < 1000 * limits.pause_seconds for pause in pauses)
         following = cues[number + 1].start if number + 1 < len(cues) else 10**9
-        assert cue.end == min(following, max(spoken_times[-1][1], cue.start + round(1000 * how.shortest_seconds)))
+        assert cue.end == min(following, max(spoken_times[-1][1], cue.start + round(1000 * limits.shortest_seconds)))
 
 
 @given(spoken(), subtitle_settings())
 @settings(max_examples=60, deadline=None)
-def test_srt_and_vtt_are_read_as_the_cues_that_were_written(words: list[TimedWord], how: SubtitleSettings) -> None:
-    cues = make_cues(words, how)
+def test_srt_and_vtt_are_read_as_the_cues_that_were_written(words: list[TimedWord], limits: SubtitleSettings) -> None:
+    cues = make_cues(words, limits)
     expected = [(cue.start, cue.end, list(cue.lines)) for cue in cues]
     assert parse_cues(srt_text(cues)) == expected
     vtt = vtt_text(cues)
@@ -197,8 +207,9 @@ def test_subtitles_look_as_players_expect_them() -> None:
     )
 
 
-def test_settings_that_cannot_be_are_named() -> None:
-    for field, value in (("lines", 0), ("line_characters", 0), ("longest_seconds", 0.0), ("pause_seconds", -1.0),
-                         ("shortest_seconds", 7.0)):  # fmt: skip
-        with pytest.raises(UserError, match=f"subtitles.{field} is {value}"):
-            SubtitleSettings(**{field: value})
+@pytest.mark.parametrize("field, value", [
+    ("lines", 0), ("line_characters", 0), ("longest_seconds", 0), ("pause_seconds", -1), ("shortest_seconds", 7),
+])  # fmt: skip
+def test_an_error_of_invalid_settings_names_field_and_value(field: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"subtitles\.{field}\b.*[ :]{value}\b"):
+        parse(TranscriptConfig, [f"--subtitles.{field}", str(value)])

@@ -1,1 +1,1 @@
-"""Multi-head self-attention over packed rows, and the ways of reckoning it."""
+"""Multi-head self-attention over packed rows."""

@@ -1,33 +1,23 @@
 """Multi-head self-attention within the segments of packed rows."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.model.attention.flex import attend_flex
-from bestrq.model.attention.reference import attend_reference
-from bestrq.model.attention.sdpa import attend_bands, attend_dense, split_heads
+from bestrq.model.attention.backends import attend_bands, attend_dense, attend_flex
 from bestrq.model.cpu.attention import attend_in_segments
 from bestrq.model.layout import StageLayout
 from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings
 
-ATTEND = {
-    "segments": attend_in_segments,
-    "dense": attend_dense,
-    "bands": attend_bands,
-    "flex": attend_flex,
-    "reference": attend_reference,
-}
-"""the functions behind `backends.BACKENDS`"""
+ATTEND = {"segments": attend_in_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_flex}
+"""attention function of each backend: see `attention.backends`"""
 
 
 class SelfAttention(nn.Module):
-    """Attention of every frame to the frames of its own segment that the mask lets it see, `[R, T, D] -> [R, T, D]`.
+    """Attention of every frame to the frames of its segment that the mask allows, `[R, T, D] -> [R, T, D]`.
 
-    With `group_size` g, neighbouring frames stand beside each other in one vector before attention, and apart again
-    after it (grouped attention, Burchi and Vielzeuf, arXiv 2109.01163, section 3.2): a g-th of the frames, at g times
-    the width. With `num_kv_heads` below `num_heads`, heads share keys and values (Ainslie et al., arXiv 2305.13245).
+    With `group_size` g above 1, g neighbouring frames are concatenated before attention and split again after it:
+    1 / g of the frames at g times the width (grouped attention, Burchi and Vielzeuf, arXiv 2109.01163, section 3.2).
+    With `num_kv_heads` below `num_heads`, heads share keys and values (Ainslie et al., arXiv 2305.13245).
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -47,7 +37,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
-        if self.group_size > 1:  # the last group of a segment may hold frames of the gap
+        if self.group_size > 1:  # the last group of a segment may include padding frames
             qkv = group_frames(qkv * layout.valid[..., None, None].to(qkv.dtype), self.group_size)
         bias = None if self.relative_bias is None else self.relative_bias()
         dropout = self.attention_dropout if self.training else 0.0
@@ -56,37 +46,12 @@ class SelfAttention(nn.Module):
             attended = ungroup_frames(attended, self.group_size)
         return self.out(attended.flatten(2))
 
-    def stream(
-        self, x: Tensor, phase: Tensor | None, cache: tuple[Tensor, Tensor], keep: int | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The frames of one chunk, which see each other and the cached frames, `[R, n, D] -> [R, n, D]`.
-
-        Args:
-            phase: complex `[R, n, d / 2]` of their positions since the start of the stream, or None.
-            cache: turned keys and values `[R, KV, m, d]` of the frames before.
-            keep: frames of it and of the chunk to keep for the next chunk; None for all.
-        """
-        q, k, v = split_heads(
-            self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1)), self.num_heads, phase
-        )
-        k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
-        bias = None
-        if self.relative_bias is not None:
-            table = self.relative_bias()
-            reach = table.shape[1] // 2
-            frame = torch.arange(k.shape[2], device=k.device)
-            distance = frame - frame[-x.shape[1] :, None]
-            bias = table[:, distance.clamp(-reach, reach) + reach].to(q.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=self.num_heads != self.num_kv_heads)
-        first = 0 if keep is None else max(0, k.shape[2] - keep)
-        return self.out(attended.transpose(1, 2).flatten(2)), (k[:, :, first:], v[:, :, first:])
-
 
 def group_frames(x: Tensor, group_size: int) -> Tensor:
-    """`[R, T, H, d] -> [R, T / g, H, g * d]`."""
+    """Concatenate neighbouring frames, `[R, T, H, d] -> [R, T / g, H, g * d]`."""
     return x.unflatten(1, (-1, group_size)).transpose(2, 3).flatten(3)
 
 
 def ungroup_frames(x: Tensor, group_size: int) -> Tensor:
-    """The inverse of `group_frames`."""
+    """Inverse of `group_frames`."""
     return x.unflatten(3, (group_size, -1)).transpose(2, 3).flatten(1, 2)

@@ -1,1 +1,1 @@
-"""CPU implementations: the attention loop over segments and dropout."""
+"""Workarounds for slow CPU kernels of torch, skippable on a first read: attention, dropout, depthwise convolution."""

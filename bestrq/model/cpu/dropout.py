@@ -1,13 +1,12 @@
-"""Dropout whose masks are cheap to draw on a CPU.
+"""Dropout with masks that are cheap to draw on a CPU.
 
-torch draws a number an element there, in scalar code on one core: a quarter of a small model's training time. Here a
-64-bit number serves eight elements, a byte each: an element is dropped where its byte is below a threshold k. So the
-share dropped is exactly k / 256, the nearest to the one asked for, and what is kept is scaled by exactly
-256 / (256 - k).
+torch draws one number per element there, in scalar code on one core: a quarter of a small model's training time. Here a
+64-bit random number serves eight elements, one byte each. An element is dropped if its byte is below a threshold k: the
+dropout probability is k / 256, the nearest to the configured one, and kept elements are scaled by 256 / (256 - k).
 
-The numbers are those of splitmix64 (Steele et al., Fast splittable pseudorandom number generators, 2014), a hash of a
-counter, which torch's integer arithmetic makes on all cores. The counter begins at a seed from torch's global
-generator: the same seed, or the same restored state of that generator, gives the same masks again.
+The random numbers are SplitMix64 (Steele et al., Fast splittable pseudorandom number generators, 2014), a hash of a
+counter, computed by torch's integer arithmetic on all cores. The counter starts at a seed from torch's global
+generator, so the same seed, or the same restored state of that generator, repeats the masks.
 """
 
 import math
@@ -20,36 +19,36 @@ from torch import Tensor, nn
 from common.hashing import INCREMENT, splitmix64
 
 
-def drop_threshold(share: float) -> int:
-    """The k of the share k / 256 nearest to the one asked for: 1 to 255, but 0 for none."""
-    return 0 if share == 0 else min(max(round(share * 256), 1), 255)
+def drop_threshold(probability: float) -> int:
+    """Threshold k whose k / 256 is nearest to the probability: 1 to 255, or 0 for none."""
+    return 0 if probability == 0 else min(max(round(probability * 256), 1), 255)
 
 
 def keep_scale(threshold: int) -> float:
-    """What to multiply kept elements by, so that the mean stays."""
+    """Scale of kept elements that preserves the mean."""
     return 256 / (256 - threshold)
 
 
 def draw_seed(count: int = 1) -> list[int]:
-    """Seeds for masks, from torch's global generator."""
+    """Draw seeds of masks from torch's global generator."""
     return torch.randint(2**62, (count,)).tolist()
 
 
 def random_words(count: int, seed: int) -> Tensor:
-    """Uniform 64-bit numbers, int64 `[count]`: splitmix64 of the counters from `seed` on."""
+    """Uniform 64-bit numbers, int64 `[count]`: SplitMix64 of the counters from `seed`."""
     return splitmix64(torch.arange(seed, seed + count).mul_(INCREMENT))
 
 
 def draw_kept(shape: tuple[int, ...], threshold: int, seed: int) -> Tensor:
-    """Mask of that shape, uint8 on the CPU: 1 where an element is kept, 0 where it is dropped."""
+    """Draw a mask, uint8 on the CPU: 1 for kept, 0 for dropped elements."""
     count = math.prod(shape)
     drawn = random_words((count + 7) // 8, seed).view(torch.uint8)[:count].view(shape)
-    # Compared into its own type: the kernel that writes bool is not vectorised and takes 15 times as long.
+    # The output has the type of the input: the kernel that writes bool is not vectorised and takes 15 times as long.
     return torch.ge(drawn, threshold, out=drawn)
 
 
 class _DropoutFunction(torch.autograd.Function):
-    """`dropout(x)` by a byte mask."""
+    """`dropout(x)` with a byte mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: int) -> Tensor:
@@ -65,7 +64,7 @@ class _DropoutFunction(torch.autograd.Function):
 
 
 class _AddDropoutFunction(torch.autograd.Function):
-    """`x + alpha * dropout(y)` by a byte mask, in one pass."""
+    """`x + alpha * dropout(y)` with a byte mask, in one pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, alpha: float, threshold: int) -> Tensor:
@@ -83,22 +82,22 @@ class _AddDropoutFunction(torch.autograd.Function):
 class Dropout(nn.Module):
     """`torch.nn.Dropout`, with byte masks on the CPU."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, probability: float) -> None:
         super().__init__()
-        self.share = share
+        self.probability = probability
 
     def extra_repr(self) -> str:
-        return str(self.share)
+        return str(self.probability)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.share == 0:
+        if not self.training or self.probability == 0:
             return x
         if x.device.type != "cpu":
-            return F.dropout(x, self.share)
-        return _DropoutFunction.apply(x, drop_threshold(self.share))
+            return F.dropout(x, self.probability)
+        return _DropoutFunction.apply(x, drop_threshold(self.probability))
 
     def add(self, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
-        """`x + alpha * dropout(y)`: a residual branch."""
-        if self.training and self.share > 0 and y.device.type == "cpu":
-            return _AddDropoutFunction.apply(x, y, alpha, drop_threshold(self.share))
+        """Add a residual branch: `x + alpha * dropout(y)`."""
+        if self.training and self.probability > 0 and y.device.type == "cpu":
+            return _AddDropoutFunction.apply(x, y, alpha, drop_threshold(self.probability))
         return torch.add(x, self(y), alpha=alpha)

@@ -1,1 +1,1 @@
-"""Losses over the lattice of a transducer."""
+"""Transducer losses in bounded memory: plain, pruned, with durations."""

@@ -1,6 +1,6 @@
-"""The lattices of a transducer: for every frame and number of labels emitted, a cell.
+"""Lattices of a transducer: one cell per encoder frame and number of emitted labels.
 
-N segments, T_s frames and U_s labels of segment s, V vocabulary. Label 0 is the blank.
+Shapes: N segments, T_s frames and U_s labels of segment s, W states of a band. Label 0 is the blank.
 """
 
 from collections.abc import Sequence
@@ -12,47 +12,54 @@ from torch import Tensor
 from bestrq.decoding.tokens import BLANK
 from common.errors import UserError
 
+ALL_FRAMES = slice(None)
+
 
 @dataclass(frozen=True)
 class Lattices:
-    """The lattices of a batch. Their frames, states (0 to U_s labels emitted) and cells lie end to end.
+    """Lattices of a batch, whose frames, states (0 to U_s emitted labels) and cells are concatenated.
 
-    With `first_state`, a frame sees a band of states only, which begins there: see `pruning`.
+    With `first_state`, every frame has a band of consecutive states only: see `pruning`.
     """
 
     num_frames: Sequence[int]
     """T_s of every segment, 1 or more"""
     labels: Sequence[Tensor]
-    """int64 [U_s] of every segment, in 1 .. V - 1, on the joint network's device"""
+    """int64 [U_s] of every segment, from 1 to V - 1, on the device of the joint network"""
     first_state: Sequence[Tensor] | None = None
-    """int64 [T_s] of every segment, on that device; None: every frame sees all U_s + 1 states"""
+    """int64 [T_s] of every segment: first state of every frame's band, on that device; None for all states"""
     widths: Sequence[int] | None = None
-    """states of every segment's bands, where there are bands"""
+    """states per band, for every segment; None for all states"""
 
     def num_states(self, segment: int) -> int:
+        """States of a segment, U_s + 1."""
         return len(self.labels[segment]) + 1
 
     def width(self, segment: int) -> int:
-        """States that every frame of a segment sees."""
+        """States per frame of a segment."""
         return self.num_states(segment) if self.widths is None else self.widths[segment]
 
     @property
     def cells(self) -> list[int]:
-        """Cells of every segment: frames times the states that each sees."""
+        """Number of cells of every segment."""
         return [frames * self.width(segment) for segment, frames in enumerate(self.num_frames)]
+
+    def band(self, segment: int, frames: slice = ALL_FRAMES) -> Tensor | None:
+        """States of the bands of some frames, int64 `[frames, W]`; None if the frames have all states."""
+        width = self.width(segment)
+        if self.first_state is None or width == self.num_states(segment):
+            return None
+        first = self.first_state[segment][frames]
+        return first[:, None] + torch.arange(width, device=first.device)
 
 
 def check_labels(labels: Tensor, label_lengths: Tensor, vocab_size: int) -> None:
-    """Refuse labels that no lattice can hold; `[N, U]` and `[N]`, on the CPU.
-
-    Raises:
-        UserError: a label is the blank or outside the vocabulary; naming it and its segment.
-    """
+    """Raise UserError if a label is the blank or outside the vocabulary; `[N, U]` and `[N]`, on the CPU."""
     used = torch.arange(labels.shape[1]) < label_lengths[:, None]
-    wrong = (used & ((labels <= BLANK) | (labels >= vocab_size))).nonzero()
-    if len(wrong):
-        segment, position = wrong[0].tolist()
+    invalid = (used & ((labels <= BLANK) | (labels >= vocab_size))).nonzero()
+    if len(invalid):
+        segment, position = invalid[0].tolist()
         raise UserError(
             f"label {int(labels[segment, position])} at position {position} of segment {segment}: the vocabulary has "
-            f"labels 1 to {vocab_size - 1}, and 0 is the blank; use the tokenizer that the model was made for"
+            f"labels 1 to {vocab_size - 1}, and 0 is the blank; use the tokenizer of the model"
         )

@@ -1,13 +1,13 @@
-"""Pruned transducer training: which states of the lattice are worth the joint network, told by a small one.
+"""Pruned transducer training: a cheap joint network selects the states for which the real one is computed.
 
-A joint network without a hidden layer (outputs of frame and state simply added) has a normaliser that is a matrix
-product, so its loss over the whole lattice is cheap. From it comes the probability that an alignment passes through a
-cell, and from that, for every frame, the `band` consecutive states that hold most of it. The real joint network then
-sees only those.
+The outputs of a joint network without a hidden layer are sums of a frame's and a state's outputs. Their normaliser is a
+matrix product, so the loss over the whole lattice is cheap. Its gradient gives the probability that an alignment passes
+through a cell, and thereby, for every frame, the band of consecutive states with the most probability. The real joint
+network is computed for these states only.
 
 Source: Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", arXiv 2206.13236.
 
-T frames, U labels, V vocabulary, W states of a band.
+Shapes: N segments, T_s frames and U_s labels of segment s (T and U of a single one), V vocabulary, W states of a band.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from bestrq.recognition.losses.transducer import sum_over_alignments
 
 
 class SimpleJoint(nn.Module):
-    """The small joint network: linear outputs of both sides, added."""
+    """Joint network without a hidden layer: linear outputs of frames and states, added."""
 
     def __init__(self, encoder_dim: int, prediction_dim: int, vocab_size: int) -> None:
         super().__init__()
@@ -30,22 +30,22 @@ class SimpleJoint(nn.Module):
         self.prediction_output = nn.Linear(prediction_dim, vocab_size)
 
     def forward(self, frames: Tensor, predicted: Tensor, lattices: Lattices, band: int) -> tuple[Tensor, Lattices]:
-        """The small network's loss of every segment, `[N]`, and the lattices with bands for the real one.
+        """Loss of this network for every segment, `[N]`, and the lattices with bands for the real joint network.
 
         Args:
-            frames: `[sum T_s, D]`.
-            predicted: `[sum (U_s + 1), P]`.
-            band: states W of a frame, 2 or more; a segment with fewer keeps all of its own, one with more labels than
-                W - 1 a frame gets a wider band.
+            frames: encoder outputs `[sum T_s, encoder_dim]`.
+            predicted: outputs of the prediction network `[sum (U_s + 1), prediction_dim]`.
+            band: states W per frame, 2 or more. A segment with fewer states keeps them all; one with more than W - 1
+                labels per frame gets a wider band.
         """
         wide = torch.promote_types(frames.dtype, torch.float32)
         acoustic, language = self.encoder_output(frames).to(wide), self.prediction_output(predicted).to(wide)
         states = [len(labels) + 1 for labels in lattices.labels]
         parts = zip(acoustic.split(list(lattices.num_frames)), language.split(states), lattices.labels, strict=True)
-        nothing = acoustic[:0, :2] + language[:0, :2]  # of no segments: what keeps the graph, which DDP needs
-        arcs = torch.cat([nothing, *(simple_arcs(*part).flatten(0, 1) for part in parts)])
+        empty = acoustic[:0, :2] + language[:0, :2]  # keeps the graph of a batch without segments, which DDP needs
+        arcs = torch.cat([empty, *(simple_arcs(*part).flatten(0, 1) for part in parts)])
         losses = sum_over_alignments(arcs, lattices)
-        # The gradient of the loss by an arc's log-probability is minus the probability that an alignment takes it.
+        # The gradient with respect to an arc's log-probability is minus the probability that an alignment takes it.
         with torch.enable_grad():
             leaf = arcs.detach().requires_grad_()
             [taken] = torch.autograd.grad(sum_over_alignments(leaf, lattices).sum(), leaf)
@@ -56,39 +56,40 @@ class SimpleJoint(nn.Module):
 
 
 def simple_arcs(acoustic: Tensor, language: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities `[T, U + 1, 2]` of blank and next label for outputs `[T, V]` plus `[U + 1, V]`.
+    """Log-probabilities `[T, U + 1, 2]` of blank and next label, from outputs `[T, V]` plus `[U + 1, V]`.
 
-    The sum over the vocabulary of exp(a + l) is a matrix product of exponentials: no `[T, U, V]` tensor.
+    The sum over the vocabulary of exp(acoustic + language) is a matrix product of exponentials, without any
+    `[T, U, V]` tensor.
     """
     highest = acoustic.amax(dim=1, keepdim=True), language.amax(dim=1, keepdim=True)
-    with torch.autocast(acoustic.device.type, enabled=False):  # a bfloat16 normaliser is off by 0.01 nats at every arc
+    with torch.autocast(acoustic.device.type, enabled=False):  # bfloat16: an error of 0.01 nats at every arc
         product = (acoustic - highest[0]).exp() @ (language - highest[1]).exp().mT
     tiny = torch.finfo(product.dtype).tiny
     normaliser = product.clamp(min=tiny).log() + highest[0] + highest[1].mT
     blank = acoustic[:, BLANK, None] + language[:, BLANK] - normaliser
-    # Behind the last label there is none: its arc is never used, but must be finite.
-    after = F.pad(labels, (0, 1), value=BLANK)
-    label = acoustic[:, after] + language.gather(1, after[:, None]).mT - normaliser
+    # The last state has no next label: its arc is never used, but must be finite.
+    next_label = F.pad(labels, (0, 1), value=BLANK)
+    label = acoustic[:, next_label] + language.gather(1, next_label[:, None]).mT - normaliser
     return torch.stack((blank, label), dim=-1)
 
 
 def band_width(num_frames: int, states: int, band: int) -> int:
-    """States of a band: `band`, or as many as few frames need to climb through all states."""
+    """States per band: `band`, or more if the frames are too few for such bands to reach the last state."""
     return min(states, max(band, -(-(states - 1) // num_frames) + 1))
 
 
 def choose_band(passed: Tensor, width: int) -> Tensor:
     """First state of every frame's band, int64 `[T]`, from the probability of passing each cell, `[T, U + 1]`.
 
-    Bands begin at state 0 and end with state U; from one frame to the next they never go back, and share a state, so
-    that alignments exist. Under these conditions each holds as much probability as it can by itself.
+    The first band starts at state 0 and the last one ends with state U. Consecutive bands never move back and share a
+    state, so that alignments exist. The most probable band of every frame is moved only if this requires it.
     """
     num_frames, states = passed.shape
     highest, step = states - width, width - 1
     covered = F.pad(passed.cumsum(dim=1), (1, 0))
     best = (covered[:, width:] - covered[:, :-width]).argmax(dim=1)
     climb = step * torch.arange(num_frames, device=passed.device)
-    # Late frames as high as it takes to reach the end; then none further above an earlier one than steps allow.
+    # Raise late frames until the last state can be reached, then lower those further ahead than the steps allow.
     first = torch.maximum(best, highest - (climb[-1] - climb)).clamp(min=0, max=highest).cummax(dim=0).values
     first[0] = 0
     return climb + (first - climb).cummin(dim=0).values

@@ -1,4 +1,4 @@
-"""Audio files in the wild: no length, truncated, several streams, segments that end late, inverted channels."""
+"""Audio files with faults: no length, truncated, several streams, segments that end late, inverted channels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from common.errors import SoundWarning, UserError
+from common.errors import AudioWarning, UserError
 from data.audio.files import AUDIO_SUFFIXES, list_audio
-from data.audio.reading import audio_blocks, audio_seconds, read_audio
-from data.corpora.base import FileSource, SegmentSource
-from data.corpora.channels import ChannelSource
+from data.audio.reading import audio_blocks, audio_seconds
+from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
-from data.format.index import Recording
-from data.prepare.command_line import main
-from data.prepare.extraction import Extracted, Skipped, extract, extract_all
+from data.format.schema import Recording
+from data.prepare.extraction import Extracted, extract, extract_all
+from data.prepare.prepare import main
+from data.skipped import Skipped
+from tests.decoded_audio import read_audio
 
 SETTINGS = FeatureSettings()
 RATE = 16_000
@@ -67,7 +68,7 @@ def encoded(kind: str, sound: NDArray[np.float32], rate: int = RATE, endian: str
 
 
 def uncounted(flac: bytes) -> bytes:
-    """Without the number of samples in STREAMINFO, as streaming encoders write it."""
+    """FLAC without the number of samples in STREAMINFO, as written by streaming encoders."""
     return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
 
 
@@ -96,13 +97,13 @@ def test_flac_without_its_sample_count_is_the_sound_of_one_with_it(
     end = audio_seconds(counted)
     for start, duration in ((0.0, 1.0), (0.0, end), (0.7, 0.5), (end - 1, 1.0), (end - 1, 1.003)):
         for channel in (None, channels - 1):
-            a, b = (ChannelSource(Recording("a"), path, 0, start, duration) for path in (counted, streamed))
+            a, b = (FileSource(Recording("a"), path, start, duration, 0) for path in (counted, streamed))
             assert torch.equal(a.load(SETTINGS).waveform, b.load(SETTINGS).waveform)
             heard = torch.cat(list(audio_blocks(streamed, SETTINGS, None, start, duration, channel)))
             assert len(heard) > 6000
     for start, duration in ((end, 0.5), (end + 60, 1.0), (end - 1, 1.5)):
         with pytest.raises(UserError, match=r"b\.flac: ends before the segment's"):
-            SegmentSource(Recording("a"), streamed, start, duration).load(SETTINGS)
+            FileSource(Recording("a"), streamed, start, duration).load(SETTINGS)
 
 
 def test_the_length_of_flac_without_its_sample_count_is_estimated_for_listings(tmp_path: Path) -> None:
@@ -126,10 +127,10 @@ def test_a_segment_that_ends_within_the_tolerance_after_the_sound_is_shortened(k
     path = write(tmp_path / f"a.{kind}", encoded(kind, noise(7.3365)))
     samples = len(read_audio(path, SETTINGS))
     for over in (0.0035, 0.09):
-        heard = SegmentSource(Recording("a"), path, 5.0, 2.3365 + over).load(SETTINGS).waveform
+        heard = FileSource(Recording("a"), path, 5.0, 2.3365 + over).load(SETTINGS).waveform
         assert len(heard) == samples - 5 * RATE
     for start, duration in ((5.0, 2.45), (7.34, 0.02), (9.0, 1.0)):
-        result = extract(SegmentSource(Recording("a"), path, start, duration), SETTINGS)
+        result = extract(FileSource(Recording("a"), path, start, duration), SETTINGS)
         assert isinstance(result, Skipped) and f"a.{kind}: ends before the segment's" in result.reason
 
 
@@ -212,7 +213,7 @@ def test_a_lhotse_recording_whose_supervision_ends_after_it_is_skipped_alone(tmp
     assert all("ends after its recording of 7.3365 s" in entry["reason"] for entry in skipped)
 
 
-# Files that hold less than they announce
+# Files that hold less than they declare
 
 
 def cut(kind: str, content: bytes, share: float = 0.5) -> bytes:
@@ -237,7 +238,7 @@ def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_pat
     whole = encoded(kind, noise(60))
     lost = len(encoded(kind, noise(60))) - len(encoded(kind, noise(59.95)))
     assert len(read_audio(write(tmp_path / f"a.{kind}", whole[:-lost]), SETTINGS)) <= 60 * RATE
-    with pytest.raises(UserError, match=r"cut short, \d+ of about \d+ samples are there"):
+    with pytest.raises(UserError, match=r"truncated, has \d+ of about \d+ samples"):
         read_audio(write(tmp_path / f"b.{kind}", whole[: -4 * lost]), SETTINGS)
 
 
@@ -245,9 +246,9 @@ def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_pat
 def test_segments_before_the_cut_are_read_and_those_behind_it_are_not(kind: str, tmp_path: Path) -> None:
     whole = encoded(kind, noise(3))
     path = write(tmp_path / f"a.{kind}", cut(kind, whole))
-    assert len(SegmentSource(Recording("a"), path, 0.2, 1.0).load(SETTINGS).waveform) == RATE
+    assert len(FileSource(Recording("a"), path, 0.2, 1.0).load(SETTINGS).waveform) == RATE
     with pytest.raises(UserError, match="ends before the segment's end"):
-        SegmentSource(Recording("a"), path, 1.0, 1.5).load(SETTINGS)
+        FileSource(Recording("a"), path, 1.0, 1.5).load(SETTINGS)
 
 
 def chunk(id: bytes, content: bytes) -> bytes:
@@ -255,7 +256,7 @@ def chunk(id: bytes, content: bytes) -> bytes:
 
 
 def wav(sound: NDArray[np.float32], *, data: int | None = None, size: int | None = None, odd: bool = False) -> bytes:
-    """8-bit, with chunks of odd lengths before and behind the sound; `data` and `size` in place of the true lengths."""
+    """8-bit WAV with chunks of odd lengths around the audio; `data` and `size` replace the true lengths."""
     samples = (128 + 127 * sound).astype(np.uint8).tobytes()[: -1 if odd else None]
     before = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, RATE, RATE, 1, 8)) + chunk(b"JUNK", b"odd")
     sounding = chunk(b"data", samples)
@@ -272,7 +273,7 @@ def test_chunks_around_the_sound_are_no_part_of_it(odd: bool, tmp_path: Path) ->
     assert len(read_audio(write(tmp_path / "a.wav", whole[:-10]), SETTINGS)) == 3 * RATE - odd  # of the last chunk
     assert len(read_audio(write(tmp_path / "a.wav", ID3 + whole), SETTINGS)) == 3 * RATE - odd
     for content in (whole[: len(whole) // 2], ID3 + whole[: len(whole) // 2]):
-        with pytest.raises(UserError, match="cut short, 2[34][0-9]{3} of about 4[78][0-9]{3} samples"):
+        with pytest.raises(UserError, match="truncated, has 2[34][0-9]{3} of about 4[78][0-9]{3} samples"):
             read_audio(write(tmp_path / "a.wav", content), SETTINGS)
 
 
@@ -304,7 +305,7 @@ def test_other_formats_with_an_open_length_are_read(tmp_path: Path) -> None:
 
 
 def test_a_header_whose_length_counts_itself_is_no_cut(tmp_path: Path) -> None:
-    """As some recorders write it: the length of the file in place of that of the sound."""
+    """Written by some recorders: the length of the file instead of the audio."""
     samples = noise(0.5)
     content = wav(samples, data=len(samples) + 56)
     assert len(read_audio(write(tmp_path / "a.wav", content), SETTINGS)) == len(samples)
@@ -325,7 +326,7 @@ def test_files_put_together_are_refused(kind: str, tmp_path: Path) -> None:
     first, second = encoded(kind, noise(3)), encoded(kind, noise(2, seed=1))
     for joined in (first + second, first + first):
         path = write(tmp_path / f"two.{kind}", joined)
-        for source in (FileSource(Recording("a"), path), SegmentSource(Recording("a"), path, 0.5, 1.0)):
+        for source in (FileSource(Recording("a"), path), FileSource(Recording("a"), path, 0.5, 1.0)):
             with pytest.raises(UserError, match=rf"two\.{kind}: .*{SEVERAL}"):
                 source.load(SETTINGS)
         with pytest.raises(UserError, match=SEVERAL):
@@ -341,7 +342,7 @@ def test_files_of_two_codecs_put_together_are_refused(first: str, second: str, t
 
 @pytest.mark.parametrize("kind", ["caf", "s8.caf", "ulaw.wav", "aif", "rf64"])
 def test_files_of_odd_lengths_put_together_are_refused(kind: str, tmp_path: Path) -> None:
-    """Whatever fills the first one up."""
+    """Any padding of the first file."""
     for samples in (24_001, 24_002, 24_003):
         whole = encoded(kind, noise(2)[:samples])
         assert len(read_audio(write(tmp_path / f"one.{kind}", whole), SETTINGS)) >= samples
@@ -384,7 +385,7 @@ def test_an_ogg_file_without_its_last_page_is_read_with_a_warning(tmp_path: Path
             read_audio(write(tmp_path / f"b.{kind}", whole), SETTINGS)
 
 
-# Channels that cancel each other out
+# Channels that cancel in their mean
 
 
 def stereo(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -409,10 +410,10 @@ def test_channels_that_cancel_each_other_out_are_warned_of_with_the_setting_that
         for kind in ("wav", "flac"):
             path = write(tmp_path / f"{name}.{kind}", encoded(kind, samples, 44_100))
             (warning,) = warned(path)
-            assert f"{name}.{kind}: the channels cancel each other out" in warning, name
+            assert f"{name}.{kind}: the channels cancel (is one inverted?)" in warning, name
             assert "--features.channels first" in warning
             assert not warned(path, FeatureSettings(channels="first"))
-            assert torch.isfinite(ChannelSource(Recording("a"), path, 0).load(SETTINGS).waveform).all()
+            assert torch.isfinite(FileSource(Recording("a"), path, channel=0).load(SETTINGS).waveform).all()
 
 
 def test_other_channels_are_not_warned_of(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def test_other_channels_are_not_warned_of(tmp_path: Path) -> None:
 
 def test_reading_a_file_alone_issues_the_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", encoded("wav", stereo(noise(1), -noise(1))))
-    with pytest.warns(SoundWarning, match="cancel"):
+    with pytest.warns(AudioWarning, match="cancel"):
         read_audio(path, SETTINGS)
 
 
@@ -457,7 +458,7 @@ def test_worker_processes_hand_warnings_over(tmp_path: Path) -> None:
 
 @pytest.fixture
 def recordings(tmp_path: Path) -> Path:
-    """Eight recordings, of which 02 and 05 have an inverted channel."""
+    """Eight recordings; 02 and 05 have an inverted channel."""
     (tmp_path / "audio").mkdir()
     for number in range(8):
         samples = noise(1, seed=number)
@@ -500,7 +501,7 @@ def test_the_warnings_of_parts_and_of_an_interrupted_preparation_are_those_of_a_
     assert not list(parts.glob("warnings-*"))
     broken = (recordings / "04.wav").read_bytes()
     (recordings / "04.wav").write_bytes(b"")
-    # Every recording is a shard of its own, so those before 04 are done; with 02 among them.
+    # Every recording has its own shard, so those before 04 are done, including 02.
     assert prepare(recordings, stopped, "--shard_minutes=1e-9", "--max_skipped_share=0") == 2
     assert listed(stopped / "warnings.jsonl") == ["02"]
     (recordings / "04.wav").write_bytes(broken)

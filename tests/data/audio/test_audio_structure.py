@@ -1,4 +1,4 @@
-"""Sound files of unusual structure: metadata that looks like another stream, lengths that are unset or too small."""
+"""Audio files with an unusual structure: metadata that resembles another stream, unset or too small lengths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from common.errors import UserError
 from data.audio import opening as audio_open
-from data.audio.reading import audio_blocks, audio_seconds, read_audio
-from data.corpora.base import FileSource, SegmentSource
-from data.format.index import Recording
+from data.audio.reading import audio_blocks, audio_seconds
+from data.corpora.audio_files import FileSource
+from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
 from tests.data.audio.test_audio import (
     FORMATS,
@@ -30,10 +30,11 @@ from tests.data.audio.test_audio import (
     wav,
     write,
 )
+from tests.decoded_audio import read_audio
 
 
 def samples_of(content: bytes, path: Path) -> int:
-    """Read from a file and from memory alike, without a warning."""
+    """Read from a file and from memory, without a warning."""
     result = extract(FileSource(Recording("a"), write(path, content)), SETTINGS)
     assert isinstance(result, Extracted) and not result.warnings, result
     heard = read_audio(path, SETTINGS)
@@ -48,11 +49,11 @@ def warning_of(content: bytes, path: Path) -> str:
     return warning
 
 
-# What looks like the beginning of a second stream, and is none
+# Data that resemble the start of a second stream
 
 
 def with_block(flac: bytes, kind: int, body: bytes) -> bytes:
-    """With one more block of metadata behind STREAMINFO."""
+    """FLAC with another metadata block after STREAMINFO."""
     return flac[:42] + bytes([kind]) + len(body).to_bytes(3, "big") + body + flac[42:]
 
 
@@ -69,7 +70,7 @@ def test_flac_in_the_metadata_of_flac_is_no_second_stream(tmp_path: Path) -> Non
 
 
 def test_flac_whose_sound_has_the_bytes_of_a_beginning_is_one_stream(tmp_path: Path) -> None:
-    """Noise of full scale is stored as it is."""
+    """Full-scale noise is stored verbatim."""
     samples = np.random.default_rng(0).integers(-32768, 32768, size=3 * RATE).astype(np.int16)
     marks = np.frombuffer(b"fLaC\0\0\0\x22OggS\0\2RIFF", ">i2").astype(np.int16)
     for place in range(100, len(samples) - 100, 200):
@@ -81,7 +82,7 @@ def test_flac_whose_sound_has_the_bytes_of_a_beginning_is_one_stream(tmp_path: P
 
 
 def ogg_page(content: bytes, flags: int, stream: int, number: int) -> bytes:
-    """A page that is one packet of fewer than 255 bytes."""
+    """Page with one packet of fewer than 255 bytes."""
     head = struct.pack("<4sBBqIII", b"OggS", 0, flags, 0, stream, number, 0) + bytes([1, len(content)])
     crc = 0
     for byte in head + content:
@@ -109,19 +110,19 @@ def test_streams_beside_each_other_and_bytes_within_pages_are_no_second_stream(k
     with pytest.raises(UserError, match="several streams"):
         read_audio(write(tmp_path / "c", beside + beside), SETTINGS)
     for lost in (1, 10, 100):
-        with pytest.raises(UserError, match="cut short"):
+        with pytest.raises(UserError, match="truncated"):
             read_audio(write(tmp_path / "d", beside[:-lost]), SETTINGS)
 
 
-# Lengths that are unset, too small, or not there
+# Lengths that are unset, too small or missing
 
 
 @pytest.mark.parametrize("size", [0, 36, 0xFFFFFFFF])
 def test_a_wav_whose_length_was_never_set_is_read_to_its_end(size: int, tmp_path: Path) -> None:
-    """As a recorder leaves it that was killed, or writes it into a pipe."""
+    """Left by a killed recorder, or written to a pipe."""
     content = wav(noise(3), data=0, size=size)
     assert samples_of(content, tmp_path / "a.wav") == 3 * RATE
-    segment = SegmentSource(Recording("a"), tmp_path / "a.wav", 1.0, 1.5).load(SETTINGS).waveform
+    segment = FileSource(Recording("a"), tmp_path / "a.wav", 1.0, 1.5).load(SETTINGS).waveform
     assert torch.equal(segment, read_audio(tmp_path / "a.wav", SETTINGS)[RATE : RATE * 5 // 2])
     big = encoded("wav", noise(3), endian="BIG")
     place = big.index(b"data") + 4
@@ -137,10 +138,10 @@ def test_a_wav_without_any_sound_is_still_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["wav", "rf64", "aif", "au", "caf"])
 def test_sound_behind_the_announced_length_is_warned_of(kind: str, tmp_path: Path) -> None:
-    """A header that was not brought up to date, or counts more than 4 GiB in 32 bits."""
+    """Header that was not updated, or counts more than 4 GiB in 32 bits."""
     shorter, longer = encoded(kind, noise(2)), encoded(kind, noise(3))
     content = shorter + longer[-2 * RATE :]
-    assert f"2.00 s of sound, and {2 * RATE} bytes behind" in warning_of(content, tmp_path / f"a.{kind}")
+    assert f"2.00 s of audio, and {2 * RATE} bytes after" in warning_of(content, tmp_path / f"a.{kind}")
     assert samples_of(shorter + longer[-1000:], tmp_path / f"b.{kind}") == 2 * RATE
 
 
@@ -162,18 +163,18 @@ def test_what_is_no_sound_behind_the_announced_length_is_not_warned_of(tmp_path:
 
 
 def test_an_rf64_file_is_as_long_as_its_first_chunk_says(tmp_path: Path) -> None:
-    """Whatever stands in the head of its sound: libsndfile does not look at it."""
+    """Any length in the header of the data chunk: libsndfile ignores it."""
     whole = encoded("rf64", noise(3))
     place = whole.index(b"data") + 4
     for length in (0, 4, 0xFFFFFFFF, 6 * RATE):
         content = whole[:place] + struct.pack("<I", length) + whole[place + 4 :]
         assert samples_of(content, tmp_path / "a.rf64") == 3 * RATE
-        with pytest.raises(UserError, match="cut short"):
+        with pytest.raises(UserError, match="truncated"):
             read_audio(io.BytesIO(content[:-RATE]), SETTINGS)
 
 
 def headless_mp3(seconds: int, mode: str) -> tuple[bytes, int]:
-    """MP3 that begins with near silence, without the frame that tells its length; samples of the one that has it."""
+    """MP3 that starts with near silence, without the frame of its length, and its number of samples."""
     sound = noise(seconds)
     sound[: len(sound) // 2] *= 1e-4
     file = io.BytesIO()
@@ -187,7 +188,7 @@ def headless_mp3(seconds: int, mode: str) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE", "AVERAGE"])
 def test_mp3_of_any_bit_rate_without_a_header_is_read_to_its_end(mode: str, tmp_path: Path) -> None:
-    """Its length is estimated by the first frames' bit rate, which is that of silence here."""
+    """The length is estimated from the bit rate of the first frames, which are silence here."""
     content, samples = headless_mp3(60, mode)
     for tagged in (content, ID3 + content + ID3V1):
         assert 0 <= samples_of(tagged, tmp_path / "a.mp3") - samples < 3 * 1152
@@ -196,15 +197,15 @@ def test_mp3_of_any_bit_rate_without_a_header_is_read_to_its_end(mode: str, tmp_
     assert torch.allclose(heard, whole[50 * RATE : 55 * RATE], atol=1e-5)
     for start, duration in ((70.0, 1.0), (59.0, 3.0)):
         with pytest.raises(UserError, match="ends before the segment's"):
-            SegmentSource(Recording("a"), tmp_path / "a.mp3", start, duration).load(SETTINGS)
+            FileSource(Recording("a"), tmp_path / "a.mp3", start, duration).load(SETTINGS)
 
 
 def test_a_long_compressed_file_that_lacks_some_seconds_is_warned_of(tmp_path: Path) -> None:
-    """A hundredth of an hour is half a minute."""
+    """One per cent of an hour is 36 seconds."""
     whole = encoded("mp3", noise(600))
     assert samples_of(whole, tmp_path / "a.mp3") == 600 * RATE
     assert "of 9600000 samples could be read" in warning_of(whole[: -len(whole) // 150], tmp_path / "a.mp3")
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_audio(write(tmp_path / "a.mp3", whole[: -len(whole) // 50]), SETTINGS)
 
 
@@ -213,26 +214,26 @@ def test_a_file_is_measured_once_for_all_its_segments_in_any_order(
 ) -> None:
     paths = [write(tmp_path / f"{number}.flac", encoded("flac", noise(1))) for number in range(100)]
     measured: list[str] = []
-    original = audio_open.extent
-    monkeypatch.setattr(audio_open, "extent", lambda file: measured.append(file.name) or original(file))
+    original = audio_open.read_extent
+    monkeypatch.setattr(audio_open, "read_extent", lambda file: measured.append(file.name) or original(file))
     for start in (0.0, 0.3, 0.6):
         for path in paths:
-            SegmentSource(Recording("a"), path, start, 0.2).load(SETTINGS)
+            FileSource(Recording("a"), path, start, 0.2).load(SETTINGS)
     assert measured == list(map(str, paths))
 
 
-# What macOS leaves beside files
+# Resource forks of macOS beside files
 
 
 @pytest.mark.parametrize("kind", sorted(FORMATS))
 @pytest.mark.parametrize("fork", [b"", b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4072), b"junk" * 99])
 def test_a_file_is_read_whatever_macos_left_beside_it(fork: bytes, kind: str, tmp_path: Path) -> None:
-    """libsndfile takes `._X` for the resource fork of X, and then X for a file of Sound Designer II."""
+    """libsndfile treats `._X` as the resource fork of X, and X as a file of Sound Designer II."""
     path = write(tmp_path / f"a.{kind}", encoded(kind, noise(1)))
     write(tmp_path / f"._a.{kind}", fork)
     assert len(read_audio(path, SETTINGS)) >= RATE and audio_seconds(path) >= 1
     for start in (0.0, 0.5):
-        assert len(SegmentSource(Recording("a"), path, start, 0.5).load(SETTINGS).waveform) == RATE // 2
+        assert len(FileSource(Recording("a"), path, start, 0.5).load(SETTINGS).waveform) == RATE // 2
 
 
 def test_a_format_that_the_ending_alone_tells_is_still_read(tmp_path: Path) -> None:

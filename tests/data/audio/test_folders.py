@@ -1,4 +1,4 @@
-"""Search of folders: clutter is left out, linked folders are followed once."""
+"""Search of folders: clutter is ignored, linked folders are followed once."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from data.corpora.base import Unreadable
 from data.corpora.folder import FolderSettings, sources
 from data.corpora.text_files import listed_names
 from data.format.dataset import open_dataset
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from pipelines.evaluation_settings import stm_files
 
 LEFT_BEHIND = [

@@ -1,4 +1,4 @@
-"""What a corpus must give: exact word times, splits that share nothing, the same numbers every time, clear errors."""
+"""Synthetic, Debian and folder corpora: exact word times, disjoint splits, reproducible audio, clear errors."""
 
 import json
 import random
@@ -13,8 +13,9 @@ import pytest
 import soundfile
 import torch
 
+from common.config import parse as parse_settings
 from common.errors import UserError
-from data.corpora.base import FileSource
+from data.corpora.audio_files import FileSource
 from data.corpora.debian_packages import package_folders
 from data.corpora.debian_voices import DebianVoicesSettings, FilletsSettings, parse_dialogs
 from data.corpora.debian_voices import sources as debian_sources
@@ -27,8 +28,8 @@ from data.corpora.registry import CORPORA, find_corpus
 from data.corpora.synthetic import VARIANTS, SyntheticSettings, split_of
 from data.corpora.synthetic import sources as synthetic_sources
 from data.features import FeatureSettings
-from data.format.index import Recording
-from data.prepare.command_line import parse
+from data.format.schema import Recording
+from data.prepare.prepare import parse
 from tests.paths import REPOSITORY
 
 FEATURES = FeatureSettings()
@@ -51,7 +52,7 @@ def write_lines(path: Path, *entries: dict | str) -> Path:
 
 
 def test_words_are_where_the_times_say() -> None:
-    """A word that begins and ends with a hiss, between words that have none, is heard from its start to its end."""
+    """A word that starts and ends with a fricative, between words without one, matches its times."""
     words = "mama sauce mama mama sauce mama".split()
     with Synthesizer("en-us", words_per_minute=140) as voice:
         sound, times = voice.speak(words)
@@ -130,7 +131,7 @@ def test_sentences_are_too_many_to_memorise(language: str) -> None:
 
 
 def test_a_recording_is_a_pure_function_of_its_source() -> None:
-    """espeak keeps state between utterances; the order in which recordings are made must not show."""
+    """espeak keeps state between utterances; the order of the recordings must not matter."""
     first, second, third = synthetic_sources(
         SyntheticSettings(train_hours=0.02, train_long_share=0, test_long_recordings=0)
     )[:3]
@@ -166,7 +167,7 @@ def test_splits_share_neither_voices_nor_sentences() -> None:
     for recording in recordings:
         assert recording.speaker.split("-", 1)[1] in VARIANTS[recording.split]
         assert recording.speaker.startswith(recording.language)
-    # A sentence belongs to one split, whoever speaks it, and each split has its share of them.
+    # A sentence is in one split for all voices, and each split has its share of them.
     rng, grammar = random.Random(1), load_grammar("en")
     owners = [split_of(" ".join(grammar.sentence(rng))) for _ in range(3000)]
     assert 0.04 < owners.count("test") / 3000 < 0.08 and 0.04 < owners.count("dev") / 3000 < 0.08
@@ -204,7 +205,7 @@ def test_a_long_recording_reaches_its_length_with_topics_that_come_back() -> Non
     def between(start: float, end: float) -> set[str]:
         return {word for word, s, *_ in words if start <= s < end and len(word) > 4}
 
-    # The first minute's topic comes back after three minutes, the second minute's does not stand there.
+    # The topic of the first minute recurs after three minutes, that of the second minute does not.
     first, second, fourth = between(0, 60), between(60, 120), between(180, 240)
     assert len(first & fourth) > 1.5 * len(second & fourth)
 
@@ -212,16 +213,17 @@ def test_a_long_recording_reaches_its_length_with_topics_that_come_back() -> Non
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("languages", ["xx"], "languages is 'xx'"),
-        ("languages", [], "languages is empty"),
-        ("train_hours", -1.0, "train_hours is -1.0"),
-        ("train_long_share", 1.5, "train_long_share is 1.5"),
-        ("long_minutes", 0.0, "long_minutes is 0.0"),
+        ("languages", "[xx]", "languages is 'xx'"),
+        ("languages", "[]", "languages is empty"),
+        ("train_hours", "-1.0", "train_hours is -1.0"),
+        ("train_long_share", "1.5", "train_long_share is 1.5"),
+        ("long_minutes", "0.0", "long_minutes is 0.0"),
+        ("dev_utterances", "-1", "dev_utterances is -1"),
     ],
 )
-def test_synthetic_settings_name_the_field_and_the_value(field: str, value: object, complaint: str) -> None:
+def test_synthetic_settings_name_the_field_and_the_value(field: str, value: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        SyntheticSettings(**{field: value})
+        parse_settings(SyntheticSettings, [f"--{field}={value}"])
 
 
 def test_an_unknown_corpus_gets_the_nearest_name() -> None:
@@ -257,7 +259,7 @@ def debian_tree(tmp_path: Path) -> Path:
     game, texts = tmp_path / "usr/share/games/fillets-ng", {}
     for level in ("city", "share/borejokes"):
         for number in range(20):
-            # Every phrase is there twice, in other letters and points.
+            # Every phrase occurs twice, with different case and punctuation.
             texts[f"{level[0]}{number}"] = f"Věta číslo {number // 2}" + ("." if number % 2 else "!")
             write_audio(game / "sound" / level / "cs" / f"{level[0]}{number}.ogg", 0.1)
     write_audio(game / "sound/city/cs/untold.ogg", 0.1)
@@ -315,11 +317,11 @@ def test_debian_folders_that_lack_what_is_needed_are_named(debian_tree: Path, tm
     with pytest.raises(UserError, match="no .deb file of fillets-ng-data-cs: .*apt-get download"):
         debian_sources(FilletsSettings(folder=str(tmp_path), parts=["fillets-cs"], cache=str(tmp_path / "cache")))
     with pytest.raises(UserError, match="parts is 'filets-cs'.*'fillets-cs'"):
-        DebianVoicesSettings(parts=["filets-cs"])
+        parse_settings(DebianVoicesSettings, ["--parts=[filets-cs]"])
 
 
 def test_a_failed_fetch_says_what_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With commands that fail in the place of apt's: no network is touched."""
+    """Failing commands replace those of apt: no network is used."""
     for name in ("apt-get", "dpkg-deb"):
         script = tmp_path / name
         script.write_text("#!/bin/sh\necho 'E: no route to the mirror' >&2\nexit 100\n")
@@ -454,7 +456,7 @@ def test_manifests_of_the_splits_name_them(tmp_path: Path) -> None:
         ({"audio_filepath": "a.wav", "text": "x", "offset": -1}, r"m\.json:2: offset is -1"),
         ({"audio_filepath": "a.wav", "text": "x", "offset": 1}, r"m\.json:2: .*needs its duration"),
         ({"audio_filepath": "a.wav", "text": "x", "split": "eval"}, r"m\.json:2: split is 'eval'"),
-        ({"audio_filepath": "b.wav", "text": "x"}, r"1 of 2 audio files .*b\.wav.*counts from"),
+        ({"audio_filepath": "b.wav", "text": "x"}, r"1 of 2 audio files .*b\.wav.*starts at"),
     ],
 )
 def test_a_bad_manifest_line_is_named(tmp_path: Path, line: dict | str, complaint: str) -> None:

@@ -1,4 +1,4 @@
-"""Common Voice: tables read to the byte (their quotation marks included), splits that share nothing, clear errors."""
+"""Common Voice: exact tables (including quotation marks), disjoint splits, clear errors."""
 
 import json
 import random
@@ -9,13 +9,15 @@ from corpora_speech import FEATURES, damaged, encoded, likeness, put, speech
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.config import parse as parse_settings
 from common.errors import UserError
-from data.corpora.base import FileSource, Unreadable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Unreadable
 from data.corpora.common_voice import Clip, CommonVoiceSettings, read_clips, read_durations, sources
 from data.corpora.registry import find_corpus
 from data.format.dataset import open_dataset
 from data.names import name_fault
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 
 HEADER = (
     "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\taccents\tvariant\t"
@@ -137,7 +139,7 @@ def test_early_releases_without_locale_and_suffix(tmp_path: Path) -> None:
         ("\tde\t\n", "\n", r"train.tsv:2: 11 values where the header has 13"),
         ("_00000002.mp3", "_00000001.mp3", r"train.tsv:3: the clip common_voice_de_00000001.mp3 occurs twice"),
         ("common_voice_de_00000002", "../../secret", r"train.tsv:3: path is '../../secret.mp3'"),
-        ("_00000002.mp3", "_00000004.mp3", r"test.tsv:2: the clip .*4.mp3 is in another split"),
+        ("_00000002.mp3", "_00000004.mp3", r"test.tsv:2: the clip .*4.mp3 is also in the table of another split"),
         ("_00000002.mp3", "_00000099.mp3", r"clips: 1 clips are missing: common_voice_de_00000099.mp3"),
         ("\t3\t1\t", "\tmany\t1\t", r"train.tsv:3: up_votes is 'many'"),
     ],
@@ -253,12 +255,12 @@ def test_a_clip_without_a_duration_is_skipped_if_the_seconds_are_limited(release
 
 
 def test_wrong_folders_and_settings(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="folder is empty: say where"):
+    with pytest.raises(UserError, match="folder is empty: give the folder"):
         sources(CommonVoiceSettings())
-    with pytest.raises(UserError, match="holds no folder clips|has no folder clips"):
+    with pytest.raises(UserError, match="has no folder clips"):
         sources(CommonVoiceSettings(str(tmp_path)))
     with pytest.raises(UserError, match="Did you mean 'validated'"):
-        CommonVoiceSettings(splits=["validatd"])
+        parse_settings(CommonVoiceSettings, ["--splits=[validatd]"])
     with pytest.raises(UserError, match="max_seconds"):
         CommonVoiceSettings(max_seconds=0)
     assert find_corpus("common_voice").sources is sources

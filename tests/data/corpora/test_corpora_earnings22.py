@@ -1,4 +1,4 @@
-"""Earnings-22 as published: words with times and their doubts, events, spoken forms, two sets of calls kept apart."""
+"""Earnings-22: words with times and confidences, events, spoken forms, two separate sets of calls."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from fuzzed import damaged, damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.earnings22 import Earnings22FullSettings, Earnings22Settings, sources, sources_full
 from data.corpora.espeak import Synthesizer
@@ -21,7 +22,7 @@ from data.corpora.registry import CORPORA
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
 from data.names import name_fault
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from data.splits import published_split
 from data.transcripts import Word, check_word_times
 from tests.paths import REPOSITORY
@@ -156,7 +157,7 @@ def test_missing_calls_and_pointers_in_the_place_of_audio_are_named(published: P
     with pytest.raises(UserError, match="folder is empty"):
         sources(Earnings22Settings())
     with pytest.raises(UserError, match="splits is 'train'"):
-        Earnings22Settings(splits=["train"])
+        parse_settings(Earnings22Settings, ["--splits=[train]"])
 
 
 def test_a_cut_off_mp3_makes_its_call_unusable(published: Path, tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_words_beyond_a_difference_of_the_two_tables_find_their_times_again(tmp_
 
 
 def test_a_gap_of_any_length_in_the_alignment_affects_no_other_words(tmp_path: Path) -> None:
-    """As in call 4484088: words after the gap get their times, although they are common and repeated."""
+    """Like call 4484088: words after the gap get their times, although they are common and repeated."""
     generator = random.Random(0)
     names = generator.choices([f"w{number}" for number in range(60)], k=3000)
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"{name}|1|||||LC|[]" for name in names))
@@ -267,7 +268,7 @@ def test_a_gap_of_any_length_in_the_alignment_affects_no_other_words(tmp_path: P
 
 
 def test_a_call_whose_alignment_is_nearly_empty_is_kept_without_word_times(published: Path, tmp_path: Path) -> None:
-    """As in call 4453076: all calls are prepared, and the missing times are counted and listed."""
+    """Like call 4453076: all calls are prepared, and the missing times are counted and listed."""
     folder = tmp_path / "earnings22"
     shutil.copytree(published, folder)
     name = f"transcripts/force_aligned_nlp_references/{CALL}.aligned.nlp"

@@ -1,4 +1,4 @@
-"""The corpus of homophones: nothing but the telling sentences gives a topic away, and all else is as in `synthetic`."""
+"""Corpus of homophones: only cue sentences reveal the topic; voices and splits are those of `synthetic`."""
 
 import hashlib
 import random
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bestrq.scoring.normalisers import normaliser
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.espeak import Synthesizer
 from data.corpora.homophones import (
@@ -54,7 +55,7 @@ def test_no_word_is_written_alike_in_two_topics_and_scoring_keeps_them_apart() -
 
 
 def test_a_sentence_without_a_cue_is_the_same_sound_in_every_topic() -> None:
-    """To the last sample: a listener who has heard nothing else can but guess."""
+    """Identical samples: without a cue the spelling is ambiguous."""
     first, second = (draw_sentence(random.Random(7), topic, is_cue=False) for topic in TOPICS)
     assert first != second
     with Synthesizer("en-us+f2") as voice:
@@ -65,7 +66,7 @@ def test_a_sentence_without_a_cue_is_the_same_sound_in_every_topic() -> None:
 
 
 def test_the_grammar_gives_nothing_away() -> None:
-    """The same draws give the same sentence but for its nouns, with and without a cue."""
+    """The same draws give the same sentence except for its nouns, with and without a cue."""
     nouns = set().union(*map(homophones, TOPICS), *(word_lists()[topic] for topic in TOPICS))
     for seed in range(50):
         drawn = [draw_sentence(random.Random(seed), topic, cue) for topic in TOPICS for cue in (False, True)]
@@ -81,8 +82,8 @@ def test_a_recording_keeps_to_its_topic_and_tells_it_again_and_again(loaded: lis
         for topic in TOPICS:
             its_own = {*homophones(topic), *word_lists()[topic]}
             assert bool(its_own & said) == (topic == source.topic)
-        # The first cue is due after the mean at the latest, later ones after two to four thirds of it; the sentence
-        # before it has to end, and its own nouns may stand seconds apart.
+        # The first cue is due after the mean at the latest, later ones after two to four thirds of it; the previous
+        # sentence has to end first, and the nouns of a sentence may be seconds apart.
         cues = [word.start for word in words if word.word in word_lists()[source.topic]]
         assert cues[0] < source.cue_seconds + 6
         gaps = [after - before for before, after in pairwise(cues) if after - before > 5]
@@ -126,11 +127,11 @@ def test_a_recording_is_a_pure_function_of_its_source(loaded: list) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("train_hours", -1.0), ("test_recordings", -2), ("recording_seconds", 0.0), ("cue_seconds", -3.0)],
+    [("train_hours", "-1.0"), ("test_recordings", "-2"), ("recording_seconds", "0.0"), ("cue_seconds", "-3.0")],
 )
-def test_settings_name_the_field_and_the_value(field: str, value: float) -> None:
+def test_settings_name_the_field_and_the_value(field: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{field} is {value}"):
-        HomophoneSettings(**{field: value})
+        parse_settings(HomophoneSettings, [f"--{field}={value}"])
 
 
 def test_prepare_knows_the_corpus() -> None:
@@ -145,6 +146,6 @@ def test_prepare_knows_the_corpus() -> None:
     ],
 )
 def test_the_corpus_synthetic_says_what_it_always_said(id: str, language: str, seconds: float, digest: str) -> None:
-    """What the quickstart's figures were measured on: texts by their hash, which no version of espeak changes."""
+    """Data of the quickstart's figures: hash of the texts, which do not depend on the version of espeak."""
     recording = SyntheticSource(id, id.split("-")[0], language, seconds, 0).load(FEATURES).recording
     assert hashlib.sha256(f"{recording.speaker} {recording.text}".encode()).hexdigest()[:16] == digest

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: listed without their sound, read row by row, over a failing network."""
+"""Datasets of the Hugging Face hub: listed without their audio, read row by row, over a failing network."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from data.corpora.huggingface import HuggingFaceSettings, _saved_to_disk, find_c
 from data.corpora.parquet_rows import MAX_ROWS, Place, RowSource, _arrow_table, read_columns, read_schema
 from data.corpora.registry import find_corpus
 from data.corpora.remote import FileCache
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.storage.local import StorageSettings
 
 TEXTS = ["das alte haus", "wir lesen", "ein gutes buch", "das buch", "wir lesen das alte buch"]
@@ -63,7 +63,7 @@ def test_common_column_names_are_found_and_rows_are_heard_in_any_order(tmp_path:
 
 
 def test_rows_of_a_large_group_are_right_forward_and_back(tmp_path: Path) -> None:
-    """The reader stands in a group and holds a few rows of it."""
+    """The reader keeps a row group open and holds a few rows of it."""
     texts = [TEXTS[number % len(TEXTS)] for number in range(21)]
     found = listed(dataset(tmp_path, [row(n, text) for n, text in enumerate(texts)], group=21))
     assert {source.place.group for source in found} == {0}
@@ -117,7 +117,7 @@ def test_columns_can_be_named_and_left_out(tmp_path: Path) -> None:
     ):
         listed(folder, speaker_column="redaer")
     with pytest.raises(
-        UserError, match=r"no column holds sound .* Columns: clip \(struct<bytes: binary, path: string>\)"
+        UserError, match=r"no column holds audio .* Columns: clip \(struct<bytes: binary, path: string>\)"
     ):
         listed(folder, audio_column="text")
 
@@ -161,14 +161,14 @@ def test_a_split_of_unusual_name_is_taken_for_what_the_user_says(tmp_path: Path)
 
 
 def test_folders_named_after_splits_need_no_readme(tmp_path: Path) -> None:
-    """As the hub's own conversions to Parquet are laid out."""
+    """Layout of the hub's conversions to Parquet."""
     for split in ("train", "validation"):
         write_parquet(tmp_path / split / "0000.parquet", [row(0, TEXTS[0]) | {"id": split}], COLUMNS)
     assert {s.id: s.recording.split for s in listed(tmp_path)} == {"train": "train", "validation": "dev"}
 
 
 def save_to_disk(folder: Path, rows: list[dict]) -> Path:
-    """What `Dataset.save_to_disk` writes (it cannot encode Audio itself where torchcodec is missing)."""
+    """Files of `Dataset.save_to_disk` (which cannot encode Audio without torchcodec)."""
     table = pa.Table.from_pylist(rows, schema(COLUMNS))
     put(folder / "dataset_info.json", json.dumps({"features": {}}))
     put(folder / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}))
@@ -243,9 +243,7 @@ def test_what_is_no_such_dataset_is_told_with_what_to_do(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="dataset is empty"):
         sources(HuggingFaceSettings())
     put(tmp_path / "tables/data.csv", "audio,text\n/etc/passwd,x\n")
-    with pytest.raises(
-        UserError, match=r"holds data.csv and the like, this reader takes Parquet.*refs/convert/parquet"
-    ):
+    with pytest.raises(UserError, match=r"holds files such as data.csv, but Parquet is required.*refs/convert/parquet"):
         listed(tmp_path / "tables")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="nothing: cannot be opened"):
@@ -391,7 +389,7 @@ def test_a_damaged_remote_file_is_not_taken_for_a_bad_network() -> None:
 
 
 def read_all(path: Path) -> None:
-    """As `sources` and the workers do; each recording is right or refused."""
+    """Read like `sources` and the workers; each recording is correct or refused."""
     address = str(path)
     columns = find_columns(HuggingFaceSettings("x"), read_schema(address), address)
     table = read_columns(address, sorted({name for kind, name in columns.items() if kind != "audio" and name}))
@@ -425,7 +423,7 @@ def test_fuzzed_tables_give_recordings_or_one_error(tmp_path: Path, data: st.Dat
 
 
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
-    """Found by fuzzing: Parquet's text is not checked when it is read."""
+    """Found by fuzzing: Parquet does not check text when it is read."""
     path = dataset(tmp_path) / "data/train-00000-of-00001.parquet"
     write_parquet(path, [row(0, "das alte haus")], COLUMNS)
     broken = pq.read_table(path)
@@ -437,5 +435,5 @@ def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_announces_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.corpora.parquet_rows.MAX_ROWS", 4)
-    with pytest.raises(UserError, match="5 rows are announced; at most 4"):
+    with pytest.raises(UserError, match="declares 5 rows; at most 4"):
         listed(dataset(tmp_path))

@@ -1,4 +1,4 @@
-"""lhotse manifests, as lhotse writes them: the right stretch of the right channel, its text, and words on its clock."""
+"""lhotse manifests: the right segment of the right channel, its text, and words with correct times."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ FUZZ = settings(max_examples=300, deadline=None, database=None)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """one.wav, of 2 s; two.flac, whose second channel is the first, but half as loud and backwards."""
+    """one.wav, of 2 s; two.flac, whose second channel is the reversed first one at half the amplitude."""
     folder = tmp_path_factory.mktemp("audio")
     with Synthesizer("en-us") as voice:
         sound, _ = voice.speak(WORDS)
@@ -57,7 +57,7 @@ def recording(folder: Path, channels: int = 1, **more: Any) -> dict:
 
 
 def supervision(id: str, start: float, text: str | None, clock: float | None = None, **more: Any) -> dict:
-    """Of 0.4 s a word; `clock`: where its alignment begins in the recording."""
+    """Supervision with 0.4 s per word; `clock`: start of its alignment in the recording."""
     words = (text or "").split()
     fields: dict[str, Any] = {
         "id": id,
@@ -95,7 +95,7 @@ def read(folder: Path) -> np.ndarray:
 def test_a_cut_is_its_stretch_with_all_its_supervisions_in_the_order_of_time(
     folder: Path, tmp_path: Path, suffix: str
 ) -> None:
-    # Supervisions count from the cut's start (0.25 s), their alignments from the recording's.
+    # Supervisions are relative to the start of the cut (0.25 s), their alignments to that of the recording.
     later = supervision("b", 0.95, "sea shells", clock=1.2, speaker="s2")
     manifest = write(
         tmp_path / f"c{suffix}", cut(folder, "c1", 0.25, 1.7, later, supervision("a", 0.1, "she sells", 0.35))
@@ -131,7 +131,7 @@ def test_manifests_written_by_lhotse_itself_are_read_as_lhotse_reads_them(folder
     recorded = source.recording  # type: ignore[attr-defined]
     assert [word.word for word in recorded.words] == WORDS and recorded.words[1].start == pytest.approx(0.5)
     assert torch.equal(source.load(FEATURES).waveform, torch.from_numpy(whole.load_audio()[0]))
-    # A window that cuts a supervision has the words whose middle lies in it.
+    # A window that cuts a supervision has the words whose middle is inside.
     assert (part.recording.text, [w.word for w in part.recording.words]) == ("sea shells", ["sea", "shells"])  # type: ignore[attr-defined]
     assert part.recording.words[0].start == pytest.approx(0.9 - window.start, abs=1e-6)  # type: ignore[attr-defined]
     assert torch.equal(part.load(FEATURES).waveform, torch.from_numpy(window.load_audio()[0]))
@@ -220,22 +220,22 @@ def changed(entry: dict, path: str, value: Any) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
-        ("type", "MultiCut", "a cut of type 'MultiCut', only MonoCut is read"),
-        ("type", "MixedCut", "a cut of type 'MixedCut', only MonoCut is read"),
+        ("type", "MultiCut", "a cut of type 'MultiCut', only MonoCut is supported"),
+        ("type", "MixedCut", "a cut of type 'MixedCut', only MonoCut is supported"),
         ("type", None, "a cut of type None"),
         ("id", 3, "id is 3, expected str"),
         ("id", " ", "is empty"),
-        ("recording", None, "a cut without its recording"),
+        ("recording", None, "a cut without a recording"),
         ("recording.sources.0.type", "command", "an audio source of type 'command'"),
         ("recording.sources.0.type", "url", "an audio source of type 'url'"),
         ("recording.sources.0.source", "a\0b", "is not the path of an audio file"),
         ("recording.sources.0.source", "~nobody-of-that-name/x.wav", "nobody-of-that-name"),
         ("recording.sources.0.channels", ["0"], "expected a list of numbers"),
-        ("recording.transforms", [{"name": "Speed"}], "transform 'Speed' is not applied"),
-        ("recording.transforms", 7, "transform 7 is not applied"),
+        ("recording.transforms", [{"name": "Speed"}], "transform 'Speed' is not supported"),
+        ("recording.transforms", 7, "transform 7 is not supported"),
         ("recording.duration", -2, "duration is -2, expected seconds"),
-        ("channel", 4, "channel is 4, the recording has none such"),
-        ("channel", [0], r"channel is \[0\], the recording has none"),
+        ("channel", 4, "channel is 4, which the recording does not have"),
+        ("channel", [0], r"channel is \[0\], which the recording does not"),
         ("start", None, "no 'start'"),
         ("supervisions", 5, "supervisions is 5"),
         ("supervisions.0.text", ["x"], r"supervisions\[0\]: text is \['x'\], expected str"),
@@ -260,7 +260,7 @@ def test_what_cannot_be_read_is_named_with_its_line(
         (
             "supervisions.0.alignment.word.1",
             ["sells", 2.3, 0.1, 1],
-            "alignments count from the start of the recording",
+            "alignments are relative to the start of the recording",
         ),
     ],
 )
@@ -294,14 +294,14 @@ def test_an_unreadable_line_is_skipped(folder: Path, tmp_path: Path, unit: Any) 
     supervisions += [supervision("x", 0.0, "right", recording_id="two", channel=[0, 1])]
     given_both = LhotseSettings(recordings=recordings, supervisions=write(tmp_path / "s.jsonl", *supervisions))
     assert [isinstance(source, Unreadable) for source in sources(given_both)].count(True) == 1
-    # Of a supervision that cannot be read nobody knows whose text it belongs to.
+    # The recording of an unreadable supervision is unknown.
     write(tmp_path / "s.jsonl", *supervisions, "{")
     with pytest.raises(UserError, match=r"s\.jsonl:4: not a JSON object"):
         sources(given_both)
 
 
 def test_a_supervision_of_no_length_costs_itself(folder: Path, tmp_path: Path) -> None:
-    """Its text is there, so it is none of those that are missing."""
+    """Its text exists, so it does not count as missing."""
     said = [supervision("a", 0.1, "she sells"), supervision("b", 0.5, "sea", duration=0.0), supervision("c", 0.6, "by")]
     manifest = write(tmp_path / "c.jsonl", cut(folder, "one", 0.25, 1.7, *said))
     found = sources(LhotseSettings(cuts=manifest, unit="supervisions"))

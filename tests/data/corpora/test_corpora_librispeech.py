@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.corpora.librispeech import LibriSpeechSettings, sources
 from data.corpora.registry import find_corpus
-from data.format.index import Recording
+from data.format.schema import Recording
 
 SPEAKERS = """\
 ; Some pipe(|) separated metadata about all LibriVox readers, whose work was used
@@ -129,7 +129,7 @@ def test_both_forms_of_the_alignments_give_the_transcripts_words_their_times(tre
         ("WAS", 0.6, 0.7),
         ("FINISHED", 0.7, 1.1),
     ]
-    # The aligner's lower case and its <unk> are not what was read.
+    # Lower case and <unk> of the aligner are replaced by the transcript.
     assert words["84-121123-0000"] == [("GO", 0.1, 0.3), ("DO", 0.3, 0.5), ("YOU", 0.5, 0.7), ("HEAR", 0.7, 1.0)]
     assert words["1089-134686-0000"] is None  # some recordings could not be aligned
 
@@ -153,8 +153,8 @@ def test_an_alignment_of_other_words_only_drops_the_times(tree: Path, alignments
     ("content", "message"),
     [
         ('19-198-0000 ",A," "0.1,0.2"\n', ":1: 19-198-0000 has 3 words and silences, and 2 times"),
-        ('19-198-0000 "A,B" "0.5,0.2"\n', ":1: 19-198-0000: the end of 'B', 0.2 s, lies before its start, 0.5 s"),
-        ('19-198-0000 "A,B" "0.5,nan"\n', ":1: 'nan' should be a time in seconds"),
+        ('19-198-0000 "A,B" "0.5,0.2"\n', ":1: 19-198-0000: the end of 'B', 0.2 s, is before its start, 0.5 s"),
+        ('19-198-0000 "A,B" "0.5,nan"\n', ":1: 'nan' is not a time in seconds"),
         ('19-198-0000 "A" "0.5"\n19-198-0000 "A" "0.5"\n', ":2: 19-198-0000 occurs twice"),
         ('19-198-0000 "A,B" "0.5,0.\n', ':1: expected ID "WORD,WORD" "END,END"'),
         (b"\xff\xfe\n", "none of this recording"),
@@ -190,7 +190,7 @@ def test_damaged_transcripts_are_told_with_file_and_line(tree: Path, content: st
 
 
 def test_wrong_folders_are_told(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         sources(LibriSpeechSettings(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="holds no subset such as train-clean-100"):
         sources(LibriSpeechSettings(str(tree / "dev-clean")))

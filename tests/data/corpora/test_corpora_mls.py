@@ -12,6 +12,7 @@ from hub_copies import write_mls, write_mls_english
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.base import Unreadable
 from data.corpora.mls import MlsSettings, sources
@@ -62,7 +63,7 @@ def german(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
-    """Settings that read local copies of what lies on the hub."""
+    """Settings that read local copies of the hub's datasets."""
     copies = write_mls(tmp_path / "multilingual_librispeech"), write_mls_english(tmp_path / "mls_eng")
     return {"dataset": str(copies[0]), "english_dataset": str(copies[1])}
 
@@ -162,7 +163,7 @@ def test_wrong_folders_and_settings_are_told(german: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="languages is 'klingon'"):
         MlsSettings(["klingon"])
     with pytest.raises(UserError, match="Did you mean '9_hours'"):
-        MlsSettings(splits=["9hours"])
+        parse_settings(MlsSettings, ["--splits=[9hours]"])
     with pytest.raises(UserError, match="holds no mls_LANGUAGE"):
         sources(MlsSettings(folder=str(german / "train")))
     for path in sorted((german / "dev/audio").rglob("*.opus")):
@@ -176,7 +177,7 @@ def test_wrong_folders_and_settings_are_told(german: Path, tmp_path: Path) -> No
 
 
 def prepare_from(hub: FakeHub, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command of a user whose hub this is."""
+    """Run the command with this server as the hub."""
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(out.parent / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "data.prepare", "mls", "--out", str(out), "--languages", "de", "--workers", "1"]
     command += ["--cache", str(out.parent / "cache"), *arguments]
@@ -198,7 +199,7 @@ def test_the_hub_is_streamed_into_a_dataset_in_bounded_space(tmp_path: Path) -> 
     expected = {id: (text, split, id[:3]) for split in ("train", "dev") for id, text in SPLITS[split]}
     assert found == expected
     assert files == {f"train-0000{n}-of-00002.parquet" for n in range(2)} | {"dev-00000-of-00001.parquet"}
-    # Files are 20 kB, the limit is 10: the newest alone is kept.
+    # Files are 20 kB, the limit is 10: only the newest is kept.
     assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix == ".parquet"]) == 1
     assert COMMIT in "".join(path for _, path, _ in hub.requests)
 

@@ -1,4 +1,4 @@
-"""NeMo manifests: word times, gzip, what is refused with its reason; and word times beside the files of a folder."""
+"""NeMo manifests: word times, gzip, refused lines with the reason; and word times beside the files of a folder."""
 
 import gzip
 import json
@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.corpora.base import FileSource, SegmentSource, Unreadable
+from data.corpora.audio_files import FileSource
+from data.corpora.base import Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.folder import FolderSettings, sources
 from data.features import FeatureSettings
@@ -39,7 +40,7 @@ def entry(**more: object) -> dict:
     return {"audio_filepath": "audio/one.wav", "duration": 0.8, "text": "sea shells", "speaker": "s", **more}
 
 
-def listed(folder: Path, *entries: dict, name: str = "m.json", **more: object) -> list[FileSource | SegmentSource]:
+def listed(folder: Path, *entries: dict, name: str = "m.json", **more: object) -> list[FileSource]:
     text = "".join(json.dumps(e) + "\n" for e in entries)
     (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     found = sources(FolderSettings(manifest=str(folder / name), **more))  # type: ignore[arg-type]
@@ -173,7 +174,7 @@ def test_a_damaged_manifest_gives_recordings_or_one_error_with_its_place(data: s
 
 
 def test_lines_that_begin_at_the_same_time_are_recordings_of_their_own(folder: Path) -> None:
-    """As of two speakers; a line that stands twice costs itself alone."""
+    """Segments of two speakers; a repeated line affects only itself."""
     lines = [entry(offset=0.1, duration=duration) for duration in (0.5, 0.6, 0.5)]
     lines += [entry(), entry(), entry(offset=0.1004, duration=0.7), entry(offset=0.3, duration=0.5)]
     found = listed(folder, *lines)

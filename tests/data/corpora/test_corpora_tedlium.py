@@ -1,4 +1,4 @@
-"""TED-LIUM: SPHERE audio and STM as published, whole talks and utterances, and nothing quietly left out."""
+"""TED-LIUM: published SPHERE audio and STM, whole talks and segments, and no silent omissions."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from fuzzed import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.base import Unreadable
 from data.corpora.espeak import Synthesizer
@@ -22,7 +23,7 @@ from data.word_times.stm import plain_text, read_stm
 FEATURES = FeatureSettings()
 DEV, TEST = published_split("tedlium")["dev"], published_split("tedlium")["test"]
 
-# The lines of a talk as in the releases: gaps as a speaker of their own, unsorted, marks of all kinds.
+# Lines of a talk as in the releases: gaps as a separate speaker, unsorted, marks of all kinds.
 LINES = """\
 AimeeMullins_2009P 1 inter_segment_gap 0 0.60 <o,,unknown> ignore_time_segment_in_scoring
 AimeeMullins_2009P 1 AimeeMullins 1.50 2.25 <o,f0,female> and {NOISE} i don 't a(2) <unk> 's know (2) {UH}
@@ -128,7 +129,7 @@ def test_a_cut_off_sphere_file_makes_its_talk_unusable(release: Path, sphere: Pa
     path.unlink()
     path.write_bytes(sphere.read_bytes()[: 1024 + 20000])
     source = sources(TedliumSettings(folder=str(release), splits=["train"]))[0]
-    with pytest.raises(UserError, match=r"AaronHuey_2010X\.sph: cut short, 10000 of about 40000 samples"):
+    with pytest.raises(UserError, match=r"AaronHuey_2010X\.sph: truncated, has 10000 of about 40000 samples"):
         source.load(FEATURES)
 
 
@@ -137,10 +138,10 @@ def test_tedlium_mistakes_are_named(release: Path, tmp_path: Path) -> None:
         sources(TedliumSettings())
     with pytest.raises(UserError, match="has no folder 'train'.*--splits"):
         sources(TedliumSettings(folder=str(tmp_path)))
-    with pytest.raises(UserError, match="unit is 'talk'.*'talks'"):
-        TedliumSettings(unit="talk")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="unit is 'talk', known are talks, segments"):
+        parse_settings(TedliumSettings, ["--unit=talk"])
     with pytest.raises(UserError, match="splits is 'eval'"):
-        TedliumSettings(splits=["eval"])
+        parse_settings(TedliumSettings, ["--splits=[eval]"])
     (release / "train/stm/AaronHuey_2010X.stm").write_text("")
     with pytest.raises(UserError, match=r"AaronHuey_2010X\.stm: holds no segment"):
         sources(TedliumSettings(folder=str(release)))

@@ -1,6 +1,6 @@
-"""A damaged dataset gives right results, or one UserError that names a file; it never ends or fills the process.
+"""Fuzzing: a damaged dataset gives right results or one UserError that names a file, without crashes or memory bombs.
 
-python -m tests.data.format.test_index_fuzz SECONDS [FIRST_SEED]     the same for longer
+python -m tests.data.format.test_index_fuzz SECONDS [FIRST_SEED]     runs longer
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.format import index
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
-from data.shards.command_line import main
-from data.shards.verify import faults
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
+from data.shards.__main__ import main
+from data.shards.integrity import find_faults
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, noise
 
 LENGTHS = [30, 70, 4100, 25, 60]
-MORE_MEMORY = 1 << 30  # bytes of address space beyond what the program has at its start
-MOST_SECONDS = 60
+EXTRA_MEMORY = 1 << 30  # bytes of address space beyond the initial size of the process
+MAX_SECONDS = 60
 
 
 def recordings(kind: int) -> list[Recording]:
-    """Two kinds of the same shape, with everything that an index can hold."""
+    """Recordings of two kinds with equal lengths and all kinds of metadata."""
     return [
         Recording(
             f"{'ab'[kind]}/{n}",
@@ -58,8 +60,8 @@ def recordings(kind: int) -> list[Recording]:
     ]
 
 
-def write(folder: Path, kind: int, finish: bool, layout: index.Layout) -> None:
-    with DatasetWriter(folder, FEATURES, 20_000, name="made", layout=layout) as writer:
+def write(folder: Path, kind: int, finish: bool, encoding: schema.Encoding) -> None:
+    with DatasetWriter(folder, FEATURES, 20_000, name="name", encoding=encoding) as writer:
         for n, recording in enumerate(recordings(kind)):
             if not writer.finished and recording.id not in writer.done_ids:
                 writer.add(recording, noise(LENGTHS[n], n + 10 * kind))
@@ -68,15 +70,15 @@ def write(folder: Path, kind: int, finish: bool, layout: index.Layout) -> None:
 
 
 def write_all(folder: Path) -> None:
-    """Finished and unfinished ones of both kinds in every layout."""
-    for layout in get_args(index.Layout):
+    """Write finished and unfinished datasets of both kinds in every encoding."""
+    for encoding in get_args(schema.Encoding):
         for kind in (0, 1):
-            write(folder / layout / f"whole{kind}", kind, True, layout)
-            write(folder / layout / f"begun{kind}", kind, False, layout)
+            write(folder / encoding / f"whole{kind}", kind, True, encoding)
+            write(folder / encoding / f"partial{kind}", kind, False, encoding)
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Path]:
+def datasets() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         write_all(Path(folder))
         yield Path(folder)
@@ -129,7 +131,7 @@ def damaged(content: bytes, rng: random.Random, other: bytes, text: bool) -> byt
 
 
 def damage_json(content: bytes, rng: random.Random) -> bytes:
-    """Another value for a field, or none."""
+    """Replace or remove the value of a field."""
     fields = json.loads(content)
     holder = fields["features"] if rng.random() < 0.3 else fields
     name = rng.choice(sorted(holder))
@@ -160,9 +162,9 @@ def damage_json(content: bytes, rng: random.Random) -> bytes:
     return json.dumps(fields).encode()
 
 
-def damage_table(content: bytes, rng: random.Random, ended: bool) -> bytes:
-    """Another value in a cell of an Arrow file, of the same type, or none. ended: by a checksum, which is made anew."""
-    with pa.ipc.open_file(content[:-4] if ended else content) as file:
+def damage_table(content: bytes, rng: random.Random, checked: bool) -> bytes:
+    """Replace a cell of an Arrow file by a value of the same type or null. checked: the file ends in a checksum."""
+    with pa.ipc.open_file(content[:-4] if checked else content) as file:
         table = file.read_all()
     number = rng.randrange(table.num_columns)
     column = table.schema.field(number)
@@ -175,12 +177,12 @@ def damage_table(content: bytes, rng: random.Random, ended: bool) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as file:
         file.write_table(changed.combine_chunks(), max_chunksize=rng.choice([None, None, None, 2]))
-    made = sink.getvalue().to_pybytes()
-    return made + zlib.crc32(made).to_bytes(4, "little") if ended else made
+    data = sink.getvalue().to_pybytes()
+    return data + zlib.crc32(data).to_bytes(4, "little") if checked else data
 
 
 def another(kind: pa.DataType, value: Any, rng: random.Random) -> Any:
-    """A value of an Arrow type that does not belong there."""
+    """Value of an Arrow type that is wrong in its place."""
     if rng.random() < 0.15:
         return None
     if pa.types.is_dictionary(kind):
@@ -189,12 +191,12 @@ def another(kind: pa.DataType, value: Any, rng: random.Random) -> Any:
         return [another(kind.value_type, 0.0, rng)] + value[1:]
     if pa.types.is_list(kind):
         value = list(value or [])
-        ways = ["empty", "more", "change"] if value else ["empty", "more"]
-        way = rng.choice(ways)
-        if way == "change":
+        changes = ["empty", "more", "change"] if value else ["empty", "more"]
+        change = rng.choice(changes)
+        if change == "change":
             place = rng.randrange(len(value))
             value[place] = another(kind.value_type, value[place], rng)
-        return [] if way == "empty" else [*value, another(kind.value_type, None, rng)] if way == "more" else value
+        return [] if change == "empty" else [*value, another(kind.value_type, None, rng)] if change == "more" else value
     if pa.types.is_struct(kind):
         return {kind.field(n).name: another(kind.field(n).type, 0, rng) for n in range(kind.num_fields)}
     if pa.types.is_string(kind):
@@ -210,34 +212,34 @@ def another(kind: pa.DataType, value: Any, rng: random.Random) -> Any:
 
 
 def damage_folder(folder: Path, other: Path, rng: random.Random) -> bool:
-    """Damage one file, sometimes two; whether something was made up that is right in itself."""
+    """Damage one or two files. Returns whether the result may be a valid dataset with other content."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
-    made_up = False
+    plausible = False
     for name in rng.sample(names, rng.choice([1, 1, 1, 2])):
         path = folder / name
         if rng.random() < 0.03:
             path.unlink()
             continue
-        beside = (other / name).read_bytes() if (other / name).is_file() else b""
+        counterpart = (other / name).read_bytes() if (other / name).is_file() else b""
         content = path.read_bytes()
         if path.suffix == ".json" and rng.random() < 0.7:
             path.write_bytes(damage_json(content, rng))
         elif path.suffix == ".arrow" and rng.random() < 0.5:
-            path.write_bytes(damage_table(content, rng, ended=name.startswith("rows-")))
-            made_up |= name.startswith("rows-")
+            path.write_bytes(damage_table(content, rng, checked=name.startswith("rows-")))
+            plausible |= name.startswith("rows-")
         else:
-            path.write_bytes(damaged(content, rng, beside, path.suffix == ".json"))
-            made_up |= name.startswith("rows-") and path.read_bytes() == beside
-    return made_up
+            path.write_bytes(damaged(content, rng, counterpart, path.suffix == ".json"))
+            plausible |= name.startswith("rows-") and path.read_bytes() == counterpart
+    return plausible
 
 
-# --- what may come of it ---------------------------------------------------------------------------------------------
+# --- expected results ------------------------------------------------------------------------------------------------
 
 
 def everything(dataset: Dataset) -> list[Any]:
-    """All that can be asked of a dataset."""
+    """All content of a dataset."""
     answers: list[Any] = [len(dataset), dataset.fingerprint, dataset.total_frames, dataset.features]
-    answers += [dataset.totals(label) for label in index.LABELS] + [dataset.identity()]
+    answers += [dataset.totals(label) for label in schema.LABELS] + [dataset.identity()]
     for i in range(len(dataset)):
         answers += [dataset.recording(i), dataset.excluded(i), dataset.index.find(dataset.id(i)) == i]
         answers += [dataset.read(i, verify=True).tobytes()]
@@ -247,13 +249,13 @@ def everything(dataset: Dataset) -> list[Any]:
 
 
 def statistics(dataset: Dataset) -> np.ndarray:
-    """Which are right to a thousandth of the deviation."""
-    everywhere = [torch.stack(dataset.statistics(0, "dataset")).numpy()]
-    return np.stack(everywhere + [dataset.mean_std(i) for i in range(len(dataset))])
+    """Statistics, compared within a tolerance relative to the standard deviation."""
+    rows = [torch.stack(dataset.statistics(0, "dataset")).numpy()]
+    return np.stack(rows + [dataset.mean_std(i) for i in range(len(dataset))])
 
 
-def named(error: UserError, folder: Path) -> None:
-    """One line that says which dataset it is about."""
+def check_message(error: UserError, folder: Path) -> None:
+    """Check that the message is one line that names the dataset."""
     message = str(error)
     assert "\n" not in message.strip() and (str(folder) in message), f"names no file: {message}"
 
@@ -262,14 +264,14 @@ Right = tuple[list[Any], np.ndarray]
 
 
 def use(folder: Path, right: Right | None) -> str:
-    """Open, read, verify and show a damaged dataset. What came of it."""
+    """Open, read, verify and inspect a damaged dataset. Returns the outcome."""
     command_line(folder)
     try:
         dataset = open_dataset(folder, check=False)
     except UserError as error:
-        named(error, folder)
+        check_message(error, folder)
         return "refused"
-    for ask in (
+    for method in (
         dataset.id,
         dataset.text,
         dataset.words,
@@ -280,19 +282,19 @@ def use(folder: Path, right: Right | None) -> str:
     ):
         for i in range(len(dataset)):
             try:
-                ask(i)
+                method(i)
             except UserError as error:
-                named(error, folder)
-    found = faults(dataset)
+                check_message(error, folder)
+    faults = find_faults(dataset)
     try:
         answers, numbers = everything(open_dataset(folder)), statistics(dataset)
     except UserError as error:
-        named(error, folder)
-        assert found, f"verify found nothing, but: {error}"
+        check_message(error, folder)
+        assert faults, f"verify found nothing, but: {error}"
         return "found"
     same = right is None or answers == right[0] and np.allclose(numbers, right[1], 5e-3, 5e-3)
-    assert found or same, "wrong results, and verify found nothing"
-    return "found" if found else "harmless"
+    assert faults or same, "wrong results, and verify found nothing"
+    return "found" if faults else "harmless"
 
 
 def command_line(folder: Path) -> None:
@@ -305,53 +307,53 @@ def command_line(folder: Path) -> None:
         "filter --out OUT",
     ):
         name, *rest = command.replace("OUT", str(folder.parent / "out")).split()
-        said = StringIO()
-        with redirect_stdout(said), redirect_stderr(said):
+        output = StringIO()
+        with redirect_stdout(output), redirect_stderr(output):
             code = main([name, str(folder), *rest])
-        assert code in (0, 1, 2) and (code != 2 or said.getvalue().startswith("error: ")), (command, code)
+        assert code in (0, 1, 2) and (code != 2 or output.getvalue().startswith("error: ")), (command, code)
         if (folder.parent / "out").exists():
             shutil.rmtree(folder.parent / "out")
-        assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "something was left over"
+        assert {path.name for path in folder.parent.iterdir()} == {folder.name}, "leftover files"
 
 
-def go_on(folder: Path, right: Right | None, layout: index.Layout) -> str:
-    """Go on with a damaged, unfinished dataset. What came of it."""
+def continue_writing(folder: Path, right: Right | None, encoding: schema.Encoding) -> str:
+    """Continue a damaged, unfinished dataset. Returns the outcome."""
     try:
-        write(folder, 0, True, layout)
+        write(folder, 0, True, encoding)
     except UserError as error:
-        named(error, folder)
+        check_message(error, folder)
         return "refused"
     return use(folder, right)
 
 
-# --- a process of its own --------------------------------------------------------------------------------------------
+# --- child processes -------------------------------------------------------------------------------------------------
 
 
-def try_seed(made: Path, seed: int, right: dict[index.Layout, Right]) -> str:
+def try_seed(datasets: Path, seed: int, right: dict[schema.Encoding, Right]) -> str:
     rng = random.Random(seed)
-    layout, whole = rng.choice(sorted(right)), rng.random() < 0.6
-    kind = "whole" if whole else "begun"
+    encoding, whole = rng.choice(sorted(right)), rng.random() < 0.6
+    kind = "whole" if whole else "partial"
     with tempfile.TemporaryDirectory(prefix=f"seed{seed}-") as place:
         folder = Path(place, "set")
-        shutil.copytree(made / layout / f"{kind}0", folder)
-        made_up = damage_folder(folder, made / layout / f"{kind}1", rng)
-        asked = None if made_up else right[layout]
-        return use(folder, asked) if whole else go_on(folder, asked, layout)
+        shutil.copytree(datasets / encoding / f"{kind}0", folder)
+        plausible = damage_folder(folder, datasets / encoding / f"{kind}1", rng)
+        expected = None if plausible else right[encoding]
+        return use(folder, expected) if whole else continue_writing(folder, expected, encoding)
 
 
 def in_a_child(work: Callable[[Callable[[object], None]], None]) -> list[str]:
-    """Run in a process with little memory and time: what it said, line by line, and at last how it ended."""
+    """Run in a process with limited memory and time. Returns the lines that it printed, and last how it ended."""
     read, written = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY,) * 2)
+            resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_MEMORY,) * 2)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            work(lambda said: (signal.alarm(MOST_SECONDS), os.write(written, f"{said}\n".encode()))[0])
+            work(lambda line: (signal.alarm(MAX_SECONDS), os.write(written, f"{line}\n".encode()))[0])
             os.write(written, b"end\n")
-        except BaseException as error:  # whatever it is, the parent shows it
+        except BaseException as error:  # shown by the parent
             os.write(written, f"{type(error).__name__}: {error}\n{traceback.format_exc()}".encode())
             raise
         finally:
@@ -360,64 +362,64 @@ def in_a_child(work: Callable[[Callable[[object], None]], None]) -> list[str]:
     with open(read, encoding="utf-8", errors="replace") as pipe:
         lines = pipe.read().splitlines()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return lines if code == 0 else [*lines, f"ended by signal {-code}"]  # SIGALRM: it hung
+    return lines if code == 0 else [*lines, f"ended by signal {-code}"]  # SIGALRM: the process hung
 
 
-def fuzz(made: Path, seeds: range) -> list[str]:
+def fuzz(datasets: Path, seeds: range) -> list[str]:
     """Failures, each with its seed."""
     failures, first = [], seeds.start
-    right: dict[index.Layout, Right] = {}
-    for layout in get_args(index.Layout):
-        whole = open_dataset(made / layout / "whole0")
-        right[layout] = everything(whole), statistics(whole)
+    right: dict[schema.Encoding, Right] = {}
+    for encoding in get_args(schema.Encoding):
+        whole = open_dataset(datasets / encoding / "whole0")
+        right[encoding] = everything(whole), statistics(whole)
     while first < seeds.stop:
 
-        def work(say: Callable[[object], None], first: int = first) -> None:
+        def work(report: Callable[[object], None], first: int = first) -> None:
             for seed in range(first, seeds.stop):
-                say(f"seed {seed}")
-                say(try_seed(made, seed, right))
+                report(f"seed {seed}")
+                report(try_seed(datasets, seed, right))
 
-        said = in_a_child(work)
-        if said[-1] == "end":
+        lines = in_a_child(work)
+        if lines[-1] == "end":
             break
-        last = max(n for n, line in enumerate(said) if line.startswith("seed "))
-        seed = int(said[last].split()[1])
-        failures.append("\n".join(said[last:]))
+        last = max(n for n, line in enumerate(lines) if line.startswith("seed "))
+        seed = int(lines[last].split()[1])
+        failures.append("\n".join(lines[last:]))
         first = seed + 1
     return failures
 
 
-def test_a_crash_and_a_greedy_allocation_are_seen_with_their_seed() -> None:
-    def crash(say: Callable[[object], None]) -> None:
-        say("seed 7")
+def test_a_crash_and_a_large_allocation_are_reported_with_their_seed() -> None:
+    def crash(report: Callable[[object], None]) -> None:
+        report("seed 7")
         faulthandler.disable()  # pytest would print a traceback
         os.kill(os.getpid(), signal.SIGBUS)
 
-    def fill(say: Callable[[object], None]) -> None:
-        say("seed 8")
-        bytearray(2 * MORE_MEMORY)
+    def fill(report: Callable[[object], None]) -> None:
+        report("seed 8")
+        bytearray(2 * EXTRA_MEMORY)
 
     assert in_a_child(crash) == ["seed 7", "ended by signal 7"]
     assert in_a_child(fill)[:2] == ["seed 8", "MemoryError: "]
 
 
-def test_random_damage_is_found_or_harmless(made: Path) -> None:
-    failures = fuzz(made, range(80))
+def test_random_damage_is_found_or_harmless(datasets: Path) -> None:
+    failures = fuzz(datasets, range(80))
     assert not failures, "\n\n".join(failures)
 
 
-# --- what was found --------------------------------------------------------------------------------------------------
+# --- regressions -----------------------------------------------------------------------------------------------------
 
 
-def whole(tmp_path: Path, layout: index.Layout = "plain") -> Path:
-    write(tmp_path / "set", 0, True, layout)
+def write_complete(tmp_path: Path, encoding: schema.Encoding = "plain") -> Path:
+    write(tmp_path / "set", 0, True, encoding)
     return tmp_path / "set"
 
 
 def set_cell(path: Path, column: str, row: int, value: object) -> None:
-    """Another value in an Arrow file; a checksum behind it is made anew."""
-    content, ended = path.read_bytes(), path.name.startswith("rows-")
-    with pa.ipc.open_file(content[:-4] if ended else content) as file:
+    """Replace a value in an Arrow file, and update its checksum."""
+    content, checked = path.read_bytes(), path.name.startswith("rows-")
+    with pa.ipc.open_file(content[:-4] if checked else content) as file:
         table = file.read_all()
     number = table.schema.get_field_index(column)
     kind = table.schema.field(number).type
@@ -426,16 +428,16 @@ def set_cell(path: Path, column: str, row: int, value: object) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as file:
         file.write_table(table.set_column(number, table.schema.field(number), pa.array(values, kind)))
-    made = sink.getvalue().to_pybytes()
-    path.write_bytes(made + zlib.crc32(made).to_bytes(4, "little") if ended else made)
+    data = sink.getvalue().to_pybytes()
+    path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little") if checked else data)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("mean", "x"), ("std", [[1.0]] * 80), ("mean", [10**30] * 80), ("std", 80 * [float("nan")]), ("mean", 79 * [0.0])],
 )
-def test_totals_that_are_no_numbers_are_refused_by_file(tmp_path: Path, field: str, value: object) -> None:
-    path = whole(tmp_path) / "dataset.json"
+def test_totals_that_are_not_numbers_are_refused_by_file(tmp_path: Path, field: str, value: object) -> None:
+    path = write_complete(tmp_path) / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UserError, match=rf"dataset\.json: {field} must be 80 numbers"):
         open_dataset(path.parent)
@@ -443,8 +445,8 @@ def test_totals_that_are_no_numbers_are_refused_by_file(tmp_path: Path, field: s
 
 @pytest.mark.parametrize("value", ["x", None, float("nan"), 1e308, [], {}])
 @pytest.mark.parametrize("name", ["sample_rate", "hop_ms", "mel_scale", "num_mels"])
-def test_features_that_cannot_be_are_refused_by_folder(tmp_path: Path, name: str, value: object) -> None:
-    for folder, file in ((whole(tmp_path), "dataset.json"), (tmp_path / "begun", "preparing.json")):
+def test_invalid_features_are_refused_by_folder(tmp_path: Path, name: str, value: object) -> None:
+    for folder, file in ((write_complete(tmp_path), "dataset.json"), (tmp_path / "partial", "preparing.json")):
         if file == "preparing.json":
             write(folder, 0, False, "plain")
         fields = json.loads((folder / file).read_text())
@@ -454,48 +456,48 @@ def test_features_that_cannot_be_are_refused_by_folder(tmp_path: Path, name: str
             write(folder, 0, True, "plain")
 
 
-@pytest.mark.parametrize("layout", get_args(index.Layout))
+@pytest.mark.parametrize("encoding", get_args(schema.Encoding))
 @pytest.mark.parametrize("crc32", [[], [1, None], [0] * 9, None])
-def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, layout: index.Layout) -> None:
-    folder = whole(tmp_path, layout)
+def test_too_few_or_missing_checksums_are_found(tmp_path: Path, crc32: object, encoding: schema.Encoding) -> None:
+    folder = write_complete(tmp_path, encoding)
     set_cell(folder / "recordings.arrow", "crc32", 2, crc32)
     dataset = open_dataset(folder)
     if crc32 == [0] * 9 or crc32 == []:
         with pytest.raises(UserError, match="'a/2' .* checksum of block 0"):
             dataset.read(2, verify=True)
     else:
-        with pytest.raises(UserError, match=r"recordings\.arrow: .*crc32 with holes"):
+        with pytest.raises(UserError, match=r"recordings\.arrow: .*crc32 with nulls"):
             dataset.read(2, verify=True)
-    assert faults(dataset)
+    assert find_faults(dataset)
 
 
 @pytest.mark.parametrize(
     "word", [None, {"word": None, "start": 0.0, "end": 1.0}, {"word": "a", "start": None, "end": 1.0}]
 )
-def test_words_with_holes_are_refused_by_file(tmp_path: Path, word: object) -> None:
-    folder = whole(tmp_path)
+def test_words_with_nulls_are_refused_by_file(tmp_path: Path, word: object) -> None:
+    folder = write_complete(tmp_path)
     set_cell(folder / "recordings.arrow", "words", 0, [word])
-    with pytest.raises(UserError, match=r"recordings\.arrow: .*words with holes"):
+    with pytest.raises(UserError, match=r"recordings\.arrow: .*words with nulls"):
         open_dataset(folder).words(0)
 
 
 @pytest.mark.parametrize("id", ["__metadata__", "a\nb", " "])
-def test_an_id_that_cannot_be_is_refused_by_dataset(tmp_path: Path, id: str) -> None:
-    folder = whole(tmp_path)
+def test_an_invalid_id_is_refused_by_dataset(tmp_path: Path, id: str) -> None:
+    folder = write_complete(tmp_path)
     set_cell(folder / "recordings.arrow", "id", 0, id)
     with pytest.raises(UserError, match=f"{folder}: recording id"):
         open_dataset(folder).recording(0)
 
 
 @pytest.mark.parametrize("column", ["id", "frames", "mean", "language", "crc32", "offset"])
-def test_rows_with_holes_are_refused_before_they_are_merged(tmp_path: Path, column: str) -> None:
+def test_rows_with_nulls_are_refused_before_they_are_merged(tmp_path: Path, column: str) -> None:
     write(tmp_path, 0, False, "plain")
     set_cell(tmp_path / "rows-00000.arrow", column, 1, None)
-    with pytest.raises(UserError, match=r"rows-00000\.arrow: .*holes"):
+    with pytest.raises(UserError, match=r"rows-00000\.arrow: .*nulls"):
         write(tmp_path, 0, True, "plain")
 
 
-def test_rows_that_tell_of_a_recording_twice_are_refused_by_folder(tmp_path: Path) -> None:
+def test_rows_with_a_repeated_recording_are_refused_by_folder(tmp_path: Path) -> None:
     write(tmp_path, 0, False, "plain")
     set_cell(tmp_path / "rows-00000.arrow", "id", 1, "a/2")
     with pytest.raises(UserError, match=f"^{tmp_path}: .* recordings"):

@@ -1,4 +1,4 @@
-"""Corners of the data engine that a review found wrong: writers that meet, orders of many groups, unreadable crops."""
+"""Regressions of the data package: concurrent writers, mixtures of many groups, unreadable crops."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from bestrq.recognition.ctc import CTCModel, pad_labels
 from common.errors import UserError
 from common.segments import Segments
 from data import skipped as skipped_module
-from data.format import index as ix
-from data.format.dataset import Dataset, DatasetWriter, open_dataset
-from data.format.index import Recording, locked
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter, locked
 from data.loading.loader import LoaderSettings, RowLoader
 from data.loading.mixture import DatasetGroup, MixedCrops, groups
 from data.loading.order import CropOrder
 from data.loading.supervised import FixedCrops, supervised_crops
-from data.shards.derive import beside, derive
-from data.shards.verify import verify
+from data.shards.derive import derive, hidden_sibling
 from data.skipped import Skipped, list_path, merge_lists, write_list
 from data.transcripts import Word
-from tests.made_datasets import FEATURES, make_dataset, noise
+from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
 
 def write_part(folder: Path, part: int, parts: int, ids: list[str]) -> DatasetWriter:
-    """A writer whose part is full and whose shards are closed."""
+    """Writer of a part with these recordings, with its shards closed."""
     writer = DatasetWriter(folder, FEATURES, part=part, parts=parts)
     for id in ids:
         if id not in writer.done_ids:
@@ -39,7 +39,7 @@ def write_part(folder: Path, part: int, parts: int, ids: list[str]) -> DatasetWr
     return writer
 
 
-def test_shards_with_numbers_of_six_digits_are_not_written_over(tmp_path: Path) -> None:
+def test_shards_with_numbers_of_six_digits_are_not_overwritten(tmp_path: Path) -> None:
     parts = 60_000
     for ids in (["a"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c", "d"]):  # shards 0, 60000, 120000, 180000
         writer = write_part(tmp_path, 0, parts, ids)
@@ -51,13 +51,13 @@ def test_shards_with_numbers_of_six_digits_are_not_written_over(tmp_path: Path) 
 def test_a_merge_that_another_machine_has_just_finished_does_not_lose_recordings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a shared file system, where this machine learns late that there is a dataset, and rows are gone already."""
+    """As on a shared file system: this machine sees the finished dataset late, when its rows are already removed."""
     first, second = write_part(tmp_path, 0, 2, ["a", "b"]), write_part(tmp_path, 1, 2, ["c"])
     assert not first.finish()
 
     def finish_elsewhere() -> None:
         monkeypatch.undo()
-        # What the other machine does, stopped in the middle of its removing of leftovers.
+        # The other machine, stopped while it removes leftovers.
         with monkeypatch.context() as patch:
             patch.setattr(DatasetWriter, "_remove_leftovers", lambda _: None)
             second._merge()
@@ -80,10 +80,10 @@ def test_rows_that_are_lost_stop_a_merge(tmp_path: Path) -> None:
     (tmp_path / "rows-00000.arrow").unlink()
     with pytest.raises(UserError, match="1 of 3 recordings"):
         second.finish()
-    assert not (tmp_path / ix.DATASET_FILE).exists()
+    assert not (tmp_path / schema.DATASET_FILE).exists()
 
 
-def test_a_writer_that_begins_while_another_part_writes_its_first_shard_is_no_mistake(
+def test_a_writer_may_start_while_another_part_writes_its_first_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     glob = Path.glob
@@ -96,7 +96,7 @@ def test_a_writer_that_begins_while_another_part_writes_its_first_shard_is_no_mi
 
     def is_file_late(path: Path) -> bool:
         found = path.exists()
-        if path.name == ix.PREPARING_FILE and not found and not list(glob(tmp_path, "part-00000.lock")):
+        if path.name == schema.PREPARING_FILE and not found and not list(glob(tmp_path, "part-00000.lock")):
             write_part(tmp_path, 0, 2, ["a"])
         return found
 
@@ -139,8 +139,8 @@ def test_a_substitute_of_a_mixture_is_one_of_its_crops(sizes: list[int]) -> None
     assert found == set(range(sum(sizes)))
 
 
-class Forgetful:
-    """A storage that tells which bytes were read and forgotten."""
+class RecordingStorage:
+    """Storage that records which bytes were read and forgotten."""
 
     def __init__(self, inner: object) -> None:
         self.inner, self.was_read, self.was_forgotten = inner, set[int](), set[int]()
@@ -155,20 +155,21 @@ class Forgetful:
             self.was_forgotten |= set(range(position, position + length))
 
 
-@pytest.mark.parametrize("layout", ix.LAYOUTS)
+@pytest.mark.parametrize("encoding", schema.ENCODINGS)
 @pytest.mark.parametrize("verify", [False, True])
 def test_all_bytes_that_a_damaged_crop_was_made_of_are_forgotten(
-    tmp_path: Path, layout: ix.Layout, verify: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoding: schema.Encoding, verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ix, "CHECKSUM_FRAMES", 1024)
-    loud = noise(3000)
-    loud[:1500] = 1.0  # packs well: blocks differ much in their bytes
-    with DatasetWriter(tmp_path, FEATURES, layout=layout) as writer:
+    for module in ("encoding", "dataset"):
+        monkeypatch.setattr(f"data.format.{module}.CHECKSUM_FRAMES", 1024)
+    values = noise(3000)
+    values[:1500] = 1.0  # compresses well: block sizes differ
+    with DatasetWriter(tmp_path, FEATURES, encoding=encoding) as writer:
         writer.add(Recording("a"), noise(10))
-        writer.add(Recording("b"), loud)
+        writer.add(Recording("b"), values)
         writer.finish()
     dataset = open_dataset(tmp_path)
-    dataset.storage = storage = Forgetful(dataset.storage)  # type: ignore[assignment]
+    dataset.storage = storage = RecordingStorage(dataset.storage)  # type: ignore[assignment]
     for start, stop in ((0, 100), (1400, 1700), (2900, 3000)):
         storage.was_read.clear(), storage.was_forgotten.clear()
         dataset.read(1, start, stop, verify=verify)
@@ -180,7 +181,7 @@ def test_a_shard_that_a_storage_has_lost_is_an_unreadable_recording(tmp_path: Pa
     dataset = make_dataset(tmp_path, [50])
 
     def gone(*_: object) -> None:
-        raise FileNotFoundError("not there")
+        raise FileNotFoundError("does not exist")
 
     dataset.storage.forget = gone  # type: ignore[method-assign]
     dataset.forget(0, 0, 10)
@@ -225,11 +226,11 @@ def test_a_batch_without_any_readable_segment_has_no_loss_and_finite_gradients()
     unused = torch.zeros(2, 3, dtype=torch.int64)
     output = model(torch.zeros(2, 40, 80), Segments(unused, unused, 40), *pad_labels([]))
     output.loss_sum.backward()
-    assert float(output.loss_sum.detach()) == 0 and int(output.num_labels) == 0 and int(output.num_impossible) == 0
+    assert float(output.loss_sum.detach()) == 0 and int(output.num_impossible) == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_crops_of_no_length_are_refused_and_not_cut_for_ever(tmp_path: Path) -> None:
+def test_crops_of_no_length_are_refused_and_do_not_loop(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FEATURES) as writer:
         writer.add(Recording("a", "word", [Word("word", 0.1, 0.2)]), noise(300))
         writer.finish()
@@ -239,7 +240,7 @@ def test_crops_of_no_length_are_refused_and_not_cut_for_ever(tmp_path: Path) -> 
         supervised_crops(dataset, dataset.select(), *settings.crop_frames(dataset))
 
 
-def test_a_weighted_dataset_without_any_chosen_recording_is_told(
+def test_a_weighted_dataset_without_selected_recordings_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     datasets = []
@@ -262,7 +263,7 @@ def test_text_that_cannot_be_stored_names_its_recording_before_anything_is_writt
 ) -> None:
     with DatasetWriter(tmp_path, FEATURES) as writer:
         writer.add(Recording("good"), noise(20))
-        with pytest.raises(UserError, match="recording 'bad': .* no Unicode text"):
+        with pytest.raises(UserError, match="recording 'bad': .* is not Unicode text"):
             writer.add(Recording("bad", **wrong), noise(20))
         writer.finish()
     assert len(open_dataset(tmp_path)) == 1 and not verify(open_dataset(tmp_path))
@@ -277,7 +278,7 @@ def test_a_stream_without_a_single_row_is_an_error_and_not_a_hang(tmp_path: Path
 
 
 class NeverLongEnough(CropOrder):
-    """As a recording of less than two crops is when a cut falls into its middle."""
+    """Crop order with crops that are all shorter than the minimum."""
 
     def _cut(self, epoch: int, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         recording, start, stop = super()._cut(epoch, item)
@@ -287,7 +288,7 @@ class NeverLongEnough(CropOrder):
 def test_a_dataset_is_derived_by_one_process_at_a_time(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 100])
     entries = [(dataset, i, dataset.recording(i)) for i in range(2)]
-    with locked(beside(tmp_path / "out", "lock")), pytest.raises(UserError, match="another process is writing"):
+    with locked(hidden_sibling(tmp_path / "out", "lock")), pytest.raises(UserError, match="another process is writing"):
         derive(tmp_path / "out", entries)
     assert len(derive(tmp_path / "out", entries)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from common.config import from_dict
 from common.errors import UserError
-from data.format.dataset import DatasetWriter, Recording, open_dataset
+from data.format.dataset import open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
 from data.loading.cutting import CUT, EXCLUDED, LONGER, CuttingSettings, RecordingCrops, cut_recording
 from data.loading.supervised import FixedCrops, supervised_crops
 from data.transcripts import Word

@@ -20,7 +20,7 @@ import torch
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from data.format.dataset import Dataset, open_dataset
-from data.format.index import shard_name
+from data.format.schema import shard_name
 from data.loading.batch import BatchPlan, RowReader, SharedBuffers
 from data.loading.loader import Batch, DataState, LoaderSettings, RowLoader
 from data.loading.order import CropTable

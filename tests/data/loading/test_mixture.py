@@ -14,8 +14,9 @@ import torch
 from common.config import from_dict
 from common.errors import UserError
 from data.features import FeatureSettings
-from data.format.dataset import Dataset, DatasetWriter, open_dataset
-from data.format.index import Recording
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
 from data.loading.loader import DataState, LoaderSettings, RowLoader
 from data.loading.mixture import DatasetGroup, MixedCrops, MixturePart, groups
 from data.loading.order import CropOrder

@@ -1,4 +1,4 @@
-"""Preparing a dataset: the same however it was interrupted and by how many workers, and clear about what went wrong."""
+"""Preparation: independent of interruptions and the number of workers, with clear errors."""
 
 import ctypes
 import json
@@ -21,12 +21,12 @@ from data.corpora.folder import FolderSettings
 from data.corpora.registry import CORPORA
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.index import Recording
+from data.format.schema import Recording
 from data.prepare import extraction
-from data.prepare.command_line import main, parse
-from data.prepare.extraction import Extracted, Skipped, extract, extract_all
-from data.prepare.prepare import PrepareSettings, prepare
+from data.prepare.extraction import Extracted, extract, extract_all
+from data.prepare.prepare import PrepareSettings, main, parse, prepare
 from data.prepare.progress import Progress
+from data.skipped import Skipped
 from tests.paths import REPOSITORY
 from tests.patience import wait_until
 
@@ -75,7 +75,7 @@ def test_worker_processes_change_nothing(audio: Path, tmp_path: Path, capsys: py
 def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
     program = (
         "import os, time\n"
-        "from data.extraction import extract_all\n"
+        "from data.prepare.extraction import extract_all\n"
         "from data.features import FeatureSettings\n"
         "from data.corpora.synthetic import SyntheticSettings, sources\n"
         "results = extract_all(sources(SyntheticSettings(train_long_share=0))[:600], FeatureSettings(), 2)\n"
@@ -83,7 +83,7 @@ def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
         "print('working', flush=True)\n"
         "time.sleep(60)\n"
     )
-    # The processes share a session, which names them all.
+    # The processes share a session, which identifies them.
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, start_new_session=True
     )
@@ -96,7 +96,7 @@ def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
 
 
 def session(leader: int) -> list[int]:
-    """The living processes of a session (Linux)."""
+    """Running processes of a session (Linux)."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -130,7 +130,7 @@ def test_other_settings_in_the_same_folder_are_an_error_that_says_what_differs(
     assert "dev_share: 0.05 != 0.1" in complaint("--dev_share=0.1")
     (audio / "00.wav").rename(audio / "zero.wav")
     (audio / "00.txt").rename(audio / "zero.txt")
-    assert "has other recordings" in complaint()
+    assert "recordings of the corpus have changed" in complaint()
     assert main(["synthetic", "--out", str(out), "--workers", "1"]) == 2
     assert "corpus: 'folder' != 'synthetic'" in capsys.readouterr().err
 
@@ -278,7 +278,7 @@ def test_warnings_are_counted_and_listed_and_are_the_same_in_parts_and_after_a_s
 
 
 def test_a_merge_killed_among_the_lists_of_skipped_recordings_is_completed(audio: Path, tmp_path: Path) -> None:
-    """Behind dataset.json, before the one list is there; and when it is there, and a part's list is not removed yet."""
+    """Killed after dataset.json and before the merged list, and after it and before the lists of parts are removed."""
     for number in (1, 7):
         (audio / f"{number:02}.wav").write_bytes(b"")
     out = tmp_path / "out"
@@ -303,7 +303,7 @@ def test_shards_are_closed_after_some_time_of_work(audio: Path, tmp_path: Path) 
 
 @dataclass(frozen=True)
 class Fault:
-    """A source whose reading ends in what happens to decoders; `once` is a file that says that it happened already."""
+    """Source whose reading fails like a decoder; the file `once` marks that it has failed already."""
 
     id: str
     kind: str
@@ -344,7 +344,7 @@ def test_a_mistake_of_the_program_is_raised_with_its_recording_and_traceback() -
 
 
 def test_results_that_wait_for_a_slow_recording_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backlog is bounded in bytes: what one recording holds up does not pile up in memory."""
+    """The backlog is bounded in bytes: results behind a slow recording do not accumulate in memory."""
     monkeypatch.setattr(extraction, "_WAITING_BYTES", 3 * 101 * 160)
     seen: list[int] = []
 
@@ -400,7 +400,7 @@ def test_other_rates_and_stereo_become_the_same_features(tmp_path: Path, rate: i
 def test_a_full_disk_is_a_clear_error_and_loses_nothing_finished(
     audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files stands for the disk: the write that passes it fails in the middle of a shard."""
+    """A limit of the file size simulates a full disk: the write that exceeds it fails in the middle of a shard."""
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     before = open_dataset(out_of(audio, tmp_path / "undisturbed")).fingerprint
     resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))  # Python ignores the signal that comes with it
@@ -437,8 +437,8 @@ def test_the_help_lists_the_corpora_and_every_setting(capsys: pytest.CaptureFixt
     ("arguments", "complaint"),
     [
         (["syntetic", "--out", "x"], "Did you mean 'synthetic'?"),
-        (["synthetic", "--out", "x", "--train-hour", "1"], "Did you mean 'train_hours'?"),
-        (["synthetic", "--out", "x", "--features.num_mel", "8"], "Did you mean 'features.num_mels'?"),
+        (["synthetic", "--out", "x", "--train-hour", "1"], "did you mean 'train_hours'?"),
+        (["synthetic", "--out", "x", "--features.num_mel", "8"], "did you mean 'features.num_mels'?"),
         (["synthetic", "--out", "x", "--train_hours", "many"], "train_hours"),
         (["synthetic", "--out", "x", "--workers", "0"], "workers is 0"),
         (["synthetic"], "out"),
@@ -499,7 +499,7 @@ def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_reported_
 
 
 def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another folder is another corpus even with the same names in it, since its audio may differ."""
+    """Another folder is another corpus even with the same file names, since its audio may differ."""
     for name in ("talks", "others"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "a.wav", np.ones(1600) / 2, 16000)
@@ -510,5 +510,5 @@ def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monke
     assert prepare("folder", FolderSettings(folder=str(tmp_path / "talks")), FeatureSettings(), settings)
     for place in (f"{tmp_path}/talks/", "talks", "./link"):
         assert not prepare("folder", FolderSettings(folder=place), FeatureSettings(), settings)
-    with pytest.raises(UserError, match="begun with another corpus .*folder: .*talks' != 'others'"):
+    with pytest.raises(UserError, match="prepared from another corpus .*folder: .*talks' != 'others'"):
         prepare("folder", FolderSettings(folder="others"), FeatureSettings(), settings)

@@ -1,4 +1,4 @@
-"""A preparation that is killed, anywhere and often, ends as the dataset of an undisturbed one."""
+"""A repeatedly killed preparation gives the same dataset as an uninterrupted one."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ import pytest
 import soundfile
 
 from data.format.dataset import open_dataset
-from data.prepare.command_line import main
+from data.prepare.prepare import main
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 
-# Forks a preparation of every part that is not done, kills each at a moment of its own, and again, until all are done;
-# then the next folder, until there were enough kills. A fork costs a millisecond where a new interpreter costs seconds.
+# Forks a preparation of every unfinished part, kills each at a random time, and repeats until all are done; then
+# continues with the next folder until there were enough kills. A fork takes a millisecond, a new interpreter seconds.
 DRIVER = """
 import contextlib, dataclasses, os, random, signal, sys, time
 import torch
@@ -29,7 +29,7 @@ with contextlib.suppress(ImportError):
     import pandas  # pyarrow does so late, and slowly
 from data.corpora.registry import find_corpus
 from data.prepare.prepare import prepare
-from data.prepare.command_line import parse
+from data.prepare.prepare import parse
 
 folder, parts, kills, seed = sys.argv[1], *map(int, sys.argv[2:5])
 corpus, features, settings = parse("folder", find_corpus("folder"), [*sys.argv[5:], "--out", "x"])
@@ -47,7 +47,7 @@ def started(out, part="0/1"):
         os._exit(0)
     return pid
 
-# Nothing is prepared in this process itself: a fork of a process with threads may wait for them for ever.
+# Nothing is prepared in this process: a fork of a process with threads may deadlock.
 torch.set_num_threads(1)
 begin = time.monotonic()
 assert os.waitpid(started("undisturbed"), 0)[1] == 0
@@ -60,7 +60,7 @@ while killed < kills:
         within *= 1.1  # so that it ends on a machine that has become busy
         for part in left:
             pid = started(number, f"{part}/{parts}")
-            # Early moments are likelier: a run that continues is shorter, and beginning and ending are the hard parts.
+            # Early times are more probable: a continued run is shorter, and start and end are the critical parts.
             running[pid] = part, time.monotonic() + within * draw.random() ** 2
         while running:
             for pid, (part, when) in list(running.items()):
@@ -82,7 +82,7 @@ print("killed", killed, number)
 
 
 def write_audio(folder: Path, count: int) -> list[str]:
-    """Short recordings and two that cannot be read; the arguments that prepare them, a shard each."""
+    """Write short recordings and two unreadable ones. Returns the arguments that prepare them, one shard each."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -111,7 +111,7 @@ def assert_same(out: Path, undisturbed: Path) -> None:
 
 @pytest.fixture
 def memory_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is such a thing: a kill leaves the same there, and syncing costs nothing."""
+    """Folder in memory if available: a kill has the same effect there, and syncing is free."""
     memory = Path("/dev/shm")
     if not (memory.is_dir() and os.access(memory, os.W_OK)):
         yield tmp_path
@@ -140,7 +140,7 @@ def test_a_killed_process_group_with_workers_continues_without_doing_anything_ag
     for enough in (5, 15):
         program = [sys.executable, "-m", "data.prepare", *arguments, str(out)]
         process = subprocess.Popen(program, cwd=REPOSITORY, start_new_session=True)
-        # The last shard may lack its row in the index yet: it is the one that is written again.
+        # The last shard may not have its row in the index yet: it is then written again.
         while len(finished := sorted(out.glob("shard-*.safetensors"))) <= enough and process.poll() is None:
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
@@ -155,9 +155,9 @@ def test_a_killed_process_group_with_workers_continues_without_doing_anything_ag
 
 def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) -> None:
     arguments = [*write_audio(tmp_path / "audio", 40)[:-2], "--workers", "1", "--out"]
-    # A slow disk: every recording takes 50 ms, so that the signal falls in the middle of a shard.
+    # Slow disk: every recording takes 50 ms, so that the signal arrives in the middle of a shard.
     program = (
-        "import sys, time, data.writer as w, data.prepare_cli as p\n"
+        "import sys, time, data.format.writer as w, data.prepare.prepare as p\n"
         "add = w.DatasetWriter.add\n"
         "def slowly(self, *a):\n    add(self, *a)\n    time.sleep(0.05)\n    len(self.done_ids) % 8 or self.close()\n"
         "w.DatasetWriter.add = slowly\n"
@@ -181,7 +181,7 @@ def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) ->
 
 
 def test_ctrl_c_while_the_workers_are_started_is_one_line(tmp_path: Path) -> None:
-    """A terminal sends it to every process of the group: also to those that are still importing."""
+    """A terminal sends the signal to every process of the group, including those that are still importing."""
     arguments = [*write_audio(tmp_path / "audio", 8)[:-2], "--workers", "2", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "data.prepare", *arguments]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -193,7 +193,7 @@ def test_ctrl_c_while_the_workers_are_started_is_one_line(tmp_path: Path) -> Non
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert told.strip().splitlines() == ["interrupted: what is done is kept, the same command continues"]
+    assert told.strip().splitlines() == ["interrupted: finished work is kept, the same command continues"]
     assert main(arguments) == 0
 
 

@@ -1,4 +1,4 @@
-"""A derived dataset has the chosen recordings, the same sound, and a new index; its origins stay as they are."""
+"""Derived datasets: the selected recordings with the same values and a new index; sources are unchanged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from common.errors import UserError
 from common.files import replace_file, write_file
 from data.features import FeatureSettings
-from data.format import index
-from data.format.dataset import Dataset, DatasetWriter, Recording, open_dataset
+from data.format import schema
+from data.format.dataset import Dataset, open_dataset
+from data.format.schema import Recording
+from data.format.writer import DatasetWriter
 from data.shards import derive as derive_module
 from data.shards.derive import derive
-from data.shards.verify import verify
 from data.transcripts import Word
-from tests.made_datasets import make_dataset, noise
+from tests.made_datasets import make_dataset, noise, verify
 
 LENGTHS = [300, 700, 400, 250, 5000, 500]
 
@@ -31,29 +32,29 @@ def everything(dataset: Dataset) -> list[tuple[Dataset, int, Recording]]:
     return [(dataset, i, dataset.recording(i)) for i in range(len(dataset))]
 
 
-def test_a_copy_of_everything_is_the_same_dataset_and_takes_no_room(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_copy_of_all_recordings_is_the_same_dataset_and_takes_no_space(dataset: Dataset, tmp_path: Path) -> None:
     copy = derive(tmp_path / "copy", everything(dataset), name="again")
     assert copy.fingerprint == dataset.fingerprint and copy.name == "again" and not verify(copy)
     for shard in copy.shards():
-        assert (copy.path / index.shard_name(shard)).stat().st_nlink == 2
+        assert (copy.path / schema.shard_name(shard)).stat().st_nlink == 2
     assert {path.suffix for path in copy.path.iterdir()} == {".json", ".arrow", ".safetensors"}
 
 
-def test_chosen_recordings_keep_their_sound_and_get_new_labels(dataset: Dataset, tmp_path: Path) -> None:
+def test_selected_recordings_keep_their_values_and_get_new_labels(dataset: Dataset, tmp_path: Path) -> None:
     words = [Word("hello", 0.1, 0.4, 0.5)]
     entries = [
         (dataset, 4, replace(dataset.recording(4), words=words, split="test")),
         (dataset, 1, replace(dataset.recording(1), id="zzz", excluded=[(0.0, 1.0)])),
     ]
-    chosen = derive(tmp_path / "some", iter(entries))
-    assert [chosen.id(i) for i in range(2)] == ["r004", "zzz"] and chosen.frames.tolist() == [5000, 700]
-    assert chosen.words(0) == words and chosen.split(0) == "test" and chosen.excluded(1) == [(0.0, 1.0)]
-    assert np.array_equal(chosen.read(0, verify=True), dataset.read(4))
-    assert np.array_equal(chosen.read_normalised(1), dataset.read_normalised(1))
-    assert not verify(chosen) and not verify(dataset)
+    selected = derive(tmp_path / "selected", iter(entries))
+    assert [selected.id(i) for i in range(2)] == ["r004", "zzz"] and selected.frames.tolist() == [5000, 700]
+    assert selected.words(0) == words and selected.split(0) == "test" and selected.excluded(1) == [(0.0, 1.0)]
+    assert np.array_equal(selected.read(0, verify=True), dataset.read(4))
+    assert np.array_equal(selected.read_normalised(1), dataset.read_normalised(1))
+    assert not verify(selected) and not verify(dataset)
 
 
-def test_datasets_are_joined_whatever_their_shards_are_called(dataset: Dataset, tmp_path: Path) -> None:
+def test_merged_datasets_renumber_shards(dataset: Dataset, tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "other", dataset.features) as writer:
         writer.add(Recording("a", split="dev"), noise(321, 99))
         writer.finish()
@@ -64,7 +65,7 @@ def test_datasets_are_joined_whatever_their_shards_are_called(dataset: Dataset, 
     assert joined.totals("split") == {"dev": (1, 321), "train": (6, sum(LENGTHS))}
 
 
-def test_where_links_are_impossible_shards_are_copied(
+def test_shards_are_copied_if_links_are_impossible(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_links(*_: object) -> None:
@@ -72,23 +73,24 @@ def test_where_links_are_impossible_shards_are_copied(
 
     monkeypatch.setattr(derive_module.os, "link", no_links)
     copy = derive(tmp_path / "copy", everything(dataset))
-    assert not verify(copy) and (copy.path / index.shard_name(copy.shards()[0])).stat().st_nlink == 1
+    assert not verify(copy) and (copy.path / schema.shard_name(copy.shards()[0])).stat().st_nlink == 1
 
 
-def test_an_index_of_many_batches_is_joined(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "BATCH_ROWS", 2)
+def test_an_index_of_many_batches_is_merged(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("format.index_writer", "shards.derive"):
+        monkeypatch.setattr(f"data.{module}.BATCH_ROWS", 2)
     copy = derive(tmp_path / "copy", reversed(everything(dataset)))
     assert copy.fingerprint == dataset.fingerprint and len(copy.index.batches) == 3
 
 
-def test_what_cannot_be_joined_is_refused_and_leaves_nothing(dataset: Dataset, tmp_path: Path) -> None:
+def test_invalid_merges_are_refused_and_leave_no_files(dataset: Dataset, tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "other", FeatureSettings(log_floor=1e-5)) as writer:
         writer.add(Recording("a"), noise(321, 99))
         writer.finish()
     wrong = [
         ("log_floor", [*everything(dataset), *everything(open_dataset(tmp_path / "other"))]),
         ("share their id with another, first 'r000'", [*everything(dataset), *everything(dataset)]),
-        ("no recordings were chosen", []),
+        ("no recordings were selected", []),
     ]
     for message, entries in wrong:
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Storage: the bytes that come are the right ones, or a clear error comes, in bounded time and disk space."""
+"""Storage: correct bytes or a clear error, in bounded time and disk space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from common.errors import UserError
 from data.format.dataset import open_dataset
 from data.storage import block_cache
 from data.storage import local as storage
-from data.storage.local import CutShort, Storage, StorageError, StorageSettings, open_storage
+from data.storage.local import CutShort, Storage, StorageError, StorageSettings
+from data.storage.opening import open_storage
 from tests.flaky_server import FAULTS, FlakyServer
 from tests.made_datasets import make_dataset
 from tests.patience import PATIENCE
@@ -63,7 +64,7 @@ def server() -> Iterator[FlakyServer]:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Exit code of a forked process that runs the function; -N where signal N killed it."""
+    """Exit code of a forked process that runs the function; -N if signal N killed it."""
     child = FORK.Process(target=function)
     child.start()
     child.join(PATIENCE)
@@ -96,7 +97,7 @@ def test_any_range_is_the_files_own_bytes(tmp_path: Path, memory: str, server: F
     assert store.read("a.bin") == DATA == store.local_copy("a.bin").read_bytes()
     with pytest.raises(CutShort, match=r"a\.bin.* before byte 1000004"):
         read(store, len(DATA) - 1, 2)
-    with pytest.raises(StorageError, match=r"a\.bin has 1000003 bytes where at most 10"):
+    with pytest.raises(StorageError, match=r"a\.bin has 1000003 bytes, expected at most 10"):
         store.read("a.bin", limit=10)
     for missing in (lambda: read(store, 0, 1, "b.bin"), lambda: store.read("b.bin")):
         with pytest.raises(FileNotFoundError, match=r"b\.bin"):
@@ -136,7 +137,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("field", "value"),
     [("attempts", 0), ("cache_gb", -1.0), ("block_mb", 0.0), ("timeout_seconds", 0.0), ("wait_seconds", -1)],
 )
-def test_settings_that_cannot_be_are_refused_by_name(field: str, value: float) -> None:
+def test_invalid_settings_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"storage\.{field} is {value}"):
         StorageSettings(**{field: value})
 
@@ -144,7 +145,7 @@ def test_settings_that_cannot_be_are_refused_by_name(field: str, value: float) -
 # Folders
 
 
-def test_at_most_64_files_are_open_and_all_are_closed_in_the_end(tmp_path: Path) -> None:
+def test_at_most_64_files_are_open_and_all_are_closed_with_the_storage(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"f{number}").write_bytes(bytes([number]))
     before = len(os.listdir("/proc/self/fd"))
@@ -196,29 +197,29 @@ def test_a_stale_handle_is_opened_again_a_few_times(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_is_not_noticed(server: FlakyServer, tmp_path: Path, fault: str) -> None:
+def test_a_temporary_fault_is_retried(server: FlakyServer, tmp_path: Path, fault: str) -> None:
     store = open_storage(server.url, quick(tmp_path, timeout_seconds=2.0 if fault == "late" else 10.0))
     server.faults.extend([None, fault, fault, None])  # the first answer is to HEAD
     assert read(store, 100_000, 50_000) == DATA[100_000:150_000]
     assert len(server.downloads()) >= 3
-    assert read(store, 100_000, 50_000) == DATA[100_000:150_000]  # nothing wrong was kept
+    assert read(store, 100_000, 50_000) == DATA[100_000:150_000]  # no wrong bytes were cached
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_stays_is_one_error_with_place_attempts_and_cause(
+def test_a_permanent_fault_is_one_error_with_place_attempts_and_cause(
     server: FlakyServer, tmp_path: Path, fault: str
 ) -> None:
     store = open_storage(server.url, quick(tmp_path, timeout_seconds=1.0 if fault == "late" else 10.0))
     assert store.size("a.bin") == len(DATA)
     server.always = fault
-    with pytest.raises(StorageError, match=rf"^{server.url}/a\.bin: failed 4 times; the last time \w+"):
+    with pytest.raises(StorageError, match=rf"^{server.url}/a\.bin: failed 4 times; last error: \w+"):
         read(store, 100_000, 50_000)
-    assert 4 <= len(server.downloads()) <= 8  # aiohttp itself asks once more where a kept connection was closed
+    assert 4 <= len(server.downloads()) <= 8  # aiohttp repeats a request if a reused connection was closed
     assert cached_bytes(tmp_path) == 0
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "late"])
-def test_a_size_that_is_not_told_is_not_a_missing_file(server: FlakyServer, tmp_path: Path, fault: str) -> None:
+def test_an_unknown_size_is_not_a_missing_file(server: FlakyServer, tmp_path: Path, fault: str) -> None:
     server.always = fault
     store = open_storage(server.url, quick(tmp_path, timeout_seconds=1.0 if fault == "late" else 10.0, attempts=2))
     with pytest.raises(StorageError, match="failed 2 times"):
@@ -226,7 +227,7 @@ def test_a_size_that_is_not_told_is_not_a_missing_file(server: FlakyServer, tmp_
 
 
 @pytest.mark.parametrize(("status", "error"), [("403", PermissionError), ("404", FileNotFoundError)])
-def test_what_is_not_allowed_or_not_there_is_not_asked_for_again(
+def test_forbidden_and_missing_files_are_not_retried(
     server: FlakyServer, tmp_path: Path, status: str, error: type[OSError]
 ) -> None:
     store = open_storage(server.url, quick(tmp_path))
@@ -242,7 +243,7 @@ def test_what_is_not_allowed_or_not_there_is_not_asked_for_again(
 @pytest.mark.parametrize("field", ["status", "code", "status_code", "response"])
 @pytest.mark.parametrize(("status", "transient"), [(503, True), (429, True), (404, False), (403, False), (410, False)])
 def test_the_status_is_found_in_the_errors_of_every_back_end(field: str, status: int, transient: bool) -> None:
-    error = RuntimeError("an error of its own kind")
+    error = RuntimeError("error of a back end")
     setattr(error, field, SimpleNamespace(status_code=status) if field == "response" else status)
     assert storage.is_transient(error) == transient
 
@@ -256,7 +257,7 @@ def test_a_server_without_ranges_is_refused_before_it_sends_the_file(server: Fla
 
 
 def test_a_server_without_ranges_is_refused_when_a_dataset_is_opened(tmp_path: Path) -> None:
-    """Not at the first crop: whole files are the index's right bytes."""
+    """Whole files are correct copies of the index, so the error would otherwise come at the first crop."""
     make_dataset(tmp_path / "set", [20, 30])
     with FlakyServer({path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}) as server:
         server.always = "whole"
@@ -269,7 +270,7 @@ def test_a_size_larger_than_the_file_is_an_error(server: FlakyServer, tmp_path: 
     store = open_storage(server.url, quick(tmp_path))
     assert store.size("a.bin") == len(DATA) + 10
     assert read(store, 0, 10) == DATA[:10]
-    with pytest.raises(StorageError, match="of the 16973 asked for"):
+    with pytest.raises(StorageError, match="of the 16973 bytes requested"):
         read(store, len(DATA) - 5, 10)
 
 
@@ -279,7 +280,7 @@ def test_a_size_larger_than_the_file_is_an_error(server: FlakyServer, tmp_path: 
     ranges=st.lists(st.tuples(st.integers(0, len(DATA)), st.integers(0, 200_000)), min_size=1, max_size=5),
     cache_blocks=st.integers(0, 6),
 )
-def test_whatever_the_server_does_bytes_are_right_or_there_is_an_error(
+def test_faults_of_the_server_give_right_bytes_or_an_error(
     server: FlakyServer,
     tmp_path: Path,
     faults: list[str | None],
@@ -299,24 +300,24 @@ def test_waits_grow_differ_between_ranges_and_repeat_with_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def waits(salt: int, seed: int = 0) -> list[float]:
-        found: list[float] = []
-        monkeypatch.setattr(time, "sleep", found.append)
+        seconds: list[float] = []
+        monkeypatch.setattr(time, "sleep", seconds.append)
         settings = quick(tmp_path, wait_seconds=1.0, attempts=9, seed=seed)
         with pytest.raises(StorageError):
             storage.retry(lambda: int.from_bytes(os.pread(-1, 1, 0)), "place", settings, salt)
-        return found
+        return seconds
 
-    found = waits(0)
-    assert all(2**n / 2 <= wait <= 2**n for n, wait in enumerate(found[:5])) and max(found) <= 30
-    assert len(found) == 8 and found == waits(0) and found != waits(1) and found != waits(0, seed=1)
+    first = waits(0)
+    assert all(2**n / 2 <= wait <= 2**n for n, wait in enumerate(first[:5])) and max(first) <= 30
+    assert len(first) == 8 and first == waits(0) and first != waits(1) and first != waits(0, seed=1)
 
 
-def test_an_error_of_the_program_is_not_taken_for_the_storages(tmp_path: Path) -> None:
+def test_a_programming_error_is_not_retried(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def wrong() -> None:
         calls.append(1)
-        raise TypeError("wrong program")
+        raise TypeError("programming error")
 
     with pytest.raises(TypeError):
         storage.retry(wrong, "place", quick(tmp_path))
@@ -357,7 +358,7 @@ def test_adjacent_blocks_come_in_one_request_and_only_once(server: FlakyServer, 
     assert ranges == [f"bytes={first * BLOCK}-{stop * BLOCK - 1}" for first, stop in [(5, 7), (2, 5), (7, 8)]]
 
 
-def test_without_a_cache_exactly_what_was_asked_for_is_fetched_and_nothing_kept(
+def test_without_a_cache_exactly_the_requested_bytes_are_fetched_and_not_kept(
     server: FlakyServer, tmp_path: Path
 ) -> None:
     store = open_storage(server.url, quick(tmp_path, cache_gb=0))
@@ -367,11 +368,11 @@ def test_without_a_cache_exactly_what_was_asked_for_is_fetched_and_nothing_kept(
     assert cached_bytes(tmp_path) == 0
 
 
-def test_the_cache_keeps_its_bound_and_drops_what_was_longest_unread(memory: str, tmp_path: Path) -> None:
+def test_the_cache_keeps_its_bound_and_evicts_the_least_recently_read_blocks(memory: str, tmp_path: Path) -> None:
     store = open_storage(memory, quick(tmp_path, cache_gb=8 * BLOCK / 1e9))
     for number in range(8):
         read(store, number * BLOCK, BLOCK)
-    for age, number in enumerate([5, 2, 7, 1, 0, 3, 6, 4]):  # longest unread first
+    for age, number in enumerate([5, 2, 7, 1, 0, 3, 6, 4]):  # least recently read first
         (path,) = (tmp_path / "blocks").glob(f"*-{number:08d}")
         os.utime(path, (0, 1_000_000 + age))
     read(store, 5 * BLOCK, 1)
@@ -379,8 +380,8 @@ def test_the_cache_keeps_its_bound_and_drops_what_was_longest_unread(memory: str
         read(store, number * BLOCK, BLOCK)
         assert cached_bytes(tmp_path) <= 8 * BLOCK
         if number == 9:
-            left = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "blocks").iterdir())
-            assert left == [0, 1, 3, 4, 5, 6, 8, 9]
+            remaining = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "blocks").iterdir())
+            assert remaining == [0, 1, 3, 4, 5, 6, 8, 9]
 
 
 def test_a_block_larger_than_the_cache_is_still_read(memory: str, tmp_path: Path) -> None:
@@ -397,7 +398,7 @@ def read_many(location: str, cache: Path, seed: int) -> None:
 
 
 def cached_bytes_now(cache: Path) -> int:
-    """As cached_bytes, while others change the folder. Blocks that vanish before they are measured count nothing."""
+    """Like cached_bytes, while other processes change the folder."""
     total = 0
     for path in (cache / "blocks").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -405,7 +406,7 @@ def cached_bytes_now(cache: Path) -> int:
     return total
 
 
-def test_processes_share_a_small_cache_and_read_right(memory: str, tmp_path: Path) -> None:
+def test_processes_share_a_small_cache_and_read_correctly(memory: str, tmp_path: Path) -> None:
     children = [FORK.Process(target=read_many, args=(memory, tmp_path, seed)) for seed in range(3)]
     for child in children:
         child.start()
@@ -451,9 +452,7 @@ def test_a_process_killed_while_it_keeps_a_block_leaves_a_cache_that_works(
     )
 
 
-def test_a_whole_file_is_fetched_once_a_node_by_processes_that_wait_for_each_other(
-    server: FlakyServer, tmp_path: Path
-) -> None:
+def test_a_whole_file_is_fetched_once_per_node(server: FlakyServer, tmp_path: Path) -> None:
     def copy() -> None:
         assert open_storage(server.url, quick(tmp_path)).local_copy("a.bin").read_bytes() == DATA
 
@@ -463,14 +462,14 @@ def test_a_whole_file_is_fetched_once_a_node_by_processes_that_wait_for_each_oth
     for child in children:
         child.join(PATIENCE)
     assert [child.exitcode for child in children] == [0, 0, 0]
-    asked = [bytes_ for _, _, bytes_ in server.downloads()]
-    assert asked == ["bytes=0-0", f"bytes=1-{len(DATA) - 1}"]
+    requested = [bytes_ for _, _, bytes_ in server.downloads()]
+    assert requested == ["bytes=0-0", f"bytes=1-{len(DATA) - 1}"]
 
 
 def test_a_download_killed_in_its_middle_is_no_copy_and_the_next_one_is_whole(
     server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.remote_storage._MOST_BYTES", 2**18)
+    monkeypatch.setattr("data.storage.remote._MAX_REQUEST", 2**18)
     server.pieces = 0.02
     child = FORK.Process(target=lambda: open_storage(server.url, quick(tmp_path)).local_copy("a.bin"))
     child.start()
@@ -484,7 +483,7 @@ def test_a_download_killed_in_its_middle_is_no_copy_and_the_next_one_is_whole(
     assert path.read_bytes() == DATA and list((tmp_path / "copies").glob("*.tmp")) == []
 
 
-def test_a_file_that_was_replaced_is_fetched_anew_and_its_old_copy_removed(memory: str, tmp_path: Path) -> None:
+def test_a_replaced_file_is_fetched_again_and_its_old_copy_removed(memory: str, tmp_path: Path) -> None:
     old = open_storage(memory, quick(tmp_path)).local_copy("a.bin")
     read(open_storage(memory, quick(tmp_path)), 0, 10)
     fsspec.filesystem("memory").pipe_file(f"/{memory[9:]}/a.bin", DATA[::-1])
@@ -493,11 +492,11 @@ def test_a_file_that_was_replaced_is_fetched_anew_and_its_old_copy_removed(memor
     assert store.local_copy("a.bin").read_bytes() == DATA[::-1] and not old.exists()
 
 
-def test_what_killed_processes_left_is_written_over(memory: str, tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_overwritten(memory: str, tmp_path: Path) -> None:
     open_storage(memory, quick(tmp_path)).local_copy("a.bin")
     (lock,) = (tmp_path / "copies").glob("*.lock")
-    for left in (tmp_path / "block.tmp", lock.with_suffix(".tmp")):
-        left.write_bytes(bytes(2 * len(DATA)))
+    for leftover in (tmp_path / "block.tmp", lock.with_suffix(".tmp")):
+        leftover.write_bytes(bytes(2 * len(DATA)))
     fsspec.filesystem("memory").pipe_file(f"/{memory[9:]}/a.bin", DATA[:100_000])
     store = open_storage(memory, quick(tmp_path))
     assert store.local_copy("a.bin").read_bytes() == DATA[:100_000]
@@ -505,7 +504,7 @@ def test_what_killed_processes_left_is_written_over(memory: str, tmp_path: Path)
     assert cached_bytes(tmp_path) == 100_000
 
 
-def test_blocks_cut_short_or_given_up_are_fetched_again(server: FlakyServer, tmp_path: Path) -> None:
+def test_truncated_and_forgotten_blocks_are_fetched_again(server: FlakyServer, tmp_path: Path) -> None:
     store = open_storage(server.url, quick(tmp_path))
     read(store, 0, 3 * BLOCK)
     first, second, third = sorted((tmp_path / "blocks").iterdir())
@@ -516,7 +515,7 @@ def test_blocks_cut_short_or_given_up_are_fetched_again(server: FlakyServer, tmp
     assert read(store, 0, 3 * BLOCK) == DATA[: 3 * BLOCK]
 
 
-def test_a_disk_that_cannot_keep_blocks_is_a_warning_and_reading_goes_on(
+def test_a_full_disk_of_the_cache_is_a_warning_and_reading_continues(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -527,7 +526,7 @@ def test_a_disk_that_cannot_keep_blocks_is_a_warning_and_reading_goes_on(
         assert read(open_storage(memory, quick(tmp_path)), 0, 100_000) == DATA[:100_000]
 
 
-def test_a_cache_folder_of_somebody_else_is_refused(
+def test_a_cache_folder_of_another_user_is_refused(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)

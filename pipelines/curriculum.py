@@ -1,0 +1,115 @@
+"""Labelled training data of fine-tuning, in stages: a curriculum changes the lengths of rows and crops."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from bestrq.training.process import World
+from common.errors import UserError
+from data.format.dataset import Dataset
+from data.loading.loader import Batch, DataState, LoaderSettings, RowLoader
+from data.loading.order import CropTable
+from data.loading.supervised import supervised_crops
+from pipelines.finetuning import FinetuneConfig
+
+
+def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSettings) -> CropTable:
+    """Training crops with their label texts; `data` gives the crop lengths of a stage.
+
+    With `finetune.label_minutes`, only whole recordings of that total length, chosen at random by `data.seed`.
+    """
+    recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
+    labelled = np.array([dataset.text(int(i)) is not None for i in recordings])
+    if 0 < labelled.sum() < len(labelled):
+        print(f"left out: {len(labelled) - labelled.sum()} of {len(labelled)} recordings, which have no transcript")
+        recordings = recordings[labelled]
+    if config.finetune.label_minutes:
+        shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
+        minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
+        recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
+    cut = partial(supervised_crops, dataset, cutting=config.cutting)
+    lengths = data.crop_frames(dataset)
+    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
+
+
+def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
+    """Last step before every stage of training, and the stage's loader settings.
+
+    Raises:
+        UserError: a stage of the curriculum is invalid.
+    """
+    stages = [(0, config.data)]
+    frames = config.data.rows * config.data.row_frames
+    for number, stage in enumerate(config.curriculum):
+        if stage.after_step <= stages[-1][0]:
+            raise UserError(
+                f"curriculum[{number}].after_step is {stage.after_step}: give more than {stages[-1][0]}, the last step "
+                "before the previous stage"
+            )
+        if stage.row_frames < 1 or frames % stage.row_frames:
+            raise UserError(
+                f"curriculum[{number}].row_frames is {stage.row_frames}: a step has data.rows x data.row_frames = "
+                f"{frames} frames, which is not a whole number of such rows; give a divisor of {frames}"
+            )
+        rows = replace(
+            config.data, row_frames=stage.row_frames, rows=frames // stage.row_frames, max_seconds=stage.max_seconds
+        )
+        stages.append((stage.after_step, rows))
+    return stages
+
+
+class CurriculumLoader:
+    """Micro-batches of every step, from one `RowLoader` per stage of training.
+
+    Args:
+        crops: of every stage.
+        step: last completed step.
+        state: position of the stage's loader after `step`, from a checkpoint; unused if a new stage starts.
+    """
+
+    def __init__(
+        self, dataset: Dataset, crops: list[CropTable], config: FinetuneConfig, world: World, step: int,
+        state: DataState | None,
+    ) -> None:  # fmt: skip
+        self.step, self.stages = step, stages_of(config)
+        self.quarantined: dict[str, str] = {}
+        self._dataset, self._crops, self._config, self._world = dataset, crops, config, world
+        for stage in range(len(self.stages)):
+            self._row_loader(stage, None)  # raises now, not at the start of a later stage, if ranks cannot share rows
+        stage = self._stage_of(step + 1)
+        continues = step > 0 and self._stage_of(step) == stage
+        self.loader = self._row_loader(stage, state if continues else None)
+
+    @property
+    def state(self) -> DataState:
+        """Position of the current loader, for a checkpoint."""
+        return self.loader.state
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            batches = self.loader.steps()
+            stage = self._stage_of(self.step + 1)
+            while self._stage_of(self.step + 1) == stage:
+                self.step += 1
+                yield next(batches)
+                self.quarantined |= self.loader.quarantined
+            batches.close()  # stops the workers before those of the next stage start
+            self.loader = self._row_loader(stage + 1, None)
+
+    def _stage_of(self, step: int) -> int:
+        return max(stage for stage, (before, _) in enumerate(self.stages) if step > before)
+
+    def _row_loader(self, stage: int, state: DataState | None) -> RowLoader:
+        return RowLoader(
+            self._dataset,
+            self._crops[stage],
+            self.stages[stage][1],
+            multiple=self._config.encoder.row_multiple,
+            row_gap=self._config.encoder.row_gap,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            accumulation=self._config.accumulation,
+            state=state,
+        )
