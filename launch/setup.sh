@@ -20,7 +20,7 @@ fail() {
 requirements=(requirements.txt)
 case "${1:-}" in
     "") ;;
-    dev) requirements+=(requirements-dev.txt requirements-huggingface.txt requirements-storage.txt) ;;
+    dev) requirements+=(requirements-dev.txt requirements-storage.txt) ;;
     -h | --help)
         sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
         exit 0

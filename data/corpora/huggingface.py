@@ -25,7 +25,7 @@ from data.corpora.remote import FileCache
 from data.corpora.text_files import listed_names
 from data.format.index import Recording
 
-REQUIREMENTS = "requirements-huggingface.txt"
+REQUIREMENTS = "requirements.txt"
 # Names under which datasets keep these; the first one that is there is taken.
 GUESSES = {
     "audio": ("audio", "speech", "sound"),

@@ -265,7 +265,7 @@ def setup(repository: Path, *arguments: str, python: str = sys.executable) -> su
 
 def test_setup_finishes_a_broken_installation_and_skips_a_finished_one(repository: Path) -> None:
     requirements = repository / "requirements.txt"
-    for kind in ("dev", "huggingface", "storage"):
+    for kind in ("dev", "storage"):
         (repository / f"requirements-{kind}.txt").write_text("")
     requirements.write_text("./missing-package\n")
     broken = setup(repository)
