@@ -32,7 +32,7 @@ def test_a_stop_is_a_function_of_its_file(function: str, path: str) -> None:
     assert function in definitions((REPOSITORY / path).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", sorted({path for path in re.findall(r"\[([\w/.]+\.py)\]", PAGE)}))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\[([\w/.]+\.py)\]", PAGE))))
 def test_every_file_on_the_page_exists(path: str) -> None:
     assert (REPOSITORY / path).is_file()
 
@@ -40,4 +40,4 @@ def test_every_file_on_the_page_exists(path: str) -> None:
 def test_every_function_in_the_text_is_defined_in_a_file_of_the_page() -> None:
     paths = set(re.findall(r"\[([\w/.]+\.py)\]", PAGE))
     defined = set().union(*(definitions((REPOSITORY / path).read_text(encoding="utf-8")) for path in paths))
-    assert {name for name in re.findall(r"`([A-Z]\w+\.\w+)`", PAGE)} <= defined
+    assert set(re.findall(r"`([A-Z]\w+\.\w+)`", PAGE)) <= defined
