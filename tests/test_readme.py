@@ -1,5 +1,7 @@
 """Commands of README.md run in a small form or name the test that covers them; links of the docs resolve."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -82,3 +84,20 @@ def test_relative_links_resolve(page: Path) -> None:
 def test_every_page_of_the_docs_is_in_the_index() -> None:
     index = DOCS / "README.md"
     assert set(DOCS.rglob("*.md")) - set(links(index)) == {index}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_source_files_named_in_a_page_exist(page: Path) -> None:
+    folders = "bestrq|data|common|pipelines|tools|experiments|launch|configs|benchmarks|tests"
+    named = re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:py|sh|sbatch|yaml|json))`", page.read_text(encoding="utf-8"))
+    examples = {"configs/NAME.yaml", "data/corpora/NAME.py", "bestrq/model/attention/masks/NAME.py"}
+    assert [name for name in named if name not in examples and not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_imports_in_the_python_examples_resolve(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == [], node.module
