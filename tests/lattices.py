@@ -14,7 +14,7 @@ JOINT, VOCAB = 6, 5
 def made_lattices(
     sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float64, joint: int = JOINT, vocab: int = VOCAB
 ) -> tuple[list[Tensor], Lattices]:
-    """Encoded frames, predicted states, weight and bias, all to be differentiated; and the lattices of (T, U)."""
+    """Encoded frames, predicted states, weight and bias, all with gradients; and the lattices for sizes (T, U)."""
     generator = torch.Generator().manual_seed(0)
     frames, states = sum(size[0] for size in sizes), sum(size[1] + 1 for size in sizes)
     shapes = [(frames, joint), (states, joint), (vocab, joint), (vocab,)]
@@ -24,22 +24,26 @@ def made_lattices(
 
 
 def joint_arcs(tensors: Sequence[Tensor], lattices: Lattices) -> list[Tensor]:
-    """Log-probabilities (blank, next label) `[T, U + 1, 2]` of every segment, by definition; behind the last 0."""
+    """Log-probabilities (blank, next label) `[T, U + 1, 2]` of every segment, by definition; 0 after the last label."""
     encoded, predicted, weight, bias = tensors
     states = [len(labels) + 1 for labels in lattices.labels]
     parts = zip(encoded.split(list(lattices.num_frames)), predicted.split(states), lattices.labels, strict=True)
-    return [arcs_of((torch.tanh(e[:, None] + p) @ weight.T + bias).log_softmax(-1), labels) for e, p, labels in parts]
+    return [
+        label_arcs((torch.tanh(e[:, None] + p) @ weight.T + bias).log_softmax(-1), labels) for e, p, labels in parts
+    ]
 
 
-def arcs_of(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """`[T, U + 1, 2]` of log-probabilities `[T, U + 1, V]`."""
-    label = [log_probs[:, u, one] for u, one in enumerate(labels.tolist())]
-    return torch.stack((log_probs[..., 0], torch.stack([*label, torch.zeros_like(log_probs[:, 0, 0])], dim=1)), dim=-1)
+def label_arcs(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of blank and next label, `[T, U + 1, 2]`, from `[T, U + 1, V]`."""
+    columns = [log_probs[:, u, label] for u, label in enumerate(labels.tolist())]
+    return torch.stack(
+        (log_probs[..., 0], torch.stack([*columns, torch.zeros_like(log_probs[:, 0, 0])], dim=1)), dim=-1
+    )
 
 
 def alignments(num_frames: int, num_labels: int) -> list[list[tuple[int, int, int]]]:
-    """All ways through a lattice, each a list of arcs: frame, state, and 0 for a blank or 1 for a label."""
-    found = []
+    """All paths through a lattice, each a list of arcs: frame, state, and 0 for a blank or 1 for a label."""
+    paths = []
     for emitting in itertools.combinations(range(num_frames + num_labels - 1), num_labels):
         frame = state = 0
         path = []
@@ -47,13 +51,13 @@ def alignments(num_frames: int, num_labels: int) -> list[list[tuple[int, int, in
             label = int(position in emitting)
             path.append((frame, state, label))
             frame, state = frame + 1 - label, state + label
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def brute_force_loss(arcs: Tensor, first_state: Sequence[int] | None = None, width: int = 0) -> Tensor:
-    """Minus the log of the summed probability of all alignments through `[T, U + 1, 2]`; with `first_state` of those
-    that stay in the bands."""
+    """Negative log of the summed probability of all alignments through `[T, U + 1, 2]`; with `first_state`, of those
+    within the bands."""
     num_frames, states, _ = arcs.shape
     scores = []
     for path in alignments(num_frames, states - 1):
@@ -62,6 +66,6 @@ def brute_force_loss(arcs: Tensor, first_state: Sequence[int] | None = None, wid
     return -torch.stack(scores).logsumexp(dim=0)
 
 
-def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], atol: float) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=atol)
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], atol: float) -> None:
+    for tensor, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(tensor, reference, rtol=0, atol=atol)

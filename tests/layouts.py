@@ -10,7 +10,7 @@ def row_layout(
     starts: list[list[int]], lengths: list[list[int]], frames: int, dtype: torch.dtype = torch.float64,
     backend: str | None = None, **settings: object,
 ) -> RowLayout:  # fmt: skip
-    """The layout, on the CPU, of segments in mel frames, for an encoder of heads 4 wide with these settings."""
+    """Layout on the CPU of segments in mel frames, for an encoder with heads of width 4 and these settings."""
     segments = Segments(torch.tensor(starts), torch.tensor(lengths), frames)
     values = {"dim": 8, "num_heads": 2, "kernel_size": 7, "rotary_theta": 1e4, **settings}
     encoder = EncoderSettings(**values)  # type: ignore[arg-type]
@@ -18,7 +18,7 @@ def row_layout(
 
 
 def stage_layout(lengths: list[int], gap: int = 1, rows: int = 1, **settings: object) -> StageLayout:
-    """Rows that all hold segments of these lengths, `gap` frames apart and behind, in encoder frames."""
+    """Layout of rows with segments of these lengths, each followed by `gap` frames, in encoder frames."""
     starts = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
     frames = 4 * (starts[-1] + lengths[-1] + gap)
     layout = row_layout(

@@ -1,4 +1,4 @@
-"""Transducers small enough to sum over all of their alignments, in float64."""
+"""Transducers small enough for a sum over all alignments, in float64."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ MELS = 8
 
 
 class TableTransducer:
-    """Logits of a frame, plus random ones for the last two labels: what comes next depends on both as much.
+    """Logits of a frame plus random logits for the last two labels, so that the next label depends equally on both.
 
     Joint width J is the vocabulary.
     """
@@ -37,7 +37,7 @@ class TableTransducer:
 
 
 def make_transducer(prediction: str, vocab_size: int = VOCAB, seed: int = 0, **encoder: Any) -> TransducerModel:
-    """A real one with random weights; its joint width is the vocabulary too."""
+    """`TransducerModel` with random weights, whose joint width is the vocabulary too."""
     torch.manual_seed(seed)
     shape = EncoderSettings(
         num_mels=MELS, dim=8, num_layers=1, num_heads=2, feedforward_dim=8, kernel_size=3, subsampling_channels=2,
@@ -45,17 +45,17 @@ def make_transducer(prediction: str, vocab_size: int = VOCAB, seed: int = 0, **e
     )  # fmt: skip
     settings = TransducerSettings(prediction=prediction, prediction_dim=5, joint_dim=vocab_size)  # type: ignore[arg-type]
     model = TransducerModel(shape, settings, vocab_size).double().eval()
-    torch.nn.init.normal_(model.joint.output.weight, std=3.0)  # as sure as a trained one
+    torch.nn.init.normal_(model.joint.output.weight, std=3.0)  # logits as large as those of a trained model
     torch.nn.init.zeros_(model.joint.output.bias)
     return model
 
 
 def make_any(kind: str, **table: Any) -> Transducer:
-    """The random table, or a real model with a stateless or an LSTM prediction network."""
+    """`TableTransducer`, or a `TransducerModel` with a stateless or an LSTM prediction network."""
     return TableTransducer(**table) if kind == "table" else make_transducer(kind, table.get("vocab_size", VOCAB))
 
 
 def random_frames(sequences: int, frames: int, joint_dim: int = VOCAB, seed: int = 0) -> Tensor:
-    """What an encoder might have given, projected: float64 `[N, T, J]`."""
+    """Random projected encoder output, float64 `[N, T, J]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(sequences, frames, joint_dim, dtype=torch.float64, generator=generator) * 1.5

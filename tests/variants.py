@@ -1,4 +1,4 @@
-"""Tiny encoders of every allowed combination of choices, and packed rows of noise to try them on."""
+"""Tiny encoders for every allowed combination of options, and packed rows of noise as their input."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,21 +42,21 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "two": {"earlier_stages": [StageSettings(1, 4, 2, 6, group_size=3)]},
     },
 }
-"""factor -> name of a value -> settings"""
+"""option -> name of a value -> settings"""
 
 Case = dict[str, str]
-"""factor -> name of its value"""
+"""option -> name of its value"""
 
 
 def allowed(case: Case) -> bool:
-    """Whether the values chosen so far may stand together."""
+    """Return True if the values may be combined."""
     unbounded = case.get("mask") in ("segment", "causal")
     groups = case.get("stages", "one") != "one"
     return not (case.get("backend") == "bands" and unbounded) and not (case.get("mask") == "causal" and groups)
 
 
 def all_cases(*factors: str) -> Iterator[Case]:
-    """Every allowed combination of the values of these factors."""
+    """Every allowed combination of the values of these options."""
     for values in product(*(CHOICES[factor] for factor in factors)):
         case = dict(zip(factors, values, strict=True))
         if allowed(case):
@@ -64,34 +64,34 @@ def all_cases(*factors: str) -> Iterator[Case]:
 
 
 def covering_cases(strength: int) -> list[Case]:
-    """Cases in which every allowed combination of values of any `strength` factors occurs; greedy, deterministic."""
-    wanted = {
+    """Cases that cover every allowed combination of values of any `strength` options; greedy, deterministic."""
+    uncovered = {
         tuple(case.items()): None for factors in combinations(CHOICES, strength) for case in all_cases(*factors)
-    }  # a dict, as a set that keeps its order
+    }  # a dict as an ordered set
     cases = []
-    while wanted:
-        case = dict(next(iter(wanted)))
+    while uncovered:
+        case = dict(next(iter(uncovered)))
         for factor in CHOICES:
             if factor in case:
                 continue
-            tried = [t for value in CHOICES[factor] if allowed(t := {**case, factor: value})]
-            case = max(tried, key=lambda t: sum(met in wanted for met in _met(t, strength, factor)))
+            candidates = [c for value in CHOICES[factor] if allowed(c := {**case, factor: value})]
+            case = max(candidates, key=lambda c: sum(key in uncovered for key in _covered(c, strength, factor)))
         case = {factor: case[factor] for factor in CHOICES}
-        for met in _met(case, strength):
-            wanted.pop(met, None)
+        for key in _covered(case, strength):
+            uncovered.pop(key, None)
         cases.append(case)
     return cases
 
 
-def _met(case: Case, strength: int, factor: str | None = None) -> Iterator[tuple[tuple[str, str], ...]]:
-    """The combinations of `strength` values of a case, in the order of `CHOICES`; those with `factor` alone."""
+def _covered(case: Case, strength: int, factor: str | None = None) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Combinations of `strength` values of a case, in the order of `CHOICES`; with `factor`, only those with it."""
     for factors in combinations([f for f in CHOICES if f in case], strength):
         if factor is None or factor in factors:
             yield tuple((f, case[f]) for f in factors)
 
 
 def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
-    """A float64 encoder in evaluation mode; no parameter is 0 or 1, so that what leaks through a bias shows."""
+    """Float64 encoder in evaluation mode, with no parameter 0 or 1, so that a leak through a bias is visible."""
     settings: dict[str, Any] = dict(TINY)
     for factor, value in case.items():
         settings.update(CHOICES[factor][value])
@@ -108,18 +108,18 @@ def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
 
 @dataclass
 class Segment:
-    """Where an utterance, or noise, lies: in mel frames."""
+    """Position of an utterance, or of noise, in mel frames."""
 
     row: int
     start: int
     length: int
     utterance: int | None
-    """which one; None for a neighbour of noise"""
+    """number of the utterance; None for noise"""
 
 
 @dataclass
 class Result:
-    """What a loss on the utterances' frames alone makes of them."""
+    """Outputs and gradients of a loss on the frames of the utterances only."""
 
     outputs: list[Tensor]
     """[T, D] of each utterance"""
@@ -138,13 +138,13 @@ def utterance(number: int, length: int) -> Tensor:
 def encode(
     encoder: ConformerEncoder, backend: str, segments: list[Segment], rows: int, frames: int, grads: bool = True
 ) -> Result:
-    """Encode rows that hold these segments; gaps and everything else are loud noise, different at every call.
+    """Encode rows that hold these segments; all other frames are loud noise, different at every call.
 
-    The slots stand in the order given, with an unused one before each row's second.
+    Slots are in the given order, with an unused slot before the second one of each row.
     """
     log_mel = 5 * torch.randn(rows, frames, MELS, dtype=torch.float64)
     slots: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-    wanted = sorted((s for s in segments if s.utterance is not None), key=lambda s: s.utterance or 0)
+    utterances = sorted((s for s in segments if s.utterance is not None), key=lambda s: s.utterance or 0)
     for segment in segments:
         if segment.utterance is not None:
             inside = slice(segment.start, segment.start + segment.length)
@@ -156,15 +156,15 @@ def encode(
     with torch.set_grad_enabled(grads):
         outputs = encoder(log_mel.requires_grad_(grads), layout)
     stride = encoder.settings.stride
-    ours = [outputs[s.row, s.start // stride : s.start // stride + -(-s.length // stride)] for s in wanted]
-    result = Result([output.detach() for output in ours], [], [], 0.0)
+    encoded = [outputs[s.row, s.start // stride : s.start // stride + -(-s.length // stride)] for s in utterances]
+    result = Result([output.detach() for output in encoded], [], [], 0.0)
     if grads:
         loss = torch.zeros((), dtype=torch.float64)
-        for segment, output in zip(wanted, ours, strict=True):
+        for segment, output in zip(utterances, encoded, strict=True):
             generator = torch.Generator().manual_seed(100 + (segment.utterance or 0))
             loss = loss + (output * torch.randn(output.shape, dtype=torch.float64, generator=generator)).sum()
         grad, *result.parameter_grads = torch.autograd.grad(loss, [log_mel, *encoder.parameters()])
-        for s in wanted:
+        for s in utterances:
             result.input_grads.append(grad[s.row, s.start : s.start + s.length].clone())
             grad[s.row, s.start : s.start + s.length] = 0
         result.elsewhere = float(grad.abs().max())

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, running_cluster, wait_until, why_not
+from slurm_cluster import Cluster, running_cluster, unavailable_reason, wait_until
 
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
@@ -35,7 +35,9 @@ RECIPE = {
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM cluster can be started here: {why_not()}"),
+    pytest.mark.skipif(
+        unavailable_reason() is not None, reason=f"no SLURM cluster can be started here: {unavailable_reason()}"
+    ),
 ]
 
 

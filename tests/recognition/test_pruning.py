@@ -11,7 +11,7 @@ from torch import Tensor
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.pruning import SimpleJoint, band_width, choose_band, simple_arcs
 from bestrq.recognition.losses.transducer import sum_over_alignments, transducer_loss
-from tests.lattices import arcs_of, assert_same, brute_force_loss, joint_arcs, made_lattices
+from tests.lattices import assert_same, brute_force_loss, joint_arcs, label_arcs, made_lattices
 
 ENOUGH = 2**40
 SIZES = [(4, 3), (5, 2), (1, 2), (3, 0), (1, 0), (2, 4)]
@@ -47,7 +47,7 @@ def simple_parts(
     acoustic = network.encoder_output(frames).split(list(lattices.num_frames))
     language = network.prediction_output(predicted).split(states)
     parts = zip(acoustic, language, lattices.labels, strict=True)
-    arcs = [arcs_of((a[:, None] + b).log_softmax(-1), labels) for a, b, labels in parts]
+    arcs = [label_arcs((a[:, None] + b).log_softmax(-1), labels) for a, b, labels in parts]
     return network, frames, predicted, lattices, arcs
 
 
@@ -58,7 +58,7 @@ def test_simple_arcs_are_the_log_softmax_of_the_outputs_added() -> None:
         language = (5 * torch.randn(states, 6, dtype=torch.float64)).requires_grad_()
         labels = torch.randint(1, 6, (states - 1,))
         got = simple_arcs(acoustic, language, labels)
-        wanted = arcs_of((acoustic[:, None] + language).log_softmax(-1), labels)
+        wanted = label_arcs((acoustic[:, None] + language).log_softmax(-1), labels)
         used = torch.ones_like(got, dtype=torch.bool)
         used[:, -1, 1] = False  # behind the last label there is none
         assert_same([got[used]], [wanted[used]], 1e-12)

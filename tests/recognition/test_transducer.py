@@ -15,7 +15,7 @@ from bestrq.training.process import DistributedSettings, World, autocast, gradie
 from common.errors import UserError
 from common.segments import Segments
 from tests.gloo import run_distributed
-from tests.lattices import arcs_of, assert_same, brute_force_loss
+from tests.lattices import assert_same, brute_force_loss, label_arcs
 
 MELS, VOCAB, FACTOR = 8, 5, 4
 ENCODER = EncoderSettings(
@@ -79,7 +79,7 @@ def searched_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tenso
     for label in [0, *labels]:
         one, state = model.predict(torch.tensor([label]), state)
         predicted.append(one)
-    return arcs_of(model.joint(encoded[:, None], torch.cat(predicted)), torch.tensor(labels))
+    return label_arcs(model.joint(encoded[:, None], torch.cat(predicted)), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("kind", ["stateless", "lstm-hybrid"])
