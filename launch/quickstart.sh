@@ -55,8 +55,8 @@ bash launch/setup.sh
 python=.venv/bin/python
 dataset=$folder/dataset
 processes=$(($(nproc) > 1 ? 2 : 1))
-began=$SECONDS
-headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
+start=$SECONDS
+headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - start) / 60)) $(((SECONDS - start) % 60)); }
 
 # On a CPU two processes are faster than one with two threads.
 train() {
