@@ -4,12 +4,12 @@
     python transcribe.py --export runs/ctc/export --audio talks --out transcripts --formats txt,json,srt
     torchrun --nproc-per-node 8 transcribe.py --export runs/ctc/export --audio talks --out transcripts
 
---audio is a file that libsndfile reads, or a folder with such files at any depth. Without --out a line a recording goes
-to stdout, "path<TAB>text". With it, talks/day1/a.mp3 becomes transcripts/day1/a.txt and so on, in every format asked
-for: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
+--audio is a file that libsndfile reads, or a folder, which is searched for such files at any depth. Without --out, a
+line "path<TAB>text" per recording is written to stdout. With --out, talks/day1/a.mp3 becomes transcripts/day1/a.txt and
+so on, in each of the formats: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
 
-After Ctrl-C the same command goes on where it was; finished recordings are done again only if audio, model or a setting
-has changed. Files that cannot be read, or whose transcript cannot be written, are skipped and listed at the end and in
+After Ctrl-C the same command continues; finished recordings are transcribed again only if audio, model or a setting has
+changed. Files that cannot be read, or whose transcript cannot be written, are skipped and listed at the end and in
 failed.jsonl; the exit status is then 1.
 """
 
@@ -26,19 +26,19 @@ from typing import Literal, TextIO
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.training.export import Export, read_export
-from bestrq.training.precision import warn_of_emulation
-from bestrq.training.process import DistributedSettings, World, start_world
+from bestrq.training.process import World
 from bestrq.transcripts.subtitles import SubtitleSettings
 from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
-from common.files import hash_of_file, write_file
+from common.files import hash_of_file, read_json_lines, write_file
 from data.audio.files import AudioFile, list_audio
 from data.corpora.base import FileSource
 from data.features import FeatureSettings
@@ -53,15 +53,16 @@ from pipelines.recogniser import (
     load_recogniser,
     make_decoder,
     share_out,
+    start_inference,
     timed_transcript,
 )
 
 FORMAT_VERSION = 1
 STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
 BATCHES_HELD = 16
-"""recordings of so many batches are held as features at a time, so that few batches are not full"""
-NO_FILE_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""errors that concern all of --out, not one file in it"""
+"""features of this many batches are in memory at a time, so that few batches are not full"""
+FATAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""errors of the file system of --out, not of a single file"""
 
 
 @dataclass
@@ -73,37 +74,38 @@ class Config:
     audio: str = ""
     """audio file, or folder with audio files at any depth"""
     out: str = ""
-    """folder for the transcripts; empty writes lines "path<TAB>text" to stdout"""
+    """folder for the transcripts; empty writes a line "path<TAB>text" per recording to stdout"""
     formats: str = "txt,json"
-    """which files are written, separated by commas: txt, json, ctm, srt, vtt, TextGrid"""
+    """formats to write, separated by commas: txt, json, ctm, srt, vtt, TextGrid"""
     subtitles: SubtitleSettings = field(default_factory=SubtitleSettings)
-    """lines and pauses of srt and vtt"""
+    """line lengths and pauses of srt and vtt"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     """context, overlap, batches, precision"""
     encoder: EncoderChanges = field(default_factory=EncoderChanges)
-    """what the encoder sees, in place of what it was trained with"""
+    """changes to the encoder's settings in the export; null keeps the trained value"""
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     """greedy or beam, CTC or transducer, language model"""
-    workers: int = 0
-    """processes, for every process, that read audio and compute features; 1 is the process itself, while the model
-    waits. 0 is that on a CPU, and as many as there are threads on a GPU"""
+    workers: NonNegativeInt = 0
+    """worker processes per process that read audio and compute features; 1 uses the process itself, in turn with the
+    model; 0 is 1 on a CPU and the number of threads on a GPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is a GPU"""
-    threads: int = 0
-    """CPU threads of every process; 0 shares the cores among the processes of a machine"""
+    """auto uses CUDA if a GPU is available"""
+    threads: NonNegativeInt = 0
+    """CPU threads per process; 0 divides the cores among the processes of a machine"""
 
     def __post_init__(self) -> None:
-        for name, what in (("export", "FOLDER"), ("audio", "FILE_OR_FOLDER")):
+        for name, kind in (("export", "FOLDER"), ("audio", "FILE_OR_FOLDER")):
             if not getattr(self, name):
-                raise UserError(f"{name} is missing: give it as --{name} {what}")
+                raise UserError(f"{name} is missing: give it as --{name} {kind}")
         unknown = [name for name in self.format_names if name not in WRITERS]
         if unknown or not self.format_names:
             raise UserError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
         audio = Path(self.audio).expanduser()
         if self.out and Path(self.out).resolve() == (audio if audio.is_dir() else audio.parent).resolve():
-            raise UserError(f"out = {self.out}: X.txt beside X.wav may be what was said; choose another folder")
-        if self.workers < 0:
-            raise UserError(f"workers = {self.workers}: give 1 or more, or 0 (automatic)")
+            raise UserError(
+                f"out = {self.out} is the folder of the audio files, where X.txt may be the reference of X.wav; choose "
+                "another folder"
+            )
 
     @property
     def format_names(self) -> list[str]:
@@ -112,7 +114,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file: a transcript, or the reason why there is none."""
+    """Transcript of a file, or the reason why it has none."""
 
     file: AudioFile
     transcript: TimedTranscript | None
@@ -120,42 +122,46 @@ class Outcome:
 
 
 def transcribe(config: Config, world: World) -> int:
-    """Transcribe all files; every process calls it. Returns, on rank 0, the number of files without a transcript."""
-    # Everything that a user can get wrong comes before any work.
+    """Transcribe all files. All processes call it. Returns the number of files without a transcript, 0 on other ranks.
+
+    Only rank 0 returns that number, since a launcher kills the remaining ranks, which may still have to report, as soon
+    as one fails.
+    """
+    # Errors in the settings are raised here, before any work.
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
     decoder = make_decoder(recogniser, config.decoder, config.export)
     check_statistics(recogniser, export)
     if world.size > 1 and not config.out:
         raise UserError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
-    # By rank 0 alone: a network file system may show a new file to some first.
+    # Only rank 0 lists the folder: on a network file system, other ranks may not see a new file yet.
     listed = list_audio(config.audio, key_of(config, hash_of_export(export))) if world.is_main else []
     fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])
-    files = [AudioFile(**{**one, "path": Path(one["path"])}) for one in fields]
+    files = [AudioFile(**{**values, "path": Path(values["path"])}) for values in fields]
     done = set(world.broadcast(finished_files(files, config) if world.is_main and config.out else []))
     failed = {name: reason for name, reason in clashes(files, config).items() if name not in done}
-    left = [number for number, file in enumerate(files) if file.name not in done and file.name not in failed]
+    remaining = [number for number, file in enumerate(files) if file.name not in done and file.name not in failed]
     if done and world.is_main:
-        print(f"going on: {len(done)} of {len(files)} files are transcribed already")
+        print(f"continuing: {len(done)} of {len(files)} files are already transcribed")
     lengths = np.array([round(1000 * file.seconds) for file in files])
-    mine = [files[number] for number in share_out(left, lengths, world)]
+    rank_files = [files[number] for number in share_out(remaining, lengths, world)]
     with (
-        closing(outcomes(recogniser, decoder, mine, config, world)) as found,
+        closing(outcomes(recogniser, decoder, rank_files, config, world)) as results,
         open_log(config.out, world.rank) as log,
     ):
         for name, reason in failed.items() if world.is_main else ():
             log.write(json.dumps({"name": name, "key": "", "reason": reason}) + "\n")
-        for one in progress(found, mine, world):
-            reason = one.reason
-            if one.transcript is not None:
-                # No key is empty: of a stop while the files are replaced, none counts as done.
-                log.write(json.dumps({"name": one.file.name, "key": "", "reason": ""}) + "\n")
-                reason = try_to_write(one.file, one.transcript, config)
+        for outcome in progress(results, rank_files, world):
+            file, reason = outcome.file, outcome.reason
+            if outcome.transcript is not None:
+                # An empty key matches no file: if the process stops while it replaces the transcripts, none is reused.
+                log.write(json.dumps({"name": file.name, "key": "", "reason": ""}) + "\n")
+                reason = try_to_write(file, outcome.transcript, config)
             if reason:
-                failed[one.file.name] = reason
-            log.write(json.dumps({"name": one.file.name, "key": one.file.key, "reason": reason}) + "\n")
+                failed[file.name] = reason
+            log.write(json.dumps({"name": file.name, "key": file.key, "reason": reason}) + "\n")
     world.barrier()
-    if config.out and world.is_main:  # what the other processes met, too
+    if config.out and world.is_main:  # the logs also have the failures of the other ranks
         entries = collect_state(Path(config.out))
         reasons = {file.name: entries.get(file.name, {}).get("reason") for file in files}
         failed = {name: reason for name, reason in reasons.items() if reason}
@@ -164,24 +170,23 @@ def transcribe(config: Config, world: World) -> int:
     if failed and world.is_main:
         listing = "".join(f"\n  {escaped(printable(f'{name}: {reason}'))}" for name, reason in failed.items())
         print(f"error: {len(failed)} of {len(files)} audio files could not be transcribed:{listing}", file=sys.stderr)
-    # A launcher that saw another rank fail would stop this one before it has told.
     return len(failed) if world.is_main else 0
 
 
 def check_statistics(recogniser: Recogniser, export: Export) -> None:
-    """Raises UserError where the model wants statistics of its training data, and they are missing."""
+    """Raise UserError if the model needs statistics of its training data and the export has none."""
     if recogniser.normalisation == "dataset" and recogniser.statistics is None:
         raise UserError(
-            f"{export.path} was trained with data.normalisation 'dataset', but holds no statistics of its data (it is "
+            f"{export.path} was trained with data.normalisation 'dataset', but has no statistics of its data (it is "
             "an older export, or was trained on a mixture): prepare the audio with data.prepare and use evaluate.py"
         )
 
 
 def key_of(config: Config, export_hash: str) -> str:
-    """Names how files are transcribed: outputs under one key are the same. Batches are no part of it."""
+    """Key of everything but the audio that determines the transcripts; the batch size does not."""
     settings = {name: to_dict(getattr(config, name)) for name in ("inference", "encoder", "decoder")}
     del settings["inference"]["batch_seconds"]
-    for name, value in settings["decoder"].items():  # a language model, a list of words: their content counts
+    for name, value in settings["decoder"].items():  # the content of a language model or list of words, not its path
         if isinstance(value, str) and Path(value).is_file():
             settings["decoder"][name] = hash_of_file(value)
     subtitles = to_dict(config.subtitles) if {"srt", "vtt"} & set(config.format_names) else None
@@ -189,15 +194,15 @@ def key_of(config: Config, export_hash: str) -> str:
 
 
 def outcomes(
-    recogniser: Recogniser, decoder: Decoder, mine: Sequence[AudioFile], config: Config, world: World,
+    recogniser: Recogniser, decoder: Decoder, files: Sequence[AudioFile], config: Config, world: World,
 ) -> Generator[Outcome, None, None]:  # fmt: skip
-    """Those of this rank's files, each as soon as it is there. Features of one group are in memory at a time."""
+    """Outcomes of files, each as soon as it is known. The features of one group are in memory at a time."""
     recogniser.model.to(world.device)
-    groups = in_groups(mine, BATCHES_HELD * config.inference.batch_seconds)
+    groups = in_groups(files, BATCHES_HELD * config.inference.batch_seconds)
     workers = config.workers or (1 if world.device.type == "cpu" else torch.get_num_threads())
     with closing(read_features(groups, recogniser.features, workers)) as features:
         for group in groups:
-            heard: dict[AudioFile, Source] = {}
+            sources: dict[AudioFile, Source] = {}
             for file in group:
                 result = next(features)
                 if isinstance(result, Skipped):
@@ -205,18 +210,18 @@ def outcomes(
                 else:
                     for warning in result.warnings:
                         print(f"warning: {escaped(printable(warning))}", file=sys.stderr)
-                    heard[file] = source_of(result.log_mel, recogniser.statistics)
-                del result  # hours of features, while the next are read
-            yield from decode(recogniser, decoder, heard, config.inference, world)
-            del heard
+                    sources[file] = source_of(result.log_mel, recogniser.statistics)
+                del result  # frees hours of features before the next are read
+            yield from decode(recogniser, decoder, sources, config.inference, world)
+            del sources
 
 
 def decode(
-    recogniser: Recogniser, decoder: Decoder, heard: Mapping[AudioFile, Source], settings: InferenceSettings,
+    recogniser: Recogniser, decoder: Decoder, by_file: Mapping[AudioFile, Source], settings: InferenceSettings,
     world: World,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Transcripts of files whose features are in memory."""
-    files, sources = list(heard), list(heard.values())
+    files, sources = list(by_file), list(by_file.values())
     rate, stride = recogniser.features.frames_per_second, recogniser.model.encoder.settings.stride
     for index, tokens in decode_recordings(decoder, sources, settings, stride, rate, world.device):
         name = printable(files[index].name)
@@ -224,7 +229,7 @@ def decode(
 
 
 def in_groups(files: Sequence[AudioFile], seconds: float) -> list[list[AudioFile]]:
-    """Files in their order, as many together as last for so long; at least one."""
+    """Consecutive groups of files of at most this duration; a longer file is a group of its own."""
     groups: list[list[AudioFile]] = []
     held = 0.0
     for file in files:
@@ -239,18 +244,18 @@ def in_groups(files: Sequence[AudioFile], seconds: float) -> list[list[AudioFile
 def read_features(
     groups: list[list[AudioFile]], features: FeatureSettings, workers: int
 ) -> Generator[Extracted | Skipped, None, None]:
-    """Log-mel of every file in order, exactly as data.prepare computes it."""
+    """Log-mel of each file in order, exactly as data.prepare computes it."""
     sources = [[FileSource(Recording(str(number)), file.path) for number, file in enumerate(group)] for group in groups]
     if workers > 1:
         yield from extract_all([source for group in sources for source in group], features, workers)
         return
     for group in sources:
-        # A list: the function keeps torch to one thread until it is through.
+        # A list, because extract_all limits torch to one thread until it has finished.
         yield from list(extract_all(group, features, 1))
 
 
 def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> Source:
-    """A recording for the decoder, normalised as a dataset of it would be. log_mel: float16 [frames, M]."""
+    """Decoder input from log-mel, float16 [frames, M], normalised like a recording of a dataset."""
     mean, inverse_std = dataset_statistics or scale_of(*map(torch.from_numpy, statistics(log_mel)))
     return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
 
@@ -258,60 +263,60 @@ def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | N
 def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:
     """Normalised frames, float32 [stop - start, M]."""
     out = torch.empty(stop - start, log_mel.shape[1])
-    # A copy: what comes from a worker cannot be written to, and torch warns of that.
+    # A copy, because torch warns about arrays that are not writable, such as those of a worker process.
     normalise_into(out, log_mel[start:stop].copy(), mean, inverse_std)
     return out
 
 
-def progress(found: Iterator[Outcome], mine: Sequence[AudioFile], world: World) -> Iterator[Outcome]:
-    """A bar while the files are done, on a terminal and of rank 0."""
+def progress(outcomes: Iterator[Outcome], files: Sequence[AudioFile], world: World) -> Iterator[Outcome]:
+    """The outcomes of the files, with a progress bar on rank 0 if stderr is a terminal."""
     label = "transcribing" if world.size == 1 else f"transcribing (process 1 of {world.size})"
     hidden = not world.is_main or not sys.stderr.isatty()
-    total = sum(round(file.seconds) for file in mine)
+    total = sum(round(file.seconds) for file in files)
     with tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar:
-        for one in found:
-            yield one
-            bar.update(round(one.file.seconds))
+        for outcome in outcomes:
+            yield outcome
+            bar.update(round(outcome.file.seconds))
 
 
 def transcript_paths(name: str, config: Config) -> dict[str, Path]:
-    """Where the transcripts of a file lie, by format."""
+    """Paths of a file's transcripts, by format."""
     return {form: Path(config.out, f"{name}.{form}") for form in config.format_names}
 
 
 def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
-    """Files whose transcript would have the path of a folder of other transcripts: reason by name.
+    """Reason by name for files whose transcript would have the path of a folder of other transcripts.
 
-    With `a.wav` beside a folder `a.txt`, `a.wav` fails and the files in the folder do not.
+    Next to a folder `a.txt`, `a.wav` fails and the files in the folder do not.
     """
     folders = {parent.as_posix() for file in files for parent in Path(file.name).parents}
-    places = {file.name: [f"{file.name}.{form}" for form in config.format_names if config.out] for file in files}
+    paths = {file.name: [f"{file.name}.{form}" for form in config.format_names if config.out] for file in files}
     return {
-        name: f"its transcript and a folder of other transcripts would both be {place!r}: rename one of them"
-        for name, own in places.items()
-        for place in own
-        if place in folders
+        name: f"its transcript and a folder of other transcripts would both be {path!r}: rename one of them"
+        for name, file_paths in paths.items()
+        for path in file_paths
+        if path in folders
     }
 
 
 def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -> str:
     """Write a transcript. Returns the reason if it cannot be written, else "".
 
-    Raises UserError if no transcript can be written any more.
+    Raises UserError if no further transcript can be written.
     """
     try:
         write_transcript(file, transcript, config)
     except OSError as error:
         if not config.out:
             raise
-        if error.errno in NO_FILE_MORE:
+        if error.errno in FATAL_ERRORS:
             raise UserError(f"out = {config.out}: {error}; free some space and run the same command again") from error
         return f"its transcript cannot be written: {error.filename2 or error.filename}: {error.strerror}"
     return ""
 
 
 def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Config) -> None:
-    """All formats into --out, each complete or not there; or a line to stdout."""
+    """Write a transcript in all formats, each atomically, into --out, or as a line to stdout."""
     if not config.out:
         print(f"{escaped(printable(str(file.path)))}\t{transcript.text}", flush=True)
         if getattr(sys.stdout, "vanished", False):
@@ -323,17 +328,17 @@ def write_transcript(file: AudioFile, transcript: TimedTranscript, config: Confi
 
 
 def printable(name: str) -> str:
-    """A file's name as Unicode: bytes in it that are none are replaced."""
+    """File name with bytes that are not UTF-8 replaced."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def open_log(out: str, rank: int) -> TextIO:
-    """Where a process writes what became of its files, line by line, so that a stop costs those in hand alone."""
+    """Log of a rank's outcomes. Line-buffered: an interruption loses only the recordings of the current batch."""
     return open(Path(out) / f"transcribed-{rank:05d}.jsonl" if out else os.devnull, "a", buffering=1, encoding="utf-8")
 
 
 def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
-    """Names of those that an earlier start has transcribed in the same way. Makes --out."""
+    """Names of files that an earlier run has transcribed under the same key. Creates --out."""
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -351,13 +356,12 @@ def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
 
 
 def collect_state(out: Path) -> dict[str, dict[str, str]]:
-    """The last entry (key, and a reason if it failed) of every file, by name. Puts those of all processes together."""
+    """Last entry (key, and reason if it failed) of each file, by name. Merges the logs of all ranks into one file."""
     entries: dict[str, dict[str, str]] = {}
     parts = sorted(out.glob("transcribed-*.jsonl"))
     for path in (out / STATE, *parts):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            with suppress(ValueError, TypeError, LookupError):  # the line that was being written at a stop
-                entry = json.loads(line)
+        for entry in read_json_lines(path) if path.exists() else ():
+            with suppress(KeyError):
                 entries[entry["name"]] = {"name": entry["name"], "key": entry["key"], "reason": entry["reason"]}
     write_file(out / STATE, "".join(json.dumps(entry) + "\n" for entry in entries.values()))
     for path in parts:
@@ -366,7 +370,7 @@ def collect_state(out: Path) -> dict[str, dict[str, str]]:
 
 
 def write_failed(out: Path, files: Sequence[AudioFile], failed: Mapping[str, str]) -> None:
-    """Write failed.jsonl with path and reason of every file without a transcript; no file if all have one."""
+    """Write failed.jsonl with path and reason of each file without a transcript; delete it if all have one."""
     lines = [{"path": printable(str(f.path)), "reason": failed[f.name]} for f in files if f.name in failed]
     if lines:
         write_file(out / FAILED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -376,12 +380,7 @@ def write_failed(out: Path, files: Sequence[AudioFile], failed: Mapping[str, str
 
 def main() -> int:
     config = parse(Config, description=__doc__)
-    # Who has done his share waits for the others.
-    distributed = DistributedSettings(
-        device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
-    )
-    world = start_world(distributed)
-    warn_of_emulation("inference.precision", config.inference.precision, world)
+    world = start_inference(config.device, config.threads, config.inference)
     failed = transcribe(config, world)
     world.close()
     return 1 if failed else 0

@@ -8,7 +8,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,6 +74,16 @@ def parse_json(content: bytes, place: Path | str) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # invalid UTF-8, invalid JSON, brackets nested a thousand deep
         raise UserError(f"{place}: not JSON in UTF-8 ({error})") from error
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a file with one per line. Other lines, such as one cut off by a crash, are skipped."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            with suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

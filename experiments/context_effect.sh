@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What long context is worth, in small: the same recogniser trained twice on speech whose spelling only the topic of the
-# recording tells (the corpus of homophones), on pieces of seconds and of half a minute; both tested on whole recordings
-# over contexts from 2 s to all.
+# The effect of long context at a small scale: a recogniser is trained twice on speech with homophones whose spelling
+# depends on the topic of the recording, once on segments of 4 s and once on segments of up to 32 s. Both models are
+# evaluated on whole recordings with contexts from 2 s to the whole recording.
 #
 #   bash experiments/context_effect.sh                 about 7 minutes on 2 cores
 #   bash experiments/context_effect.sh --folder DIR    keep everything in DIR (default: runs/context-effect)
 #
-# Ends with a table, a report with all transcripts and the curve, in DIR/results/contexts. Makes .venv and installs
-# requirements.txt first. Finished steps are skipped, interrupted ones continue: after Ctrl-C, or on another day, run
-# the same command again. What it measured for us: docs/context_effect.md.
+# Prints a table and writes a report with all transcripts and the curve into DIR/results/contexts. Creates .venv and
+# installs requirements.txt first. Finished steps are skipped and interrupted ones continue when the same command is run
+# again. Measured results: docs/context_effect.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,11 +21,11 @@ while [ $# -gt 0 ]; do
             exit 0
             ;;
         --folder)
-            [ $# -ge 2 ] || { printf 'error: %s needs a value; --help shows how\n' "$1" >&2; exit 2; }
+            [ $# -ge 2 ] || { printf 'error: %s needs a value; see --help\n' "$1" >&2; exit 2; }
             folder=$2
             shift 2
             ;;
-        --tiny) # for the tests: a few updates of a small model on a minute of speech
+        --tiny) # for the tests: two steps of a small model on a few minutes of speech
             speech=(--train_hours 0.05 --dev_recordings 2 --test_recordings 4 --recording_seconds 20)
             tiny=(--run.steps 2 --run.log_every 1 --encoder.num_layers 1)
             resamples=(--resamples 200)
@@ -45,11 +45,11 @@ processes=$(($(nproc) > 1 ? 2 : 1))
 began=$SECONDS
 headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 
-headline "Speech that only context can spell"
+headline "Speech with homophones"
 $python -m data.prepare homophones "${speech[@]}" --out "$dataset"
 
-# Equal models, updates, seeds, and frames an update; they differ in nothing but the length of the pieces. Pieces are a
-# little shorter than 4 and 32 s, so that with the gaps between them whole ones fill a row of 3,200 frames.
+# The two trainings differ only in the length of the segments: model, seed, steps and frames per step are equal. Segments
+# are slightly shorter than 4 and 32 s, so that a row of 3,200 frames holds them with the gaps between them.
 train() { # NAME CONTEXT more arguments
     local status=0
     headline "Training on $3"
@@ -59,12 +59,12 @@ train() { # NAME CONTEXT more arguments
     [ "$status" != 75 ] || printf '\nStopped. The same command continues: bash experiments/context_effect.sh%s\n' "$again"
     [ "$status" = 0 ] || exit "$status"
 }
-train short 4 "pieces of 4 s" --data.max_seconds 3.9
-train long 32 "pieces of 4 s, then of 32 s" --data.max_seconds 3.9 \
+train short 4 "segments of 4 s" --data.max_seconds 3.9
+train long 32 "segments of 4 s, then of 32 s" --data.max_seconds 3.9 \
     --curriculum '[{after_step: 300, row_frames: 3200, max_seconds: 31.9}]'
 
-headline "Evaluation of both over test contexts"
-$python evaluate.py --export "$folder/short/export" --grid.exports "[$folder/long/export]" \
+headline "Evaluation of both models with all contexts"
+$python -m tools.sweep --export "$folder/short/export" --grid.exports "[$folder/long/export]" \
     --grid.contexts '[2, 4, 8, 16, 32, 64, 0]' --data.dataset "$dataset" --data.split test \
     --out "$folder/results/contexts" "${resamples[@]}"
 

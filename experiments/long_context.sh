@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# How much context does a recogniser need? From downloaded TED-LIUM and Earnings-22 to the table of word error rates:
-# one model a context, each evaluated on whole recordings at the context it was trained with (docs/long_context.md).
+# Word error rate against context length on TED-LIUM and Earnings-22, from the downloaded corpora to the table: one model
+# per context, evaluated on whole recordings with the context that it was trained with (docs/long_context.md).
 #
 #   bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR   datasets; either corpus may be left out
-#   bash experiments/long_context.sh train                                    a seed model, word times, a model a context
-#   bash experiments/long_context.sh evaluate                                 every model on every test set; table, curves
+#   bash experiments/long_context.sh train                                    seed model, word times, a model per context
+#   bash experiments/long_context.sh evaluate                                 all models on all test sets; table, curves
 #
-# Parts of these: `seed` is the seed model and the word times alone, `table` the tables of what is evaluated so far.
+# Parts of these: `seed` trains only the seed model and makes the word times, `table` writes the tables of all results
+# so far.
 #
 #   --folder DIR           keep everything in DIR (default: runs/long-context)
-#   --contexts "512 2048"  frames of context, 100 a second (default: 512 to 360000; evaluate: all that have a model)
-#   --cross                evaluate every model at every context too
-#   --frames N             frames of an update, the same for every context (default: 393216)
-#   --pretrained EXPORT    encoder, such as one of pretrain.py, that the seed model begins from (default: from scratch)
-#   --seed EXPORT          recogniser in place of the seed model: gives the word times, and every model begins from it
+#   --contexts "512 2048"  frames of context, 100 per second (default: 512 to 360000; evaluate: all that have a model)
+#   --cross                evaluate each model with each context
+#   --frames N             frames per optimizer step, for all contexts (default: 393216)
+#   --pretrained EXPORT    encoder from which the seed model is initialised, such as one of pretrain.py (default: none)
+#   --seed EXPORT          recogniser in place of the seed model, for the word times and to initialise all models
 #   --data DATASET         train on this dataset, which has word times, in place of TED-LIUM's talks
 #   --config FILE          recipe of the models (default: configs/fast-115m-long-context-ctc.yaml)
-#   --nproc-per-node N     processes (default: one a GPU; fewer where an update has fewer rows)
-#   -- ARGUMENTS           further settings for data.prepare, finetune_ctc.py or evaluate.py, whichever the command runs
+#   --nproc-per-node N     processes (default: one per GPU; fewer if a step has fewer rows)
+#   -- ARGUMENTS           further settings for data.prepare, finetune_ctc.py, or evaluate.py and tools/sweep.py
 #
-# Finished steps are skipped and interrupted ones continue: after Ctrl-C, or on another day, run the same command again.
+# Finished steps are skipped and interrupted ones continue when the same command is run again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -n "${LONG_CONTEXT_JOB:-}" ]; then # in a job of experiments/long_context.sbatch
@@ -42,14 +43,14 @@ case "$command" in
         exit 0
         ;;
     prepare | seed | train | evaluate | table) shift ;;
-    *) fail "'$command' is no command; there are prepare, train, evaluate, and in parts seed, table (--help)" ;;
+    *) fail "unknown command '$command': give prepare, train or evaluate, or the parts seed or table (see --help)" ;;
 esac
 folder=runs/long-context contexts="" cross="" frames=393216 pretrained="" seed="" data="" tedlium="" earnings22=""
 config=configs/fast-115m-long-context-ctc.yaml processes="" tiny=() more=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --folder | --contexts | --frames | --pretrained | --seed | --data | --config | --tedlium | --earnings22 | --nproc-per-node)
-            [ $# -ge 2 ] || fail "$1 needs a value; --help shows how"
+            [ $# -ge 2 ] || fail "$1 needs a value; see --help"
             name=${1#--}
             [ "$name" != nproc-per-node ] || name=processes
             printf -v "$name" %s "$2"
@@ -59,7 +60,7 @@ while [ $# -gt 0 ]; do
             cross=yes
             shift
             ;;
-        --tiny) # for the tests: two updates of a model of nothing
+        --tiny) # for the tests: two steps of a tiny model
             tiny=(--run.steps 2 --run.log_every 1 --finetune.tokenizer char --finetune.freeze_encoder_steps 0
                 --encoder.dim 16 --encoder.num_layers 1 --encoder.num_heads 2 --encoder.feedforward_dim 16
                 --encoder.subsampling_factor 4 --encoder.subsampling_channels 4 --data.num_workers 0
@@ -75,11 +76,11 @@ while [ $# -gt 0 ]; do
     esac
 done
 for number in $contexts $frames $processes; do
-    [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "'$number' is no number of frames or processes: give whole numbers above 0"
+    [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "'$number' is not a number of frames or processes: give positive integers"
 done
 
 datasets=$folder/datasets models=$folder/models part=""
-task="" # the number of this task in an array of jobs
+task="" # number of this task in a job array
 [ -z "${LONG_CONTEXT_JOB:-}" ] || task=${SLURM_ARRAY_TASK_ID:-}
 all_contexts="512 1024 2048 4096 8192 16384 32768 65536 131072 262144 360000"
 test_sets=(tedlium earnings22 earnings22-full)
@@ -88,21 +89,21 @@ headline() { printf '\n== %s\n' "$1"; }
 is_prepared() { [ -f "$datasets/$1/dataset.json" ]; }
 seconds() { printf '%d.%02d' $(($1 / 100)) $(($1 % 100)); }
 
-# A task of an array finds done what has to be done once: two of them at it would spoil each other's work.
+# Steps that must run once do not run in the tasks of an array, which would overwrite each other's files.
 is_alone() { [ -z "$task" ]; }
 
-# choose LIST: `chosen` are these contexts, or in a task of an array one of them.
-choose() {
+# select_contexts LIST: set `selected` to these contexts, or in a task of an array to one of them.
+select_contexts() {
     local list
     read -ra list <<<"$1"
-    chosen=("${list[@]}")
+    selected=("${list[@]}")
     is_alone && return
     [ "$task" -lt ${#list[@]} ] ||
-        fail "task $task of the array has no context: there are ${#list[@]} ($1), so give --array=0-$((${#list[@]} - 1))"
-    chosen=("${list[task]}")
+        fail "task $task of the array has no context: with ${#list[@]} contexts ($1) give --array=0-$((${#list[@]} - 1))"
+    selected=("${list[task]}")
 }
 
-# --- starting programs: here, or in every task of a job
+# --- starting programs: directly, or in a SLURM job
 
 count_processes() {
     if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
@@ -112,7 +113,7 @@ count_processes() {
     fi
 }
 
-# run SCRIPT ARGUMENTS...: a script that keeps what is done, on all processes.
+# run SCRIPT ARGUMENTS...: run a script that continues after an interruption, on all processes.
 run() {
     if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
         PROCESSES_PER_NODE=$processes requeueing torchrun_on_every_node "$@"
@@ -123,15 +124,15 @@ run() {
     fi
 }
 
-# together COMMAND...: run it to its end; a signal meanwhile goes on to it. A kill of this script alone would else leave
-# it at work, and the same command given again would start a second one on the same files. Its exit status.
+# together COMMAND...: run a command, forward signals to it, and return its exit status. Otherwise the command would go
+# on after a kill of this script, and running the script again would start a second one on the same files.
 together() {
     local status signalled=""
     child=""
     trap 'signalled=yes; [ -z "$child" ] || kill -TERM "$child" || true' HUP INT TERM
     "$@" &
     child=$!
-    [ -z "$signalled" ] || kill -TERM "$child" || true # the signal came before the assignment
+    [ -z "$signalled" ] || kill -TERM "$child" || true # the signal arrived before the assignment
     while :; do # as in stoppable.sh
         signalled=""
         status=0
@@ -142,10 +143,10 @@ together() {
     return "$status"
 }
 
-# requeueing COMMAND...: before the job's time limit the command is ended, and the job requeued to continue it.
+# requeueing COMMAND...: run a command; before the job's time limit, end it and requeue the job, which continues it.
 requeueing() {
     local status=0
-    trap - HUP INT TERM USR1 USR2 # stoppable leaves them ignored, which the command would inherit
+    trap - HUP INT TERM USR1 USR2 # stoppable ignores them, and the command would inherit that
     child=""
     trap '[ -z "$child" ] || { kill "$child"; wait "$child" || true; }; requeue; exit' USR2
     ("$@") &
@@ -155,12 +156,12 @@ requeueing() {
     return "$status"
 }
 
-# train_model NAME ROWS ARGUMENTS...: to its end; this script ends with it where it is stopped.
+# train_model NAME ROWS ARGUMENTS...: train a model to the end; if the training is stopped, this script exits.
 train_model() {
     local run=$models/$1 rows=$2 nodes=1 each=$processes status=0
     shift 2
     if [ -e "$run/finished" ]; then
-        echo "$run is finished; it is trained anew when that folder is removed"
+        echo "$run is finished; remove that folder to train it again"
         return
     fi
     [ -z "${LONG_CONTEXT_JOB:-}" ] || nodes=$SLURM_JOB_NUM_NODES
@@ -187,27 +188,27 @@ train_model() {
 prepare() {
     local release=$tedlium workers=()
     [ -n "$tedlium$earnings22" ] || fail "nothing to prepare: give --tedlium DIR, --earnings22 DIR, or both"
-    # Looked at before hours of work on the first corpus.
+    # Checked before hours of work on the first corpus.
     if [ -n "$tedlium" ]; then
         [ ! -d "$tedlium/legacy" ] || release=$tedlium/legacy
-        [ -d "$release/test/stm" ] || fail "--tedlium $tedlium: there is no test/stm, as all releases of TED-LIUM have it"
+        [ -d "$release/test/stm" ] || fail "--tedlium $tedlium: no test/stm, which all releases of TED-LIUM have"
     fi
     if [ -n "$earnings22" ] && [ ! -f "$earnings22/metadata.csv" ] && [ ! -f "$earnings22/full_transcripts.json" ]; then
-        fail "--earnings22 $earnings22: there is neither metadata.csv nor full_transcripts.json; give the folder earnings22"
+        fail "--earnings22 $earnings22: neither metadata.csv nor full_transcripts.json; give the folder earnings22"
     fi
     [ ${#tiny[@]} = 0 ] || workers=(--workers 1)
     if [ -n "$tedlium" ]; then
         prepare_one tedlium-segments tedlium --folder "$tedlium" --unit segments "${workers[@]}"
         prepare_one tedlium tedlium --folder "$tedlium" "${workers[@]}"
         mkdir -p "$datasets/tedlium-stm"
-        cp "$release"/test/stm/*.stm "$datasets/tedlium-stm/" # to score by, where TED-LIUM itself may be gone
+        cp "$release"/test/stm/*.stm "$datasets/tedlium-stm/" # for scoring, when TED-LIUM itself may have been deleted
     fi
     if [ -n "$earnings22" ]; then
         prepare_one earnings22 earnings22 --folder "$earnings22" "${workers[@]}"
         if [ -f "$earnings22/metadata.csv" ]; then
             prepare_one earnings22-full earnings22-full --folder "$earnings22" "${workers[@]}"
         else
-            echo "The full set of Earnings-22 is left out: this is the long-context paper's copy, which has 12 calls."
+            echo "Skipping the full set of Earnings-22: this is the long-context paper's copy, which has 12 calls."
         fi
     fi
 }
@@ -219,12 +220,12 @@ prepare_one() { # NAME CORPUS ARGUMENTS...
     "${start[@]}" "$PYTHON" -m data.prepare "$2" --out "$datasets/$1" "${@:3}" "${more[@]}"
 }
 
-# The seed model has heard utterances alone. Its work is to say when the words of the talks were spoken, for a talk
-# cannot be cut before; and every context begins from its encoder, so that they differ by their context alone.
+# The seed model is trained on single utterances. It provides the word times without which talks cannot be cut, and the
+# encoder from which the models of all contexts are initialised, so that they differ only in their context.
 train_seed() {
     if [ -z "$seed" ]; then
         is_prepared tedlium-segments || fail "$datasets has no tedlium-segments: run prepare --tedlium DIR, or give --seed"
-        headline "The seed model, on utterances"
+        headline "Seed model on utterances"
         local start=(--finetune.freeze_encoder_steps 0 --finetune.encoder_learning_rate 0 --optimizer.learning_rate 1e-3)
         [ -z "$pretrained" ] || start=(--finetune.init "$pretrained")
         train_model seed $((frames < 3072 ? 1 : frames / 3072)) --data.dataset "$datasets/tedlium-segments" --data.row_frames 3072 \
@@ -234,7 +235,7 @@ train_seed() {
         is_prepared tedlium || fail "$datasets has no tedlium: run prepare --tedlium DIR, or give --data DATASET"
         headline "Word times of the talks"
         local forgiving=()
-        [ ${#tiny[@]} = 0 ] || forgiving=(--alignment.max_cost 1000 --device cpu) # after two updates it hears nothing
+        [ ${#tiny[@]} = 0 ] || forgiving=(--alignment.max_cost 1000 --device cpu) # a model of two steps aligns nothing
         run -m tools.align --data.dataset "$datasets/tedlium" --data.split train --model "$seed_export" \
             --out "$datasets/tedlium-timed" "${forgiving[@]}"
     fi
@@ -244,13 +245,13 @@ train_contexts() {
     if is_alone; then
         train_seed
     elif [ -z "$data" ] && ! is_prepared tedlium-timed; then
-        fail "$datasets has no tedlium-timed: run the command seed before the array of contexts"
+        fail "$datasets has no tedlium-timed: run the command seed before the job array"
     fi
-    choose "${contexts:-$all_contexts}"
+    select_contexts "${contexts:-$all_contexts}"
     local context rows
-    for context in "${chosen[@]}"; do
-        [ "$context" -le "$frames" ] || fail "a context of $context frames does not fit an update of --frames $frames"
-        # As many rows as hold a context each and together exactly the update's frames.
+    for context in "${selected[@]}"; do
+        [ "$context" -le "$frames" ] || fail "a context of $context frames does not fit into a step of --frames $frames"
+        # Rows divide the frames of a step exactly, and each is at least as long as the context.
         rows=$((frames / context))
         while ((frames % rows)); do rows=$((rows - 1)); done
         headline "Context of $context frames: $rows rows of $((frames / rows))"
@@ -260,11 +261,11 @@ train_contexts() {
     done
 }
 
-# has_model CONTEXT: whether there is an export; says so where it may still become a better one.
+# has_model CONTEXT: succeed if the model has an export; print a note if its training is not finished.
 has_model() {
     [ -e "$models/context-$1/export/config.json" ] || return
     [ -e "$models/context-$1/finished" ] ||
-        say "note: the model of context $1 is not trained to its end; the best so far is evaluated"
+        say "note: the training of the model for context $1 is not finished; its best export so far is evaluated"
 }
 
 evaluate() {
@@ -272,19 +273,19 @@ evaluate() {
     for name in "${test_sets[@]}"; do ! is_prepared "$name" || sets+=("$name"); done
     [ ${#sets[@]} -gt 0 ] || fail "$datasets has no test set: run prepare first"
     if [ -z "$cross" ]; then
-        choose "${contexts:-$all_contexts}"
+        select_contexts "${contexts:-$all_contexts}"
     else
-        read -ra chosen <<<"${contexts:-$all_contexts}"
+        read -ra selected <<<"${contexts:-$all_contexts}"
         is_alone || part=$(array_part)
     fi
-    for context in "${chosen[@]}"; do
+    for context in "${selected[@]}"; do
         if has_model "$context"; then
             trained+=("$context")
         elif [ -n "$contexts" ] || ! is_alone; then
             fail "$models/context-$context has no export: train it first, or leave it out of --contexts"
         fi
     done
-    [ ${#trained[@]} -gt 0 ] || fail "$models has no model of any context: run train first"
+    [ ${#trained[@]} -gt 0 ] || fail "$models has no models: run train first"
     for name in "${sets[@]}"; do
         if [ -n "$cross" ]; then
             evaluate_all "$name" "${trained[@]}"
@@ -302,27 +303,28 @@ evaluate_own() { # SET CONTEXT
 }
 
 evaluate_all() { # SET CONTEXTS...
-    headline "Every model at every context: $1"
+    headline "All models with all contexts: $1"
     local context exports="" lengths=""
     for context in "${@:2}"; do
         exports+="${exports:+, }$models/context-$context/export"
         lengths+="${lengths:+, }$(seconds "$context")"
     done
-    evaluate_on "$1" --export "$models/context-$2/export" --grid.exports "[$exports]" --grid.contexts "[$lengths]" \
-        --out "$folder/cross/$1" ${part:+--grid.part "$part"}
+    evaluate_on "$1" --export "$models/context-$2/export" --grid.exports "[$exports]" \
+        --grid.contexts "[$lengths]" --out "$folder/cross/$1" ${part:+--grid.part "$part"}
 }
 
 evaluate_on() { # SET ARGUMENTS...
-    local stm=()
+    local stm=() script=(evaluate.py)
     [ "$1" != tedlium ] || stm=(--stm "$datasets/tedlium-stm")
-    run evaluate.py --data.dataset "$datasets/$1" --data.split test "${stm[@]}" "${@:2}" "${more[@]}"
+    [ -z "$cross" ] || script=(-m tools.sweep)
+    run "${script[@]}" --data.dataset "$datasets/$1" --data.split test "${stm[@]}" "${@:2}" "${more[@]}"
 }
 
-# With curves: report/SET/report.html puts the models side by side, each difference with its significance.
+# The tables, and report/SET/report.html, which compares the models of a test set.
 table() {
     local name model models_of
     for name in "${test_sets[@]}"; do
-        # The shortest context first: the others are compared to it. Of what is finished: others may be at work.
+        # The shortest context comes first, since the others are compared to it. Only finished evaluations.
         mapfile -t models_of < <(
             for model in "$folder/results/$name"/context-*; do
                 [ ! -e "$model/results.json" ] || printf '%s\n' "$model"
@@ -333,7 +335,7 @@ table() {
             "$PYTHON" -m tools.compare --results "${models_of[@]}" --out "$folder/report/$name"
         fi
     done
-    headline "The table"
+    headline "Table"
     "$PYTHON" experiments/long_context_table.py --folder "$folder"
 }
 

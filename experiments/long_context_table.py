@@ -1,9 +1,9 @@
-"""The tables of the long-context recipe, from what experiments/long_context.sh has evaluated so far.
+"""Tables of the long-context recipe, from the results of experiments/long_context.sh so far.
 
     python experiments/long_context_table.py --folder runs/long-context
 
-FOLDER/results/SET/MODEL holds an evaluation of every model at its own context, FOLDER/cross/SET those of every model
-at every context. Writes FOLDER/table.md, which it prints, and FOLDER/table.csv, one line an evaluation.
+FOLDER/results/SET/MODEL has the evaluation of a model with its training context, FOLDER/cross/SET those of each model
+with each context. Prints and writes FOLDER/table.md, and writes FOLDER/table.csv with one row per evaluation.
 """
 
 import argparse
@@ -34,12 +34,12 @@ TEST_SETS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """The word error rate of a model at a context on a test set."""
+    """Word error rate of a model with a test context on a test set."""
 
     test_set: str
-    """folder name, a key of `TEST_SETS`"""
+    """folder name, key of `TEST_SETS`"""
     scored_by: str
-    """'recordings', or 'segments' of the STM"""
+    """'recordings' or, with words aligned within the segments of an STM, 'segments'"""
     trained_frames: int
     """frames of context in training"""
     context_seconds: float
@@ -53,7 +53,7 @@ class Cell:
     num_recordings: int
     audio_seconds_per_second: float
     decoding: str
-    """all else that decides the outcome"""
+    """other settings of the evaluation: mode, overlap, decoder"""
 
     @property
     def column(self) -> str:
@@ -62,11 +62,11 @@ class Cell:
 
 
 def cells_of(test_set: str, folder: Path) -> list[Cell]:
-    """The rates in one results.json. Raises UserError where it is not of one of the recipe's models."""
+    """Error rates of one results.json. Raises UserError if its model is not one of the recipe."""
     results = read_results(folder)
     trained = re.search(r"context-(\d+)$", Path(results["export"]).parent.name)
     if trained is None:
-        raise UserError(f"{folder}: the model {results['export']} is none of the recipe's; move these results away")
+        raise UserError(f"{folder}: the model {results['export']} is not of this recipe; move these results elsewhere")
     inference = results["inference"]
     decoding = f"{inference['mode']}, overlap {inference['overlap']:g}, {results['decoder']['description']}"
     scores = {"recordings": results["scores"]["all"]}
@@ -88,22 +88,22 @@ def cells_of(test_set: str, folder: Path) -> list[Cell]:
 
 
 def counts(words: Mapping[str, int]) -> tuple[int, int]:
-    """Errors and reference words."""
+    """Number of errors, and of reference words."""
     missed = words["substitutions"] + words["deletions"]
     return missed + words["insertions"], missed + words["hits"]
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """All cells below FOLDER/SET, the sets in the order of the table, sorted by context."""
+    """All results in subfolders FOLDER/SET, sorted by test set, training context and test context."""
     sets = [name for name in TEST_SETS if (folder / name).is_dir()]
-    places = [(name, one) for name in sets for one in find_results([folder / name])]
-    check_same_rules({str(one): read_results(one) for _, one in places})
-    found = [cell for name, one in places for cell in cells_of(name, one)]
-    return sorted(found, key=lambda cell: (sets.index(cell.test_set), cell.trained_frames, cell.context_seconds))
+    folders = [(name, path) for name in sets for path in find_results([folder / name])]
+    check_same_rules({str(path): read_results(path) for _, path in folders})
+    cells = [cell for name, path in folders for cell in cells_of(name, path)]
+    return sorted(cells, key=lambda cell: (sets.index(cell.test_set), cell.trained_frames, cell.context_seconds))
 
 
 def length(seconds: float) -> str:
-    """5.1 s, 2.7 min, 60 min."""
+    """Duration such as "5.1 s" or "2.7 min"; "whole" for 0."""
     if seconds == 0:
         return "whole"
     return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
@@ -119,7 +119,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def own_table(cells: Sequence[Cell]) -> str:
-    """A row a context, a column a test set."""
+    """Table with a row per context and a column per test set."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     rates = {(cell.trained_frames, cell.column): rate(cell) for cell in cells}
     contexts = sorted({cell.trained_frames for cell in cells})
@@ -131,7 +131,7 @@ def own_table(cells: Sequence[Cell]) -> str:
 
 
 def cross_tables(cells: Sequence[Cell]) -> str:
-    """For every test set, a row a model and a column a context."""
+    """For each test set a table with a row per model and a column per context."""
     parts = []
     for column in dict.fromkeys(cell.column for cell in cells):
         here = [cell for cell in cells if cell.column == column]
@@ -146,7 +146,7 @@ def cross_tables(cells: Sequence[Cell]) -> str:
 
 
 def page(own: Sequence[Cell], cross: Sequence[Cell]) -> str:
-    """All tables, and under them how they were made."""
+    """All tables, followed by the settings of the evaluations."""
     decoding = "; ".join(dict.fromkeys(cell.decoding for cell in [*own, *cross]))
     text = ""
     if own:
@@ -171,7 +171,7 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     groups: dict[str, list[Any]] = {name: read_cells(folder / name) for name in ("results", "cross")}
     if not any(groups.values()):
-        raise UserError(f"{folder} holds no results: run experiments/long_context.sh evaluate")
+        raise UserError(f"{folder} has no results: run experiments/long_context.sh evaluate")
     text = page(groups["results"], groups["cross"])
     write_file(folder / "table.md", text)
     write_file(folder / "table.csv", table_csv(groups))

@@ -1,16 +1,23 @@
-"""What is said of an evaluation: scores, breakdowns, files. Pure functions of the dataset and of what was heard."""
+"""Scores, breakdowns and result files of an evaluation."""
 
+import csv
+import fcntl
+import hashlib
 import importlib.metadata
+import io
 import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bestrq.long_form.windows import plan_windows
-from bestrq.report.results import FORMAT_VERSION, SCORING
+from bestrq.report.results import FORMAT_VERSION, RESULTS, SCORING, TABLE, TRANSCRIPTS
 from bestrq.scoring.breakdowns import (
     AlignedWord,
     align_timed,
@@ -28,34 +35,36 @@ from bestrq.scoring.stm import (
     words_outside_ignored,
 )
 from bestrq.scoring.word_errors import CorpusScore, RecordingScore, score_by_language, score_recording
-from bestrq.transcripts.transcripts import TimedTranscript
+from bestrq.transcripts.subtitles import SubtitleSettings
+from bestrq.transcripts.transcripts import WRITERS, TimedTranscript
 from bestrq.transcripts.words import TimedWord
 from common.config import to_dict
 from common.errors import UserError
+from common.files import write_file
 from data.format.dataset import Dataset
 from data.word_times.stm import StmSegment, plain_text, read_stm
-from pipelines.evaluation import Cell, Config, stm_files
+from pipelines.evaluation_settings import Config, Evaluation, stm_files
 
 KINDS = {"hit": "=", "substitution": "S", "deletion": "D", "insertion": "I"}
 
 
 def read_segments(stm: str, ids: Sequence[str]) -> dict[str, list[ReferenceSegment]]:
-    """Segments of every recording, in the order of time; empty without an STM.
+    """Segments of each recording, in the order of time; empty without an STM.
 
-    A recording's are those of the file of its name where that holds one recording (in TED-LIUM, names within differ
-    from some files'), or else those with its name in any file. Raises UserError where a recording has none,
-    UserError for bad files.
+    The segments of a recording are those of the file with its name if that file has a single recording (TED-LIUM's
+    names within some files differ from the file names), else those with its name in any file. Raises UserError for a
+    recording without segments or an invalid file.
     """
     by_file: dict[str, list[StmSegment]] = {}
-    found: dict[str, list[StmSegment]] = {}
+    by_recording: dict[str, list[StmSegment]] = {}
     for path in stm_files(stm):
         segments = read_stm(path)
         for segment in segments:
-            found.setdefault(segment.recording, []).append(segment)
+            by_recording.setdefault(segment.recording, []).append(segment)
         if len({segment.recording for segment in segments}) == 1:
             by_file[path.stem] = segments
-    found |= by_file
-    missing = [id for id in ids if id not in found]
+    by_recording |= by_file
+    missing = [id for id in ids if id not in by_recording]
     if stm and missing:
         raise UserError(
             f"stm = {stm}: no segments of {len(missing)} of {len(ids)} recordings, such as {missing[0]!r}: "
@@ -63,108 +72,111 @@ def read_segments(stm: str, ids: Sequence[str]) -> dict[str, list[ReferenceSegme
         )
     return {
         id: [
-            ReferenceSegment(one.start, one.end, plain_text(one.text), one.speaker, one.ignored, one.channel)
-            for one in sorted(found[id], key=lambda one: (one.start, one.end))
+            ReferenceSegment(s.start, s.end, plain_text(s.text), s.speaker, s.ignored, s.channel)
+            for s in sorted(by_recording[id], key=lambda s: (s.start, s.end))
         ]
         for id in (ids if stm else ())
     }
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A recording: what was said, what was heard, and how the two are aligned."""
+class ScoredRecording:
+    """Hypothesis of a recording, its scores, and its alignment with the reference."""
 
     transcript: TimedTranscript
     score: RecordingScore
     by_segments: RecordingScore | None
-    """the same with words aligned within the segments of an STM alone"""
+    """score with words aligned only within the segments of an STM; None without an STM"""
     alignment: list[AlignedWord]
     edges: list[float]
-    """seconds at which one window ends and another begins"""
+    """boundaries between windows, in seconds"""
 
     def line(self) -> str:
-        """Of transcripts.jsonl."""
-        aligned = [[KINDS[one.kind], one.reference, one.hypothesis, round(one.time, 3)] for one in self.alignment]
+        """Line of transcripts.jsonl."""
+        aligned = [[KINDS[w.kind], w.reference, w.hypothesis, round(w.time, 3)] for w in self.alignment]
         return json.dumps({**line_of(self.transcript), "alignment": aligned}, ensure_ascii=False) + "\n"
 
 
 def line_of(transcript: TimedTranscript) -> dict[str, Any]:
-    """A transcript for JSON; `transcript_of` reads it."""
+    """JSON object of a transcript, the inverse of `transcript_of`."""
     words = [
-        [one.word, round(one.start, 3), round(one.end, 3), None if one.confidence is None else round(one.confidence, 4)]
-        for one in transcript.words
+        [w.word, round(w.start, 3), round(w.end, 3), None if w.confidence is None else round(w.confidence, 4)]
+        for w in transcript.words
     ]
     return {"id": transcript.id, "seconds": round(transcript.seconds, 3), "text": transcript.text, "words": words}
 
 
 def transcript_of(line: Mapping[str, Any]) -> TimedTranscript:
-    """The inverse of `line_of`."""
+    """Transcript of a JSON object, the inverse of `line_of`."""
     return TimedTranscript(line["id"], line["seconds"], line["text"], [TimedWord(*word) for word in line["words"]])
 
 
 def evaluate_recording(
-    dataset: Dataset, recording: int, heard: TimedTranscript, segments: Sequence[ReferenceSegment] | None,
+    dataset: Dataset, recording: int, hypothesis: TimedTranscript, segments: Sequence[ReferenceSegment] | None,
     edges: list[float],
-) -> Evaluated:  # fmt: skip
-    """Count the errors, of the whole recording and by segments where there are any."""
+) -> ScoredRecording:  # fmt: skip
+    """Score and align the transcript of a recording, by segment too if there are segments."""
     id, language, speaker = dataset.id(recording), dataset.language(recording), dataset.speaker(recording)
     seconds = int(dataset.frames[recording]) / dataset.features.frames_per_second
     if segments is None:
         text = dataset.text(recording) or ""
-        score = score_recording(id, text, heard.text, language, seconds, speaker)
+        score = score_recording(id, text, hypothesis.text, language, seconds, speaker)
         parts = None
     else:
-        text = " ".join(one.text for one in segments if not one.ignored)
-        score = score_as_whole(id, segments, heard.words, language, seconds)
-        parts = score_by_segments(id, segments, heard.words, language, seconds)
-    # When was an error? Words with times tell best, then segments; without either a word is placed by what was heard
-    # beside it.
-    said = [TimedWord(one.word, one.start, one.end) for one in dataset.words(recording) or ()]
-    if " ".join(one.word for one in said) != text:
-        said = [word for one in segments or () if not one.ignored for word in spread_words(one)]
-    words = words_outside_ignored(segments or (), heard.words)
-    return Evaluated(heard, score, parts, align_timed(said or text, words, language, seconds), edges)
+        text = " ".join(segment.text for segment in segments if not segment.ignored)
+        score = score_as_whole(id, segments, hypothesis.words, language, seconds)
+        parts = score_by_segments(id, segments, hypothesis.words, language, seconds)
+    # The time of an error comes from reference words with times, else from segments, else from the hypothesis words
+    # aligned next to it.
+    reference = [TimedWord(word.word, word.start, word.end) for word in dataset.words(recording) or ()]
+    if " ".join(word.word for word in reference) != text:
+        reference = [word for segment in segments or () if not segment.ignored for word in spread_words(segment)]
+    words = words_outside_ignored(segments or (), hypothesis.words)
+    return ScoredRecording(hypothesis, score, parts, align_timed(reference or text, words, language, seconds), edges)
 
 
 def spread_words(segment: ReferenceSegment) -> list[TimedWord]:
-    """The words of a segment, evenly over its time."""
+    """Words of a segment, spread evenly over its duration."""
     words = segment.text.split()
     width = (segment.end - segment.start) / max(len(words), 1)
     return [TimedWord(w, segment.start + k * width, segment.start + (k + 1) * width) for k, w in enumerate(words)]
 
 
-def window_edges(num_frames: int, cell: Cell, stride: int, frames_per_second: float) -> list[float]:
-    """Seconds at which the output goes over from one window to the next; of averaged windows, their ends."""
-    context = cell.inference.context(stride, frames_per_second)
-    windows = plan_windows(num_frames, context, cell.inference.overlap, stride)
-    if cell.inference.mode == "averaged":
-        ends = {one.start for one in windows[1:]} | {one.stop for one in windows[:-1]}
+def window_edges(num_frames: int, evaluation: Evaluation, stride: int, frames_per_second: float) -> list[float]:
+    """Times in seconds at which the output switches to the next window; for averaged windows, their starts and ends."""
+    context = evaluation.inference.context(stride, frames_per_second)
+    windows = plan_windows(num_frames, context, evaluation.inference.overlap, stride)
+    if evaluation.inference.mode == "averaged":
+        ends = {window.start for window in windows[1:]} | {window.stop for window in windows[:-1]}
         return [end / frames_per_second for end in sorted(ends)]
-    return [one.keep_stop * stride / frames_per_second for one in windows[:-1]]
+    return [window.keep_stop * stride / frames_per_second for window in windows[:-1]]
 
 
 def describe(
-    config: Config, cell: Cell, description: str, dataset: Dataset, found: Sequence[Evaluated],
+    config: Config, evaluation: Evaluation, description: str, dataset: Dataset, scored: Sequence[ScoredRecording],
     cost: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """results.json."""
-    scores = [one.score for one in found]
-    by_segments = [one.by_segments for one in found if one.by_segments is not None]
-    aligned = [one.alignment for one in found]
-    positions = by_position(
-        list(zip(aligned, (one.transcript.seconds for one in found), strict=True)), num_resamples=config.resamples
-    )
-    edges = list(zip(aligned, (one.edges for one in found), strict=True))
-    distances = by_edge_distance(edges, num_resamples=config.resamples) if any(one for _, one in edges) else []
+    """Content of results.json.
+
+    Args:
+        description: of the decoder.
+        cost: time and memory of decoding.
+    """
+    scores = [recording.score for recording in scored]
+    by_segments = [recording.by_segments for recording in scored if recording.by_segments is not None]
+    with_lengths = [(recording.alignment, recording.transcript.seconds) for recording in scored]
+    with_edges = [(recording.alignment, recording.edges) for recording in scored]
+    has_edges = any(edges for _, edges in with_edges)
+    distances = by_edge_distance(with_edges, num_resamples=config.resamples) if has_edges else []
     return {
         "format_version": FORMAT_VERSION,
-        "key": cell.key,
-        "decode_key": cell.decode_key,
-        "name": cell.name,
-        "label": cell.label,
-        "context_seconds": cell.context_seconds,
-        "export": cell.export,
-        "export_hash": cell.export_hash,
+        "key": evaluation.key,
+        "decode_key": evaluation.decode_key,
+        "name": evaluation.name,
+        "label": evaluation.label,
+        "context_seconds": evaluation.context_seconds,
+        "export": evaluation.export,
+        "export_hash": evaluation.export_hash,
         "dataset": {
             "name": dataset.name,
             "path": config.data.dataset,
@@ -172,9 +184,9 @@ def describe(
             "fingerprint": dataset.fingerprint,
             "feature_hash": dataset.features.hash(),
         },
-        "inference": to_dict(cell.inference),
-        "encoder": to_dict(cell.encoder),
-        "decoder": {**to_dict(cell.decoder), "description": description},
+        "inference": to_dict(evaluation.inference),
+        "encoder": to_dict(evaluation.encoder),
+        "decoder": {**to_dict(evaluation.decoder), "description": description},
         "command": shlex.join(["python", *sys.argv]),
         "versions": {
             **{name: importlib.metadata.version(name) for name in ("torch", "jiwer", "whisper-normalizer")},
@@ -185,21 +197,37 @@ def describe(
         "segments": summaries(score_by_language(by_segments, config.resamples)) if by_segments else None,
         "speakers": summaries(by_speaker(scores, config.resamples)),
         "durations": summaries(by_duration(scores, num_resamples=config.resamples)),
-        "positions": [one.summary() for one in positions],
-        "edge_distances": [one.summary() for one in distances],
+        "positions": [part.summary() for part in by_position(with_lengths, num_resamples=config.resamples)],
+        "edge_distances": [part.summary() for part in distances],
         "confusions": asdict(confusions(scores)),
-        "normalisers": normalisers_used((one.normaliser, one.language) for one in scores),
-        "recordings": [one.row() for one in scores],
+        "normalisers": normalisers_used((score.normaliser, score.language) for score in scores),
+        "recordings": [score.row() for score in scores],
     }
 
 
 def summaries(scores: Mapping[str, CorpusScore]) -> dict[str, Any]:
-    """For JSON, by name."""
+    """JSON objects of scores, by name."""
     return {name: score.summary() for name, score in scores.items()}
 
 
+def write_results(folder: Path, results: dict[str, Any], scored: Sequence[ScoredRecording]) -> None:
+    """Write results.csv, transcripts.jsonl and, last, results.json, which marks the evaluation as finished."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(results["recordings"][0]))
+    writer.writeheader()
+    writer.writerows(results["recordings"])
+    write_file(folder / TABLE, table.getvalue())
+    write_file(folder / TRANSCRIPTS, "".join(recording.line() for recording in scored))
+    write_summary(folder, results)
+
+
+def write_summary(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write results.json."""
+    write_file(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+
+
 def row_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of rows.jsonl: what was evaluated, how, and what came out; no texts."""
+    """Row of rows.jsonl: settings, versions, cost and corpus scores, without texts."""
     kept = (
         "key", "name", "label", "context_seconds", "export", "export_hash", "dataset", "inference", "encoder",
         "decoder", "command", "versions", "decoding",
@@ -209,3 +237,36 @@ def row_of(results: Mapping[str, Any]) -> dict[str, Any]:
         "scores": results["scores"]["all"],
         "segments": results["segments"] and results["segments"]["all"],
     }
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to rows.jsonl unless it has a row with this key; the tasks of a job array lock the file.
+
+    If the file cannot be written, only a note is printed: results do not depend on it.
+    """
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            with suppress(OSError):  # some shared file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if not any(f'"key": "{row["key"]}"' in line for line in file):
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        print(f"note: cannot add a row to {path}: {error}", file=sys.stderr)
+
+
+def write_formats(folder: Path, lines: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> None:
+    """Write the transcript of each recording, a line of transcripts.jsonl, in each of the formats."""
+    for transcript in [transcript_of(line) for line in lines if formats]:
+        for form in formats:
+            path = folder / "transcripts" / f"{file_name(transcript.id)}.{form}"
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, WRITERS[form](transcript, SubtitleSettings()))
+
+
+def file_name(id: str) -> str:
+    """File name for a recording id: invalid characters are percent-encoded; a long name ends in a hash of the id."""
+    name = "".join(c if c.isprintable() and c not in "/\\%" else quote(c, safe="") for c in id)
+    if len(name.encode()) <= 200 and name not in (".", ".."):
+        return name
+    return name.encode()[:150].decode(errors="ignore") + "-" + hashlib.sha256(id.encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""An export made ready to decode: what evaluate.py, transcribe.py, tools/align.py and tools/train_ngram.py share.
+"""Exported recognisers, ready to decode: shared by evaluate.py, transcribe.py, tools/sweep.py and tools/align.py.
 
-Exports of finetune_ctc.py hold a CTC model, those of finetune_rnnt.py a transducer, perhaps with a CTC head beside.
+An export of finetune_ctc.py has a CTC model, one of finetune_rnnt.py a transducer, with or without a CTC head.
 """
 
 import hashlib
@@ -16,19 +16,28 @@ from torch import Tensor
 
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.tokens import TimedTokens
-from bestrq.long_form.decoders import BeamCTC, Decoder, DecoderSettings, GreedyCTC, TransducerDecoder, read_fusion
-from bestrq.long_form.inference import Outputs, StreamedOutputs
+from bestrq.long_form.decoders import (
+    BeamCTC,
+    Decoder,
+    DecoderSettings,
+    GreedyCTC,
+    TransducerDecoder,
+    decode_recordings,
+    read_fusion,
+)
+from bestrq.long_form.inference import InferenceSettings, Outputs, Source, StreamedOutputs
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import Export
-from bestrq.training.process import World
+from bestrq.training.precision import warn_of_emulation
+from bestrq.training.process import DistributedSettings, World, start_world
 from bestrq.transcripts.transcripts import TimedTranscript
 from bestrq.transcripts.words import timed_words
 from common.config import from_dict
 from common.errors import UserError
 from common.files import hash_of_file
-from data.features import FeatureSettings
+from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset
 from data.format.normalisation import normalise_into
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
@@ -36,67 +45,76 @@ from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A model in evaluation mode, with what it must be fed."""
+    """Model in evaluation mode, with its tokenizer, features and their normalisation."""
 
     model: CTCModel | TransducerModel
     tokenizer: Tokenizer
     features: FeatureSettings
     normalisation: Literal["recording", "dataset"]
     statistics: tuple[Tensor, Tensor] | None = None
-    """normalisation 'dataset': mean and 1 / standard deviation of the training data, float32 [M] each; None where the
-    export has none, since it is older or was trained on a mixture, whose datasets each have their own"""
+    """normalisation 'dataset': mean and 1 / standard deviation of the training data, float32 [M] each; None if the
+    export has none, because it is older or was trained on a mixture, in which each dataset has its own"""
 
 
 @dataclass(frozen=True)
 class EncoderChanges:
-    """What the encoder of an export sees, in place of what it was trained with; null keeps that."""
+    """Encoder settings that replace those of an export; null keeps the trained value."""
 
     mask: Literal["segment", "window", "causal", "chunk"] | None = None
-    """frames that a frame attends to; 'window' with inference.mode whole is windowed attention in one pass"""
+    """attention mask; 'window' with inference.mode whole is windowed attention in one pass"""
     window: int | None = None
-    """mask 'window': frames of the first stage seen to either side"""
+    """mask 'window': frames of the first stage attended to on each side"""
     chunk_size: int | None = None
-    """mask 'chunk': frames of the first stage in a chunk"""
+    """mask 'chunk': frames of the first stage per chunk"""
     left_chunks: int | None = None
-    """mask 'chunk': chunks seen before a frame's own; -1 for all"""
+    """mask 'chunk': previous chunks attended to; -1 for all"""
     rotary_interpolation: float | None = None
-    """rotary positions are divided by this"""
+    """factor by which rotary positions are divided"""
 
     def apply(self, encoder: EncoderSettings) -> EncoderSettings:
-        """The changed settings. Raises UserError for a value that is not possible, or that the mask ignores."""
-        given = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
-        # Chunks of changing length are for training, and no other mask allows them.
+        """The changed settings. Raises UserError for a value that is invalid or has no effect with the mask."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        # Chunks of random length are for training, and only mask 'chunk' allows them.
         changed = replace(encoder, **given, dynamic_chunks=False) if given else encoder
         for name, mask in (("window", "window"), ("chunk_size", "chunk"), ("left_chunks", "chunk")):
             if name in given and changed.mask != mask:
                 raise UserError(
-                    f"encoder.{name} = {given[name]} changes nothing with mask {changed.mask!r}: "
-                    f"give encoder.mask {mask!r} too"
+                    f"encoder.{name} = {given[name]} has no effect with mask {changed.mask!r}: "
+                    f"also give encoder.mask {mask!r}"
                 )
         return changed
 
 
-def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) -> Recogniser:
-    """The model of an export, on the CPU, its encoder with the changes.
+def start_inference(device: Literal["auto", "cpu", "cuda"], threads: int, inference: InferenceSettings) -> World:
+    """Start the process group of a script that decodes, and warn if the device only emulates the precision."""
+    # Ranks that finish early wait for the others, perhaps for hours.
+    settings = DistributedSettings(device=device, threads=threads, precision="float32", timeout_minutes=24 * 60)
+    world = start_world(settings)
+    warn_of_emulation("inference.precision", inference.precision, world)
+    return world
 
-    Raises UserError when it is no recogniser, or is damaged, or a change is not possible.
+
+def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) -> Recogniser:
+    """Model of an export, on the CPU, with changes to its encoder.
+
+    Raises UserError if it is not a recogniser, is damaged, or a change is invalid.
     """
     config = export.config
     kind = config.get("kind")
     if kind not in ("ctc", "rnnt"):
         raise UserError(
-            f"{export.path} holds a model of kind {kind!r}, not a recogniser: "
+            f"{export.path} has a model of kind {kind!r}, not a recogniser: "
             "give the export of finetune_ctc.py or finetune_rnnt.py"
         )
-    wanted = ("encoder", "vocab_size", "features", "normalisation", *(["transducer"] if kind == "rnnt" else []))
-    missing = [name for name in wanted if config.get(name) is None]
+    required = ("encoder", "vocab_size", "features", "normalisation", *(["transducer"] if kind == "rnnt" else []))
+    missing = [name for name in required if config.get(name) is None]
     if missing:
         raise UserError(f"{export.path / 'config.json'} lacks {', '.join(missing)}: export the model again")
     tokenizer = load_tokenizer(export.path)
     if tokenizer.vocab_size != config["vocab_size"]:
         raise UserError(
             f"{export.path}: the tokenizer has {tokenizer.vocab_size} labels, the model {config['vocab_size']}: "
-            "one of them is another model's"
+            "one of them belongs to another model"
         )
     encoder = changes.apply(from_dict(EncoderSettings, config["encoder"]))
     model: CTCModel | TransducerModel
@@ -126,8 +144,17 @@ def _statistics(export: Export, normalisation: str, features: FeatureSettings) -
     return mean, inverse_std
 
 
+def check_features(features: FeatureSettings, dataset: Dataset) -> None:
+    """Raise UserError, with the fields that differ, if a dataset does not have the features of the model."""
+    if different := difference(features, dataset.features):
+        raise UserError(
+            f"the features of {dataset.location} are not those of the model (model != dataset): "
+            f"{'; '.join(different)}. Prepare the dataset again with the model's features"
+        )
+
+
 def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Callable[[int, int], Tensor]:
-    """A recording's log-mel from a start to a stop, float32 `[stop - start, M]`, as the model was trained to see it."""
+    """Function that reads a recording's log-mel from start to stop, float32 `[stop - start, M]`, normalised."""
     if recogniser.statistics is None:
         normalisation = recogniser.normalisation
         return lambda start, stop: torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation))
@@ -146,16 +173,16 @@ def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Call
 
 
 def timed_transcript(recogniser: Recogniser, id: str, num_frames: int, tokens: TimedTokens) -> TimedTranscript:
-    """Text and words with times of a recording of `num_frames` mel frames."""
+    """Text and timed words of a recording of `num_frames` mel frames."""
     rate, stride = recogniser.features.frames_per_second, recogniser.model.encoder.settings.stride
     seconds = num_frames / rate
     words = timed_words(tokens, recogniser.tokenizer.pieces, stride / rate)
-    words = [replace(word, end=min(word.end, seconds)) for word in words]  # the last frame may reach beyond
+    words = [replace(word, end=min(word.end, seconds)) for word in words]  # the last encoder frame may be padded
     return TimedTranscript(id, seconds, recogniser.tokenizer.decode(tokens.ids), words)
 
 
 def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str) -> Decoder:
-    """The decoder that is asked for. Raises UserError where the model of the folder `export` has none such."""
+    """Decoder with these settings. Raises UserError if the model does not support them; `export`: its folder."""
     model = recogniser.model
     if isinstance(model, TransducerModel) and settings.head != "ctc":
         if model.settings.durations and settings.beam > 1:
@@ -166,31 +193,41 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
         return TransducerDecoder(model, settings, _fusion(recogniser, settings))
     if settings.head == "rnnt":
         raise UserError(
-            f"decoder.head is 'rnnt', but {export} holds a CTC model only: give an export of finetune_rnnt.py"
+            f"decoder.head is 'rnnt', but {export} has only a CTC model: give an export of finetune_rnnt.py"
         )
     log_probs = ctc_outputs(recogniser, export)
     head = model.ctc_head if isinstance(model, TransducerModel) else model.head
-    assert head is not None  # or ctc_outputs would have refused
+    assert head is not None  # else ctc_outputs has raised
     stream = StreamedOutputs(model.encoder, partial(frame_log_probs, head))
     if settings.beam == 1:
         return GreedyCTC(log_probs, stream)
     return BeamCTC(log_probs, settings, _fusion(recogniser, settings), stream=stream)
 
 
+def try_decoding(
+    recogniser: Recogniser, decoder: Decoder, settings: InferenceSettings, device: torch.device | str = "cpu"
+) -> None:
+    """Decode two encoder frames of noise. Raises UserError if model, decoder and settings do not go together."""
+    stride, rate = recogniser.model.encoder.settings.stride, recogniser.features.frames_per_second
+    noise = torch.randn(2 * stride, recogniser.features.num_mels, generator=torch.Generator().manual_seed(0))
+    source = Source(len(noise), lambda start, stop: noise[start:stop], name="noise")
+    list(decode_recordings(decoder, [source], settings, stride, rate, device))
+
+
 def _fusion(recogniser: Recogniser, settings: DecoderSettings) -> Fusion | None:
     path, tokenizer = settings.language_model, recogniser.tokenizer
     if path and not Path(path).is_file():
-        raise UserError(f"decoder.language_model is {path}: there is no such file; tools/train_ngram.py makes one")
+        raise UserError(f"decoder.language_model is {path}: no such file; tools/train_ngram.py makes one")
     return read_fusion(settings, tokenizer.pieces, tokenizer.encode)
 
 
 def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:
-    """The function that gives a model's CTC log-probabilities `[R, T, V]`. Raises UserError where it has none."""
+    """Function that computes CTC log-probabilities `[R, T, V]`. Raises UserError if the model has no CTC head."""
     if not isinstance(recogniser.model, TransducerModel):
         return recogniser.model.log_probs
     if recogniser.model.ctc_head is None:
         raise UserError(
-            f"{export} holds a transducer without a CTC head: train it with transducer.ctc_weight above 0, "
+            f"{export} has a transducer without a CTC head: train it with transducer.ctc_weight above 0, "
             "or give an export of finetune_ctc.py"
         )
     return recogniser.model.ctc_log_probs
@@ -208,12 +245,12 @@ def hash_of_export(export: Export) -> str:
 
 
 def share_out(recordings: Sequence[int], frames: np.ndarray, world: World) -> list[int]:
-    """This rank's part: the longest first, each to the rank with the least to do; a pure function of the lengths."""
+    """This rank's recordings: the longest first, each to the rank with the fewest frames so far; deterministic."""
     loads = np.zeros(world.size, np.int64)
-    mine = []
+    rank_recordings = []
     for i in sorted(recordings, key=lambda i: (-int(frames[i]), i)):
         rank = int(loads.argmin())
         loads[rank] += frames[i]
         if rank == world.rank:
-            mine.append(i)
-    return mine
+            rank_recordings.append(i)
+    return rank_recordings

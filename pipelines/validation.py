@@ -22,9 +22,9 @@ class ValidationSettings:
     split: str = "dev"
     """split of the dataset that is decoded"""
     every_steps: int = 500
-    """updates between two validations; there is also one at the end"""
+    """optimizer steps between two validations; the last step is always validated"""
     max_recordings: int = 0
-    """decode the first so many recordings only; 0 takes all"""
+    """decode only the first N recordings; 0 takes all"""
     best_by: Literal["wer", "cer"] = "wer"
     """error rate by which the best checkpoint is chosen"""
 
@@ -37,7 +37,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class Heldout:
-    """A recording to decode, and what was said in it."""
+    """Held-out recording with its reference."""
 
     id: str
     source: Source
@@ -47,7 +47,7 @@ class Heldout:
 
 @dataclass(frozen=True)
 class Validation:
-    """Corpus rates over all ranks, and one recording to look at."""
+    """Error rates over the recordings of all ranks, and one example."""
 
     wer: float
     cer: float
@@ -64,31 +64,32 @@ def validate(
     frames_per_second: float,
     world: World,
 ) -> Validation:
-    """Decode held-out recordings, split over the ranks, and leave the model in training mode.
+    """Decode held-out recordings, divided among the ranks, and leave the model in training mode.
 
-    The model is the plain one or FSDP's: every rank decodes its own recordings, so under FSDP2, whose forward is a
-    collective, all ranks go through the same number of batches: each decodes everything.
+    Under FSDP2, whose forward is a collective, all ranks must run the same batches: each decodes all recordings.
 
     Args:
-        recordings: the same on all ranks, of similar length side by side.
+        model: the plain or the FSDP2 module.
+        recordings: equal on all ranks; similar lengths next to each other.
         decoder: of the model.
-        text_of: token ids to text.
+        text_of: converts token ids to text.
     """
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    mine = list(recordings) if sharded else list(recordings[world.rank :: world.size])
+    rank_recordings = list(recordings) if sharded else list(recordings[world.rank :: world.size])
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)
     reference = hypothesis = ""
     model.eval()
-    sources = [recording.source for recording in mine]
+    sources = [recording.source for recording in rank_recordings]
     stride = model.encoder.settings.stride
     for index, tokens in decode_recordings(decoder, sources, settings, stride, frames_per_second, world.device):
-        score = score_recording(mine[index].id, mine[index].reference, text_of(tokens.ids), mine[index].language)
+        recording = rank_recordings[index]
+        score = score_recording(recording.id, recording.reference, text_of(tokens.ids), recording.language)
         words, characters = score.words, score.characters
         totals = [words.errors, words.reference_length, characters.errors, characters.reference_length]
         counts += torch.tensor(totals, dtype=torch.float64, device=world.device)
         reference, hypothesis = score.reference, score.hypothesis
     model.train()
     if not sharded:
-        world.sum(counts)
+        counts = world.sum(counts)
     word_errors, num_words, character_errors, num_characters = counts.tolist()
     return Validation(word_errors / max(num_words, 1), character_errors / max(num_characters, 1), reference, hypothesis)

@@ -66,7 +66,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python evaluate.py --export runs/base-120m-rnnt/export --data.dataset datasets/train --out results/rnnt "
     "--decoder.beam 4 --decoder.language_model lm.arpa": Run("--device cpu"),
     "python -m tools.compare --results results/base results/rnnt --out results/compare": Run("--resamples 100"),
-    "python evaluate.py --export runs/base-120m-ctc/export --data.dataset datasets/train --out results/sweep "
+    "python -m tools.sweep --export runs/base-120m-ctc/export --data.dataset datasets/train --out results/sweep "
     "--grid.contexts '[5, 20, 80, 0]'": Run("--device cpu", {"[5, 20, 80, 0]": "[5, 0]"}),
     "bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR": Elsewhere(LONG_CONTEXT),
     "bash experiments/long_context.sh train": Elsewhere(LONG_CONTEXT),

@@ -3,14 +3,14 @@
     python -m tools.align --data.dataset datasets/talks --model runs/ctc/export --out datasets/talks-timed
     torchrun --nproc-per-node 8 -m tools.align --data.dataset datasets/mls --model runs/ctc/export --out datasets/timed
 
-Makes a new dataset: the same recordings (the sound is linked, not copied), their words with start, end and confidence.
-A recording may last hours and have one long transcript: memory stays bounded. Words that are there already are kept,
-unless --realign true. Recordings whose transcript is not what was said are kept without words, and listed.
+Writes a new dataset with the same recordings (shards are linked, not copied) and the start, end and confidence of each
+word. Recordings may last hours and have one long transcript: memory is bounded. Existing word times are kept, unless
+--realign true. Recordings whose transcript does not match the audio are kept without word times, and listed.
 
-The processes share the recordings out. After Ctrl-C the same command goes on where it was.
+The processes share the recordings. After Ctrl-C the same command continues.
 
-Writes into --out: the dataset, unaligned.jsonl (id and reason of every recording that could not be aligned),
-alignment.json (counts and settings); with --words FILE.jsonl also the words, one line a recording.
+Writes into --out: the dataset, unaligned.jsonl (id and reason for each recording that could not be aligned),
+alignment.json (counts and settings). --words FILE.jsonl also writes the words, one line per recording.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
 from bestrq.alignment.alignment import (
@@ -41,18 +42,25 @@ from bestrq.alignment.pieces import STAR, Transcript
 from bestrq.decoding.tokens import BLANK
 from bestrq.long_form.inference import InferenceSettings, Source, excluded_frames, transcribe
 from bestrq.training.export import read_export
-from bestrq.training.precision import warn_of_emulation
-from bestrq.training.process import DistributedSettings, World, start_world
+from bestrq.training.process import World
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
-from common.files import replace_file
+from common.files import read_json_object, replace_file, write_file, write_json
 from common.text import label_words
-from data.features import difference
 from data.format.dataset import Dataset, open_dataset
 from data.shards.derive import Entry, derive
 from data.tokenizer import Tokenizer
 from data.transcripts import Word
-from pipelines.recogniser import Recogniser, ctc_outputs, hash_of_export, load_recogniser, mel_reader, share_out
+from pipelines.recogniser import (
+    Recogniser,
+    check_features,
+    ctc_outputs,
+    hash_of_export,
+    load_recogniser,
+    mel_reader,
+    share_out,
+    start_inference,
+)
 
 FORMAT_VERSION = 1
 SUMMARY, UNALIGNED = "alignment.json", "unaligned.jsonl"
@@ -60,7 +68,7 @@ SUMMARY, UNALIGNED = "alignment.json", "unaligned.jsonl"
 
 @dataclass
 class DataSettings:
-    """Which recordings get word times; the others stay as they are."""
+    """Recordings to align; the others stay unchanged."""
 
     dataset: str = ""
     """dataset folder, made by `python -m data.prepare`"""
@@ -77,21 +85,21 @@ class Config:
     model: str = ""
     """folder of the recogniser, RUN_FOLDER/export of finetune_ctc.py, or of finetune_rnnt.py with a CTC head"""
     out: str = ""
-    """folder of the new dataset, which must not exist"""
+    """folder of the new dataset; must not exist"""
     words: str = ""
-    """file for the words, JSON lines; with it, --out may be missing"""
+    """JSON-lines file for the words; may be given without --out"""
     realign: bool = False
-    """also replace the words of recordings that have word times already"""
+    """also align recordings that already have word times"""
     data: DataSettings = field(default_factory=DataSettings)
     """recordings"""
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
-    """how words are placed, and when a transcript is refused"""
+    """placement of words, and limits for refusing a transcript"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     """context, overlap, batches, precision"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is a GPU"""
-    threads: int = 0
-    """CPU threads of every process; 0 shares the cores among the processes of a machine"""
+    """auto uses CUDA if a GPU is available"""
+    threads: NonNegativeInt = 0
+    """CPU threads per process; 0 divides the cores among the processes of a machine"""
 
     def __post_init__(self) -> None:
         for name, value in (("model", self.model), ("data.dataset", self.data.dataset)):
@@ -102,31 +110,30 @@ class Config:
 
 
 def align(config: Config, world: World) -> None:
-    """The whole alignment, as every process runs it."""
-    # Everything that a user can get wrong comes before any work.
+    """Align all recordings and write the outputs. All processes call it."""
+    # Errors in the settings are raised here, before any work.
     export = read_export(config.model)
     recogniser = load_recogniser(export)
-    ctc_outputs(recogniser, config.model)  # an error now, where there are none
+    ctc_outputs(recogniser, config.model)  # raises if there is no CTC head
     dataset = open_dataset(config.data.dataset)
-    if different := difference(recogniser.features, dataset.features):
-        raise UserError(
-            f"the features of {config.data.dataset} are not those of the model (model != dataset): "
-            f"{'; '.join(different)}. Prepare the dataset again with the model's features"
-        )
+    check_features(recogniser.features, dataset)
     if config.out:
-        _ = dataset.path  # the sound is linked from there: a UserError now where that cannot be
-    chosen = dataset.select(config.data.split or None, config.data.language or None)
+        _ = dataset.path  # raises if the dataset is not a local folder, whose shards can be linked
+    selected = dataset.select(config.data.split or None, config.data.language or None)
     export_hash = world.broadcast(hash_of_export(export) if world.is_main else None)
     key = key_of(config, export_hash, dataset)
     if is_finished(config, key):
         if world.is_main:
             print(f"{config.out} holds this alignment already; remove it to align again")
         return
-    wanted = [int(i) for i in chosen if config.realign or not dataset.words(i)]
-    spoken = [i for i in wanted if dataset.text(i) is not None]
-    if not spoken:
-        kept = f"{len(chosen) - len(wanted)} of {len(chosen)} have words already, the others no transcript"
-        raise UserError(f"{dataset.location}: nothing to align: {kept}; --realign true makes those words anew")
+    without_times = [int(i) for i in selected if config.realign or not dataset.words(i)]
+    with_text = [i for i in without_times if dataset.text(i) is not None]
+    if not with_text:
+        num_timed = len(selected) - len(without_times)
+        raise UserError(
+            f"{dataset.location}: nothing to align: {num_timed} of {len(selected)} have word times already, the others "
+            "no transcript; --realign true replaces the word times"
+        )
     work = work_folder(config)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -134,56 +141,55 @@ def align(config: Config, world: World) -> None:
         raise UserError(f"{work}: cannot make this folder ({error}); choose another --out") from error
 
     results = Results(work, key, len(dataset))
-    world.barrier()  # nobody writes before all have read the same
-    left = [i for i in spoken if not results.has(i)]
-    if world.is_main and len(left) < len(spoken):
-        print(f"going on: {len(spoken) - len(left)} of {len(spoken)} recordings are done already")
+    world.barrier()  # all ranks have read the same logs before one appends to its own
+    remaining = [i for i in with_text if not results.has(i)]
+    if world.is_main and len(remaining) < len(with_text):
+        print(f"continuing: {len(with_text) - len(remaining)} of {len(with_text)} recordings are already aligned")
+    rank_recordings = share_out(remaining, dataset.frames, world)
     with open_log(work / f"{key[:16]}-{world.rank:05d}.jsonl") as log:
-        for i, result in align_recordings(recogniser, dataset, share_out(left, dataset.frames, world), config, world):
+        for i, result in align_recordings(recogniser, dataset, rank_recordings, config, world):
             log.write(json.dumps({"number": i, **result}).encode() + b"\n")
     world.barrier()
     if world.is_main:
-        finish(config, dataset, Results(work, key, len(dataset)), wanted, key, export_hash, world.size)
+        finish(config, dataset, Results(work, key, len(dataset)), without_times, key, export_hash, world.size)
         shutil.rmtree(work)
     world.barrier()
 
 
 def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
-    """Names what was computed: under one key a recording's words are the same. Batches are no part of it."""
+    """Key of everything that determines the words of a recording; the batch size does not."""
     inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
     if inference["mode"] == "buffered":
-        del inference["mode"]  # as it was before there were others: what was aligned then counts
+        del inference["mode"]  # keeps the keys of versions that had only this mode
     content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, to_dict(config.alignment)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def choice_of(config: Config) -> dict[str, Any]:
-    """The settings that choose recordings."""
+    """Settings that select recordings."""
     return {"split": config.data.split, "language": config.data.language, "realign": config.realign}
 
 
 def is_finished(config: Config, key: str) -> bool:
-    """Whether --out is the outcome of this very command. Raises UserError where it is anything else."""
+    """Return whether --out is the finished output of these settings. Raises UserError if it is anything else."""
     out = Path(config.out)
     if not config.out or not out.exists():
         return False
-    try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = None
-    if isinstance(summary, dict) and summary.get("key") == key and summary.get("choice") == choice_of(config):
-        return True
-    raise UserError(f"out = {config.out}: exists already and is another dataset; choose another folder")
+    with suppress(UserError):
+        summary = read_json_object(out / SUMMARY)
+        if summary.get("key") == key and summary.get("choice") == choice_of(config):
+            return True
+    raise UserError(f"out = {config.out}: already exists and is another dataset; choose another folder")
 
 
 def work_folder(config: Config) -> Path:
-    """Where results are kept while the work lasts: beside --out, so that renaming it into place is atomic."""
+    """Folder for results until the alignment is finished, next to --out, so that a rename into place is atomic."""
     target = Path(config.out or config.words)
     return target.with_name(f"{target.name}.align")
 
 
 class Results:
-    """What the processes of all starts have written, by the recording's number; words stay on disk."""
+    """Results that all ranks have logged in this and earlier runs, by recording number; words stay on disk."""
 
     def __init__(self, work: Path, key: str, num_recordings: int) -> None:
         self._paths = sorted(work.glob(f"{key[:16]}-*.jsonl"))
@@ -192,7 +198,7 @@ class Results:
             offset = 0
             with open(path, "rb") as file:
                 for line in file:
-                    # A process may have been stopped in the middle of a line.
+                    # An interrupted process may have left an incomplete line.
                     with suppress(ValueError, TypeError, LookupError):
                         self._place[json.loads(line)["number"]] = number, offset
                     offset += len(line)
@@ -201,8 +207,8 @@ class Results:
         return bool(self._place[recording, 0] >= 0)
 
     def __getitem__(self, recording: int) -> dict[str, Any]:
-        """`words` (lists as `Word`) and `cost`, or `reason`; only recordings with a transcript are ever worked on."""
-        if not self.has(recording):
+        """`words` (lists of the fields of `Word`) and `cost`, or `reason`."""
+        if not self.has(recording):  # only recordings with a transcript are aligned
             return {"reason": "there is no transcript"}
         number, offset = self._place[recording]
         with open(self._paths[number], "rb") as file:
@@ -212,7 +218,7 @@ class Results:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """A file to append lines to, each written at once; a half line of a stopped process is ended first."""
+    """Open an unbuffered log file for appending, and terminate an incomplete last line."""
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 - the caller closes it
     if file.tell():
         file.seek(-1, os.SEEK_END)
@@ -222,41 +228,42 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def align_recordings(
-    recogniser: Recogniser, dataset: Dataset, mine: list[int], config: Config, world: World
+    recogniser: Recogniser, dataset: Dataset, recordings: list[int], config: Config, world: World
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """This rank's recordings, each as soon as it is aligned: its number, and `words` or a `reason`."""
+    """Yield the number of each recording as soon as it is aligned, with `words` and `cost` or with a `reason`."""
     frames_per_second = dataset.features.frames_per_second
     model = recogniser.model.to(world.device)
     log_probs = ctc_outputs(recogniser, config.model)
-    factor = model.encoder.settings.stride
+    stride = model.encoder.settings.stride
     vocab_size = recogniser.tokenizer.vocab_size
 
-    # What is excluded is not in the transcript: it becomes silence.
+    # Excluded intervals are not in the transcript; their frames become blanks.
     sources = [
-        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ()) for i in mine
+        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ())
+        for i in recordings
     ]
     spool = LogProbSpool(vocab_size)
     outputs = transcribe(
-        log_probs, sources, config.inference, factor, frames_per_second, world.device, reduce=spool.keep
+        log_probs, sources, config.inference, stride, frames_per_second, world.device, reduce=spool.keep
     )  # fmt: skip
     total = round(sum(source.num_frames for source in sources) / frames_per_second)
     label = "aligning" if world.size == 1 else f"aligning (process 1 of {world.size})"
     hidden = not world.is_main or not sys.stderr.isatty()
     with tqdm(total=total, unit="audio-s", desc=label, disable=hidden) as bar:
         for index, best in outputs:
-            i = mine[index]
+            i = recordings[index]
             words = (dataset.text(i) or "").split()
             transcript = labels_of(words, recogniser.tokenizer, dataset.language(i))
             duration = sources[index].num_frames / frames_per_second
             if len(transcript.ids):
-                excluded = excluded_frames(sources[index], len(best), frames_per_second / factor)
+                excluded = excluded_frames(sources[index], len(best), frames_per_second / stride)
                 read = blank_excluded(spool.read, excluded.numpy())
                 best = best.masked_fill(excluded, BLANK)
                 placed = align_words(read, best.numpy(), transcript, vocab_size, config.alignment)
                 reason = refusal(placed, transcript, len(best), config.alignment)
-                times = word_times(placed, factor / frames_per_second, duration, config.alignment)
+                times = word_times(placed, stride / frames_per_second, duration, config.alignment)
                 columns = (column.round(3).tolist() for column in (*times, placed.confidence))
-                timed = [Word(*one) for one in zip(words, *columns, strict=True)]
+                timed = [Word(*fields) for fields in zip(words, *columns, strict=True)]
                 yield i, {"reason": reason} if reason else {"words": timed, "cost": round(placed.cost, 3)}
             else:
                 yield i, {"reason": "the transcript is empty"}
@@ -265,22 +272,18 @@ def align_recordings(
 
 
 def labels_of(words: list[str], tokenizer: Tokenizer, language: str) -> Transcript:
-    """Labels of words as they are written; a word that the tokenizer cannot write is a star, punctuation has none."""
+    """Labels of each word; a star for a word that the tokenizer cannot encode, none for punctuation."""
     known: dict[str, list[int]] = {}
-    labels = label_words(words, language)
-    for label in labels:
-        if label not in known:
-            known[label] = labels_of_word(label, tokenizer)
-    return Transcript.of([known[label] for label in labels], encode(" ", tokenizer) or [])
-
-
-def labels_of_word(text: str, tokenizer: Tokenizer) -> list[int]:
-    labels = encode(text, tokenizer)
-    return [STAR] if labels is None else labels
+    texts = label_words(words, language)
+    for text in texts:
+        if text not in known:
+            labels = encode(text, tokenizer)
+            known[text] = [STAR] if labels is None else labels
+    return Transcript.of([known[text] for text in texts], encode(" ", tokenizer) or [])
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int] | None:
-    """Labels of a text, or None where they do not spell it."""
+    """Labels of a text, or None if the tokenizer cannot encode it without loss."""
     try:
         labels = tokenizer.encode(text)
     except UserError:
@@ -289,13 +292,14 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int] | None:
 
 
 def finish(
-    config: Config, dataset: Dataset, results: Results, wanted: list[int], key: str, export_hash: str, world_size: int
-) -> None:
-    """The new dataset, its two lists, and the file of words; all of them complete or not there."""
+    config: Config, dataset: Dataset, results: Results, recordings: list[int], key: str, export_hash: str,
+    world_size: int,
+) -> None:  # fmt: skip
+    """Write the new dataset with its two lists, and the file of words, each atomically."""
     reasons: Counter[str] = Counter()
     unaligned: list[dict[str, str]] = []
     totals: dict[str, float] = {"recordings": 0, "seconds": 0.0, "words": 0, "confidence": 0.0, "guessed_words": 0}
-    for i in wanted:
+    for i in recordings:
         result = results[i]
         if "reason" in result:
             unaligned.append({"id": dataset.id(i), "reason": result["reason"]})
@@ -313,18 +317,17 @@ def finish(
         "command": shlex.join(["python", *sys.argv]), "world_size": world_size,
         "aligned": {name: value for name, value in totals.items() if name != "confidence"},
         "mean_confidence": round(totals["confidence"] / max(1, totals["words"]), 4),
-        "unaligned": dict(reasons), "left_as_they_were": len(dataset) - len(wanted),
+        "unaligned": dict(reasons), "left_as_they_were": len(dataset) - len(recordings),
     }  # fmt: skip
     if config.words:
-        write_words(Path(config.words), dataset, results, wanted)
+        write_words(Path(config.words), dataset, results, recordings)
     if config.out:
         folder = work_folder(config) / "dataset"
-        shutil.rmtree(folder, ignore_errors=True)  # of a start that was stopped here
-        derive(folder, entries(dataset, results, wanted), name=Path(config.out).name)
-        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in unaligned)
-        for name, content in ((UNALIGNED, lines), (SUMMARY, json.dumps(summary, indent=1) + "\n")):
-            with replace_file(folder / name) as file:
-                file.write(content.encode())
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted here
+        derive(folder, entries(dataset, results, recordings), name=Path(config.out).name)
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in unaligned)
+        write_file(folder / UNALIGNED, lines)
+        write_json(folder / SUMMARY, summary)
         os.replace(folder, config.out)
     print(
         f"aligned: {totals['recordings']:,} recordings, {totals['seconds'] / 3600:,.1f} h, {totals['words']:,} words "
@@ -333,25 +336,25 @@ def finish(
     for reason, count in reasons.most_common():
         print(f"not aligned, kept without words: {count:,} recordings: {reason}")
     if config.out:
-        print(f"dataset: {config.out}; what was not aligned: {Path(config.out) / UNALIGNED}")
+        print(f"dataset: {config.out}; recordings that were not aligned: {Path(config.out) / UNALIGNED}")
 
 
-def entries(dataset: Dataset, results: Results, wanted: list[int]) -> Iterator[Entry]:
-    """Every recording of the dataset, with its new words where there are any."""
-    anew = set(wanted)
+def entries(dataset: Dataset, results: Results, recordings: list[int]) -> Iterator[Entry]:
+    """Entries of all recordings of the dataset, those of `recordings` with their new words."""
+    changed = set(recordings)
     for i in range(len(dataset)):
         recording = dataset.recording(i)
-        if i in anew:
+        if i in changed:
             result = results[i]
             recording = replace(recording, words=None if "reason" in result else [Word(*w) for w in result["words"]])
         yield dataset, i, recording
 
 
-def write_words(path: Path, dataset: Dataset, results: Results, wanted: list[int]) -> None:
-    """One JSON line a recording: its id and its words, or the reason why there are none."""
+def write_words(path: Path, dataset: Dataset, results: Results, recordings: list[int]) -> None:
+    """Write one JSON line per recording: its id, and its words or the reason why it has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
-        for i in wanted:
+        for i in recordings:
             result = results[i]
             words = None if "reason" in result else [Word(*word)._asdict() for word in result["words"]]
             line = {"id": dataset.id(i), "words": words, "cost": result.get("cost"), "reason": result.get("reason")}
@@ -360,12 +363,7 @@ def write_words(path: Path, dataset: Dataset, results: Results, wanted: list[int
 
 def main() -> None:
     config = parse(Config, description=__doc__)
-    # Who has done his share waits for the others, and all for the writing of the dataset: hours rather than minutes.
-    distributed = DistributedSettings(
-        device=config.device, threads=config.threads, precision="float32", timeout_minutes=24 * 60
-    )
-    world = start_world(distributed)
-    warn_of_emulation("inference.precision", config.inference.precision, world)
+    world = start_inference(config.device, config.threads, config.inference)
     align(config, world)
     world.close()
 

@@ -1,10 +1,10 @@
-"""An n-gram language model of transcripts, for decoding with a recogniser: an ARPA file over its tokenizer's pieces.
+"""N-gram language model of transcripts for beam search with a recogniser: an ARPA file over its tokenizer's pieces.
 
     python -m tools.train_ngram --export runs/ctc/export --data.dataset datasets/synthetic --order 4 --out lm.arpa
     python -m tools.train_ngram --export runs/ctc/export --data.dataset datasets/calls --texts news.txt --out lm.arpa.gz
 
-Texts are normalised as for training the recogniser and split with its tokenizer; of the export nothing else is read.
-Smoothing is interpolated Witten-Bell. Printed are the n-grams of every order and the perplexity on a held-out split.
+Texts are normalised as in the recogniser's training and split with its tokenizer, the only file read from the export.
+Smoothing is interpolated Witten-Bell. Prints the number of n-grams per order and the perplexity on a held-out split.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,30 +22,30 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class DataSettings:
-    """Whose transcripts the model is trained on."""
+    """Transcripts to train on."""
 
     dataset: str = ""
-    """dataset folder, made by `python -m data.prepare`; with --texts it may be missing"""
+    """dataset folder, made by `python -m data.prepare`; optional with --texts"""
     split: str = "train"
     """split of the dataset"""
     language: str = ""
-    """only recordings of this language; empty takes all. The texts of --texts are normalised as this language too"""
+    """only recordings of this language; empty takes all. Also the language by which --texts are normalised"""
 
 
 @dataclass
 class Config:
-    """An n-gram language model over a recogniser's tokens."""
+    """N-gram language model over a recogniser's tokens."""
 
     export: str = ""
     """folder of the recogniser, RUN_FOLDER/export of a fine-tuning script; only its tokenizer is read"""
     out: str = "lm.arpa"
-    """the ARPA file; gzipped if it ends in .gz"""
+    """ARPA file to write; gzipped if the name ends in .gz"""
     order: int = 4
-    """length of the longest n-grams, in tokens"""
+    """maximum length of n-grams in tokens, 1 to 10"""
     texts: str = ""
-    """more text to train on, UTF-8, a sentence a line"""
+    """further text to train on, UTF-8, one sentence per line"""
     heldout_split: str = "dev"
-    """split of the dataset for the perplexity; empty measures none"""
+    """split of the dataset for the perplexity; empty skips it"""
     data: DataSettings = field(default_factory=DataSettings)
     """transcripts"""
 
@@ -63,8 +63,8 @@ class Config:
 
 
 def build(config: Config) -> None:
-    """Train, write, read back, measure."""
-    # Everything that a user can get wrong comes before any work.
+    """Train the model, write it, read it back and compute the perplexity."""
+    # Errors in the settings are raised here, before any work.
     tokenizer = load_tokenizer(config.export)
     train: list[list[int]] = []
     heldout: list[list[int]] = []
@@ -76,7 +76,7 @@ def build(config: Config) -> None:
                 held = transcripts(dataset, config.heldout_split, config.data.language)
                 heldout += encode(held, tokenizer, config.heldout_split)
             except UserError as error:
-                raise UserError(f"heldout_split = {config.heldout_split}: {error}; '' measures none") from error
+                raise UserError(f"heldout_split = {config.heldout_split}: {error}; '' skips the perplexity") from error
     if config.texts:
         train += encode(lines(config.texts, config.data.language), tokenizer, config.texts)
     out = Path(config.out)
@@ -95,21 +95,21 @@ def build(config: Config) -> None:
     print(f"trained on {size(train)}")
     orders = ", ".join(f"{count:,} of order {n}" for n, count in enumerate(estimate.num_ngrams, 1))
     print(f"n-grams: {orders}")
-    model = read_arpa(out, tokenizer.pieces)  # the file as others will read it
+    model = read_arpa(out, tokenizer.pieces)  # the file itself, so that the perplexity also checks what was written
     if heldout:
         print(f"perplexity per token on {config.heldout_split}: {perplexity(model, heldout):.2f}, {size(heldout)}")
     print(f"language model: {out}")
 
 
 def transcripts(dataset: Dataset, split: str, language: str) -> Iterator[tuple[str, str]]:
-    """(name, label text) of a split's recordings; empty where a recording has no transcript."""
+    """(name, label text) of a split's recordings; the text is empty for a recording without a transcript."""
     for recording in dataset.select(split, language or None).tolist():
         text = dataset.text(recording) or ""
         yield f"recording {dataset.id(recording)!r}", label_text(text, dataset.language(recording))
 
 
 def lines(path: str, language: str) -> Iterator[tuple[str, str]]:
-    """(name, label text) of a file's lines."""
+    """(name, label text) of each line of a file."""
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -119,9 +119,10 @@ def lines(path: str, language: str) -> Iterator[tuple[str, str]]:
 
 
 def encode(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, source: str) -> list[list[int]]:
-    """Token ids of all texts that hold something the recogniser can write; how many do not is printed, with the first.
+    """Token ids of texts.
 
-    Raises UserError where none is left.
+    Empty texts and texts that the tokenizer cannot encode are left out; the number of the latter is printed. Raises
+    UserError if no text is left.
     """
     encoded, refused, empty = [], [], 0
     for name, text in texts:
@@ -140,13 +141,13 @@ def encode(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, source: str) 
     if not encoded:
         raise UserError(
             f"{source}: no text is left ({empty} empty, {len(refused)} with characters that the tokenizer does not "
-            "know): give other texts, or the export whose tokenizer knows them"
+            "have): give other texts, or an export whose tokenizer has these characters"
         )
     return encoded
 
 
 def size(sequences: list[list[int]]) -> str:
-    """How much text that is; the end of a text counts as a token."""
+    """Number of texts and tokens, for printing; the end of a text counts as a token."""
     return f"{len(sequences):,} texts, {sum(map(len, sequences)) + len(sequences):,} tokens"
 
 

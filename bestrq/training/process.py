@@ -163,6 +163,17 @@ class World:
         dist.broadcast(buffer, src=0)
         return json.loads(bytes(buffer.tolist()).decode())
 
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's JSON-able value in the order of ranks, on rank 0; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        content = json.dumps(value).encode()
+        # Each rank fills its own row of zeros, so the sum over ranks has all rows: bytes of JSON, no pickle.
+        rows = torch.zeros(self.size, int(self.max(len(content))), dtype=torch.uint8, device=self.device)
+        rows[self.rank, : len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        rows = self.sum(rows)
+        return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in rows.cpu()] if self.is_main else []
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.any(False)

@@ -21,6 +21,7 @@ from bestrq.decoding.ngram_training import Estimate, train_ngram, write_arpa
 from common.errors import UserError
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from tests.fuzzed import damaged
+from tests.paths import REPOSITORY
 from tests.tiny import WORDS, make_dataset
 from tools import train_ngram as script
 
@@ -312,9 +313,9 @@ def test_the_script_makes_a_model_that_foresees_heldout_text(
 
 def test_the_script_runs_from_the_command_line(dataset: Path, tmp_path: Path) -> None:
     configure(tmp_path, dataset)
-    command = [sys.executable, script.__file__, "--export", tmp_path / "export", "--data.dataset", dataset]
+    command = [sys.executable, "-m", "tools.train_ngram", "--export", tmp_path / "export", "--data.dataset", dataset]
     command += ["--order", "2", "--out", tmp_path / "made" / "lm.arpa.gz"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert read_arpa(tmp_path / "made" / "lm.arpa.gz", TOKENIZERS["char"].pieces).order == 2
 

@@ -1,4 +1,4 @@
-"""experiments/context_effect.sh and the table that it ends with, on results made by hand."""
+"""experiments/context_effect.sh and its table, with constructed results."""
 
 import importlib.util
 import json
@@ -52,16 +52,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_errors_of_homophones_are_told_from_those_of_other_words(folder: Path) -> None:
-    """Of 18 words 5 are homophones; two of these are written wrongly, and once two words are not heard."""
+def test_errors_of_homophones_are_separate_from_those_of_other_words(folder: Path) -> None:
+    """5 of 18 words are homophones; two of these are misspelled, and one hypothesis lacks two words."""
     cells = script.read_cells(folder)
     scores = {cell: script.score_homophones(one, 100) for cell, one in cells.items()}
-    spelled, missed = scores[("short", 4.0)], scores[("long", 4.0)]
-    assert spelled.wer == pytest.approx(2 / 18)
-    assert spelled.homophone_errors == pytest.approx(2 / 5)
-    assert spelled.other_errors == 0
+    misspelled, missed = scores[("short", 4.0)], scores[("long", 4.0)]
+    assert misspelled.wer == pytest.approx(2 / 18)
+    assert misspelled.homophone_errors == pytest.approx(2 / 5)
+    assert misspelled.other_errors == 0
     assert missed.wer == pytest.approx(3 / 18)
-    assert missed.homophone_errors == pytest.approx(2 / 5), "one not heard, one written wrongly"
+    assert missed.homophone_errors == pytest.approx(2 / 5), "one deleted, one misspelled"
     assert missed.other_errors == pytest.approx(1 / 13)
 
 
@@ -73,7 +73,7 @@ def test_the_models_are_compared_each_at_its_own_context_and_at_every_common_one
         "4": pytest.approx(1 / 18),
         "0": pytest.approx(-2 / 18),
     }
-    assert script.verdict(found).startswith("long at 32 s less short at 4 s: -5.6 points of WER (")
+    assert script.verdict(found).startswith("long at 32 s minus short at 4 s: -5.6 points of WER (")
 
 
 def test_the_table_has_a_line_for_every_context_and_whole_recordings_come_last(folder: Path) -> None:
@@ -85,28 +85,26 @@ def test_the_table_has_a_line_for_every_context_and_whole_recordings_come_last(f
 
 
 @pytest.mark.parametrize(
-    ("own", "complaint"),
+    ("own", "message"),
     [
         (["short=4", "long"], "--own long: write NAME=SECONDS"),
         (["short=5", "long=32"], "--own short=5 was not evaluated"),
     ],
 )
-def test_a_wrong_own_context_is_named(folder: Path, own: list[str], complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
+def test_a_wrong_own_context_is_named(folder: Path, own: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         script.effect(script.read_cells(folder), script.parse_own(own), 100)
 
 
 def test_results_of_another_corpus_are_refused(folder: Path) -> None:
     cells = script.read_cells(folder)
-    with pytest.raises(UserError, match="no homophone"):
+    with pytest.raises(UserError, match="no homophones"):
         script.score_homophones(cells[("short", 4.0)][:0], 100)
 
 
-@pytest.mark.parametrize(("arguments", "status", "said"), [(["--help"], 0, "context_effect.sh"), (["--x"], 2, "'--x'")])
-def test_the_script_explains_itself_and_refuses_what_it_does_not_know(
-    arguments: list[str], status: int, said: str
-) -> None:
+@pytest.mark.parametrize(("arguments", "status", "text"), [(["--help"], 0, "context_effect.sh"), (["--x"], 2, "'--x'")])
+def test_the_script_prints_help_and_refuses_unknown_arguments(arguments: list[str], status: int, text: str) -> None:
     done = subprocess.run(
         ["bash", REPOSITORY / "experiments/context_effect.sh", *arguments], capture_output=True, text=True
     )
-    assert done.returncode == status and said in done.stdout + done.stderr
+    assert done.returncode == status and text in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""long_context.sh: from corpora as published to the table; its rows, its tasks of an array, its mistakes."""
+"""long_context.sh: from published corpora to the table; rows per step, tasks of a job array, errors."""
 
 import csv
 import json
@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from corpora_speech import encoded, put, speech
-from quick_python import quick_python
-from test_launch import REPOSITORY, SCONTROL, SRUN, Running, write_program
 
 from bestrq.report.results import FORMAT_VERSION
 from data.format.dataset import open_dataset
 from data.splits import published_split
+from tests.corpora_speech import encoded, put, speech
+from tests.launch.test_launch import SCONTROL, SRUN, Running, write_program
+from tests.paths import REPOSITORY
 from tests.patience import wait_until
+from tests.quick_python import quick_python
 
+CONTEXTS, EVALUATE = "experiments/long_context.sbatch", "launch/evaluate.sbatch"
 FINISH = ("experiments/long_context_table.py", "-m tools.compare")
 STM = """\
 {0} 1 inter_segment_gap 0 0.50 <o,,unknown> ignore_time_segment_in_scoring
@@ -36,7 +38,7 @@ METADATA = "File ID,Country by Ticker,Major Dialect Family\n"
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TED-LIUM with every talk of dev and test and two of train, Earnings-22 with its 12 calls and one more; tiny."""
+    """Tiny TED-LIUM with all talks of dev and test and two of train, and Earnings-22 with its 12 calls and another."""
     folder = tmp_path_factory.mktemp("downloaded")
     sound = np.zeros(8 * 16000, np.float32)
     spoken = speech("share with you a discovery")
@@ -58,7 +60,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
-    scripts = ("evaluate", "align", "finetune_ctc", "data.prepare_cli", "data.corpora.tedlium")
+    scripts = ("evaluate", "tools.align", "finetune_ctc", "data.prepare", "data.corpora.tedlium")
     with quick_python(
         *scripts, "pandas", "torch._dynamo", "torch.utils.tensorboard", "docstring_parser", "attr"
     ) as path:
@@ -66,7 +68,7 @@ def python() -> Iterator[Path]:
 
 
 def recipe(python: Path, *arguments: str | Path) -> str:
-    """Runs a command of the recipe. Its output."""
+    """Run a command of the recipe. Returns its output."""
     done = subprocess.run(
         ["bash", "experiments/long_context.sh", *map(str, arguments)],
         cwd=REPOSITORY, env={**os.environ, "PYTHON": str(python), "OMP_NUM_THREADS": "1"},
@@ -76,7 +78,7 @@ def recipe(python: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_three_commands_lead_from_published_corpora_to_the_table(corpora: Path, python: Path, tmp_path: Path) -> None:
+def test_three_commands_make_the_table_from_published_corpora(corpora: Path, python: Path, tmp_path: Path) -> None:
     work = ["--folder", tmp_path, "--contexts", "128 256", "--frames", "1024", "--nproc-per-node", "1", "--tiny"]
     where = ["--tedlium", corpora / "TEDLIUM", "--earnings22", corpora / "earnings22"]
     recipe(python, "prepare", *where, *work)
@@ -113,7 +115,7 @@ def test_three_commands_lead_from_published_corpora_to_the_table(corpora: Path, 
 
 
 def put_results(folder: Path, model: str, context: float, errors: int, segments: bool = False) -> None:
-    """What the tables take of an evaluation of 100 words."""
+    """Write results of an evaluation of 100 words, with what the tables need."""
     words = {"hits": 101 - errors, "substitutions": errors - 2, "deletions": 1, "insertions": 1}
     score = {"wer": errors / 100, "wer_interval": None, "words": words, "num_recordings": 1}
     results = {
@@ -125,7 +127,7 @@ def put_results(folder: Path, model: str, context: float, errors: int, segments:
     put(folder / f"{model}-{context}/results.json", json.dumps(results))
 
 
-def test_the_tables_are_in_the_order_of_contexts_and_leave_blank_what_is_not_there(tmp_path: Path) -> None:
+def test_tables_are_in_the_order_of_contexts_with_blanks_for_missing_results(tmp_path: Path) -> None:
     for frames, errors in ((16384, 3), (2048, 4)):
         put_results(tmp_path / "results/tedlium", f"context-{frames}", frames / 100, errors, segments=True)
     for frames, errors in ((2048, 20), (512, 25)):
@@ -156,7 +158,7 @@ def test_the_tables_are_in_the_order_of_contexts_and_leave_blank_what_is_not_the
     assert counts == [(str(errors), "100") for errors in (4, 4, 3, 3, 25, 20, 30, 4, 5)]
 
 
-# --- with stand-ins for the programs that it starts
+# --- with stand-ins for the programs that the recipe starts
 
 PROGRAM = """#!/usr/bin/env bash
 echo "arguments: $*"
@@ -168,8 +170,9 @@ folder=$(sed -nE 's/.*--run.folder ([^ ]+).*/\\1/p' <<<"$*")
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """The launch scripts in a folder of their own, prepared datasets, and models of two contexts."""
-    shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
+    """Folder with the shell scripts, prepared datasets, and models for two contexts."""
+    for folder in ("launch", "experiments"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
     write_program(tmp_path / "python", PROGRAM)
     write_program(tmp_path / "bin/srun", SRUN)
     write_program(tmp_path / "bin/scontrol", SCONTROL)
@@ -181,12 +184,14 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(repository: Path, *arguments: str, script: str = "long_context.sh", **environment: str) -> tuple[int, str]:
-    """Status and output of a command of the recipe in the folder w."""
+def call(
+    repository: Path, *arguments: str, script: str = "experiments/long_context.sh", **environment: str
+) -> tuple[int, str]:
+    """Exit status and output of a command of the recipe in the folder w."""
     path = f"{repository / 'bin'}:{os.environ['PATH']}"
-    work = ["--folder", "w"] if script.startswith("long_context") else []
+    work = ["--folder", "w"] if "long_context" in script else []
     done = subprocess.run(
-        ["bash", f"launch/{script}", *arguments, *work],
+        ["bash", script, *arguments, *work],
         cwd=repository, env={**os.environ, "PYTHON": str(repository / "python"), "PATH": path, **environment},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -194,13 +199,13 @@ def call(repository: Path, *arguments: str, script: str = "long_context.sh", **e
 
 
 def job() -> dict[str, str]:
-    """The environment of a job."""
+    """Environment of a SLURM job."""
     names = {"JOB_ID": "123", "JOB_NODELIST": "node1", "JOB_NUM_NODES": "1", "CPUS_ON_NODE": "8", "GPUS_ON_NODE": "4"}
     return {"FAKE_STATE": "RUNNING"} | {f"SLURM_{name}": value for name, value in names.items()}
 
 
 def task(number: int, count: int) -> dict[str, str]:
-    """The environment of a task of an array of jobs."""
+    """Environment of a task of a job array."""
     names = {"ID": number, "COUNT": count, "MIN": 0, "MAX": count - 1}
     return job() | {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in names.items()}
 
@@ -209,7 +214,7 @@ def values(output: str, name: str) -> list[str]:
     return re.findall(rf"--{re.escape(name)} (\S+)", output)
 
 
-def test_an_update_has_as_many_frames_at_every_context_and_a_row_holds_one(repository: Path) -> None:
+def test_a_step_has_the_same_number_of_frames_for_all_contexts_and_a_row_holds_one(repository: Path) -> None:
     status, output = call(repository, "train", "--nproc-per-node", "8")
     assert status == 0, output
     trained = [int(float(seconds) * 100) for seconds in values(output, "data.max_seconds")][1:]  # the seed model first
@@ -218,7 +223,7 @@ def test_an_update_has_as_many_frames_at_every_context_and_a_row_holds_one(repos
     assert {r * f for r, f in zip(rows, frames, strict=True)} == {393_216}
     assert all(frames >= context for frames, context in zip(frames[1:], trained, strict=True))
     processes = [int(value) for value in values(output, "nproc-per-node")]
-    processes.remove(8)  # of tools/align.py, which has no rows
+    processes.remove(8)  # for tools/align.py, which has no rows
     assert [r % p for r, p in zip(rows, processes, strict=True)] == [0] * 12
     assert processes == [8] * 7 + [6, 6, 3, 1, 1]
     _, output = call(repository, "train", "--nproc-per-node", "1", "--contexts", "3000")
@@ -240,28 +245,33 @@ def test_finished_models_are_skipped_and_a_stopped_one_ends_the_recipe(repositor
 @pytest.mark.parametrize(
     ("script", "arguments", "environment", "expected"),
     [
-        ("long_context.sbatch", ["train"], task(3, 11), "--run.folder w/models/context-4096"),
-        ("long_context.sbatch", ["train", "--contexts", "512 640"], task(1, 2), "--run.folder w/models/context-640"),
-        ("long_context.sbatch", ["evaluate"], task(1, 11), "--export w/models/context-1024/export "),
-        ("long_context.sbatch", ["evaluate", "--cross", "--contexts", "512 1024"], task(1, 3), "--grid.part 1/3"),
-        ("evaluate.sbatch", ["--grid.contexts", "[5, 0]"], task(1, 2), "--grid.contexts [5, 0] --grid.part 1/2"),
-        ("evaluate.sbatch", ["--export", "x"], job(), "evaluate.py --export x\n"),
+        (CONTEXTS, ["train"], task(3, 11), "--run.folder w/models/context-4096"),
+        (CONTEXTS, ["train", "--contexts", "512 640"], task(1, 2), "--run.folder w/models/context-640"),
+        (CONTEXTS, ["evaluate"], task(1, 11), "evaluate.py --data.dataset w/datasets/tedlium "),
+        (CONTEXTS, ["evaluate"], task(1, 11), "--export w/models/context-1024/export "),
+        (CONTEXTS, ["evaluate", "--cross", "--contexts", "512 1024"], task(1, 3), "--grid.part 1/3"),
+        (CONTEXTS, ["evaluate", "--cross", "--contexts", "512 1024"], task(1, 3), "-m tools.sweep --data.dataset"),
+        (EVALUATE, ["--grid.contexts", "[5, 0]"], task(1, 2), "-m tools.sweep --grid.contexts [5, 0] --grid.part 1/2"),
+        (EVALUATE, ["--export", "x", "--grid.contexts", "[5]"], job(), "-m tools.sweep --export x --grid.contexts [5]"),
+        (EVALUATE, ["--config", "x.yaml"], task(0, 2), "-m tools.sweep --config x.yaml --grid.part 0/2"),
+        (EVALUATE, ["--export", "x"], job(), "evaluate.py --export x\n"),
     ],
 )
-def test_a_task_of_an_array_does_its_share(
+def test_a_task_of_a_job_array_runs_its_part(
     repository: Path, script: str, arguments: list[str], environment: dict[str, str], expected: str
 ) -> None:
     status, output = call(repository, *arguments, script=script, **environment)
     assert status == 0 and expected in output, output
-    assert "tools.align" not in output and not any(name in output for name in FINISH), "what is done once, no task does"
+    assert "tools.align" not in output
+    assert not any(name in output for name in FINISH), "a task runs nothing that must run once"
     if "context-" in expected:
         assert set(re.findall(r"context-\d+", output)) == set(re.findall(r"context-\d+", expected))
 
 
-def test_models_are_compared_with_that_of_the_shortest_context(repository: Path) -> None:
+def test_models_are_compared_to_that_of_the_shortest_context(repository: Path) -> None:
     for context in (512, 1024, 131072):
         put(repository / f"w/results/tedlium/context-{context}/results.json", "")
-    (repository / "w/results/tedlium/context-2048").mkdir()  # another task is at it
+    (repository / "w/results/tedlium/context-2048").mkdir()  # another task is evaluating it
     (repository / "w/results/earnings22/context-512").mkdir(parents=True)
     status, output = call(repository, "table")
     folders = " ".join(f"w/results/tedlium/context-{context}" for context in (512, 1024, 131072))
@@ -269,9 +279,9 @@ def test_models_are_compared_with_that_of_the_shortest_context(repository: Path)
     assert output.count("-m tools.compare") == 1
 
 
-def test_a_job_that_is_stopped_is_requeued_and_goes_no_further(repository: Path) -> None:
+def test_a_stopped_job_is_requeued_and_ends(repository: Path) -> None:
     (repository / "w/datasets/tedlium-timed/dataset.json").unlink()
-    status, output = call(repository, "seed", script="long_context.sbatch", STOPPED="seed", **job())
+    status, output = call(repository, "seed", script="experiments/long_context.sbatch", STOPPED="seed", **job())
     assert status == 0 and "scontrol: requeued 123" in output and "tools.align" not in output
     assert not (repository / "w/models/seed/finished").exists()
 
@@ -293,10 +303,10 @@ def test_an_evaluation_is_ended_and_requeued_before_the_time_limit(repository: P
         (["train", "--contexts", "512"], "context-512 ", 75),
     ],
 )
-def test_a_kill_of_the_script_alone_leaves_nothing_at_work(
+def test_a_kill_of_the_script_ends_the_programs_it_started(
     repository: Path, arguments: list[str], slow: str, expected: int
 ) -> None:
-    # What is slow sleeps, a training until it is asked to stop; both say who they are.
+    # The slow program writes its process id and sleeps, a training until it is asked to stop.
     until_asked = 'while [ ! -e "$folder/STOP" ]; do sleep 0.05; done; touch "$folder/REQUEUE"; exit'
     slowly = until_asked if expected == 75 else "exec sleep 1000"
     write_program(repository / "python", PROGRAM.replace("exec sleep 1000", f"{{ echo $$ >pid; {slowly}; }}"))
@@ -313,22 +323,20 @@ def test_a_kill_of_the_script_alone_leaves_nothing_at_work(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "complaint"),
+    ("arguments", "environment", "message"),
     [
-        ("", {}, "'' is no command"),
+        ("", {}, "unknown command ''"),
         ("prepare", {}, "nothing to prepare: give --tedlium DIR"),
-        ("prepare --tedlium x", {}, "--tedlium x: there is no test/stm"),
-        ("prepare --earnings22 x", {}, "--earnings22 x: there is neither metadata.csv nor"),
-        ("train --contexts 5,12", {}, "'5,12' is no number"),
-        ("train --nproc-per-node 1 --contexts 500000", {}, "500000 frames does not fit an update of --frames 393216"),
+        ("prepare --tedlium x", {}, "--tedlium x: no test/stm"),
+        ("prepare --earnings22 x", {}, "--earnings22 x: neither metadata.csv nor"),
+        ("train --contexts 5,12", {}, "'5,12' is not a number"),
+        ("train --nproc-per-node 1 --contexts 500000", {}, "500000 frames does not fit into a step of --frames 393216"),
         ("train --context 512", {}, "unknown argument '--context'"),
         ("evaluate --nproc-per-node 1 --contexts 2048", {}, "context-2048 has no export"),
-        ("train", task(11, 12), "there are 11 (512 1024"),
+        ("train", task(11, 12), "with 11 contexts (512 1024"),
     ],
 )  # fmt: skip
-def test_mistakes_of_the_recipe_are_named(
-    repository: Path, arguments: str, environment: dict[str, str], complaint: str
-) -> None:
-    script = "long_context.sbatch" if environment else "long_context.sh"
+def test_errors_name_the_argument(repository: Path, arguments: str, environment: dict[str, str], message: str) -> None:
+    script = CONTEXTS if environment else "experiments/long_context.sh"
     status, output = call(repository, *arguments.split(" "), script=script, **environment)
-    assert status == 2 and "error: " in output and complaint in output, output
+    assert status == 2 and "error: " in output and message in output, output

@@ -63,9 +63,9 @@ def test_changes_come_from_a_command_line() -> None:
 
 
 def test_a_change_that_does_nothing_or_is_impossible_is_named() -> None:
-    with pytest.raises(UserError, match="encoder.window = 64 changes nothing with mask 'segment'"):
+    with pytest.raises(UserError, match="encoder.window = 64 has no effect with mask 'segment'"):
         EncoderChanges(window=64).apply(EncoderSettings())
-    with pytest.raises(UserError, match="encoder.left_chunks = 2 changes nothing with mask 'window'"):
+    with pytest.raises(UserError, match="encoder.left_chunks = 2 has no effect with mask 'window'"):
         EncoderChanges(mask="window", left_chunks=2).apply(EncoderSettings())
     with pytest.raises(UserError, match="encoder.window: 0 is not possible"):
         EncoderChanges(mask="window", window=0).apply(EncoderSettings())

@@ -1,4 +1,4 @@
-"""tools/align.py: exact words from a recogniser that hears perfectly, by one process, two, or an interrupted one."""
+"""tools/align.py: exact word times from a perfect recogniser, by one process, two, or an interrupted one."""
 
 import json
 import subprocess
@@ -25,8 +25,9 @@ from data.format.index import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from data.transcripts import Word, check_word_times
-from evaluate import Recogniser
+from pipelines.recogniser import Recogniser
 from tests.gloo import run_distributed
+from tests.paths import REPOSITORY
 from tests.scripts.test_evaluate import make_export, with_litter
 from tools import align as script
 
@@ -36,12 +37,12 @@ FRAME = 0.04
 SPOKEN = "the quick brown fox jumps over the lazy dog while seven wizards mix poison of a frozen vine".split()
 
 
-class Ears:
-    """Hears label v of an encoder frame where mel bin v is loud: a recogniser that makes no mistakes."""
+class PerfectModel:
+    """Model that outputs label v at each encoder frame in which mel bin v is loud."""
 
     encoder = SimpleNamespace(settings=SimpleNamespace(stride=4))
 
-    def to(self, device: Any) -> "Ears":
+    def to(self, device: Any) -> "PerfectModel":
         return self
 
     def log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
@@ -49,14 +50,14 @@ class Ears:
 
 
 def speak(words: Sequence[str], silence: int = 5) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Log-mel of words, a frame a label and one of silence, and when each begins and ends in seconds."""
+    """Log-mel of words, with a frame per label and one of silence after it, and their (start, end) in seconds."""
     labels, times = [0] * silence, []
     for number, word in enumerate(words):
         labels += [*LETTERS.encode(" "), 0] * (number > 0)
-        begin = len(labels)
+        start = len(labels)
         for label in LETTERS.encode(word):
             labels += [label, 0]
-        times.append((begin * FRAME, (len(labels) - 1) * FRAME))
+        times.append((start * FRAME, (len(labels) - 1) * FRAME))
     labels += [0] * silence
     log_mel = np.zeros((4 * len(labels), FEATURES.num_mels), np.float32)
     log_mel[np.arange(4 * len(labels)), np.repeat(labels, 4)] = 1
@@ -71,7 +72,7 @@ GOOD = {f"good-{number:02d}": phrase(number, 5 + 20 * (number == 3) + number) fo
 
 
 def make_dataset(path: Path) -> Path:
-    """Ten good recordings, two with words already, and one of every kind that cannot be aligned."""
+    """Ten good recordings, one with word times, and one of each kind that cannot be aligned."""
     timed = [Word("quick", 0.1, 0.2, 0.5), Word("brown", 0.3, 0.4), Word("fox", 0.5, 0.6)]
     with DatasetWriter(path, FEATURES) as writer:
         for number, (id, words) in enumerate(GOOD.items()):
@@ -89,8 +90,8 @@ def make_dataset(path: Path) -> Path:
     return path
 
 
-def hear_perfectly() -> None:
-    recogniser = Recogniser(cast(Any, Ears()), LETTERS, FEATURES, "recording")
+def use_perfect_model() -> None:
+    recogniser = Recogniser(cast(Any, PerfectModel()), LETTERS, FEATURES, "recording")
     script.load_recogniser = lambda export: recogniser
 
 
@@ -101,11 +102,11 @@ def config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
         (folder / "run").mkdir(parents=True)
         make_export(folder / "run" / "export", FEATURES)
         make_dataset(folder / "data")
-    monkeypatch.setattr(script, "load_recogniser", None)  # put back at the end
-    hear_perfectly()
+    monkeypatch.setattr(script, "load_recogniser", None)  # restored at the end
+    use_perfect_model()
     yield script.Config(
         model=str(folder / "run" / "export"),
-        out="filled in by every test",
+        out="set by each test",
         data=script.DataSettings(dataset=str(folder / "data")),
         inference=InferenceSettings(context_seconds=2.0, batch_seconds=8.0),
         device="cpu",
@@ -121,7 +122,7 @@ def number_of(dataset: Dataset, id: str) -> int:
     return int(dataset.select(ids=[id])[0])
 
 
-def test_words_get_their_times_and_all_else_stays(config: script.Config, tmp_path: Path, capsys: Any) -> None:
+def test_words_get_times_and_everything_else_is_unchanged(config: script.Config, tmp_path: Path, capsys: Any) -> None:
     aligned, before = run(config, tmp_path / "out"), open_dataset(config.data.dataset)
     assert len(aligned) == len(before)
     for i in range(len(before)):
@@ -140,11 +141,11 @@ def test_words_get_their_times_and_all_else_stays(config: script.Config, tmp_pat
             assert new.words == old.words
     assert "aligned: 11 recordings" in capsys.readouterr().out
     assert not (tmp_path / "out.align").exists()
-    # Every block of the linked shards is what its checksum says.
+    # The checksums of all blocks of the linked shards are correct.
     assert all(len(aligned.read(i, verify=True)) == aligned.frames[i] for i in range(len(aligned)))
 
 
-def test_what_does_not_align_is_listed_and_kept_without_words(config: script.Config, tmp_path: Path) -> None:
+def test_recordings_that_do_not_align_are_listed_and_kept_without_words(config: script.Config, tmp_path: Path) -> None:
     aligned = run(config, tmp_path / "out", words=str(tmp_path / "words.jsonl"))
     lines = (tmp_path / "out" / script.UNALIGNED).read_text().splitlines()
     reasons = {line["id"]: line["reason"] for line in map(json.loads, lines)}
@@ -158,16 +159,16 @@ def test_what_does_not_align_is_listed_and_kept_without_words(config: script.Con
     assert all(aligned.words(number_of(aligned, id)) is None for id in reasons)
     summary = json.loads((tmp_path / "out" / script.SUMMARY).read_text())
     assert summary["unaligned"]["the transcript is not what was heard"] == 2 and summary["left_as_they_were"] == 1
-    told = {line["id"]: line for line in map(json.loads, (tmp_path / "words.jsonl").read_text().splitlines())}
-    assert set(told) == {aligned.id(i) for i in range(len(aligned))} - {"kept"}
-    assert told["bad-long"]["words"] is None and told["bad-long"]["reason"] == reasons["bad-long"]
+    by_id = {line["id"]: line for line in map(json.loads, (tmp_path / "words.jsonl").read_text().splitlines())}
+    assert set(by_id) == {aligned.id(i) for i in range(len(aligned))} - {"kept"}
+    assert by_id["bad-long"]["words"] is None and by_id["bad-long"]["reason"] == reasons["bad-long"]
     words = aligned.words(number_of(aligned, "good-03"))
-    assert words is not None and len(words) == len(told["good-03"]["words"])
-    for word, line in zip(words, told["good-03"]["words"], strict=True):
+    assert words is not None and len(words) == len(by_id["good-03"]["words"])
+    for word, line in zip(words, by_id["good-03"]["words"], strict=True):
         assert line == pytest.approx(word._asdict(), abs=1e-6)
 
 
-def test_spelling_stays_and_what_cannot_be_written_is_starred(config: script.Config, tmp_path: Path) -> None:
+def test_spelling_is_kept_and_words_that_cannot_be_encoded_are_stars(config: script.Config, tmp_path: Path) -> None:
     aligned = run(config, tmp_path / "out")
     words = aligned.words(number_of(aligned, "marks"))
     assert words is not None
@@ -182,7 +183,7 @@ def test_spelling_stays_and_what_cannot_be_written_is_starred(config: script.Con
     assert words[4].confidence == min(words[3].confidence or 0, words[5].confidence or 0)
 
 
-def test_words_that_are_there_are_made_anew_only_when_asked(config: script.Config, tmp_path: Path) -> None:
+def test_existing_word_times_are_replaced_only_with_realign(config: script.Config, tmp_path: Path) -> None:
     aligned = run(config, tmp_path / "out", realign=True)
     words = aligned.words(number_of(aligned, "kept")) or []
     truth = [start - 0.04 for start, _ in speak(SPOKEN[1:4])[1]]
@@ -192,20 +193,20 @@ def test_words_that_are_there_are_made_anew_only_when_asked(config: script.Confi
     assert with_words == {"kept", *list(GOOD)[:5]} and len(only_test) == len(aligned)
 
 
-def align_with_perfect_ears(world: World, config: script.Config) -> None:
-    hear_perfectly()
+def align_with_perfect_model(world: World, config: script.Config) -> None:
+    use_perfect_model()
     script.align(config, world)
 
 
 def test_two_processes_give_the_dataset_of_one(config: script.Config, tmp_path: Path) -> None:
     one = run(config, tmp_path / "one")
-    run_distributed(align_with_perfect_ears, 2, replace(config, out=str(tmp_path / "two")))
+    run_distributed(align_with_perfect_model, 2, replace(config, out=str(tmp_path / "two")))
     assert open_dataset(tmp_path / "two").fingerprint == one.fingerprint
     lists = [(tmp_path / name / script.UNALIGNED).read_text() for name in ("one", "two")]
     assert lists[0] == lists[1] != ""
 
 
-def test_an_interrupted_alignment_goes_on_and_ends_the_same(
+def test_an_interrupted_alignment_continues(
     config: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(config, tmp_path / "whole")
@@ -225,31 +226,31 @@ def test_an_interrupted_alignment_goes_on_and_ends_the_same(
             run(config, tmp_path / "broken")
         assert not (tmp_path / "broken").exists()
         [log] = (tmp_path / "broken.align").glob("*.jsonl")
-        with open(log, "ab") as file:  # as a killed process leaves it
+        with open(log, "ab") as file:  # a killed process leaves an incomplete line
             file.write(b'{"number": 3, "wor')
-    # Stopped once more when all that is missing is the summary.
-    monkeypatch.setattr(script, "replace_file", None)
+    # Interrupted again before the summary is written.
+    monkeypatch.setattr(script, "write_json", None)
     with pytest.raises(TypeError):
         run(config, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
     monkeypatch.undo()
-    hear_perfectly()
+    use_perfect_model()
     monkeypatch.setattr(script, "align_words", None)
     assert run(config, tmp_path / "broken").fingerprint == whole.fingerprint
-    # No recording was aligned twice: 14 have labels, and the two that were in hand came again.
+    # Each of the 14 recordings with labels was aligned exactly once.
     assert sum(done) == 14
     lists = [(tmp_path / name / script.UNALIGNED).read_text() for name in ("whole", "broken")]
     assert lists[0] == lists[1]
 
 
-def test_a_second_start_does_nothing_and_another_one_is_refused(
+def test_a_second_run_does_nothing_and_other_settings_are_refused(
     config: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(config, tmp_path / "out")
     monkeypatch.setattr(script, "transcribe", None)
     run(config, tmp_path / "out")
     for changes in ({"realign": True}, {"alignment": replace(config.alignment, lead_ms=0.0)}):
-        with pytest.raises(UserError, match="exists already and is another dataset"):
+        with pytest.raises(UserError, match="already exists and is another dataset"):
             run(config, tmp_path / "out", **changes)
 
 
@@ -267,9 +268,9 @@ def test_mistakes_are_named_before_any_work(
         i = number_of(kept, "kept")
         writer.add(kept.recording(i), kept.read(i).astype(np.float32))
         writer.finish()
-    with pytest.raises(UserError, match=r"nothing to align: 1 of 1 have words already.*--realign"):
+    with pytest.raises(UserError, match=r"nothing to align: 1 of 1 have word times already.*--realign"):
         run(config, tmp_path / "out", data=script.DataSettings(dataset=str(tmp_path / "timed")))
-    other = Recogniser(cast(Any, Ears()), LETTERS, FeatureSettings(low_hz=60.0), "recording")
+    other = Recogniser(cast(Any, PerfectModel()), LETTERS, FeatureSettings(low_hz=60.0), "recording")
     monkeypatch.setattr(script, "load_recogniser", lambda export: other)
     with pytest.raises(UserError, match=r"low_hz: 60.0 != 20.0"):
         run(config, tmp_path / "out")
@@ -286,23 +287,24 @@ def test_labels_of_words_are_those_of_the_text(kind: str, replace_unknown: bool)
     else:
         tokenizer = BPETokenizer.train(texts, 60, replace_unknown)
     text = "The lazy, lazy dog \u2014 mix-jumps over a frozen vine!"
-    for said in (text, "the lazy [background noise] dog (it \u2019s a frozen fox)"):
-        assert script.labels_of(said.split(), tokenizer, "en").ids.tolist() == tokenizer.encode(label_text(said, "en"))
+    for transcript in (text, "the lazy [background noise] dog (it \u2019s a frozen fox)"):
+        labels = script.labels_of(transcript.split(), tokenizer, "en").ids.tolist()
+        assert labels == tokenizer.encode(label_text(transcript, "en"))
     starred = script.labels_of("the \u00e7a 42 fox".split(), tokenizer, "en")
     assert [starred.ids[a:b].tolist() for a, b in zip(starred.first, starred.stop, strict=True)][1:3] == [[STAR]] * 2
 
 
 def test_the_untrained_recogniser_of_an_export_runs_and_refuses(config: script.Config, tmp_path: Path) -> None:
-    """The way of a user: a real export, loaded by the script itself."""
-    command = [sys.executable, script.__file__, "--model", config.model, "--data.dataset", config.data.dataset]
+    """As a user runs it: a real export, loaded by the script itself."""
+    command = [sys.executable, "-m", "tools.align", "--model", config.model, "--data.dataset", config.data.dataset]
     options = ["--out", str(tmp_path / "out"), "--device", "cpu", "--threads", "1"]
-    ended = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPOSITORY)
     assert ended.returncode == 0, ended.stderr
     assert "aligned: 0 recordings" in ended.stdout and "not what was heard" in ended.stdout
     assert len((tmp_path / "out" / script.UNALIGNED).read_text().splitlines()) == 16
 
 
-def test_speech_in_excluded_stretches_is_not_mistaken_for_the_transcript(config: script.Config, tmp_path: Path) -> None:
+def test_speech_in_excluded_intervals_is_not_aligned(config: script.Config, tmp_path: Path) -> None:
     first, foreign, last = phrase(1, 8), phrase(2, 30), phrase(3, 8)
     sounds = [speak(words) for words in (first, foreign + last, last)]
     lengths = [len(log_mel) / FEATURES.frames_per_second for log_mel, _ in sounds]
@@ -314,8 +316,8 @@ def test_speech_in_excluded_stretches_is_not_mistaken_for_the_transcript(config:
     data = script.DataSettings(dataset=str(tmp_path / "data"))
     words = run(config, tmp_path / "out", data=data).words(0)
     assert words is not None and [word.word for word in words] == first + last
-    begins = [begin for begin, _ in sounds[0][1]] + [sum(lengths[:2]) + begin for begin, _ in sounds[2][1]]
-    assert [word.start for word in words] == pytest.approx([begin - 0.04 for begin in begins], abs=FRAME + 1e-3)
+    starts = [start for start, _ in sounds[0][1]] + [sum(lengths[:2]) + start for start, _ in sounds[2][1]]
+    assert [word.start for word in words] == pytest.approx([start - 0.04 for start in starts], abs=FRAME + 1e-3)
 
 
 def test_a_dataset_that_cannot_be_linked_is_refused_before_any_work(

@@ -1,4 +1,4 @@
-"""Odd and broken input to evaluate.py and transcribe.py: right scores, or one error that names what is wrong."""
+"""Unusual and broken input to evaluate.py and transcribe.py: correct scores, or one error that names the cause."""
 
 import json
 from collections.abc import Iterator
@@ -32,13 +32,14 @@ from data.format.index import Recording
 from data.format.writer import DatasetWriter
 from data.prepare.extraction import Extracted, extract
 from data.tokenizer import CharTokenizer
+from pipelines.evaluation_settings import DataSettings
 
 LETTERS = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
 STREAMED = {"mask": "chunk", "chunk_size": 4, "left_chunks": 2, "causal_convolution": True}
 
 
 def make_model(kind: str = "ctc", num_mels: int = 80, vocab_size: int = LETTERS.vocab_size) -> Any:
-    """A tiny untrained one that can stream, sure enough of itself to write something."""
+    """Tiny untrained model that can stream, with weights large enough for a hypothesis."""
     torch.manual_seed(1)
     shape: dict[str, Any] = {"dim": 8, "num_layers": 1, "num_heads": 2, "feedforward_dim": 8, "kernel_size": 3}
     encoder = EncoderSettings(num_mels=num_mels, subsampling_channels=2, **shape, **STREAMED)
@@ -53,7 +54,7 @@ def make_model(kind: str = "ctc", num_mels: int = 80, vocab_size: int = LETTERS.
 
 
 def make_export(folder: Path, kind: str = "ctc", **features: Any) -> str:
-    """The export of such a model for features that differ from the usual ones in this."""
+    """Export of such a model with changed feature settings."""
     settings = FeatureSettings(**features)
     model = make_model(kind, settings.num_mels)
     LETTERS.save(folder / "tokenizer")
@@ -80,11 +81,13 @@ def make_dataset(folder: Path, recordings: list[tuple[Recording, np.ndarray]]) -
     return str(folder)
 
 
-def evaluate(export: str, dataset: str, out: Path, how: InferenceSettings | None = None, **more: Any) -> dict[str, Any]:
-    data = script.DataSettings(dataset, language=more.pop("language", ""))
-    how = how or InferenceSettings(context_seconds=2.0, batch_seconds=8.0)
+def evaluate(
+    export: str, dataset: str, out: Path, inference: InferenceSettings | None = None, **more: Any
+) -> dict[str, Any]:
+    data = DataSettings(dataset, language=more.pop("language", ""))
+    inference = inference or InferenceSettings(context_seconds=2.0, batch_seconds=8.0)
     script.evaluate(
-        script.Config(export, str(out), data=data, inference=how, resamples=100, device="cpu", **more), World()
+        script.Config(export, str(out), data=data, inference=inference, resamples=100, device="cpu", **more), World()
     )
     return json.loads((out / "results.json").read_text())
 
@@ -94,7 +97,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_export(tmp_path_factory.mktemp("run"))
 
 
-def test_recordings_without_a_text_are_counted_and_nothing_is_done(export: str, tmp_path: Path) -> None:
+def test_recordings_without_a_transcript_are_counted_before_any_work(export: str, tmp_path: Path) -> None:
     rows = [(Recording(name, "ana" if name == "b" else None), noise(50)) for name in "abc"]
     dataset = make_dataset(tmp_path / "data", rows)
     with pytest.raises(UserError, match="2 of 3 recordings have no transcript, such as 'a'"):
@@ -104,17 +107,17 @@ def test_recordings_without_a_text_are_counted_and_nothing_is_done(export: str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_language_without_rules_of_its_own_gets_the_general_ones_and_the_report_says_so(
+def test_a_language_without_its_own_rules_gets_the_general_ones_as_the_report_notes(
     export: str, tmp_path: Path
 ) -> None:
     texts = {"cy": "Dw i'n HOFFI coffi!", "en": "I don't like colour", "": "ana"}
-    rows = [(Recording(f"said-{code}", text, language=code), noise(150)) for code, text in texts.items()]
+    rows = [(Recording(f"text-{code}", text, language=code), noise(150)) for code, text in texts.items()]
     results = evaluate(export, make_dataset(tmp_path / "data", rows), tmp_path / "out")
     references = {row["id"]: (row["normaliser"], row["reference"]) for row in results["recordings"]}
     assert references == {
-        "said-cy": ("unicode", "dw i n hoffi coffi"),
-        "said-en": ("whisper-english", "i do not like color"),
-        "said-": ("unicode", "ana"),
+        "text-cy": ("unicode", "dw i n hoffi coffi"),
+        "text-en": ("whisper-english", "i do not like color"),
+        "text-": ("unicode", "ana"),
     }
     assert results["normalisers"].keys() == {"unicode", "whisper-english"}
     assert results["normalisers"]["unicode"]["languages"] == ["", "cy"]
@@ -135,8 +138,8 @@ WAYS: dict[str, tuple[str, InferenceSettings, DecoderSettings]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_shortest_the_silent_and_the_long_are_scored_in_every_way(way: str, tmp_path: Path) -> None:
-    kind, how, decoder = WAYS[way]
+def test_short_silent_and_long_recordings_are_scored_in_every_mode(way: str, tmp_path: Path) -> None:
+    kind, inference, decoder = WAYS[way]
     constant = np.linspace(-13.8, 2, 80, dtype=np.float32)
     rows = [
         (Recording("a-frame", "ana bela"), noise(1)),
@@ -146,21 +149,21 @@ def test_the_shortest_the_silent_and_the_long_are_scored_in_every_way(way: str, 
         (Recording("long-silence", ""), np.repeat(constant[None], 901, axis=0)),  # every bin constant
     ]
     results = evaluate(
-        make_export(tmp_path, kind), make_dataset(tmp_path / "data", rows), tmp_path / "out", how, decoder=decoder
+        make_export(tmp_path, kind), make_dataset(tmp_path / "data", rows), tmp_path / "out", inference, decoder=decoder
     )
-    found = {row["id"]: row for row in results["recordings"]}
-    assert found.keys() == {recording.id for recording, _ in rows} and found["long"]["hypothesis"]
-    for name, row in found.items():
-        said = 0 if "silence" in name else 3 if name == "long" else 2
-        assert row["word_hits"] + row["word_substitutions"] + row["word_deletions"] == said
-        assert (row["wer"] is None) == (said == 0)
+    by_id = {row["id"]: row for row in results["recordings"]}
+    assert by_id.keys() == {recording.id for recording, _ in rows} and by_id["long"]["hypothesis"]
+    for name, row in by_id.items():
+        num_words = 0 if "silence" in name else 3 if name == "long" else 2
+        assert row["word_hits"] + row["word_substitutions"] + row["word_deletions"] == num_words
+        assert (row["wer"] is None) == (num_words == 0)
     total = results["scores"]["all"]
-    errors = sum(row[f"word_{kind}"] for row in found.values() for kind in ("substitutions", "deletions", "insertions"))
+    errors = sum(row[f"word_{kind}"] for row in by_id.values() for kind in ("substitutions", "deletions", "insertions"))
     assert total["wer"] == pytest.approx(errors / 7) and total["num_recordings"] == 5
 
 
-def test_what_fits_into_a_window_is_heard_the_same_in_every_way(export: str, tmp_path: Path) -> None:
-    rows = [(Recording(f"said-{frames}", "ana"), noise(frames, frames)) for frames in (1, 10, 77, 199, 200)]
+def test_a_recording_within_a_window_has_the_same_transcript_in_every_mode(export: str, tmp_path: Path) -> None:
+    rows = [(Recording(f"text-{frames}", "ana"), noise(frames, frames)) for frames in (1, 10, 77, 199, 200)]
     dataset = make_dataset(tmp_path / "data", rows)
     modes: list[Mode] = ["buffered", "averaged", "stitched", "whole"]
     found = [
@@ -169,17 +172,17 @@ def test_what_fits_into_a_window_is_heard_the_same_in_every_way(export: str, tmp
     assert all(one == found[0] for one in found) and any(row["hypothesis"] for row in found[0])
 
 
-def test_nothing_but_silence_has_no_rate_and_is_no_crash(export: str, tmp_path: Path) -> None:
+def test_silence_alone_has_no_error_rate(export: str, tmp_path: Path) -> None:
     rows = [(Recording(name, ""), np.zeros((60, 80), np.float32)) for name in "ab"]
     total = evaluate(export, make_dataset(tmp_path / "data", rows), tmp_path / "out")["scores"]["all"]
     assert total["wer"] is None and total["wer_interval"] is None and total["words"]["deletions"] == 0
 
 
-def test_features_that_are_no_numbers_name_the_recording_and_what_is_done_is_kept(export: str, tmp_path: Path) -> None:
-    """As after a fault of the disk: a DatasetWriter takes none such."""
+def test_non_finite_features_name_the_recording_and_keep_the_others(export: str, tmp_path: Path) -> None:
+    """As after a disk fault, since DatasetWriter refuses such values."""
     with pytest.raises(UserError, match="'bad': log-mel with NaN or infinite values"):
         make_dataset(tmp_path / "never", [(Recording("bad", "ana"), np.full((50, 80), np.nan, np.float32))])
-    rows = [(Recording(f"said-{n}", "ana"), noise(300 - 10 * n, n)) for n in range(8)]
+    rows = [(Recording(f"text-{n}", "ana"), noise(300 - 10 * n, n)) for n in range(8)]
     dataset = make_dataset(tmp_path / "data", rows)
     whole = evaluate(export, dataset, tmp_path / "whole")
     values = open_dataset(dataset).read(7)
@@ -188,11 +191,11 @@ def test_features_that_are_no_numbers_name_the_recording_and_what_is_done_is_kep
     place = good.index(values[100].tobytes())
     shard.write_bytes(good[:place] + b"\xff\x7f" + good[place + 2 :])
     out = tmp_path / "out"
-    with pytest.raises((UserError), match="said-7"):
+    with pytest.raises(UserError, match="text-7"):
         evaluate(export, dataset, out)
     assert not (out / "results.json").exists()
     kept = "".join(path.read_text() for path in out.rglob("*.jsonl"))
-    assert "said-0" in kept and "said-7" not in kept
+    assert "text-0" in kept and "text-7" not in kept
     shard.write_bytes(good)
     assert evaluate(export, dataset, out)["recordings"] == whole["recordings"]
 
@@ -216,20 +219,20 @@ def spied(original: Any, into: list[Source], decoder: Decoder, sources: Any, *ar
     return original(decoder, sources, *arguments)
 
 
-def test_audio_is_heard_with_the_features_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_audio_are_those_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"num_mels": 40, "high_hz": 4000.0, "hop_ms": 8.0, "mel_scale": "slaney"}
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(scale=0.1, size=12000), 16000)
-    heard: list[Source] = []
-    monkeypatch.setattr(transcribe, "decode_recordings", partial(spied, transcribe.decode_recordings, heard))
+    sources: list[Source] = []
+    monkeypatch.setattr(transcribe, "decode_recordings", partial(spied, transcribe.decode_recordings, sources))
     config = transcribe.Config(
         make_export(tmp_path, **changes), str(tmp_path / "a.wav"), str(tmp_path / "out"), device="cpu"
     )
     assert transcribe.transcribe(config, World()) == 0
     expected = extract(FileSource(Recording("a"), tmp_path / "a.wav"), FeatureSettings(**changes))
-    assert isinstance(expected, Extracted) and len(expected.log_mel) == heard[0].num_frames
+    assert isinstance(expected, Extracted) and len(expected.log_mel) == sources[0].num_frames
     log_mel = expected.log_mel.astype(np.float64)
     normal = (log_mel - log_mel.mean(axis=0)) / log_mel.std(axis=0)
-    assert np.allclose(heard[0].read_mel(0, heard[0].num_frames).numpy(), normal, atol=0.01)
+    assert np.allclose(sources[0].read_mel(0, sources[0].num_frames).numpy(), normal, atol=0.01)
 
 
 def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
@@ -244,15 +247,15 @@ def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
     broken.write_bytes(broken.read_bytes()[:30])
     command = ["transcribe.py", "--export", export, "--audio", str(tmp_path / "talks"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*command, "--device", "cpu"])
-    monkeypatch.setattr(transcribe, "start_world", lambda settings: World())
+    monkeypatch.setattr(transcribe, "start_inference", lambda *settings: World())
     with pytest.raises(SystemExit) as ended:
         run_main(transcribe.main)
     assert ended.value.code == 1
-    told = capsys.readouterr()
-    assert "99 of 100 files are transcribed" in told.out
-    headline, reason = told.err.strip().splitlines()
+    printed = capsys.readouterr()
+    assert "99 of 100 files are transcribed" in printed.out
+    headline, reason = printed.err.strip().splitlines()
     assert headline == "error: 1 of 100 audio files could not be transcribed:" and reason.strip().startswith("042: ")
-    assert "Traceback" not in told.err
+    assert "Traceback" not in printed.err
     names = [f"{number:03}" for number in range(100) if number != 42]
     for form in ("txt", "json"):
         assert sorted(path.stem for path in (tmp_path / "out").glob(f"*.{form}")) == names
@@ -262,21 +265,21 @@ def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
 
 
 def peak_bytes(decoder: Decoder, mode: Mode, seconds: int) -> int:
-    """Most that is alive at a time while a recording of 25 mel frames a second is decoded, beside the model."""
+    """Peak bytes of tensors, without the model, while a recording of 25 mel frames per second is decoded."""
     kept = torch.randn(1000, 8)
 
     def read(start: int, stop: int) -> Tensor:
         return kept[:1].new_zeros(stop - start, 8) + kept[start % 997]
 
-    how = InferenceSettings(mode, 60.0, 0.25, batch_seconds=240.0)
+    settings = InferenceSettings(mode, 60.0, 0.25, batch_seconds=240.0)
     with LiveBytes() as live:
-        [(_, tokens)] = decode_recordings(decoder, [Source(25 * seconds, read)], how, 4, 25.0)
+        [(_, tokens)] = decode_recordings(decoder, [Source(25 * seconds, read)], settings, 4, 25.0)
     assert tokens.ids
     return live.peak
 
 
 @pytest.mark.parametrize("mode", ["buffered", "averaged", "stitched"])
-def test_three_hours_take_the_memory_of_ten_minutes_and_a_few_bytes_a_frame(mode: Mode) -> None:
+def test_three_hours_need_the_memory_of_ten_minutes_and_a_few_bytes_per_frame(mode: Mode) -> None:
     decoder = GreedyCTC(make_model(num_mels=8, vocab_size=64).log_probs)
     short, long = (peak_bytes(decoder, mode, seconds) for seconds in (600, 3 * 3600))
     encoder_frames = (3 * 3600 - 600) * 25 / 4

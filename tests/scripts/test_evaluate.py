@@ -1,4 +1,4 @@
-"""evaluate.py: the same numbers from one process, two, and an interrupted one; mistakes are named before any work."""
+"""evaluate.py: equal numbers from one process, two processes and an interrupted run; errors before any work."""
 
 import csv
 import hashlib
@@ -32,14 +32,16 @@ from data.format.dataset import open_dataset
 from data.format.index import Recording
 from data.format.writer import DatasetWriter
 from data.tokenizer import CharTokenizer
-from pipelines.recogniser import hash_of_export, load_recogniser, mel_reader
+from pipelines import evaluation
+from pipelines.evaluation_settings import DataSettings
+from pipelines.recogniser import hash_of_export, load_recogniser, mel_reader, share_out
 from tests.gloo import run_distributed
 from tests.report.test_report import check_page
 from tests.tiny import make_dataset
 
 
 def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> Path:
-    """An untrained recogniser whose head is loud enough to write something."""
+    """Export of an untrained recogniser with weights large enough for a hypothesis."""
     torch.manual_seed(1)
     encoder = EncoderSettings(
         dim=16, num_layers=2, num_heads=2, feedforward_dim=24, kernel_size=5, subsampling_channels=4
@@ -77,7 +79,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> script.Config:
     make_export(folder / "run" / "export", FeatureSettings())
     return script.Config(
         export=str(folder / "run" / "export"),
-        data=script.DataSettings(dataset=str(folder / "data"), split="train"),
+        data=DataSettings(dataset=str(folder / "data"), split="train"),
         inference=InferenceSettings(context_seconds=2.0, batch_seconds=8.0),
         resamples=200,
         device="cpu",
@@ -127,13 +129,13 @@ def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp
         counts = Counter(kinds[kind] for kind, *_ in lines[row["id"]]["alignment"])
         assert {name: counts[name] for name in kinds.values()} == {name: row[f"word_{name}"] for name in kinds.values()}
         assert " ".join(word for word, *_ in lines[row["id"]]["words"]).split() == lines[row["id"]]["text"].split()
-        # Words with times were given: a deleted word is where it was said.
+        # The reference has word times, which place a deleted word.
         times = [time for kind, _, _, time in lines[row["id"]]["alignment"] if kind in "=SD"]
         assert times == sorted(times) and (not times or times[-1] <= row["seconds"] + 0.01)
     total = results["scores"]["all"]["words"]
     for name, count in total.items():
         assert sum(one["words"][name] for one in results["positions"]) == count
-    # Only the long recordings have windows, and so edges.
+    # Only the long recordings have windows, and thus edges.
     long = [row for row in results["recordings"] if row["seconds"] > 2.0]
     near = results["edge_distances"]
     assert 0 < len(long) < 32 and sum(sum(one["words"].values()) for one in near) == sum(
@@ -143,11 +145,9 @@ def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp
     assert cost["peak_mb"] >= 0 and cost["real_time_factor"] * cost["audio_seconds_per_second"] == pytest.approx(1)
 
 
-def test_transcripts_come_in_the_formats_asked_for_even_afterwards(
-    setup: script.Config, tmp_path: Path, monkeypatch
-) -> None:
+def test_formats_can_be_written_after_the_evaluation(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     evaluate(setup, tmp_path)
-    monkeypatch.setattr(script, "decode_recordings", None)
+    monkeypatch.setattr(evaluation, "decode_recordings", None)
     evaluate(replace(setup, formats="ctm, txt"), tmp_path)
     found = sorted(path.name for path in (tmp_path / "transcripts").iterdir())
     assert found == sorted(f"rec-{n:03d}.{form}" for n in range(32) for form in ("ctm", "txt"))
@@ -159,7 +159,7 @@ def test_transcripts_come_in_the_formats_asked_for_even_afterwards(
         replace(setup, formats="doc")
 
 
-def test_a_model_that_knows_the_statistics_of_its_data_sees_other_data_by_them(tmp_path: Path) -> None:
+def test_a_model_with_statistics_of_its_data_normalises_other_data_by_them(tmp_path: Path) -> None:
     features = FeatureSettings()
     dataset = open_dataset(make_dataset(tmp_path / "data", recordings=10))
     (tmp_path / "run").mkdir()
@@ -171,7 +171,7 @@ def test_a_model_that_knows_the_statistics_of_its_data_sees_other_data_by_them(t
     own = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
     raw = torch.from_numpy(dataset.read(3, 10, 50)).float()
     torch.testing.assert_close(own, (raw - mean) * inverse_std)
-    # A model of a mixture has none: each dataset has its own.
+    # A model trained on a mixture has no statistics: each dataset has its own.
     torch.testing.assert_close(others, torch.from_numpy(dataset.read_normalised(3, 10, 50, "dataset")))
     export.config["statistics"] = {"mean": [0.0], "inverse_std": [1.0]}
     with pytest.raises(UserError, match="statistics do not have 80 mel bins"):
@@ -180,18 +180,18 @@ def test_a_model_that_knows_the_statistics_of_its_data_sees_other_data_by_them(t
 
 def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path)
-    monkeypatch.setattr(script, "decode_recordings", None)
+    monkeypatch.setattr(evaluation, "decode_recordings", None)
     assert evaluate(setup, tmp_path) == first
 
 
 def test_other_files_in_an_export_change_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path / "out")
-    whole = hashlib.sha256()  # the key that results on disk were made under
+    whole = hashlib.sha256()  # as in results of earlier versions
     for path in sorted(Path(setup.export).iterdir()):
         if path.name != "README.md":
             whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     assert first["export_hash"] == whole.hexdigest()
-    monkeypatch.setattr(script, "decode_recordings", None)
+    monkeypatch.setattr(evaluation, "decode_recordings", None)
     littered = with_litter(setup.export, tmp_path / "run/export")
     assert evaluate(replace(setup, export=littered, name=first["name"]), tmp_path / "out") == first
     with open(tmp_path / "run/export/tokenizer.json", "a") as file:
@@ -199,32 +199,33 @@ def test_other_files_in_an_export_change_nothing(setup: script.Config, tmp_path:
     assert hash_of_export(read_export(littered)) != first["export_hash"]
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_evaluation_continues(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     whole = evaluate(setup, tmp_path / "whole")
     decoded: list[int] = []
+    is_last_run = False
 
     def interrupted(model: Any, sources: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
         for count, output in enumerate(original(model, sources, *arguments, **options)):
-            if count == 5 and len(decoded) < 2:
+            if count == 5 and not is_last_run:
                 raise KeyboardInterrupt
             yield output
         decoded.append(len(sources))
 
-    original = script.decode_recordings
-    monkeypatch.setattr(script, "decode_recordings", interrupted)
+    original = evaluation.decode_recordings
+    monkeypatch.setattr(evaluation, "decode_recordings", interrupted)
     out = tmp_path / "broken"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             evaluate(setup, out)
-        # A process that was killed has left half a line, and another evaluation a line of its own.
+        # A killed process leaves an incomplete line, another evaluation a line with its key.
         with open(out / "partial-00003.jsonl", "w") as file:
             file.write('{"key": "another", "id": "rec-000", "text": "wrong"}\n{"key": "x", "id": "re')
-    decoded += [0, 0]
+    is_last_run = True
     assert comparable(evaluate(setup, out)) == comparable(whole)
-    assert decoded[2] == 32 - 10  # five recordings of each of the two starts were kept
+    assert decoded == [32 - 10]  # five recordings of each of the two interrupted runs were kept
 
 
-def test_other_settings_do_not_reuse_what_was_decoded(setup: script.Config, tmp_path: Path) -> None:
+def test_other_settings_do_not_reuse_transcripts(setup: script.Config, tmp_path: Path) -> None:
     first = evaluate(setup, tmp_path)
     other = evaluate(replace(setup, inference=replace(setup.inference, context_seconds=0.0)), tmp_path)
     assert other["key"] != first["key"]
@@ -247,7 +248,7 @@ def test_two_processes_give_the_results_of_one(setup: script.Config, tmp_path: P
 
 def test_shares_are_even_and_cover_everything_once() -> None:
     frames = np.random.default_rng(0).integers(10, 1000, size=101)
-    shares = [script.share_out(range(101), frames, World(rank=rank, size=4)) for rank in range(4)]
+    shares = [share_out(range(101), frames, World(rank=rank, size=4)) for rank in range(4)]
     assert sorted(i for share in shares for i in share) == list(range(101))
     loads = [int(frames[share].sum()) for share in shares]
     assert max(loads) - min(loads) < 50
@@ -273,11 +274,11 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
     with pytest.raises(UserError, match="data.dataset is missing"):
         script.Config(export="x")
     features = FeatureSettings()
-    with DatasetWriter(tmp_path / "untold", features) as writer:
-        writer.add(Recording("silent", None, split="test"), np.zeros((50, features.num_mels), np.float32))
+    with DatasetWriter(tmp_path / "without-text", features) as writer:
+        writer.add(Recording("no-text", None, split="test"), np.zeros((50, features.num_mels), np.float32))
         writer.finish()
-    with pytest.raises(UserError, match="1 of 1 recordings have no transcript, such as 'silent'"):
-        evaluate(replace(setup, data=script.DataSettings(dataset=str(tmp_path / "untold"))), tmp_path)
+    with pytest.raises(UserError, match="1 of 1 recordings have no transcript, such as 'no-text'"):
+        evaluate(replace(setup, data=DataSettings(dataset=str(tmp_path / "without-text"))), tmp_path)
 
 
 def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
@@ -286,20 +287,44 @@ def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> Non
     assert run.returncode == 2 and "data.dataset" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_dataset_in_object_storage_is_told_what_it_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid.contexts", "[5, 0]"], "grid.contexts: .*`python -m tools.sweep`"),
+        (["--grid.exports", "[a]"], "grid.exports: .*`python -m tools.sweep`"),
+        (["--inference.context_seconds", "[5, 0]"], r"inference.context_seconds: .*\[5, 0\].*`python -m tools.sweep`"),
+        (["--decoder", "[{beam: 1}, {beam: 8}]"], "decoder: (.|\n)*`python -m tools.sweep`"),
+        (["--inference.contextseconds", "5"], "did you mean 'inference.context_seconds'"),
+        (["--data.max_recordings", "-1"], "data.max_recordings: .*-1 does not conform"),
+        (["--threads", "-1"], "threads: .*-1 does not conform"),
+    ],
+)
+def test_lists_and_bad_values_are_refused_by_the_name_of_the_field(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        script.parse_command(["--export", "x", "--data.dataset", "y", *arguments])
+    assert ("tools.sweep" in str(refused.value)) == ("tools.sweep" in message)
+
+
+def test_a_grid_in_a_configuration_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("export: x\ndata: {dataset: y}\ngrid: {contexts: [5, 0]}\n")
+    with pytest.raises(UserError, match="grid.*`python -m tools.sweep`"):
+        script.parse_command(["--config", str(tmp_path / "grid.yaml")])
+
+
+def test_the_error_about_missing_transcripts_names_a_dataset_in_object_storage(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FeatureSettings()) as writer:
         writer.add(Recording("a", split="test"), np.zeros((10, 80)))
         writer.finish()
     dataset = open_dataset(tmp_path)
     dataset.location = "s3://bucket/data"
     with pytest.raises(UserError, match="s3://bucket/data: 1 of 1 recordings have no transcript"):
-        script.select_recordings(dataset, script.DataSettings("s3://bucket/data"))
+        evaluation.select_recordings(dataset, DataSettings("s3://bucket/data"))
 
 
 def test_a_moved_dataset_is_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path / "out")
     (tmp_path / "moved").symlink_to(setup.data.dataset, target_is_directory=True)
-    monkeypatch.setattr(script, "decode_recordings", None)
+    monkeypatch.setattr(evaluation, "decode_recordings", None)
     assert (
         evaluate(replace(setup, data=replace(setup.data, dataset=str(tmp_path / "moved"))), tmp_path / "out") == first
     )

@@ -1,4 +1,4 @@
-"""transcribe.py: the words that evaluate.py finds, from any audio file; one that is broken costs itself alone."""
+"""transcribe.py: equal transcripts to evaluate.py from all audio formats; a broken file fails alone."""
 
 import json
 import os
@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 import soundfile
 
-import evaluate as evaluation
 import transcribe as script
 from bestrq.long_form.inference import InferenceSettings
 from bestrq.scoring.word_errors import text_normaliser
 from bestrq.training.process import World
+from common.config import parse
 from common.errors import UserError
 from data.corpora.folder import FolderSettings
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
 from data.prepare.prepare import PrepareSettings, prepare
 from data.word_times import read_ctm, read_textgrid, read_words_json
+from evaluate import evaluate
+from pipelines import evaluation
+from pipelines.evaluation_settings import Config, DataSettings
 from pipelines.finetuning import statistics_of
 from tests.gloo import run_distributed
 from tests.scripts.test_evaluate import make_export, with_litter
@@ -70,23 +73,23 @@ def transcribe(config: script.Config, out: Path, **changes: Any) -> int:
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """All but the list of what is finished, which is in the order of finishing."""
+    """All files but the list of finished recordings, whose order varies."""
     paths = [path for path in out.rglob("*") if path.is_file() and path.name != script.STATE]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, module: Any) -> dict[int, Any]:
-    """The tokens that a script finds, by the length of the recording in frames."""
-    found: dict[int, Any] = {}
+    """Tokens that a module decodes, by the length of the recording in frames; filled while it runs."""
+    decoded: dict[int, Any] = {}
     original = module.decode_recordings
 
     def spied(decoder: Any, sources: Any, *arguments: Any) -> Iterator[Any]:
         for index, tokens in original(decoder, sources, *arguments):
-            found[sources[index].num_frames] = tokens
+            decoded[sources[index].num_frames] = tokens
             yield index, tokens
 
     monkeypatch.setattr(module, "decode_recordings", spied)
-    return found
+    return decoded
 
 
 @pytest.mark.parametrize("normalisation", ["recording", "dataset"])
@@ -105,9 +108,9 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
 
     ours, theirs = spy(monkeypatch, script), spy(monkeypatch, evaluation)
     assert transcribe(setup, tmp_path / "out", export=str(tmp_path / "export")) == 0
-    data = evaluation.DataSettings(str(tmp_path / "data"))
-    config = evaluation.Config(str(tmp_path / "export"), str(tmp_path / "results"), data=data, device="cpu")
-    evaluation.evaluate(replace(config, inference=setup.inference, resamples=100), World())
+    data = DataSettings(str(tmp_path / "data"))
+    config = Config(str(tmp_path / "export"), str(tmp_path / "results"), data=data, device="cpu")
+    evaluate(replace(config, inference=setup.inference, resamples=100), World())
     assert ours == theirs and len(ours) == len(NAMES) and sum(len(one.ids) for one in ours.values()) > 50
     rows = json.loads((tmp_path / "results/results.json").read_text())["recordings"]
     assert [row["id"] for row in rows] == NAMES
@@ -116,10 +119,8 @@ def test_transcripts_are_the_hypotheses_of_evaluate(
         assert text_normaliser("")(text) == row["hypothesis"]
 
 
-def test_every_format_tells_the_same_words(
-    setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = spy(monkeypatch, script)
+def test_every_format_has_the_same_words(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = spy(monkeypatch, script)
     assert transcribe(setup, tmp_path) == 0
     expected = {f"{name}.{form}" for name in NAMES for form in FORMATS.split(",")}
     assert set(files_of(tmp_path)) == expected
@@ -129,7 +130,7 @@ def test_every_format_tells_the_same_words(
         text = " ".join(content["text"].split())
         words = [word["word"] for word in content["words"]]
         assert " ".join(words) == text and content["id"] == name
-        tokens = found[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
+        tokens = decoded[round(100 * content["seconds"])]  # frames of 10 ms; those of the encoder are of 40
         assert {word["start"] for word in content["words"]} <= {round(0.04 * first, 3) for first in tokens.first_frame}
         ends = {min(round(0.04 * (n + 1), 3), content["seconds"]) for n in tokens.last_frame}
         assert {word["end"] for word in content["words"]} <= ends
@@ -144,10 +145,10 @@ def test_every_format_tells_the_same_words(
     assert json.loads((tmp_path / "long.json").read_text())["seconds"] == 9.01
 
 
-def test_a_broken_file_costs_itself_alone(
+def test_a_broken_file_fails_alone(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And worker processes change nothing."""
+    """Also with worker processes, which do not change the transcripts."""
     transcribe(setup, tmp_path / "whole")
     talks = shutil.copytree(setup.audio, tmp_path / "talks")
     soundfile.write(talks / "nan.wav", np.array([0.1, np.nan] * 8000), 16000, subtype="FLOAT")
@@ -161,29 +162,29 @@ def test_a_broken_file_costs_itself_alone(
     command = ["transcribe.py", "--export", setup.export, "--audio", str(talks), "--out", out, "--formats", FORMATS]
     command += ["--inference.context_seconds", "2", "--inference.batch_seconds", "8", "--workers", "2"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(script, "start_world", lambda settings: World())
+    monkeypatch.setattr(script, "start_inference", lambda *settings: World())
     assert script.main() == 1
-    told = capsys.readouterr().err
-    assert "error: 5 of 11 audio files could not be transcribed:" in told
-    reasons = dict(line.strip().split(": ", 1) for line in told.splitlines()[1:])
-    assert set(reasons) == set(bad) and "no such" not in told
+    printed = capsys.readouterr().err
+    assert "error: 5 of 11 audio files could not be transcribed:" in printed
+    reasons = dict(line.strip().split(": ", 1) for line in printed.splitlines()[1:])
+    assert set(reasons) == set(bad) and "no such" not in printed
     for name, reason in {"nan": "NaN", "empty": "0 bytes", "blink": "too short", "cut": "cut.flac"}.items():
         assert reason in reasons[name]
-    found = files_of(tmp_path / "out")
-    failed = [json.loads(line) for line in found.pop(script.FAILED).splitlines()]
+    contents = files_of(tmp_path / "out")
+    failed = [json.loads(line) for line in contents.pop(script.FAILED).splitlines()]
     paths = [
         str(path) for path in sorted(talks.rglob("*")) if path.relative_to(talks).with_suffix("").as_posix() in bad
     ]
     assert [one["path"] for one in failed] == paths and len(paths) == 5
-    assert found == files_of(tmp_path / "whole")
-    # Repaired or gone, they are told of no more.
+    assert contents == files_of(tmp_path / "whole")
+    # Deleted files are no longer listed as failed.
     for path in paths:
         os.unlink(path)
-    assert script.main() == 0 and files_of(tmp_path / "out") == found
+    assert script.main() == 0 and files_of(tmp_path / "out") == contents
 
 
 def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
-    """Files with a problem of their own or of their transcript's path, with a part of each reason."""
+    """Create files that fail, by themselves or because of their transcript's path. Returns a part of each reason."""
     sound = (talks / "short.wav").read_bytes()
     longest = "n" * 251  # with .wav as long as a name can be, with .json too long
     for name in ("taken.wav", f"{longest}.wav", "place.wav", "place.txt/inside.wav", "sub/deep.wav"):
@@ -203,7 +204,7 @@ def folder_of_trouble(talks: Path, out: Path) -> dict[str, str]:
 
 
 def good_names(talks: Path) -> list[str]:
-    """Unusual but valid names, with a transcript each."""
+    """Create files with unusual but valid names, all of which are transcribed. Returns the names."""
     sound = (talks / "short.wav").read_bytes()
     good = ["n" * 250, os.fsdecode(b"caf\xe9"), "new\nline \u3000\u00ad \u65e5\u672c", "-rf", "place.txt/inside"]
     for name in good[:4]:
@@ -234,7 +235,7 @@ def test_a_problem_with_a_file_or_its_transcript_path_only_fails_that_file(
     talks, out = shutil.copytree(setup.audio, tmp_path / "talks"), tmp_path / "out"
     trouble, good = folder_of_trouble(talks, out), good_names(talks)
     config = replace(setup, audio=str(talks), out=str(out), formats="txt,json")
-    for _ in range(2):  # and at every start
+    for _ in range(2):  # also when started again
         if processes == 1:
             assert transcribe_trouble(World(), config) == len(trouble)
         else:
@@ -246,8 +247,8 @@ def test_a_problem_with_a_file_or_its_transcript_path_only_fails_that_file(
         for name in [*NAMES, *good]:
             assert (out / f"{name}.txt").is_file() and json.loads((out / f"{name}.json").read_text())["words"]
         assert not list(out.rglob(".*"))
-    told = capsys.readouterr().err if processes == 1 else "error: 8 of 19 audio files"
-    assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in told
+    printed = capsys.readouterr().err if processes == 1 else "error: 8 of 19 audio files"
+    assert f"error: {len(trouble)} of {len(trouble) + len(NAMES) + len(good)} audio files" in printed
 
 
 def test_a_file_deleted_while_others_are_transcribed_fails_alone(
@@ -268,7 +269,7 @@ def test_a_file_deleted_while_others_are_transcribed_fails_alone(
 def test_a_full_disk_ends_the_command_with_a_fix(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other file would fail too, after hours."""
+    """Every other file would fail too, after hours of work."""
 
     def full(path: Path, content: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -278,7 +279,7 @@ def test_a_full_disk_ends_the_command_with_a_fix(
         transcribe(setup, tmp_path / "out")
 
 
-def test_suspect_sound_is_transcribed_with_a_warning_and_flac_without_a_count_as_with_it(
+def test_suspect_audio_is_transcribed_with_a_warning_and_flac_may_lack_a_sample_count(
     setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_sound(tmp_path / "talks/a.flac", 2.0)
@@ -287,42 +288,42 @@ def test_suspect_sound_is_transcribed_with_a_warning_and_flac_without_a_count_as
     sound, _ = soundfile.read(tmp_path / "talks/a.flac")
     soundfile.write(tmp_path / "talks/inverted.wav", np.stack([sound, -sound], axis=1), 16000)
     assert transcribe(setup, tmp_path / "out", audio=str(tmp_path / "talks"), formats="txt,json") == 0
-    told = capsys.readouterr().err
-    assert told.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in told
+    printed = capsys.readouterr().err
+    assert printed.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in printed
     assert (tmp_path / "out/inverted.txt").is_file()
     assert (tmp_path / "out/a.txt").read_text() == (tmp_path / "out/b.txt").read_text()
     assert json.loads((tmp_path / "out/b.json").read_text())["seconds"] == 2.01
 
 
-def test_a_second_start_does_only_what_has_changed(
+def test_a_second_run_transcribes_only_what_has_changed(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talks, out = shutil.copytree(setup.audio, tmp_path / "talks"), tmp_path / "out"
     config = replace(setup, audio=str(talks))
     transcribe(config, out)
     first = files_of(out)
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     larger = replace(config.inference, batch_seconds=60.0)
-    assert transcribe(config, out, inference=larger) == 0 and not found and files_of(out) == first
+    assert transcribe(config, out, inference=larger) == 0 and not decoded and files_of(out) == first
     make_sound(talks / "day1/talk.wav", 2.5, seed=9)  # another recording of that name
     (out / "long.srt").unlink()
-    assert transcribe(config, out) == 0 and sorted(found) == [251, 901]
+    assert transcribe(config, out) == 0 and sorted(decoded) == [251, 901]
     changed = {name for name, content in files_of(out).items() if content != first[name]}
     assert {name.partition(".")[0] for name in changed} == {"day1/talk"}
     transcribe(config, out, inference=replace(config.inference, context_seconds=1.0))
-    assert len(found) == len(NAMES)
+    assert len(decoded) == len(NAMES)
 
 
 def test_other_files_in_an_export_change_nothing(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transcribe(setup, tmp_path / "out")
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     assert transcribe(setup, tmp_path / "out", export=with_litter(setup.export, tmp_path / "export")) == 0
-    assert not found
+    assert not decoded
 
 
-def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues(setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transcribe(setup, tmp_path / "whole")
     original, wrote = script.write_transcript, []
 
@@ -336,17 +337,17 @@ def test_an_interrupted_start_goes_on(setup: script.Config, tmp_path: Path, monk
     out = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
         transcribe(setup, out)
-    with open(out / "transcribed-00003.jsonl", "w") as file:  # a process that was killed has left half a line
+    with open(out / "transcribed-00003.jsonl", "w") as file:  # a killed process leaves an incomplete line
         file.write('{"name": "short", "key": "another", "reason": ""}\n{"name": "sil')
     monkeypatch.setattr(script, "write_transcript", original)
-    found = spy(monkeypatch, script)
+    decoded = spy(monkeypatch, script)
     assert transcribe(setup, out) == 0
-    assert len(found) == len(NAMES) - 2 and files_of(out) == files_of(tmp_path / "whole")
+    assert len(decoded) == len(NAMES) - 2 and files_of(out) == files_of(tmp_path / "whole")
     state = [json.loads(line)["name"] for line in (out / script.STATE).read_text().splitlines()]
     assert sorted(state) == NAMES
 
 
-def test_a_stop_while_other_settings_replace_a_transcript_leaves_none_that_counts(
+def test_a_transcript_is_not_reused_after_a_stop_while_it_was_replaced(
     setup: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transcribe(setup, tmp_path)
@@ -367,7 +368,7 @@ def test_a_stop_while_other_settings_replace_a_transcript_leaves_none_that_count
 
 
 def transcribe_on(world: World, config: script.Config) -> tuple[int, list[str]]:
-    """The number of failures, and the files that this process has transcribed."""
+    """Number of failures, and the files that this process has transcribed."""
     original, wrote = script.write_transcript, []
 
     def noted(file: script.AudioFile, *arguments: Any) -> None:
@@ -390,7 +391,7 @@ def test_two_processes_give_the_transcripts_of_one(setup: script.Config, tmp_pat
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
-def test_without_out_a_line_a_recording_goes_to_stdout(
+def test_without_out_a_line_per_recording_is_written_to_stdout(
     setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transcribe(setup, tmp_path)
@@ -404,7 +405,7 @@ def test_without_out_a_line_a_recording_goes_to_stdout(
     assert capsys.readouterr().out == f"{one}\t{expected['stereo']}"
 
 
-def test_a_name_takes_one_field_of_one_line_of_the_console(
+def test_names_are_escaped_on_the_console(
     setup: script.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = tmp_path / "a\nb\tc\x1b[31m"
@@ -417,7 +418,7 @@ def test_a_name_takes_one_field_of_one_line_of_the_console(
     assert err.count("\n") == 2 and "\x1b" not in err
 
 
-def test_features_are_held_for_some_batches_only(setup: script.Config) -> None:
+def test_features_of_only_some_batches_are_in_memory(setup: script.Config) -> None:
     seconds = [9000.0, 40.0, 30.0, 20.0, 20.0, 0.0]
     files = [script.AudioFile(Path(), str(number), length, "") for number, length in enumerate(seconds)]
     groups = script.in_groups(files, 100.0)
@@ -442,12 +443,13 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
         ({"audio": ""}, "audio is missing: give it as --audio FILE_OR_FOLDER"),
         ({"formats": "txt,doc"}, "formats = 'txt,doc': give some of txt,json,ctm,TextGrid,srt,vtt"),
         ({"formats": ","}, "formats = ','"),
-        ({"workers": -1}, "workers = -1"),
     ):
         with pytest.raises(UserError, match=message):
             replace(setup, **changes)  # type: ignore[arg-type]
     for audio in (setup.audio, f"{setup.audio}/short.wav"):
-        with pytest.raises(UserError, match=r"out = .*: X.txt beside X.wav may be what was said"):
+        with pytest.raises(
+            UserError, match="out = .* is the folder of the audio files, where X.txt may be the reference"
+        ):
             replace(setup, audio=audio, out=setup.audio)
     with pytest.raises(UserError, match="there is no such file or folder"):
         transcribe(setup, tmp_path / "out", audio=str(tmp_path / "nothing"))
@@ -456,15 +458,18 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
         transcribe(setup, tmp_path / "out", audio=str(tmp_path / "empty"))
     with pytest.raises(UserError, match="2 processes cannot share stdout"):
         script.transcribe(setup, World(size=2))
+    for name in ("workers", "threads"):
+        with pytest.raises(UserError, match=f"{name}: .*-1 does not conform"):
+            parse(script.Config, ["--export=x", "--audio=y", f"--{name}=-1"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="cannot write into this folder"):
         transcribe(setup, tmp_path / "out")
 
 
-def test_an_export_without_the_statistics_that_it_needs_is_refused(setup: script.Config, tmp_path: Path) -> None:
+def test_an_export_without_the_statistics_it_needs_is_refused(setup: script.Config, tmp_path: Path) -> None:
     shutil.copytree(setup.export, tmp_path / "export")
     fields = json.loads((tmp_path / "export/config.json").read_text()) | {"normalisation": "dataset"}
     (tmp_path / "export/config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="holds no statistics of its data"):
+    with pytest.raises(UserError, match="has no statistics of its data"):
         transcribe(setup, tmp_path / "out", export=str(tmp_path / "export"))

@@ -14,7 +14,7 @@ from data.corpora.folder import FolderSettings, sources
 from data.corpora.text_files import listed_names
 from data.format.dataset import open_dataset
 from data.prepare.command_line import main
-from pipelines.evaluation import stm_files
+from pipelines.evaluation_settings import stm_files
 
 LEFT_BEHIND = [
     "._a.wav", ".DS_Store", "Thumbs.db", "sub/._b.wav", "sub/Thumbs.db", ".cache/huggingface/x.wav",
