@@ -17,18 +17,18 @@ from torch import nn
 
 from bestrq.model.conformer import EncoderSettings
 from bestrq.pretraining.masking import MaskingSettings
-from bestrq.pretraining.model_card import model_card
-from bestrq.pretraining.monitoring import (
+from bestrq.pretraining.objective import BestRQ, MaskedRows, flops_per_row, frame_counts, mask_rows, validate
+from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
+from bestrq.pretraining.reporting import (
     COUNTERS,
     codebook_figures,
     count_codes,
     interval_means,
+    model_card,
     save_codebook_usage,
     save_pictures,
     warn_of_collapse,
 )
-from bestrq.pretraining.objective import BestRQ, MaskedRows, flops_per_row, frame_counts, mask_rows, validate
-from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.training.checkpoint import (
     Checkpoint,
     CheckpointSettings,
@@ -132,14 +132,14 @@ def train(config: Config) -> None:
     config = with_precision(config, precision)
     training, heldout = split_recordings(dataset, config.data, config.validation)
     run.start(config, world, FREE_FIELDS, dataset.identity(), PLACES, facts={"precision": str(precision)})
-    lengths = config.data.crop_frames(dataset)
+    crop_frames = config.data.crop_frames(dataset)
 
     # ---- Model, optimizer and targets, resumed from the latest checkpoint ----
     torch.manual_seed(config.run.seed)  # the same initial weights for any world size
     model = BestRQ(config.encoder, config.quantizer).to(world.device)
     quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
     quantizer.to(world.device)
-    row_flops = flops_per_row(model, config.data.row_frames, lengths[0], world.device)
+    row_flops = flops_per_row(model, config.data.row_frames, crop_frames[0], world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
     optimizer = build_optimizer([(parallel_model.named_parameters(), config.optimizer)])
     shape = config.quantizer.num_codebooks, config.quantizer.codebook_size
@@ -154,7 +154,7 @@ def train(config: Config) -> None:
     shares = {"rank": world.rank, "world_size": world.size, "accumulation": config.accumulation}
     draw_mask = config.masking.draw_function(dataset.features.hop_ms)
     crops = config.data.mixed_order(
-        dataset, training, lambda recordings, seed: CropOrder(dataset.frames, *lengths, seed, recordings)
+        dataset, training, lambda recordings, seed: CropOrder(dataset.frames, *crop_frames, seed, recordings)
     )
     loader = RowLoader(dataset, crops, config.data, **packing, **shares, draw_mask=draw_mask, state=state.data)
     dev_batches = heldout_batches(
@@ -222,14 +222,11 @@ def train(config: Config) -> None:
                 print(console_line(state.step, config.run.steps, values), flush=True)
                 warn_of_collapse(values, config.quantizer.codebook_size)
         if state.step == 1 or is_checkpoint:
-            counts, first = world.sum(code_counts), micro_batches[0]
-            if first.mask is not None:
-                hop_ms = dataset.features.hop_ms
-                save_pictures(run.pictures, metrics, state.step, first.log_mel[0], first.mask[0], counts, hop_ms)
+            counts, row = world.sum(code_counts), (micro_batches[0].log_mel[0], micro_rows[0].mask[0])
+            save_pictures(run.pictures, metrics, state.step, *row, counts, dataset.features.hop_ms)
 
         # ---- Validation on the same crops, masks and noise each time; training is not affected ----
-        every_steps = config.validation.every_steps
-        if dev_batches and (is_last or state.step % every_steps == 0):
+        if dev_batches and (is_last or state.step % config.validation.every_steps == 0):
             with throughput.paused():
                 dev_rows = (masked_rows(batch, quantizer, config, world) for batch in dev_batches)
                 rates = validate(parallel_model, dev_rows, config.distributed, world)
@@ -258,7 +255,7 @@ def train(config: Config) -> None:
 
 
 def masked_rows(batch: Batch, quantizer: RandomProjectionQuantizer, config: Config, world: World) -> MaskedRows:
-    """Input and targets of a batch, on the device. The mask goes there last: see `mask_rows`."""
+    """Masked features and targets of a batch, on the device."""
     assert batch.mask is not None
     log_mel = batch.log_mel.to(world.device, non_blocking=True)
     stride, noise_std = config.encoder.stride, config.masking.noise_std

@@ -1,1 +1,1 @@
-
+"""Pretraining: BEST-RQ objective, targets, masks and reports."""

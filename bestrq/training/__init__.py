@@ -1,1 +1,1 @@
-
+"""Training: processes, optimizer steps, checkpoints, exports, run folders and metrics."""

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bestrq.pretraining.monitoring import unigram_entropy
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
+from bestrq.pretraining.reporting import unigram_entropy
 from common.errors import UserError
 
 

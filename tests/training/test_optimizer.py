@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from bestrq.training.checkpoint import CheckpointSettings
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, learning_rate_factor, set_learning_rates
-from bestrq.training.process import World
+from bestrq.training.process import DistributedSettings, World
+from bestrq.training.run_folder import RunSettings
 from bestrq.training.step import GuardSettings, StepGuard, StepResult, seed_step
 from common.config import parse
 from common.errors import UserError
@@ -67,12 +69,17 @@ def test_parameters_without_gradient_are_left_out_and_none_at_all_is_an_error() 
 class Config:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("optimizer.learning_rate", "0.0"), ("optimizer.final_fraction", "1.5"), ("optimizer.clip_norm", "-1.0"),
-     ("optimizer.warmup_steps", "-1"), ("guard.max_bad_updates", "0"), ("guard.spike_window", "7")],
+     ("optimizer.warmup_steps", "-1"), ("guard.max_bad_updates", "0"), ("guard.spike_window", "7"),
+     ("guard.spike_sigma", "0.0"), ("run.steps", "0"), ("run.log_every", "0"), ("checkpoint.every_steps", "0"),
+     ("checkpoint.keep_last", "0"), ("distributed.threads", "-1"), ("distributed.timeout_minutes", "0.0")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name_and_value(name: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is {value}: (expected|give)"):

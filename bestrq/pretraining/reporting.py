@@ -1,8 +1,10 @@
-"""Monitoring of pretraining: means of a log interval, codebook usage and collapse, pictures of masks and codes."""
+"""Reports of pretraining: means of a log interval, codebook usage and collapse, pictures, model card."""
 
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -134,3 +136,15 @@ def render(figure: Figure) -> np.ndarray:
     figure.savefig(buffer, format="rgba", dpi=100)
     width, height = (int(v) for v in figure.get_size_inches() * 100)
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def model_card(config: Mapping[str, Any], training: str) -> str:
+    """README.md of an export with this config.json; `training` describes the rows of a step and the dataset."""
+    encoder, features = config["encoder"], config["features"]
+    return f"""# Conformer encoder, pretrained with BEST-RQ
+
+{encoder["num_layers"]} layers of width {encoder["dim"]}; {config["step"]} optimizer steps of {training}.
+
+`config.json` holds the settings of the encoder and of the features (16 kHz, {features["num_mels"]} log-mel bins,
+normalised per {config["normalisation"]}). To fine-tune it: `python finetune_ctc.py --finetune.init THIS_FOLDER`.
+"""
