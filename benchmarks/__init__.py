@@ -1,1 +1,1 @@
-"""Speed beside other systems, measured in one run; each prints a JSON line last."""
+"""Benchmarks against other systems in the same run; each prints a line of JSON last."""

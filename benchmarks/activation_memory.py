@@ -1,18 +1,18 @@
-"""Memory of training: counted, predicted by a formula, and what fits on a GPU.
+"""Memory of training: counted, predicted by a formula, and the batches that fit on a GPU.
 
-    python -m benchmarks.activation_memory              # counts and times every mode on this CPU, beside the formula
-    python -m benchmarks.activation_memory --table      # what fits on a GPU of 80 GB, by the formula alone
-    python -m benchmarks.activation_memory --fit        # the formula's coefficients, from counts at several sizes
-    python -m benchmarks.activation_memory --inventory  # what one block keeps, tensor by tensor
+    python -m benchmarks.activation_memory              # counts and times every mode on this CPU, against the formula
+    python -m benchmarks.activation_memory --table      # batches that fit on a GPU of 80 GB, by the formula
+    python -m benchmarks.activation_memory --fit        # coefficients of the formula, from counts at several sizes
+    python -m benchmarks.activation_memory --inventory  # tensors that one block keeps
 
-Bytes are those of tensors, counted operation by operation (`LiveBytes`): what is alive after the forward pass, and at
-the highest. Each mode is counted in a process of its own, whose peak of resident memory over a warmed-up start is
-printed beside. Bytes are those under bfloat16 autocast. Times are forward and backward of the encoder in the precision
-of the hardware, modes alternating. A line of JSON comes last:
+Bytes are those of tensors, counted operation by operation (`LiveBytes`): alive after the forward pass, and at the peak.
+Each mode is counted in a separate process; the growth of its resident memory after a warm-up is printed too. Bytes are
+those under bfloat16 autocast. Times are forward and backward of the encoder in the precision of the hardware, modes
+alternating. A line of JSON comes last:
 
-    predicted_over_measured_MODE   bytes kept for the backward pass, of the shape where they differ most
+    predicted_over_measured_MODE   bytes kept for the backward pass, for the shape with the largest difference
     predicted_over_measured_peak_MODE  the peak, last shape
-    process_over_counted_MODE      growth of the process's resident memory over the counted peak, last shape
+    process_over_counted_MODE      growth of the resident memory relative to the counted peak, last shape
     memory_MODE_over_none          bytes that the blocks keep, counted, last shape
     time_MODE_over_none            medians, last shape
 """
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory_formula as formula
-from benchmarks.live_bytes import LiveBytes, imagined_gpu, on_gpu
+from benchmarks.live_bytes import LiveBytes, on_gpu, simulated_gpu
 from benchmarks.machine import hardware_autocast, hardware_precision, print_figures
 from benchmarks.memory_formula import Rows
 from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings, run_block
@@ -38,23 +38,24 @@ from common.segments import Segments
 
 
 def one_segment_rows(encoder: ConformerEncoder, batch: Rows) -> RowLayout:
+    """Layout of rows with a single segment each."""
     start = torch.zeros(batch.rows, 1, dtype=torch.int64)
     return encoder.layout(Segments(start, torch.full_like(start, batch.frames), batch.frames))
 
 
 def count(part: str, settings: EncoderSettings, batch: Rows, device: str, mode: str = "none") -> LiveBytes:
-    """What the second block ('block') or the subsampling and its dropout keep of a batch, their output included.
+    """Bytes that the second block ('block') or the subsampling and its dropout keep, their output included.
 
-    With device 'cuda' on an imagined GPU: the code and the formats are real, the numbers are not there.
+    The device 'cuda' is a simulated GPU: operations compute shapes and dtypes only.
     """
     settings = replace(settings, num_layers=2)
     if device == "cpu":
         encoder = ConformerEncoder(settings)
         return _count(part, encoder, batch, one_segment_rows(encoder, batch), device, mode)
     with torch.device("meta"):
-        twin = ConformerEncoder(settings)
-    layout = one_segment_rows(twin, batch)
-    with imagined_gpu(), torch.device("cuda"):
+        meta_encoder = ConformerEncoder(settings)
+    layout = one_segment_rows(meta_encoder, batch)
+    with simulated_gpu(), torch.device("cuda"):
         return _count(part, ConformerEncoder(settings), batch, on_gpu(layout), device, mode)
 
 
@@ -70,29 +71,30 @@ def _count(part: str, encoder: ConformerEncoder, batch: Rows, layout: RowLayout,
     return live
 
 
-def a_frame(part: str, settings: EncoderSettings, frames: int, device: str, mode: str = "none") -> float:
-    """Bytes an encoder frame: by how much a second row of so many frames adds to the count."""
+def bytes_per_frame(part: str, settings: EncoderSettings, frames: int, device: str, mode: str = "none") -> float:
+    """Bytes per encoder frame, from the count of a second row of `frames` encoder frames."""
     one, two = (count(part, settings, Rows(rows, settings.stride * frames), device, mode).now for rows in (1, 2))
     return (two - one) / frames
 
 
 def fit(device: str) -> None:
-    """Print the coefficients of `memory_formula`: counts of a small size, and of others greater in one thing each."""
+    """Print the coefficients of `memory_formula` from counts at a small size and at sizes with one larger dimension."""
     base, frames = EncoderSettings(dim=128, feedforward_dim=128, num_heads=2), 128
     for mode in MODES:
-        here = a_frame("block", base, frames, device, mode)
-        dim = (a_frame("block", replace(base, dim=256), frames, device, mode) - here) / 128
-        hidden = (a_frame("block", replace(base, feedforward_dim=256), frames, device, mode) - here) / 128
-        heads = (a_frame("block", replace(base, num_heads=4), frames, device, mode) - here) / 2
-        squared = (a_frame("block", base, 2 * frames, device, mode) - here) / (2 * frames)
+        here = bytes_per_frame("block", base, frames, device, mode)
+        dim = (bytes_per_frame("block", replace(base, dim=256), frames, device, mode) - here) / 128
+        hidden = (bytes_per_frame("block", replace(base, feedforward_dim=256), frames, device, mode) - here) / 128
+        heads = (bytes_per_frame("block", replace(base, num_heads=4), frames, device, mode) - here) / 2
+        squared = (bytes_per_frame("block", base, 2 * frames, device, mode) - here) / (2 * frames)
         heads -= squared * frames
         constant = here - dim * 128 - hidden * 128 - heads * 2 - squared * 2 * frames
         print(f"{device} {mode}: {dim=:g} {hidden=:g} {heads=:g} heads_frames={squared:g} {constant=:g}")
     convolutional = EncoderSettings(dim=64, subsampling_channels=16)
     for base in (convolutional, replace(convolutional, subsampling="striding", subsampling_factor=8)):
-        here = a_frame("subsampling", base, frames, device)
-        inner = (a_frame("subsampling", replace(base, subsampling_channels=32), frames, device) - here) / (16 * 80)
-        dim = (a_frame("subsampling", replace(base, dim=128), frames, device) - here) / 64
+        wide_channels = replace(base, subsampling_channels=32)
+        here = bytes_per_frame("subsampling", base, frames, device)
+        inner = (bytes_per_frame("subsampling", wide_channels, frames, device) - here) / (16 * 80)
+        dim = (bytes_per_frame("subsampling", replace(base, dim=128), frames, device) - here) / 64
         mels = (here - inner * 16 * 80 - dim * 64) / 80
         print(f"{device} {base.subsampling} {base.subsampling_factor}: {inner=:g} {dim=:g} {mels=:g}")
 
@@ -101,7 +103,7 @@ def forward_backward(
     encoder: ConformerEncoder, log_mel: Tensor, layout: RowLayout, autocast: torch.autocast,
     live: LiveBytes | None = None,
 ) -> int:  # fmt: skip
-    """One pass; what the counter finds alive between forward and backward."""
+    """Run one pass and return the live bytes between forward and backward (0 without a counter)."""
     with autocast:
         y = encoder(log_mel, layout)
     kept = 0 if live is None else live.now
@@ -110,7 +112,7 @@ def forward_backward(
 
 
 def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, int]:
-    """Bytes kept and at the highest, counted; and by how much the process grew. In a process of its own."""
+    """Return the counted bytes kept and at the peak, and the growth of this process. Run in a separate process."""
     torch.set_num_threads(threads)
     bfloat16 = torch.autocast("cpu", torch.bfloat16)
     encoder, small = ConformerEncoder(settings), Rows(1, settings.row_multiple * 16)
@@ -119,7 +121,7 @@ def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, i
         log_mel = torch.randn(rows.rows, rows.frames, settings.num_mels)
         before = resident_bytes("VmRSS")
         reset_peak()
-        forward_backward(encoder, log_mel, layout, bfloat16)  # leaves gradients, which the next pass adds to
+        forward_backward(encoder, log_mel, layout, bfloat16)  # allocates gradients, which the next pass reuses
         process = resident_bytes("VmHWM") - before
     with LiveBytes() as live:
         kept = forward_backward(encoder, log_mel, layout, bfloat16, live)
@@ -127,19 +129,19 @@ def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, i
 
 
 def timings(settings: EncoderSettings, batch: Rows, repeats: int) -> dict[str, float]:
-    """Time of forward and backward over that of mode 'none' beside it: medians, modes alternating."""
+    """Time of forward and backward relative to mode 'none' of the same round: medians, modes alternating."""
     encoders = {mode: ConformerEncoder(replace(settings, activation_checkpointing=mode)) for mode in MODES}
     log_mel = torch.randn(batch.rows, batch.frames, settings.num_mels)
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for repeat in range(repeats + 1):
         for mode, encoder in encoders.items():
             layout = one_segment_rows(encoder, batch)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             forward_backward(encoder, log_mel, layout, hardware_autocast())
             if repeat:
-                times[mode].append(time.perf_counter() - begin)
+                times[mode].append(time.perf_counter() - start)
     return {
-        mode: statistics.median(mine / none for mine, none in zip(times[mode], times["none"], strict=True))
+        mode: statistics.median(seconds / none for seconds, none in zip(times[mode], times["none"], strict=True))
         for mode in MODES
     }
 
@@ -147,12 +149,14 @@ def timings(settings: EncoderSettings, batch: Rows, repeats: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="base-120m", choices=sorted(PRESETS))
-    parser.add_argument("--layers", type=int, default=4, help="blocks; all of them are alike")
+    parser.add_argument("--layers", type=int, default=4, help="number of blocks; all blocks are equal")
     parser.add_argument("--shapes", nargs="+", default=["1x60", "4x15"], help="rows x seconds; the last one is timed")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fit", choices=["cpu", "cuda"], help="print the coefficients counted for a device")
-    parser.add_argument("--inventory", choices=["cpu", "cuda"], help="print what one block keeps on a device")
-    parser.add_argument("--table", action="store_true", help="print what fits on a GPU")
+    parser.add_argument(
+        "--inventory", choices=["cpu", "cuda"], help="print the tensors that one block keeps on a device"
+    )
+    parser.add_argument("--table", action="store_true", help="print the batches that fit on a GPU")
     args = parser.parse_args()
     settings = replace(PRESETS[args.preset], num_layers=args.layers)
     if args.fit:
@@ -169,16 +173,16 @@ def main() -> None:
 
 
 def inventory(settings: EncoderSettings, device: str) -> None:
-    """Print, for every mode, what a block keeps of a row of 400 frames in bytes a frame."""
+    """Print the tensors that a block keeps for a row of 400 frames, in bytes per frame, for every mode."""
     for mode in MODES:
         live = count("block", settings, Rows(1, settings.stride * 400), device, mode)
-        print(f"{mode}: {live.now / 400:.0f} bytes a frame")
-        for size, number, made in live.inventory():
-            print(f"  {size / 400:10.1f}  {number} x {made}")
+        print(f"{mode}: {live.now / 400:.0f} bytes per frame")
+        for size, number, origin in live.inventory():
+            print(f"  {size / 400:10.1f}  {number} x {origin}")
 
 
 def compare(settings: EncoderSettings, batches: list[Rows], repeats: int) -> dict[str, float]:
-    """Measure every batch in every mode, print what was found beside the formula; the figures of the last batch."""
+    """Measure every batch in every mode, print counts and predictions, and return the figures of the JSON line."""
     figures: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
     rest = formula.num_parameters(settings) - settings.num_layers * formula.block_weights(settings)
@@ -188,18 +192,18 @@ def compare(settings: EncoderSettings, batches: list[Rows], repeats: int) -> dic
         for mode in MODES:
             chosen = replace(settings, activation_checkpointing=mode)
             with context.Pool(1) as pool:
-                found = pool.apply(measure, (chosen, batch, torch.get_num_threads()))
+                counted = pool.apply(measure, (chosen, batch, torch.get_num_threads()))
             predicted = casts + formula.encoder_bytes(settings, batch, "cpu", mode)
             predicted_peak = predicted + formula.backward_bytes(settings, batch, "cpu", mode)
-            blocks = found["kept"] - casts - formula.subsampling_bytes(settings, batch, "cpu")
+            blocks = counted["kept"] - casts - formula.subsampling_bytes(settings, batch, "cpu")
             none_blocks = none_blocks or blocks
-            ratio = predicted / found["kept"]
+            ratio = predicted / counted["kept"]
             if abs(ratio - 1) >= abs(figures.get(f"predicted_over_measured_{mode}", ratio) - 1):
                 figures[f"predicted_over_measured_{mode}"] = ratio
-            figures[f"predicted_over_measured_peak_{mode}"] = predicted_peak / found["peak"]
-            figures[f"process_over_counted_{mode}"] = found["process"] / found["peak"]
+            figures[f"predicted_over_measured_peak_{mode}"] = predicted_peak / counted["peak"]
+            figures[f"process_over_counted_{mode}"] = counted["process"] / counted["peak"]
             figures[f"memory_{mode}_over_none"] = blocks / none_blocks
-            kept, peak, process = (found[name] / 1e6 for name in ("kept", "peak", "process"))
+            kept, peak, process = (counted[name] / 1e6 for name in ("kept", "peak", "process"))
             print(
                 f"{batch.rows} x {batch.frames / 100:g} s, {mode}: kept {kept:.1f} MB (formula {predicted / 1e6:.1f}),"
                 f" peak {peak:.1f} (formula {predicted_peak / 1e6:.1f}), process grew by {process:.1f}"

@@ -1,16 +1,16 @@
-"""How well tools/align.py finds word times: `python -m benchmarks.alignment --model EXPORT`.
+"""Accuracy of the word times of tools/align.py: `python -m benchmarks.alignment --model EXPORT`.
 
 EXPORT is a recogniser of the synthetic corpus, such as runs/quickstart-synthetic/pretrained/export of the quickstart.
-Speaks recordings of the test voices with espeak-ng, whose word times are exact, in the language that the model knows,
-and runs the script itself on them, in a process of its own. Three datasets:
+Recordings of the test voices are synthesised with espeak-ng, whose word times are exact, in the language of the model,
+and aligned by the script in a separate process. Three datasets:
 
 - right: recordings of 1, 10 and 60 minutes (and utterances of some seconds) with their transcripts;
-- wrong: the same sound, the words of every transcript shuffled, or the transcript of another recording of its kind;
-- edited: the recordings with a tenth of the transcript's sentences left out, or so many foreign ones put in; only the
-  words that were said are measured.
+- wrong: the same audio with shuffled words, or with the transcript of another recording of its kind;
+- edited: the recordings with a tenth of the sentences removed from the transcript, or as many foreign sentences
+  inserted; only spoken words are measured.
 
-A boundary is a word's start or end; its error is the distance from espeak's. Memory is the script's largest resident
-set; `base_memory_mb` is that of a run on the utterances alone. The last line is JSON.
+A boundary is the start or end of a word; its error is the distance from espeak's. Memory is the largest resident set of
+the script; `base_memory_mb` is that of a run on the utterances alone. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from data.format.writer import DatasetWriter
 from data.transcripts import Word
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools/align.py"
-# Kind of recording: minutes (0: an utterance of 2 to 15 s), and how many of them.
+# Kind of recording: minutes (0: an utterance of 2 to 15 s), and number of recordings.
 KINDS = {"utterances": (0.0, 200), "1_min": (1.0, 30), "10_min": (10.0, 6), "60_min": (60.0, 2)}
-SENTENCE = 8  # words that are left out or put in together
+SENTENCE = 8  # words that are removed or inserted together
 
 
-def speak(language: str, seed: int, share: float) -> Iterator[tuple[Recording, np.ndarray]]:
-    """Recordings of every kind and their log-mel; ids begin with the kind."""
+def synthesise(language: str, seed: int, share: float) -> Iterator[tuple[Recording, np.ndarray]]:
+    """Yield recordings of every kind with their log-mel; ids start with the kind."""
     features = FeatureSettings()
     log_mel = LogMel(features)
     for kind, (minutes, count) in KINDS.items():
@@ -56,7 +56,7 @@ def speak(language: str, seed: int, share: float) -> Iterator[tuple[Recording, n
 
 
 def write(folder: Path, spoken: Sequence[tuple[Recording, np.ndarray]], texts: dict[str, dict[str, str]]) -> Dataset:
-    """A dataset without word times: for every variant the recordings with its texts, under ids VARIANT/ID."""
+    """Write a dataset without word times: for every variant the recordings with its texts, under ids VARIANT/ID."""
     with DatasetWriter(folder, FeatureSettings()) as writer:
         for variant, by_id in texts.items():
             for recording, log_mel in spoken:
@@ -71,40 +71,40 @@ def wrong_texts(spoken: list[Recording], seed: int) -> dict[str, dict[str, str]]
     """Shuffled words, and the transcript of the next recording of the same kind."""
     rng = random.Random(seed)
     shuffled, other = {}, {}
-    for number, one in enumerate(spoken):
-        words = (one.text or "").split()
+    for number, recording in enumerate(spoken):
+        words = (recording.text or "").split()
         rng.shuffle(words)
-        shuffled[one.id] = " ".join(words)
-        alike = [two.text or "" for two in spoken[number + 1 :] + spoken[:number] if kind_of(two.id) == kind_of(one.id)]
-        other[one.id] = alike[0]
+        shuffled[recording.id] = " ".join(words)
+        following = spoken[number + 1 :] + spoken[:number]
+        other[recording.id] = next(r.text or "" for r in following if kind_of(r.id) == kind_of(recording.id))
     return {"shuffled": shuffled, "other": other}
 
 
 def edited_texts(
     spoken: Sequence[Recording], seed: int
 ) -> tuple[dict[str, dict[str, str]], dict[str, list[Word | None]]]:
-    """Transcripts with a tenth less and a tenth more, and for every word of theirs what was said, or None."""
+    """Transcripts with a tenth less and a tenth more; and for each of their words the spoken word, or None."""
     rng = random.Random(seed)
     texts: dict[str, dict[str, str]] = {"left_out": {}, "put_in": {}}
-    said: dict[str, list[Word | None]] = {}
-    for number, one in enumerate(spoken):
-        if kind_of(one.id) == "utterances":
+    truth: dict[str, list[Word | None]] = {}
+    for number, recording in enumerate(spoken):
+        if kind_of(recording.id) == "utterances":
             continue
-        words, foreign = one.words or [], spoken[number - 1].words or []
-        parts = [words[begin : begin + SENTENCE] for begin in range(0, len(words), SENTENCE)]
+        words, foreign = recording.words or [], spoken[number - 1].words or []
+        parts = [words[start : start + SENTENCE] for start in range(0, len(words), SENTENCE)]
         edits = {edit: set(rng.sample(range(len(parts)), max(1, len(parts) // 10))) for edit in texts}
         left = [word for part, content in enumerate(parts) if part not in edits["left_out"] for word in content]
         more: list[tuple[str, Word | None]] = []
         for part, content in enumerate(parts):
             if part in edits["put_in"]:
-                begin = rng.randrange(max(1, len(foreign) - SENTENCE))
-                more += [(word.word, None) for word in foreign[begin : begin + SENTENCE]]
+                start = rng.randrange(max(1, len(foreign) - SENTENCE))
+                more += [(word.word, None) for word in foreign[start : start + SENTENCE]]
             more += [(word.word, word) for word in content]
-        texts["left_out"][one.id] = " ".join(word.word for word in left)
-        said[f"left_out/{one.id}"] = list(left)
-        texts["put_in"][one.id] = " ".join(text for text, _ in more)
-        said[f"put_in/{one.id}"] = [word for _, word in more]
-    return texts, said
+        texts["left_out"][recording.id] = " ".join(word.word for word in left)
+        truth[f"left_out/{recording.id}"] = list(left)
+        texts["put_in"][recording.id] = " ".join(text for text, _ in more)
+        truth[f"put_in/{recording.id}"] = [word for _, word in more]
+    return texts, truth
 
 
 def kind_of(id: str) -> str:
@@ -113,24 +113,24 @@ def kind_of(id: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run of the script."""
+    """Outcome of one run of the script."""
 
     dataset: Dataset
     refused: list[str]
     """ids"""
     seconds: float
     memory_mb: int
-    """largest resident set"""
+    """largest resident set of the script"""
 
 
 def run_script(dataset: Dataset, model: str, out: Path, more: Sequence[str]) -> Outcome:
-    begin = time.perf_counter()
+    start = time.perf_counter()
     command = [sys.executable, str(SCRIPT), "--data.dataset", str(dataset.path), "--model", model, "--out", str(out)]
     memory = 0
     with subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL) as process:
-        # getrusage would tell the largest of this process, too: a child starts out as its copy.
+        # getrusage would include the memory of this process, since a child starts as its copy.
         while process.poll() is None:
-            with suppress(OSError, IndexError):  # it has just ended
+            with suppress(OSError, IndexError):  # the process has ended
                 memory = int(
                     Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]
                 )
@@ -138,33 +138,33 @@ def run_script(dataset: Dataset, model: str, out: Path, more: Sequence[str]) -> 
     if process.returncode:
         raise SystemExit(f"tools/align.py ended with {process.returncode}: see above")
     lines = (out / "unaligned.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     return Outcome(open_dataset(out), [json.loads(line)["id"] for line in lines], seconds, round(memory / 1000))
 
 
-def errors(aligned: Dataset, said: dict[str, list[Word | None]]) -> dict[str, np.ndarray]:
-    """By variant/kind: float64 `[words, 3]`, found minus said at starts and ends in seconds, and the confidence."""
+def errors(aligned: Dataset, truth: dict[str, list[Word | None]]) -> dict[str, np.ndarray]:
+    """Errors of starts and ends in seconds, and the confidence, float64 `[words, 3]`, by variant/kind."""
     rows: dict[str, list[tuple[float, float, float]]] = {}
     for number in range(len(aligned)):
         id = aligned.id(number)
-        into = rows.setdefault(f"{id.split('/')[0]}/{kind_of(id)}", [])
-        for found, truth in zip(aligned.words(number) or [], said[id], strict=False):
-            if truth is not None:
-                into.append((found.start - truth.start, found.end - truth.end, found.confidence or 0.0))
+        group = rows.setdefault(f"{id.split('/')[0]}/{kind_of(id)}", [])
+        for word, spoken in zip(aligned.words(number) or [], truth[id], strict=False):
+            if spoken is not None:
+                group.append((word.start - spoken.start, word.end - spoken.end, word.confidence or 0.0))
     return {name: np.array(content).reshape(-1, 3) for name, content in rows.items()}
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:
-    """Of both boundaries of all words, and how far starts and ends are off to one side."""
+    """Statistics of both boundaries of all words, and the median bias of starts and ends."""
     boundaries = np.abs(rows[:, :2]).ravel()
-    sure = np.abs(rows[rows[:, 2] >= 0.5, :2])
+    confident = np.abs(rows[rows[:, 2] >= 0.5, :2])
     return {
         "words": len(rows),
         "median_boundary_error_ms": round(1000 * float(np.median(boundaries)), 1),
         "share_within_80_ms": round(float((boundaries <= 0.08).mean()), 4),
         "share_within_200_ms": round(float((boundaries <= 0.2).mean()), 4),
-        "share_confident": round(len(sure) / len(rows), 4),
-        "share_of_confident_within_80_ms": round(float((sure <= 0.08).mean()), 4),
+        "share_confident": round(len(confident) / len(rows), 4),
+        "share_of_confident_within_80_ms": round(float((confident <= 0.08).mean()), 4),
         "largest_ms": round(1000 * float(boundaries.max())),
         "median_start_ms": round(1000 * float(np.median(rows[:, 0])), 1),
         "median_end_ms": round(1000 * float(np.median(rows[:, 1])), 1),
@@ -176,42 +176,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment", description=__doc__)
     parser.add_argument("--model", required=True, help="export of finetune_ctc.py, trained on the synthetic corpus")
     parser.add_argument("--language", default="es", help="language of the model and of the recordings")
-    parser.add_argument("--seed", type=int, default=1, help="of the recordings; another one than the corpus's")
-    parser.add_argument("--share", type=float, default=1.0, help="of the recordings; at least 2 of a kind are made")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the recordings; must differ from that of the corpus"
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of the recordings to make; at least 2 of each kind"
+    )
     parser.add_argument("more", nargs="*", help="after --: settings of tools/align.py")
     options = parser.parse_args(arguments)
     more = ["--device", "cpu", "--inference.context_seconds", "10", *options.more]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        spoken = list(speak(options.language, options.seed, options.share))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        spoken = list(synthesise(options.language, options.seed, options.share))
         recordings = [recording for recording, _ in spoken]
-        exact: dict[str, list[Word | None]] = {f"right/{one.id}": list(one.words or []) for one in recordings}
-        texts = {"right": {one.id: one.text or "" for one in recordings}}
-        edits, said = edited_texts(recordings, options.seed)
+        exact: dict[str, list[Word | None]] = {f"right/{r.id}": list(r.words or []) for r in recordings}
+        texts = {"right": {r.id: r.text or "" for r in recordings}}
+        edits, edited_truth = edited_texts(recordings, options.seed)
 
         short = [pair for pair in spoken if kind_of(pair[0].id) == "utterances"]
         outcomes = {}
-        for what, pairs, by_variant in (
+        for name, pairs, by_variant in (
             ("short", short, texts), ("right", spoken, texts),
             ("wrong", spoken, wrong_texts(recordings, options.seed)), ("edited", spoken, edits),
         ):  # fmt: skip
-            dataset = write(folder / what, pairs, by_variant)
-            outcomes[what] = run_script(dataset, options.model, folder / f"{what}-out", more)
+            dataset = write(folder / name, pairs, by_variant)
+            outcomes[name] = run_script(dataset, options.model, folder / f"{name}-out", more)
         right = outcomes["right"]
         measured = {
             name: summary(rows)
-            for what, truth in (("right", exact), ("edited", said))
-            for name, rows in errors(outcomes[what].dataset, truth).items()
+            for kind, truth in (("right", exact), ("edited", edited_truth))
+            for name, rows in errors(outcomes[kind].dataset, truth).items()
             if len(rows)
         }
         hours = int(right.dataset.frames.sum()) / right.dataset.features.frames_per_second / 3600
     heads = ("words", "median ms", "in 80 ms", "in 200 ms", "largest ms", "confident", "in 80 ms")
     print(f"{'':<22}" + "".join(f"{head:>12}" for head in heads))
-    for name, one in measured.items():
+    for name, row in measured.items():
         print(
-            f"{name:<22}{one['words']:>12,}{one['median_boundary_error_ms']:>12.1f}{one['share_within_80_ms']:>12.2%}"
-            f"{one['share_within_200_ms']:>12.2%}{one['largest_ms']:>12,}{one['share_confident']:>12.2%}"
-            f"{one['share_of_confident_within_80_ms']:>12.2%}"
+            f"{name:<22}{row['words']:>12,}{row['median_boundary_error_ms']:>12.1f}{row['share_within_80_ms']:>12.2%}"
+            f"{row['share_within_200_ms']:>12.2%}{row['largest_ms']:>12,}{row['share_confident']:>12.2%}"
+            f"{row['share_of_confident_within_80_ms']:>12.2%}"
         )
     detected = {
         variant: sum(id.startswith(f"{variant}/") for id in outcomes["wrong"].refused) / len(recordings)

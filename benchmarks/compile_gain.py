@@ -2,19 +2,19 @@
 
     python -m benchmarks.compile_gain         # needs a C++ compiler on a CPU
 
-Modules of `base-120m` in training mode, dropout included, on packed rows of one fixed shape. Each is timed as it is and
-compiled (`torch.compile(module, dynamic=False)`), in turns; the fastest of the repeats counts. Compilation is timed
-without torch's caches on disk: what the first pass takes above a later one. Where Dynamo cannot trace something, the
-graph breaks and the rest runs as it is: graphs and breaks are counted. Two things are kept out of the graphs: the loop
-of attention over segments, which would compile anew for every length, and dropout's random numbers, whose 64-bit
-arithmetic is an OverflowError in torch 2.14's code for CPUs; `--dropout 0` shows what compiling brings where there is
-none. One line of JSON is the last:
+Modules of `base-120m` in training mode, dropout included, on packed rows of one fixed shape. Each is timed eagerly and
+compiled (`torch.compile(module, dynamic=False)`), alternating; the fastest of the repeats counts. The time of
+compilation is that of the first pass above a later one, without torch's caches on disk. Code that Dynamo cannot trace
+breaks the graph and runs eagerly: graphs and breaks are counted. Two parts are excluded from the graphs: the loop of
+attention over segments, which would be compiled again for every length, and the random numbers of dropout, whose 64-bit
+arithmetic is an OverflowError in torch 2.14's code for CPUs; `--dropout 0` measures without them. The last line is
+JSON:
 
     MODULE_eager, MODULE_compiled    seconds of a forward and backward pass
-    MODULE_gain                      eager / compiled: above 1, compiling pays
-    MODULE_compile_seconds           once a process
-    MODULE_graphs, MODULE_breaks     graphs compiled, and places where tracing stopped
-    block_updates_to_pay             passes after which a compiled block has earned its compilation; -1 for never
+    MODULE_gain                      eager / compiled: above 1, compilation is faster
+    MODULE_compile_seconds           once per process
+    MODULE_graphs, MODULE_breaks     compiled graphs, and graph breaks
+    block_updates_to_pay             passes after which a compiled block amortises its compilation; -1 for never
 """
 
 import argparse
@@ -38,21 +38,21 @@ GAP = 1
 
 
 def passes(module: Callable[..., Tensor], weights: nn.Module, x: Tensor, *layout: object) -> float:
-    """Seconds of a forward and backward pass, the input's gradient included where it is not the log-mel."""
+    """Seconds of a forward and backward pass, with the gradient of the input unless it is the log-mel."""
     x = x.detach().requires_grad_(x.requires_grad)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with hardware_autocast():
         out = module(x, *layout)
     out.backward(torch.ones_like(out))
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     weights.zero_grad(set_to_none=True)
     if not bool(out.isfinite().all()):
-        raise RuntimeError("an output is not finite: these timings mean nothing")
+        raise RuntimeError("an output is not finite: the timings are invalid")
     return seconds
 
 
 def compare(module: nn.Module, repeats: int, x: Tensor, *layout: object) -> dict[str, float]:
-    """The figures of one module; see above."""
+    """Figures of one module; see above."""
     torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(module, dynamic=False)
@@ -64,7 +64,7 @@ def compare(module: nn.Module, repeats: int, x: Tensor, *layout: object) -> dict
         seconds["eager"].append(passes(module, module, x, *layout))
         seconds["compiled"].append(passes(compiled, module, x, *layout))
     if counters["stats"]["unique_graphs"] != graphs:
-        raise RuntimeError("compiled again between the repeats: these timings mean nothing")
+        raise RuntimeError("recompiled between the repeats: the timings are invalid")
     result = {name: min(times) for name, times in seconds.items()}
     result["gain"] = result["eager"] / result["compiled"]
     result["compile_seconds"] = first - result["compiled"]
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base-120m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[310, 120, 347], help="encoder frames of a row")
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--dropout", type=float, default=0.1, help="everywhere, attention weights included")
+    parser.add_argument("--dropout", type=float, default=0.1, help="dropout of all modules, attention weights included")
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
 

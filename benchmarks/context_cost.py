@@ -1,24 +1,23 @@
-"""What context costs: time and peak memory per second of audio, from segments of 10 s to an hour, full and windowed.
+"""Cost of context: time and peak memory per second of audio, for segments of 10 s to an hour, full and windowed.
 
-    python -m benchmarks.context_cost --plot context_cost.png     # the others: requirements-benchmarks.txt
+    python -m benchmarks.context_cost --plot context_cost.png     # other systems: requirements-benchmarks.txt
 
-Every cell is one encoder on log-mel on the CPU, in the precision of its hardware: segments of one duration, one a row,
-batched up to `--batch-seconds` of audio (a longer one alone), so that cells differ in context, not in amount of work.
-`forward` is inference; `train` is forward and backward with dropout. All layers are alike, so `--layers` of the
-preset's are enough to see what context costs; how many it were stands in the result. For the whole encoder on an hour:
+Every cell is one encoder on log-mel on the CPU, in the precision of its hardware: segments of one duration, one per
+row, batched up to `--batch-seconds` of audio (a longer one alone), so that cells differ in context and not in the
+amount of work. `forward` is inference; `train` is forward and backward with dropout. All layers are equal, so
+`--layers` of the preset suffice; the result states their number. For the whole encoder on an hour:
 
     python -m benchmarks.context_cost --layers 12 --systems window --passes forward --durations 3600
 
-Ours are `window` (`--window` frames to either side) and `full`. The others are Conformers of the same size that people
-train, which know full attention only; they get our subsampling in front, as they have none for log-mel. A cell has a
-process of its own, so its peak is its own: memory is the highest resident size during a pass, less that before it
-(weights and input, after a warm-up). Freed memory is kept, as our scripts keep it, for all alike. Cells go round by
-round, all systems in turn; the fastest pass counts, and the highest peak. Cells that would take longer or more memory
-than a small machine has are left out by `--full-limit`, `--train-limit` and `--other-limit`, and listed. One line of
-JSON is the last; of its keys
+Ours are `window` (`--window` frames to either side) and `full`. The others are widely used Conformers of the same size,
+with full attention only; they run behind our subsampling, since they have none for log-mel. Each cell runs in a
+separate process: memory is the peak resident size during a pass, minus that before it (weights and input, after a
+warm-up). Freed memory is kept for all systems, as in our scripts. Systems alternate in every round; the fastest pass
+counts, and the highest peak. Cells that would take too long or too much memory for a small machine are skipped by
+`--full-limit`, `--train-limit` and `--other-limit`, and listed. The last line is JSON; some of its keys:
 
     windowed_cost_60min_over_10s      time of an hour over that of 10 s, windowed, per second of audio, forward
-    windowed_memory_60min_over_10s    the same of peak memory
+    windowed_memory_60min_over_10s    the same for peak memory
     SYSTEM_PASS_DURATION_time, _mb    milliseconds and MB per second of audio
 """
 
@@ -52,18 +51,18 @@ WARM_UP = 10
 """seconds of audio"""
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-"""of log-mel `[R, F, M]` and the segments' mel frames `[R, 1]`"""
+"""(log-mel `[R, F, M]`, mel frames of the segments `[R, 1]`) -> encoder output"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: what runs, over which context."""
+    """One measurement: a system at a context."""
 
     system: str
     mode: str
     """'forward' or 'train'"""
     duration: int
-    """seconds of a segment"""
+    """seconds per segment"""
     rows: int
     settings: EncoderSettings
 
@@ -74,18 +73,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a second of audio."""
+    """Cost per second of audio."""
 
     milliseconds: float
     megabytes: float
 
     def best(self, other: Cost) -> Cost:
-        """The fastest pass, and the highest peak."""
+        """Return the fastest time and the highest peak of both."""
         return Cost(min(self.milliseconds, other.milliseconds), max(self.megabytes, other.megabytes))
 
 
 def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:
-    """The encoder of a cell, and how to call it."""
+    """Encoder of a cell and its forward function."""
     encoder = ConformerEncoder(cell.settings)
     if cell.system in OURS:
         return encoder, lambda mel, length: encoder(mel, encoder.layout(Segments(length * 0, length, mel.shape[1])))
@@ -101,7 +100,7 @@ def make_forward(cell: Cell) -> tuple[nn.Module, Forward]:
 
 
 def run_pass(forward: Forward, mel: Tensor, length: Tensor, training: bool) -> Tensor:
-    """Output of a forward pass in the hardware's precision; with `training` the backward pass runs too."""
+    """Run a forward pass in the precision of the hardware, and a backward pass if `training`; return the output."""
     with torch.set_grad_enabled(training), hardware_autocast():
         out = forward(mel, length)
     if training:
@@ -110,7 +109,7 @@ def run_pass(forward: Forward, mel: Tensor, length: Tensor, training: bool) -> T
 
 
 def measure(cell: Cell, repeats: int, threads: int) -> Cost:
-    """Run a cell: in a process of its own, for the memory."""
+    """Measure a cell. Run in a separate process, because of the memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -122,10 +121,10 @@ def measure(cell: Cell, repeats: int, threads: int) -> Cost:
         frames = duration * FRAMES_PER_SECOND
         mel, length = torch.randn(rows, frames, cell.settings.num_mels), torch.full((rows, 1), frames)
         reset_peak()
-        before, begin = resident_bytes("VmRSS"), time.perf_counter()
+        before, start = resident_bytes("VmRSS"), time.perf_counter()
         out = run_pass(forward, mel, length, training)
         model.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         peak = resident_bytes("VmHWM") - before
         if not bool(out.isfinite().all()):
             raise RuntimeError(f"{cell.name}: an output is not finite")
@@ -133,12 +132,12 @@ def measure(cell: Cell, repeats: int, threads: int) -> Cost:
 
     one_pass(1, WARM_UP)
     costs = [one_pass(cell.rows, cell.duration) for _ in range(repeats)]
-    # From the second pass on, what the first left to the allocator is there already: its peak is the one to tell.
+    # Later passes reuse memory that the first left to the allocator, so the first pass has the real peak.
     return Cost(min(cost.milliseconds for cost in costs), costs[0].megabytes)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
-    """Cells to run, and the names of those left out."""
+    """Cells to run, and the names of skipped cells."""
     preset = PRESETS[args.preset]
     settings = replace(preset, num_layers=args.layers or preset.num_layers)
     cells, left_out = [], []
@@ -158,7 +157,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
 
 
 def save_plot(cells: list[Cell], costs: dict[str, Cost], path: Path) -> None:
-    """Time and memory over the duration, both logarithmic; a line a system and pass."""
+    """Plot time and memory over the duration, both logarithmic, with one line per system and pass."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -182,21 +181,21 @@ def save_plot(cells: list[Cell], costs: dict[str, Cost], path: Path) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base-120m")
-    parser.add_argument("--layers", type=int, default=2, help="of the preset's; 0 for all")
-    parser.add_argument("--window", type=int, default=128, help="encoder frames to either side")
+    parser.add_argument("--layers", type=int, default=2, help="number of layers; 0 for those of the preset")
+    parser.add_argument("--window", type=int, default=128, help="encoder frames to either side in windowed attention")
     parser.add_argument("--durations", type=int, nargs="+", default=[10, 60, 600, 3600], help="seconds of a segment")
     parser.add_argument(
         "--systems", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, "torchaudio", "wav2vec2_rotary"]
     )
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--batch-seconds", type=int, default=600, help="audio in a batch of short segments")
-    parser.add_argument("--full-limit", type=int, default=600, help="longest segment of full attention, seconds")
-    parser.add_argument("--train-limit", type=int, default=600, help="longest segment of training, seconds")
-    parser.add_argument("--other-limit", type=int, default=60, help="longest segment of the others, seconds")
-    parser.add_argument("--repeats", type=int, default=2, help="passes of a cell in a round")
+    parser.add_argument("--full-limit", type=int, default=600, help="longest segment with full attention, seconds")
+    parser.add_argument("--train-limit", type=int, default=600, help="longest segment in training, seconds")
+    parser.add_argument("--other-limit", type=int, default=60, help="longest segment of the other systems, seconds")
+    parser.add_argument("--repeats", type=int, default=2, help="passes per cell and round")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--plot", type=Path, help="PNG or SVG to write")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG file to write")
     return parser.parse_args(argv)
 
 

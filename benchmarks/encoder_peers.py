@@ -1,12 +1,12 @@
-"""The other systems of benchmarks.encoder_speed: Conformer encoders that users train, from padded batches.
+"""Other systems of benchmarks.encoder_speed: widely used Conformer encoders, on padded batches.
 
-All are their packages' own classes with the settings of our preset: width, layers, heads, feed-forward width, kernel,
-SiLU, and the same dropout everywhere where they have one, on attention weights too. Layer drop is off. What stays
-different is theirs: batch norm in the convolution module of torchaudio, Wav2Vec2-Conformer and Parakeet (SpeechBrain
-and ours: layer norm), and the projection of relative positions that SpeechBrain, relative Wav2Vec2-Conformer and
-Parakeet have in every block. Attention is what their defaults choose.
+All are classes of their packages with the settings of our preset: width, layers, heads, feed-forward width, kernel,
+SiLU, and the same dropout in all modules that have one, attention weights included. Layer drop is off. Remaining
+differences: batch norm in the convolution module of torchaudio, Wav2Vec2-Conformer and Parakeet (SpeechBrain and
+bestrq: layer norm), and the projection of relative positions in every block of SpeechBrain, relative
+Wav2Vec2-Conformer and Parakeet. The attention implementation is their default.
 
-Nothing here is imported before a system is asked for: they stand in requirements-benchmarks.txt.
+The packages (requirements-benchmarks.txt) are imported only when a system is selected.
 """
 
 import importlib
@@ -23,26 +23,26 @@ from bestrq.model.settings import EncoderSettings
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder under test."""
+    """Encoder under test."""
 
     model: nn.Module
     forward: Callable[[Batch], Tensor]
-    """to outputs `[B, T, D]`; what stands in padding means nothing"""
+    """outputs `[B, T, D]`; those at padding frames are unused"""
 
 
 def require(name: str) -> ModuleType:
-    """Import a system's package, or say how to get it."""
+    """Import the package of a system; exit with the command that installs it if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
         raise SystemExit(
-            f"{package} is not installed: pip install -r requirements-benchmarks.txt, or leave it out of --systems"
+            f"{package} is not installed: pip install -r requirements-benchmarks.txt, or remove it from --systems"
         ) from error
 
 
 def inside(batch: Batch) -> Tensor:
-    """Bool `[B, T]`: True where a frame of a padded batch is no padding."""
+    """Bool `[B, T]`, False at the padding frames of a padded batch."""
     return torch.arange(batch.x.shape[1]) < batch.length
 
 
@@ -60,7 +60,7 @@ def make_torchaudio(settings: EncoderSettings, dropout: float) -> Encoder:
 
 
 def make_speechbrain(settings: EncoderSettings, dropout: float) -> Encoder:
-    """SpeechBrain's ConformerEncoder with RelPosMHAXL, as its recipes have it, called as its TransformerASR does."""
+    """SpeechBrain's ConformerEncoder with RelPosMHAXL as in its recipes, called as in its TransformerASR."""
     conformer = require("speechbrain.lobes.models.transformer.Conformer")
     encoder = conformer.ConformerEncoder(
         num_layers=settings.num_layers,
@@ -81,7 +81,7 @@ def make_speechbrain(settings: EncoderSettings, dropout: float) -> Encoder:
 
 
 def make_wav2vec2(settings: EncoderSettings, dropout: float, positions: str) -> Encoder:
-    """The encoder inside transformers' Wav2Vec2ConformerModel, with 'rotary' or 'relative' positions."""
+    """Encoder of transformers' Wav2Vec2ConformerModel, with 'rotary' or 'relative' positions."""
     transformers = require("transformers")
     config = transformers.Wav2Vec2ConformerConfig(
         hidden_size=settings.dim,
@@ -98,24 +98,24 @@ def make_wav2vec2(settings: EncoderSettings, dropout: float, positions: str) -> 
         conv_depthwise_kernel_size=settings.kernel_size,
     )
     encoder = transformers.Wav2Vec2ConformerModel(config).encoder
-    encoder.pos_conv_embed = None  # held by the class but used by no path through it
+    encoder.pos_conv_embed = None  # unused by the forward pass
 
     def forward(batch: Batch) -> Tensor:
-        # It zeroes the padding of its input in place, so it gets one that is its own.
+        # The encoder zeroes the padding of its input in place, so it gets a copy.
         return encoder(batch.x.clone(), attention_mask=inside(batch)).last_hidden_state
 
     return Encoder(encoder, forward)
 
 
-class _AsItComes(nn.Module):
-    """In the place of a front end: the input is in encoder frames already."""
+class _NoSubsampling(nn.Module):
+    """Replacement of a front end for input that already is in encoder frames."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x
 
 
 def make_parakeet(settings: EncoderSettings, dropout: float, front_end: bool) -> Encoder:
-    """transformers' ParakeetEncoder (FastConformer): its blocks alone, or with its striding subsampling before."""
+    """transformers' ParakeetEncoder (FastConformer): its blocks alone, or with its striding subsampling."""
     transformers = require("transformers")
     config = transformers.ParakeetEncoderConfig(
         hidden_size=settings.dim,
@@ -132,7 +132,7 @@ def make_parakeet(settings: EncoderSettings, dropout: float, front_end: bool) ->
     )
     encoder = transformers.ParakeetEncoder(config)
     if not front_end:
-        encoder.subsampling = _AsItComes()
+        encoder.subsampling = _NoSubsampling()
 
     def forward(batch: Batch) -> Tensor:
         return encoder(batch.x, attention_mask=inside(batch)).last_hidden_state
@@ -147,4 +147,4 @@ PEERS: dict[str, Callable[[EncoderSettings, float], Encoder]] = {
     "wav2vec2_relative": lambda settings, dropout: make_wav2vec2(settings, dropout, "relative"),
     "parakeet": lambda settings, dropout: make_parakeet(settings, dropout, front_end=False),
 }
-"""name -> blocks alone of that system"""
+"""name -> blocks of that system"""

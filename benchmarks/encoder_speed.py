@@ -1,29 +1,29 @@
-"""Forward and backward passes of our encoders beside five others of the same size, alternating.
+"""Forward and backward passes of our encoders and of five others of the same size, alternating.
 
     python -m benchmarks.encoder_speed        # needs requirements-benchmarks.txt
 
 Two presets: `base-120m` (25 frames a second) and `fast-115m` (12.5). Every system has its width, layers, heads,
-feed-forward width, kernel and dropout (see benchmarks.encoder_peers for what stays different); the counts of parameters
-are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks alone, on the
-same input in the precision of the hardware, as a front end gives it under autocast. For the 8x preset our whole encoder
-and the whole Parakeet encoder, each with its striding subsampling, are timed on log-mel besides ("whole").
+feed-forward width, kernel and dropout (see benchmarks.encoder_peers for the remaining differences); the counts of
+parameters are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks
+alone, on the same input in the precision of the hardware, the output of a front end under autocast. For the 8x preset
+our whole encoder and the whole Parakeet encoder, each with its striding subsampling, are also timed on log-mel
+("whole").
 
-Two workloads, about the same number of frames at a time for all, drawn from the same pool of lengths:
+Two workloads, with about the same number of frames per batch for all, drawn from the same pool of lengths:
 
-    mixed    2 to 17 s, uniform. Ours packs them into rows of 20 s (data.packing); the others get batches of similar
-             length, as their bucketing samplers make them, padded, with lengths or masks given
-    equal    utterances of 10 s: nothing to pack, nothing to pad
+    mixed    2 to 17 s, uniform. Ours packs them into rows of 20 s (`pack_rows`); the others get padded batches of
+             similar length, like those of their bucketing samplers, with lengths or masks
+    equal    utterances of 10 s, without packing and padding
 
-A pass takes batches at even distances from the shortest to the longest; ours takes rows so. Masks and layouts are made
-inside the clock. Speed is in seconds of real audio, not padding, per second. The systems alternate batch by batch; of
-every batch the fastest of the repeats counts, for all alike, as whatever else runs on a machine only ever adds. One
-line of JSON is the last:
+A pass takes batches (for ours: rows) at even distances from the shortest to the longest. The time includes masks and
+layouts. Speed is in seconds of audio, without padding, per second. The systems alternate batch by batch; for every
+batch the fastest of the repeats counts, since other programs on the machine only add time. The last line is JSON:
 
     ratio_to_best_peer_mixed, _equal   ours / the fastest other, the smallest over the presets
     matmul_share                       our model FLOPs per second as a share of the rate of plain matrix products
-                                       of the same shapes, measured between the batches; the smallest there is.
+                                       of the same shapes, measured between the batches; the smallest value.
                                        Model FLOPs are three times those of the forward pass
-    PRESET_WORKLOAD_...                each preset's own: its ratio, and every system's audio-seconds per second
+    PRESET_WORKLOAD_...                per preset: its ratio, and audio-seconds per second of every system
 """
 
 import argparse
@@ -58,22 +58,22 @@ WORKLOADS = ["mixed", "equal"]
 
 @dataclass(frozen=True)
 class System:
-    """An encoder and the batches of one workload."""
+    """Encoder with the batches of one workload."""
 
     model: nn.Module
     forward: Callable[[Batch], Tensor]
     batches: list[Batch]
     rate: float
-    """frames of the batches in a second"""
+    """frames per second of audio in the batches"""
 
     @property
     def seconds(self) -> float:
-        """Real audio of the batches."""
+        """Seconds of audio in the batches, without padding."""
         return sum(batch.frames for batch in self.batches) / self.rate
 
 
 def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
-    """Ours, on packed rows: the one place that knows how it is called."""
+    """Our encoder on packed rows, as blocks or as a whole."""
     encoder = ConformerEncoder(settings).train()
     factor = settings.subsampling_factor
 
@@ -92,16 +92,16 @@ def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
 
 @dataclass(frozen=True)
 class Contest:
-    """Who is compared with whom: one preset, as blocks alone or as whole encoders."""
+    """Encoders to compare: those of one preset, as blocks or as whole encoders."""
 
     settings: EncoderSettings
     whole: bool
     encoders: dict[str, Encoder]
 
     def systems(self, workload: str, args: argparse.Namespace) -> dict[str, System]:
-        """Every encoder with its own batches of a workload."""
+        """Every encoder with its batches of a workload."""
         settings, stride = self.settings, self.settings.stride
-        # The same number of encoder frames at a time at either stride.
+        # The same number of encoder frames per batch at both strides.
         batch_frames = round(args.batch_seconds * FRAMES_PER_SECOND / 4)
         batch_seconds = batch_frames * stride / FRAMES_PER_SECOND
         count = max(2 if workload == "mixed" else 1, round(args.seconds_of_audio / batch_seconds))
@@ -120,7 +120,7 @@ class Contest:
 
 
 def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
-    """All systems as blocks, or ours and Parakeet as whole encoders."""
+    """Make all systems as blocks, or ours and Parakeet as whole encoders."""
     settings = replace(PRESETS[preset], dropout=args.dropout, attention_dropout=args.dropout)
     settings = replace(settings, num_layers=args.layers or settings.num_layers)
     encoders = {OURS: our_encoder(settings, whole)}
@@ -136,24 +136,24 @@ def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
 
 
 def one_step(system: System, batch: Batch) -> float:
-    """Seconds of forward and backward of one batch, the gradient of a front end's output included."""
+    """Seconds of forward and backward of one batch, with the gradient of the input (the output of a front end)."""
     x = batch.x.detach().requires_grad_(batch.x.requires_grad)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with hardware_autocast():
         out = system.forward(replace(batch, x=x))
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     gradient = torch.randn_like(out)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     out.backward(gradient)
-    seconds += time.perf_counter() - begin
+    seconds += time.perf_counter() - start
     system.model.zero_grad(set_to_none=True)
     if not bool(out.isfinite().all()):
-        raise RuntimeError("an output is not finite: these timings mean nothing")
+        raise RuntimeError("an output is not finite: the timings are invalid")
     return seconds
 
 
 def model_flops(system: System) -> float:
-    """Three times the FLOPs of the forward passes: in backward the counter mistakes depthwise convolutions."""
+    """Three times the FLOPs of the forward passes: in backward, depthwise convolutions are counted wrongly."""
     with torch.no_grad(), hardware_autocast(), FlopCounterMode(display=False) as counter:
         for batch in system.batches:
             system.forward(batch)
@@ -161,7 +161,7 @@ def model_flops(system: System) -> float:
 
 
 def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[str, float]:
-    """Audio-seconds per second of every system (by name), and ours' `ratio` and `matmul_share`."""
+    """Audio-seconds per second of every system (by name), and `ratio` and `matmul_share` of ours."""
     systems = contest.systems(workload, args)
     for name, system in systems.items():
         fill = sum(b.frames for b in system.batches) / sum(b.size for b in system.batches)
@@ -170,7 +170,7 @@ def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[s
         for batch in system.batches:
             one_step(system, batch)
     flops, rates = model_flops(systems[OURS]), []
-    # Per system a list of passes, each with the seconds of its batches.
+    # Per system: for every pass the seconds of its batches.
     times: dict[str, list[list[float]]] = {name: [[] for _ in range(args.repeats)] for name in systems}
     for repeat in range(args.repeats):
         for i in range(len(systems[OURS].batches)):
@@ -193,12 +193,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=PRESET_NAMES, default=PRESET_NAMES)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
-    parser.add_argument("--systems", nargs="*", choices=sorted(PEERS), default=list(PEERS), help="the others")
-    parser.add_argument("--seconds-of-audio", type=float, default=40.0, help="in a pass; at least two mixed batches")
-    parser.add_argument("--batch-seconds", type=float, default=40.0, help="in a batch at 25 frames a second")
+    parser.add_argument("--systems", nargs="*", choices=sorted(PEERS), default=list(PEERS), help="other systems")
+    parser.add_argument(
+        "--seconds-of-audio", type=float, default=40.0, help="audio per pass; at least two mixed batches"
+    )
+    parser.add_argument("--batch-seconds", type=float, default=40.0, help="audio per batch at 25 frames per second")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=0, help="instead of the preset's number")
-    parser.add_argument("--dropout", type=float, default=0.1, help="everywhere, attention weights included")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers; 0 for those of the preset")
+    parser.add_argument("--dropout", type=float, default=0.1, help="dropout of all modules, attention weights included")
     return parser.parse_args()
 
 

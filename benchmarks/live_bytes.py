@@ -1,4 +1,4 @@
-"""Bytes of tensors alive: counted operation by operation, on the CPU, or on a GPU that is not there."""
+"""Bytes of live tensors, counted operation by operation on the CPU or on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, until they are freed. What was there before is not counted.
+    """Count the storages that operations allocate, until they are freed. Earlier storages are not counted.
 
-    Unlike hooks on what autograd saves, it sees what a checkpoint keeps beside the graph, and each storage once,
-    however many views of it are kept.
+    Unlike autograd's saved-tensor hooks, this includes tensors that a checkpoint keeps outside the graph, and counts
+    each storage once, whatever the number of its views.
     """
 
     def __init__(self) -> None:
@@ -30,15 +30,15 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, tuple[int, str]] = {}
         """by storage: bytes, and the operation, dtype and shape that made it"""
         self.output: Tensor | None = None
-        """what is to stay alive with the counter"""
+        """tensor that is kept alive by the counter"""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in known | self.alive.keys():
-                made = f"{func} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                self.alive[id(storage)] = (storage.nbytes(), made)
+                origin = f"{func} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                self.alive[id(storage)] = (storage.nbytes(), origin)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._free, id(storage))
@@ -48,16 +48,16 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.alive.pop(key)[0]
 
     def inventory(self) -> list[tuple[int, int, str]]:
-        """(total bytes, how many, made by) of what is alive, the largest first."""
+        """Live storages as (total bytes, number, origin), largest first."""
         count = Counter(self.alive.values())
-        return sorted(((size * n, n, made) for (size, made), n in count.items()), reverse=True)
+        return sorted(((size * n, n, origin) for (size, origin), n in count.items()), reverse=True)
 
 
 @contextlib.contextmanager
-def imagined_gpu() -> Iterator[FakeTensorMode]:
-    """Tensors with device 'cuda' and no contents: the code takes its CUDA path, operations only reckon shapes.
+def simulated_gpu() -> Iterator[FakeTensorMode]:
+    """Simulate a GPU with fake tensors on the device 'cuda': the CUDA path runs, operations compute only shapes.
 
-    Forward only. Attention goes to the fused kernel that a GPU would take, without its additive mask.
+    Forward only. Attention uses the fused kernel that a GPU would use, without its additive mask.
     """
 
     def attention(
@@ -75,7 +75,7 @@ def imagined_gpu() -> Iterator[FakeTensorMode]:
 
 
 def on_gpu(value: Any) -> Any:
-    """The same tensor, or dataclass or list of tensors, on the imagined GPU; call it inside `imagined_gpu`."""
+    """Move a tensor, or a dataclass or list of tensors, to the simulated GPU; call it inside `simulated_gpu`."""
     if isinstance(value, list):
         return [on_gpu(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

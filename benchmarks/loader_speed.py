@@ -1,16 +1,18 @@
-"""How fast rows with masks become ready: `python -m benchmarks.loader_speed`.
+"""Throughput of the data loader, rows with masks: `python -m benchmarks.loader_speed`.
 
 A synthetic dataset (random float16; utterances of 2 to 17 s and some recordings of 10 minutes) is written to a
-temporary folder, so the page cache is warm; the real loader then runs with one worker and with two, in turns, with the
-masks of pretraining. Counts seconds of audio, not padding, that arrive in the main process. Then many small batches,
-and what the processes' own memory grew by from the first tenth of them to the last. The last line is JSON.
+temporary folder, so the page cache is warm; the loader then runs with one worker and with two, alternating, with the
+masks of pretraining. The rate counts seconds of audio, without padding, that arrive in the main process. Then many
+small batches are loaded to measure the growth of the private memory of all processes, from the first tenth of the
+batches to the last. The last line is JSON.
 
 `bare_conversion` is the rate of torch's conversion of float16 to float32 alone, in one thread, and `bare_normalisation`
-that of conversion and normalisation into the loader's number of buffers; `share_of_...` is the rate of a worker, which
-also reads, checks and draws masks, relative to these at the same fill of the rows.
+that of conversion and normalisation into the number of buffers of the loader; `share_of_...` is the rate of a worker,
+which also reads, checks and draws masks, relative to these at the same fill of the rows.
 
-The main process, which plans and receives, needs a quarter of a processor. Where there are but two, two workers cannot
-run twice as fast as one; `scaling_2_workers_with_processors_of_their_own` counts the workers' processor time instead.
+The main process, which plans and receives, needs a quarter of a processor. On two processors, two workers therefore
+cannot be twice as fast as one; `scaling_2_workers_with_processors_of_their_own` is from the processor time of the
+workers instead.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from data.loading.rows import Row
 
 
 def write_synthetic(folder: str, hours: float, encoding: Encoding = "plain", seed: int = 0) -> Dataset:
-    """Random log-mel: 90 % of the time in utterances of 2 to 17 s, 10 % in recordings of 10 minutes."""
+    """Write random log-mel: 90 % of the time in utterances of 2 to 17 s, 10 % in recordings of 10 minutes."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(-5, 3, size=(60_000, 80)).astype(np.float16)
     with DatasetWriter(folder, FeatureSettings(), encoding=encoding) as writer:
@@ -57,6 +59,7 @@ def write_synthetic(folder: str, hours: float, encoding: Encoding = "plain", see
 
 
 def loader(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> RowLoader:
+    """Loader with the masks of pretraining."""
     settings = LoaderSettings(
         row_frames=options.row_frames,
         rows=options.rows,
@@ -64,27 +67,27 @@ def loader(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> R
         prefetch=options.prefetch,
         max_seconds=20.0,
     )
-    # 40 frames are 400 ms; a start probability of 0.01 a frame masks a third.
+    # 40 frames are 400 ms; a start probability of 0.01 per frame masks a third.
     draw_mask = functools.partial(draw_span_mask, span_frames=40, start_probability=0.01)
     return RowLoader(dataset, settings.crop_order(dataset), settings, multiple=4, row_gap=4, draw_mask=draw_mask)
 
 
 def measure(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> tuple[float, float]:
-    """Audio-seconds per second, and per second of the workers' processors; start and first batches left out."""
-    seconds, begin, worked = 0.0, 0.0, 0.0
+    """Audio-seconds per second, and per second of processor time of the workers; after the warm-up."""
+    seconds, start, work_seconds = 0.0, 0.0, 0.0
     for number, (batch,) in enumerate(loader(dataset, options, num_workers)):
         if number == options.warm_up:
-            begin, worked = time.perf_counter(), processor_seconds(family()[1:])
+            start, work_seconds = time.perf_counter(), processor_seconds(family()[1:])
         elif number > options.warm_up:
             seconds += int(batch.segments.length.sum()) / 100
             if number == options.warm_up + options.updates:
-                worked = processor_seconds(family()[1:]) - worked
+                work_seconds = processor_seconds(family()[1:]) - work_seconds
                 break
-    return seconds / (time.perf_counter() - begin), seconds / max(worked, 0.01)
+    return seconds / (time.perf_counter() - start), seconds / max(work_seconds, 0.01)
 
 
 def growth(dataset: Dataset, options: argparse.Namespace) -> float:
-    """Megabytes that this process and its workers grew by, of memory that is nobody else's, over many small batches."""
+    """Growth of the private memory of this process and its workers over many small batches, in megabytes."""
     settings = LoaderSettings(row_frames=400, rows=2, max_seconds=4.0, num_workers=2)
     small = RowLoader(dataset, settings.crop_order(dataset), settings, multiple=4, row_gap=4)
     before = 0
@@ -97,9 +100,8 @@ def growth(dataset: Dataset, options: argparse.Namespace) -> float:
 
 
 def bare_speeds(options: argparse.Namespace) -> tuple[float, float]:
-    """Audio-seconds per second of the necessary work on a batch's values, in one thread: conversion from float16 to
-    float32; and conversion with normalisation, a row at a time, into as many buffers as the loader's workers use in
-    turn.
+    """Audio-seconds per second in one thread of conversion from float16 to float32, and of conversion with
+    normalisation, row by row, into the number of buffers that the workers of the loader use in turn.
     """
     torch.set_num_threads(1)
     shape = (options.rows, options.row_frames, 80)
@@ -114,9 +116,9 @@ def bare_speeds(options: argparse.Namespace) -> tuple[float, float]:
     for action in (lambda: source.to(torch.float32), normalise):
         times = []
         for _ in range(40):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             action()
-            times.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - start)
         rates.append(options.rows * options.row_frames / 100 / statistics.median(times))
     return rates[0], rates[1]
 
@@ -126,13 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=10.0, help="audio in the synthetic dataset")
     parser.add_argument("--row-frames", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--updates", type=int, default=150, help="updates in a measurement")
-    parser.add_argument("--warm-up", type=int, default=8, help="updates before it")
+    parser.add_argument("--updates", type=int, default=150, help="steps per measurement")
+    parser.add_argument("--warm-up", type=int, default=8, help="steps before a measurement")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prefetch", type=int, default=4, help="batches that every worker has ready")
-    parser.add_argument("--growth-batches", type=int, default=100_000, help="over which memory is watched")
-    parser.add_argument("--layout", choices=ENCODINGS, default="plain", help="of the dataset")
-    parser.add_argument("--profile", action="store_true", help="where the time goes, in one process")
+    parser.add_argument("--prefetch", type=int, default=4, help="batches that every worker prefetches")
+    parser.add_argument("--growth-batches", type=int, default=100_000, help="batches of the memory measurement")
+    parser.add_argument("--layout", choices=ENCODINGS, default="plain", help="layout of the dataset")
+    parser.add_argument("--profile", action="store_true", help="print a profile of one process")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_synthetic(folder, options.hours, options.layout)
@@ -141,24 +143,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             profiler.runcall(measure, dataset, options, 0)
             pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
         plans = loader(dataset, options, 0)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         planned = 0.0
         for _, (rows, _state) in zip(range(options.updates), plans.batch_rows_and_states(), strict=False):
             planned += _seconds(rows)
-        planning = planned / (time.perf_counter() - begin)
-        rates, scaling, scaling_of_work = [], [], []
+        planning = planned / (time.perf_counter() - start)
+        rates, scaling, work_scaling = [], [], []
         for _ in range(options.repeats):
-            (one, one_worked), (two, two_worked) = (measure(dataset, options, workers) for workers in (1, 2))
-            rates.append(one)
-            scaling.append(two / one)
-            scaling_of_work.append(2 * two_worked / one_worked)
-            print(f"{one:,.0f} audio-s/s with one worker, {two:,.0f} with two", flush=True)
+            (rate_1, work_rate_1), (rate_2, work_rate_2) = (measure(dataset, options, n) for n in (1, 2))
+            rates.append(rate_1)
+            scaling.append(rate_2 / rate_1)
+            work_scaling.append(2 * work_rate_2 / work_rate_1)
+            print(f"{rate_1:,.0f} audio-s/s with one worker, {rate_2:,.0f} with two", flush=True)
         fill = planned * 100 / (options.updates * options.rows * options.row_frames)
         bare, normalised = bare_speeds(options)
         figures = {
             "audio_seconds_per_second_per_worker": round(statistics.median(rates)),
             "scaling_2_workers": round(statistics.median(scaling), 2),
-            "scaling_2_workers_with_processors_of_their_own": round(statistics.median(scaling_of_work), 2),
+            "scaling_2_workers_with_processors_of_their_own": round(statistics.median(work_scaling), 2),
             "processors": len(os.sched_getaffinity(0)),
             "lowest": round(min(rates)),
             "highest": round(max(rates)),
@@ -177,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _seconds(rows: list[Row]) -> float:
+    """Seconds of audio in the rows."""
     return sum(int((row.crops.stop - row.crops.start).sum()) for row in rows) / 100
 
 

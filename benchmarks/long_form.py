@@ -1,29 +1,29 @@
-"""What long recordings cost: time and peak memory of CTC decoding, for recordings of minutes to hours, in every mode.
+"""Cost of long recordings: time and peak memory of CTC decoding for minutes to hours, in every inference mode.
 
     python -m benchmarks.long_form
-    python -m benchmarks.long_form --layers 2 --minutes 1 3       # to look at it
+    python -m benchmarks.long_form --layers 2 --minutes 1 3       # a short trial
 
-A cell is one way through one recording, by a model of random weights with a CTC head, on the CPU:
+A cell is one mode on one recording, with a model of random weights and a CTC head, on the CPU:
 
-    chunked      windows side by side, inference.overlap 0
-    buffered     the centre of every window kept, `--overlap`
+    chunked      adjacent windows, inference.overlap 0
+    buffered     windows whose centres are kept, `--overlap`
     averaged     probabilities averaged over the same windows
     whole        one pass, full attention; recordings up to `--whole-limit` minutes
-    window       one pass, windowed attention (`--window`); up to `--window-limit` minutes, for a pass holds it all
-    streaming    chunk by chunk (`--chunk`, `--left-chunks`), the encoder causal
+    window       one pass, windowed attention (`--window`); up to `--window-limit` minutes, since a pass is in memory
+    streaming    chunk by chunk (`--chunk`, `--left-chunks`), with a causal encoder
 
-Features come from a random generator, a block at a time, so that a recording is never in memory but where the mode
-itself reads all of it. Each cell has a process of its own, so its peak is its own: the highest resident size of the
-process, less that before its first pass (weights). A warm-up on ten seconds is not timed. Cells go round by round; the
-fastest run counts, and the highest peak. One line of JSON is the last; of its keys
+Features come from a random generator, block by block, so that a recording is in memory only if the mode reads all of
+it. Each cell runs in a separate process: its peak is the highest resident size minus that before the first pass
+(weights). A warm-up on ten seconds is not timed. Cells alternate in every round; the fastest run counts, and the
+highest peak. The last line is JSON; some of its keys:
 
-    MODE_Nmin_time, MODE_Nmin_mb    milliseconds of computing a second of audio; MB of peak
-    MODE_Nmin_rtf                   real-time factor: seconds of computing a second of audio
-    cost_180min_over_10min          time a second of audio, the longest over the shortest recording, buffered
-    memory_180min_over_10min        the same of the peak
+    MODE_Nmin_time, MODE_Nmin_mb    milliseconds of computation per second of audio; MB of peak memory
+    MODE_Nmin_rtf                   real-time factor: seconds of computation per second of audio
+    cost_180min_over_10min          time per second of audio, the longest over the shortest recording, buffered
+    memory_180min_over_10min        the same for the peak
     buffered_over_chunked           time, on the longest recording
 
-(with `--minutes` others, the names follow).
+(the names follow `--minutes`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from bestrq.training.process import keep_freed_memory
 
 FRAMES_PER_SECOND = 100
 BLOCK = 1000
-"""mel frames that are drawn from one seed"""
+"""mel frames per seed"""
 WARM_UP = 10
 """seconds of audio"""
 SYSTEMS: dict[str, Mode] = {
@@ -78,20 +78,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a run."""
+    """Cost of a run."""
 
     milliseconds: float
-    """a second of audio"""
+    """per second of audio"""
     megabytes: float
-    """peak, above what was resident before"""
+    """peak above the resident size before the run"""
 
     def best(self, other: Cost) -> Cost:
-        """The fastest run, and the highest peak."""
+        """Return the fastest time and the highest peak of both."""
         return Cost(min(self.milliseconds, other.milliseconds), max(self.megabytes, other.megabytes))
 
 
 def read_mel(num_mels: int, start: int, stop: int) -> Tensor:
-    """Frames of a random recording of any length: the same wherever a window begins, float32 `[stop - start, M]`."""
+    """Frames of a random recording, float32 `[stop - start, M]`: independent of the window that reads them."""
     first, last = start // BLOCK, (stop - 1) // BLOCK
     blocks = [
         torch.randn(BLOCK, num_mels, generator=torch.Generator().manual_seed(seed)) for seed in range(first, last + 1)
@@ -100,7 +100,7 @@ def read_mel(num_mels: int, start: int, stop: int) -> Tensor:
 
 
 def measure(cell: Cell, threads: int) -> Cost:
-    """Run a cell: in a process of its own, for the memory."""
+    """Measure a cell. Run in a separate process, because of the memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def measure(cell: Cell, threads: int) -> Cost:
 
     def run(seconds: float) -> float:
         source = Source(round(seconds * FRAMES_PER_SECOND), partial(read_mel, cell.encoder.num_mels))
-        begin = time.perf_counter()
+        start = time.perf_counter()
         stride = cell.encoder.stride
         [(_, ids)] = transcribe(
             model.log_probs, [source], cell.inference, stride, FRAMES_PER_SECOND,
@@ -117,7 +117,7 @@ def measure(cell: Cell, threads: int) -> Cost:
         )  # fmt: skip
         if len(ids) != -(-source.num_frames // stride):
             raise RuntimeError(f"{cell.name}: {len(ids)} frames of a recording of {source.num_frames} mel frames")
-        return time.perf_counter() - begin
+        return time.perf_counter() - start
 
     before = resident_bytes("VmRSS")
     reset_peak()
@@ -128,7 +128,7 @@ def measure(cell: Cell, threads: int) -> Cost:
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
-    """Cells to run, and the names of those left out."""
+    """Cells to run, and the names of skipped cells."""
     preset = PRESETS[args.preset]
     encoder = replace(preset, num_layers=args.layers or preset.num_layers)
     changes = {
@@ -157,7 +157,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Cell], list[str]]:
 
 
 def summarise(costs: dict[str, Cost], minutes: list[float]) -> dict[str, float]:
-    """The keys of the JSON line."""
+    """Figures of the JSON line."""
     result = {}
     for name, cost in costs.items():
         result[f"{name}_time"] = round(cost.milliseconds, 3)
@@ -166,9 +166,9 @@ def summarise(costs: dict[str, Cost], minutes: list[float]) -> dict[str, float]:
     short, long = min(minutes), max(minutes)
     first, last = costs.get(f"buffered_{short:g}min"), costs.get(f"buffered_{long:g}min")
     if first and last:
-        which = f"{long:g}min_over_{short:g}min"
-        result[f"cost_{which}"] = round(last.milliseconds / first.milliseconds, 3)
-        result[f"memory_{which}"] = round(last.megabytes / first.megabytes, 3)
+        ratio = f"{long:g}min_over_{short:g}min"
+        result[f"cost_{ratio}"] = round(last.milliseconds / first.milliseconds, 3)
+        result[f"memory_{ratio}"] = round(last.megabytes / first.megabytes, 3)
     chunked = costs.get(f"chunked_{long:g}min")
     if last and chunked:
         result["buffered_over_chunked"] = round(last.milliseconds / chunked.milliseconds, 3)
@@ -178,19 +178,23 @@ def summarise(costs: dict[str, Cost], minutes: list[float]) -> dict[str, float]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base-120m")
-    parser.add_argument("--layers", type=int, default=0, help="of the preset's; 0 for all")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers; 0 for those of the preset")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--minutes", type=float, nargs="+", default=[10, 60, 180], help="lengths of the recordings")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--context-seconds", type=float, default=20.0, help="of a window")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that others see too")
+    parser.add_argument("--context-seconds", type=float, default=20.0, help="length of a window")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that its neighbours share")
     parser.add_argument("--batch-seconds", type=float, default=120.0, help="audio in a batch")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the encoder")
-    parser.add_argument("--window", type=int, default=128, help="encoder frames to either side")
-    parser.add_argument("--chunk", type=int, default=32, help="encoder frames of a chunk of a stream")
-    parser.add_argument("--left-chunks", type=int, default=4, help="chunks that a chunk sees before it")
-    parser.add_argument("--whole-limit", type=float, default=10, help="longest recording of full attention, minutes")
-    parser.add_argument("--window-limit", type=float, default=60, help="longest one of windowed attention, minutes")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="precision of the encoder"
+    )
+    parser.add_argument("--window", type=int, default=128, help="encoder frames to either side in windowed attention")
+    parser.add_argument("--chunk", type=int, default=32, help="encoder frames per chunk of a stream")
+    parser.add_argument("--left-chunks", type=int, default=4, help="earlier chunks in the attention of a chunk")
+    parser.add_argument("--whole-limit", type=float, default=10, help="longest recording with full attention, minutes")
+    parser.add_argument(
+        "--window-limit", type=float, default=60, help="longest recording with windowed attention in one pass, minutes"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(argv)

@@ -10,14 +10,12 @@ from bestrq.training.precision import DTYPES, has_bfloat16, processor_name
 
 
 def hardware_precision() -> Literal["float32", "bfloat16"]:
-    """bfloat16 if the CPU multiplies it in hardware, else float32: emulation takes hours and measures nothing
-    useful.
-    """
+    """Return bfloat16 if the CPU multiplies it in hardware, else float32: emulation takes hours."""
     return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float32"
 
 
 def hardware_dtype() -> torch.dtype:
-    """The dtype of `hardware_precision`."""
+    """Dtype of `hardware_precision`."""
     return DTYPES[hardware_precision()]
 
 
@@ -30,8 +28,8 @@ def print_figures(figures: Mapping[str, Any], precision: str, threads: int | Non
     """Print one line of JSON: the figures, the processor, the precision and the number of threads.
 
     Args:
-        precision: of the arithmetic that was timed.
-        threads: of a process; torch's current number by default.
+        precision: precision of the measured arithmetic.
+        threads: threads per process; torch's current number by default.
     """
     machine = {"processor": processor_name(), "precision": precision, "threads": threads or torch.get_num_threads()}
     print(json.dumps({**figures, **machine}))

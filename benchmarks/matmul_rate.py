@@ -1,4 +1,4 @@
-"""The machine's rate of plain matrix products of a Conformer's shapes, the reference for a model's FLOPs."""
+"""Rate of plain matrix products in the shapes of a Conformer, the reference for the FLOPs of a model."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from bestrq.model.settings import EncoderSettings
 
 
 def matmul_rate(settings: EncoderSettings, frames: int, dtype: torch.dtype) -> float:
-    """FLOP/s of plain products: forward, input gradient and weight gradient of each linear map of a block."""
+    """FLOP/s of the forward, input-gradient and weight-gradient products of the linear maps of a block."""
     dim, hidden = settings.dim, settings.feedforward_dim
     flops = seconds = 0.0
     for inputs, outputs in ((dim, hidden), (hidden, dim), (dim, 3 * dim), (dim, dim), (dim, 2 * dim)):
@@ -18,9 +18,9 @@ def matmul_rate(settings: EncoderSettings, frames: int, dtype: torch.dtype) -> f
             product()
             times = []
             for _ in range(5):
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 product()
-                times.append(time.perf_counter() - begin)
+                times.append(time.perf_counter() - start)
             seconds += statistics.median(times)
             flops += 2 * frames * inputs * outputs
     return flops / seconds

@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def family() -> list[int]:
-    """Process ids of this process and of those that it started through multiprocessing."""
+    """Process ids of this process and of its multiprocessing children."""
     return [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
 
 
 def memory(pids: Sequence[int], field: str) -> int:
     """Sum over processes of a field of /proc/PID/smaps_rollup, in bytes.
 
-    Pss counts what several processes share once in all, Pss_Anon leaves out the pages of files.
+    Pss counts shared pages once in total; Pss_Anon excludes the pages of files.
     """
     total = 0
     for pid in pids:
@@ -26,6 +26,6 @@ def memory(pids: Sequence[int], field: str) -> int:
 
 
 def processor_seconds(pids: Sequence[int]) -> float:
-    """User and system time of processes together, from /proc/PID/stat."""
+    """User and system time of the processes in seconds, from /proc/PID/stat."""
     fields = (Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split() for pid in pids)
-    return sum(int(of[11]) + int(of[12]) for of in fields) / os.sysconf("SC_CLK_TCK")
+    return sum(int(stat[11]) + int(stat[12]) for stat in fields) / os.sysconf("SC_CLK_TCK")

@@ -1,8 +1,7 @@
-"""What training keeps in memory, as a formula: bytes of weights, of activations in every mode, of the head.
+"""Formula for the memory of training: bytes of weights, of activations in every mode, of the head.
 
-The coefficients are those of this code under bfloat16 autocast; `python -m benchmarks.activation_memory --fit` finds
-them by counting, and tests/benchmarks/test_memory_formula.py checks that they are still right. docs/memory.md explains
-the terms.
+The coefficients are those of this code under bfloat16 autocast; `python -m benchmarks.activation_memory --fit`
+determines them by counting, and tests/benchmarks/test_memory_formula.py checks them. docs/memory.md explains the terms.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from bestrq.model.presets import PRESETS
 
 @dataclass(frozen=True)
 class Kept:
-    """What a block keeps for the backward pass, its output included: bytes a frame, times what they are for."""
+    """Bytes per frame that a block keeps for the backward pass, its output included, by factor."""
 
     dim: float
     """times D"""
@@ -28,11 +27,11 @@ class Kept:
     heads: float = 0.0
     """times H"""
     heads_frames: float = 0.0
-    """times H and the frames of the segment, where the CPU holds all attention weights of a segment at once"""
+    """times H and the frames of the segment, if the CPU holds all attention weights of a segment at once"""
     constant: float = 0.0
     """times 1"""
     weights: float = 0.0
-    """bytes of every weight matrix of the block, once: its copy in bfloat16"""
+    """bytes per element of the weight matrices of the block, for their copy in bfloat16"""
 
 
 KEPT = {
@@ -51,28 +50,28 @@ SUBSAMPLING = {
     ("cpu", "convolutional", 4): (2.5, 3.0, 20.0),
     ("cpu", "striding", 8): (7.5, 3.0, 40.0),
 }
-"""bytes an encoder frame times channels x mel bins, times D, and times mel bins, by device, kind and factor"""
+"""bytes per encoder frame, times channels x mel bins, times D, and times mel bins; by device, kind and factor"""
 
 WORKING = {"cpu": (8.0, 2.0), "cuda": (16.0, 4.0)}
-"""gradients and copies that a block's backward pass holds at a time: bytes a frame, times D and feed-forward width.
-From the peaks counted on the CPU; an imagined GPU has no backward pass, and gets twice as much, for float32 in norms"""
+"""gradients and copies held by the backward pass of a block: bytes per frame, times D and feed-forward width. From the
+peaks counted on the CPU; the simulated GPU has no backward pass and gets twice the values, for float32 in norms"""
 
 HEAD = 10.0
-"""bytes a logit at the loss: float32 logits, their log-softmax and its bfloat16 gradient"""
+"""bytes per logit at the loss: float32 logits, their log-softmax and its bfloat16 gradient"""
 
 BUDGET = 72e9
-"""bytes of a GPU of 80 GB that tensors may take: a tenth is left to CUDA, its libraries and fragmentation"""
+"""bytes for tensors on a GPU of 80 GB: a tenth is left for CUDA, its libraries and fragmentation"""
 
 NUM_CODES = 4 * 8192
-"""logits a target of BEST-RQ: codebooks x codes, as in configs/base-120m.yaml"""
+"""logits per target of BEST-RQ: codebooks x codes, as in configs/base-120m.yaml"""
 
 TARGET_SHARE = 1 / 3
-"""encoder frames with a target, at most"""
+"""maximum share of encoder frames with a target"""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch: so many rows of a single segment each."""
+    """Batch of rows with a single segment each."""
 
     rows: int
     """R"""
@@ -81,7 +80,7 @@ class Rows:
 
 
 def num_parameters(settings: EncoderSettings) -> int:
-    """Parameters of the encoder, all of whose blocks are alike."""
+    """Number of parameters of the encoder, whose blocks are all equal."""
     with torch.device("meta"):
         encoders = [ConformerEncoder(replace(settings, num_layers=number)) for number in (1, 2)]
     one, two = (sum(p.numel() for p in encoder.parameters()) for encoder in encoders)
@@ -89,61 +88,61 @@ def num_parameters(settings: EncoderSettings) -> int:
 
 
 def block_weights(settings: EncoderSettings) -> int:
-    """Elements of a block's weight matrices: feed-forward twice, attention, convolution."""
+    """Number of elements of the weight matrices of a block: two feed-forward modules, attention, convolution."""
     dim = settings.dim
     return 4 * dim * settings.feedforward_dim + 4 * dim**2 + 3 * dim**2 + dim * settings.kernel_size
 
 
 def block_bytes(settings: EncoderSettings, batch: Rows, device: str, mode: str) -> float:
-    """What one block keeps for the backward pass."""
+    """Bytes that one block keeps for the backward pass."""
     kept, frames = KEPT[device, mode], batch.frames // settings.stride
-    at_once = settings.num_heads * frames**2 <= MAX_WEIGHTS
-    a_frame = (
+    keeps_weights = settings.num_heads * frames**2 <= MAX_WEIGHTS
+    frame_bytes = (
         kept.dim * settings.dim
         + kept.feedforward * settings.feedforward_dim
         + kept.heads * settings.num_heads
-        + kept.heads_frames * settings.num_heads * frames * at_once
+        + kept.heads_frames * settings.num_heads * frames * keeps_weights
         + kept.constant
     )
-    return batch.rows * frames * a_frame + kept.weights * block_weights(settings)
+    return batch.rows * frames * frame_bytes + kept.weights * block_weights(settings)
 
 
 def subsampling_bytes(settings: EncoderSettings, batch: Rows, device: str) -> float:
-    """What the subsampling and the dropout behind it keep, its output included; no mode changes it."""
+    """Bytes that the subsampling and its dropout keep, their output included; the same in all modes."""
     inner, dim, mels = SUBSAMPLING[device, settings.subsampling, settings.subsampling_factor]
-    a_frame = (inner * settings.subsampling_channels + mels) * settings.num_mels + dim * settings.dim
-    return batch.rows * (batch.frames // settings.stride) * a_frame
+    frame_bytes = (inner * settings.subsampling_channels + mels) * settings.num_mels + dim * settings.dim
+    return batch.rows * (batch.frames // settings.stride) * frame_bytes
 
 
 def dense_mask_bytes(settings: EncoderSettings, batch: Rows, mode: str) -> float:
-    """The mask of the backend 'sdpa' on CUDA: a byte a pair of frames, and two in every layer as torch adds it.
+    """Bytes of the mask of the backend 'sdpa' on CUDA: one per pair of frames, and two per layer for torch's copy.
 
-    The modes but 'none' make the latter anew, for one layer at a time.
+    The copy is additive. The modes other than 'none' recompute it, for one layer at a time.
     """
     frames = batch.frames // settings.stride
     return batch.rows * frames**2 * (1.0 + 2.0 * (settings.num_layers if mode == "none" else 1))
 
 
 def encoder_bytes(settings: EncoderSettings, batch: Rows, device: str, mode: str) -> float:
-    """What the whole encoder keeps for the backward pass; but not the subsampling's weights in bfloat16."""
+    """Bytes that the encoder keeps for the backward pass, without the bfloat16 weights of the subsampling."""
     blocks = settings.num_layers * block_bytes(settings, batch, device, mode)
     return blocks + subsampling_bytes(settings, batch, device)
 
 
 def backward_bytes(settings: EncoderSettings, batch: Rows, device: str, mode: str) -> float:
-    """What the backward pass needs above what was kept: the rest of a block, computed again, and its gradients."""
+    """Bytes that the backward pass adds: the recomputed tensors of a block, and its gradients."""
     frames = batch.rows * (batch.frames // settings.stride)
-    again = block_bytes(settings, batch, device, "none") - block_bytes(settings, batch, device, mode)
+    recomputed = block_bytes(settings, batch, device, "none") - block_bytes(settings, batch, device, mode)
     dim, feedforward = WORKING[device]
     weights = min(MAX_WEIGHTS, settings.num_heads * (batch.frames // settings.stride) ** 2) if device == "cpu" else 0
-    return again + frames * (dim * settings.dim + feedforward * settings.feedforward_dim) + 6.0 * weights
+    return recomputed + frames * (dim * settings.dim + feedforward * settings.feedforward_dim) + 6.0 * weights
 
 
 def weight_bytes(settings: EncoderSettings, shards: int) -> float:
-    """Float32 weights, gradients and AdamW's two moments, head included; with FSDP what is gathered at a time.
+    """Bytes of float32 weights, gradients and AdamW's two moments, head included, and of gathered weights with FSDP.
 
-    Gathered are two blocks in bfloat16 (one ahead) and the gradients of one, in bfloat16 and to be summed in float32;
-    subsampling and head in float32, with their gradients. The latter keep a bfloat16 copy either way.
+    FSDP gathers two blocks in bfloat16 (one is prefetched) and the gradients of one, in bfloat16 and float32, and
+    subsampling and head in float32, with their gradients. The latter also keep a bfloat16 copy, with and without FSDP.
     """
     blocks = settings.num_layers * block_weights(settings)
     rest = num_parameters(settings) - blocks + settings.dim * NUM_CODES
@@ -153,13 +152,13 @@ def weight_bytes(settings: EncoderSettings, shards: int) -> float:
 
 
 def activation_bytes(settings: EncoderSettings, batch: Rows, mode: str, shards: int = 1, dense: bool = False) -> float:
-    """Peak of BEST-RQ pretraining on one GPU beside `weight_bytes`: at the loss, or in the last block's backward pass.
+    """Peak of BEST-RQ pretraining on one GPU without `weight_bytes`: at the loss, or in the backward pass of a block.
 
     Args:
-        dense: attention by the backend 'sdpa' with a mask of all pairs of frames; else flex, or a window.
+        dense: attention by the backend 'sdpa' with a mask of all pairs of frames, instead of flex or a window.
     """
     kept = encoder_bytes(settings, batch, "cuda", mode)
-    if mode == "none" and shards > 1:  # weights are gathered in bfloat16 and given back: no copy is kept
+    if mode == "none" and shards > 1:  # weights are gathered in bfloat16 and freed: no copy is kept
         kept -= settings.num_layers * KEPT["cuda", "none"].weights * block_weights(settings)
     head = HEAD * TARGET_SHARE * batch.rows * (batch.frames // settings.stride) * NUM_CODES
     mask = dense_mask_bytes(settings, batch, mode) if dense else 0.0
@@ -167,7 +166,7 @@ def activation_bytes(settings: EncoderSettings, batch: Rows, mode: str, shards: 
 
 
 def rows_that_fit(settings: EncoderSettings, frames: int, mode: str, shards: int = 1, dense: bool = False) -> int:
-    """Rows of so many mel frames on a GPU of 80 GB; at most 9,999."""
+    """Number of rows of `frames` mel frames that fit on a GPU of 80 GB; at most 9,999."""
     left = BUDGET - weight_bytes(settings, shards)
 
     def needed(rows: int) -> float:
@@ -177,7 +176,7 @@ def rows_that_fit(settings: EncoderSettings, frames: int, mode: str, shards: int
 
 
 def table(preset: str, dense: bool = False) -> str:
-    """Markdown: rows that fit on a GPU, by their length, alone and among 8 under FSDP2, in every mode."""
+    """Markdown table of the rows that fit on a GPU, by length, on one GPU and on 8 under FSDP2, in every mode."""
     settings = PRESETS[preset]
     columns = [(shards, mode) for shards in (1, 8) for mode in MODES]
     heads = [f"{'1 GPU' if shards == 1 else 'FSDP, 8'}: {mode}" for shards, mode in columns]
@@ -190,7 +189,7 @@ def table(preset: str, dense: bool = False) -> str:
 
 
 def tables() -> str:
-    """The tables of docs/memory.md."""
+    """Tables of docs/memory.md."""
     parts = [
         f"`{preset}`, {'`sdpa`: a dense mask' if dense else '`flex`, or a window'}:\n\n{table(preset, dense)}\n"
         for preset in ("base-120m", "large-600m")

@@ -1,13 +1,14 @@
-"""FLAC, Opus and MP3 to features on disk, on one core, beside lhotse: `python -m benchmarks.prepare_speed`.
+"""FLAC, Opus and MP3 to features on disk on one core, against lhotse: `python -m benchmarks.prepare_speed`.
 
-The same files of synthetic speech (utterances of 2 to 15 s at 16 kHz, in each format) go through
+The same files of synthetic speech (utterances of 2 to 15 s at 16 kHz, in each format) are processed by
 
 - `data.prepare folder` with one worker: read, log-mel, statistics, checksums, float16 shards, index;
-- lhotse's `CutSet.compute_and_store_features` with its own `Fbank` (80 bins, as by default) and its default storage
-  (lilcom, chunked), one job; its manifests are made before the clock starts;
+- lhotse's `CutSet.compute_and_store_features` with its `Fbank` (80 bins, the default) and its default storage (lilcom,
+  chunked), one job; its manifests are made before the timing starts;
 
-alternately, in child processes with one thread each. The last line is JSON: of each format the audio-seconds per second
-of both, the ratio of their medians and the extremes of the ratios of neighbours; `ratio_to_lhotse` is that of FLAC.
+alternating, in child processes with one thread each. The last line is JSON: for each format the audio-seconds per
+second of both, the ratio of their medians and the extremes of the ratios of adjacent runs; `ratio_to_lhotse` is for
+FLAC.
 Needs requirements-benchmarks.txt.
 """
 
@@ -33,12 +34,12 @@ from data.corpora.synthetic import SyntheticSettings, sources
 from data.features import FeatureSettings
 from data.prepare.prepare import PrepareSettings, prepare
 
-# soundfile's format and subtype; Opus and MP3 at its default bit rates.
+# Format and subtype of soundfile; Opus and MP3 at its default bit rates.
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "mp3": ("MP3", "MPEG_LAYER_III")}
 
 
 def write_audio(folder: Path, minutes: float) -> float:
-    """The same speech in a folder for each format, with a text beside each file; its seconds."""
+    """Write the same speech in a folder per format, with a text beside each file; return its seconds."""
     settings = SyntheticSettings(
         train_hours=minutes / 60, train_long_share=0, dev_utterances=0, test_utterances=0, test_long_recordings=0
     )
@@ -56,25 +57,25 @@ def write_audio(folder: Path, minutes: float) -> float:
 
 
 def prepare_ours(audio: Path, out: Path) -> float:
-    """Seconds that `data.prepare` takes."""
-    begin = time.perf_counter()
+    """Time of `data.prepare` in seconds."""
+    start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         prepare("folder", FolderSettings(folder=str(audio)), FeatureSettings(), PrepareSettings(str(out), workers=1))
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def prepare_lhotse(audio: Path, out: Path) -> float:
-    """Seconds that lhotse takes."""
+    """Time of lhotse in seconds."""
     from lhotse import CutSet, Fbank, RecordingSet
 
     cuts = CutSet.from_manifests(recordings=RecordingSet.from_dir(audio, f"*.{audio.name}"))
-    begin = time.perf_counter()
+    start = time.perf_counter()
     cuts.compute_and_store_features(Fbank(), out, num_jobs=1, progress_bar=False)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def in_child(function: Callable[[Path, Path], float], folder: Path, suffix: str, out: Path) -> float:
-    """Run in a fresh process with one thread, after a warm-up on other files."""
+    """Run the function in a new process with one thread, after a warm-up on other files; return its seconds."""
     receive, send = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("spawn").Process(target=_child, args=(send, function, folder, suffix, out))
     child.start()
@@ -92,8 +93,8 @@ def _child(send: Connection, function: Callable[[Path, Path], float], folder: Pa
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare_speed", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0, help="audio in a measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each system and format")
+    parser.add_argument("--minutes", type=float, default=60.0, help="audio per measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements per system and format")
     options = parser.parse_args(arguments)
     systems = {"ours": prepare_ours, "lhotse": prepare_lhotse}
     rates: dict[tuple[str, str], list[float]] = {(suffix, system): [] for suffix in FORMATS for system in systems}

@@ -1,19 +1,19 @@
-"""Full BEST-RQ pretraining steps of `bestrq-94m` beside SpeechBrain's recipe model of the same size.
+"""Full BEST-RQ pretraining steps of `bestrq-94m` against SpeechBrain's recipe model of the same size.
 
     python -m benchmarks.pretraining_speed        # needs requirements-benchmarks.txt
 
-One step is one update on the same 64 utterances of 2 to 17 s: forward, loss and backward of all batches, gradient
-clipping, AdamW. Features are made beforehand for both, from noise: the arithmetic is the same as on speech. SpeechBrain
-batches by its own DynamicBatchSampler (buckets of similar length), we by packed rows; both by about the same amount of
-audio at a time, both in the precision of the hardware, both with dropout 0.1 everywhere. Speed is in seconds of real
-audio, not of padding, per second. The two alternate; medians are printed as one line of JSON, the last:
+One step uses the same 64 utterances of 2 to 17 s: forward, loss and backward of all batches, gradient clipping, AdamW.
+Features are precomputed for both, from noise: the arithmetic is the same as on speech. SpeechBrain batches with its
+DynamicBatchSampler (buckets of similar length), bestrq with packed rows; both with about the same amount of audio per
+batch, in the precision of the hardware, with dropout 0.1 in all modules. Speed is in seconds of audio, without padding,
+per second. The two alternate; the last line is JSON with medians:
 
     ratio_to_speechbrain   audio-seconds per second, ours / SpeechBrain's
-    row_fill               share of our rows' frames that is audio
+    row_fill               share of audio in the frames of our rows
     matmul_share           our model FLOPs per second of the whole step, as a share of the rate of plain bf16 matrix
-                           products of the model's shapes, measured between the steps. Model FLOPs are three times
-                           what torch's flop counter finds in the forward pass: in the backward pass it counts a
-                           depthwise convolution as if it were a full one, 576 times too much
+                           products of the same shapes, measured between the steps. Model FLOPs are three times the
+                           count of torch's flop counter for the forward pass: for the backward pass it counts a
+                           depthwise convolution as a full one, 576 times too much
 """
 
 import argparse
@@ -39,22 +39,23 @@ from data.loading.rows import pack_rows
 
 
 def timed(function: Callable[[], float]) -> float:
-    begin = time.perf_counter()
+    """Seconds of a step, which must return a finite loss."""
+    start = time.perf_counter()
     loss = function()
     if loss != loss:
-        raise RuntimeError("the loss is not a number: these timings mean nothing")
-    return time.perf_counter() - begin
+        raise RuntimeError("the loss is not a number: the timings are invalid")
+    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=64)
-    # 64 utterances fill 20 rows of this length, five batches; a loader's endless stream has no last row to leave open.
+    # 64 utterances fill 20 rows of this length, five batches; the stream of a loader has no incomplete last row either.
     parser.add_argument("--row-seconds", type=float, default=31.2)
-    parser.add_argument("--rows", type=int, default=4, help="rows in a batch of ours")
-    parser.add_argument("--batch-seconds", type=float, default=125.0, help="audio in a batch of SpeechBrain's")
+    parser.add_argument("--rows", type=int, default=4, help="rows per batch of ours")
+    parser.add_argument("--batch-seconds", type=float, default=125.0, help="audio per batch of SpeechBrain")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only-ours", action="store_true", help="leave SpeechBrain out, and the ratio with it")
+    parser.add_argument("--only-ours", action="store_true", help="skip SpeechBrain and the ratio")
     args = parser.parse_args()
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The two systems of benchmarks.pretraining_speed: ours on packed rows, and SpeechBrain's BEST-RQ recipe."""
+"""Systems of benchmarks.pretraining_speed: bestrq on packed rows, and SpeechBrain's BEST-RQ recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,22 +31,23 @@ def make_utterances(count: int, seed: int) -> list[Tensor]:
 
 @dataclass
 class System:
-    """One system under test."""
+    """System under test."""
 
     model: nn.Module
     step: Callable[[], float]
-    """one whole update; gives its loss"""
+    """one whole optimizer step; returns its loss"""
     forward: Callable[[], None] | None = None
-    """the forward passes alone, for counting"""
+    """the forward passes only, to count FLOPs"""
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """The recipe's optimizer, in torch's fused form for both systems."""
+    """Optimizer of the recipe, in torch's fused form for both systems."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=8e-4, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.01, fused=True)
 
 
-def update(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+def optimizer_step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """Clip gradients, update the weights, clear the gradients."""
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -54,7 +55,7 @@ def update(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
 
 @dataclass
 class PackedRows:
-    """A batch of packed rows, as the loader makes them."""
+    """Batch of packed rows, as from the loader."""
 
     log_mel: Tensor
     mask: Tensor
@@ -104,7 +105,7 @@ def make_ours(batches: list[PackedRows]) -> System:
             loss = loss_sum(m) / targets
             loss.backward()
             total += float(loss.detach())
-        update(model, optimizer)
+        optimizer_step(model, optimizer)
         return total
 
     @torch.no_grad()
@@ -116,9 +117,9 @@ def make_ours(batches: list[PackedRows]) -> System:
 
 
 def speechbrain_batches(utterances: list[Tensor], batch_seconds: float) -> list[list[Tensor]]:
-    """Its own sampler, with the bucket boundaries that suit it best: every bucket makes one full batch.
+    """Batches of SpeechBrain's sampler, with optimal bucket boundaries: every bucket makes one full batch.
 
-    The recipe's 200 buckets are for 280,000 utterances; on 64 they would leave most batches with one.
+    The 200 buckets of the recipe are for 280,000 utterances; with 64, most batches would have one.
     """
     from speechbrain.dataio.sampler import DynamicBatchSampler
 
@@ -135,7 +136,7 @@ def speechbrain_batches(utterances: list[Tensor], batch_seconds: float) -> list[
 
 
 class SpeechBrainBestRQ(nn.Module):
-    """The recipe's model, LibriSpeech/self-supervised-learning/BEST-RQ, with the values of its BEST-RQ.yaml."""
+    """Model of the recipe LibriSpeech/self-supervised-learning/BEST-RQ, with the values of its BEST-RQ.yaml."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +178,7 @@ class SpeechBrainBestRQ(nn.Module):
         self.head = Linear(input_size=576, n_neurons=8192)
 
     def forward(self, log_mel: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        """Mean loss of padded `[B, F, M]`, F a multiple of 4, relative lengths `[B]` and masked frames `[N]`."""
+        """Mean loss for padded `[B, F, M]`, F a multiple of 4, relative lengths `[B]` and masked frames `[N]`."""
         stacks = mask[::4] // 4
         with torch.no_grad():
             targets = self.quantizer(log_mel.view(len(log_mel), log_mel.shape[1] // 4, -1)[:, stacks])
@@ -204,7 +205,7 @@ def make_speechbrain(batches: list[list[Tensor]]) -> System:
                 loss = model(log_mel, torch.tensor(frames) / width, mask)
             (loss / len(batches)).backward()
             total += float(loss.detach()) / len(batches)
-        update(model, optimizer)
+        optimizer_step(model, optimizer)
         return total
 
     return System(model, step)

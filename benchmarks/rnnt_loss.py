@@ -1,30 +1,30 @@
-"""The transducer loss beside others: time and peak memory of loss and all gradients, from what the joint network adds.
+"""Transducer loss against other implementations: time and peak memory of loss and gradients, joint network included.
 
-    python -m benchmarks.rnnt_loss        # the others: benchmarks.rnnt_loss_peers tells how to get them
+    python -m benchmarks.rnnt_loss        # installation of the other systems: benchmarks.rnnt_loss_peers
 
 A pass goes from the projected frames `[B, T, J]` and states `[B, U + 1, J]` through the joint network (add, tanh,
-output matrix) to the summed loss, and back to the gradients of both and of the output's weights. `ours` computes the
-whole lattice in slices, `ours_pruned` only bands of `--band` states that a small joint network chooses, whose loss and
-gradients are included; `fast_rnnt_pruned` does the same. All others are given the outputs of the whole lattice. In
-bfloat16 all run under autocast; losses are float32. Inputs are random and the same for all, losses have to agree.
+output matrix) to the summed loss, and back to the gradients of both and of the output weights. `ours` computes the
+whole lattice in slices, `ours_pruned` only bands of `--band` states that a small joint network selects, whose loss and
+gradients are included; so does `fast_rnnt_pruned`. All others take the outputs of the whole lattice. In bfloat16 all
+run under autocast; losses are float32. Inputs are random and equal for all, and the losses must agree.
 
-Our backward pass leaves out states that no alignment passes with a weight above rounding errors: `ours_states_share`
-tells which share of the cells is left. It falls as a model learns; random inputs are near the worst. `ours_all_cells`
-is ours without that.
+Our backward pass skips states that no alignment passes with a weight above rounding errors: `ours_states_share` is the
+remaining share of the cells. It falls during training; random inputs are near the worst case. `ours_all_cells` computes
+all cells.
 
-Every system has a process of its own; rounds go over the systems in turn. Memory is the highest resident size during
-the first pass (after a warm-up on a small problem), less that before it, inputs and weights included there. The
-fastest pass counts, and the highest peak. Address space may grow by `--budget-gb` only, for all alike: what needs more
+Every system runs in a separate process; systems alternate in every round. Memory is the peak resident size during the
+first pass (after a warm-up on a small problem), minus that before it, which includes inputs and weights. The fastest
+pass counts, and the highest peak. Address space may grow by at most `--budget-gb` for every system; above that it
 "does not fit". At vocabulary sizes after the first only ours and torchaudio run, in float32. `warprnnt_numba` takes
-minutes at the full size and runs where --systems names it. One line of JSON is the last:
+minutes at the full size and runs only if --systems names it. The last line is JSON:
 
-    memory_ratio_to_torchaudio         ours / theirs, peak, at the first vocabulary size in float32
-    time_ratio_to_torchaudio           the same of time; processor_ratio_to_torchaudio: of processor time, which other
-                                       programs on the machine disturb less (take --threads 1 there)
-    pruned_gain                        processor time of ours / that of ours_pruned, there
-    matmul_share                       the least processor time of the matrix products (4 of every cell, at the rate of
-                                       plain products of the same shapes) as a share of that of ours_all_cells, there
-    DTYPE_V_SYSTEM_seconds             each system's own; also _processor_seconds and _peak_mb; null: does not fit
+    memory_ratio_to_torchaudio         peak memory, ours / torchaudio, at the first vocabulary size in float32
+    time_ratio_to_torchaudio           the same for time; processor_ratio_to_torchaudio: for processor time, which
+                                       depends less on other programs on the machine (use --threads 1 for it)
+    pruned_gain                        processor time of ours / that of ours_pruned, same size
+    matmul_share                       lower bound of the processor time of the matrix products (4 per cell, at the rate
+                                       of plain products of the same shapes) as a share of ours_all_cells, same size
+    DTYPE_V_SYSTEM_seconds             per system; also _processor_seconds and _peak_mb; null: does not fit
 """
 
 import argparse
@@ -50,9 +50,9 @@ from bestrq.training.process import keep_freed_memory
 
 OURS = ["ours", "ours_all_cells", "ours_pruned"]
 OUT_OF_MEMORY = ["memory", "aten::empty", "aten::zeros", "aten::new_"]
-"""in errors of torch, and of torchaudio, which names the call that made no tensor"""
+"""in errors of torch, and of torchaudio, which names the failed allocation call"""
 FRAMES_PER_SECOND = 25
-"""of an encoder with subsampling by 4"""
+"""encoder frames at a stride of 4"""
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a pass."""
+    """Cost of a pass."""
 
     seconds: float
     processor: float
-    """seconds of all threads together"""
+    """seconds summed over all threads"""
     megabytes: float
     loss: float
 
     def best(self, other: "Cost | None") -> "Cost":
-        """The fastest pass, and the highest peak."""
+        """Return the fastest time and the highest peak of both."""
         if other is None:
             return self
         seconds, processor = min(self.seconds, other.seconds), min(self.processor, other.processor)
@@ -93,7 +93,7 @@ class Cost:
 
 
 def draw_problem(cell: Cell, frames: int, labels: int) -> Problem:
-    """The same for all systems."""
+    """Random problem, the same for all systems."""
     torch.manual_seed(0)
     output, acoustic, language = (nn.Linear(cell.joint_dim, cell.vocab_size) for _ in range(3))
     encoded = torch.randn(cell.segments, frames, cell.joint_dim, requires_grad=True)
@@ -103,7 +103,7 @@ def draw_problem(cell: Cell, frames: int, labels: int) -> Problem:
 
 
 def our_loss(problem: Problem, cell: Cell) -> Tensor:
-    """As `TransducerModel` computes it."""
+    """Loss as in `TransducerModel`."""
     frames, states = problem.encoded.flatten(0, 1), problem.predicted.flatten(0, 1)
     lattices = Lattices([problem.encoded.shape[1]] * len(problem.labels), list(problem.labels))
     simple_sum = frames.new_zeros(())
@@ -119,25 +119,25 @@ def our_loss(problem: Problem, cell: Cell) -> Tensor:
 
 
 def one_pass(cell: Cell, frames: int, labels: int) -> Cost:
-    """Loss and all gradients of a problem of that size."""
+    """Measure loss and all gradients of a problem of this size."""
     problem = draw_problem(cell, frames, labels)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bfloat16")
     reset_peak()
-    before, begin, processor = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    before, start, processor = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
     with autocast:
         loss = our_loss(problem, cell) if cell.system in OURS else PEERS[cell.system](problem)
     loss.backward()
-    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
     return Cost(seconds, processor, (resident_bytes("VmHWM") - before) / 1e6, loss.item())
 
 
 def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
-    """In a process of its own; None where it needs more than `budget` bytes."""
+    """Measure a cell; None if it needs more than `budget` bytes. Run in a separate process, because of the memory."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    everything = mock.patch.object(ours, "_visited_states", lambda flow: torch.tensor([0, flow.shape[1]]))
+    all_cells = mock.patch.object(ours, "_visited_states", lambda flow: torch.tensor([0, flow.shape[1]]))
     if cell.system == "ours_all_cells":
-        everything.start()
+        all_cells.start()
     one_pass(cell, 2, 2)
     resource.setrlimit(resource.RLIMIT_AS, (resident_bytes("VmSize") + budget, resource.RLIM_INFINITY))
     try:
@@ -146,13 +146,13 @@ def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in OUT_OF_MEMORY):
             raise
         return None
-    # From the second pass on, what the first left to the allocator is there already: its peak is the one to tell.
+    # Later passes reuse memory that the first left to the allocator, so the first pass has the real peak.
     seconds, processor = min(cost.seconds for cost in costs), min(cost.processor for cost in costs)
     return Cost(seconds, processor, costs[0].megabytes, costs[0].loss)
 
 
 def states_share(cell: Cell) -> float:
-    """Share of the cells that our backward pass computes."""
+    """Share of the cells in our backward pass."""
     problem, shares = draw_problem(cell, cell.frames, cell.labels), []
     visited_states = ours._visited_states
 
@@ -167,7 +167,7 @@ def states_share(cell: Cell) -> float:
 
 
 def matmul_seconds(cell: Cell, rows: int = 1024) -> float:
-    """Least time of the matrix products of a pass: forward, again in backward, and its two gradients."""
+    """Lower bound of the time of the matrix products of a pass: forward, recomputed in backward, and two gradients."""
     dtype = getattr(torch, cell.dtype)
     hidden, weight = (
         torch.randn(rows, cell.joint_dim, dtype=dtype),
@@ -181,15 +181,15 @@ def matmul_seconds(cell: Cell, rows: int = 1024) -> float:
     ):
         best = float("inf")
         for _ in range(10):
-            begin = time.process_time()
+            start = time.process_time()
             product()
-            best = min(best, time.process_time() - begin)
+            best = min(best, time.process_time() - start)
         seconds += times * best
     return seconds / rows * cell.segments * cell.frames * (cell.labels + 1)
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:
-    """What runs, in the order of a round."""
+    """Cells to run, in the order of a round."""
     cells = []
     for number, vocab_size in enumerate(args.vocab_sizes):
         for dtype in args.dtypes[: None if number == 0 else 1]:
@@ -201,23 +201,24 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 
 
 def ratios(args: argparse.Namespace, costs: dict[str, Cost | None]) -> dict[str, float]:
-    """The keys that compare, of those that ran."""
+    """Ratios between the systems that ran."""
 
     def cost(system: str) -> Cost | None:
         return costs.get(f"{args.dtypes[0]}_{args.vocab_sizes[0]}_{system}")
 
-    found, mine, theirs, pruned, whole = {}, *map(cost, ("ours", "torchaudio", "ours_pruned", "ours_all_cells"))
-    if mine and theirs:
-        found["memory_ratio_to_torchaudio"] = mine.megabytes / theirs.megabytes
-        found["time_ratio_to_torchaudio"] = mine.seconds / theirs.seconds
-        found["processor_ratio_to_torchaudio"] = mine.processor / theirs.processor
-    if mine and pruned:
-        found["pruned_gain"] = mine.processor / pruned.processor
+    result: dict[str, float] = {}
+    own, torchaudio, pruned, whole = map(cost, ("ours", "torchaudio", "ours_pruned", "ours_all_cells"))
+    if own and torchaudio:
+        result["memory_ratio_to_torchaudio"] = own.megabytes / torchaudio.megabytes
+        result["time_ratio_to_torchaudio"] = own.seconds / torchaudio.seconds
+        result["processor_ratio_to_torchaudio"] = own.processor / torchaudio.processor
+    if own and pruned:
+        result["pruned_gain"] = own.processor / pruned.processor
     first = plan(args)[0]
     if whole:
-        found["matmul_share"] = matmul_seconds(first) / whole.processor
-    found["ours_states_share"] = states_share(first)
-    return found
+        result["matmul_share"] = matmul_seconds(first) / whole.processor
+    result["ours_states_share"] = states_share(first)
+    return result
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -226,15 +227,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=[*OURS, *PEERS], default=default)
     dtypes = ["float32", "bfloat16"] if hardware_precision() == "bfloat16" else ["float32"]
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
-    parser.add_argument("--segments", type=int, default=8, help="B")
-    parser.add_argument("--frames", type=int, default=500, help="T, of a segment")
-    parser.add_argument("--labels", type=int, default=100, help="U, of a segment")
+    parser.add_argument("--segments", type=int, default=8, help="B, number of segments")
+    parser.add_argument("--frames", type=int, default=500, help="T, frames per segment")
+    parser.add_argument("--labels", type=int, default=100, help="U, labels per segment")
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[1024, 4096], help="V")
-    parser.add_argument("--joint-dim", type=int, default=512, help="J")
-    parser.add_argument("--band", type=int, default=5, help="states of a frame, where there is pruning")
-    parser.add_argument("--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="of ours")
-    parser.add_argument("--budget-gb", type=float, default=12.0, help="memory of a pass, for every system")
-    parser.add_argument("--repeats", type=int, default=2, help="passes of a system in a round")
+    parser.add_argument("--joint-dim", type=int, default=512, help="J, joint width")
+    parser.add_argument("--band", type=int, default=5, help="states per frame, for pruning")
+    parser.add_argument(
+        "--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="memory per slice, of ours"
+    )
+    parser.add_argument("--budget-gb", type=float, default=12.0, help="memory per pass, for every system")
+    parser.add_argument("--repeats", type=int, default=2, help="passes per system and round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(argv)
@@ -251,15 +254,15 @@ def main(argv: list[str] | None = None) -> None:
     for _ in range(args.rounds):
         for cell in plan(args):
             with ProcessPoolExecutor(1, mp_context=context) as process:
-                asked = process.submit(measure, cell, args.repeats, args.threads, int(args.budget_gb * 1e9))
-                cost = asked.result()
+                budget = int(args.budget_gb * 1e9)
+                cost = process.submit(measure, cell, args.repeats, args.threads, budget).result()
             costs[cell.name] = cost.best(costs.get(cell.name)) if cost else None
-            found = (
+            line = (
                 f"{cost.seconds:8.2f} s {cost.processor:8.2f} CPU-s {cost.megabytes:9.1f} MB  loss {cost.loss:.2f}"
                 if cost
                 else "does not fit"
             )
-            print(f"{cell.name:36} {found}", flush=True)
+            print(f"{cell.name:36} {line}", flush=True)
     check_losses(costs)
     result: dict[str, object] = {key: round(value, 4) for key, value in ratios(args, costs).items()}
     result |= {"audio_seconds": args.segments * args.frames / FRAMES_PER_SECOND, "budget_gb": args.budget_gb}
@@ -271,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_losses(costs: dict[str, Cost | None]) -> None:
-    """Timings of different numbers mean nothing: all systems that see the whole lattice have the same loss."""
+    """Raise RuntimeError if systems with the whole lattice have different losses, since timings are invalid then."""
     groups: dict[str, list[float]] = {}
     for name, cost in costs.items():
         if cost and not name.endswith("_pruned"):

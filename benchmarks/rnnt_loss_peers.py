@@ -1,9 +1,9 @@
-"""The other systems of benchmarks.rnnt_loss: transducer losses that users train with, on padded batches.
+"""Other systems of benchmarks.rnnt_loss: widely used transducer losses, on padded batches.
 
-All but the pruned one are given the joint network's outputs `[B, T, U + 1, V]` of the whole batch, as their users call
-them. Nothing is imported before a system is asked for. torchaudio is a requirement of ours; warprnnt_numba stands in
-requirements-benchmarks.txt; fast_rnnt's sources fetch pybind11 at their build and ask for a C++ standard that is too
-old for torch's headers, so `pip install fast_rnnt` needs a network and
+All except the pruned one take the outputs of the joint network `[B, T, U + 1, V]` of the whole batch, as in normal use.
+Packages are imported only when a system is selected. torchaudio is a requirement of this project; warprnnt_numba is in
+requirements-benchmarks.txt; the build of fast_rnnt downloads pybind11 and sets a C++ standard that is too old for
+torch's headers, so `pip install fast_rnnt` needs a network and
 `FT_CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DFT_BUILD_TESTS=OFF -DCMAKE_CXX_STANDARD=20"`.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Problem:
-    """What a transducer's loss is of. B segments, all of T frames and U labels; J joint width, V vocabulary."""
+    """Input of a transducer loss. B segments, all of T frames and U labels; J joint width, V vocabulary."""
 
     encoded: Tensor
     """`[B, T, J]`"""
@@ -27,13 +27,13 @@ class Problem:
     labels: Tensor
     """int64 `[B, U]`"""
     output: nn.Linear
-    """from the hidden units of a cell to its V outputs"""
+    """from the hidden units of a cell to V outputs"""
     acoustic: nn.Linear
-    """from a frame to the V outputs of the small joint network, where there is pruning"""
+    """from a frame to the V outputs of the small joint network, for pruning"""
     language: nn.Linear
-    """the same from a state"""
+    """from a state to the V outputs of the small joint network, for pruning"""
     band: int
-    """states that a frame keeps, where there is pruning"""
+    """states per frame, for pruning"""
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """Frames and labels of every segment, int32 `[B]`."""
@@ -41,12 +41,12 @@ class Problem:
         return full * self.encoded.shape[1], full * self.labels.shape[1]
 
     def joint(self) -> Tensor:
-        """The joint network's outputs, `[B, T, U + 1, V]` in float32."""
+        """Outputs of the joint network, float32 `[B, T, U + 1, V]`."""
         return self.output(torch.tanh(self.encoded[:, :, None] + self.predicted[:, None])).float()
 
 
 def torchaudio_loss(problem: Problem) -> Tensor:
-    """torchaudio.functional.rnnt_loss, log-softmax and its gradient inside."""
+    """torchaudio.functional.rnnt_loss with fused log-softmax."""
     import torchaudio
 
     frames, labels = problem.lengths()
@@ -56,7 +56,7 @@ def torchaudio_loss(problem: Problem) -> Tensor:
 
 
 def warprnnt_numba_loss(problem: Problem) -> Tensor:
-    """The CPU loss that NeMo falls back to; in Python, cell after cell."""
+    """Fallback CPU loss of NeMo, which loops over cells in Python."""
     loss = importlib.import_module("warprnnt_numba.rnnt_loss.rnnt_pytorch").rnnt_loss
     frames, labels = problem.lengths()
     return loss(problem.joint(), problem.labels.int(), frames, labels, blank=0, reduction="sum").sum()
@@ -75,7 +75,7 @@ def fast_rnnt_loss(problem: Problem) -> Tensor:
 
 
 def fast_rnnt_pruned_loss(problem: Problem) -> Tensor:
-    """Its simple loss with the pruned loss in the bands which that gives, as its documentation has them."""
+    """Simple loss of fast_rnnt plus its pruned loss in the resulting bands, as in its documentation."""
     fast = importlib.import_module("fast_rnnt")
     boundary, labels = _boundary(problem), problem.labels
     simple, (by_label, by_blank) = fast.rnnt_loss_simple(
@@ -99,16 +99,16 @@ PEERS: dict[str, Callable[[Problem], Tensor]] = {
     "fast_rnnt_pruned": fast_rnnt_pruned_loss,
     "warprnnt_numba": warprnnt_numba_loss,
 }
-"""name -> the summed loss of a problem"""
+"""name -> summed loss of a problem"""
 
 PACKAGES = {name: name.removesuffix("_pruned") for name in PEERS}
-"""what has to be installed for each"""
+"""required package by system"""
 
 
 def missing(system: str) -> str | None:
-    """Why a system cannot run here, and how to get it; None where it can."""
+    """Reason and install command if the package of a system is missing, else None."""
     package = PACKAGES.get(system)
     if package is None or importlib.util.find_spec(package) is not None:
         return None
-    how = "see benchmarks/rnnt_loss_peers.py" if package == "fast_rnnt" else "-r requirements-benchmarks.txt"
-    return f"{system} is left out: {package} is not installed (pip install {how})"
+    source = "see benchmarks/rnnt_loss_peers.py" if package == "fast_rnnt" else "-r requirements-benchmarks.txt"
+    return f"{system} is skipped: {package} is not installed (pip install {source})"

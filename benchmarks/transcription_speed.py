@@ -1,25 +1,25 @@
-"""From waveform to text: our transcription beside transformers' pipeline for speech recognition, with chunking.
+"""Waveform to text: our transcription against transformers' pipeline for speech recognition, with chunking.
 
     python -m benchmarks.transcription_speed                  # needs requirements-benchmarks.txt
     python -m benchmarks.transcription_speed --peers wav2vec2 parakeet
-    python -m benchmarks.transcription_speed --layers 1 --seconds 12 --recordings 2 --repeats 1      # a try
+    python -m benchmarks.transcription_speed --layers 1 --seconds 12 --recordings 2 --repeats 1      # a trial
 
 The peers are models that the pipeline runs with CTC, with random weights and the size of one of our presets: width,
 layers, heads, feed-forward width, kernel, SiLU.
 
-    wav2vec2    Wav2Vec2ConformerForCTC with rotary positions, beside base-120m. It reads the waveform itself, with
-                convolutions, to 50 frames a second; base-120m has 25, from log-mel
-    parakeet    ParakeetForCTC (FastConformer), beside fast-115m: both have 12.5 frames a second, from log-mel. The
-                pipeline does not know how many samples a frame of it has: it is told
+    wav2vec2    Wav2Vec2ConformerForCTC with rotary positions, against base-120m. Its convolutions turn the waveform
+                into 50 frames per second; base-120m has 25, from log-mel
+    parakeet    ParakeetForCTC (FastConformer), against fast-115m: both have 12.5 frames per second, from log-mel. The
+                number of samples per frame is set, since the pipeline does not derive it
 
-All get the same recordings, float32 at 16 kHz in memory, the same windows (--chunk-seconds, of which --overlap is not
-kept, half at each end), as many of them in a batch (--batch), the same precision, and greedy CTC with characters.
-Ours computes log-mel, its statistics over the recording, and text with word times; the pipeline text alone. What the
-random models write means nothing. The systems alternate; of every one the fastest pass counts. One line of JSON is the
-last:
+All get the same recordings, float32 at 16 kHz in memory, the same windows (--chunk-seconds, of which --overlap is
+dropped, half at each end), the same number of windows per batch (--batch), the same precision, and greedy CTC with
+characters. Ours computes log-mel, its statistics over the recording, and text with word times; the pipeline only text.
+The texts of the random models are meaningless. The systems alternate; for each the fastest pass counts. The last line
+is JSON:
 
-    ratio_to_transformers           ours / the peer's, audio-seconds per second; the smallest over --peers
-    ratio_to_PEER                   each peer's own
+    ratio_to_transformers           audio-seconds per second, ours / the peer; the smallest over --peers
+    ratio_to_PEER                   per peer
     PEER_ours, PEER_transformers    audio-seconds per second
 """
 
@@ -58,7 +58,7 @@ PRESET_OF = {"wav2vec2": "base-120m", "parakeet": "fast-115m"}
 
 @dataclass(frozen=True)
 class System:
-    """A recogniser under test."""
+    """Recogniser under test."""
 
     model: nn.Module
     transcribe: Callable[[Sequence[np.ndarray]], list[str]]
@@ -66,7 +66,7 @@ class System:
 
 
 def make_recordings(count: int, seconds: float) -> list[np.ndarray]:
-    """Noise whose loudness changes as that of speech does, of `seconds` each, and up to a quarter more or less."""
+    """Noise with the loudness changes of speech, of `seconds` each, varied by up to a quarter."""
     generator = np.random.default_rng(0)
     recordings = []
     for share in np.linspace(0.75, 1.25, count) if count > 1 else [1.0]:
@@ -77,7 +77,7 @@ def make_recordings(count: int, seconds: float) -> list[np.ndarray]:
 
 
 def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
-    """What transcribe.py does with sound that has been read."""
+    """The computation of transcribe.py on audio in memory."""
     tokenizer, features = CharTokenizer(CHARACTERS), FeatureSettings()
     model = CTCModel(encoder, tokenizer.vocab_size).eval().to(args.device)
     log_mel_of, decoder = LogMel(features), GreedyCTC(model.log_probs)
@@ -110,7 +110,7 @@ def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
 
 
 def make_peer(name: str, encoder: EncoderSettings, args: argparse.Namespace) -> System:
-    """A model and the pipeline around it, both of transformers."""
+    """Model and pipeline of transformers."""
     transformers = require("transformers")
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -127,16 +127,16 @@ def make_peer(name: str, encoder: EncoderSettings, args: argparse.Namespace) -> 
     )  # fmt: skip
 
     def transcribe(recordings: Sequence[np.ndarray]) -> list[str]:
-        # It takes the fields out of what it is given.
+        # New dictionaries, because the pipeline removes their fields.
         inputs = [{"raw": waveform, "sampling_rate": RATE} for waveform in recordings]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bfloat16"):
-            return [one["text"] for one in recognise(inputs)]
+            return [result["text"] for result in recognise(inputs)]
 
     return System(model, transcribe)
 
 
 def make_wav2vec2(transformers: Any, encoder: EncoderSettings, vocab_size: int) -> tuple[Any, Any]:
-    """Wav2Vec2-Conformer and its feature extractor, with the front end of the released models."""
+    """Wav2Vec2-Conformer CTC and its feature extractor, with the front end of the released models."""
     config = transformers.Wav2Vec2ConformerConfig(
         vocab_size=vocab_size,
         pad_token_id=0,
@@ -177,34 +177,35 @@ def one_pass(system: System, recordings: Sequence[np.ndarray], device: str) -> f
     """Seconds from waveforms to texts."""
     wait = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
     wait()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     texts = system.transcribe(recordings)
     wait()
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     if len(texts) != len(recordings):
-        raise RuntimeError(f"{len(texts)} texts of {len(recordings)} recordings: these timings mean nothing")
+        raise RuntimeError(f"{len(texts)} texts of {len(recordings)} recordings: the timings are invalid")
     return seconds
 
 
 def compare(name: str, recordings: Sequence[np.ndarray], args: argparse.Namespace) -> dict[str, float]:
-    """Audio-seconds per second of ours and of the peer, alternating."""
+    """Measure audio-seconds per second of ours and of the peer, alternating."""
     preset = PRESETS[PRESET_OF[name]]
     encoder = replace(preset, num_layers=args.layers or preset.num_layers)
     systems = {"ours": make_ours(encoder, args), "transformers": make_peer(name, encoder, args)}
-    for who, system in systems.items():
+    for label, system in systems.items():
         count = sum(parameter.numel() for parameter in system.model.parameters())
-        print(f"{name}, {who}: {count / 1e6:.1f} M parameters")
+        print(f"{name}, {label}: {count / 1e6:.1f} M parameters")
         one_pass(system, recordings[:1], args.device)
     audio = sum(map(len, recordings)) / RATE
-    times: dict[str, list[float]] = {who: [] for who in systems}
+    times: dict[str, list[float]] = {label: [] for label in systems}
     for repeat in range(args.repeats):
-        for who, system in systems.items():
-            times[who].append(one_pass(system, recordings, args.device))
+        for label, system in systems.items():
+            times[label].append(one_pass(system, recordings, args.device))
         print(
-            f"  {repeat}: audio-s/s " + ", ".join(f"{who} {audio / t[-1]:.2f}" for who, t in times.items()), flush=True
+            f"  {repeat}: audio-s/s " + ", ".join(f"{label} {audio / t[-1]:.2f}" for label, t in times.items()),
+            flush=True,
         )
-    speeds = {who: audio / min(seconds) for who, seconds in times.items()}
-    own = {f"{name}_{who}": speed for who, speed in speeds.items()}
+    speeds = {label: audio / min(seconds) for label, seconds in times.items()}
+    own = {f"{name}_{label}": speed for label, speed in speeds.items()}
     return {**own, f"ratio_to_{name}": speeds["ours"] / speeds["transformers"]}
 
 
@@ -213,11 +214,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=list(PRESET_OF), default=["wav2vec2"])
     parser.add_argument("--recordings", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60.0, help="mean length of a recording")
-    parser.add_argument("--chunk-seconds", type=float, default=20.0, help="a window")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that is not kept")
+    parser.add_argument("--chunk-seconds", type=float, default=20.0, help="length of a window")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that is dropped")
     parser.add_argument("--batch", type=int, default=4, help="windows in a batch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=0, help="instead of the presets' numbers")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers; 0 for those of the presets")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole road on a laptop: speech -> shards -> BEST-RQ pretraining -> fine-tuning -> word error rate -> report.
+# Full pipeline on a laptop: speech -> shards -> BEST-RQ pretraining -> fine-tuning -> word error rate -> report.
 #
-#   bash launch/quickstart.sh                    on synthetic speech, made on the spot (minutes on 2 cores; says how many)
+#   bash launch/quickstart.sh                    on generated synthetic speech (minutes on 2 cores; prints an estimate)
 #   bash launch/quickstart.sh --corpus fillets   on real speech: the Fish Fillets voices of Debian, Czech and Dutch
-#   bash launch/quickstart.sh --head rnnt        RNN-T beside CTC, both from the pretrained encoder, and its decoders
-#   bash launch/quickstart.sh --folder DIR       keep everything in DIR (default: runs/quickstart-CORPUS)
+#   bash launch/quickstart.sh --head rnnt        RNN-T and CTC, both from the pretrained encoder, with all decoders
+#   bash launch/quickstart.sh --folder DIR       keep all files in DIR (default: runs/quickstart-CORPUS)
 #
-# Corpora: synthetic (default), fillets. Heads: ctc (default: from the pretrained encoder beside from scratch), rnnt.
-# Makes .venv and installs requirements.txt first. Finished steps are skipped, interrupted ones continue: after Ctrl-C,
-# or on another day, run the same command again.
+# Corpora: synthetic (default), fillets. Heads: ctc (default: pretrained encoder against training from scratch), rnnt.
+# Makes .venv and installs requirements.txt first. Finished steps are skipped, interrupted ones continue: to resume
+# after Ctrl-C, run the same command again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,16 +20,16 @@ while [ $# -gt 0 ]; do
             exit 0
             ;;
         --corpus | --head | --folder)
-            [ $# -ge 2 ] || { printf 'error: %s needs a value; --help shows how\n' "$1" >&2; exit 2; }
+            [ $# -ge 2 ] || { printf 'error: %s needs a value; see --help\n' "$1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift 2
             ;;
-        --tiny) # for the tests: a few steps on a few minutes of speech
+        --tiny) # for tests: a few steps on a few minutes of speech
             tiny=(--run.steps 2 --run.log_every 1)
             shift
             ;;
         *)
-            printf "error: unknown argument '%s'; --help lists them\n" "$1" >&2
+            printf "error: unknown argument '%s'; see --help\n" "$1" >&2
             exit 2
             ;;
     esac
@@ -42,12 +42,12 @@ case "$corpus" in
         ;;
     fillets) prepare=(fillets) language=cs minutes=30 ;;
     *)
-        printf "error: unknown corpus '%s'. The quickstart knows: synthetic, fillets\n" "$corpus" >&2
+        printf "error: unknown corpus '%s'; choose synthetic or fillets\n" "$corpus" >&2
         exit 2
         ;;
 esac
 [[ "$head" = ctc || "$head" = rnnt ]] || {
-    printf "error: unknown head '%s'. The quickstart knows: ctc, rnnt\n" "$head" >&2
+    printf "error: unknown head '%s'; choose ctc or rnnt\n" "$head" >&2
     exit 2
 }
 
@@ -55,10 +55,10 @@ bash launch/setup.sh
 python=.venv/bin/python
 dataset=$folder/dataset
 processes=$(($(nproc) > 1 ? 2 : 1))
-began=$SECONDS
-headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
+start=$SECONDS
+headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - start) / 60)) $(((SECONDS - start) % 60)); }
 
-# Two processes, as on a cluster: on a CPU they are faster than one with two threads.
+# On a CPU two processes are faster than one with two threads.
 train() {
     local status=0
     bash launch/torchrun.sh -n "$processes" "$@" || status=$?
@@ -66,7 +66,7 @@ train() {
     [ "$status" = 0 ] || exit "$status"
 }
 
-if [ ! -d "$folder/pretrain/checkpoints" ]; then # a resumed quickstart takes less
+if [ ! -d "$folder/pretrain/checkpoints" ]; then # the estimate is for a complete run, not for a resumed one
     printf 'The quickstart will take '
     OMP_NUM_THREADS=$(($(nproc) / processes)) $python -m torch.distributed.run --standalone --nproc-per-node "$processes" \
         launch/quickstart_estimate.py --head "$head" "${tiny[@]+--steps=2}"
@@ -101,7 +101,7 @@ if [ "$head" = ctc ]; then
     evaluate scratch scratch
 else
     fine_tune rnnt rnnt "${from_pretrained[@]}"
-    headline "A language model of the transcripts"
+    headline "N-gram language model of the transcripts"
     $python -m tools.train_ngram --export "$folder/rnnt/export" --data.dataset "$dataset" --data.language "$language" \
         --out "$folder/lm.arpa"
     evaluate pretrained pretrained

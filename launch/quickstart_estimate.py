@@ -1,10 +1,10 @@
-"""Estimated time of the quickstart on this machine, from a few measured updates.
+"""Estimated time of the quickstart on this machine, from a few measured optimizer steps.
 
     torchrun --nproc-per-node 2 launch/quickstart_estimate.py --head rnnt
 
-Updates of every kind run on rows of noise, in the processes and the precision of the quickstart: the arithmetic is the
-same as on speech. The rest (corpus, program starts, validation, evaluation, report) is assumed to take as long as a
-fixed number of pretraining updates.
+Steps of every kind run on rows of noise, with the processes and the precision of the quickstart: the arithmetic is the
+same as on speech. The rest (corpus, program starts, validation, evaluation, report) is assumed to take the time of a
+fixed number of pretraining steps.
 """
 
 import argparse
@@ -34,15 +34,15 @@ from common.segments import Segments
 from pipelines.finetuning import FinetuneConfig
 
 VOCAB_SIZE = 40
-"""approximate number of the quickstart's characters"""
-SECONDS_OF_A_SEGMENT = 5
-LABELS_OF_A_SEGMENT = 60
+"""approximate number of characters in the quickstart"""
+SEGMENT_SECONDS = 5
+SEGMENT_LABELS = 60
 WARM_UP = 2
 LOOP_FACTOR = 1.4
-"""measured ratio of a training script's update to the update here, which has no loader, targets, clipping and
+"""measured time of a step of a training script relative to a step here, which has no loader, targets, clipping and
 logging"""
 REST = {"ctc": 1100, "rnnt": 2300}
-"""by head: measured time of everything but updates, in pretraining updates as timed here"""
+"""by head: measured time of everything except steps, in pretraining steps as timed here"""
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SETTINGS: dict[str, type[FinetuneConfig]] = {"ctc": finetune_ctc.Config, "rnnt": finetune_rnnt.Config}
 """by head"""
@@ -52,13 +52,13 @@ Loss = Callable[[], Tensor]
 
 def noise_rows(rows: int, row_frames: int) -> tuple[Tensor, Segments]:
     """Noise as log-mel float32 `[R, F, M]`, with rows full of adjacent segments."""
-    frames = 100 * SECONDS_OF_A_SEGMENT
+    frames = 100 * SEGMENT_SECONDS
     start = torch.arange(0, row_frames - frames + 1, frames).repeat(rows, 1)
     return torch.randn(rows, row_frames, 80), Segments(start, torch.full_like(start, frames - 4), row_frames)
 
 
 def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Module, Loss]:
-    """The model and the loss of one process's share of an update."""
+    """BEST-RQ model, and its loss on the rows of one process in a step."""
     model = BestRQ(config.encoder, config.quantizer)
     parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
     rows = max(1, config.data.rows // world.size)
@@ -69,7 +69,7 @@ def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Mo
 
 
 def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Module, Loss]:
-    """The same for CTC or RNN-T, by the type of the settings."""
+    """CTC or RNN-T model, by the type of the settings, and its loss on the rows of one process in a step."""
     model: CTCModel | TransducerModel
     if isinstance(config, finetune_rnnt.Config):
         model = TransducerModel(config.encoder, config.transducer, VOCAB_SIZE)
@@ -78,39 +78,39 @@ def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Mod
     parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
     log_mel, segments = noise_rows(max(1, config.data.rows // world.size), config.data.row_frames)
     num_segments = segments.start.numel()
-    labels = torch.randint(1, VOCAB_SIZE, (num_segments, LABELS_OF_A_SEGMENT))
-    lengths = torch.full((num_segments,), LABELS_OF_A_SEGMENT)
+    labels = torch.randint(1, VOCAB_SIZE, (num_segments, SEGMENT_LABELS))
+    lengths = torch.full((num_segments,), SEGMENT_LABELS)
     return parallel, lambda: parallel(log_mel, segments, labels, lengths).loss_sum / labels.numel()
 
 
-def update_seconds(model: torch.nn.Module, loss: Loss, config: pretrain.Config | FinetuneConfig, world: World,
-                   updates: int) -> float:  # fmt: skip
-    """Median time of an update: forward, backward, optimizer."""
+def step_seconds(model: torch.nn.Module, loss: Loss, config: pretrain.Config | FinetuneConfig, world: World,
+                 measured: int) -> float:  # fmt: skip
+    """Median time of a step (forward, backward, optimizer) over `measured` steps."""
     optimizer = build_optimizer([(model.named_parameters(), config.optimizer)])
     times = []
-    for number in range(WARM_UP + updates):
-        begin = time.perf_counter()
+    for number in range(WARM_UP + measured):
+        start = time.perf_counter()
         with autocast(world, config.distributed):
             value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if number >= WARM_UP:
-            times.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def estimate(head: str, steps: int, updates: int, world: World) -> tuple[float, Precision]:
-    """Seconds of the quickstart and the precision of its updates. Positive `steps` replace those of the configs."""
+def estimate(head: str, steps: int, measured: int, world: World) -> tuple[float, Precision]:
+    """Seconds of the quickstart and the precision of its steps. A positive `steps` replaces that of the configs."""
     config = from_dict(pretrain.Config, load_yaml(CONFIGS / "quickstart-pretrain.yaml"))
     precision = resolve_precision(config.distributed, RunFolder(CONFIGS / "no-run"), world)
     config = with_precision(config, precision)
-    update = update_seconds(*pretraining_loss(config, world), config, world, updates)
-    total = update * (LOOP_FACTOR * (steps or config.run.steps) + REST[head])
+    seconds = step_seconds(*pretraining_loss(config, world), config, world, measured)
+    total = seconds * (LOOP_FACTOR * (steps or config.run.steps) + REST[head])
     for name in ("ctc", head):  # the first fine-tuning is always CTC
         tuning = from_dict(SETTINGS[name], load_yaml(CONFIGS / f"quickstart-{name}.yaml"))
         tuning = with_precision(tuning, precision)
-        seconds = update_seconds(*fine_tuning_loss(tuning, world), tuning, world, updates)
+        seconds = step_seconds(*fine_tuning_loss(tuning, world), tuning, world, measured)
         total += LOOP_FACTOR * seconds * (steps or tuning.run.steps)
     return world.max(total), precision
 
@@ -118,13 +118,13 @@ def estimate(head: str, steps: int, updates: int, world: World) -> tuple[float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", choices=sorted(REST), default="ctc", help="head of the second fine-tuning")
-    parser.add_argument("--updates", type=int, default=5, help="measured updates of every kind")
-    parser.add_argument("--steps", type=int, default=0, help="updates of every run; 0 takes those of the configs")
+    parser.add_argument("--updates", type=int, default=5, help="measured steps of every kind")
+    parser.add_argument("--steps", type=int, default=0, help="steps of every run; 0 uses those of the configs")
     options = parser.parse_args()
     world = start_world(DistributedSettings())
     seconds, precision = estimate(options.head, options.steps, options.updates, world)
     if world.is_main:
-        print(f"about {round(seconds / 60, 1):g} minutes on this machine, estimated from a few updates in {precision}")
+        print(f"about {round(seconds / 60, 1):g} minutes on this machine, estimated from a few steps in {precision}")
     world.close()
 
 

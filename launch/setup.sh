@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository and installs the requirements in it. Needs no root and no GPU.
+# Make .venv in the repository and install the requirements in it. Needs neither root nor a GPU.
 #
-#   bash launch/setup.sh        what training needs
-#   bash launch/setup.sh dev    and the tools of the tests
+#   bash launch/setup.sh        requirements of training
+#   bash launch/setup.sh dev    and those of the tests
 #
-# PYTHON=/path/to/python3 chooses the interpreter. A second run with unchanged requirement files does nothing: each
-# file's hash is noted in .venv after its installation, so an interrupted one is not taken for a finished one.
+# PYTHON=/path/to/python3 selects the interpreter. A second run with unchanged requirement files does nothing: the hash
+# of each file is stored in .venv after its installation, so an interrupted installation is repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ fail() {
 requirements=(requirements.txt)
 case "${1:-}" in
     "") ;;
-    dev) requirements+=(requirements-dev.txt requirements-huggingface.txt requirements-storage.txt) ;;
+    dev) requirements+=(requirements-dev.txt requirements-storage.txt) ;;
     -h | --help)
         sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
         exit 0
@@ -48,19 +48,19 @@ find_python() {
         fi
     done
     fail "no Python 3.11 or newer among: ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}" \
-        "Install one (Debian, Ubuntu: sudo apt-get install python3 python3-venv), or name it:" \
+        "Install one (Debian, Ubuntu: sudo apt-get install python3 python3-venv), or give its path:" \
         "PYTHON=/path/to/python3.12 bash launch/setup.sh"
 }
 
-# Debian and Ubuntu split the part of Python that puts pip in a new environment off into a package, python3-venv.
-# Without it there are two ways to get pip that need no root: the system's own pip, or Debian's wheel of it.
+# On Debian and Ubuntu, ensurepip, which installs pip in a new environment, is in a separate package, python3-venv.
+# Without it, two sources of pip need no root: the pip of the system, or Debian's wheel of it.
 make_environment() {
     local python=$1 wheels
     if "$python" -c 'import ensurepip' 2>/dev/null; then
         "$python" -m venv .venv && return
     fi
     "$python" -m venv --without-pip .venv || return
-    say "this Python has no ensurepip; getting pip another way"
+    say "this Python has no ensurepip; installing pip from the system or from Debian's wheel"
     "$python" -m pip --python .venv/bin/python install --quiet pip && return
     wheels=$(mktemp -d)
     (
@@ -74,15 +74,15 @@ make_environment() {
 
 install() {
     local file arguments=()
-    say "installing ${requirements[*]} in .venv: about 3 GB to fetch and 6 GB on disk, most of it PyTorch"
+    say "installing ${requirements[*]} in .venv: about 3 GB of downloads and 6 GB on disk, mostly PyTorch"
     for file in "${requirements[@]}"; do
         rm -f "$(stamp "$file")"
         arguments+=(-r "$file")
     done
     .venv/bin/python -m pip install --disable-pip-version-check --progress-bar on "${arguments[@]}" >&2 ||
         fail "could not install the packages of ${requirements[*]} from the Python package index." \
-            "The line above says which. Check the network (pip honours https_proxy and PIP_INDEX_URL) and the" \
-            "space here ($(df -h --output=avail . | tail -n 1 | tr -d ' ') free), then run the same command again: it continues."
+            "The line above names the package. Check the network (pip honours https_proxy and PIP_INDEX_URL) and the" \
+            "disk space ($(df -h --output=avail . | tail -n 1 | tr -d ' ') free), then run the same command again: it continues."
     for file in "${requirements[@]}"; do
         fingerprint "$file" >"$(stamp "$file").new"
         mv "$(stamp "$file").new" "$(stamp "$file")"
@@ -93,7 +93,7 @@ all_installed && exit 0
 
 mkdir -p .venv
 exec 9>.venv/.setup-lock
-flock 9 # two scripts started together: the second waits, then finds the work done
+flock 9 # of two concurrent scripts the second waits, then has nothing to do
 all_installed && exit 0
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -101,8 +101,8 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     say "making .venv with $python ($("$python" --version))"
     make_environment "$python" ||
         fail "could not make a virtual environment with $python" \
-            "On Debian and Ubuntu it needs a package: sudo apt-get install python3-venv" \
-            "or another Python: PYTHON=/path/to/python3.12 bash launch/setup.sh"
+            "On Debian and Ubuntu install a package: sudo apt-get install python3-venv" \
+            "or use another Python: PYTHON=/path/to/python3.12 bash launch/setup.sh"
 fi
 install
 say "done"

@@ -1,25 +1,25 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts (*.sbatch), which SLURM runs on the first node of a job: what they have in common.
+# Functions of the batch scripts (*.sbatch), which SLURM runs on the first node of a job.
 #
-# How a job ends before its work is done:
+# Causes of an early end of a job:
 #   time limit     SLURM sends SIGUSR2 to the batch script some minutes earlier (#SBATCH --signal); the run saves,
 #                  leaves REQUEUE, and this file requeues the job, MAX_REQUEUES times at most.
-#   STOP file      the same, by hand: touch RUN/STOP.
+#   STOP file      the same, on request of the user: touch RUN/STOP.
 #   preemption, scontrol requeue
-#                  SLURM sends SIGTERM to every process, waits (GraceTime, KillWait), and requeues by itself.
-#   scancel        the same signal; the run saves if the cluster's KillWait leaves it the time. Nothing is requeued.
+#                  SLURM sends SIGTERM to every process, waits (GraceTime, KillWait), and requeues the job itself.
+#   scancel        the same signal; the run saves if KillWait of the cluster is long enough. Nothing is requeued.
 #
-# Set in the job's environment if need be: PROCESSES_PER_NODE (the node's allocated GPUs, else 1), MAX_REQUEUES (100),
-# MASTER_ADDR (what SLURM calls the first node), PYTHON (.venv/bin/python).
+# Optional environment variables of a job (defaults): PROCESSES_PER_NODE (the allocated GPUs of the node, else 1),
+# MAX_REQUEUES (100), MASTER_ADDR (the address of the first node in SLURM), PYTHON (.venv/bin/python).
 
 # shellcheck source=launch/stoppable.sh
 source launch/stoppable.sh
 
-# Here and below: exec, so that no bash stands between a script and its srun and dies of a signal alone. And srun does
-# not take the number of CPUs over from the batch script by itself; each task gets all that the job has on the node.
+# Here and below: exec, because a bash between a script and its srun would be killed by a signal without its srun. srun
+# does not inherit the number of CPUs of the batch script; each task gets all CPUs that the job has on the node.
 on_one_node() { exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" "$@"; }
 
-# What SLURM itself reaches the first node by, which need not be its host name.
+# Address by which SLURM reaches the first node; it may differ from the host name.
 first_node_address() {
     local nodes node
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || return
@@ -34,14 +34,14 @@ torchrun_on_every_node() {
     local processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
     MASTER_ADDR=${MASTER_ADDR:-$(first_node_address)} || return
-    # Another port at every restart: the last run's may not be free yet. Below the range of outgoing connections.
+    # Another port at every restart: that of the previous start may still be in use. Below the range of outgoing ports.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}
     say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $processes processes," \
         "rendezvous at $MASTER_ADDR:$MASTER_PORT"
-    # A crash on one node ends the others within two minutes, but not at once: where all nodes were asked to stop,
-    # the first torchrun to leave reports the signal as a failure, and the others may still be saving.
-    # SLURM_NODEID is set in every task, so the task's shell must expand it, not this one.
+    # A crash on one node ends the others within two minutes, but not at once: after a stop of all nodes, the first
+    # torchrun to exit reports the signal as a failure while the others may still be saving.
+    # SLURM_NODEID is set in every task, so the shell of the task must expand it, not this one.
     # shellcheck disable=SC2016
     exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
         --kill-on-bad-exit=0 --wait=120 \
@@ -51,8 +51,8 @@ torchrun_on_every_node() {
         "$PYTHON" "$processes" "$@"
 }
 
-# The part i/n that falls to this task of an array, `sbatch --array=0-15`; nothing where there is no array. Some of its
-# tasks are submitted again with PARTS=16 sbatch --array=3,7.
+# Part i/n of this task of an array, `sbatch --array=0-15`; nothing without an array. To submit some of its tasks again:
+# PARTS=16 sbatch --array=3,7.
 array_part() {
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     local whole=0-$((SLURM_ARRAY_TASK_COUNT - 1))
@@ -66,7 +66,7 @@ array_part() {
 requeue() {
     local restarts=${SLURM_RESTART_COUNT:-0} limit=${MAX_REQUEUES:-100}
     if [[ $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then
-        say "stopped with a checkpoint; SLURM is ending this job itself, so it is not requeued from here"
+        say "stopped with a checkpoint; SLURM is ending this job itself, so this script does not requeue it"
         return 0
     fi
     if [ "$restarts" -ge "$limit" ]; then
@@ -79,7 +79,7 @@ requeue() {
     return 75
 }
 
-# train SCRIPT ARGUMENTS...: one torchrun a node, until the end or a stop; requeued after a stop.
+# train SCRIPT ARGUMENTS...: one torchrun per node, until the end or a stop; the job is requeued after a stop.
 train() {
     local folder status=0
     folder=$(run_folder "$@") || return

@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by torchrun.sh and slurm_job.sh: start a training script so that a signal ends it with a checkpoint.
+# Functions of torchrun.sh and slurm_job.sh: start a training script so that a signal ends it with a checkpoint.
 #
-# A signal to this shell becomes a STOP file in the run folder. The training script looks for that file, agrees on it
-# among its processes, saves, leaves REQUEUE beside it, and exits with 0; the same command then continues the run. So
-# no signal has to find its way through srun and torchrun to every process, which they do not promise.
+# A signal to this shell becomes a STOP file in the run folder. The training script checks for that file, agrees on it
+# among its processes, saves, writes REQUEUE beside it, and exits with 0; the same command then continues the run. This
+# is necessary because srun and torchrun do not guarantee to deliver a signal to every process.
 
 PYTHON=${PYTHON:-.venv/bin/python}
-# A SIGTERM that torchrun does get, it passes on, and kills what still lives 30 s later. A checkpoint of a large model
-# takes longer; whoever sent the signal has a deadline of its own anyway.
+# torchrun forwards SIGTERM and by default kills its processes 30 s later. A checkpoint of a large model takes longer,
+# and the sender of the signal enforces its own deadline anyway.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
-# run_folder SCRIPT ARGUMENTS...: the run folder that the script will use. --run.folder among the arguments, the last
-# one, as for the script; else the script is asked, which takes seconds: the folder may stand in a file of --config.
+# run_folder SCRIPT ARGUMENTS...: print the run folder of the script. This is the last --run.folder among the arguments;
+# without one, the script prints its settings, which takes seconds, since the folder may be in a file of --config.
 run_folder() {
     local folder="" previous="" argument settings
     for argument in "$@"; do
@@ -32,26 +32,26 @@ run_folder() {
     printf '%s\n' "$folder"
 }
 
-# stoppable FOLDER COMMAND...: run the command to its end; a signal meanwhile asks it to stop. Its exit status.
+# stoppable FOLDER COMMAND...: run the command, turning signals into a STOP file; return its exit status.
 stoppable() {
     local status name
     stop_folder=$1
     shift
     mkdir -p "$stop_folder"
-    rm -f "$stop_folder/STOP" "$stop_folder/REQUEUE" # left by a run that was killed before it could answer
-    # Before the command starts: an untrapped signal would end this shell and leave the command running.
-    # shellcheck disable=SC2064  # expanded now: the name is that of this round
+    rm -f "$stop_folder/STOP" "$stop_folder/REQUEUE" # left by a killed run
+    # Traps before the command: an untrapped signal would end this shell and leave the command running.
+    # shellcheck disable=SC2064  # expanded here: the name of this iteration
     for name in HUP INT TERM USR1 USR2; do trap "ask_to_stop $name" "$name"; done
     "$@" &
     child=$!
-    # A trapped signal ends wait early. Then wait again: only a wait that none interrupted gives the command's status.
+    # A trapped signal ends wait early. Only an uninterrupted wait returns the status of the command.
     while :; do
         signalled=""
         status=0
         wait "$child" || status=$?
         [ -n "$signalled" ] || break
     done
-    trap '' HUP INT TERM USR1 USR2 # a repeated signal must not cut off what the caller does about the end
+    trap '' HUP INT TERM USR1 USR2 # a repeated signal must not interrupt the work of the caller after the end
     return "$status"
 }
 
@@ -59,9 +59,9 @@ ask_to_stop() {
     signalled=$1
     if [ "$1" = INT ] && [ -e "$stop_folder/STOP" ]; then
         say "interrupted again: ending without a checkpoint"
-        pkill -KILL -P "$child" || kill -KILL "$child" # the processes that torchrun started; it then ends by itself
+        pkill -KILL -P "$child" || kill -KILL "$child" # the processes of torchrun, which then exits
     else
-        say "got SIG$1: asking the run to save a checkpoint and end"
+        say "got SIG$1: the run will save a checkpoint and stop"
         touch "$stop_folder/STOP"
     fi
 }

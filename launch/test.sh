@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every check: ruff, mypy, pytest. Arguments go to pytest:
+# Set up .venv and run all checks: ruff, mypy, pytest. Arguments go to pytest:
 #
-#   bash launch/test.sh                      everything
+#   bash launch/test.sh                      all tests
 #   bash launch/test.sh -m "not slurm"       without the SLURM cluster
 #   bash launch/test.sh tests/data/loading/test_order.py  one file
-#   bash launch/test.sh -n 0 -s -k stream    in one process, with what the tests print
+#   bash launch/test.sh -n 0 -s -k stream    in one process, with the output of the tests
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,9 +27,9 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-# Files are shared out among as many processes as there are cores, in the order of tests/conftest.py.
+# Test files are distributed over one process per core, in the order of tests/conftest.py.
 processes=(-n "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
-# One thread a process: the tests run small models, many in two processes, and are repeatable with a fixed number.
+# One thread per process: models are small, many tests use two processes, and a fixed number makes results repeatable.
 export OMP_NUM_THREADS=1
 printf '== pytest %s\n' "$*"
-exec .venv/bin/python -m pytest "${processes[@]}" --durations=15 "$@" # last, so that its summary closes the output
+exec .venv/bin/python -m pytest "${processes[@]}" --durations=15 "$@" # last, so that the output ends with its summary

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a training script on this machine, one process a GPU, or N processes on the CPU:
+# Start a training script on this machine, one process per GPU, or N processes on the CPU:
 #
 #   launch/torchrun.sh pretrain.py --config configs/base-120m.yaml --run.folder runs/base
-#   launch/torchrun.sh -n 2 pretrain.py --config configs/quickstart.yaml --run.folder runs/two
+#   launch/torchrun.sh -n 2 pretrain.py --config configs/quickstart-pretrain.yaml --run.folder runs/two
 #
-# Ctrl-C, SIGTERM or a closed terminal: the run saves a checkpoint at the next step and ends; the same command
-# continues it. A second Ctrl-C ends it without saving. Exit status: the script's, or 75 after such a stop.
-# PYTHON=/path/to/python chooses the interpreter (.venv/bin/python).
+# On Ctrl-C, SIGTERM or a closed terminal, the run saves a checkpoint after the current step and stops; the same command
+# continues it. A second Ctrl-C ends it without a checkpoint. Exit status: that of the script, or 75 after such a stop.
+# PYTHON=/path/to/python selects the interpreter (.venv/bin/python).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/stoppable.sh
@@ -34,11 +34,11 @@ folder=$(run_folder "$@")
 if [ -z "$processes" ]; then
     processes=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
-# The cores are shared among the processes; torchrun itself would give each one thread.
+# The processes share the cores; by default torchrun gives each process one thread.
 threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
 
-set -m # its own process group: Ctrl-C reaches this shell alone, which asks for the checkpoint
+set -m # a separate process group: Ctrl-C reaches only this shell, which requests the checkpoint
 status=0
 stoppable "$folder" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@" ||
     status=$?

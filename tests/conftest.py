@@ -1,19 +1,19 @@
-"""For all tests: the order of the files, and no limits of time.
+"""Order of the test files, and Hypothesis without deadlines.
 
-launch/test.sh shares the files out among processes, each file to one: its tests may need what those before them made.
+launch/test.sh assigns every file to one process, since a test may use results of earlier tests of its file.
 """
 
 import hypothesis
 import pytest
 
 LONGEST_FIRST = ["test_readme.py", "test_slurm.py", "test_runs.py", "test_encoder_pipeline.py"]
-"""or one process would be busy with them long after the others have ended"""
+"""started first, so that all processes end at about the same time"""
 
-# Two processes share each core at times: what is correct may then take long.
-hypothesis.settings.register_profile("unhurried", deadline=None)
-hypothesis.settings.load_profile("unhurried")
+# Two processes may share a core, so a deadline would fail correct tests.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

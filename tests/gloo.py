@@ -1,4 +1,4 @@
-"""Run a function in several processes joined by gloo, from a test."""
+"""Run a function of a test in several processes connected by gloo."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from tests.ports import free_port
 def run_distributed(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = PATIENCE
 ) -> list[Any]:
-    """Call `function(world, *arguments)` in `world_size` processes and return what each returned, by rank.
+    """Call `function(world, *arguments)` in `world_size` processes and return the results by rank.
 
-    `function` must be a module's top-level function. Tensors travel as numpy arrays, so no shared memory outlives a
-    process. Raises AssertionError with the tracebacks, each headed by its rank, when a process fails or is silent for
-    `timeout` seconds.
+    `function` must be at the top level of a module. Tensors are sent as numpy arrays, so that no shared memory outlives
+    a process. Raises AssertionError with the tracebacks by rank if a process fails or does not return within `timeout`
+    seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    # What tests import is imported once, and not by every process of every test.
+    # Preloaded modules are imported once, instead of in every process of every test.
     context.set_forkserver_preload(["pretrain", "finetune_ctc", "finetune_rnnt", "evaluate", "pytest"])
     port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):
-        mine, theirs = context.Pipe(duplex=False)
-        details = (function, rank, world_size, port, theirs, arguments)
+        receiver, sender = context.Pipe(duplex=False)
+        details = (function, rank, world_size, port, sender, arguments)
         process = context.Process(target=_child, args=details, daemon=True)
         process.start()
-        theirs.close()
+        sender.close()
         processes.append(process)
-        pipes.append(mine)
+        pipes.append(receiver)
     results, errors = _collect(pipes, timeout)
     for process in processes:
         process.join(5)
@@ -57,17 +57,17 @@ def _collect(pipes: list[Connection], timeout: float) -> tuple[dict[int, Any], l
     while open_pipes:
         ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
         if not ready:
-            return results, [*errors, f"ranks {sorted(open_pipes.values())} gave no answer within {timeout} s"]
+            return results, [*errors, f"ranks {sorted(open_pipes.values())} did not return within {timeout} s"]
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = open_pipes.pop(pipe)
             try:
                 error, result = pipe.recv()
             except EOFError:
-                error, result = "died without a word", None
+                error, result = "died without an error", None
             if error is not None:
                 errors.append(f"[rank {rank}] {error}")
-                deadline = min(deadline, time.monotonic() + 30)  # the others may be waiting for it
+                deadline = min(deadline, time.monotonic() + 30)  # other ranks may wait for this one
             results[rank] = tree_map(lambda leaf: torch.from_numpy(leaf) if _is_array(leaf) else leaf, result)
     return results, errors
 
@@ -87,7 +87,7 @@ def _child(
         result = function(world, *arguments)
         result = tree_map(lambda leaf: leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
         pipe.send((None, result))
-    except BaseException:  # noqa: BLE001 - a child's failure must reach the test, whatever it is
+    except BaseException:  # noqa: BLE001 - every failure of a child must reach the test
         pipe.send((traceback.format_exc(), None))
         os._exit(1)
     pipe.close()

@@ -1,4 +1,4 @@
-"""Ports for servers that a test starts."""
+"""Ports for the servers of tests."""
 
 import itertools
 import os
@@ -9,10 +9,10 @@ _numbers = itertools.count()
 
 
 def free_port() -> int:
-    """A port of this machine that stays free until the test's server takes it.
+    """Return a port of this machine that stays free until the server of the test uses it.
 
-    Not one that the system chooses (32768 and above): it may give the same one to another process a moment later. And
-    none of another test process's: each has fifty of its own, by its process id.
+    Ports of the system's range (32768 and above) are avoided, since the system may assign them to another process. Each
+    test process has its own fifty ports, by its process id.
     """
     while True:
         port = 10_000 + os.getpid() % 180 * 50 + next(_numbers) % 50

@@ -1,8 +1,8 @@
-"""A stand-in for `python` that starts at once, for tests of shell scripts that start it many times.
+"""Replacement for `python` with a short start-up time, for tests of shell scripts that start it many times.
 
-Most of a small program's time is the import of torch. One process imports it, and forks itself for every program that
-the stand-in is asked to run: with that program's arguments, folder, environment and files. `torch.distributed.run` of
-one process is replaced by the program that it would start.
+A small program spends most of its time in the import of torch. One process imports it, and forks itself for every
+program, with the arguments, folder, environment and files of that program. `torch.distributed.run` with one process is
+replaced by the program that it would start.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ sys.exit(status[0] if status else 1)
 
 @contextmanager
 def quick_python(*modules: str) -> Iterator[Path]:
-    """The path of an executable to run in place of python. modules: what to import beforehand."""
-    with tempfile.TemporaryDirectory() as folder:  # short: the address of a socket has 107 characters at most
+    """Path of an executable to run in place of python. modules: modules to import in advance."""
+    with tempfile.TemporaryDirectory() as folder:  # a short path: the address of a socket has at most 107 characters
         address, client = f"{folder}/socket", Path(folder, "python")
         client.write_text(CLIENT.format(python=sys.executable, address=address))
         client.chmod(0o755)
@@ -70,10 +70,10 @@ def serve(listener: socket.socket) -> None:
 
 
 def run(files: Sequence[int], arguments: list[str], folder: str, environment: dict[str, str]) -> int:
-    """What python does with these arguments, as far as the tests need it. Returns the exit status."""
+    """Run python with these arguments, as far as the tests need it, and return the exit status."""
     for number, file in enumerate(files):
         os.dup2(file, number)
-    # The server's own streams believe that their files are still those that it began with.
+    # The streams of the server still refer to its original files.
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
     os.chdir(folder)
@@ -83,9 +83,9 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
     status = 0
     try:
         if arguments[:2] == ["-m", "torch.distributed.run"]:
-            before = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "0"]
-            assert arguments[: len(before)] == before, arguments
-            arguments = arguments[len(before) :]
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "0"]
+            assert arguments[: len(launcher)] == launcher, arguments
+            arguments = arguments[len(launcher) :]
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -94,7 +94,7 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001 - python itself would print it, and the fork must not go on as the server
+    except BaseException:  # noqa: BLE001 - python would print it, and the fork must not continue as the server
         traceback.print_exc()
         status = 1
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""What tests/test_readme.py runs for every command of README.md: the same command, made small.
+"""Small forms of the commands of README.md, for tests/test_readme.py.
 
-A command of the README that is not here fails the test, and so does an entry whose command has left the README.
-Commands run in the README's order in one folder, so a later one finds what an earlier one made.
+A command of the README without an entry fails the test, and so does an entry whose command is not in the README.
+Commands run in the order of the README in one folder, so that a later one uses the output of an earlier one.
 """
 
 import re
@@ -13,7 +13,7 @@ from tiny import DATA, ENCODER, RUN
 
 @dataclass(frozen=True)
 class Run:
-    """The command itself, with words exchanged and arguments added behind it; the last of two equal settings counts."""
+    """The command with words replaced and arguments appended; of two equal settings the last one counts."""
 
     more: str = ""
     exchange: dict[str, str] = field(default_factory=dict)
@@ -27,12 +27,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Not run here, because of this: too big, or another test does it."""
+    """Reason for not running the command: it is too large, or another test covers it."""
 
     reason: str
 
 
-# Made before the first command runs, in place of the data that a user has.
+# Made before the first command, in place of the user's data.
 SPEECH_FOLDER = "speech"
 
 TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"])
@@ -44,11 +44,11 @@ LONG_CONTEXT = "tests/experiments/test_long_context.py runs it, on corpora of a 
 COMMANDS: dict[str, Run | Elsewhere] = {
     "bash launch/quickstart.sh": Run("--tiny"),
     "bash launch/quickstart.sh --corpus fillets": Elsewhere(
-        "fetches 100 MB; tests/data/corpora/test_corpora.py reads a small copy"
+        "downloads 100 MB; tests/data/corpora/test_corpora.py reads a small copy"
     ),
     "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
     "bash experiments/context_effect.sh": Run("--tiny"),
-    "bash launch/test.sh": Elsewhere("this is what it runs"),
+    "bash launch/test.sh": Elsewhere("runs this test"),
     "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
         exchange={"/data/speech": SPEECH_FOLDER}
     ),
@@ -74,13 +74,13 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python transcribe.py --export runs/base-120m-rnnt/export --audio talks --out transcripts "
     "--formats txt,json,srt": Run("--device cpu", {"talks": SPEECH_FOLDER}),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
-        "tests/launch/test_slurm.py does it, on two nodes"
+        "tests/launch/test_slurm.py runs it, on two nodes"
     ),
     "python -m data.prepare synthetic --out datasets/synthetic": Run(TINY_CORPUS),
     "python -m data.shards inspect datasets/synthetic": Run(),
     "python -m data.shards verify datasets/synthetic": Run(),
     "sbatch --array=0-15 launch/prepare.sbatch mls --languages de,fr --out datasets/mls": Elsewhere(
-        "tests/launch/test_slurm.py does it with another corpus, tests/data/corpora/test_corpora_mls.py reads this one"
+        "tests/launch/test_slurm.py runs it with another corpus, tests/data/corpora/test_corpora_mls.py reads this one"
     ),
     "python -m tools.align --data.dataset datasets/train --model runs/base-120m-ctc/export "
     "--out datasets/train-timed": Run("--device cpu"),
@@ -97,9 +97,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "--repeats 1 --rounds 1"
     ),
     "python -m benchmarks.long_form": Run("--preset quickstart --layers 1 --systems buffered --minutes 0.2 0.4"),
-    "python -m benchmarks.transcription_speed": Elsewhere(
-        "needs transformers, which is in requirements-benchmarks.txt"
-    ),
+    "python -m benchmarks.transcription_speed": Elsewhere("needs transformers of requirements-benchmarks.txt"),
     "python -m benchmarks.loader_speed": Run(
         "--hours 0.05 --row-frames 2000 --updates 2 --warm-up 1 --repeats 1 --growth-batches 20"
     ),
@@ -107,14 +105,14 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m benchmarks.range_read": Run("--only-ours --recordings 1 --rounds 2"),
     "python -m benchmarks.compression --dataset datasets/synthetic": Run("--minutes 0.5 --crops 2"),
     "python -m benchmarks.alignment --model runs/base-120m-ctc/export": Elsewhere(
-        "a model of two updates aligns nothing; tests/scripts/test_align_script.py runs the script"
+        "a model after two steps aligns nothing; tests/scripts/test_align_script.py runs the script"
     ),
-    "python -m benchmarks.prepare_speed": Elsewhere("needs lhotse, which is in requirements-benchmarks.txt only"),
+    "python -m benchmarks.prepare_speed": Elsewhere("needs lhotse of requirements-benchmarks.txt"),
 }
 
 
 def commands_in(markdown: str) -> list[str]:
-    """Commands of the fenced blocks marked bash, in order: continued lines joined, comments and repetitions dropped."""
+    """Commands of the bash blocks in order; continued lines are joined, comments and repetitions dropped."""
     commands: list[str] = []
     for block in re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine, for tests: munged, slurmctld and two slurmd, in their own folder, on free ports."""
+"""Real SLURM cluster on this machine for tests: munged, slurmctld and two slurmd, in one folder, on free ports."""
 
 import contextlib
 import os
@@ -42,8 +42,8 @@ OverTimeLimit=0
 """
 
 
-def why_not() -> str | None:
-    """The reason why no cluster can be started here, or None."""
+def unavailable_reason() -> str | None:
+    """Reason that no cluster can be started on this machine, or None."""
     missing = [program for program in PROGRAMS if find(program) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: slurmd slurmctld slurm-client munge)"
@@ -58,31 +58,31 @@ def find(program: str) -> str | None:
 
 @dataclass
 class Cluster:
-    """Two nodes of two CPUs each. Its commands run in `env`."""
+    """Two nodes of two CPUs each. SLURM commands run in `env`."""
 
     folder: Path
     env: dict[str, str]
 
     def command(self, *arguments: str, cwd: Path | None = None) -> str:
-        """Run a SLURM command; its output. Raises with its error output when it fails."""
+        """Run a SLURM command and return its output. Raises RuntimeError with its error output."""
         done = subprocess.run(arguments, cwd=cwd, env=self.env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(arguments)}: {done.stderr}{done.stdout}")
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """The fields that `scontrol show job` prints."""
+        """Fields of `scontrol show job`."""
         fields = self.command("scontrol", "show", "job", job, "-o").split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
-        """Wait until the job is in one of the states; its fields. A requeued job is started in seconds, not minutes."""
+        """Wait until the job is in one of the states and return its fields. A requeued job is started at once."""
         end = time.monotonic() + seconds
         while (fields := self.job(job))["JobState"] not in states:
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job} is {fields['JobState']}, not one of {states}")
             if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
-                # slurmd refuses a start ("job credential revoked") in the second in which it ended the job before.
+                # slurmd refuses a start ("job credential revoked") in the second in which it ended the previous one.
                 time.sleep(2)
                 self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)
@@ -105,14 +105,14 @@ def running_cluster(folder: Path, **job_environment: str) -> Iterator[Cluster]:
     ]
     partition = f"PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"
     config.write_text("\n".join([CONFIG.format(host=host, folder=folder, ports=ports), *nodes, partition, ""]))
-    # Releases from 23.11 on want cgroups and systemd unless told otherwise; older ones do not know the word.
+    # Releases from 23.11 on use cgroups and systemd unless disabled; older ones refuse this option.
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n" if version() >= (23, 11) else "")
     for name in ("state", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    folder.chmod(0o755)  # munged wants every user to reach its socket
+    folder.chmod(0o755)  # munged requires its socket to be accessible to every user
 
     env = {**os.environ, "SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     env |= job_environment
@@ -148,15 +148,15 @@ def version() -> tuple[int, ...]:
 def idle(cluster: Cluster) -> bool:
     try:
         return cluster.command("sinfo", "--noheader", "--format=%T %D").split() == ["idle", str(len(NODES))]
-    except RuntimeError:  # slurmctld does not answer yet
+    except RuntimeError:  # slurmctld is not ready
         return False
 
 
-def wait_until(condition: Callable[[], bool], what: str, folder: Path, seconds: float = PATIENCE) -> None:
+def wait_until(condition: Callable[[], bool], state: str, folder: Path, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:.0f} s until {what}\n{log_tails(folder)}")
+            raise TimeoutError(f"waited {seconds:.0f} s until {state}\n{log_tails(folder)}")
         time.sleep(0.1)
 
 

@@ -1,6 +1,9 @@
-"""Every command of README.md is run, small, or says where else it is."""
+"""Commands of README.md run in a small form or name the test that covers them; links of the docs resolve."""
 
+import ast
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +16,14 @@ from readme_commands import COMMANDS, Elsewhere, Run, commands_in, readme_comman
 from tests.patience import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SKIPPED = {"README.md", "runs", "datasets", "results"}  # a command must not find what was there before
+SKIPPED = {"README.md", "runs", "datasets", "results"}  # outputs of earlier commands must not be visible
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as a user sees it after the set-up, in a folder where commands may write what they like."""
+    """The repository as a user has it after the set-up, in a folder that commands may write to."""
     folder = tmp_path_factory.mktemp("readme")
     for path in REPOSITORY.iterdir():
         if path.name not in SKIPPED and not path.name.startswith("."):
@@ -62,3 +67,37 @@ def test_readme_command_works(command: str, sandbox: Path) -> None:
         cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, f"{entry.of(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+
+
+def links(page: Path) -> list[Path]:
+    """Files that the relative links and pictures of a page point at."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    paths = [target.partition("#")[0] for target in targets if "://" not in target]
+    return [(page.parent / path).resolve() for path in paths if path]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_relative_links_resolve(page: Path) -> None:
+    assert [str(target) for target in links(page) if not target.exists()] == []
+
+
+def test_every_page_of_the_docs_is_in_the_index() -> None:
+    index = DOCS / "README.md"
+    assert set(DOCS.rglob("*.md")) - set(links(index)) == {index}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_source_files_named_in_a_page_exist(page: Path) -> None:
+    folders = "bestrq|data|common|pipelines|tools|experiments|launch|configs|benchmarks|tests"
+    named = re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:py|sh|sbatch|yaml|json))`", page.read_text(encoding="utf-8"))
+    examples = {"configs/NAME.yaml", "data/corpora/NAME.py", "bestrq/model/attention/masks/NAME.py"}
+    assert [name for name in named if name not in examples and not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_imports_in_the_python_examples_resolve(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == [], node.module

@@ -1,4 +1,4 @@
-"""A dataset and settings small enough that a whole run takes seconds."""
+"""Dataset and settings for runs that take seconds."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ RUN = ["--run.log_every=1", "--distributed.device=cpu", "--distributed.precision
 def make_dataset(
     path: Path, recordings: int = 40, seed: int = 0, long_seconds: float = 9.0, **features_changed: Any
 ) -> Path:
-    """Recordings of 1 to 3 s whose frames depend on their words, so that they can be learned; every tenth is long.
+    """Write recordings of 1 to 3 s whose frames depend on their words, which can be learned; every tenth is long.
 
     The last two tenths are the dev and the test split.
     """

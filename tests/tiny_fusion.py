@@ -1,29 +1,31 @@
-"""A language model and a definition of hot words that are small enough to be obviously right."""
+"""Language model and hot-word scores in their simplest form, as references."""
 
 import torch
 from torch import Tensor
 
 
 class Bigrams:
-    """A language model of order 2 out of a random table; what it is asked is written down."""
+    """Language model of order 2 from a random table, which records the requested contexts."""
 
     order = 2
 
     def __init__(self, vocab_size: int) -> None:
         self.table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(5)).log_softmax(dim=1)
-        self.table[:, 0] = torch.nan  # the blank's place is not to be looked at
-        self.asked: list[tuple[int, ...]] = []
+        self.table[:, 0] = torch.nan  # NaN, because the blank must not be read
+        self.contexts: list[tuple[int, ...]] = []
 
     def log_probs(self, context: tuple[int, ...]) -> Tensor:
-        self.asked.append(context)
+        self.contexts.append(context)
         return self.table[context[-1] if context else 0]
 
 
-def said(phrases: list[tuple[tuple[int, ...], float]], labels: tuple[int, ...]) -> float:
-    """From left to right: the longest phrase that begins here, and on behind it; or one label further."""
-    total, at = 0.0, 0
-    while at < len(labels):
-        here = [(len(one), weight) for one, weight in phrases if labels[at : at + len(one)] == one]
-        length, weight = max(here, default=(1, 0.0))
-        total, at = total + length * weight, at + length
+def hot_word_score(phrases: list[tuple[tuple[int, ...], float]], labels: tuple[int, ...]) -> float:
+    """Total weight of the matched labels, from left to right, with the longest phrase at each position."""
+    total, position = 0.0, 0
+    while position < len(labels):
+        matches = [
+            (len(phrase), weight) for phrase, weight in phrases if labels[position : position + len(phrase)] == phrase
+        ]
+        length, weight = max(matches, default=(1, 0.0))
+        total, position = total + length * weight, position + length
     return total

@@ -26,7 +26,7 @@ from data.corpora.remote import FileCache
 from data.corpora.text_files import listed_names
 from data.format.schema import Recording
 
-REQUIREMENTS = "requirements-huggingface.txt"
+REQUIREMENTS = "requirements.txt"
 # Common column names; the first one that exists is used.
 GUESSES = {
     "audio": ("audio", "speech", "sound"),

@@ -1,4 +1,4 @@
-"""What benchmarks.context_cost compares is comparable, and what it leaves out it says."""
+"""Cells of benchmarks.context_cost are comparable, and skipped cells are listed."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +12,7 @@ from benchmarks.live_bytes import LiveBytes
 from bestrq.model.presets import PRESETS
 
 
-def test_cells_differ_in_context_not_in_audio_and_what_is_left_out_is_named() -> None:
+def test_cells_differ_in_context_not_in_audio_and_skipped_cells_are_named() -> None:
     arguments = "--durations 10 60 3600 --batch-seconds 120 --full-limit 60 --train-limit 60 --other-limit 10"
     cells, left_out = plan(parse_arguments([*arguments.split(), "--systems", "window", "full", "torchaudio"]))
     audio = {(cell.system, cell.mode, cell.duration): cell.rows * cell.duration for cell in cells}
@@ -35,7 +35,7 @@ def test_a_cell_has_a_time_and_a_resident_peak(mode: str) -> None:
     assert cost.milliseconds > 0 and cost.megabytes >= 0
 
 
-def test_a_training_pass_keeps_what_its_backward_pass_needs() -> None:
+def test_a_training_pass_keeps_tensors_for_its_backward_pass() -> None:
     """Counted in bytes of tensors, which do not depend on the allocator."""
     peaks = {}
     for mode in ("forward", "train"):

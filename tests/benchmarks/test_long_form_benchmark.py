@@ -1,4 +1,4 @@
-"""benchmarks.long_form runs every mode, says what it leaves out, and its recordings are what they say."""
+"""benchmarks.long_form runs every mode, lists skipped cells, and reads the same recording from any window."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from benchmarks.long_form import SYSTEMS, Cost, main, measure, parse_arguments, 
 TINY = "--preset quickstart --layers 1 --vocab-size 8 --context-seconds 2 --batch-seconds 4 --threads 1"
 
 
-def test_a_tiny_run_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_run_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
     main([*TINY.split(), *"--minutes 0.05 --systems chunked buffered".split()])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("chunked_0.05min", "buffered_0.05min"):
@@ -24,12 +24,12 @@ def test_a_tiny_run_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) ->
 def test_every_mode_runs() -> None:
     cells, left_out = plan(parse_arguments([*TINY.split(), "--minutes", "0.05"]))
     assert [cell.system for cell in cells] == list(SYSTEMS) and not left_out
-    # In a process of its own, as freed memory is kept from then on.
+    # In a separate process, because it keeps freed memory from then on.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         assert all(cost.milliseconds > 0 for cost in process.map(partial(measure, threads=1), cells))
 
 
-def test_what_would_not_fit_is_left_out_by_name() -> None:
+def test_cells_beyond_the_limits_are_skipped_by_name() -> None:
     cells, left_out = plan(parse_arguments([]))
     assert len(cells) + len(left_out) == 18
     assert left_out == ["whole_60min", "whole_180min", "window_180min"]

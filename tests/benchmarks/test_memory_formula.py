@@ -1,4 +1,4 @@
-"""The formula of memory agrees with counts, on the CPU and on an imagined GPU, and the docs with the formula."""
+"""The memory formula agrees with counts on the CPU and on a simulated GPU, and docs/memory.md with the formula."""
 
 from dataclasses import replace
 
@@ -18,22 +18,22 @@ SMALL = EncoderSettings(dim=96, num_layers=1, num_heads=4, feedforward_dim=224, 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_block_keeps_what_the_formula_says(device: str, mode: str) -> None:
+def test_a_block_keeps_the_bytes_of_the_formula(device: str, mode: str) -> None:
     batch = formula.Rows(2, 4 * 160)
     counted = count("block", SMALL, batch, device, mode).now
     assert formula.block_bytes(SMALL, batch, device, mode) == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("device, kind, factor", formula.SUBSAMPLING)
-def test_the_subsampling_keeps_what_the_formula_says(device: str, kind: str, factor: int) -> None:
+def test_the_subsampling_keeps_the_bytes_of_the_formula(device: str, kind: str, factor: int) -> None:
     settings = replace(SMALL, subsampling=kind, subsampling_factor=factor)
     one, two = (formula.Rows(rows, 1600) for rows in (1, 2))
-    grown = count("subsampling", settings, two, device).now - count("subsampling", settings, one, device).now
-    assert formula.subsampling_bytes(settings, one, device) == pytest.approx(grown, rel=0.02)
+    growth = count("subsampling", settings, two, device).now - count("subsampling", settings, one, device).now
+    assert formula.subsampling_bytes(settings, one, device) == pytest.approx(growth, rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ["base-120m", "large-600m"])
-def test_weights_are_counted_as_they_are(preset: str) -> None:
+def test_weights_of_the_formula_are_those_of_the_encoder(preset: str) -> None:
     settings = PRESETS[preset]
     with torch.device("meta"):
         encoder = ConformerEncoder(settings)
@@ -52,7 +52,7 @@ def test_rows_that_fit_are_those_below_the_budget() -> None:
 
 
 def test_tables_of_the_docs_are_those_of_the_formula() -> None:
-    """`python -m benchmarks.activation_memory --table` prints them anew."""
+    """`python -m benchmarks.activation_memory --table` prints them."""
     assert formula.tables().strip() in DOCS.read_text()
 
 

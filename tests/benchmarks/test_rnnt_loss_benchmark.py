@@ -1,4 +1,4 @@
-"""What benchmarks.rnnt_loss compares is comparable, and what does not fit or is not installed it says."""
+"""Systems of benchmarks.rnnt_loss are comparable; missing packages and cells beyond the budget are reported."""
 
 import json
 import multiprocessing
@@ -25,12 +25,12 @@ def test_ours_and_torchaudio_have_the_same_loss_and_gradients_of_the_same_proble
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(*losses)
-    for mine, other in zip(
+    for own, other in zip(
         (ours.encoded, ours.predicted, *ours.output.parameters()),
         (theirs.encoded, theirs.predicted, *theirs.output.parameters()),
         strict=True,
     ):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_that_differ_are_an_error() -> None:
@@ -50,14 +50,14 @@ def test_the_last_line_has_the_ratios_and_a_system_that_is_not_installed_is_name
     arguments = "--vocab-sizes 20 --dtypes float32 --systems ours torchaudio fast_rnnt"
     benchmark.main([*TINY.split(), *arguments.split()])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("fast_rnnt is left out: a_package_that_nobody_has is not installed")
+    assert lines[0].startswith("fast_rnnt is skipped: a_package_that_nobody_has is not installed")
     result = json.loads(lines[-1])
     assert result["time_ratio_to_torchaudio"] > 0 and result["float32_20_ours_seconds"] > 0
     assert 0 < result["ours_states_share"] <= 1 and "float32_20_fast_rnnt_seconds" not in result
 
 
-def test_what_needs_more_memory_than_the_budget_does_not_fit() -> None:
-    # In a process of its own, whose address space is limited; its outputs and their gradient take 670 MB.
+def test_a_system_that_needs_more_memory_than_the_budget_does_not_fit() -> None:
+    # In a separate process with a limited address space; its outputs and their gradient take 670 MB.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         large = replace(cell("torchaudio"), vocab_size=200_000)
         assert process.submit(benchmark.measure, large, 1, 1, 400_000_000).result() is None

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_fusion import Bigrams, said
+from tiny_fusion import Bigrams, hot_word_score
 from torch import Tensor
 
 from bestrq.decoding.ctc_beam import CTCBeamState, ctc_beam_search, likeliest_labels
@@ -41,7 +41,7 @@ def make_fusion(kind: str, vocab_size: int = 3) -> Fusion | None:
 
 def added(kind: str, labels: Path, vocab_size: int = 3) -> float:
     """What `make_fusion` gives a whole sequence, by definition."""
-    total = said(PHRASES, labels) if kind in ("hot words", "all") else 0.0
+    total = hot_word_score(PHRASES, labels) if kind in ("hot words", "all") else 0.0
     if kind in ("language model", "all"):
         table = Bigrams(vocab_size).table
         total += 0.7 * sum(float(table[before, label]) for before, label in zip((0, *labels), labels, strict=False))

@@ -1,11 +1,11 @@
-"""Hot words: what remains of their weights is that of the phrases said; labels are rewarded as they come."""
+"""Hot words: what remains of their weights is that of the matched phrases; every matched label adds its weight."""
 
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_fusion import said
+from tiny_fusion import hot_word_score
 
 from bestrq.decoding.fusion import NO_CONTEXT, Fusion
 from bestrq.decoding.hot_words import HotWords, read_hot_words
@@ -33,7 +33,7 @@ def test_what_remains_is_the_weight_of_the_phrases_said(name: str) -> None:
     for length in range(8):
         for labels in itertools.product((1, 2, 3), repeat=length):
             total, state = given(hot_words, labels)
-            assert total - hot_words.unfinished(state) == pytest.approx(said(SETS[name], labels)), labels
+            assert total - hot_words.unfinished(state) == pytest.approx(hot_word_score(SETS[name], labels)), labels
 
 
 def test_every_label_that_goes_on_with_a_phrase_is_rewarded_at_once() -> None:

@@ -250,14 +250,14 @@ def test_nothing_said_is_one_hypothesis_without_labels() -> None:
 def test_a_language_model_is_asked_once_for_each_of_its_contexts() -> None:
     language_model = Bigrams(5)
     beam_search(TableTransducer(), random_frames(3, 16), torch.tensor([16] * 3), 4, 2, Fusion(5, language_model, 0.5))
-    assert sorted(language_model.asked) == [(), (1,), (2,), (3,), (4,)]
+    assert sorted(language_model.contexts) == [(), (1,), (2,), (3,), (4,)]
 
 
 def test_a_language_model_of_order_one_gets_no_context() -> None:
     language_model = Bigrams(5)
     language_model.order = 1
     beam_search(TableTransducer(), random_frames(1, 9), torch.tensor([9]), 3, 2, Fusion(5, language_model, 0.5))
-    assert language_model.asked == [()]
+    assert language_model.contexts == [()]
 
 
 def test_a_bonus_makes_longer_hypotheses() -> None:

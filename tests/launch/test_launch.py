@@ -1,4 +1,4 @@
-"""The shell scripts, with stand-ins for what they start: a training script that only honours STOP, srun, scontrol."""
+"""Shell scripts, with stubs for the programs that they start: a training script, srun, scontrol."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from tests.paths import REPOSITORY
 from tests.patience import PATIENCE, wait_until
 
 SCRIPTS = sorted([*REPOSITORY.glob("launch/*.sh"), *REPOSITORY.glob("launch/*.sbatch"), REPOSITORY / ".ci/run"])
-# In place of .venv/bin/python: says what it was asked to run, then runs until there is a STOP file, and answers it.
-# "crash", "finish" and "hang" in the folder's name make it do otherwise.
-STAND_IN = """#!/usr/bin/env bash
+# Stub of .venv/bin/python: prints its arguments, then runs until a STOP file exists, and replaces it by REQUEUE.
+# "crash", "finish" and "hang" in the name of the folder change that.
+PYTHON_STUB = """#!/usr/bin/env bash
 case "$1 $*" in
     "-c "*) echo 3; exit ;;  # the number of GPUs
     *" --print_config")
@@ -61,9 +61,9 @@ def write_program(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A copy of the launch scripts in a folder of their own, with stand-ins for what they start."""
+    """A copy of the launch scripts, with stubs for the programs that they start."""
     shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
-    write_program(tmp_path / "python", STAND_IN)
+    write_program(tmp_path / "python", PYTHON_STUB)
     write_program(tmp_path / "bin/srun", SRUN)
     write_program(tmp_path / "bin/scontrol", SCONTROL)
     (tmp_path / "pretrain.py").touch()
@@ -71,7 +71,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 class Running:
-    """A started launch script, its output so far in a file."""
+    """A started launch script, with its output in a file."""
 
     def __init__(self, repository: Path, *command: str, **env: str) -> None:
         self.log = repository / "log"
@@ -86,18 +86,18 @@ class Running:
             },
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
-            # A shell cannot trap what was ignored when it began, as SIGINT is below a test run in the background.
+            # A shell cannot trap a signal that was ignored at its start, as SIGINT is in a background test run.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, text: str) -> None:
-        def has_come() -> bool:
-            ended = self.process.poll() is not None  # asked first: what it wrote before its end is there then
-            come = text in self.log.read_text()
-            assert come or not ended, self.log.read_text()
-            return come
+        def is_written() -> bool:
+            ended = self.process.poll() is not None  # polled first, so that the log is complete if it ended
+            written = text in self.log.read_text()
+            assert written or not ended, self.log.read_text()
+            return written
 
-        wait_until(has_come, self.log.read_text)
+        wait_until(is_written, self.log.read_text)
 
     def finish(self) -> tuple[int, str]:
         try:
@@ -143,7 +143,7 @@ def test_torchrun_turns_a_signal_into_a_checkpoint_and_an_end(repository: Path, 
     status, output = running.finish()
     assert status == 75
     assert "saved" in output and "the same command continues" in output
-    assert "--nproc-per-node 3 " in output, "one process a GPU"
+    assert "--nproc-per-node 3 " in output, "one process per GPU"
     assert not list((repository / "runs/a b").iterdir())
 
 
@@ -155,20 +155,20 @@ def test_torchrun_ends_with_the_status_of_the_training_script(repository: Path, 
     status, output = torchrun(repository, "-n", "200", "pretrain.py", f"--run.folder={folder}").finish()
     assert status == expected
     assert "--nproc-per-node 200 " in output and "threads: 1 " in output
-    assert not stale.exists(), "a STOP that nobody answered must not end the next run"
+    assert not stale.exists(), "an old STOP file must not end the next run"
 
 
-def test_a_second_interrupt_ends_a_run_that_does_not_answer(repository: Path) -> None:
+def test_a_second_interrupt_ends_a_run_that_ignores_stop(repository: Path) -> None:
     running = torchrun(repository, "pretrain.py", "--run.folder", "runs/hang")
     running.wait_for("arguments")
     running.process.send_signal(signal.SIGINT)
-    running.wait_for("asking the run to save")
+    running.wait_for("the run will save a checkpoint")
     running.process.send_signal(signal.SIGINT)
     status, output = running.finish()
     assert status == 9 and "without a checkpoint" in output
 
 
-def test_torchrun_asks_the_script_for_a_run_folder_that_stands_in_a_file(repository: Path) -> None:
+def test_torchrun_finds_a_run_folder_that_is_set_in_a_config_file(repository: Path) -> None:
     stale = repository / "runs/finish/STOP"
     stale.parent.mkdir(parents=True)
     stale.touch()
@@ -181,7 +181,7 @@ def test_torchrun_refuses_an_unknown_script(repository: Path) -> None:
     assert status == 2 and "'pretrian.py' is not a script" in output
 
 
-def test_job_starts_one_torchrun_a_node_with_all_its_cpus(repository: Path) -> None:
+def test_job_starts_one_torchrun_per_node_with_all_its_cpus(repository: Path) -> None:
     status, output = job(repository, "runs/finish", SLURM_GPUS_ON_NODE="4").finish()
     assert status == 0
     assert re.search(r"srun: --ntasks-per-node=1 --cpus-per-task=8 ", output)
@@ -219,7 +219,7 @@ def test_job_is_not_requeued_when_cancelled_or_at_the_cap(
     assert message in output and "scontrol: requeued" not in output
 
 
-def test_job_that_cannot_be_requeued_fails_and_says_how_to_go_on(repository: Path) -> None:
+def test_job_that_cannot_be_requeued_fails_with_the_command_to_continue(repository: Path) -> None:
     running = job(repository, "runs/a", FAKE_FAILURE="yes")
     running.wait_for("arguments")
     running.process.send_signal(signal.SIGUSR2)
@@ -232,11 +232,11 @@ def test_job_of_a_crashed_run_fails_and_is_not_requeued(repository: Path) -> Non
     assert status == 7 and "requeue" not in output
 
 
-def test_job_submitted_from_elsewhere_says_so(repository: Path) -> None:
+def test_job_submitted_from_another_folder_is_refused(repository: Path) -> None:
     process = subprocess.run(
         ["bash", repository / "launch/pretrain.sbatch"], cwd=repository / "bin", capture_output=True, text=True
     )
-    assert process.returncode != 0 and "submit it from the root of the repository" in process.stderr
+    assert process.returncode != 0 and "submit this script from the root of the repository" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -265,31 +265,31 @@ def setup(repository: Path, *arguments: str, python: str = sys.executable) -> su
 
 def test_setup_finishes_a_broken_installation_and_skips_a_finished_one(repository: Path) -> None:
     requirements = repository / "requirements.txt"
-    for kind in ("dev", "huggingface", "storage"):
+    for kind in ("dev", "storage"):
         (repository / f"requirements-{kind}.txt").write_text("")
     requirements.write_text("./missing-package\n")
     broken = setup(repository)
     assert broken.returncode == 1
     assert "could not install the packages of requirements.txt" in broken.stderr and "run the same" in broken.stderr
-    assert setup(repository).returncode == 1, "a half installation was taken for a finished one"
+    assert setup(repository).returncode == 1, "an incomplete installation must be repeated"
 
     requirements.write_text("")
     assert setup(repository).returncode == 0
     again = setup(repository)
-    assert again.returncode == 0 and again.stderr == "", "nothing is done where nothing is to do"
+    assert again.returncode == 0 and again.stderr == "", "a finished installation is not repeated"
     requirements.write_text("# changed\n")
     assert "installing requirements.txt requirements-dev.txt" in setup(repository, "dev").stderr
     assert setup(repository).stderr == "" and setup(repository, "dev").stderr == ""
 
 
-def test_setup_names_the_interpreter_that_it_needs(repository: Path) -> None:
+def test_setup_names_the_required_interpreter(repository: Path) -> None:
     (repository / "requirements.txt").write_text("")
     old = write_program(repository / "bin/python3.4", "#!/bin/sh\nexit 1\n")
     done = setup(repository, python=str(old))
     assert done.returncode == 1 and "no Python 3.11 or newer" in done.stderr and "PYTHON=" in done.stderr
 
 
-def test_setup_names_the_package_that_debian_splits_off(repository: Path) -> None:
+def test_setup_names_the_package_of_ensurepip_on_debian(repository: Path) -> None:
     (repository / "requirements.txt").write_text("")
     write_program(repository / "bin/apt-get", "#!/bin/sh\nexit 1\n")
     crippled = f"""#!/bin/sh

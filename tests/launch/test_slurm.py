@@ -1,4 +1,4 @@
-"""A pretraining and a preparation on two nodes of a real SLURM, disturbed in mid-run, beside undisturbed ones."""
+"""Pretraining and preparation on two nodes of a real SLURM, interrupted, against uninterrupted ones."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, running_cluster, wait_until, why_not
+from slurm_cluster import Cluster, running_cluster, unavailable_reason, wait_until
 
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
@@ -35,7 +35,9 @@ RECIPE = {
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(why_not() is not None, reason=f"no SLURM cluster can be started here: {why_not()}"),
+    pytest.mark.skipif(
+        unavailable_reason() is not None, reason=f"no SLURM cluster can be started here: {unavailable_reason()}"
+    ),
 ]
 
 
@@ -67,15 +69,15 @@ def command(recipe: Path, run: Path) -> list[str]:
     return ["--config", str(recipe), "--run.folder", str(run)]
 
 
-def wait_for_updates(cluster: Cluster, job: str, run: Path, more: int) -> None:
-    """Wait until the running job has logged that many updates more than now."""
+def wait_for_steps(cluster: Cluster, job: str, run: Path, more: int) -> None:
+    """Wait until the running job has logged `more` further steps."""
 
     def logged() -> int:
         metrics = run / "metrics.jsonl"
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
-    aim = logged() + more
-    while logged() < aim:
+    target = logged() + more
+    while logged() < target:
         fields = cluster.job(job)
         assert fields["JobState"] == "RUNNING", f"{fields['JobState']}: {Path(fields['StdOut']).read_text()[-5000:]}"
         time.sleep(0.1)
@@ -85,18 +87,18 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoints/step-{STEPS:08d}/model.safetensors")
 
 
-def test_job_disturbed_twice_ends_with_the_weights_of_an_undisturbed_run(
+def test_job_interrupted_twice_ends_with_the_weights_of_an_uninterrupted_run(
     cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:
     """Requeued by the administrator (SIGTERM to all processes), then by its own time-limit signal (SIGUSR2)."""
-    undisturbed, disturbed, log = tmp_path / "undisturbed", tmp_path / "disturbed", tmp_path / "job.log"
-    script = ["launch/pretrain.sbatch", *command(recipe, disturbed)]
+    reference, interrupted, log = tmp_path / "reference", tmp_path / "interrupted", tmp_path / "job.log"
+    script = ["launch/pretrain.sbatch", *command(recipe, interrupted)]
     job = cluster.command("sbatch", "--parsable", "--nodes=2", f"--output={log}", *script, cwd=REPOSITORY)
     cluster.wait(job, "RUNNING")
-    wait_for_updates(cluster, job, disturbed, 5)
+    wait_for_steps(cluster, job, interrupted, 5)
     cluster.command("scontrol", "requeue", job)
     cluster.wait(job, "RUNNING")
-    wait_for_updates(cluster, job, disturbed, 5)
+    wait_for_steps(cluster, job, interrupted, 5)
     cluster.command("scancel", "--batch", "--signal=USR2", job)
     end = cluster.wait(job, "COMPLETED", "FAILED")
     output = log.read_text()
@@ -105,12 +107,12 @@ def test_job_disturbed_twice_ends_with_the_weights_of_an_undisturbed_run(
 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        ["bash", "launch/torchrun.sh", "-n", "2", "pretrain.py", *command(recipe, undisturbed)],
+        ["bash", "launch/torchrun.sh", "-n", "2", "pretrain.py", *command(recipe, reference)],
         cwd=REPOSITORY, env=env, check=True, capture_output=True, timeout=PATIENCE,
     )  # fmt: skip
-    starts = json.loads((disturbed / "run.json").read_text())["starts"]
+    starts = json.loads((interrupted / "run.json").read_text())["starts"]
     assert [start["world_size"] for start in starts] == [2, 2, 2]
-    expected, actual = weights(undisturbed), weights(disturbed)
+    expected, actual = weights(reference), weights(interrupted)
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
@@ -120,7 +122,7 @@ def test_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, recipe: Path,
     script = ["launch/pretrain.sbatch", *command(recipe, run)]
     job = cluster.command("sbatch", "--parsable", "--nodes=2", f"--output={log}", *script, cwd=REPOSITORY)
     cluster.wait(job, "RUNNING")
-    wait_for_updates(cluster, job, run, 3)
+    wait_for_steps(cluster, job, run, 3)
     cluster.command("scancel", job)
     wait_until(lambda: not cluster.command("squeue", "--noheader"), "the job has ended", tmp_path)
     assert cluster.job(job)["JobState"] == "CANCELLED"
@@ -131,8 +133,8 @@ def test_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, recipe: Path,
     assert cluster.job(job)["JobState"] == "CANCELLED"
 
 
-def test_array_of_which_a_part_is_requeued_makes_the_dataset_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
-    """Three parts on two nodes; the administrator requeues the first while it speaks (SIGTERM)."""
+def test_array_with_a_requeued_part_makes_the_dataset_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    """Three parts on two nodes; the administrator requeues the first while it writes (SIGTERM)."""
     log, out = tmp_path / "%a.log", tmp_path / "out"
     corpus = ["synthetic", "--languages=en,de", "--train_hours=0.1", "--test_long_recordings=1", "--long_minutes=1"]
     array = ["--array=0-2", f"--output={log}", "launch/prepare.sbatch", *corpus, "--workers=1", f"--out={out}"]
@@ -142,7 +144,7 @@ def test_array_of_which_a_part_is_requeued_makes_the_dataset_of_one_machine(clus
     cluster.command("scontrol", "requeue", first)
     end = cluster.wait(first, "COMPLETED", "FAILED")
     wait_until(lambda: not cluster.command("squeue", "--noheader"), "all parts have ended", tmp_path)
-    # What the first start said at its end may be lost: srun does not wait for it.
+    # The last output of the first start may be lost: srun does not wait for it.
     logs = [(tmp_path / f"{part}.log").read_text() for part in range(3)]
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), logs
     assert sum("prepare: finished" in log for log in logs) == 1, logs

@@ -251,7 +251,7 @@ def test_what_is_no_such_dataset_is_told_with_what_to_do(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="cannot be opened"):
         listed(tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install -r requirements-huggingface.txt"):
+    with pytest.raises(UserError, match="pip install -r requirements.txt"):
         listed(tmp_path / "tables")
     assert find_corpus("huggingface").sources is sources
 
