@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from common.errors import AudioWarning, UserError
 from data.corpora.base import FeatureUtterance, Source, Unreadable
 from data.features import FeatureSettings, LogMel
-from data.format.schema import Recording
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES, Skipped
 from data.transcripts import check_word_times
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.files import replace_file
 from data.format.dataset import Dataset
 from data.format.schema import shard_name
+from data.shards.derive import stored_recording
 from data.shards.integrity import check_recording
 from data.transcripts import words_between
 
@@ -132,7 +133,7 @@ def summary(fields: dict[str, Any]) -> str:
 
 def describe(dataset: Dataset, recording: int, start: float = 0.0, seconds: float = 30.0) -> dict[str, Any]:
     """Metadata and state of a recording, and its words from `start` to `start + seconds`."""
-    r, frames = dataset.recording(recording), int(dataset.frames[recording])
+    r, frames = stored_recording(dataset, recording), int(dataset.frames[recording])
     duration = frames / dataset.features.frames_per_second
     fault = check_recording(dataset, recording)
     mean, std = (None, None) if fault else dataset.mean_std(recording).mean(axis=1).tolist()
