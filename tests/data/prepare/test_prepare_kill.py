@@ -17,6 +17,7 @@ import soundfile
 
 from data.format.dataset import open_dataset
 from data.prepare.prepare import main
+from data.shards.derive import stored_recording
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 
@@ -30,7 +31,6 @@ with contextlib.suppress(ImportError):
 from data.corpora.registry import find_corpus
 from data.prepare.prepare import prepare
 from data.prepare.prepare import parse
-from data.shards.derive import stored_recording
 
 folder, parts, kills, seed = sys.argv[1], *map(int, sys.argv[2:5])
 corpus, features, settings = parse("folder", find_corpus("folder"), [*sys.argv[5:], "--out", "x"])
