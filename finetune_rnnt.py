@@ -20,11 +20,16 @@ from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
-from bestrq.training.optimizer import build_optimizer, set_learning_rates
+from bestrq.training.optimizer import (
+    StepGuard,
+    build_optimizer,
+    report_skipped_step,
+    seed_step,
+    set_learning_rates,
+)
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
-from bestrq.training.step import StepGuard, report_skipped_step, seed_step
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
 from data.loading.loader import DataState

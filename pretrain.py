@@ -40,7 +40,15 @@ from bestrq.training.checkpoint import (
 )
 from bestrq.training.export import write_export
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line, peak_flops, start_line
-from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
+from bestrq.training.optimizer import (
+    GuardSettings,
+    OptimizerSettings,
+    StepGuard,
+    build_optimizer,
+    report_skipped_step,
+    seed_step,
+    set_learning_rates,
+)
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import (
     FREE_DISTRIBUTED_FIELDS,
@@ -52,7 +60,6 @@ from bestrq.training.process import (
     start_world,
 )
 from bestrq.training.run_folder import RunFolder, RunSettings
-from bestrq.training.step import GuardSettings, StepGuard, report_skipped_step, seed_step
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
 from common.errors import UserError

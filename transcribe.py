@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recordings
 from bestrq.long_form.inference import InferenceSettings, Source
-from bestrq.training.export import Export, read_export
+from bestrq.training.export_reading import Export, read_export
 from bestrq.training.process import World
 from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings

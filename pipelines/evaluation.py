@@ -21,7 +21,7 @@ from bestrq.report.reports import write_evaluation_report
 from bestrq.report.result_files import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
 from bestrq.report.text import rates_table
 from bestrq.scoring.stm import ReferenceSegment
-from bestrq.training.export import Export, read_export
+from bestrq.training.export_reading import Export, read_export
 from bestrq.training.memory import PeakMemory
 from bestrq.training.process import World
 from common.errors import UserError

@@ -13,7 +13,7 @@ from bestrq.long_form.inference import InferenceSettings, Mode
 from bestrq.model.conformer import EncoderSettings
 from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.normalisers import RULES_VERSION
-from bestrq.training.export import Export
+from bestrq.training.export_reading import Export
 from bestrq.transcripts.formats import WRITERS
 from common.config import from_dict, to_dict
 from common.errors import UserError

@@ -16,11 +16,10 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
 from bestrq.training.export import write_export
-from bestrq.training.optimizer import OptimizerSettings
+from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
 from bestrq.training.run_folder import RunFolder, RunSettings
-from bestrq.training.step import GuardSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file

@@ -6,7 +6,7 @@ import torch
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import FREE_ENCODER_FIELDS
-from bestrq.training.export import Export, read_trained
+from bestrq.training.export_reading import Export, read_trained
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from data.features import FeatureSettings, difference

@@ -30,7 +30,7 @@ from bestrq.long_form.inference import InferenceSettings, Outputs, Source, Strea
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
-from bestrq.training.export import Export
+from bestrq.training.export_reading import Export
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
 from bestrq.transcripts.formats import TimedTranscript

@@ -41,7 +41,7 @@ from bestrq.alignment.alignment import (
 from bestrq.alignment.pieces import STAR, Transcript
 from bestrq.decoding.tokens import BLANK
 from bestrq.long_form.inference import InferenceSettings, Source, excluded_frames, transcribe
-from bestrq.training.export import read_export
+from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.config import parse, run_main, to_dict
 from common.errors import UserError

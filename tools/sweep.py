@@ -28,7 +28,7 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.report.reports import write_comparison
 from bestrq.report.result_files import REPORT
 from bestrq.report.text import comparison_table
-from bestrq.training.export import Export
+from bestrq.training.export_reading import Export
 from bestrq.training.process import World
 from common.config import from_dict, parse, run_main
 from common.errors import UserError

@@ -1,6 +1,6 @@
-"""Exports: `model.safetensors`, `config.json`, `README.md` (model card) and extra files such as the tokenizer.
+"""Writing of exports: `model.safetensors`, `config.json`, `README.md` (model card), extra files such as the tokenizer.
 
-The format is readable without this project, and reading it executes no code.
+The format is readable without this project; `export_reading.py` reads it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bestrq.training.checkpoint import read_tensors, verify_checkpoint
-from common.config import load_yaml
 from common.errors import UserError
-from common.files import read_json, read_json_object, sync, temporary_name
+from common.files import sync, temporary_name
 
 OWN_FILES = ("model.safetensors", "config.json", "README.md")
-
-
-@dataclass(frozen=True)
-class Export:
-    """Content of an export."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
-
-    def file(self, name: str) -> bytes:
-        """Content of an extra file. Raises UserError if it is missing."""
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise UserError(f"the export {self.path} lacks {name}: {error}") from error
 
 
 def write_export(
@@ -61,7 +42,7 @@ def write_export(
                 f"invalid name of an extra file of an export: {name!r}; give a plain name that is not reserved"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _recover(folder)
+    recover(folder)
     temporary, old = temporary_name(folder), _old(folder)
     try:
         temporary.mkdir()
@@ -79,20 +60,10 @@ def write_export(
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _recover(folder)
+        recover(folder)
         raise UserError(f"cannot write the export {folder}: {error}") from error
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def read_export(folder: str | Path) -> Export:
-    """Read an export, with tensors on the CPU. Raises UserError that names the missing or damaged file."""
-    folder = Path(folder)
-    _recover(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no export at {folder}: give the folder that holds model.safetensors")
-    config = read_json_object(folder / "config.json")
-    return Export(folder, read_tensors(folder / "model.safetensors"), config)
 
 
 def _old(folder: Path) -> Path:
@@ -100,33 +71,8 @@ def _old(folder: Path) -> Path:
     return absolute.parent / f".old-{absolute.name}"
 
 
-def _recover(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Undo a replacement interrupted between its two renames."""
     if not folder.exists() and _old(folder).exists():
         os.rename(_old(folder), folder)
     shutil.rmtree(_old(folder), ignore_errors=True)
-
-
-def read_trained(folder: str | Path) -> Export:
-    """Read an export, or a checkpoint (RUN_FOLDER/checkpoints/step-...) with the settings of its run.
-
-    Raises UserError that names the missing or damaged file.
-    """
-    folder = Path(folder)
-    if not (folder / "state.json").exists():
-        return read_export(folder)
-    if problem := verify_checkpoint(folder):
-        raise UserError(f"{folder} cannot be used: {problem}; choose another checkpoint of the run")
-    try:
-        settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
-    except UserError as error:
-        raise UserError(
-            f"{folder} is a checkpoint, and its settings are read from config.yaml two folders above: {error}; give a "
-            "checkpoint in its run folder, or an export"
-        ) from error
-    try:
-        features = read_json(folder / "state.json")["state"]["features"]
-        config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: the settings of its run lack {error}; give RUN_FOLDER/export") from error
-    return Export(folder, read_tensors(folder / "model.safetensors"), {**config, "features": features})

@@ -10,7 +10,8 @@ from bestrq.long_form.decoders import DecoderSettings, decode_recordings
 from bestrq.long_form.inference import InferenceSettings, Source
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
-from bestrq.training.export import Export, read_export, write_export
+from bestrq.training.export import write_export
+from bestrq.training.export_reading import Export, read_export
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from common.segments import Segments

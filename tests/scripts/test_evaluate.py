@@ -23,7 +23,8 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.report.result_files import SCORING, read_transcripts
 from bestrq.scoring.normalisers import RULES_VERSION
-from bestrq.training.export import read_export, write_export
+from bestrq.training.export import write_export
+from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.config import to_dict
 from common.errors import UserError

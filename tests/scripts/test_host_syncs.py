@@ -137,7 +137,7 @@ def test_a_step_reads_the_device_once_in_the_guard(
     options = [*ENCODER, *DATA, *RUN, f"--run.steps={STEPS}", *places, *more]
     script.train(parse(script.Config, options))
     assert len(device.kept) > 100 * STEPS, "the tensors of a step are followed"
-    assert [read.split(":")[0] for read in device.reads] == ["tolist in step.py"] * STEPS, device.reads
+    assert [read.split(":")[0] for read in device.reads] == ["tolist in optimizer.py"] * STEPS, device.reads
 
 
 def test_reads_are_noticed(device: DeviceTensors) -> None:

@@ -13,7 +13,8 @@ from bestrq.long_form.inference import InferenceSettings
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.report.result_files import find_results, read_results, read_transcripts
-from bestrq.training.export import read_export, write_export
+from bestrq.training.export import write_export
+from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.config import from_dict, to_dict
 from common.errors import UserError

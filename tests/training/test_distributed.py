@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
+from bestrq.training.optimizer import (
+    GuardSettings,
+    OptimizerSettings,
+    StepGuard,
+    build_optimizer,
+    set_learning_rates,
+)
 from bestrq.training.process import (
     DistributedSettings,
     Launch,
@@ -25,7 +31,6 @@ from bestrq.training.process import (
     read_launch,
     start_world,
 )
-from bestrq.training.step import GuardSettings, StepGuard
 from bestrq.training.stop import STOP, StopRequest
 from common.errors import UserError
 from tests.gloo import run_distributed

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bestrq.training import export as export_module
-from bestrq.training.export import read_export, write_export
+from bestrq.training.export import write_export
+from bestrq.training.export_reading import read_export
 from common.errors import UserError
 
 

@@ -10,10 +10,18 @@ import torch
 from torch import nn
 
 from bestrq.training.checkpoint import CheckpointSettings
-from bestrq.training.optimizer import OptimizerSettings, build_optimizer, learning_rate_factor, set_learning_rates
+from bestrq.training.optimizer import (
+    GuardSettings,
+    OptimizerSettings,
+    StepGuard,
+    StepResult,
+    build_optimizer,
+    learning_rate_factor,
+    seed_step,
+    set_learning_rates,
+)
 from bestrq.training.process import DistributedSettings, World
 from bestrq.training.run_folder import RunSettings
-from bestrq.training.step import GuardSettings, StepGuard, StepResult, seed_step
 from common.config import parse
 from common.errors import UserError
 
