@@ -122,14 +122,12 @@ class LoaderSettings:
         datasets = [open_dataset(part.dataset, storage=self.storage) for part in self.mixture]
         return DatasetGroup(datasets, [part.weight for part in self.mixture])
 
-    def crop_order(self, dataset: Dataset) -> CropTable:
-        """Order of self-supervised training over the split."""
+    def crop_order(self, dataset: Dataset, recordings: np.ndarray | None = None) -> CropTable:
+        """Order of self-supervised training over some recordings, by default those of the split."""
         lengths = self.crop_frames(dataset)
-        return self.mixed_order(
-            dataset,
-            dataset.select(split=self.split),
-            lambda recordings, seed: CropOrder(dataset.frames, *lengths, seed, recordings),
-        )
+        if recordings is None:
+            recordings = dataset.select(split=self.split)
+        return self.mixed_order(dataset, recordings, lambda r, seed: CropOrder(dataset.frames, *lengths, seed, r))
 
     def mixed_order(
         self, dataset: Dataset, recordings: np.ndarray, make: Callable[[np.ndarray, int], CropTable]

@@ -23,7 +23,7 @@ from data.format.schema import (
     tensor_entry,
 )
 from data.shards.derive import stored_recording
-from data.transcripts import check_word_times
+from data.word_times.base import check_word_times
 
 # Rows whose texts and words are Python objects at the same time, which bounds memory for recordings of hours.
 _ROWS = 32

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.transcripts import Word, check_word_times, words_between
+from data.shards.inspect import words_between
+from data.transcripts import Word
 from data.word_times import base
 from data.word_times.alignments import lhotse_words, nemo_words, read_words_json
+from data.word_times.base import check_word_times
 from data.word_times.ctm import read_ctm
 from data.word_times.find import find_word_times
 from data.word_times.google import read_google_words

@@ -25,7 +25,8 @@ from data.format.writer import DatasetWriter
 from data.recording import Recording
 from data.shards.derive import stored_recording
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
-from data.transcripts import Word, check_word_times
+from data.transcripts import Word
+from data.word_times.base import check_word_times
 from pipelines.recogniser import Recogniser
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
