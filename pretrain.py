@@ -66,7 +66,6 @@ from common.errors import UserError
 from data.format.dataset import Dataset
 from data.loading.heldout import HeldoutSettings, heldout_batches, split_recordings
 from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
-from data.loading.order import CropOrder
 
 
 @dataclass
@@ -139,14 +138,14 @@ def train(config: Config) -> None:
     config = with_precision(config, precision)
     training, heldout = split_recordings(dataset, config.data, config.validation)
     run.start(config, world, FREE_FIELDS, dataset.identity(), PLACES, facts={"precision": str(precision)})
-    crop_frames = config.data.crop_frames(dataset)
 
     # ---- Model, optimizer and targets, resumed from the latest checkpoint ----
     torch.manual_seed(config.run.seed)  # the same initial weights for any world size
     model = BestRQ(config.encoder, config.quantizer).to(world.device)
     quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
     quantizer.to(world.device)
-    row_flops = flops_per_row(model, config.data.row_frames, crop_frames[0], world.device)
+    max_frames, _ = config.data.crop_frames(dataset)
+    row_flops = flops_per_row(model, config.data.row_frames, max_frames, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
     optimizer = build_optimizer([(parallel_model.named_parameters(), config.optimizer)])
     shape = config.quantizer.num_codebooks, config.quantizer.codebook_size
@@ -160,9 +159,7 @@ def train(config: Config) -> None:
     packing = {"multiple": config.encoder.row_multiple, "row_gap": config.encoder.row_gap}
     shares = {"rank": world.rank, "world_size": world.size, "accumulation": config.accumulation}
     draw_mask = config.masking.draw_function(dataset.features.hop_ms)
-    crops = config.data.mixed_order(
-        dataset, training, lambda recordings, seed: CropOrder(dataset.frames, *crop_frames, seed, recordings)
-    )
+    crops = config.data.crop_order(dataset, training)
     loader = RowLoader(dataset, crops, config.data, **packing, **shares, draw_mask=draw_mask, state=state.data)
     dev_batches = heldout_batches(
         dataset, heldout, config.data, config.validation, **packing, **shares, draw_mask=draw_mask

@@ -43,9 +43,9 @@ from data.audio.files import AudioFile, list_audio
 from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
 from data.format.dataset import mean_and_std, normalisation_scale, normalise_into
-from data.format.schema import Recording
 from data.names import escaped
 from data.prepare.extraction import Extracted, extract_all
+from data.recording import Recording
 from data.skipped import Skipped
 from pipelines.recogniser import (
     EncoderChanges,

@@ -35,8 +35,8 @@ from benchmarks.machine import print_figures
 from data.corpora.synthetic import SyntheticSource
 from data.features import FeatureSettings, LogMel
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.transcripts import Word
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools/align.py"

@@ -32,9 +32,11 @@ import pyarrow as pa
 import torch
 
 from benchmarks.machine import print_figures
+from data.format.compression import Codec, decode, encode
 from data.format.dataset import Dataset, open_dataset
-from data.format.encoding import BLOCK_FRAMES, Codec, decode, encode
+from data.format.schema import BLOCK_FRAMES
 from data.format.writer import DatasetWriter
+from data.shards.derive import stored_recording
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = (256, 512, 1024, 4096)
@@ -250,7 +252,7 @@ def character_errors(dataset: Dataset, options: argparse.Namespace) -> dict[str,
                     for number, block in enumerate(encode_all(candidate, values)):
                         first = number * candidate.block
                         candidate.decode(block, out[first : first + candidate.block])
-                    writer.add(dataset.recording(i), out)
+                    writer.add(stored_recording(dataset, i), out)
                 writer.finish()
             command = [sys.executable, "evaluate.py", "--export", str(Path(options.model).resolve())]
             command += ["--data.dataset", str(folder / "dataset"), "--out", str(folder / "out")]

@@ -36,11 +36,12 @@ from benchmarks.memory import family, memory, processor_seconds
 from bestrq.pretraining.masking import draw_span_mask
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import ENCODINGS, Encoding, Recording
+from data.format.schema import ENCODINGS, Encoding
 from data.format.writer import DatasetWriter
 from data.loading.batch import SharedBuffers
 from data.loading.loader import LoaderSettings, RowLoader
 from data.loading.rows import Row
+from data.recording import Recording
 
 
 def write_synthetic(folder: str, hours: float, encoding: Encoding = "plain", seed: int = 0) -> Dataset:

@@ -32,8 +32,8 @@ from benchmarks import range_read_systems as systems
 from benchmarks.machine import print_figures
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.storage.local import StorageSettings
 from data.storage.opening import open_storage
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.shards.integrity import find_faults
 
 FEATURES = FeatureSettings()

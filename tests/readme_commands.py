@@ -1,7 +1,7 @@
-"""Small forms of the commands of README.md, for tests/test_readme.py.
+"""Small forms of the commands of README.md and of the pages that continue it, for tests/test_readme.py.
 
-A command of the README without an entry fails the test, and so does an entry whose command is not in the README.
-Commands run in the order of the README in one folder, so that a later one uses the output of an earlier one.
+A command without an entry fails the test, and so does an entry whose command is on no page. Commands run in the order
+of the pages in one folder, so that a later one uses the output of an earlier one.
 """
 
 import re
@@ -40,6 +40,8 @@ TINY_CORPUS = "--languages en --train_hours 0.02 --dev_utterances 2 --test_utter
 TWO_PROCESSES = {"--nproc-per-node 8": "--nproc-per-node 2"}
 
 LONG_CONTEXT = "tests/experiments/test_long_context.py runs it, on corpora of a few seconds"
+
+PAGES = ("README.md", "docs/usage.md", "docs/benchmarks.md")
 
 COMMANDS: dict[str, Run | Elsewhere] = {
     "bash launch/quickstart.sh": Run("--tiny"),
@@ -123,5 +125,6 @@ def commands_in(markdown: str) -> list[str]:
 
 
 def readme_commands(repository: Path) -> list[str]:
-    readme = repository / "README.md"
-    return commands_in(readme.read_text()) if readme.exists() else []
+    """Commands of README.md and the pages that continue it, without repetitions."""
+    pages = [repository / page for page in PAGES]
+    return list(dict.fromkeys(command for page in pages if page.exists() for command in commands_in(page.read_text())))

@@ -35,9 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "data/word_times": {"common", "data"},
     "data/format": {"common", "data", "data/storage"},
     "data/loading": {"common", "data", "data/format", "data/storage"},
-    "data/shards": {"common", "data", "data/format", "data/storage"},
+    "data/shards": {"common", "data", "data/format", "data/storage", "data/word_times"},
     "data/corpora": {"common", "data", "data/audio", "data/word_times", "data/splits", "data/format", "data/storage"},
-    "data/prepare": {"common", "data", "data/audio", "data/corpora", "data/format"},
+    "data/prepare": {"common", "data", "data/audio", "data/corpora", "data/format", "data/word_times"},
 }
 LIBRARY_FOLDERS = set(ALLOWED)
 ALLOWED["pipelines"] = LIBRARY_FOLDERS

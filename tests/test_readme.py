@@ -49,11 +49,11 @@ def test_commands_are_found_joined_and_free_of_comments() -> None:
     assert commands_in(text) == ["python a.py --b 1", "c", "e '#1'"]
 
 
-def test_the_table_and_the_readme_hold_the_same_commands() -> None:
+def test_the_table_and_the_pages_have_the_same_commands() -> None:
     shown = readme_commands(REPOSITORY)
-    assert shown, "README.md shows no command"
+    assert shown, "the pages show no command"
     assert [command for command in shown if command not in COMMANDS] == [], "add them to tests/readme_commands.py"
-    assert [command for command in COMMANDS if command not in shown] == [], "they have left the README"
+    assert [command for command in COMMANDS if command not in shown] == [], "they are on no page"
 
 
 @pytest.mark.parametrize("command", readme_commands(REPOSITORY))

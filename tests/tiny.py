@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from data.features import FeatureSettings
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 
 WORDS = "ana bela cid dora eva fabio gil hugo ida jan".split()
 

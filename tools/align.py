@@ -48,7 +48,7 @@ from common.errors import UserError
 from common.files import read_json_object, replace_file, write_file, write_json
 from common.text import label_words
 from data.format.dataset import Dataset, open_dataset
-from data.shards.derive import Entry, derive
+from data.shards.derive import Entry, derive, stored_recording
 from data.tokenizer import Tokenizer
 from data.transcripts import Word
 from pipelines.recogniser import (
@@ -343,7 +343,7 @@ def entries(dataset: Dataset, results: Results, recordings: list[int]) -> Iterat
     """Entries of all recordings of the dataset, those of `recordings` with their new words."""
     changed = set(recordings)
     for i in range(len(dataset)):
-        recording = dataset.recording(i)
+        recording = stored_recording(dataset, i)
         if i in changed:
             result = results[i]
             recording = replace(recording, words=None if "reason" in result else [Word(*w) for w in result["words"]])

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.audio.reading import audio_blocks
 from data.corpora.base import Utterance
 from data.features import FeatureSettings
-from data.format.schema import Recording
+from data.recording import Recording
 
 
 @dataclass(frozen=True)

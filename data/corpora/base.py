@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from data.features import FeatureSettings
-from data.format.schema import Recording
+from data.recording import Recording
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)

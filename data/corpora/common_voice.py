@@ -17,8 +17,8 @@ from data.corpora.audio_files import FileSource
 from data.corpora.base import Source, Unreadable, check_not_empty, mostly_readable
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.format.schema import Recording
 from data.names import name_fault
+from data.recording import Recording
 
 Table = Literal["train", "dev", "test", "validated", "other"]
 # Tables of clips and their splits. validated and other are training data, without the content of dev and test.

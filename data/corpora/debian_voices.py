@@ -21,7 +21,7 @@ from data.audio.folders import is_clutter
 from data.corpora.audio_files import FileSource
 from data.corpora.base import check_not_empty
 from data.corpora.debian_packages import package_folders
-from data.format.schema import Recording
+from data.recording import Recording
 
 Part = Literal["fillets-cs", "fillets-nl", "tuxpaint"]
 # Packages of each part.

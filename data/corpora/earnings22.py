@@ -23,9 +23,9 @@ from data.corpora.json_lines import is_file, text_field
 from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, written_or_spoken
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, summary
-from data.format.schema import Recording
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES
-from data.splits import published_split
+from data.splits.published import published_split
 from data.word_times.base import read_json
 
 TRANSCRIPTS_FILE = "full_transcripts.json"

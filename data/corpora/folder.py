@@ -18,11 +18,11 @@ from data.corpora.audio_files import FileSource
 from data.corpora.base import Source, Unreadable, mostly_readable
 from data.corpora.manifest import SPLIT_NAMES, manifest_sources
 from data.corpora.text_files import summary
-from data.format.schema import Recording
 from data.names import escaped
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES
-from data.word_times import SUFFIXES as WORD_TIMES
-from data.word_times import find_word_times
+from data.word_times.find import SUFFIXES as WORD_TIMES
+from data.word_times.find import find_word_times
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 

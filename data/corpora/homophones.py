@@ -24,7 +24,7 @@ from data.corpora.base import Utterance
 from data.corpora.grammar import load_grammar, pick
 from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, speak, split_of
 from data.features import FeatureSettings
-from data.format.schema import Recording
+from data.recording import Recording
 
 _LANGUAGE = "en"
 

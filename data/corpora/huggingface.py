@@ -24,7 +24,7 @@ from data.corpora.lazy import LazySources, check_unique, repeat, with_faults
 from data.corpora.parquet_rows import Place, RowSource, read_columns, read_schema
 from data.corpora.remote import FileCache
 from data.corpora.text_files import listed_names
-from data.format.schema import Recording
+from data.recording import Recording
 
 REQUIREMENTS = "requirements.txt"
 # Common column names; the first one that exists is used.

@@ -21,8 +21,8 @@ from data.corpora.base import MissingText, Source, Split, Unreadable, mostly_rea
 from data.corpora.json_lines import is_file, label_field, text_field
 from data.corpora.lhotse_cuts import Cut, read_cuts, recording_cuts, supervision_channels, supervision_interval
 from data.corpora.text_files import summary
-from data.format.schema import Recording
 from data.names import escaped
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import TOLERANCE, Word
 from data.word_times.alignments import lhotse_words

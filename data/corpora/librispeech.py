@@ -19,10 +19,10 @@ from data.corpora.audio_files import FileSource
 from data.corpora.base import Source, Utterance
 from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines, summary
 from data.features import FeatureSettings
-from data.format.schema import Recording
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
-from data.word_times import read_textgrid
+from data.word_times.textgrid import read_textgrid
 
 _SUBSET = re.compile(r"(train|dev|test)-[a-z]+(-\d+)?")
 _ID = re.compile(r"\d+-\d+-\d+")

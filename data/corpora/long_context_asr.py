@@ -28,7 +28,7 @@ from data.corpora.base import FeatureUtterance, MissingText, Split, Unreadable, 
 from data.corpora.json_lines import audio_path, is_file, seconds_field, shorten, text_field
 from data.corpora.text_files import summary
 from data.features import FeatureSettings, difference
-from data.format.schema import Recording
+from data.recording import Recording
 from data.word_times.base import read_json
 from data.word_times.google import read_google_words
 

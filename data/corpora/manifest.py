@@ -28,7 +28,7 @@ from data.corpora.json_lines import (
     text_field,
 )
 from data.corpora.text_files import summary
-from data.format.schema import Recording
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES
 from data.transcripts import Word
 from data.word_times.alignments import nemo_words

@@ -25,7 +25,7 @@ from data.corpora.huggingface import HuggingFaceSettings
 from data.corpora.lazy import LazySources, check_unique, repeat
 from data.corpora.remote import FileCache
 from data.corpora.text_files import existing_folder, lines_or_faults, listed_names, numbered_lines
-from data.format.schema import Recording
+from data.recording import Recording
 
 LANGUAGES = {
     "de": "german",

@@ -22,7 +22,7 @@ from data.audio.reading import audio_blocks
 from data.corpora.base import Utterance
 from data.corpora.remote import FileCache, retried
 from data.features import FeatureSettings
-from data.format.schema import Recording
+from data.recording import Recording
 
 # Rows that are decoded together: few, because a row may hold an hour of audio.
 _ROWS = 8

@@ -23,7 +23,7 @@ from data.corpora.base import Utterance, check_not_empty
 from data.corpora.espeak import Synthesizer, UnspeakableWord
 from data.corpora.grammar import LANGUAGES, Grammar, Language, Topic, load_grammar, pick
 from data.features import FeatureSettings
-from data.format.schema import Recording
+from data.recording import Recording
 from data.transcripts import Word
 
 # Base voices of espeak whose name is not the code of the language.

@@ -17,8 +17,8 @@ from common.errors import UserError
 from data.corpora.audio_files import FileSource
 from data.corpora.base import SPLITS, Split, Unreadable, check_not_empty, mostly_readable
 from data.corpora.text_files import existing_folder, listed_names, summary
-from data.format.schema import Recording
-from data.splits import published_split
+from data.recording import Recording
+from data.splits.published import published_split
 from data.word_times.stm import StmSegment, plain_text, read_stm
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import as_object, parse_json
-from data.format.encoding import CHECKSUM_FRAMES, byte_range, checksum_range, checksums, read_frames
+from data.format.encoding import byte_range, checksum_range, checksums, read_frames
 from data.format.index import Index
 from data.format.schema import (
+    CHECKSUM_FRAMES,
     DATASET_FILE,
     ENCODINGS,
     INDEX_FILE,
@@ -30,7 +31,6 @@ from data.format.schema import (
     RECORDINGS_FILE,
     STATISTICS_FILE,
     Encoding,
-    Recording,
     check_version,
     parse_features,
     parse_vector,
@@ -127,15 +127,6 @@ class Dataset:
 
     def split(self, recording: int) -> str:
         return self.index.label("split", recording)
-
-    def recording(self, recording: int) -> Recording:
-        """All metadata of a recording."""
-        i = recording
-        labels = self.language(i), self.speaker(i), self.split(i)
-        try:
-            return Recording(self.id(i), self.text(i), self.words(i), *labels, self.excluded(i))
-        except UserError as error:
-            raise UserError(f"{self.location}: {error}; {DAMAGED}") from error
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
         """Distinct values of 'language', 'speaker' or 'split', and the code of every recording, int32 [N]."""

@@ -29,11 +29,11 @@ from data.format.schema import (
     RECORDINGS_FILE,
     STATISTICS_FILE,
     Encoding,
-    Recording,
     index_schema,
     recordings_schema,
     statistics_header,
 )
+from data.recording import Recording
 from data.transcripts import Word
 
 _MAX_OPEN_PARTS = 32

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +21,6 @@ from torch import Tensor
 
 from common.errors import UserError
 from data.features import FeatureSettings
-from data.names import name_fault
-from data.transcripts import Word
 
 FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
@@ -37,6 +34,10 @@ ENCODINGS: tuple[str, ...] = get_args(Encoding)
 BYTES_PER_VALUE = 2  # float16
 # Rows per batch of recordings.arrow (the last may have fewer): row i is row i % BATCH_ROWS of batch i // BATCH_ROWS.
 BATCH_ROWS = 16384
+# For 20 s crops at random positions: smaller blocks cost calls and bytes, larger ones decode more outside the crop.
+BLOCK_FRAMES = 512
+# Frames per checksum; 4096 frames of 80 bins are 655,360 bytes.
+CHECKSUM_FRAMES = 4096
 _STATISTICS_HEADER_BYTES = 256
 
 WORDS = pa.list_(
@@ -47,30 +48,9 @@ EXCLUDED = pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64())]))
 LABELS = ("language", "speaker", "split")
 
 
-@dataclass(frozen=True)
-class Recording:
-    """Metadata of a recording. Empty strings and None mean "unknown"."""
-
-    id: str
-    """Unique in the dataset; also the name of the tensor."""
-    text: str | None = None
-    """Transcript."""
-    words: list[Word] | None = None
-    """Words with their times, sorted by start."""
-    language: str = ""
-    """Language code as given by the corpus ('en', 'cs', ...)."""
-    speaker: str = ""
-    """Speaker id."""
-    split: str = "train"
-    """'train', 'dev' or 'test'."""
-    excluded: list[tuple[float, float]] | None = None
-    """(start, end) in seconds of passages that are in the audio but not in `text`. They are excluded from labelled
-    training and scoring, but not from pretraining, which needs no labels. None: none."""
-
-    def __post_init__(self) -> None:
-        fault = "is reserved by the shard format" if self.id == "__metadata__" else name_fault(self.id)
-        if fault is not None:
-            raise UserError(f"recording id {self.id!r} {fault}: give it another name")
+def block_range(start: int, stop: int) -> tuple[int, int]:
+    """Numbers [first, last) of the blocks that hold the frames [start, stop)."""
+    return start // BLOCK_FRAMES, -(-stop // BLOCK_FRAMES)
 
 
 def index_schema() -> pa.Schema:

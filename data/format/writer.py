@@ -32,12 +32,12 @@ from data.format.schema import (
     DATASET_FILE,
     PREPARING_FILE,
     Encoding,
-    Recording,
     check_version,
     parse_features,
     shard_name,
     tensor_entry,
 )
+from data.recording import Recording
 
 MAX_SHARD_BYTES = 2_000_000_000
 

@@ -95,7 +95,7 @@ def cut_recording(
     last. This equals masking them in attention, loss and scoring, because the encoder masks gaps between segments.
 
     Args:
-        words: sorted by start (see `data.transcripts.check_word_times`).
+        words: sorted by start (see `data.word_times.base.check_word_times`).
         frames: length of the recording.
         settings: `CuttingSettings()` by default.
         excluded: (start, end) in seconds.

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,7 +29,6 @@ from common.errors import UserError
 from common.segments import Segments
 from data.format.dataset import Dataset, Normalisation, open_dataset
 from data.loading.batch import Batch, BatchContent, BatchPlan, DrawMask, RowReader, SharedBuffers
-from data.loading.mixture import DatasetGroup, MixturePart, groups, mixed
 from data.loading.order import CropOrder, CropTable
 from data.loading.rows import DataState, Row, RowStream
 from data.storage.local import StorageSettings
@@ -39,6 +38,22 @@ FREE_LOADER_FIELDS = ("num_workers", "prefetch", "start_method", "storage", "ver
 
 # Locations of the data, which may change when a run is resumed if the fingerprint of the data stays the same.
 LOADER_PLACES = ("dataset", "mixture[].dataset")
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """Dataset of a mixture."""
+
+    dataset: str = ""
+    """Folder or URL of the dataset."""
+    weight: NonNegativeFloat = 0.0
+    """Share of the training audio relative to the weights of the other parts; 0 in all parts: proportional to hours."""
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise UserError("data.mixture has a part without a dataset: give its folder or URL")
+        if not 0 <= self.weight < float("inf"):  # infinity and NaN pass the type
+            raise UserError(f"data.mixture: the weight of {self.dataset} is {self.weight}: give a number, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -102,22 +117,26 @@ class LoaderSettings:
             )
         if self.dataset:
             return open_dataset(self.dataset, storage=self.storage)
+        from data.loading.mixture import DatasetGroup  # imported only for a mixture
+
         datasets = [open_dataset(part.dataset, storage=self.storage) for part in self.mixture]
         return DatasetGroup(datasets, [part.weight for part in self.mixture])
 
-    def crop_order(self, dataset: Dataset) -> CropTable:
-        """Order of self-supervised training over the split."""
+    def crop_order(self, dataset: Dataset, recordings: np.ndarray | None = None) -> CropTable:
+        """Order of self-supervised training over some recordings, by default those of the split."""
         lengths = self.crop_frames(dataset)
-        return self.mixed_order(
-            dataset,
-            dataset.select(split=self.split),
-            lambda recordings, seed: CropOrder(dataset.frames, *lengths, seed, recordings),
-        )
+        if recordings is None:
+            recordings = dataset.select(split=self.split)
+        return self.mixed_order(dataset, recordings, lambda r, seed: CropOrder(dataset.frames, *lengths, seed, r))
 
     def mixed_order(
         self, dataset: Dataset, recordings: np.ndarray, make: Callable[[np.ndarray, int], CropTable]
     ) -> CropTable:
         """Order of the recordings with the shares of the settings; `make(recordings, seed)` is the order of a group."""
+        if not self.mixture and self.language_temperature == 1:
+            return make(recordings, self.seed)
+        from data.loading.mixture import groups, mixed
+
         return mixed(groups(dataset, recordings, self.language_temperature), self.seed, make)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor
 
 from common.errors import UserError
@@ -25,22 +24,6 @@ from data.loading.order import Crops, CropTable, NoCrops, permute
 from data.transcripts import Word
 
 _GROUP = 6  # domain of the hash for the seeds of groups; order.py and rows.py have the others
-
-
-@dataclass(frozen=True)
-class MixturePart:
-    """Dataset of a mixture."""
-
-    dataset: str = ""
-    """Folder or URL of the dataset."""
-    weight: NonNegativeFloat = 0.0
-    """Share of the training audio relative to the weights of the other parts; 0 in all parts: proportional to hours."""
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise UserError("data.mixture has a part without a dataset: give its folder or URL")
-        if not 0 <= self.weight < float("inf"):  # infinity and NaN pass the type
-            raise UserError(f"data.mixture: the weight of {self.dataset} is {self.weight}: give a number, 0 or more")
 
 
 class DatasetGroup(Dataset):

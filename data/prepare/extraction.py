@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from common.errors import AudioWarning, UserError
 from data.corpora.base import FeatureUtterance, Source, Unreadable
 from data.features import FeatureSettings, LogMel
-from data.format.schema import Recording
+from data.recording import Recording
 from data.skipped import NO_WORD_TIMES, Skipped
-from data.transcripts import check_word_times
+from data.word_times.base import check_word_times
 
 # Limits of results that wait for an earlier one, per worker and in bytes: enough that no worker idles during a long
 # recording, and few enough that hours of features never accumulate in memory.

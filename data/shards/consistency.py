@@ -22,7 +22,8 @@ from data.format.schema import (
     statistics_range,
     tensor_entry,
 )
-from data.transcripts import check_word_times
+from data.shards.derive import stored_recording
+from data.word_times.base import check_word_times
 
 # Rows whose texts and words are Python objects at the same time, which bounds memory for recordings of hours.
 _ROWS = 32
@@ -85,7 +86,7 @@ def _fingerprint_batches(dataset: Dataset) -> Iterator[tuple[int, pa.RecordBatch
 def _check_metadata(dataset: Dataset, number: int) -> Iterator[Fault]:
     """Check that a recording's metadata are valid, with word times within its duration."""
     try:
-        recording = dataset.recording(number)
+        recording = stored_recording(dataset, number)
         seconds = dataset.frames[number] / dataset.features.frames_per_second
         check_word_times(recording.words or [], seconds, recording.id)
     except UserError as error:

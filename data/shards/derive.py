@@ -17,10 +17,11 @@ from typing import Any
 from common.errors import UserError
 from common.files import sync
 from data.features import difference
-from data.format.dataset import Dataset, open_dataset
+from data.format.dataset import DAMAGED, Dataset, open_dataset
 from data.format.index_writer import metadata_row, write_dataset, write_rows
-from data.format.schema import BATCH_ROWS, Recording, shard_name
+from data.format.schema import BATCH_ROWS, shard_name
 from data.format.writer import locked
+from data.recording import Recording
 
 Entry = tuple[Dataset, int, Recording]
 """(source dataset, number of the recording there, metadata in the new dataset)."""
@@ -105,3 +106,13 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
+
+
+def stored_recording(dataset: Dataset, recording: int) -> Recording:
+    """All metadata of a recording of a dataset. Raises UserError if they are invalid."""
+    labels = dataset.language(recording), dataset.speaker(recording), dataset.split(recording)
+    words, excluded = dataset.words(recording), dataset.excluded(recording)
+    try:
+        return Recording(dataset.id(recording), dataset.text(recording), words, *labels, excluded)
+    except UserError as error:
+        raise UserError(f"{dataset.location}: {error}; {DAMAGED}") from error

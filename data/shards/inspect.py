@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from common.errors import UserError
 from common.files import replace_file
 from data.format.dataset import Dataset
 from data.format.schema import shard_name
+from data.shards.derive import stored_recording
 from data.shards.integrity import check_recording
-from data.transcripts import words_between
+from data.transcripts import Word
 
 # Upper edges of the histogram of durations, in seconds.
 EDGES = (1, 2, 5, 10, 15, 20, 25, 30, 45, 60, 120, 300, 600, 1800, 3600, 7200)
@@ -132,7 +135,7 @@ def summary(fields: dict[str, Any]) -> str:
 
 def describe(dataset: Dataset, recording: int, start: float = 0.0, seconds: float = 30.0) -> dict[str, Any]:
     """Metadata and state of a recording, and its words from `start` to `start + seconds`."""
-    r, frames = dataset.recording(recording), int(dataset.frames[recording])
+    r, frames = stored_recording(dataset, recording), int(dataset.frames[recording])
     duration = frames / dataset.features.frames_per_second
     fault = check_recording(dataset, recording)
     mean, std = (None, None) if fault else dataset.mean_std(recording).mean(axis=1).tolist()
@@ -193,3 +196,15 @@ def draw(dataset: Dataset, recording: int, png: Path, start: float = 0.0, second
         raise UserError(f"{png}: cannot be written ({error}); choose another file") from error
     finally:
         pyplot.close(figure)
+
+
+def words_between(words: Sequence[Word], start: float, end: float) -> list[Word]:
+    """Words that start in [start, end) seconds, so that adjacent intervals partition the words.
+
+    `words` must be sorted by start (`check_word_times`), because the search is a bisection.
+    """
+    return list(words[bisect_left(words, start, key=_start) : bisect_left(words, end, key=_start)])
+
+
+def _start(word: Sequence[Any]) -> float:
+    return float(word[1])

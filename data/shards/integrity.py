@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from data.format.dataset import Dataset
-from data.format.encoding import CHECKSUM_FRAMES
-from data.format.schema import RECORDINGS_FILE, STATISTICS_FILE, shard_name
+from data.format.schema import CHECKSUM_FRAMES, RECORDINGS_FILE, STATISTICS_FILE, shard_name
 from data.shards.consistency import Fault, check_header, check_index, check_statistics
 
 # Consecutive bytes per task: large enough that a disk with several processes seeks rarely.

@@ -20,8 +20,9 @@ from common.errors import UserError, did_you_mean
 from common.hashing import hash_share
 from common.text import label_text
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import LABELS, Recording
-from data.shards.derive import Entry, derive
+from data.format.schema import LABELS
+from data.recording import Recording
+from data.shards.derive import Entry, derive, stored_recording
 
 AddCommand = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 """(name, description, function) -> parser of the command."""
@@ -121,7 +122,7 @@ def _split(options: argparse.Namespace) -> int:
 
     def entries() -> Iterator[Entry]:
         for number in _with_progress(range(len(dataset)), "split"):
-            recording = dataset.recording(number)
+            recording = stored_recording(dataset, number)
             yield dataset, number, replace(recording, split=split_of(recording, options.by, options.seed, dev, test))
 
     derived = derive(options.out, entries(), options.name)
@@ -176,7 +177,7 @@ def _filter(options: argparse.Namespace) -> int:
 
     def entries(first: int) -> Iterator[Entry]:
         for number in chain([first], numbers):
-            yield dataset, number, dataset.recording(number)
+            yield dataset, number, stored_recording(dataset, number)
 
     _report(derive(options.out, entries(first), options.name), len(dataset))
     return 0
@@ -254,7 +255,7 @@ def _merge(options: argparse.Namespace) -> int:
         total = sum(map(len, datasets))
         sources = ((d, prefix, n) for d, prefix in zip(datasets, prefixes, strict=True) for n in range(len(d)))
         for dataset, prefix, number in _with_progress(sources, "merge", total):
-            recording = dataset.recording(number)
+            recording = stored_recording(dataset, number)
             yield dataset, number, replace(recording, id=prefix + recording.id)
 
     _report(derive(options.out, entries(), options.name))

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import parse_json
-from data.transcripts import TOLERANCE, Word, word_fault
+from data.transcripts import TOLERANCE, Word
 
 # Files with the words of a recording are read whole: ten hours of speech are about 10 MB of JSON.
 LARGEST_FILE = 1 << 26
@@ -93,3 +93,36 @@ def merged(streams: Sequence[list[Word]]) -> list[Word]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def word_fault(words: Sequence[Sequence[Any]], duration: float, overlap: float = math.inf) -> tuple[int, str] | None:
+    """First word with invalid times, as (number, fault); None if all are valid.
+
+    Args:
+        words: (word, start, end) or (word, start, end, confidence) of each.
+        duration: of the recording in seconds; inf if unknown.
+        overlap: seconds by which a word may start before the end of the previous one.
+    """
+    last_start, last_end = 0.0, 0.0
+    for number, (_, start, end, *rest) in enumerate(words):
+        if not 0 <= start <= end < math.inf:  # also false for NaN
+            return number, "a word must start at 0 or later, and end after its start"
+        if start < last_start:
+            return number, f"starts before the previous word ({last_start} s); sort the words"
+        if start < last_end - overlap:
+            return number, f"overlaps the previous word, which ends at {last_end} s"
+        if end > duration + TOLERANCE:
+            return number, f"ends beyond the recording of {duration:.2f} s; transcript of another recording?"
+        if rest and rest[0] is not None and not 0 <= rest[0] <= 1:
+            return number, f"confidence is {rest[0]}, but must be from 0 to 1"
+        last_start, last_end = start, max(last_end, end)
+    return None
+
+
+def check_word_times(words: Sequence[Sequence[Any]], duration: float, name: str) -> None:
+    """Raise UserError naming recording and word unless the times are sorted, ordered and within [0, duration]."""
+    fault = word_fault(words, duration)
+    if fault is not None:
+        number, problem = fault
+        word, start, end = words[number][:3]
+        raise UserError(f"recording {name!r}, word {number} {word!r} at {start} to {end} s: {problem}")

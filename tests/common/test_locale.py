@@ -16,8 +16,8 @@ import soundfile
 from common.files import write_file
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.tokenizer import load_tokenizer
 from tests.paths import REPOSITORY
 from tests.scripts.test_evaluate import make_export

@@ -22,8 +22,8 @@ from common.errors import UserError
 from data.audio.reading import READ_SECONDS, resample
 from data.corpora.audio_files import FileSource
 from data.features import BLOCK_FRAMES, FeatureSettings, LogMel, difference
-from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
+from data.recording import Recording
 from tests.decoded_audio import read_audio
 from tests.paths import REPOSITORY
 
@@ -173,7 +173,7 @@ def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_feature
         "from data.corpora.audio_files import FileSource\n"
         "from data.prepare.extraction import extract\n"
         "from data.features import FeatureSettings\n"
-        "from data.format.schema import Recording\n"
+        "from data.recording import Recording\n"
         "from data.format.writer import DatasetWriter\n"
         "torch.set_num_threads(1)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

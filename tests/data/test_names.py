@@ -17,12 +17,14 @@ from data.corpora.base import Unreadable
 from data.corpora.folder import FolderSettings, sources
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.names import escaped, name_fault, space_fields
 from data.prepare.prepare import main
+from data.recording import Recording
+from data.shards.derive import stored_recording
 from data.shards.select import read_ids
-from data.word_times import find_word_times, read_ctm
+from data.word_times.ctm import read_ctm
+from data.word_times.find import find_word_times
 from data.word_times.stm import read_stm
 
 # Format characters and spaces (Cf, Zs, Zl, Zp), unassigned and private characters, and separators of file formats.
@@ -55,7 +57,7 @@ def test_any_name_goes_through_a_dataset(tmp_path: Path) -> None:
     assert sorted(dataset.id(n) for n in range(len(dataset))) == sorted(ids)
     for number, id in enumerate(ids):
         place = dataset.index.find(id)
-        assert place is not None and dataset.recording(place).text == id
+        assert place is not None and stored_recording(dataset, place).text == id
         assert dataset.read(place, verify=True)[0, 0] == number
     with safetensors.safe_open(tmp_path / "d/shard-00000.safetensors", "numpy") as shard:
         assert sorted(shard.keys()) == sorted(ids)

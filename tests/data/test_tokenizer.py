@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.text import label_text
+from data.shards.inspect import words_between
 from data.tokenizer import BLANK, BPETokenizer, CharTokenizer, load_tokenizer
-from data.transcripts import check_word_times, words_between
+from data.word_times.base import check_word_times
 
 TEXTS = ["the cat sat on the mat", "l'été à noël", "příliš žluťoučký kůň", "the hat of the cat"] * 4
 TOKENIZERS = [CharTokenizer.train(TEXTS), BPETokenizer.train(TEXTS, 60)]

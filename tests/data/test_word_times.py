@@ -13,17 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.transcripts import Word, check_word_times, words_between
-from data.word_times import (
-    base,
-    find_word_times,
-    lhotse_words,
-    nemo_words,
-    read_ctm,
-    read_google_words,
-    read_textgrid,
-    read_words_json,
-)
+from data.shards.inspect import words_between
+from data.transcripts import Word
+from data.word_times import base
+from data.word_times.alignments import lhotse_words, nemo_words, read_words_json
+from data.word_times.base import check_word_times
+from data.word_times.ctm import read_ctm
+from data.word_times.find import find_word_times
+from data.word_times.google import read_google_words
+from data.word_times.textgrid import read_textgrid
 
 CTM = """;; made by hand
 talk-1 A 0.50 0.25 Yes 0.90

@@ -18,7 +18,7 @@ import yaml
 
 from bestrq.report.result_files import FORMAT_VERSION
 from data.format.dataset import open_dataset
-from data.splits import published_split
+from data.splits.published import published_split
 from tests.corpora_speech import encoded, put, speech
 from tests.launch.test_launch import SCONTROL, SRUN, Running, write_program
 from tests.paths import REPOSITORY

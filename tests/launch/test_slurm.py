@@ -16,9 +16,9 @@ from slurm_cluster import Cluster, running_cluster, unavailable_reason, wait_unt
 
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.prepare.prepare import main
+from data.recording import Recording
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 

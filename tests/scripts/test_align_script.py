@@ -21,10 +21,12 @@ from common.segments import Segments
 from common.text import label_text
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
+from data.shards.derive import stored_recording
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
-from data.transcripts import Word, check_word_times
+from data.transcripts import Word
+from data.word_times.base import check_word_times
 from pipelines.recogniser import Recogniser
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
@@ -126,7 +128,7 @@ def test_words_get_times_and_everything_else_is_unchanged(config: script.Config,
     aligned, before = run(config, tmp_path / "out"), open_dataset(config.data.dataset)
     assert len(aligned) == len(before)
     for i in range(len(before)):
-        new, old = aligned.recording(i), before.recording(i)
+        new, old = stored_recording(aligned, i), stored_recording(before, i)
         assert replace(new, words=None) == replace(old, words=None)
         assert (aligned.read(i) == before.read(i)).all()
         if new.id in GOOD:
@@ -266,7 +268,7 @@ def test_mistakes_are_named_before_any_work(
     kept = open_dataset(config.data.dataset)
     with DatasetWriter(tmp_path / "timed", FEATURES) as writer:
         i = number_of(kept, "kept")
-        writer.add(kept.recording(i), kept.read(i).astype(np.float32))
+        writer.add(stored_recording(kept, i), kept.read(i).astype(np.float32))
         writer.finish()
     with pytest.raises(UserError, match=r"nothing to align: 1 of 1 have word times already.*--realign"):
         run(config, tmp_path / "out", data=script.DataSettings(dataset=str(tmp_path / "timed")))

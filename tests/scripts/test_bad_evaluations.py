@@ -28,9 +28,9 @@ from common.errors import UserError
 from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
 from data.prepare.extraction import Extracted, extract
+from data.recording import Recording
 from data.tokenizer import CharTokenizer
 from pipelines.evaluation_settings import DataSettings
 

@@ -30,8 +30,8 @@ from common.config import to_dict
 from common.errors import UserError
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.tokenizer import CharTokenizer
 from pipelines import evaluation
 from pipelines.evaluation_settings import DataSettings

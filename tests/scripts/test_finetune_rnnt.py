@@ -14,8 +14,8 @@ from bestrq.training.process import World
 from common.config import parse
 from common.errors import UserError
 from data.features import FeatureSettings
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from tests.tiny import DATA, ENCODER, RUN
 from tools import align
 

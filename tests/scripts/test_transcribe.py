@@ -23,7 +23,9 @@ from data.corpora.folder import FolderSettings
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
 from data.prepare.prepare import PrepareSettings, prepare
-from data.word_times import read_ctm, read_textgrid, read_words_json
+from data.word_times.alignments import read_words_json
+from data.word_times.ctm import read_ctm
+from data.word_times.textgrid import read_textgrid
 from evaluate import evaluate
 from pipelines import evaluation
 from pipelines.evaluation_settings import Config, DataSettings

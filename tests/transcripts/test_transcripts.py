@@ -16,8 +16,10 @@ from bestrq.transcripts.subtitles import SubtitleSettings, make_cues, srt_text, 
 from bestrq.transcripts.words import TimedWord, disjoint
 from common.config import parse
 from common.errors import UserError
-from data.word_times import read_ctm, read_textgrid, read_words_json
+from data.word_times.alignments import read_words_json
 from data.word_times.base import SILENCES
+from data.word_times.ctm import read_ctm
+from data.word_times.textgrid import read_textgrid
 
 PLAIN = SubtitleSettings()
 

@@ -2,13 +2,22 @@
 
 from torch import Tensor, nn
 
-from bestrq.model.attention.backends import attend_bands, attend_dense, attend_flex
-from bestrq.model.cpu.attention import attend_in_segments
+from bestrq.model.attention.backends import AttentionLayout, attend_bands, attend_dense, attend_flex
 from bestrq.model.layout import StageLayout
 from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings
 
-ATTEND = {"segments": attend_in_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_flex}
+
+def attend_segments(
+    qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """Attention by the segment loop of the CPU, which is imported on first use."""
+    from bestrq.model.cpu.attention import attend_in_segments
+
+    return attend_in_segments(qkv, num_heads, layout, bias, dropout)
+
+
+ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_flex}
 """attention function of each backend: see `attention.backends`"""
 
 

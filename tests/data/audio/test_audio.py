@@ -20,9 +20,9 @@ from data.audio.files import AUDIO_SUFFIXES, list_audio
 from data.audio.reading import audio_blocks, audio_seconds
 from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
-from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract, extract_all
 from data.prepare.prepare import main
+from data.recording import Recording
 from data.skipped import Skipped
 from tests.decoded_audio import read_audio
 

@@ -15,8 +15,8 @@ from common.errors import UserError
 from data.audio import opening as audio_open
 from data.audio.reading import audio_blocks, audio_seconds
 from data.corpora.audio_files import FileSource
-from data.format.schema import Recording
 from data.prepare.extraction import Extracted, extract
+from data.recording import Recording
 from tests.data.audio.test_audio import (
     FORMATS,
     ID3,

@@ -28,8 +28,8 @@ from data.corpora.registry import CORPORA, find_corpus
 from data.corpora.synthetic import VARIANTS, SyntheticSettings, split_of
 from data.corpora.synthetic import sources as synthetic_sources
 from data.features import FeatureSettings
-from data.format.schema import Recording
 from data.prepare.prepare import parse
+from data.recording import Recording
 from tests.paths import REPOSITORY
 
 FEATURES = FeatureSettings()

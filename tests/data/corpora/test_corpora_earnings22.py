@@ -23,8 +23,9 @@ from data.features import FeatureSettings
 from data.format.dataset import open_dataset
 from data.names import name_fault
 from data.prepare.prepare import main
-from data.splits import published_split
-from data.transcripts import Word, check_word_times
+from data.splits.published import published_split
+from data.transcripts import Word
+from data.word_times.base import check_word_times
 from tests.paths import REPOSITORY
 
 FEATURES = FeatureSettings()

@@ -24,7 +24,7 @@ from data.corpora.huggingface import HuggingFaceSettings, _saved_to_disk, find_c
 from data.corpora.parquet_rows import MAX_ROWS, Place, RowSource, _arrow_table, read_columns, read_schema
 from data.corpora.registry import find_corpus
 from data.corpora.remote import FileCache
-from data.format.schema import Recording
+from data.recording import Recording
 from data.storage.local import StorageSettings
 
 TEXTS = ["das alte haus", "wir lesen", "ein gutes buch", "das buch", "wir lesen das alte buch"]

@@ -21,7 +21,8 @@ from data.corpora.espeak import Synthesizer
 from data.corpora.json_lines import MAX_LINE_BYTES, json_lines
 from data.corpora.lhotse import LhotseSettings, sources
 from data.features import FeatureSettings
-from data.transcripts import Word, check_word_times
+from data.transcripts import Word
+from data.word_times.base import check_word_times
 
 FEATURES = FeatureSettings()
 WORDS = "she sells sea shells".split()

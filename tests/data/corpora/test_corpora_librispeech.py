@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.corpora.librispeech import LibriSpeechSettings, sources
 from data.corpora.registry import find_corpus
-from data.format.schema import Recording
+from data.recording import Recording
 
 SPEAKERS = """\
 ; Some pipe(|) separated metadata about all LibriVox readers, whose work was used

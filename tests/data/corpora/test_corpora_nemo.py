@@ -17,7 +17,8 @@ from data.corpora.base import Unreadable
 from data.corpora.espeak import Synthesizer
 from data.corpora.folder import FolderSettings, sources
 from data.features import FeatureSettings
-from data.transcripts import Word, check_word_times
+from data.transcripts import Word
+from data.word_times.base import check_word_times
 
 FUZZ = settings(max_examples=300, deadline=None, database=None)
 WORDS = [Word("sea", 0.0, 0.3, 0.8), Word("shells", 0.3, 0.7)]

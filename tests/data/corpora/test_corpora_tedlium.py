@@ -17,7 +17,7 @@ from data.corpora.espeak import Synthesizer
 from data.corpora.tedlium import TedliumSettings, sources
 from data.features import FeatureSettings
 from data.names import name_fault
-from data.splits import published_split
+from data.splits.published import published_split
 from data.word_times.stm import plain_text, read_stm
 
 FEATURES = FeatureSettings()

@@ -25,9 +25,10 @@ from data.features import FeatureSettings
 from data.format import schema
 from data.format import writer as writer_module
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.shards.__main__ import main
+from data.shards.derive import stored_recording
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
@@ -90,7 +91,7 @@ def test_recordings_survive_a_round_trip(tmp_path: Path) -> None:
             writer.add(recording, noise(200 + number, number))
         writer.finish()
     dataset = open_dataset(tmp_path)
-    assert [dataset.recording(i) for i in range(3)] == sorted(recordings, key=lambda r: r.id)
+    assert [stored_recording(dataset, i) for i in range(3)] == sorted(recordings, key=lambda r: r.id)
     assert dataset.frames.tolist() == [201, 200, 202] and dataset.total_frames == 603
     assert np.array_equal(dataset.read(1), noise(200, 0).astype(np.float16))
     assert np.array_equal(dataset.read(1, 50, 60, verify=True), noise(200, 0).astype(np.float16)[50:60])

@@ -18,21 +18,12 @@ from hypothesis.extra import numpy as hnp
 
 from benchmarks import compression as benchmark
 from common.errors import UserError
+from data.format.compression import CODECS, Codec, decode, decode_range, encode, encode_blocks
 from data.format.dataset import open_dataset
-from data.format.encoding import (
-    BLOCK_FRAMES,
-    CHECKSUM_FRAMES,
-    CODECS,
-    Codec,
-    block_range,
-    decode,
-    decode_range,
-    encode,
-    encode_blocks,
-)
-from data.format.schema import Recording, shard_name
+from data.format.schema import BLOCK_FRAMES, CHECKSUM_FRAMES, block_range, shard_name
 from data.format.writer import DatasetWriter
-from data.shards.derive import derive
+from data.recording import Recording
+from data.shards.derive import derive, stored_recording
 from tests.made_datasets import FEATURES, make_dataset, noise, verify
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9))
@@ -292,10 +283,10 @@ def test_a_compressed_dataset_reads_the_same_frames_from_anywhere(tmp_path: Path
     assert packed.index.bytes.sum() < 0.95 * plain.index.bytes.sum()
     for shard in packed.shards():
         assert safetensors.numpy.load_file(packed.path / shard_name(shard))  # readable by other programs
-    copy = derive(tmp_path / "copy", [(packed, i, packed.recording(i)) for i in range(len(packed))])
+    copy = derive(tmp_path / "copy", [(packed, i, stored_recording(packed, i)) for i in range(len(packed))])
     assert copy.encoding == encoding and not verify(copy)
     with pytest.raises(UserError, match="differ in their layout"):
-        derive(tmp_path / "both", [(d, 0, d.recording(0)) for d in (plain, packed)])
+        derive(tmp_path / "both", [(d, 0, stored_recording(d, 0)) for d in (plain, packed)])
     with pytest.raises(UserError, match="started with the layout"):
         DatasetWriter(tmp_path / "packed", FEATURES)
 

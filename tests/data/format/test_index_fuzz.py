@@ -32,9 +32,10 @@ import torch
 from common.errors import UserError
 from data.format import schema
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.shards.__main__ import main
+from data.shards.derive import stored_recording
 from data.shards.integrity import find_faults
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, noise
@@ -241,7 +242,7 @@ def everything(dataset: Dataset) -> list[Any]:
     answers: list[Any] = [len(dataset), dataset.fingerprint, dataset.total_frames, dataset.features]
     answers += [dataset.totals(label) for label in schema.LABELS] + [dataset.identity()]
     for i in range(len(dataset)):
-        answers += [dataset.recording(i), dataset.excluded(i), dataset.index.find(dataset.id(i)) == i]
+        answers += [stored_recording(dataset, i), dataset.excluded(i), dataset.index.find(dataset.id(i)) == i]
         answers += [dataset.read(i, verify=True).tobytes()]
         for normalisation in ("recording", "dataset"):
             dataset.read_normalised(i, normalisation=normalisation)
@@ -486,7 +487,7 @@ def test_an_invalid_id_is_refused_by_dataset(tmp_path: Path, id: str) -> None:
     folder = write_complete(tmp_path)
     set_cell(folder / "recordings.arrow", "id", 0, id)
     with pytest.raises(UserError, match=f"{folder}: recording id"):
-        open_dataset(folder).recording(0)
+        stored_recording(open_dataset(folder), 0)
 
 
 @pytest.mark.parametrize("column", ["id", "frames", "mean", "language", "crc32", "offset"])

@@ -17,13 +17,13 @@ from common.segments import Segments
 from data import skipped as skipped_module
 from data.format import schema
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter, locked
 from data.loading.loader import LoaderSettings, RowLoader
 from data.loading.mixture import DatasetGroup, MixedCrops, groups
 from data.loading.order import CropOrder
 from data.loading.supervised import FixedCrops, supervised_crops
-from data.shards.derive import derive, hidden_sibling
+from data.recording import Recording
+from data.shards.derive import derive, hidden_sibling, stored_recording
 from data.skipped import Skipped, list_path, merge_lists, write_list
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, make_dataset, noise, verify
@@ -287,7 +287,7 @@ class NeverLongEnough(CropOrder):
 
 def test_a_dataset_is_derived_by_one_process_at_a_time(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 100])
-    entries = [(dataset, i, dataset.recording(i)) for i in range(2)]
+    entries = [(dataset, i, stored_recording(dataset, i)) for i in range(2)]
     with locked(hidden_sibling(tmp_path / "out", "lock")), pytest.raises(UserError, match="another process is writing"):
         derive(tmp_path / "out", entries)
     assert len(derive(tmp_path / "out", entries)) == 2

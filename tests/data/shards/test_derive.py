@@ -13,10 +13,10 @@ from common.files import replace_file, write_file
 from data.features import FeatureSettings
 from data.format import schema
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.shards import derive as derive_module
-from data.shards.derive import derive
+from data.shards.derive import derive, stored_recording
 from data.transcripts import Word
 from tests.made_datasets import make_dataset, noise, verify
 
@@ -29,7 +29,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def everything(dataset: Dataset) -> list[tuple[Dataset, int, Recording]]:
-    return [(dataset, i, dataset.recording(i)) for i in range(len(dataset))]
+    return [(dataset, i, stored_recording(dataset, i)) for i in range(len(dataset))]
 
 
 def test_a_copy_of_all_recordings_is_the_same_dataset_and_takes_no_space(dataset: Dataset, tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_a_copy_of_all_recordings_is_the_same_dataset_and_takes_no_space(dataset
 def test_selected_recordings_keep_their_values_and_get_new_labels(dataset: Dataset, tmp_path: Path) -> None:
     words = [Word("hello", 0.1, 0.4, 0.5)]
     entries = [
-        (dataset, 4, replace(dataset.recording(4), words=words, split="test")),
-        (dataset, 1, replace(dataset.recording(1), id="zzz", excluded=[(0.0, 1.0)])),
+        (dataset, 4, replace(stored_recording(dataset, 4), words=words, split="test")),
+        (dataset, 1, replace(stored_recording(dataset, 1), id="zzz", excluded=[(0.0, 1.0)])),
     ]
     selected = derive(tmp_path / "selected", iter(entries))
     assert [selected.id(i) for i in range(2)] == ["r004", "zzz"] and selected.frames.tolist() == [5000, 700]
@@ -105,7 +105,7 @@ def test_a_folder_name_may_have_the_maximum_length(tmp_path: Path) -> None:
         writer.add(Recording("one"), np.zeros((10, 80)))
         writer.finish()
     source = open_dataset(tmp_path / ("a" * 255))
-    derive(tmp_path / ("b" * 255), [(source, 0, source.recording(0))])
+    derive(tmp_path / ("b" * 255), [(source, 0, stored_recording(source, 0))])
     write_file(tmp_path / ("c" * 255), "text")
     with replace_file(tmp_path / ("d" * 255)) as file:
         file.write(b"text")

@@ -17,11 +17,12 @@ import pytest
 
 from data.format import schema
 from data.format.dataset import Dataset, open_dataset
-from data.format.schema import Recording
 from data.format.writer import DatasetWriter
+from data.recording import Recording
 from data.shards import integrity
 from data.shards import stats as shards_stats
 from data.shards.__main__ import main
+from data.shards.derive import stored_recording
 from data.shards.inspect import EDGES, totals
 from data.shards.integrity import find_faults
 from data.shards.select import split_of
@@ -76,7 +77,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def recordings_of(dataset: Dataset) -> list[Recording]:
-    return [dataset.recording(i) for i in range(len(dataset))]
+    return [stored_recording(dataset, i) for i in range(len(dataset))]
 
 
 def rewrite(path: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
