@@ -103,7 +103,7 @@ class HotWords:
         return self._scores[state]
 
     def partial_match(self, state: int) -> float:
-        """Score of an incomplete match, which a label that matches no phrase takes back."""
+        """Score of an incomplete match, which is subtracted again at a label that matches no phrase."""
         return -self.scores(state)[0]
 
 

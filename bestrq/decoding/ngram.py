@@ -34,7 +34,7 @@ from bestrq.decoding.tokens import BLANK
 from common.errors import UserError
 from common.files import write_file
 
-BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 FLOOR = -100 * math.log(10)
 """log-probability of a word that is not in the file, if <unk> is not either; KenLM uses the same value"""
 LOG10_ZERO = -99.0
@@ -197,11 +197,11 @@ def _parse(lines: _Lines, pieces: Sequence[str]) -> NGram:
 def _number_words(pieces: Sequence[str]) -> tuple[dict[bytes, int], int]:
     """Number of each word that a file may contain, and the number of <unk>. Bytes, so that lines are not decoded."""
     numbers = {piece.encode(): label for label, piece in enumerate(pieces)}
-    if len(numbers) < len(pieces) or {BEGIN.encode(), END.encode()} & numbers.keys():
+    if len(numbers) < len(pieces) or {START.encode(), END.encode()} & numbers.keys():
         raise UserError("the tokenizer has two labels with the same piece, or a piece <s> or </s>: train it again")
     del numbers[pieces[BLANK].encode()]
     unknown = numbers.setdefault(UNKNOWN.encode(), len(pieces) + 2)
-    return {b"<UNK>": unknown, **numbers, END.encode(): len(pieces), BEGIN.encode(): len(pieces) + 1}, unknown
+    return {b"<UNK>": unknown, **numbers, END.encode(): len(pieces), START.encode(): len(pieces) + 1}, unknown
 
 
 def _read_counts(lines: _Lines) -> tuple[list[int], bytes]:
@@ -335,7 +335,7 @@ def write_arpa(path: str | Path, estimate: Estimate, pieces: Sequence[str]) -> N
         pieces: piece of each label, `[V]`, distinct and without white space.
     """
     path = Path(path)
-    names = [*pieces, END, BEGIN]
+    names = [*pieces, END, START]
     lines = ["\\data\\", *(f"ngram {n}={count}" for n, count in enumerate(estimate.num_ngrams, 1))]
     for n, table in enumerate(estimate.probabilities, 1):
         lines += ["", f"\\{n}-grams:"]

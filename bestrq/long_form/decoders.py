@@ -55,7 +55,7 @@ class DecoderSettings:
     """text file with phrases to prefer, one per line, optionally followed by a tab and a weight; needs a beam of 2 or
     more"""
     hot_word_weight: PositiveFloat = 1.5
-    """score per label of a hot word without a weight of its own, in nats; taken back if the phrase is not completed"""
+    """score in nats per label of a hot word whose line has no weight; subtracted again if the phrase is not completed"""
     ctc_labels: PositiveInt = 32
     """number of most probable outputs per frame that a CTC beam search considers"""
     ctc_min_log_prob: float = -10.0
@@ -245,8 +245,8 @@ def decode_recordings(
 ) -> Iterator[tuple[int, TimedTokens]]:
     """Tokens of whole recordings with their encoder frames, each with the index of its source.
 
-    As many recordings are searched together as fit into `settings.batch_seconds`, including padding: sort them by
-    length. In mode 'stitched', each window is searched separately.
+    Recordings are searched together up to `settings.batch_seconds`, including padding: sort them by length. In mode
+    'stitched', each window is searched separately.
 
     Args:
         stride: mel frames per encoder frame (`encoder.settings.stride`).

@@ -40,7 +40,7 @@ class InferenceSettings:
     """share of a window that overlaps with others, half of it at each end, from 0 to below 1. Multiplies the compute by
     1 / (1 - overlap); 0 is plain chunking"""
     batch_seconds: PositiveFloat = 120.0
-    """audio per batch, including padding; a longer window is a batch of its own"""
+    """audio per batch, including padding; a longer window forms a batch alone"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """precision of the encoder, by autocast; log-probabilities are always float32"""
 
@@ -250,7 +250,7 @@ def run_windows(
 def _batches(
     sources: Sequence[RecordingSource], settings: InferenceSettings, stride: int, frames_per_second: float
 ) -> Iterator[list[Task]]:
-    """Yield as many windows at a time as fit into `batch_seconds`."""
+    """Yield batches of windows, each of at most `batch_seconds` or a single window."""
     context = settings.context(stride, frames_per_second)
     budget = settings.batch_seconds * frames_per_second
     batch: list[Task] = []

@@ -68,8 +68,8 @@ def stitch_recordings(
 def join(before: TimedTokens, after: TimedTokens, start: int, stop: int, rate: float) -> TimedTokens:
     """Join the tokens so far with those of the next window, without duplicates in their overlap.
 
-    The result follows `before` up to a common token near the middle of the overlap, and `after` behind it; without a
-    common token, they are cut at the middle.
+    Tokens are taken from `before` up to the common token nearest to the middle of the overlap, and from `after` from
+    there on. Without a common token, both are cut at the middle.
 
     Args:
         before, after: tokens in frames of the recording, ordered by time.
@@ -92,8 +92,9 @@ def join(before: TimedTokens, after: TimedTokens, start: int, stop: int, rate: f
 
 
 def align_tokens(first: TimedTokens, second: TimedTokens, tolerance: float) -> list[tuple[int, int]]:
-    """Longest common subsequence of tokens, weighted by time: pairs count more the closer their times are, and nothing
-    from `tolerance` frames on.
+    """Longest common subsequence of tokens, weighted by time.
+
+    The weight of a pair decreases linearly with the distance of its times, to 0 at `tolerance` frames.
 
     Returns:
         pairs of indices into both, increasing.

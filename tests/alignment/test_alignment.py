@@ -26,7 +26,7 @@ from bestrq.alignment.anchors import match_labels
 from bestrq.alignment.pieces import STAR, Transcript, plan_pieces
 from bestrq.long_form.inference import InferenceSettings, RecordingSource, model_outputs
 from common.errors import UserError
-from tests.long_form.test_inference import FACTOR, LocalModel, recording
+from tests.long_form.test_inference import STRIDE, LocalModel, recording
 
 VOCABULARY, SPACE = 20, 19
 ONE_PIECE = AlignmentSettings(piece_cells=10**9, max_cells=10**9)
@@ -402,10 +402,10 @@ def test_the_spool_holds_one_recording_at_a_time(monkeypatch: pytest.MonkeyPatch
     outputs: Callable[..., Any] = model_outputs
     indices = []
     for index, best in outputs(
-        LocalModel().log_probs, [s for _, s in pairs], inference, FACTOR, 1.0, reduce=spool.keep
+        LocalModel().log_probs, [s for _, s in pairs], inference, STRIDE, 1.0, reduce=spool.keep
     ):
         source: RecordingSource = pairs[index][1]
-        [(_, whole)] = model_outputs(LocalModel().log_probs, [source], inference, FACTOR, 1.0)
+        [(_, whole)] = model_outputs(LocalModel().log_probs, [source], inference, STRIDE, 1.0)
         np.testing.assert_allclose(spool.read(0, len(best)), whole.half().float(), rtol=1e-3)
         middle = len(best) // 2
         np.testing.assert_array_equal(spool.read(middle, len(best)), spool.read(0, len(best))[middle:])

@@ -18,7 +18,7 @@ from common.errors import UserError
 
 Path = tuple[int, ...]
 PHRASES = [((1, 2), 0.8), ((2, 2, 1), 0.5)]
-FUSIONS = ("nothing", "language model", "hot words", "all")
+FUSIONS = ("none", "language model", "hot words", "all")
 
 
 def random_log_probs(frames: int, vocab_size: int = 3, seed: int = 0, scale: float = 1.5) -> Tensor:
@@ -32,7 +32,7 @@ def collapse(path: Path) -> Path:
 
 
 def make_fusion(kind: str, vocab_size: int = 3) -> Fusion | None:
-    if kind == "nothing":
+    if kind == "none":
         return None
     model = Bigrams(vocab_size) if kind in ("language model", "all") else None
     hot_words = HotWords(PHRASES) if kind in ("hot words", "all") else None
@@ -48,7 +48,7 @@ def fusion_score(kind: str, labels: Path, vocab_size: int = 3) -> float:
     return total + (0.4 * len(labels) if kind == "all" else 0.0)
 
 
-def sums_over_alignments(log_probs: Tensor, kind: str = "nothing") -> dict[Path, float]:
+def sums_over_alignments(log_probs: Tensor, kind: str = "none") -> dict[Path, float]:
     """Score of every label sequence that frames `[T, V]` can produce."""
     totals: dict[Path, list[float]] = {}
     for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
@@ -92,7 +92,7 @@ def test_a_wider_beam_finds_better_hypotheses_than_greedy_search() -> None:
     assert better >= 3
 
 
-@pytest.mark.parametrize("kind", ["nothing", "all"])
+@pytest.mark.parametrize("kind", ["none", "all"])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_sequences_of_a_narrow_beam_are_distinct_and_scores_at_most_the_sum(width: int, kind: str) -> None:
     for seed in range(5):
@@ -112,7 +112,7 @@ class OneThenTwo:
 
 
 def test_a_pruned_sequence_that_reappears_is_merged_with_its_extensions() -> None:
-    """(1) is pruned at the second frame, (1, 2) is not; the third extends () to (1) again, the fourth extends (1) to (1, 2)."""
+    """(1) is pruned at frame 2 and (1, 2) is kept; frame 3 extends () to (1) again, frame 4 extends (1) to (1, 2)."""
     probabilities = torch.tensor([[0.55, 0.45, 0], [0.4, 0, 0.6], [0.1, 0.9, 0], [0.5, 0, 0.5]], dtype=torch.float64)
     best = search(probabilities.log(), 2, Fusion(3, OneThenTwo(), 1.0))[0]
     assert best.tokens.ids == [1, 2]
@@ -141,7 +141,7 @@ def best_alignment(log_probs: Tensor, labels: Path) -> Path:
     return max(paths, key=lambda path: sum(float(log_probs[frame, label]) for frame, label in enumerate(path)))
 
 
-@pytest.mark.parametrize("kind", ["nothing", "all"])
+@pytest.mark.parametrize("kind", ["none", "all"])
 def test_times_and_confidences_are_those_of_the_best_alignment(kind: str) -> None:
     for seed in range(3):
         log_probs = random_log_probs(5, seed=seed)
