@@ -55,7 +55,7 @@ class DecoderSettings:
     """text file with phrases to prefer, one per line, optionally followed by a tab and a weight; needs a beam of 2 or
     more"""
     hot_word_weight: PositiveFloat = 1.5
-    """score in nats per label of a hot word whose line has no weight; subtracted again if the phrase is not completed"""
+    """score in nats per label of a hot word whose line has no weight; subtracted if the phrase is not completed"""
     ctc_labels: PositiveInt = 32
     """number of most probable outputs per frame that a CTC beam search considers"""
     ctc_min_log_prob: float = -10.0
