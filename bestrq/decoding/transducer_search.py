@@ -140,9 +140,8 @@ def predict_rows(
     """
     row_predicted, row_state = model.predict(label, tuple(part[rows] for part in prediction))
     parts = zip(prediction, row_state, strict=True)
-    return tuple(part.index_copy(0, rows, row_part) for part, row_part in parts), predicted.index_copy(
-        0, rows, row_predicted
-    )
+    prediction = tuple(part.index_copy(0, rows, row_part) for part, row_part in parts)
+    return prediction, predicted.index_copy(0, rows, row_predicted)
 
 
 def concatenate_steps(steps: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -57,7 +57,7 @@ def plan_windows(num_frames: int, context: int, overlap: float, stride: int) -> 
 class RunningAverage:
     """Mean of the probabilities of each frame over all windows that contain it, computed window by window.
 
-    Windows are weighted equally, as in the long-context paper. Sums are computed on logarithms, so that no probability
+    Windows are weighted equally, as in the source. Sums are computed on logarithms, so that no probability
     underflows to log(0). Only the overlap with the next window is held in memory.
 
     Source: Flynn and Ragni 2023, arXiv 2310.15672.

@@ -98,8 +98,8 @@ def test_sequences_of_a_narrow_beam_are_distinct_and_scores_at_most_the_sum(widt
     for seed in range(5):
         log_probs = random_log_probs(7, seed=seed, scale=0.5)
         expected = sums_over_alignments(log_probs, kind)
-        found = scores_by_labels(search(log_probs, width, make_fusion(kind)))
-        assert 1 <= len(found) <= width and all(score <= expected[labels] + 1e-9 for labels, score in found.items())
+        result = scores_by_labels(search(log_probs, width, make_fusion(kind)))
+        assert 1 <= len(result) <= width and all(score <= expected[labels] + 1e-9 for labels, score in result.items())
 
 
 class OneThenTwo:

@@ -103,8 +103,8 @@ def test_padding_is_ignored() -> None:
     model, encoded = TableTransducer(), random_frames(len(LENGTHS), 24)
     used = torch.arange(24)[:, None] < LENGTHS[:, None, None]
     other = torch.where(used, encoded, random_frames(len(LENGTHS), 24, seed=1))
-    found = [greedy_search(model, frames, LENGTHS, 3).emitted for frames in (encoded, other)]
-    assert found[0] == found[1] and found[0][1].ids == []
+    result = [greedy_search(model, frames, LENGTHS, 3).emitted for frames in (encoded, other)]
+    assert result[0] == result[1] and result[0][1].ids == []
 
 
 def test_times_are_within_the_recording_and_never_decrease() -> None:

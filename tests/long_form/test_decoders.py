@@ -61,8 +61,8 @@ def decode(
     decoder: Decoder, sources: list[RecordingSource], context: float = 0.0, batch: float = 1e6
 ) -> list[TimedTokens]:
     settings = InferenceSettings(context_seconds=context, batch_seconds=batch)
-    found = dict(decode_recordings(decoder, sources, settings, STRIDE, RATE))
-    return [found[index] for index in range(len(sources))]
+    result = dict(decode_recordings(decoder, sources, settings, STRIDE, RATE))
+    return [result[index] for index in range(len(sources))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,11 +95,11 @@ def test_a_transducer_search_skips_excluded_frames(kind: str) -> None:
     decoder = make_decoder(kind)
     assert isinstance(decoder, TransducerDecoder)
     outputs, excluded = torch.randn(1, 60, 10), torch.arange(60) % 7 < 2
-    [found] = decoder.search([outputs[0]], [excluded])
+    [result] = decoder.search([outputs[0]], [excluded])
     [shorter] = decoder.search([outputs[0][~excluded]], [torch.zeros(int((~excluded).sum()), dtype=torch.bool)])
-    assert found.ids == shorter.ids and len(found.ids) > 3
+    assert result.ids == shorter.ids and len(result.ids) > 3
     frames: Tensor = (~excluded).nonzero().squeeze(1)
-    assert found.first_frame == frames[shorter.first_frame].tolist()
+    assert result.first_frame == frames[shorter.first_frame].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,9 +150,11 @@ def test_a_rescorer_selects_the_transcript(kind: str) -> None:
         return list(range(len(hypotheses)))
 
     [first] = decode(decoder, [source(200)])
-    [found] = decode(replace(decoder, rescorer=prefer_last), [source(200)])
+    [result] = decode(replace(decoder, rescorer=prefer_last), [source(200)])
     assert (
-        [rescored[0][0], rescored[0][-1]] == [first.ids, found.ids] and len(rescored[0]) == 3 and first.ids != found.ids
+        [rescored[0][0], rescored[0][-1]] == [first.ids, result.ids]
+        and len(rescored[0]) == 3
+        and first.ids != result.ids
     )
     assert replace(decoder, rescorer=prefer_last).description.endswith("no language model, rescored")
 

@@ -65,8 +65,8 @@ def run(
 ) -> Tensor:  # fmt: skip
     """Outputs of one recording; seconds are mel frames."""
     settings = InferenceSettings(mode, context, overlap, batch)
-    [(_, found)] = model_outputs(outputs or WholeWindowModel().log_probs, [source], settings, STRIDE, 1.0, **more)
-    return found
+    [(_, result)] = model_outputs(outputs or WholeWindowModel().log_probs, [source], settings, STRIDE, 1.0, **more)
+    return result
 
 
 def plain_windows(total: int, size: int, hop: int) -> list[tuple[int, int]]:
@@ -134,8 +134,8 @@ def test_a_model_without_context_gives_the_same_in_all_modes(num_frames: int, co
     expected = model.alone(log_mel)
     modes: list[Mode] = ["buffered", "averaged", "whole"]
     for mode in modes:
-        found = run(mode, source, context, overlap, outputs=model.log_probs)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        result = run(mode, source, context, overlap, outputs=model.log_probs)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 def window_weights(total: int, size: int, overlap: float) -> Tensor:
@@ -163,17 +163,17 @@ def test_every_window_has_the_same_weight_at_all_lengths_modulo_window_and_hop()
                 for number, (start, stop) in enumerate(spans):
                     covered[start:stop, number] = 1.0
                 expected = covered[:, : len(spans)] / covered.sum(dim=1, keepdim=True)
-                found = window_weights(total, size, 1 - hop / size)
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+                result = window_weights(total, size, 1 - hop / size)
+                torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 def test_an_average_of_extreme_probabilities_is_finite() -> None:
     """exp(-200) is 0 in float32, and log(0) would make a probable path impossible."""
     average = RunningAverage()
     certain = torch.tensor([[0.0, -200.0]]).expand(4, 2)
-    found = torch.cat([average.add(certain, 2), average.add(certain, 4)])
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, certain[:1].expand(6, 2))
+    result = torch.cat([average.add(certain, 2), average.add(certain, 4)])
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, certain[:1].expand(6, 2))
 
 
 def make_ctc(**changes: Any) -> CTCModel:
@@ -205,8 +205,8 @@ def test_outputs_depend_neither_on_the_batch_nor_on_its_other_recordings(mode: M
 
     def outputs(order: list[int], batch: float) -> dict[int, Tensor]:
         settings = InferenceSettings(mode, 60, 0.5, batch)
-        found = model_outputs(model.log_probs, [sources[i] for i in order], settings, STRIDE, 1.0)
-        return {order[index]: output for index, output in found}
+        result = model_outputs(model.log_probs, [sources[i] for i in order], settings, STRIDE, 1.0)
+        return {order[index]: output for index, output in result}
 
     alone = {i: output for n in range(5) for i, output in outputs([n], 1).items()}
     for order, batch in (([0, 1, 2, 3, 4], 1e6), ([4, 1, 3, 0, 2], 150)):
@@ -237,13 +237,13 @@ def test_a_stream_equals_one_pass_and_reads_a_chunk_at_a_time(left_chunks: int) 
         return log_probs
 
     settings = InferenceSettings("streaming")
-    found = []
+    result = []
     for index, streamed in model_outputs(model.log_probs, sources, settings, STRIDE, 1.0, reduce=reduce, stream=stream):
         assert torch.equal(torch.cat(kept), streamed)
         kept.clear()
-        found.append((index, streamed))
-    assert max(reads) == 16 and [index for index, _ in found] == [0, 1, 2, 3, 4]
-    for index, streamed in found:
+        result.append((index, streamed))
+    assert max(reads) == 16 and [index for index, _ in result] == [0, 1, 2, 3, 4]
+    for index, streamed in result:
         whole = run("whole", sources[index], 0, 0, outputs=model.log_probs)
         torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-11)
 
@@ -275,10 +275,10 @@ def test_memory_does_not_grow_with_the_recording(mode: Mode, monkeypatch: pytest
     add = RunningAverage.add
 
     def counting(average: RunningAverage, log_probs: Tensor, num_finished: int) -> Tensor:
-        found = add(average, log_probs, num_finished)
+        result = add(average, log_probs, num_finished)
         assert average.log_sum is not None
         held.append(average.log_sum.untyped_storage().nbytes() // (8 * VOCAB))
-        return found
+        return result
 
     monkeypatch.setattr(RunningAverage, "add", counting)
     reads, reduced = [], []
@@ -305,8 +305,8 @@ def test_memory_does_not_grow_with_the_recording(mode: Mode, monkeypatch: pytest
 def test_silence_and_very_short_recordings_have_outputs(mode: Mode, num_frames: int) -> None:
     model = make_ctc()
     silence = RecordingSource(num_frames, lambda start, stop: torch.zeros(stop - start, 8, dtype=torch.float64))
-    found = run(mode, silence, 120, 0.5, outputs=model.log_probs)
-    assert found.shape == (-(-num_frames // STRIDE), 6) and found.isfinite().all()
+    result = run(mode, silence, 120, 0.5, outputs=model.log_probs)
+    assert result.shape == (-(-num_frames // STRIDE), 6) and result.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", [*WINDOWED, "whole", "streaming"])
@@ -318,12 +318,12 @@ def test_features_that_are_not_finite_are_an_error_that_names_the_recording(mode
     log_mel[211, 3] = value
     bad = RecordingSource(300, lambda start, stop: log_mel[start:stop], name="call-17")
     good = RecordingSource(40, lambda start, stop: log_mel[start:stop], name="call-16")
-    found = model_outputs(
+    result = model_outputs(
         model.log_probs, [good, bad], InferenceSettings(mode, 80, 0.5, 80), STRIDE, 1.0, stream=stream
     )  # fmt: skip
-    assert next(found)[0] == 0
+    assert next(result)[0] == 0
     with pytest.raises(RecordingError, match="call-17: .* not finite") as error:
-        next(found)
+        next(result)
     assert error.value.index == 1
 
 

@@ -75,21 +75,21 @@ def test_no_token_is_lost_or_doubled_if_windows_agree_in_the_middle(
     seed: int, num_frames: int, hop: int, jitter: int, edge: int
 ) -> None:
     truth = speech(seed, num_frames)
-    found = joined(truth, num_frames, 240, hop, jitter=jitter, edge=edge)
-    assert found.ids == truth.ids
-    assert found.first_frame == sorted(found.first_frame)
-    assert all(abs(a - b) <= jitter for a, b in zip(found.first_frame, truth.first_frame, strict=True))
-    assert all(first <= last for first, last in zip(found.first_frame, found.last_frame, strict=True))
+    result = joined(truth, num_frames, 240, hop, jitter=jitter, edge=edge)
+    assert result.ids == truth.ids
+    assert result.first_frame == sorted(result.first_frame)
+    assert all(abs(a - b) <= jitter for a, b in zip(result.first_frame, truth.first_frame, strict=True))
+    assert all(first <= last for first, last in zip(result.first_frame, result.last_frame, strict=True))
 
 
 def test_the_join_is_at_the_agreed_token_nearest_to_the_middle() -> None:
     """Both have 1 2 3 in the overlap 100 to 200; the other labels show which window a token is from."""
     before = timed([7, 1, 8, 2, 8, 3, 8], [90, 110, 120, 140, 160, 180, 190])
     after = timed([9, 1, 9, 2, 9, 3, 9, 7], [105, 112, 125, 143, 161, 182, 191, 210])
-    found = join(before, after, 100, 200, FRAMES_PER_SECOND)
-    assert found.ids == [7, 1, 8, 2, 9, 3, 9, 7]
-    assert found.first_frame == [90, 110, 120, 140, 161, 182, 191, 210]
-    assert found.last_frame == [91, 111, 121, 141, 162, 183, 192, 211]
+    result = join(before, after, 100, 200, FRAMES_PER_SECOND)
+    assert result.ids == [7, 1, 8, 2, 9, 3, 9, 7]
+    assert result.first_frame == [90, 110, 120, 140, 161, 182, 191, 210]
+    assert result.last_frame == [91, 111, 121, 141, 162, 183, 192, 211]
 
 
 def test_without_agreement_the_join_is_in_the_middle() -> None:
@@ -117,8 +117,8 @@ def test_a_window_of_silence_replaces_only_its_part() -> None:
 
 def test_times_do_not_decrease_if_two_windows_differ_on_a_time() -> None:
     before, after = timed([1, 2], [145, 155]), timed([2, 3], [147, 150])
-    found = join(before, after, 100, 200, FRAMES_PER_SECOND)
-    assert found.ids == [1, 2, 3] and found.first_frame == [145, 155, 155] and found.last_frame == [146, 156, 155]
+    result = join(before, after, 100, 200, FRAMES_PER_SECOND)
+    assert result.ids == [1, 2, 3] and result.first_frame == [145, 155, 155] and result.last_frame == [146, 156, 155]
 
 
 @hypothesis_settings(deadline=None, max_examples=60)
@@ -151,8 +151,8 @@ def test_shift_changes_only_times() -> None:
 
 def stitched(kind: str, sources: list[RecordingSource], context: float, batch: float = 1e6) -> list[TimedTokens]:
     settings = InferenceSettings("stitched", context, 0.5, batch)
-    found = dict(decode_recordings(make_decoder(kind), sources, settings, STRIDE, RATE))
-    return [found[index] for index in range(len(sources))]
+    result = dict(decode_recordings(make_decoder(kind), sources, settings, STRIDE, RATE))
+    return [result[index] for index in range(len(sources))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,20 +175,20 @@ def test_windows_with_correct_tokens_give_the_correct_transcript() -> None:
 
     def search(kept: object, excluded: object) -> list[TimedTokens]:
         assert isinstance(kept, list)
-        found = []
+        result = []
         for outputs in kept:
             [frames] = outputs[:, 0].nonzero(as_tuple=True)
-            found.append(TimedTokens(outputs[frames, 0].int().tolist(), frames.tolist(), frames.tolist()))
-        return found
+            result.append(TimedTokens(outputs[frames, 0].int().tolist(), frames.tolist(), frames.tolist()))
+        return result
 
     silent = RecordingSource(300, lambda start, stop: torch.zeros(stop - start, 1))
     spoken = RecordingSource(1000, lambda start, stop: labels[start:stop])
     settings = InferenceSettings("stitched", 100.0, 0.25, 250.0)
-    found = dict(
+    result = dict(
         stitch_recordings(lambda rows, *_: rows, lambda x: x, search, [silent, spoken, silent], settings, 1, 1.0)
     )
-    assert found[0].ids == found[2].ids == [] and found[1].ids == truth.ids
-    assert found[1].first_frame == truth.first_frame
+    assert result[0].ids == result[2].ids == [] and result[1].ids == truth.ids
+    assert result[1].first_frame == truth.first_frame
 
 
 @pytest.mark.parametrize("kind", ["greedy", "beam"])
