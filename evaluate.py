@@ -54,7 +54,8 @@ def parse_command(argv: Sequence[str] | None = None) -> Config:
                 f"{', '.join(lists)}: evaluate.py evaluates one configuration; give the same arguments to "
                 "`python -m tools.sweep`, which evaluates all configurations of the lists"
             ) from None
-        if re.search(r"Got value: \[|load config .\[", str(error)):  # such as --inference.context_seconds '[5, 20]'
+        # Such as --inference.context_seconds '[5, 20]'.
+        if re.search(r"Got value: \[|is a list: |load config .\[", str(error)):
             raise UserError(
                 f"{error}. evaluate.py takes one value per field; `python -m tools.sweep` takes lists, as "
                 "--grid.contexts, --grid.overlaps, --grid.modes, --grid.decoders and --grid.exports"

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.training.export_reading import Export, read_export
 from bestrq.training.process import World
 from bestrq.transcripts.formats import WRITERS, TimedTranscript
@@ -203,7 +203,7 @@ def outcomes(
     workers = config.workers or (1 if world.device.type == "cpu" else torch.get_num_threads())
     with closing(read_features(groups, recogniser.features, workers)) as features:
         for group in groups:
-            sources: dict[AudioFile, Source] = {}
+            sources: dict[AudioFile, RecordingSource] = {}
             for file in group:
                 result = next(features)
                 if isinstance(result, Skipped):
@@ -218,7 +218,7 @@ def outcomes(
 
 
 def decode(
-    recogniser: Recogniser, decoder: Decoder, by_file: Mapping[AudioFile, Source], settings: InferenceSettings,
+    recogniser: Recogniser, decoder: Decoder, by_file: Mapping[AudioFile, RecordingSource], settings: InferenceSettings,
     world: World,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Transcripts of files whose features are in memory."""
@@ -255,10 +255,10 @@ def read_features(
         yield from list(extract_all(group, features, 1))
 
 
-def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> Source:
+def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> RecordingSource:
     """Decoder input from log-mel, float16 [frames, M], normalised like a recording of a dataset."""
     mean, inverse_std = dataset_statistics or normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
-    return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
+    return RecordingSource(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
 
 
 def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
-from bestrq.long_form.inference import Source
+from bestrq.long_form.inference import RecordingSource
 from bestrq.report.reports import write_evaluation_report
 from bestrq.report.result_files import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
 from bestrq.report.text import rates_table
@@ -209,7 +209,9 @@ def decode(
     """Decode this rank's recordings; each transcript is appended to partial-RANK.jsonl at once. Returns lines by id."""
     rate, stride = dataset.features.frames_per_second, recogniser.model.encoder.settings.stride
     sources = [
-        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or (), dataset.id(i))
+        RecordingSource(
+            int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or (), dataset.id(i)
+        )
         for i in recordings
     ]
     outputs = decode_recordings(decoder, sources, evaluation.inference, stride, rate, world.device)

@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import nn
 
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
@@ -142,7 +142,7 @@ def heldout_recordings(dataset: Dataset, config: FinetuneConfig) -> list[Heldout
     read = partial(read_mel, dataset, config.data.normalisation)
     heldout = []
     for i in sorted(recordings, key=lambda i: (-int(dataset.frames[i]), i)):
-        source = Source(int(dataset.frames[i]), partial(read, i), dataset.excluded(i) or ())
+        source = RecordingSource(int(dataset.frames[i]), partial(read, i), dataset.excluded(i) or ())
         heldout.append(Heldout(dataset.id(i), source, dataset.text(i) or "", dataset.language(i)))
     return heldout
 

@@ -26,7 +26,7 @@ from bestrq.long_form.decoders import (
     decode_recordings,
     read_fusion,
 )
-from bestrq.long_form.inference import InferenceSettings, Outputs, Source, StreamedOutputs
+from bestrq.long_form.inference import InferenceSettings, OutputFunction, RecordingSource, StreamedOutputs
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
@@ -210,7 +210,7 @@ def try_decoding(
     """Decode two encoder frames of noise. Raises UserError if model, decoder and settings do not go together."""
     stride, rate = recogniser.model.encoder.settings.stride, recogniser.features.frames_per_second
     noise = torch.randn(2 * stride, recogniser.features.num_mels, generator=torch.Generator().manual_seed(0))
-    source = Source(len(noise), lambda start, stop: noise[start:stop], name="noise")
+    source = RecordingSource(len(noise), lambda start, stop: noise[start:stop], name="noise")
     list(decode_recordings(decoder, [source], settings, stride, rate, device))
 
 
@@ -221,7 +221,7 @@ def _fusion(recogniser: Recogniser, settings: DecoderSettings) -> Fusion | None:
     return read_fusion(settings, tokenizer.pieces, tokenizer.encode)
 
 
-def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:
+def ctc_outputs(recogniser: Recogniser, export: str) -> OutputFunction:
     """Function that computes CTC log-probabilities `[R, T, V]`. Raises UserError if the model has no CTC head."""
     if not isinstance(recogniser.model, TransducerModel):
         return recogniser.model.log_probs

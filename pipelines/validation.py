@@ -8,7 +8,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.scoring.word_errors import score_recording
@@ -34,7 +34,7 @@ class Heldout:
     """Held-out recording and its reference."""
 
     id: str
-    source: Source
+    source: RecordingSource
     reference: str
     language: str
 

@@ -40,7 +40,7 @@ from bestrq.alignment.alignment import (
 )
 from bestrq.alignment.pieces import STAR, Transcript
 from bestrq.decoding.tokens import BLANK
-from bestrq.long_form.inference import InferenceSettings, Source, excluded_frames, transcribe
+from bestrq.long_form.inference import InferenceSettings, RecordingSource, excluded_frames, model_outputs
 from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.config import parse, run_main, to_dict
@@ -239,11 +239,11 @@ def align_recordings(
 
     # Excluded intervals are not in the transcript; their frames become blanks.
     sources = [
-        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ())
+        RecordingSource(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ())
         for i in recordings
     ]
     spool = LogProbSpool(vocab_size)
-    outputs = transcribe(
+    outputs = model_outputs(
         log_probs, sources, config.inference, stride, frames_per_second, world.device, reduce=spool.keep
     )  # fmt: skip
     total = round(sum(source.num_frames for source in sources) / frames_per_second)

@@ -22,6 +22,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse.typing import NonNegativeFloat
+
 from bestrq.long_form.decoders import DecoderSettings
 from bestrq.long_form.inference import Mode
 from bestrq.model.conformer import EncoderSettings
@@ -54,7 +56,7 @@ class GridSettings:
 
     exports: list[str] = field(default_factory=list)
     """further exports, such as those of models trained with other contexts"""
-    contexts: list[float] = field(default_factory=list)
+    contexts: list[NonNegativeFloat] = field(default_factory=list)
     """values of inference.context_seconds; 0 for whole recordings"""
     overlaps: list[float] = field(default_factory=list)
     """values of inference.overlap"""

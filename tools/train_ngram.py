@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bestrq.decoding.ngram import perplexity, read_arpa
-from bestrq.decoding.ngram_training import train_ngram, write_arpa
+from bestrq.decoding.ngram import perplexity, read_arpa, train_ngram, write_arpa
 from common.config import parse, run_main
 from common.errors import UserError
 from common.text import label_text

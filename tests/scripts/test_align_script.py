@@ -249,7 +249,7 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(
     config: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(config, tmp_path / "out")
-    monkeypatch.setattr(script, "transcribe", None)
+    monkeypatch.setattr(script, "model_outputs", None)
     run(config, tmp_path / "out")
     for changes in ({"realign": True}, {"alignment": replace(config.alignment, lead_ms=0.0)}):
         with pytest.raises(UserError, match="already exists and is another dataset"):
@@ -328,7 +328,7 @@ def test_a_dataset_that_cannot_be_linked_is_refused_before_any_work(
     dataset = open_dataset(config.data.dataset)
     dataset.location = "s3://bucket/data"
     monkeypatch.setattr(script, "open_dataset", lambda _: dataset)
-    monkeypatch.setattr(script, "transcribe", None)
+    monkeypatch.setattr(script, "model_outputs", None)
     with pytest.raises(UserError, match="s3://bucket/data is not a folder"):
         run(config, tmp_path / "out")
     nothing = script.DataSettings(dataset="s3://bucket/data", split="nothing")

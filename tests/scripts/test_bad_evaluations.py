@@ -17,7 +17,7 @@ import evaluate as script
 import transcribe
 from benchmarks.live_bytes import LiveBytes
 from bestrq.long_form.decoders import Decoder, DecoderSettings, GreedyCTC, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Mode, Source
+from bestrq.long_form.inference import InferenceSettings, Mode, RecordingSource
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
@@ -214,7 +214,7 @@ def test_an_export_with_other_features_is_refused_by_the_name_of_the_field(
     assert not (tmp_path / "out").exists()
 
 
-def spied(original: Any, into: list[Source], decoder: Decoder, sources: Any, *arguments: Any) -> Iterator[Any]:
+def spied(original: Any, into: list[RecordingSource], decoder: Decoder, sources: Any, *arguments: Any) -> Iterator[Any]:
     into.extend(sources)
     return original(decoder, sources, *arguments)
 
@@ -222,7 +222,7 @@ def spied(original: Any, into: list[Source], decoder: Decoder, sources: Any, *ar
 def test_features_of_audio_are_those_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"num_mels": 40, "high_hz": 4000.0, "hop_ms": 8.0, "mel_scale": "slaney"}
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(scale=0.1, size=12000), 16000)
-    sources: list[Source] = []
+    sources: list[RecordingSource] = []
     monkeypatch.setattr(transcribe, "decode_recordings", partial(spied, transcribe.decode_recordings, sources))
     config = transcribe.Config(
         make_export(tmp_path, **changes), str(tmp_path / "a.wav"), str(tmp_path / "out"), device="cpu"
@@ -273,7 +273,7 @@ def peak_bytes(decoder: Decoder, mode: Mode, seconds: int) -> int:
 
     settings = InferenceSettings(mode, 60.0, 0.25, batch_seconds=240.0)
     with LiveBytes() as live:
-        [(_, tokens)] = decode_recordings(decoder, [Source(25 * seconds, read)], settings, 4, 25.0)
+        [(_, tokens)] = decode_recordings(decoder, [RecordingSource(25 * seconds, read)], settings, 4, 25.0)
     assert tokens.ids
     return live.peak
 

@@ -293,11 +293,12 @@ def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> Non
     [
         (["--grid.contexts", "[5, 0]"], "grid.contexts: .*`python -m tools.sweep`"),
         (["--grid.exports", "[a]"], "grid.exports: .*`python -m tools.sweep`"),
-        (["--inference.context_seconds", "[5, 0]"], r"inference.context_seconds: .*\[5, 0\].*`python -m tools.sweep`"),
+        (["--inference.context_seconds", "[5, 0]"], "inference.context_seconds is a list: .*`python -m tools.sweep`"),
+        (["--inference.overlap", "[0.5, 0]"], r"inference.overlap: .*\[0.5, 0\].*`python -m tools.sweep`"),
         (["--decoder", "[{beam: 1}, {beam: 8}]"], "decoder: (.|\n)*`python -m tools.sweep`"),
         (["--inference.contextseconds", "5"], "did you mean 'inference.context_seconds'"),
-        (["--data.max_recordings", "-1"], "data.max_recordings: .*-1 does not conform"),
-        (["--threads", "-1"], "threads: .*-1 does not conform"),
+        (["--data.max_recordings", "-1"], "data.max_recordings is -1: expected"),
+        (["--threads", "-1"], "threads is -1: expected"),
     ],
 )
 def test_lists_and_bad_values_are_refused_by_the_name_of_the_field(arguments: list[str], message: str) -> None:

@@ -276,7 +276,7 @@ def test_settings_that_do_not_go_together_are_an_error_before_any_work(setup: Co
         sweep(setup, out, grid=GridSettings(contexts=[2.0, 0.01]))
     (tmp_path / "rnnt").mkdir()
     transducer = str(make_transducer_export(tmp_path / "rnnt" / "export"))
-    with pytest.raises(UserError, match="'averaged' takes the mean of CTC probabilities"):
+    with pytest.raises(UserError, match="'averaged' averages CTC probabilities"):
         sweep(setup, out, grid=GridSettings(exports=[transducer], modes=["buffered", "averaged"]))
     with pytest.raises(UserError, match="there is no export at"):
         sweep(setup, out, grid=GridSettings(exports=[str(tmp_path / "nothing")]))

@@ -291,7 +291,7 @@ def test_suspect_audio_is_transcribed_with_a_warning_and_flac_may_lack_a_sample_
     soundfile.write(tmp_path / "talks/inverted.wav", np.stack([sound, -sound], axis=1), 16000)
     assert transcribe(setup, tmp_path / "out", audio=str(tmp_path / "talks"), formats="txt,json") == 0
     printed = capsys.readouterr().err
-    assert printed.count("warning: ") == 1 and "inverted.wav: the channels cancel each other out" in printed
+    assert printed.count("warning: ") == 1 and "inverted.wav: the channels cancel" in printed
     assert (tmp_path / "out/inverted.txt").is_file()
     assert (tmp_path / "out/a.txt").read_text() == (tmp_path / "out/b.txt").read_text()
     assert json.loads((tmp_path / "out/b.json").read_text())["seconds"] == 2.01
@@ -461,7 +461,7 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
     with pytest.raises(UserError, match="2 processes cannot share stdout"):
         script.transcribe(setup, World(size=2))
     for name in ("workers", "threads"):
-        with pytest.raises(UserError, match=f"{name}: .*-1 does not conform"):
+        with pytest.raises(UserError, match=f"{name} is -1: expected"):
             parse(script.Config, ["--export=x", "--audio=y", f"--{name}=-1"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").touch()
