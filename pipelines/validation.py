@@ -22,9 +22,9 @@ class ValidationSettings:
     split: str = "dev"
     """split of the dataset to decode"""
     every_steps: PositiveInt = 500
-    """steps between validations; the last step has one too"""
+    """steps between validations; the last step is always validated"""
     max_recordings: NonNegativeInt = 0
-    """number of recordings to decode, the first ones of the split; 0 takes all"""
+    """decode only the first N recordings of the split; 0 takes all"""
     best_by: Literal["wer", "cer"] = "wer"
     """error rate that selects the best checkpoint"""
 
@@ -60,11 +60,11 @@ def validate(
 ) -> Validation:
     """Decode held-out recordings, distributed over the ranks, and leave the model in training mode.
 
-    With DDP, every rank decodes its share with the unwrapped model. With FSDP2, whose forward is a collective, ranks
-    need equal numbers of batches, so every rank decodes all recordings.
+    With DDP, each rank decodes its share with the unwrapped model. With FSDP2, whose forward is a collective, the ranks
+    need equal numbers of batches, so each rank decodes all recordings.
 
     Args:
-        decoder: decoder of the model.
+        decoder: decoder of `model`.
         recordings: the same on all ranks, sorted by length.
         text_of: converts token ids to text.
     """

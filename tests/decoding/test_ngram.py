@@ -343,7 +343,7 @@ def test_texts_are_normalised_and_left_out_if_the_tokenizer_cannot_encode_them(
         ({"export": ""}, "export is missing: give it as --export"),
         ({"data": script.DataSettings()}, "data.dataset is missing: give it as --data.dataset FOLDER, or --texts"),
         ({"order": 0}, "order = 0: give 1 to 10"),
-        ({"heldout_split": "train"}, "heldout_split = train is trained on: give another split"),
+        ({"heldout_split": "train"}, "heldout_split = train is the training split: give another one"),
         ({"heldout_split": "none"}, "heldout_split = none: .*no recording with split 'none'"),
         ({"export": "nowhere"}, "nowhere holds no tokenizer.json"),
         ({"texts": "nowhere.txt"}, "texts = nowhere.txt: cannot be read as UTF-8 text"),
