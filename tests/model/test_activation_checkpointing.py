@@ -1,4 +1,4 @@
-"""Activation checkpointing: bit-identical gradients, less memory, no needless recomputation."""
+"""Activation checkpointing: bit-identical gradients, less memory, no unnecessary recomputation."""
 
 import dataclasses
 from typing import Any

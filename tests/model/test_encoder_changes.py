@@ -1,4 +1,4 @@
-"""Changes of the attention mask for an evaluation, as no weight depends on it; streaming of a changed encoder."""
+"""Changes of an export's attention mask for evaluation (no weight depends on it), and streaming with a changed mask."""
 
 from pathlib import Path
 
@@ -57,13 +57,13 @@ def test_settings_without_a_change_are_those_of_the_export() -> None:
     assert (changed.chunk_size, changed.left_chunks, changed.rotary_interpolation) == (8, -1, 4.0)
 
 
-def test_changes_come_from_a_command_line() -> None:
+def test_changes_round_trip_through_plain_values() -> None:
     given = from_dict(EncoderChanges, {"mask": "window", "window": 64})
     assert given == EncoderChanges(mask="window", window=64)
     assert from_dict(EncoderChanges, to_dict(EncoderChanges())) == EncoderChanges()
 
 
-def test_a_change_without_effect_or_with_an_invalid_value_is_named() -> None:
+def test_a_change_without_effect_or_with_an_invalid_value_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="encoder.window = 64 has no effect with mask 'segment'"):
         EncoderChanges(window=64).apply(EncoderSettings())
     with pytest.raises(UserError, match="encoder.left_chunks = 2 has no effect with mask 'window'"):

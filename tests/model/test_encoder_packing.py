@@ -62,8 +62,8 @@ def assert_packing_changes_nothing(case: Case, lengths: list[int], grads: bool, 
         )  # the ReLUs of a single frame may all be inactive
 
 
-def awkward_lengths(case: Case, number: int) -> list[int]:
-    """Lengths of one mel frame, of a remainder modulo the stride (by number), and of more than a block of bands."""
+def edge_case_lengths(case: Case, number: int) -> list[int]:
+    """Lengths of one mel frame, of a varying remainder modulo the stride, and of more than one block of bands."""
     stride = 2 * int(case["subsampling"].split()[1])
     return [1, 5 * stride + number % stride, 13 * stride - number % 3]
 
@@ -82,7 +82,7 @@ def test_every_three_choices_that_are_allowed_together_occur_in_a_case() -> None
 @pytest.mark.parametrize("part", range(6))
 def test_utterances_alone_packed_and_moved_have_the_same_outputs_and_gradients(part: int) -> None:
     for number, case in list(enumerate(covering_cases(3)))[part::6]:
-        assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=True)
+        assert_packing_changes_nothing(case, edge_case_lengths(case, number), grads=True)
 
 
 @pytest.mark.parametrize("position", CHOICES["position"])
@@ -92,7 +92,7 @@ def test_every_combination_of_the_main_choices_has_the_same_outputs_alone_packed
 ) -> None:
     for number, case in enumerate(all_cases(*PRODUCT)):
         if (case["backend"], case["position"]) == (backend, position):
-            assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=False)
+            assert_packing_changes_nothing(case, edge_case_lengths(case, number), grads=False)
 
 
 def test_a_block_does_not_depend_on_the_frames_in_gaps() -> None:
@@ -126,7 +126,7 @@ def test_segments_of_all_lengths_modulo_the_stride_are_packed(subsampling: str, 
 
 @pytest.mark.parametrize("mask", CHOICES["mask"])
 @pytest.mark.parametrize("backend", CHOICES["backend"])
-def test_segments_that_start_or_end_at_the_edge_of_a_block(backend: str, mask: str) -> None:
+def test_segments_may_start_or_end_at_the_edge_of_a_block(backend: str, mask: str) -> None:
     """Blocks of 64 frames in bands, of 128 in FlexAttention."""
     if backend == "bands" and mask in ("segment", "causal"):
         pytest.skip("bands need a bounded mask")

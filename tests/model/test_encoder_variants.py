@@ -30,12 +30,12 @@ def weights_under(bias: Tensor, backend: str) -> Tensor:
     sizes = {"dim": 2 * LENGTH, "num_heads": 2, "position": "relative"}
     layout = stage_layout([LENGTH], gap=0, backend=backend, mask="window", window=LENGTH, **sizes).attention
     qkv = torch.zeros(1, LENGTH, 6, LENGTH, dtype=torch.float64)
-    qkv[0, :, 4:] = torch.eye(LENGTH, dtype=torch.float64)[:, None]  # one-hot values identify the keys
+    qkv[0, :, 4:] = torch.eye(LENGTH, dtype=torch.float64)[:, None]  # one-hot values: outputs are the weights
     return ATTEND[backend](qkv, 2, layout, bias, 0.0)[0].transpose(0, 1)
 
 
 def assert_relative_and_bounded(weights: Tensor) -> None:
-    """Relative to the frame itself, the weight of a key depends on its distance only, and is constant far away."""
+    """Relative to the query's own weight, a key's weight depends on the distance only; constant beyond `REACH`."""
     scores = weights.log() - weights.diagonal(dim1=1, dim2=2).log()[..., None]
     torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1])
     far = scores[:, -1].flip(-1)[:, REACH:], scores[:, 0][:, REACH:]
@@ -55,7 +55,7 @@ def test_a_relative_bias_depends_on_the_distance_only_and_is_bounded(backend: st
     torch.testing.assert_close(torch.stack((scores[:, -1, 0], scores[:, 0, -1]), dim=1), last)
 
 
-def test_the_check_fails_for_a_bias_of_query_minus_key() -> None:
+def test_the_check_of_relative_bias_fails_for_a_bias_without_bound() -> None:
     frame = torch.arange(LENGTH, dtype=torch.float64)
     with pytest.raises(AssertionError):
         assert_relative_and_bounded((frame[:, None] - frame).softmax(dim=-1)[None])
@@ -86,7 +86,7 @@ def test_outputs_under_a_window_do_not_depend_on_the_position_far_from_both_ends
     assert difference > 1e-3 if position == "fourier" else difference < 1e-10
 
 
-# ---- random depth and chunks
+# ---- layer drop and dynamic chunks
 
 
 def test_rows_skip_a_block_with_the_configured_probability() -> None:
