@@ -127,7 +127,7 @@ class Result:
     """[F, M] of each utterance"""
     parameter_grads: list[Tensor]
     """summed over the utterances"""
-    elsewhere: float
+    outside_grad: float
     """largest input gradient outside the utterances"""
 
 
@@ -169,5 +169,5 @@ def encode(
         for s in utterances:
             result.input_grads.append(grad[s.row, s.start : s.start + s.length].clone())
             grad[s.row, s.start : s.start + s.length] = 0
-        result.elsewhere = float(grad.abs().max())
+        result.outside_grad = float(grad.abs().max())
     return result

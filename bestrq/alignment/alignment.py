@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class AlignmentSettings:
-    """Placement of words, limits of memory, and the cost above which a transcript is refused."""
+    """Placement of words, memory limits, and the cost above which a transcript is refused."""
 
     max_cost: float = 3.0
     """Largest difference in log-probability between greedy decoding and the best path through the transcript, in nats
@@ -190,7 +190,7 @@ class LabelTimes:
         start = np.flatnonzero(np.diff(path, prepend=-1))
         end = np.append(start[1:], len(path))
         posterior = np.add.reduceat(np.exp(scores), start) / (end - start)
-        kept = path[start] != BLANK  # one run per id
+        kept = path[start] != BLANK  # leaves one run per id
         start, end, posterior = start[kept], end[kept], posterior[kept]
         offset = piece.regions[0].start
         for number in np.flatnonzero(ids == star):  # the run of a star includes the silence around its labels

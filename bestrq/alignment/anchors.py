@@ -25,7 +25,7 @@ _CHANCE = 0.01
 def match_labels(text: Labels, decoded: Labels) -> Labels:
     """Position of the decoded label that matches each transcript label, or -1; int64 `[U]`.
 
-    Matched positions strictly increase. A negative transcript label matches nothing.
+    Matched positions strictly increase. A negative transcript label has no match.
     """
     matched = np.full(len(text), -1, np.int64)
     regions = [(0, len(text), 0, len(decoded), 0)]

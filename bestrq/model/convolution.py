@@ -50,7 +50,7 @@ class ConvolutionModule(nn.Module):
         return self.finish(x[:, :: self.stride], layout.valid[:, :: self.stride])
 
     def finish(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Apply norm, SiLU and the last pointwise map to the output of the depthwise convolution."""
+        """Apply norm, SiLU and the last pointwise layer to the output of the depthwise convolution."""
         x = self.norm(x, valid) if isinstance(self.norm, MaskedBatchNorm) else self.norm(x)
         return self.pointwise_out(F.silu(x))
 

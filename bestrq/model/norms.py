@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalisation layers: LayerNorm, RMSNorm, and batch norm over the valid frames of all ranks."""
 
 from typing import Any
 

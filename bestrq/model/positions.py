@@ -1,4 +1,4 @@
-"""Positions in attention, counted from the start of each segment."""
+"""Positions of frames in their segment: rotary phases, relative bias, Fourier features."""
 
 import math
 

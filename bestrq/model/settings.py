@@ -1,4 +1,4 @@
-"""Settings of an encoder."""
+"""Settings of the Conformer encoder: fields, checks and derived sizes."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +36,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Architecture of a Conformer encoder. `bestrq.model.presets` holds named ones."""
+    """Architecture of a Conformer encoder; `bestrq.model.presets` has named architectures."""
 
     num_mels: PositiveInt = 80
     """mel bins of the input"""
@@ -79,7 +79,7 @@ class EncoderSettings:
     left_chunks: int = 4
     """mask 'chunk': earlier chunks that a frame attends to; -1 for all"""
     dynamic_chunks: bool = False
-    """mask 'chunk': in training, the whole segment with probability 1/2, else a random chunk size up to chunk_size"""
+    """mask 'chunk': in training, the entire segment with probability 1/2, else a random chunk size up to chunk_size"""
     position: Literal["rotary", "relative", "fourier", "none"] = "rotary"
     """positions in attention: 'relative' is a learned bias per head and distance, 'fourier' learned features of the
     position, added once before the blocks"""

@@ -1,4 +1,4 @@
-"""Streaming encoder: chunk by chunk, with cached state, equal to one pass over the whole segment.
+"""Streaming encoder: chunk by chunk, with cached state, equal to one pass over the entire segment.
 
 Needs mask 'chunk', causal convolutions and evaluation mode. The state is bounded (unless `left_chunks` is -1), and so
 are time and memory per chunk, for streams of any length.

@@ -1,6 +1,6 @@
-"""Prediction networks of a transducer: map the labels so far to a vector, which the joint network adds to each frame.
+"""Prediction networks of a transducer: map the labels so far to a vector for the joint network.
 
-Each network has two equivalent forms: `forward` over whole label sequences, for training, and `step`, one label at a
+Each network has two equivalent forms: `forward` over complete label sequences, for training, and `step`, one label at a
 time with a state, for decoding.
 
 Shapes: N sequences, U_s labels of sequence s, D width. Label 0, the blank, precedes the first label of every sequence.

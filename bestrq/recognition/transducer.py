@@ -178,8 +178,8 @@ class TransducerModel(nn.Module):
         return self.joint.prediction_projection(predicted), state
 
     def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState | TDTState:
-        """`greedy_search` or `tdt_greedy` with this model; a method, so that FSDP2 gathers the weights once for the
-        whole search."""
+        """`greedy_search` or `tdt_greedy` with this model; a method, so that FSDP2 gathers the weights once per
+        search."""
         if self.settings.durations:
             return tdt_greedy(self, encoded, lengths, self.settings.durations, max_symbols)
         return greedy_search(self, encoded, lengths, max_symbols)

@@ -182,5 +182,5 @@ def convolve_few_channels(world: World, dim: int, kernel: int) -> float:
 
 @pytest.mark.parametrize(("dim", "kernel"), [(16, 31), (8, 15), (17, 31)])
 def test_few_channels_are_convolved_in_bfloat16(dim: int, kernel: int) -> None:
-    """In a separate process, as the oneDNN call that must be avoided never returns."""
+    """In a separate process, as the oneDNN call that must be avoided hangs."""
     assert run_distributed(convolve_few_channels, 1, dim, kernel)[0] < 0.01

@@ -41,12 +41,12 @@ def test_an_encoder_trained_with_dynamic_chunks_takes_any_mask() -> None:
     assert EncoderChanges(mask="window", window=9).apply(trained).window == 9
 
 
-def test_changes_take_effect_on_the_outputs(export: Export) -> None:
+def test_a_changed_mask_changes_the_outputs(export: Export) -> None:
     own = log_probs(export, EncoderChanges())
     assert torch.equal(own, log_probs(export, EncoderChanges(mask="segment")))
     near = log_probs(export, EncoderChanges(mask="window", window=4))
     assert not torch.allclose(near, own, atol=1e-3)
-    # This window covers the whole recording.
+    # This window covers the entire recording.
     torch.testing.assert_close(log_probs(export, EncoderChanges(mask="window", window=100)), own, rtol=0, atol=1e-3)
 
 

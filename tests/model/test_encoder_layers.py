@@ -203,7 +203,7 @@ def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
 
 
-def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slicing_frames_without_gradients_does_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     encoder = ConformerEncoder(
         EncoderSettings(dim=32, num_layers=2, num_heads=2, feedforward_dim=48, subsampling_channels=8)

@@ -147,7 +147,7 @@ def normalise_cases(world: World, cases: list[list[int]], loss_weight: Tensor) -
     return [normalise_rank(lengths, loss_weight, world.rank, world.size) for lengths in cases]
 
 
-def test_two_processes_equal_one_also_if_a_process_has_no_valid_frame() -> None:
+def test_batch_norm_of_two_processes_equals_one_even_if_a_process_has_no_valid_frame() -> None:
     cases = [[9, 4, 7, 1], [9, 4, 0, 0], [0, 0, 5, 2], [0, 0, 0, 0]]
     loss_weight = torch.randn(4, 9, DIM, dtype=torch.float64)
     first, second = run_distributed(normalise_cases, 2, cases, loss_weight)

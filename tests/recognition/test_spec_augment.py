@@ -29,7 +29,7 @@ def test_masks_are_a_function_of_the_segment_seed_alone() -> None:
     SpecAugmentSettings(num_freq_masks=0, num_time_masks=30, max_time_share=0.5),
 ])  # fmt: skip
 def test_masks_stay_within_their_segment(settings: SpecAugmentSettings) -> None:
-    # Only frames of segments may change: not those before, between and after them, nor those of unused slots.
+    # Frames before, between and after segments must not change, nor those of unused slots.
     for seed in range(50):
         log_mel, segments = rows([[(10, 40, seed), (52, 30, seed + 1)], [(60, 40, seed)]], 100)
         changed = (spec_augment(log_mel, segments, settings) == 0).any(dim=2)

@@ -182,7 +182,7 @@ def test_float32_stays_accurate_on_2000_frames_and_100_labels() -> None:
     narrow = arcs.detach().float().requires_grad_()
     loss, grad = with_gradients(sum_over_durations(narrow, lattices, durations), [narrow])
     torch.testing.assert_close(loss.double(), sum_over_durations(arcs, lattices, durations), rtol=1e-5, atol=0)
-    emitted = -grad.view(2000, 101, -1)[..., 1].sum(dim=0)  # every label is emitted once, none in the last state
+    emitted = -grad.view(2000, 101, -1)[..., 1].sum(dim=0)  # every label is emitted once; the last state emits none
     torch.testing.assert_close(emitted, torch.ones(101).index_fill(0, torch.tensor([100]), 0.0), rtol=0, atol=1e-4)
 
 

@@ -172,7 +172,7 @@ def peak_bytes(frames: int, dtype: torch.dtype, joint: int, vocab: int, banded: 
 def test_a_slice_stays_within_its_budget(
     dtype: torch.dtype, joint: int, vocab: int, banded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Short slices could skip more states, and so take less than their budget.
+    # Short slices could skip more states and then take less than their budget.
     monkeypatch.setattr(VISITED_STATES, lambda flow: torch.tensor([0, flow.shape[1]]))
     frames, slices, width = 20, 6, 31 if banded else 61
     least, more = (peak_bytes(frames, dtype, joint, vocab, banded, count) for count in (1, slices))

@@ -28,7 +28,7 @@ BackendMask = Tensor | BlockMask | None
 Reach = tuple[int | None, int | None]
 
 BLOCK = 128
-"""frames per block of a FlexAttention mask, for queries and keys. Rows are padded to whole blocks: with other lengths
+"""frames per block of a FlexAttention mask, for queries and keys. Rows are padded to full blocks: with other lengths
 the backward pass of FlexAttention has been wrong (pytorch issue 153799)"""
 MIN_HEAD_DIM = 16
 """smallest head width of FlexAttention's Triton kernels on NVIDIA. Narrower heads are padded with zeros; the kernels
@@ -198,7 +198,7 @@ def compiled_flex_attention(training: bool, backend: Any = "inductor") -> Any:
 
 
 def make_block_mask(first_key: Tensor, stop_key: Tensor) -> BlockMask:
-    """Block mask of the intervals of keys, int64 `[R, T]`, over rows padded to whole blocks.
+    """Block mask of the intervals of keys, int64 `[R, T]`, over rows padded to full blocks.
 
     Neither bound of the interval decreases along a row. Therefore a block of queries attends to the blocks of keys from
     the first query's first key to the last query's last key, and fully to those between the last query's first key and

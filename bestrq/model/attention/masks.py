@@ -101,7 +101,7 @@ class ChunkMask:
 def draw_chunk_size(largest: int, multiple: int) -> int | None:
     """Draw the chunk size of dynamic chunk training (U2, section 3.2): a multiple of `multiple`, or None.
 
-    None, the whole segment, has probability 1/2; the sizes up to `largest` are equally probable. Uses torch's global
+    None (the entire segment) has probability 1/2; sizes up to `largest` are equally probable. Uses torch's global
     generator, which the scripts seed at every optimizer step.
     """
     coin, share = torch.rand(2).tolist()

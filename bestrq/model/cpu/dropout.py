@@ -1,8 +1,8 @@
 """Dropout with masks that are cheap to draw on a CPU.
 
-There, torch draws one number per element in scalar code on one core, a quarter of a small model's training time. Here,
-a 64-bit random number serves eight elements, one byte each. An element is dropped if its byte is below a threshold k.
-The dropout probability is k / 256, rounded from the configured one, and kept elements are scaled by 256 / (256 - k).
+On a CPU, torch draws one number per element in scalar code on one core: a quarter of a small model's training time.
+Here, a 64-bit random number serves eight elements, one byte each. An element is dropped if its byte is below a
+threshold k. The dropout probability is k / 256, nearest to the setting; kept elements are scaled by 256 / (256 - k).
 
 The random numbers are SplitMix64 (Steele et al., Fast splittable pseudorandom number generators, 2014), a hash of a
 counter, computed by torch's integer arithmetic on all cores. The counter starts at a seed from torch's global

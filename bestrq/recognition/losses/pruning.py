@@ -1,7 +1,7 @@
 """Pruned transducer training: a cheap joint network selects the states for which the full one is computed.
 
 The outputs of a joint network without a hidden layer are sums of a frame's and a state's outputs. Their normaliser is a
-matrix product, so the loss over the whole lattice is cheap. Its gradient gives the probability that an alignment passes
+matrix product, so the loss over the full lattice is cheap. Its gradient gives the probability that an alignment passes
 through a cell, and thus, for every frame, the most probable band of consecutive states. The full joint network is
 computed for these states only.
 
