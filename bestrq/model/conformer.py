@@ -27,19 +27,19 @@ from common.segments import Segments
 __all__ = ["ConformerBlock", "ConformerEncoder", "EncoderSettings"]
 
 
-SLICE = 8192
-"""frames per call of a feed-forward module if gradients are disabled"""
+FRAMES_PER_CALL = 8192
+"""frames per call of a feed-forward module, if gradients are disabled"""
 
 
-def framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def apply_framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a frame-wise function to `[R, T, D]`, in slices of frames if gradients are disabled.
 
     Otherwise the hidden units of an hour of audio would take several times the memory of the frames.
     """
     rows, frames, _ = x.shape
-    if torch.is_grad_enabled() or rows * frames <= SLICE:
+    if torch.is_grad_enabled() or rows * frames <= FRAMES_PER_CALL:
         return function(x)
-    return torch.cat([function(part) for part in x.flatten(0, 1).split(SLICE)]).unflatten(0, (rows, frames))
+    return torch.cat([function(part) for part in x.flatten(0, 1).split(FRAMES_PER_CALL)]).unflatten(0, (rows, frames))
 
 
 class FeedForward(nn.Module):
@@ -102,12 +102,12 @@ class ConformerBlock(nn.Module):
         self, x: Tensor, attention: Callable[[Tensor], Tensor], convolution: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Apply the block with the given functions in place of attention and convolution, which mix frames."""
-        x = framewise(lambda x: self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5), x)
+        x = apply_framewise(lambda x: self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5), x)
         x = self.dropout.add(x, attention(self.attention_norm(x)))
         convolved = convolution(self.convolution_norm(x))
         x = self.dropout.add(x if self.shortcut is None else self.shortcut(x[:, ::2]), convolved)
         out, norm = self.feedforward_out, self.feedforward_out_norm
-        return framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
+        return apply_framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
 
 
 class ConformerEncoder(nn.Module):

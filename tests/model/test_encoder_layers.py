@@ -212,7 +212,7 @@ def test_slicing_frames_without_gradients_does_not_change_the_output(monkeypatch
     log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
     layout = encoder.layout(Segments(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200))
     whole = encoder(log_mel, layout)
-    monkeypatch.setattr(conformer, "SLICE", 7)
+    monkeypatch.setattr(conformer, "FRAMES_PER_CALL", 7)
     hidden: list[int] = []
     for block in encoder.blocks:
         block.feedforward_in.hidden.register_forward_hook(lambda *call: hidden.append(call[2].numel()))

@@ -23,7 +23,7 @@ MIN_BLOCK = 64
 """smallest number of queries per block of a narrow mask, to limit the overhead per block"""
 ALIGNMENT = 32
 """keys per block are a multiple of this: softmax takes twice as long on rows that do not fill vectors of bfloat16"""
-SLICE = 256
+ROTATED_FRAMES = 256
 """frames rotated at once, few enough for the processor's cache"""
 
 Block = tuple[slice, slice]
@@ -253,4 +253,4 @@ def _rotate_heads(parts: tuple[Tensor, ...], phase: Tensor | None) -> tuple[Tens
 
 
 def _slices(length: int) -> list[slice]:
-    return [slice(first, min(first + SLICE, length)) for first in range(0, length, SLICE)]
+    return [slice(first, min(first + ROTATED_FRAMES, length)) for first in range(0, length, ROTATED_FRAMES)]

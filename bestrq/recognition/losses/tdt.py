@@ -72,7 +72,7 @@ class _Alignments(torch.autograd.Function):
         losses = arcs.new_empty(len(lattices.labels))
         backward_scores = []
         for segments in _groups(lattices):
-            by_diagonal = _by_diagonal(arcs, lattices, segments, durations, sigma)
+            by_diagonal = _arrange_by_diagonal(arcs, lattices, segments, durations, sigma)
             backward_scores.append(_backward_scores(by_diagonal, lattices, segments, durations))
             losses[segments] = -backward_scores[-1][0, :, 0]
         ctx.save_for_backward(arcs, *backward_scores)
@@ -83,7 +83,7 @@ class _Alignments(torch.autograd.Function):
         arcs, *backward_scores = ctx.saved_tensors
         grad_arcs = torch.empty_like(arcs)
         for segments, scores in zip(_groups(ctx.lattices), backward_scores, strict=True):
-            by_diagonal = _by_diagonal(arcs, ctx.lattices, segments, ctx.durations, ctx.sigma)
+            by_diagonal = _arrange_by_diagonal(arcs, ctx.lattices, segments, ctx.durations, ctx.sigma)
             _posteriors_(by_diagonal, scores, ctx.durations, -grads[0][segments])
             for position, segment in enumerate(segments):
                 cells = _lattice_view(by_diagonal, position, ctx.lattices, segment)
@@ -121,7 +121,7 @@ def _lattice_view(by_diagonal: Tensor, position: int, lattices: Lattices, segmen
     return by_diagonal.as_strided(size, (diagonal, diagonal + 1, arc), position * lattice)
 
 
-def _by_diagonal(
+def _arrange_by_diagonal(
     arcs: Tensor, lattices: Lattices, segments: Sequence[int], durations: Sequence[int], sigma: float
 ) -> Tensor:
     """Arcs of n lattices, arranged by diagonal: `[K, 2 + D, n, W]`, impossible outside the lattices."""
