@@ -1,1 +1,1 @@
-"""Code shared by both libraries: languages, label rules, paths, console. Imports nothing else of this project."""
+"""Code shared by all folders: configuration, errors, files, hashing, languages, label text, console."""

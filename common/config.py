@@ -1,8 +1,8 @@
 """Command-line and YAML parser of all programs: typed dataclasses, recipes, `--section.field value` overrides.
 
-A program has one settings dataclass, or several, whose fields are sections (dataclasses defined beside the code that
-uses them) or plain values. `parse` turns it into `--config FILE.yaml`, `--section.field value`, `--print_config` and
-`--help`, with the string under a field as its help text. Later arguments override earlier ones and files.
+A program has one or more settings dataclasses, whose fields are sections (dataclasses defined next to the code that
+uses them) or plain values. `parse` turns them into `--config FILE.yaml`, `--section.field value`, `--print_config` and
+`--help`, with the string under a field as its help text. Later arguments override earlier arguments and files.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from common.files import write_file
 
 Settings = TypeVar("Settings")
 
-# Expectations in words, for error messages about values of `jsonargparse.typing` and null.
+# Descriptions of the types of `jsonargparse.typing` and of null, for error messages.
 _EXPECTED = {
     "PositiveInt": "an integer above 0",
-    "NonNegativeInt": "an integer of at least 0",
+    "NonNegativeInt": "an integer, 0 or more",
     "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number of at least 0",
+    "NonNegativeFloat": "a number, 0 or more",
     "ClosedUnitInterval": "a number from 0 to 1",
     "OpenUnitInterval": "a number between 0 and 1",
     "NoneType": "null",
@@ -42,10 +42,10 @@ _EXPECTED = {
 def parse(
     settings_class: type[Settings], argv: Sequence[str] | None = None, description: str | None = None
 ) -> Settings:
-    """Settings from the command line (`sys.argv` if `argv` is None) and the YAML files it names.
+    """Read settings from the command line (`sys.argv` if `argv` is None) and the YAML files that it names.
 
     `--help` and `--print_config` print and exit with 0. Raises UserError for an unknown field (with the nearest
-    name), a value of the wrong type or an unreadable file. Errors of a section's own `__post_init__` are passed on.
+    name), a value of the wrong type or an unreadable file. Errors of a section's `__post_init__` propagate.
     """
     return parse_sections({None: [settings_class]}, argv, description=description)[0]
 
@@ -56,25 +56,25 @@ def parse_sections(
     description: str | None = None,
     program: str | None = None,
 ) -> list[Any]:
-    """Several settings classes from one command line, as `parse`, in the order of the classes.
+    """Read several settings classes from one command line, like `parse`. Return them in the order of the classes.
 
     Args:
-        sections: classes by the section that their fields are in; None is the top level.
-        program: command to name in the usage line.
+        sections: classes by the name of the section with their fields; None is the top level.
+        program: command in the usage line.
     """
     parser = _parser(sections, description, program)
     return _build(sections, parser, lambda: parser.parse_args(None if argv is None else list(argv)))
 
 
 def from_dict(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
-    """Settings from nested plain values, such as those of `to_dict`; missing fields take their defaults."""
+    """Settings from nested plain values, such as those of `to_dict`; missing fields get their defaults."""
     sections: Mapping[str | None, Sequence[type]] = {None: [settings_class]}
     parser = _parser(sections)
     return _build(sections, parser, lambda: parser.parse_object(values))[0]
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Convert a settings dataclass to nested dicts of JSON-able values: tuples become lists, paths strings."""
+    """Convert a settings dataclass to nested dicts of JSON values: tuples become lists, paths strings."""
     return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
 
 
@@ -85,7 +85,7 @@ def save_yaml(settings: Any, path: str | Path) -> None:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a file of `save_yaml`. Runs no code: only plain YAML types are accepted.
+    """Read a file of `save_yaml`. Only plain YAML types are accepted, so no code runs.
 
     Raises UserError if the file is missing, is not YAML, or is not a mapping.
     """
@@ -110,13 +110,13 @@ def run_main(main: Callable[[], int | None], console_may_vanish: bool = False) -
     """Run a script's `main` and exit with its status.
 
     A UserError is printed as `error: ...` without a traceback and exits with 2, Ctrl-C with 130; any other exception
-    shows its traceback and exits with 1. In a process group, a failed rank exits at once: a clean shutdown would block
+    prints its traceback and exits with 1. In a process group, a failed rank exits at once: a clean shutdown would block
     in a collective that the other ranks never enter.
 
     Text is UTF-8 regardless of the locale. With `console_may_vanish`, a closed stdout or stderr does not end the
     program (`common.console`).
     """
-    if main.__module__ == "__main__":  # a test or a notebook owns its streams
+    if main.__module__ == "__main__":  # not in a test or a notebook, whose streams must not change
         set_up_console(console_may_vanish)
     status = 0
     try:
@@ -127,7 +127,7 @@ def run_main(main: Callable[[], int | None], console_may_vanish: bool = False) -
     except KeyboardInterrupt:
         print(f"{_rank_prefix()}interrupted", file=sys.stderr)
         _leave(130)
-    except Exception:  # noqa: BLE001 - the outermost frame: reported in full, never swallowed
+    except Exception:  # noqa: BLE001 - the outermost frame, which reports it in full
         print(f"{_rank_prefix()}{traceback.format_exc()}", file=sys.stderr, end="")
         _leave(1)
     sys.exit(status)
@@ -191,8 +191,8 @@ class _HelpFormatter(DefaultHelpFormatter):
 def _parser(
     sections: Mapping[str | None, Sequence[type]], description: str | None = None, program: str | None = None
 ) -> ArgumentParser:
-    # A recipe may come from anywhere: no value in it may make the parser import a module (`class_path: ...`). The items
-    # of a list of sections are looked up by their path too; those are allowed, and imported already.
+    # Recipes are untrusted: no value may make the parser import a module (`class_path: ...`). Items of a list of
+    # sections are looked up by their path too; these are allowed, as they are already imported.
     classes = [kind for group in sections.values() for kind in group]
     items = [f"{item.__module__}.{item.__qualname__}" for kind in classes for item in _item_classes(kind)]
     set_parsing_settings(
@@ -226,8 +226,8 @@ def _build(
         values = read()
     except ArgumentError as error:
         raise UserError(_explain(str(error), known)) from None
-    except ImportError as error:  # the denial of _parser
-        raise UserError(f"a setting names code to import, which no setting may do: {error}") from None
+    except ImportError as error:  # import_path_denylist
+        raise UserError(f"a setting names code to import, which is not allowed: {error}") from None
     for kind in sections.get(None, ()):
         _check_mappings(kind, values)
     try:
@@ -249,7 +249,7 @@ def _unrestricted(value: Any) -> Any:
         return {name: _unrestricted(inner) for name, inner in value.items()}
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            object.__setattr__(value, field.name, _unrestricted(getattr(value, field.name)))  # it may be frozen
+            object.__setattr__(value, field.name, _unrestricted(getattr(value, field.name)))  # even if frozen
     plain = next((kind for kind in (int, float) if isinstance(value, kind)), None)
     return value if plain is None or isinstance(value, bool) else plain(value)
 
@@ -283,7 +283,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
         return f"{match[1]} is {match[3] or match[4]}: expected {_EXPECTED.get(match[2], match[2])}"
     if match := re.fullmatch(r"(.+): Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):
         choices = [choice.strip("'") for choice in match[2].split(", ")]
-        return f"{match[1]} is {match[3]!r}, known are {', '.join(choices)}.{did_you_mean(match[3], choices)}"
+        return f"{match[1]} is {match[3]!r}, expected one of {', '.join(choices)}.{did_you_mean(match[3], choices)}"
     pattern = (
         r"(?s)(.+): Does not validate against any of the Union subtypes\n\s*Subtypes: \[(.*?)\]\n.*Given value: (.*)"
     )
@@ -295,7 +295,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = [nearest_name(name, known, cutoff=0.7)]
-    if not near[0]:  # perhaps the right field without its section, or in another one
+    if not near[0]:  # perhaps a field without its section, or in another section
         leaves = {other: other.rsplit(".", 1)[-1] for other in known}
         nearest = nearest_name(name.rsplit(".", 1)[-1], leaves.values(), cutoff=0.6)
         near = [other for other, leaf in leaves.items() if leaf == nearest]

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input or settings. The message names the field or file, the value, and the fix."""
+    """Invalid input or settings. The message names the field or file, the value, and the fix."""
 
 
 class AudioWarning(UserWarning):
-    """Readable audio that may be wrong. The message names the file and the fix."""
+    """Suspect audio that can be read. The message names the file and the fix."""
 
 
 def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old state or the new one, never a mixture."""
+"""Atomic writes: a crash leaves the old file or the new one, never a mixture. Also JSON, checksums and paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.errors import UserError
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,13 +25,13 @@ def sync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Hidden temporary path beside `path`; short, because the name of `path` may already have the maximum length."""
+    """Hidden temporary path in the folder of `path`; short, as the name of `path` may have the maximum length."""
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under a temporary name in its folder; it is synced and renamed to `path` if the block succeeds."""
+    """Open a temporary file, which is synced and renamed to `path` if the block succeeds, and removed otherwise."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
@@ -46,21 +46,21 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Replace a whole file (`replace_file`).
+    """Write a file atomically, replacing an existing one (`replace_file`).
 
-    Text is encoded as UTF-8; lone surrogates (of a file name, say) are written as `\\udce9`, as in JSON and YAML.
+    Text is encoded as UTF-8; lone surrogates (of file names, for example) are written as `\\udce9`, as in JSON.
     """
     with replace_file(path) as file:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a JSON value, in ASCII and indented by 1."""
+    """Write a JSON value to a file atomically, in ASCII and indented by 1."""
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Value of a JSON file in UTF-8. Raises UserError that names the file if it is missing or invalid."""
+    """Value of a JSON file in UTF-8. Raises UserError with the path if the file is missing or invalid."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: bytes, place: Path | str) -> Any:
-    """Value of JSON text in UTF-8, with or without a byte-order mark. Raises UserError that names the place."""
+    """Value of JSON text in UTF-8, with or without a byte-order mark. Raises UserError with the place."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # invalid UTF-8, invalid JSON, brackets nested a thousand deep
@@ -77,7 +77,7 @@ def parse_json(content: bytes, place: Path | str) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects of a file with one per line. Other lines, such as one cut off by a crash, are skipped."""
+    """JSON objects of a file with one object per line. Other lines, such as a truncated one, are skipped."""
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             with suppress(ValueError):
@@ -92,14 +92,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def as_object(value: Any, place: Path | str) -> dict[str, Any]:
-    """The value, if it is a JSON object. Raises UserError that names the place."""
+    """Return the value if it is a JSON object. Raises UserError with the place otherwise."""
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected a JSON object, not {type(value).__name__}")
     return value
 
 
 def crc32_of(path: Path) -> int:
-    """CRC-32 of a file's bytes: finds a torn write or a flipped bit, not a forgery."""
+    """CRC-32 of a file's bytes: detects torn writes and flipped bits, not tampering."""
     value = 0
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

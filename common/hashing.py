@@ -1,4 +1,4 @@
-"""Pseudo-random hashes: SplitMix64 for crop order, SpecAugment and CPU dropout, and shares of texts for splits.
+"""Pseudo-random hashes: SplitMix64 for crop order, SpecAugment and CPU dropout; a hash of texts for splits.
 
 Source of SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
@@ -27,7 +27,7 @@ def splitmix64(bits: Bits) -> Bits:
 
 
 def _shifted(bits: Bits, shift: int) -> Bits:
-    """Logical shift to the right; `>>` alone repeats the sign."""
+    """Logical right shift; `>>` alone extends the sign."""
     shifted = bits >> shift
     shifted &= (1 << (64 - shift)) - 1
     return shifted
@@ -44,5 +44,5 @@ def mix(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def hash_share(key: str) -> float:
-    """Pseudo-random number in [0, 1) that depends on the text alone: the same on every machine and in every run."""
+    """Pseudo-random number in [0, 1) from a text: the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,7 +1,7 @@
-"""Language codes and names used by corpora and users, and the code used in this project.
+"""Languages: one code per language for all codes and names that corpora and users write.
 
-Codes are ISO 639: two letters, three letters in both forms (deu and ger), retired ones (iw), and members of a
-macrolanguage that share its writing (cmn, arz, azj). Names are English.
+The table has ISO 639 codes: two letters, three letters in both forms (deu and ger), retired codes (iw), and members of
+a macrolanguage that share its writing system (cmn, arz, azj). Names are English.
 """
 
 import re
@@ -63,13 +63,13 @@ _UNSPACED = frozenset(("zh", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh", "j
 def language_code(language: str) -> str:
     """Code of a language from any spelling: "en", "en-GB", "eng", "English" and "en_US.UTF-8" give "en".
 
-    ISO 639-1 if available. A language that is not in the table is returned in lower case without its region; "" gives
-    "".
+    It is the ISO 639-1 code if available. A language that is not in the table is returned in lower case, without its
+    region; "" gives "".
     """
-    # A name may have several words; the subtags of a code and the region of a name come after it.
+    # A name may have several words; subtags of a code and the region of a name follow.
     words = re.split(r"[\W_]+", language.lower().strip())
-    known = (_CODES.get(" ".join(words[:count])) for count in range(len(words), 0, -1))
-    return next((code for code in known if code), words[0])
+    codes = (_CODES.get(" ".join(words[:count])) for count in range(len(words), 0, -1))
+    return next((code for code in codes if code), words[0])
 
 
 def language_name(language: str) -> str:

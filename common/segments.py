@@ -1,4 +1,4 @@
-"""Segments of packed rows: the description of a batch that the loader and the models share."""
+"""Segments of packed rows: the description of a batch, shared by loader and models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Places of the segments of a batch, R rows of S slots, at one frame rate. Tensors are on the CPU."""
+    """Positions of the segments of a batch, R rows of S slots, at one frame rate. Tensors are on the CPU."""
 
     start: Tensor
     """int64 [R, S], first frame of every segment; 0 in unused slots. In mel frames a multiple of the encoder's
@@ -19,10 +19,10 @@ class Segments:
     num_frames: int
     """frames of a row, padding included"""
     seed: Tensor | None = None
-    """int64 [R, S], seed of the random numbers of every segment, such as its masks; None if no step needs one"""
+    """int64 [R, S], seed of every segment's random numbers, such as masks; None if not needed"""
 
     def subsampled(self, stride: int) -> Segments:
-        """The same segments at a frame rate lower by `stride`; the last frame of a segment may cover fewer frames."""
+        """Segments at 1 / stride of the frame rate; the last frame of a segment may cover fewer frames."""
         return Segments(self.start // stride, -(-self.length // stride), self.num_frames // stride, self.seed)
 
     def used(self) -> list[tuple[int, int, int, int]]:

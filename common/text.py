@@ -1,6 +1,6 @@
-"""Label text: normalised form of transcripts for training targets and scoring.
+"""Label text: the normalised form of a transcript, for training targets and scoring.
 
-A label has letters, digits, the marks that belong to them, and apostrophes within words. References and hypotheses are
+A label consists of letters, digits, their marks, and apostrophes within words. References and hypotheses are
 converted to labels before normalisation, so a transcript and its own label always get the same score.
 
 In English the number symbols of Whisper's normaliser are written as words: "$3.1 million" becomes "3 point 1 million
@@ -24,7 +24,7 @@ BRACKET_CHARACTERS = 40
 BRACKET_UNSPACED = 20
 """Maximum number of removed characters of scripts without spaces between words."""
 
-# Placeholder of a space that the rules insert within a word. Like all punctuation it becomes a space in the end.
+# Placeholder for a space inserted within a word. Like all punctuation, it becomes a space in the end.
 _GAP = "_"
 # Unicode's Default_Ignorable_Code_Point: soft hyphen, joiners, marks of direction, BOM, variation selectors, fillers.
 _INVISIBLE = (
@@ -33,7 +33,7 @@ _INVISIBLE = (
 )
 # Quotation marks and primes, accents and modifier letters, the Armenian apostrophe, the Hebrew geresh.
 _APOSTROPHES = "\u2018\u2019\u201b\u2032\u2035\uff07`\u00b4\u02b9\u02bc\u02bd\u02c8\u02ca\u02cb\ua78b\ua78c\u055a\u05f3"
-# The okina is a letter in these languages, at the start of words too; in all others an apostrophe.
+# The okina is a letter in these languages, even at the start of words; in all others it is an apostrophe.
 _OKINA, _OKINA_LANGUAGES = "\u02bb", frozenset(("haw", "sm", "to", "ty"))
 # Malayalam's final consonants: consonant, virama and joiner before Unicode 5.1, single characters since.
 _CHILLU = dict(zip("\u0d23\u0d28\u0d30\u0d32\u0d33\u0d15", "\u0d7a\u0d7b\u0d7c\u0d7d\u0d7e\u0d7f", strict=True))
@@ -49,7 +49,7 @@ _BRACKETS = re.compile(
         f"\\{pair[0]}({_INSIDE}*)\\{pair[1]}"
         for pair in ("[]", "{}", "()", "\uff08\uff09", "\uff3b\uff3d", "\u3010\u3011")
     )
-    # A tag of one word, or of several that are not attached to another word. "x < y and a > b" has no tag.
+    # A tag of one word, or of several words that are not attached to another. "x < y and a > b" has no tag.
     + rf"|<((?:(?!\s){_INSIDE})+)>|(?<!\w)<((?=[^\W\d_]){_INSIDE}*(?<!\s))>(?!\w)"
 )
 _UNSPACED = re.compile(
@@ -60,7 +60,7 @@ _SENTENCE_END = re.compile(r"[.!?\u2026\u061f]\s|[\u0964\u3002\uff01\uff1f]")
 _DIGIT = re.compile("[0-9]")
 _CURRENCIES = {"$": "dollar", "\u00a3": "pound", "\u20ac": "euro", "\u00a2": "cent"}
 _WIDE_SYMBOLS = str.maketrans("\uff05\ufe6a\uff04\ufe69\uffe1\uffe0", "%%$$\u00a3\u00a2")
-# With commas between thousands, or as in India between lakhs.
+# Commas between thousands or, as in India, between lakhs.
 _THOUSANDS = re.compile(r",(?<=[0-9],)(?=[0-9]{3}(?![0-9])|[0-9]{2},[0-9])")
 _SYMBOL = f"([{''.join(_CURRENCIES)}])"
 _SCALE = r"((?:[ -](?:hundred|thousand|million|billion|trillion)\b)*)"
@@ -68,13 +68,13 @@ _AMOUNT = rf"([0-9]+(?:\.[0-9]+)*|\.[0-9]+){_SCALE}"
 _PRICE = re.compile(rf"{_SYMBOL}( ?){_AMOUNT}|(?<![.0-9]){_AMOUNT}( ?){_SYMBOL}(?! ?[.0-9])")
 _PERCENT = re.compile(r"(?<=[0-9])( ?)%")
 _POINT = re.compile(r"\.(?=[0-9])(?:(?<=[0-9]\.)|(?<![^\W_]\.)(?<!\.\.))")
-_SAID_POINT, _SAID_PERCENT = re.compile(r"(?<=[0-9]) point (?=[0-9])"), re.compile(r"(?<=[0-9]) percent\b")
-_SAID_PRICE = re.compile(rf"(?<![.0-9])([0-9]+(?:\.[0-9]+)*){_SCALE} ({'|'.join(_CURRENCIES.values())})s?\b")
+_SPOKEN_POINT, _SPOKEN_PERCENT = re.compile(r"(?<=[0-9]) point (?=[0-9])"), re.compile(r"(?<=[0-9]) percent\b")
+_SPOKEN_PRICE = re.compile(rf"(?<![.0-9])([0-9]+(?:\.[0-9]+)*){_SCALE} ({'|'.join(_CURRENCIES.values())})s?\b")
 _CLITIC = re.compile(r"(?<=[^\W_]) '(s|m|d|t|re|ve|ll)(?![\w'])")
 
 
 class _Letters(dict[int, str]):
-    """Table for `str.translate`: characters that labels do not have become line feeds, unlike spaces between words."""
+    """Table for `str.translate`: excluded characters become line feeds, which differ from spaces between words."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -90,9 +90,9 @@ def label_text(text: str, language: str = "") -> str:
     """Label of a text: NFC, lower case, words of letters, digits and in-word apostrophes.
 
     Other characters separate words ("ice-cream" is two words) and become one space. Invisible characters and short
-    texts in brackets are removed: "[laughter]", "<unk>", "(inaudible)". Marks that belong to letters are kept, and the
-    dotless i of Turkish and Azerbaijani. Symbols of English numbers are written as words (see the module). May be
-    empty. Idempotent.
+    texts in brackets are removed: "[laughter]", "<unk>", "(inaudible)". Marks of letters and the dotless i of Turkish
+    and Azerbaijani are kept. Symbols of English numbers are written as words (see the module). The label may be empty.
+    The function is idempotent.
 
     Args:
         language: code or name, as in `common.languages`.
@@ -101,9 +101,9 @@ def label_text(text: str, language: str = "") -> str:
 
 
 def label_words(words: Sequence[str], language: str = "") -> list[str]:
-    """Labels of the words of a text, one per word; empty for a word without label, such as punctuation.
+    """Labels of the words of a text, one per word; empty for words without a label, such as punctuation.
 
-    Joined, they equal `label_text` of the whole text. The label of a word depends on its neighbours: "[background
+    Joined, they equal `label_text` of the text. The label of a word depends on its neighbours: "[background
     noise]" is removed, and "$3 million" gives "3" and "million dollars".
     """
     # Words may contain white space: their parts are counted and joined again.
@@ -120,12 +120,12 @@ def _labels(words: list[str], language: str) -> list[str]:
         text = text.replace("I", "\u0131").replace("\u0130", "i")
     text = text.lower()
     if _OPENING.search(text):
-        text = _BRACKETS.sub(_outside, text)
+        text = _BRACKETS.sub(_replace_brackets, text)
     if code == "en":
-        text = _with_spoken_numbers(text)
+        text = _spell_symbols(text)
     # NFC again: some capitals are a letter and a mark in lower case, and a removed bracket may precede a mark.
     text = unicodedata.normalize("NFC", text).translate(_LETTERS)
-    return [word if word.isalnum() else _stripped(word) for word in text.split(" ")]
+    return [word if word.isalnum() else _strip_apostrophes(word) for word in text.split(" ")]
 
 
 def fold(text: str, language: str = "") -> str:
@@ -145,13 +145,13 @@ def with_symbols(label: str) -> str:
 
     Words that follow a spelled-out number ("five percent") are kept.
     """
-    label = _SAID_PERCENT.sub("%", _SAID_POINT.sub(".", label))
+    label = _SPOKEN_PERCENT.sub("%", _SPOKEN_POINT.sub(".", label))
     symbols = {name: symbol for symbol, name in _CURRENCIES.items()}
-    return _SAID_PRICE.sub(lambda match: f"{symbols[match[3]]}{match[1]}{match[2]}", label)
+    return _SPOKEN_PRICE.sub(lambda match: f"{symbols[match[3]]}{match[1]}{match[2]}", label)
 
 
-def _outside(match: re.Match[str]) -> str:
-    """Replacement of a text in brackets: its spaces, or the whole text if it is too long for an annotation."""
+def _replace_brackets(match: re.Match[str]) -> str:
+    """Replacement for a text in brackets: its spaces, or the text itself if it is too long for an annotation."""
     inside = next(group for group in match.groups() if group is not None).strip()
     too_long = (
         len(inside.split()) > BRACKET_WORDS
@@ -161,27 +161,27 @@ def _outside(match: re.Match[str]) -> str:
     return match[0] if too_long or _SENTENCE_END.search(inside) else " " * match[0].count(" ")
 
 
-def _with_spoken_numbers(text: str) -> str:
-    """Write English numbers of a folded lower-case text as spoken; the number of spaces does not change."""
+def _spell_symbols(text: str) -> str:
+    """Replace number symbols of a folded, lower-case English text by words; the number of spaces is unchanged."""
     if " '" in text:
         text = _CLITIC.sub(r"'\1 ", text)  # "it 's", as treebanks write
     if not _DIGIT.search(text):
         return text
     text = _THOUSANDS.sub("", text.translate(_WIDE_SYMBOLS))
     if any(symbol in text for symbol in _CURRENCIES):
-        text = _PRICE.sub(_price, text)
+        text = _PRICE.sub(_spell_price, text)
     text = _PERCENT.sub(lambda match: f"{match[1] or _GAP}percent{_GAP}", text)
     return _POINT.sub(f"{_GAP}point{_GAP}", text)
 
 
-def _price(match: re.Match[str]) -> str:
+def _spell_price(match: re.Match[str]) -> str:
     before, space, amount, scale, amount_first, scale_first, space_first, after = match.groups("")
     amount, scale = amount or amount_first, scale or scale_first
     name = _CURRENCIES[before or after] + ("" if amount == "1" and not scale else "s")
     return f"{space or _GAP}{amount}{scale}{space_first or _GAP}{name}{_GAP}"
 
 
-def _stripped(word: str) -> str:
-    # An apostrophe within a word is part of its spelling; at the edge it is taken for a quotation mark.
+def _strip_apostrophes(word: str) -> str:
+    # An apostrophe within a word belongs to its spelling; at the edge it counts as a quotation mark.
     parts = (part.strip("'") for part in word.split())
     return " ".join(part for part in parts if any(map(str.isalnum, part)))

@@ -55,8 +55,8 @@ def alignments(num_frames: int, num_labels: int) -> list[list[tuple[int, int, in
 
 
 def brute_force_loss(arcs: Tensor, first_state: Sequence[int] | None = None, width: int = 0) -> Tensor:
-    """Negative log of the total probability of all alignments through arcs `[T, U + 1, 2]`; with `first_state`, of
-    those within the bands."""
+    """Negative log of the total probability of all alignments through arcs `[T, U + 1, 2]`; with `first_state`, only
+    of those within the bands."""
     num_frames, states, _ = arcs.shape
     scores = []
     for path in alignments(num_frames, states - 1):

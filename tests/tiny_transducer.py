@@ -14,7 +14,7 @@ MELS = 8
 
 
 class TableTransducer:
-    """Transducer whose logits are those of the frame plus random ones for the last two labels.
+    """Transducer whose logits are the encoder output plus a random table entry for the last two labels.
 
     The joint width J is the vocabulary size.
     """
@@ -36,7 +36,7 @@ class TableTransducer:
 
 
 def make_transducer(prediction: str, vocab_size: int = VOCAB, seed: int = 0, **encoder: Any) -> TransducerModel:
-    """`TransducerModel` with random weights; its joint width is the vocabulary size too."""
+    """`TransducerModel` with random weights, whose joint width is the vocabulary size."""
     torch.manual_seed(seed)
     shape = EncoderSettings(
         num_mels=MELS, dim=8, num_layers=1, num_heads=2, feedforward_dim=8, kernel_size=3, subsampling_channels=2,

@@ -1,4 +1,4 @@
-"""Tiny encoders of every allowed combination of choices, and packed rows of noise as their input."""
+"""Tiny encoders for every allowed combination of settings, and packed rows of noise as their input."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def covering_cases(strength: int) -> list[Case]:
         for choice in CHOICES:
             if choice in case:
                 continue
-            candidates = [c for value in CHOICES[choice] if allowed(c := {**case, choice: value})]
+            candidates = [candidate for value in CHOICES[choice] if allowed(candidate := {**case, choice: value})]
             case = max(candidates, key=lambda c: sum(part in uncovered for part in _combinations(c, strength, choice)))
         case = {choice: case[choice] for choice in CHOICES}
         for part in _combinations(case, strength):
@@ -85,9 +85,9 @@ def covering_cases(strength: int) -> list[Case]:
 
 def _combinations(case: Case, strength: int, choice: str | None = None) -> Iterator[tuple[tuple[str, str], ...]]:
     """Combinations of `strength` values of a case, in the order of `CHOICES`; with a `choice`, only those with it."""
-    for choices in combinations([f for f in CHOICES if f in case], strength):
+    for choices in combinations([name for name in CHOICES if name in case], strength):
         if choice is None or choice in choices:
-            yield tuple((f, case[f]) for f in choices)
+            yield tuple((name, case[name]) for name in choices)
 
 
 def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
@@ -108,7 +108,7 @@ def make_encoder(case: Case, **changes: object) -> ConformerEncoder:
 
 @dataclass
 class Segment:
-    """Place of an utterance or of noise, in mel frames."""
+    """Position of an utterance or of noise, in mel frames."""
 
     row: int
     start: int
@@ -127,8 +127,8 @@ class Result:
     """[F, M] of each utterance"""
     parameter_grads: list[Tensor]
     """summed over the utterances"""
-    elsewhere: float
-    """the largest input gradient outside the utterances"""
+    outside_grad: float
+    """largest input gradient outside the utterances"""
 
 
 def utterance(number: int, length: int) -> Tensor:
@@ -138,7 +138,7 @@ def utterance(number: int, length: int) -> Tensor:
 def encode(
     encoder: ConformerEncoder, backend: str, segments: list[Segment], rows: int, frames: int, grads: bool = True
 ) -> Result:
-    """Encode rows with these segments. All other frames are loud noise that differs at every call.
+    """Encode rows with the given segments. All other frames are loud noise, drawn again in every call.
 
     Slots are in the given order, with an unused one after each.
     """
@@ -169,5 +169,5 @@ def encode(
         for s in utterances:
             result.input_grads.append(grad[s.row, s.start : s.start + s.length].clone())
             grad[s.row, s.start : s.start + s.length] = 0
-        result.elsewhere = float(grad.abs().max())
+        result.outside_grad = float(grad.abs().max())
     return result

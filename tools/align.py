@@ -34,7 +34,7 @@ from tqdm import tqdm
 from bestrq.alignment.alignment import (
     AlignmentSettings,
     LogProbSpool,
-    blank_excluded,
+    exclude_frames,
     forced_alignment,
     refusal,
     word_times,
@@ -258,7 +258,7 @@ def align_recordings(
             duration = sources[index].num_frames / frames_per_second
             if len(transcript.ids):
                 excluded = excluded_frames(sources[index], len(best), frames_per_second / stride)
-                read = blank_excluded(spool.read, excluded.numpy())
+                read = exclude_frames(spool.read, excluded.numpy())
                 best = best.masked_fill(excluded, BLANK)
                 placed = forced_alignment(read, best.numpy(), transcript, vocab_size, config.alignment)
                 reason = refusal(placed, transcript, len(best), config.alignment)

@@ -1,1 +1,1 @@
-"""Word times by forced alignment."""
+"""Word times by forced alignment with a CTC recogniser."""

@@ -1,12 +1,12 @@
 """Word times by forced alignment with the log-probabilities of a CTC recogniser, in bounded memory.
 
 One Viterbi pass over T frames and U labels keeps T x U cells: 18 billion for two hours. Therefore the recording is cut
-where the transcript and greedy decoding agree (`pieces.plan_pieces`), and every piece is aligned by
+where transcript and greedy decoding agree (`pieces.plan_pieces`), and every piece is aligned by
 `torchaudio.functional.forced_align`.
 
-The star is an additional label with the probability of the most probable label in every frame, so that it absorbs at no
-cost any audio that belongs to no word. It stands for a word that the tokenizer cannot encode, and is inserted between
-the words of a region with many more decoded labels than transcript labels.
+The star is an additional label that has the probability of the most probable label in every frame, so that it absorbs
+audio without words at no cost. It represents a word that the tokenizer cannot encode, and is inserted between the words
+of a region with many more decoded labels than transcript labels.
 
 Sources: `forced_align` is Viterbi over the lattice of Graves et al. 2006; the star is from Pratap et al. 2023, "Scaling
 Speech Technology to 1,000+ Languages".
@@ -30,11 +30,11 @@ from bestrq.alignment.pieces import STAR, Piece, Region, Transcript, plan_pieces
 from bestrq.decoding.tokens import BLANK
 from common.errors import UserError
 
-# Approximate cost of a label of another recording's transcript; used for every label of a piece without alignment.
-_NATS_OF_A_MISS = 7.0
-# Log-probabilities of one recording that are kept in memory; larger ones are kept in a temporary file.
+# Approximate cost of a label from another recording's transcript; applied to every label of a piece without alignment.
+_NATS_PER_MISSING_LABEL = 7.0
+# Maximum bytes of one recording's log-probabilities in memory; beyond it, they are kept in a temporary file.
 _SPOOL_BYTES = 64 << 20
-# Smallest confidence of an aligned word, which is 0 for the others only, even when rounded.
+# Smallest confidence of an aligned word; 0, even after rounding, is reserved for words that are not aligned.
 _LEAST_CONFIDENCE = 0.001
 # Log-probability of an impossible label, within the range of float16.
 _LOWEST = -10_000.0
@@ -44,22 +44,22 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class AlignmentSettings:
-    """Placement of words, and limits beyond which a transcript is refused."""
+    """Placement of words, memory limits, and the cost above which a transcript is refused."""
 
     max_cost: float = 3.0
     """Largest difference in log-probability between greedy decoding and the best path through the transcript, in nats
-    per label; above it, the recording counts as unaligned. Right transcripts cost 0.1 to 2, those of another recording
-    3.5 to 12."""
+    per label; above it, the recording counts as unaligned. Correct transcripts cost 0.1 to 2, those of another
+    recording 3.5 to 12."""
     lead_ms: float = 40.0
     """Start of a word, in milliseconds before the frame of its first label, since a sound is recognised only after it
     has started."""
     tail_ms: float = 15.0
     """End of a word, in milliseconds after the frame of its last label, but not after the start of the next word."""
     piece_cells: int = 4_000_000
-    """Largest number of cells of a piece that is made of several regions, frames x (2 labels + 1 + vocabulary); smaller
-    values make more cuts."""
+    """Largest number of cells of a piece of several regions, frames x (2 labels + 1 + vocabulary); smaller values give
+    more pieces."""
     max_cells: int = 100_000_000
-    """Largest number of cells of a region without any possible cut, 1 to 10 bytes each. The words of a larger one get
+    """Largest number of cells of a region that cannot be cut, 1 to 10 bytes each. The words of a larger region get
     times in proportion to their lengths, with confidence 0."""
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class AlignmentSettings:
         if not 0 < self.piece_cells <= self.max_cells:
             raise UserError(
                 f"alignment.piece_cells is {self.piece_cells} and alignment.max_cells is {self.max_cells}: "
-                "give positive numbers, the second not below the first"
+                "give positive numbers, with piece_cells <= max_cells"
             )
 
 
@@ -80,25 +80,24 @@ class Alignment:
     """Positions of N words, in encoder frames."""
 
     start: Floats
-    """float64 `[N]`, frame of the first label. A word without labels has no length and lies at the end of the previous
-    word"""
+    """float64 `[N]`, frame of the first label. A word without labels has length 0, at the end of the previous word"""
     end: Floats
-    """float64 `[N]`, frame after that of the last label; not after the start of the next word"""
+    """float64 `[N]`, frame after the last label; not after the start of the next word"""
     confidence: Floats
     """float64 `[N]` from 0 to 1: mean posterior of the word's labels; 0 for a guessed word. A starred word gets the
-    smaller confidence of its neighbours, which alone determine its position"""
+    smaller confidence of its neighbours, which determine its position"""
     cost: float
     """difference in log-probability between greedy decoding and the transcript, in nats per label; infinite if all
     words are starred"""
     num_guessed: int
-    """words whose times are not from an alignment"""
+    """words whose times are guessed: their region could not be aligned"""
 
 
 class LogProbSpool:
-    """Log-probabilities of one recording at a time, float16, in a temporary file if they are large.
+    """Buffer for the log-probabilities of one recording at a time, float16, in a temporary file if they are large.
 
     `keep` is passed as the `reduce` of `inference.transcribe`, which calls it in the order of recordings and windows.
-    If the spool is cleared after every recording, it holds exactly the recording that was returned last.
+    If the spool is cleared after every recording, it always holds the recording that was returned last.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -123,7 +122,7 @@ class LogProbSpool:
         self._file.truncate()
 
 
-def blank_excluded(
+def exclude_frames(
     read: Callable[[int, int], NDArray[np.float32]], excluded: NDArray[np.bool_]
 ) -> Callable[[int, int], NDArray[np.float32]]:
     """Wrap `read`, which returns log-probabilities `[n, V]`: the blank has probability 1 in excluded frames, bool
@@ -153,14 +152,14 @@ def forced_alignment(
         transcript: words, at least one of which has labels.
     """
     if not len(transcript.ids):
-        raise ValueError("the transcript has no labels: there is nothing to align")
+        raise ValueError("the transcript has no labels to align")
     labels = LabelTimes(len(transcript.ids))
     guesses: list[Region] = []
     for piece in plan_pieces(transcript, best, vocab_size, settings.piece_cells, settings.max_cells):
         if piece.possible:
             labels.align(piece, read(piece.regions[0].start, piece.regions[-1].end), best)
         else:
-            labels.give_up(piece)
+            labels.skip(piece)
             guesses += piece.regions
     return _word_alignment(labels, transcript, guesses)
 
@@ -191,7 +190,7 @@ class LabelTimes:
         start = np.flatnonzero(np.diff(path, prepend=-1))
         end = np.append(start[1:], len(path))
         posterior = np.add.reduceat(np.exp(scores), start) / (end - start)
-        kept = path[start] != BLANK  # one run per id
+        kept = path[start] != BLANK  # leaves one run per id
         start, end, posterior = start[kept], end[kept], posterior[kept]
         offset = piece.regions[0].start
         for number in np.flatnonzero(ids == star):  # the run of a star includes the silence around its labels
@@ -204,16 +203,16 @@ class LabelTimes:
         self.end[places[in_word]] = offset + end[in_word]
         self.posterior[places[in_word]] = posterior[in_word]
         self.nats += float(highest.sum(dtype=np.float64) - scores.sum(dtype=np.float64))
-        self.num_counted += piece.num_written
+        self.num_counted += piece.num_labels
 
-    def give_up(self, piece: Piece) -> None:
-        """Count the labels of a piece that cannot be aligned as missing from the audio."""
-        self.nats += _NATS_OF_A_MISS * piece.num_written
-        self.num_counted += piece.num_written
+    def skip(self, piece: Piece) -> None:
+        """Count the labels of a piece that cannot be aligned as missing in the audio."""
+        self.nats += _NATS_PER_MISSING_LABEL * piece.num_labels
+        self.num_counted += piece.num_labels
 
 
 def _word_alignment(labels: LabelTimes, transcript: Transcript, guesses: Sequence[Region]) -> Alignment:
-    """Alignment of words from that of labels; the words of the regions in `guesses` are spread evenly over them."""
+    """Alignment of words from that of labels; labels of the regions in `guesses` are spread evenly over the region."""
     first, stop = transcript.first, transcript.stop
     labelled = np.flatnonzero(first < stop)
     start, end, confidence = np.zeros(len(first)), np.zeros(len(first)), np.zeros(len(first))

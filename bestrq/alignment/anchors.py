@@ -1,8 +1,8 @@
-"""Matching labels of a long transcript and of greedy decoding, in linear memory: `match_labels`.
+"""Matches between the labels of a long transcript and of greedy decoding, in linear memory: `match_labels`.
 
-A patience diff. Stretches of labels that occur exactly once in both sequences are paired, and the longest chain of
-pairs that increases in both is kept. Between two links of the chain, the same is repeated at the next level: there,
-more stretches are unique, and shorter ones suffice, because chance matches are less probable.
+The algorithm is a patience diff. Stretches of labels that occur exactly once in both sequences are paired, and the
+longest chain of pairs that increases in both is kept. This is repeated between the links of the chain, where more
+stretches are unique and shorter ones suffice, because chance matches are less probable.
 
 Shapes: U labels of the transcript, H decoded labels. Time O((U + H) log (U + H)) per level, memory O(U + H).
 """
@@ -25,7 +25,7 @@ _CHANCE = 0.01
 def match_labels(text: Labels, decoded: Labels) -> Labels:
     """Position of the decoded label that matches each transcript label, or -1; int64 `[U]`.
 
-    Matched positions strictly increase. A negative transcript label matches nothing.
+    Matched positions strictly increase. A negative transcript label has no match.
     """
     matched = np.full(len(text), -1, np.int64)
     regions = [(0, len(text), 0, len(decoded), 0)]
@@ -58,7 +58,7 @@ def match_labels(text: Labels, decoded: Labels) -> Labels:
 
 
 def stretch_length(text: Labels, decoded: Labels) -> int:
-    """Number of labels for which two sequences of these lengths rarely share a stretch by chance."""
+    """Number of labels above which two sequences of these lengths rarely share a stretch by chance."""
     if not len(text) or not len(decoded):
         return 1
     _, counts = np.unique(text, return_counts=True)
@@ -73,7 +73,7 @@ def _unique_pairs(text: Labels, decoded: Labels, length: int) -> Labels:
     _, first, second = np.intersect1d(keys, decoded_keys, assume_unique=True, return_indices=True)
     pairs = np.stack([places[first], decoded_places[second]], axis=1)
     pairs = pairs[np.argsort(pairs[:, 0])]
-    # Keys are hashes: remove pairs of which only the hashes are equal.
+    # Keys are hashes: remove pairs whose labels differ.
     offsets = np.arange(length)
     return pairs[(text[pairs[:, :1] + offsets] == decoded[pairs[:, 1:] + offsets]).all(axis=1)]
 
@@ -90,7 +90,7 @@ def _unique_stretches(labels: Labels, length: int) -> tuple[NDArray[np.uint64], 
 
 
 def _longest_increasing_chain(pairs: Labels) -> Labels:
-    """Longest chain of pairs that strictly increases in both columns; `pairs` are distinct, sorted by the first one."""
+    """Longest chain of pairs that strictly increases in both columns; `pairs` are distinct and sorted by column 0."""
     tails: list[int] = []  # smallest last value of a chain of every length
     last: list[int] = []  # the pair with that value
     previous = np.full(len(pairs), -1, np.int64)

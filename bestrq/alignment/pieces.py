@@ -15,7 +15,7 @@ from bestrq.alignment.anchors import Labels, match_labels
 from bestrq.decoding.tokens import BLANK
 
 STAR = -1
-"""label of a word that stands for any audio"""
+"""label that matches any audio"""
 # Labels that must match on both sides of a cut.
 _CONTEXT = 2
 # A region with more decoded labels than this has audio that is missing from the transcript.
@@ -37,7 +37,7 @@ class Transcript:
 
     @classmethod
     def from_words(cls, words: Sequence[Sequence[int]], separator: Sequence[int]) -> "Transcript":
-        """Transcript from the labels of every word (1 to V - 1, or STAR) and those between words (a space, or none)."""
+        """Transcript from the labels of every word (1 to V - 1, or STAR) and those of separators (a space, or none)."""
         ids: list[int] = []
         edges = np.zeros((len(words), 2), np.int64)
         for edge, word in zip(edges, words, strict=True):
@@ -71,7 +71,7 @@ class Piece:
     regions: list[Region]
     ids: list[int]
     places: list[int]
-    """position of every id among the transcript's labels; -1 for a star that stands for no word"""
+    """position of every id among the transcript's labels; -1 for an inserted star"""
     possible: bool
     """the frames suffice for the labels, and the lattice does not exceed the limit of cells"""
 
@@ -81,8 +81,8 @@ class Piece:
         return self.regions[-1].end - self.regions[0].start
 
     @property
-    def num_written(self) -> int:
-        """Number of labels that are not stars."""
+    def num_labels(self) -> int:
+        """Number of labels, without stars."""
         return sum(label != STAR for label in self.ids)
 
 
@@ -117,7 +117,7 @@ def cut_regions(transcript: Transcript, best: Labels) -> list[Region]:
 def plan_pieces(
     transcript: Transcript, best: Labels, vocab_size: int, piece_cells: int, max_cells: int
 ) -> Iterator[Piece]:
-    """Pieces of neighbouring regions, up to `piece_cells` together; a region that cannot be aligned is a piece alone.
+    """Pieces of neighbouring regions, up to `piece_cells` together; one that cannot be aligned is a separate piece.
 
     Args:
         best: int64 `[T]`, most probable label of every frame.
@@ -127,24 +127,24 @@ def plan_pieces(
     def cells(frames: int, labels: int) -> int:
         return frames * (2 * labels + 1 + vocab_size)
 
-    gathered: Piece | None = None
+    piece: Piece | None = None
     for region in cut_regions(transcript, best):
         ids, places = _region_labels(region, transcript)
         frames = region.end - region.start
         possible = _frames_needed(ids) <= frames and cells(frames, len(ids)) <= max_cells
-        if gathered and possible and cells(gathered.frames + frames, len(gathered.ids) + len(ids)) <= piece_cells:
-            gathered.regions.append(region)
-            gathered.ids.extend(ids)
-            gathered.places.extend(places)
+        if piece and possible and cells(piece.frames + frames, len(piece.ids) + len(ids)) <= piece_cells:
+            piece.regions.append(region)
+            piece.ids.extend(ids)
+            piece.places.extend(places)
             continue
-        if gathered:
-            yield gathered
-        gathered = Piece([region], ids, places, possible)
+        if piece:
+            yield piece
+        piece = Piece([region], ids, places, possible)
         if not possible:
-            yield gathered
-            gathered = None
-    if gathered:
-        yield gathered
+            yield piece
+            piece = None
+    if piece:
+        yield piece
 
 
 def _frames_needed(ids: Sequence[int] | Labels) -> int:

@@ -1,1 +1,1 @@
-
+"""Conformer encoder: settings, attention, convolution, positions, packed rows, streaming."""

@@ -1,4 +1,4 @@
-"""Conformer encoder over packed rows.
+"""Conformer encoder for packed rows of segments.
 
 Source: Gulati et al., arXiv 2005.08100; by default with LayerNorm in the convolution module and rotary positions. With
 stages of decreasing frame rate it is the Efficient Conformer of Burchi and Vielzeuf, arXiv 2109.01163.
@@ -27,25 +27,25 @@ from common.segments import Segments
 __all__ = ["ConformerBlock", "ConformerEncoder", "EncoderSettings"]
 
 
-SLICE = 8192
-"""frames per call of a feed-forward module without gradients"""
+FRAMES_PER_CALL = 8192
+"""frames per call of a feed-forward module, if gradients are disabled"""
 
 
-def framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function of single frames to `[R, T, D]`, in slices if no gradient is needed.
+def apply_framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a frame-wise function to `[R, T, D]`, in slices of frames if gradients are disabled.
 
-    The hidden units of an hour at once would take several times the memory of the frames, and time to allocate.
+    Otherwise the hidden units of an hour of audio would take several times the memory of the frames.
     """
     rows, frames, _ = x.shape
-    if torch.is_grad_enabled() or rows * frames <= SLICE:
+    if torch.is_grad_enabled() or rows * frames <= FRAMES_PER_CALL:
         return function(x)
-    return torch.cat([function(part) for part in x.flatten(0, 1).split(SLICE)]).unflatten(0, (rows, frames))
+    return torch.cat([function(part) for part in x.flatten(0, 1).split(FRAMES_PER_CALL)]).unflatten(0, (rows, frames))
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with SiLU and dropout between, `[R, T, D] -> [R, T, D]`.
+    """Two linear layers with SiLU and dropout in between, `[R, T, D] -> [R, T, D]`.
 
-    With `gated`, the output of SiLU is multiplied by a third map of the input: SwiGLU, Shazeer, arXiv 2002.05202.
+    With `gated`, a third linear layer gates the hidden units (SwiGLU: Shazeer, arXiv 2002.05202).
     """
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float, gated: bool) -> None:
@@ -65,8 +65,8 @@ class FeedForward(nn.Module):
 class ConformerBlock(nn.Module):
     """Half-step feed-forward, attention, convolution, half-step feed-forward: pre-norm residual branches, final norm.
 
-    With `dim_out`, for the last block of a stage, the convolution halves the frame rate and changes the width. Its
-    shortcut is then a linear map of every second frame.
+    With `dim_out` (last block of a stage), the convolution halves the frame rate and changes the width; its shortcut is
+    a linear layer on every second frame.
     """
 
     def __init__(self, settings: EncoderSettings, dim_out: int | None = None) -> None:
@@ -93,7 +93,7 @@ class ConformerBlock(nn.Module):
         """Return `[R, T, D]`, or `[R, T / 2, dim_out]`. Outputs at padding frames are unused."""
         y = self.apply_modules(x, lambda x: self.attention(x, layout), lambda x: self.convolution(x, layout))
         if self.training and self.layer_drop > 0:
-            # Rows are dropped, not whole blocks: DDP and FSDP need every process to run every block.
+            # Single rows skip the block: DDP and FSDP need every process to run every block.
             dropped = torch.rand(len(x), 1, 1, device=x.device) < self.layer_drop
             y = torch.where(dropped, x.to(y.dtype), y)
         return y
@@ -102,12 +102,12 @@ class ConformerBlock(nn.Module):
         self, x: Tensor, attention: Callable[[Tensor], Tensor], convolution: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Apply the block with the given functions in place of attention and convolution, which mix frames."""
-        x = framewise(lambda x: self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5), x)
+        x = apply_framewise(lambda x: self.dropout.add(x, self.feedforward_in(self.feedforward_in_norm(x)), 0.5), x)
         x = self.dropout.add(x, attention(self.attention_norm(x)))
         convolved = convolution(self.convolution_norm(x))
         x = self.dropout.add(x if self.shortcut is None else self.shortcut(x[:, ::2]), convolved)
         out, norm = self.feedforward_out, self.feedforward_out_norm
-        return framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
+        return apply_framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
 
 
 class ConformerEncoder(nn.Module):
@@ -134,7 +134,7 @@ class ConformerEncoder(nn.Module):
 
         Args:
             segments: in mel frames.
-            backend: key of `attention.module.ATTEND`, in place of the choice by device and settings.
+            backend: key of `attention.module.ATTEND`; None to choose by device and settings.
         """
         weight = next(self.parameters())
         return make_layout(
@@ -150,7 +150,7 @@ class ConformerEncoder(nn.Module):
         if not 0 <= missing < self.settings.row_multiple:
             raise ValueError(
                 f"rows of {log_mel.shape[1]} mel frames do not fit a layout of {layout.valid_mel.shape[1]}: "
-                "give the layout of these rows"
+                "compute the layout from these rows"
             )
         x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
         if self.fourier is not None:
@@ -164,14 +164,14 @@ class ConformerEncoder(nn.Module):
 # ---- activation checkpointing
 #
 # A block stores less for the backward pass and recomputes the rest there. Sources: Chen et al., arXiv 1604.06174; the
-# selective kind: Korthikanti et al., arXiv 2205.05198. docs/memory.md lists bytes and time of each mode.
+# selective mode: Korthikanti et al., arXiv 2205.05198. docs/memory.md lists memory and time of each mode.
 
 MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")
-"""'none' stores all; 'selective' the outputs of `STORED_OPERATIONS`; 'full' only the input of a block"""
+"""'none' stores all activations, 'selective' the outputs of `STORED_OPERATIONS`, 'full' only the input of a block"""
 
 _aten = torch.ops.aten
 STORED_OPERATIONS: list[Any] = [
-    # Products with weights. Not bmm: the CPU computes attention weights with it, which are quadratic in the length.
+    # Products with weights. Not bmm: on the CPU its outputs are attention weights, quadratic in the length.
     _aten.mm.default,
     _aten.addmm.default,
     _aten.convolution.default,
@@ -182,18 +182,18 @@ STORED_OPERATIONS: list[Any] = [
     _aten._scaled_dot_product_cudnn_attention.default,
     flex_attention,
 ]
-"""operations whose outputs 'selective' stores: nearly all arithmetic of a block in a small share of its bytes"""
+"""operations whose outputs 'selective' stores: nearly all FLOPs of a block, but few of its bytes"""
 
 
 def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
-    """Call `block(x, *args)`, storing the tensors of `mode` for the backward pass. Gradients are bit-identical.
+    """Call `block(x, *args)` with activation checkpointing by `mode`. Gradients are bit-identical in all modes.
 
     Supports blocks sharded by FSDP2 and blocks inside DDP. The recomputation restores the random generators, so that it
-    draws the same dropout. A module with state over batches, such as batch norm, would count each batch twice.
+    draws the same dropout. A module with running statistics, such as batch norm, would count each batch twice.
 
     Args:
-        mode: one of `MODES`; ignored without gradients.
-        x: input of the block, on the device that is computed on.
+        mode: one of `MODES`; ignored if gradients are disabled.
+        x: input of the block, on the compute device.
     """
     if mode not in MODES:
         raise ValueError(f"activation checkpointing {mode!r}: give one of {', '.join(map(repr, MODES))}")
@@ -208,8 +208,8 @@ def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
 def _call_uncached(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
     """Call the block without autocast's cache of cast weights.
 
-    The cache would store all cast weights until the end of the forward pass. It would also be full in one computation
-    and empty in the other, so that the two would differ in their sequence of operations.
+    The cache would keep all cast weights until the end of the forward pass. It would also be filled in the forward pass
+    and empty in the recomputation, which would then run a different sequence of operations.
     """
     device = x.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -220,28 +220,28 @@ def _call_uncached(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
 # ---- initialisation
 #
 # With torch's defaults (random biases, unscaled residual branches) the frames of a deep Conformer become nearly equal:
-# each block adds a component that is common to all frames, and its last norm shrinks the rest. After 24 blocks 1 % of
-# the variance was between frames, and training progressed slowly. Therefore:
+# each block adds a component that is common to all frames, and its last norm shrinks the rest. After 24 blocks, only
+# 1 % of the variance was between frames, and training progressed slowly. Therefore:
 # - the subsampling preserves the scale of its input (He et al., arXiv 1502.01852): torch's default leaves a tenth of
 #   it, which the branches of the first block would dominate;
 # - biases start at zero;
-# - the last map of each of the N residual branches starts at 1 / sqrt(N) of torch's weights (Radford et al., Language
-#   models are unsupervised multitask learners, 2019, section 2.3), so that their sum does not grow with depth.
+# - the output layer of each of the N residual branches starts at torch's weights / sqrt(N) (Radford et al., Language
+#   models are unsupervised multitask learners, 2019, section 2.3), so that the sum does not grow with depth.
 
 BRANCHES = ("feedforward_in.out", "attention.out", "convolution.pointwise_out", "feedforward_out.out")
-"""last maps of the residual branches of a block"""
+"""output layers of the residual branches of a block"""
 
 
 def initialise_subsampling(subsampling: nn.Module) -> None:
-    """Preserve the mean square of the input; a ReLU follows all maps except depthwise ones and the last."""
+    """Preserve the mean square of the input; a ReLU follows all layers except the depthwise ones and the last."""
     for name, module in subsampling.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             rectified = not name.startswith("depthwise") and name != "out"
-            initialise_map(module, 2.0 if rectified else 1.0)
+            initialise_layer(module, 2.0 if rectified else 1.0)
 
 
 def initialise_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Set biases to zero and scale the residual branches. Norms stay at 1 and 0."""
+    """Set biases to zero and scale the residual branches. Norms keep weight 1 and bias 0."""
     for block in blocks:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
@@ -250,11 +250,11 @@ def initialise_blocks(blocks: Sequence[nn.Module]) -> None:
                 with torch.no_grad():
                     module.get_parameter("weight").mul_((len(BRANCHES) * len(blocks)) ** -0.5)
             if name == "shortcut" and isinstance(module, nn.Linear):
-                initialise_map(module, 1.0)
+                initialise_layer(module, 1.0)
 
 
-def initialise_map(module: nn.Linear | nn.Conv2d, gain: float) -> None:
-    """Draw normal weights of variance `gain / inputs per output`; set the bias to zero."""
+def initialise_layer(module: nn.Linear | nn.Conv2d, gain: float) -> None:
+    """Draw normal weights of variance `gain / fan_in`; set the bias to zero."""
     nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

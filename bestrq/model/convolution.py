@@ -1,4 +1,4 @@
-"""Convolution module of a Conformer block, over packed rows."""
+"""Convolution module of a Conformer block, for packed rows of segments."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from bestrq.model.norms import MaskedBatchNorm, make_norm
 
 
 class ConvolutionModule(nn.Module):
-    """Gated pointwise, depthwise, norm, SiLU and pointwise, `[R, T, D] -> [R, T / stride, dim_out]`.
+    """Pointwise with GLU, depthwise, norm, SiLU, pointwise: `[R, T, D] -> [R, T / stride, dim_out]`.
 
     No output depends on two segments. Output t depends on frames t - (K - 1) / 2 to t + (K - 1) / 2 of its segment, or
-    t - K + 1 to t if `causal`. With stride 2, output u stands for frames 2u and 2u + 1 (the latter may be missing at
-    the end of a segment): its kernel is centred on 2u, or covers 2u - K + 2 to 2u + 1 if `causal`.
+    t - K + 1 to t if `causal`. With stride 2, output u represents frames 2u and 2u + 1 (the latter may be missing
+    at the end of a segment): its kernel is centred on 2u, or covers 2u - K + 2 to 2u + 1 if `causal`.
 
-    Source: Gulati et al., arXiv 2005.08100, section 2.2; the stride: Burchi and Vielzeuf, arXiv 2109.01163, section
-    3.1, where the first pointwise map has the new width.
+    Sources: Gulati et al., arXiv 2005.08100, section 2.2; for the stride, Burchi and Vielzeuf, arXiv 2109.01163,
+    section 3.1, whose first pointwise layer changes the width.
 
     Args:
         kernel_size: K, odd.
         norm: 'layer_norm', 'rms_norm' or 'batch_norm' (over valid frames: see `MaskedBatchNorm`).
         stride: 1 or 2; with 2, segments start at even frames and rows have an even number of frames.
-        dim_out: width from the gate on; D if None.
+        dim_out: width from the GLU on; D if None.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ConvolutionModule(nn.Module):
         self.pointwise_out = nn.Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
-        """Convolve `[R, T, D]` with its layout. Outputs at padding frames are unused."""
+        """Convolve `[R, T, D]`. Outputs at padding frames are unused."""
         kernel_size = self.depthwise.kernel_size[0]
         ahead = min(self.stride, kernel_size) - 1 if self.causal else kernel_size // 2
         assert self.depthwise.bias is not None
@@ -50,7 +50,7 @@ class ConvolutionModule(nn.Module):
         return self.finish(x[:, :: self.stride], layout.valid[:, :: self.stride])
 
     def finish(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Apply norm, SiLU and the last pointwise map to the output of the depthwise convolution."""
+        """Apply norm, SiLU and the last pointwise layer to the output of the depthwise convolution."""
         x = self.norm(x, valid) if isinstance(self.norm, MaskedBatchNorm) else self.norm(x)
         return self.pointwise_out(F.silu(x))
 
@@ -58,27 +58,27 @@ class ConvolutionModule(nn.Module):
 def convolve_in_segments(x: Tensor, weight: Tensor, bias: Tensor, layout: ConvolutionLayout, ahead: int) -> Tensor:
     """Depthwise convolution `[R, T, D] -> [R, T, D]` of each segment alone, padded with zeros; zero in gaps.
 
-    Rows are dense, and a kernel of 31 frames would reach across a gap of one frame far into the next segment. So the
-    segments are moved apart by the reach of the kernel, convolved and moved back.
+    Rows are packed densely: a kernel of 31 frames would reach across a gap of one frame far into the next segment.
+    Therefore segments are moved apart by the reach of the kernel, convolved, and moved back.
 
     Args:
         weight: `[D, 1, K]`, K odd.
         bias: `[D]`.
         layout: with a reach of at least K - 1 - ahead.
-        ahead: frames after its own that an output depends on, at most (K - 1) / 2; K - 1 - ahead before its own.
+        ahead: later frames that an output depends on, at most (K - 1) / 2; it depends on K - 1 - ahead earlier ones.
     """
     rows, frames, dim = x.shape
-    # The output of a kernel that looks further back than ahead is that of a centred kernel, `shift` frames earlier.
+    # A kernel that reaches further back than ahead gives the output of a centred kernel `shift` frames earlier.
     shift = weight.shape[-1] // 2 - ahead
-    length = layout.num_spread + shift
-    slot = layout.slot + layout.slot // layout.num_spread * shift if shift else layout.slot
-    spread = _Move.apply(x.flatten(0, 1), layout.frame, slot + shift, rows * length).unflatten(0, (rows, length))
+    length = layout.spread_frames + shift
+    place = layout.place + layout.place // layout.spread_frames * shift if shift else layout.place
+    spread = _Move.apply(x.flatten(0, 1), layout.frame, place + shift, rows * length).unflatten(0, (rows, length))
     convolved = depthwise(spread, weight.to(x.dtype), bias.to(x.dtype), weight.shape[-1] // 2)
-    return _Move.apply(convolved.flatten(0, 1), slot, layout.frame, rows * frames).unflatten(0, (rows, frames))
+    return _Move.apply(convolved.flatten(0, 1), place, layout.frame, rows * frames).unflatten(0, (rows, frames))
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """Depthwise convolution `[R, P, D] -> [R, P + 2 * padding - K + 1, D]`, with `[D, 1, K]` and a bias `[D]`."""
+    """Depthwise convolution `[R, P, D] -> [R, P + 2 * padding - K + 1, D]`; weight `[D, 1, K]`, bias `[D]`."""
     if x.device.type == "cpu":
         return depthwise_cpu(x, weight, bias, padding)
     return F.conv1d(x.mT, weight, bias, padding=padding, groups=len(weight)).mT
@@ -87,7 +87,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
 class _Move(torch.autograd.Function):
     """Copy the rows `source` of `[n, D]` to the rows `target` of zeros `[size, D]`; both int64 `[N]`, without repeats.
 
-    Without repeats the gradient is the reverse copy. It accumulates nothing, so it is deterministic.
+    The gradient is the reverse copy; as indices do not repeat, it is deterministic.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Layout of the segments in a batch of packed rows, computed once per batch and shared by all layers.
 
-`R` rows of `T` encoder frames hold up to `S` segments each; the frames between and after segments are a gap. Attention
-separates segments by the interval of keys of each frame. The convolution module moves segments apart by the reach of
-its kernel, so that no output depends on two segments.
+`R` rows of `T` encoder frames hold up to `S` segments each; all other frames are gaps. Attention separates segments by
+the interval of keys of each frame. The convolution module moves segments apart by the reach of its kernel, so that no
+output depends on two segments.
 """
 
 import math
@@ -20,14 +20,14 @@ from common.segments import Segments
 
 @dataclass
 class ConvolutionLayout:
-    """Places of the frames of a stage after the segments are moved apart."""
+    """Places of the frames of a stage after segments are moved apart, in rows of `spread_frames`."""
 
     frame: Tensor
     """int64 [N]: index row * T + t of every valid frame, ascending"""
-    slot: Tensor
-    """int64 [N]: index row * num_spread + place of the same frame"""
-    num_spread: int
-    """places in a row of separated segments: T + (S - 1) * reach"""
+    place: Tensor
+    """int64 [N]: index row * spread_frames + t of the same frames, with t in the row of separated segments"""
+    spread_frames: int
+    """length of a row of separated segments, T + (S - 1) * reach"""
 
 
 @dataclass
@@ -67,10 +67,10 @@ def make_layout(
 
     Args:
         segments: in mel frames, on the CPU (from another device they are copied).
-        training: draw the chunk size of dynamic chunk training.
+        training: draw a random chunk size if `settings.dynamic_chunks`.
         device: of the encoder.
         dtype: of the encoder's parameters; float64 gives float64 rotary phases.
-        backend: key of `attention.module.ATTEND`, in place of `choose_backend`.
+        backend: key of `attention.module.ATTEND`; None for `choose_backend`.
 
     Raises:
         ValueError: a segment does not start at a multiple of `row_multiple`, ends after its row, or is too close to the
@@ -100,7 +100,7 @@ def make_layout(
 
 
 def make_attention_mask(settings: EncoderSettings, unit: int) -> AttentionMask:
-    """Build the mask of `settings.mask` for frames of attention that are `unit` frames of the first stage."""
+    """Build the mask of `settings.mask` for attention frames that cover `unit` frames of the first stage each."""
     if settings.mask == "window":
         return WindowMask(settings.window // unit)
     if settings.mask == "chunk":
@@ -114,7 +114,7 @@ def _check_gaps(segments: Segments, reach: int) -> None:
     start, order = segments.start.masked_fill(unused, segments.num_frames + reach).sort(dim=1)
     stop = start + segments.length.gather(1, order)
     if bool(((start[:, 1:] < stop[:, :-1] + reach) & ~unused.gather(1, order)[:, 1:]).any()):
-        raise ValueError(f"two segments of a row are less than {reach} mel frames apart: give settings.row_gap")
+        raise ValueError(f"two segments of a row are less than {reach} mel frames apart: use gaps of settings.row_gap")
 
 
 def _locate_frames(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,13 +145,13 @@ def _convolution_layout(
     segments: Segments, valid: Tensor, slot: Tensor, reach: int, device: torch.device
 ) -> ConvolutionLayout:
     num_segments, num_frames = segments.start.shape[1], segments.num_frames
-    num_spread = num_frames + (num_segments - 1) * reach
-    # Segments are ranked by start, not by slot: each one is moved by `reach` times its rank.
+    spread_frames = num_frames + (num_segments - 1) * reach
+    # Segments are ranked by start, not by slot; each is moved by `reach` times its rank.
     rank = torch.where(segments.length > 0, segments.start, num_frames).argsort(dim=1, stable=True)
     rank = rank.argsort(dim=1, stable=True)
     row, time = valid.nonzero(as_tuple=True)
-    place = row * num_spread + time + rank[row, slot[row, time]] * reach
-    return ConvolutionLayout((row * num_frames + time).to(device), place.to(device), num_spread)
+    place = row * spread_frames + time + rank[row, slot[row, time]] * reach
+    return ConvolutionLayout((row * num_frames + time).to(device), place.to(device), spread_frames)
 
 
 def _attention_layout(

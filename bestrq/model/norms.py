@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalisation layers: LayerNorm, RMSNorm, and batch norm over the valid frames of all ranks."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ except ImportError:
     fused_layer_norm_affine = fused_rms_norm_affine = None
 
 EPS = 1e-5
-"""added to the variance (in RMSNorm the mean square) before the root"""
+"""added to the variance (in RMSNorm, the mean square) before the square root"""
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last dimension, by Apex's fused kernel if installed and the input is on CUDA.
+    """Layer normalisation over the last dimension, with Apex's fused kernel if installed and the input is on CUDA.
 
     Parameters are `weight` and `bias` in both cases, so checkpoints do not depend on the kernel.
     """
@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation over the last dimension, with a `weight` only; Apex as in `LayerNorm`.
+    """Root-mean-square normalisation over the last dimension, with a `weight` only; uses Apex as `LayerNorm` does.
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
@@ -56,10 +56,10 @@ def make_norm(kind: str, dim: int) -> nn.Module:
 class MaskedBatchNorm(nn.Module):
     """Batch normalisation `[R, T, D] -> [R, T, D]` over the valid frames of all processes; zero elsewhere.
 
-    In training, mean and variance are those of the valid frames of the batch on all ranks (one collective forward and
-    one backward, also on a rank without valid frames). They update the running statistics by `momentum`, which are used
-    in evaluation. Statistics are at least float32. Names and numbers of the state are those of `torch.nn.BatchNorm1d`
-    over the valid frames.
+    In training, mean and variance are those of the valid frames of the batch on all ranks (one collective in each
+    forward and backward pass, also on a rank without valid frames). They update the running statistics, which are used
+    in evaluation, with `momentum`. Statistics are at least float32. Names and values of the state equal those of
+    `torch.nn.BatchNorm1d` over the valid frames.
 
     A batch with fewer than two valid frames has no variance, and one with non-finite values belongs to a skipped
     optimizer step: neither changes the running statistics. Gradient accumulation normalises each micro-batch
@@ -94,7 +94,7 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Update the running statistics, without a branch on `count`, which would wait for the device."""
+        """Update the running statistics, without a branch on `count`, which would synchronise with the device."""
         unbiased = variance * (count / (count - 1).clamp(min=1))
         usable = (count > 1) & mean.isfinite().all() & unbiased.isfinite().all()
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
@@ -103,15 +103,15 @@ class MaskedBatchNorm(nn.Module):
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """Normalise `[R, T, D]` by mean and variance of the frames of all ranks at which `keep` `[R, T, 1]` is 1.
+    """Normalise `[R, T, D]` by mean and variance of the frames of all ranks for which `keep` `[R, T, 1]` is 1.
 
-    Returns the normalised frames (zero where `keep` is 0), and without gradients the count, mean and biased variance.
+    Returns the normalised frames, zero if `keep` is 0; and count, mean and biased variance, without gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Squared deviations from the mean of each rank are combined afterwards. The mean of squares minus the square
-        # of the mean would lose all digits if the mean is large.
+        # Ranks combine their squared deviations from their own means. The mean of squares minus the square of the mean
+        # would lose all digits if the mean is large.
         count = keep.sum()
         mean = (x * keep).sum((0, 1)) / count.clamp(min=1)
         squares = ((x - mean) * keep).square().sum((0, 1))

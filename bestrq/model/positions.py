@@ -1,4 +1,4 @@
-"""Positions in attention, counted from the start of each segment."""
+"""Positions of frames in their segment: rotary phases, relative bias, Fourier features."""
 
 import math
 
@@ -45,8 +45,8 @@ def split_heads(qkv: Tensor, num_heads: int, phase: Tensor | None) -> tuple[Tens
 def distance_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
     """Bucket of each distance (key - query), int64 from 0 to `buckets - 1`.
 
-    The upper half of the buckets is for keys after the query. The lower half of each half holds single distances, the
-    upper half distances in logarithmic steps up to `max_distance`; all larger ones share the last bucket.
+    The upper half of the buckets is for keys after the query. In each half, the lower buckets hold single distances,
+    the upper ones logarithmic ranges up to `max_distance`; all larger distances share the last bucket.
     Source: Raffel et al., arXiv 1910.10683, section 2.1.
     """
     half = buckets // 2
@@ -78,9 +78,9 @@ class RelativeBias(nn.Module):
 
 
 class FourierPositions(nn.Module):
-    """Learned Fourier features of positions, `[R, T] -> [R, T, D]`, to add to the input of the first block.
+    """Learned Fourier features of positions, `[R, T] -> [R, T, D]`, added to the input of the first block.
 
-    Cosines and sines of learned frequencies, then two linear maps with GELU between. Frequencies are initialised to
+    Cosines and sines of learned frequencies, then two linear layers with GELU in between. Frequencies start at
     `theta^(-2 i / D)`, as in rotary positions, to cover distances from one frame to an hour.
     Source: Li et al., Learnable Fourier Features, arXiv 2106.02795, section 3.
     """
@@ -93,7 +93,7 @@ class FourierPositions(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, position: Tensor) -> Tensor:
-        # An elementwise product, which autocast leaves in float32: bfloat16 cannot distinguish the frames of a minute.
+        # Autocast leaves an elementwise product in float32; bfloat16 could not distinguish the frames of a minute.
         angle = position[..., None].to(self.frequency.dtype) * self.frequency
         features = torch.cat((angle.cos(), angle.sin()), dim=-1) / angle.shape[-1] ** 0.5
         return self.out(nn.functional.gelu(self.hidden(features)))

@@ -1,4 +1,4 @@
-"""Named encoders; tests/model/test_presets.py lists their parameter counts."""
+"""Named encoder architectures; tests/model/test_presets.py lists their parameter counts."""
 
 from bestrq.model.settings import EncoderSettings, StageSettings
 

@@ -1,4 +1,4 @@
-"""Settings of an encoder."""
+"""Settings of the Conformer encoder: fields, checks and derived sizes."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +36,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Architecture of a Conformer encoder. `bestrq.model.presets` holds named ones."""
+    """Architecture of a Conformer encoder; `bestrq.model.presets` has named architectures."""
 
     num_mels: PositiveInt = 80
     """mel bins of the input"""
@@ -45,13 +45,13 @@ class EncoderSettings:
     num_layers: PositiveInt = 6
     """Conformer blocks (of the last stage)"""
     num_heads: PositiveInt = 4
-    """attention heads; dim / num_heads is a whole number, even with rotary positions"""
+    """attention heads; a divisor of dim. With rotary positions, dim / num_heads must be even"""
     num_kv_heads: NonNegativeInt = 0
     """key and value heads, each shared by several query heads (grouped-query attention); 0 for num_heads"""
     feedforward_dim: PositiveInt = 576
     """hidden width of the two feed-forward modules of a block"""
     feedforward: Literal["silu", "swiglu"] = "silu"
-    """activation of the feed-forward modules; 'swiglu' has a gate, which makes them half as large again"""
+    """activation of the feed-forward modules; 'swiglu' adds a gate and 50 % more parameters"""
     earlier_stages: list[StageSettings] = field(default_factory=list)
     """stages before the last, each of which halves the frame rate (Efficient Conformer)"""
     group_size: PositiveInt = 1
@@ -71,15 +71,15 @@ class EncoderSettings:
     subsampling_channels: PositiveInt = 64
     """channels of the subsampling convolutions"""
     mask: Literal["segment", "window", "causal", "chunk"] = "segment"
-    """frames that a frame attends to; 'segment': all of its utterance"""
+    """frames that a frame attends to; 'segment': all frames of its segment"""
     window: PositiveInt = 128
     """mask 'window': frames of the first stage on each side"""
     chunk_size: PositiveInt = 16
     """mask 'chunk': frames of the first stage per chunk"""
     left_chunks: int = 4
-    """mask 'chunk': chunks before a frame's own that it attends to; -1 for all"""
+    """mask 'chunk': earlier chunks that a frame attends to; -1 for all"""
     dynamic_chunks: bool = False
-    """mask 'chunk': in training, the whole utterance with probability 1/2, else a random chunk size up to chunk_size"""
+    """mask 'chunk': in training, the entire segment with probability 1/2, else a random chunk size up to chunk_size"""
     position: Literal["rotary", "relative", "fourier", "none"] = "rotary"
     """positions in attention: 'relative' is a learned bias per head and distance, 'fourier' learned features of the
     position, added once before the blocks"""
@@ -88,7 +88,7 @@ class EncoderSettings:
     pairs completes no turn within minutes, and the slowest stays within 0.1 rad over an hour (90,000 encoder frames):
     lengths beyond those of pretraining stay within its range of angles"""
     rotary_interpolation: PositiveFloat = 1.0
-    """divisor of rotary positions, to keep longer utterances within the angles of shorter ones"""
+    """divisor of rotary positions, to keep longer segments within the angles of shorter ones"""
     relative_buckets: PositiveInt = 64
     """position 'relative': learned values per head; half per direction, half of those for single distances"""
     relative_max_distance: PositiveInt = 800
@@ -138,12 +138,12 @@ class EncoderSettings:
         return self.dim // self.num_heads * self.group_size
 
     def __post_init__(self) -> None:
-        """Raise UserError for fields that do not fit together, and for ranges that no type expresses."""
+        """Raise UserError for incompatible fields, and for ranges that no type expresses."""
         factors = (4,) if self.subsampling == "convolutional" else (2, 4, 8)
         _require(
             self.dim % self.num_heads == 0 and (self.position != "rotary" or self.head_dim % 2 == 0),
             "num_heads", self.num_heads,
-            f"give one for which dim / num_heads is a whole number, even with rotary positions (dim is {self.dim})",
+            f"give a divisor of dim = {self.dim}; with rotary positions, dim / num_heads must be even",
         )  # fmt: skip
         _require(
             self.num_kv_heads == 0 or self.num_heads % self.num_kv_heads == 0,
@@ -168,7 +168,7 @@ class EncoderSettings:
         )  # fmt: skip
         _require(
             self.backend != "flex" or self.attention_dropout == 0,
-            "attention_dropout", self.attention_dropout, "FlexAttention has none: give 0 with backend 'flex'",
+            "attention_dropout", self.attention_dropout, "FlexAttention has no dropout: give 0 with backend 'flex'",
         )  # fmt: skip
         _require(
             self.convolution_norm != "batch_norm" or self.activation_checkpointing == "none",
@@ -187,7 +187,7 @@ class EncoderSettings:
         for stage, group_size in enumerate(self.group_sizes if self.mask in ("window", "chunk") else []):
             _require(
                 getattr(self, name) % (group_size << stage) == 0, name, getattr(self, name),
-                f"give a multiple of {group_size << stage}, first-stage frames per attention frame of stage {stage}",
+                f"give a multiple of {group_size << stage}, first-stage frames per attention frame in stage {stage}",
             )  # fmt: skip
         try:
             if self.earlier_stages:

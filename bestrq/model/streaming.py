@@ -1,4 +1,4 @@
-"""Streaming encoder: chunk by chunk, with cached state, equal to one pass over the whole segment.
+"""Streaming encoder: chunk by chunk, with cached state, equal to one pass over the entire segment.
 
 Needs mask 'chunk', causal convolutions and evaluation mode. The state is bounded (unless `left_chunks` is -1), and so
 are time and memory per chunk, for streams of any length.
@@ -20,23 +20,24 @@ from common.segments import Segments
 
 @dataclass
 class StreamState:
-    """State after a chunk, for the next one."""
+    """State of a stream between two chunks."""
 
     num_frames: int
     """encoder frames so far"""
     log_mel: Tensor
-    """[1, stride, M]: the last mel frames"""
+    """[1, stride, M]: last mel frames"""
     attention: list[tuple[Tensor, Tensor]]
-    """per block, rotated keys and values [1, KV, m, d] of the frames that the next chunk attends to"""
+    """per block, rotated keys and values [1, KV, m, d] of the earlier frames that the next chunk attends to"""
     convolution: list[Tensor]
-    """per block, [1, K - 1, D]: the last inputs of the depthwise convolution"""
+    """per block, [1, K - 1, D]: last inputs of the depthwise convolution"""
 
 
 def start_stream(encoder: ConformerEncoder) -> StreamState:
     """State before the first chunk.
 
     Raises:
-        UserError: a setting makes the encoder depend on later frames.
+        UserError: a setting does not support streaming.
+        ValueError: the encoder is in training mode.
     """
     settings, parameter = encoder.settings, next(encoder.parameters())
     required = {"mask": "chunk", "causal_convolution": True, "earlier_stages": [], "group_size": 1}
@@ -62,7 +63,7 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
     F is `chunk_size * stride` mel frames; the last chunk may be shorter.
 
     Raises:
-        ValueError: a chunk is longer, or follows a shorter one.
+        ValueError: the chunk is longer, or follows a shorter chunk.
     """
     settings = encoder.settings
     full = settings.chunk_size * settings.stride
@@ -78,28 +79,28 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
         scaled = position.cpu().double() / settings.rotary_interpolation
         phase = rotary_phase(scaled, settings.head_dim, settings.rotary_theta, x.dtype).to(x.device)
     keep = None if settings.left_chunks < 0 else settings.left_chunks * settings.chunk_size
-    after = StreamState(state.num_frames + x.shape[1], rows[:, -settings.stride :], [], [])
+    new_state = StreamState(state.num_frames + x.shape[1], rows[:, -settings.stride :], [], [])
     for block, keys_values, inputs in zip(encoder.blocks, state.attention, state.convolution, strict=True):
         assert isinstance(block, ConformerBlock)
 
         def attend(y: Tensor, block: ConformerBlock = block, cache: tuple[Tensor, Tensor] = keys_values) -> Tensor:
             y, cache = stream_attention(block.attention, y, phase, cache, keep)
-            after.attention.append(cache)
+            new_state.attention.append(cache)
             return y
 
         def convolve(y: Tensor, block: ConformerBlock = block, cache: Tensor = inputs) -> Tensor:
             y, cache = stream_convolution(block.convolution, y, cache)
-            after.convolution.append(cache)
+            new_state.convolution.append(cache)
             return y
 
         x = block.apply_modules(x, attend, convolve)
-    return x[0], after
+    return x[0], new_state
 
 
 def stream_attention(
     module: SelfAttention, x: Tensor, phase: Tensor | None, cache: tuple[Tensor, Tensor], keep: int | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Attention of one chunk `[R, n, D]` to itself and the cached frames. Return `[R, n, D]` and the new cache.
+    """Attention of a chunk `[R, n, D]` to itself and the cached frames. Return `[R, n, D]` and the new cache.
 
     Args:
         phase: complex `[R, n, d / 2]`, positions from the start of the stream, or None.
@@ -126,8 +127,8 @@ def stream_convolution(module: ConvolutionModule, x: Tensor, cache: Tensor) -> t
 
     Args:
         x: `[R, n, D]`, n >= 1.
-        cache: `[R, K - 1, D]`, the last inputs of the depthwise convolution: zeros at the start of a segment, then the
-            cache that the last call returned.
+        cache: `[R, K - 1, D]`, last inputs of the depthwise convolution: zeros at the start of a segment, then the
+            cache returned by the previous call.
 
     Returns:
         The outputs of `forward` at these frames, `[R, n, D]`, and the cache for the next call.
@@ -140,10 +141,10 @@ def stream_convolution(module: ConvolutionModule, x: Tensor, cache: Tensor) -> t
 
 
 def _subsample(encoder: ConformerEncoder, rows: Tensor, is_first: bool) -> Tensor:
-    """Subsample mel frames `[1, stride + F, M]`, of which the first belong to the previous chunk, to `[1, T, D]`.
+    """Subsample mel frames `[1, stride + F, M]`, the first `stride` from the previous chunk, to `[1, T, D]`.
 
-    A causal output depends on mel frames of its own and the previous target only. So the last output of the previous
-    chunk is computed again and discarded. The first chunk follows a gap.
+    A causal output depends only on the mel frames of its own target and of the previous one. Therefore the last output
+    of the previous chunk is computed again and discarded. The first chunk follows a gap.
     """
     stride = encoder.settings.stride
     start = stride if is_first else 0

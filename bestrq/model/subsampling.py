@@ -17,10 +17,10 @@ from bestrq.model.settings import EncoderSettings
 def make_subsampling(settings: EncoderSettings) -> nn.Module:
     """Build the module of `settings.subsampling`: `forward(log_mel [R, F, M], RowLayout) -> [R, F / stride, D]`.
 
-    D is the width of the first stage. A convolution of stride 2 and kernel 3 covers two input frames and a third: with
-    `settings.causal_convolution` always the one before. Otherwise the last convolution takes the frame before and all
-    others the frame after, which centres output t on the `stride` mel frames of its target: it depends on mel frames
-    stride * t - stride / 2 to stride * t + 3 * stride / 2 - 2. If causal, on stride * t - stride + 1 to
+    D is the width of the first stage. A convolution of stride 2 and kernel 3 covers two input frames and a third:
+    always the previous frame with `settings.causal_convolution`. Otherwise the last convolution covers the previous
+    frame and all others the next one, which centres output t on the `stride` mel frames of its target: it depends on
+    mel frames stride * t - stride / 2 to stride * t + 3 * stride / 2 - 2; if causal, on stride * t - stride + 1 to
     stride * t + stride - 1. Gaps of stride / 2 mel frames between segments suffice. Stacking covers the target only.
     """
     dim, stride, channels = settings.stages[0].dim, settings.subsampling_factor, settings.subsampling_channels
@@ -32,7 +32,7 @@ def make_subsampling(settings: EncoderSettings) -> nn.Module:
 
 
 class Convolutional(nn.Module):
-    """Two full 3 x 3 convolutions of stride 2 and a projection, `[R, F, M] -> [R, F / 4, D]`.
+    """Two 3 x 3 convolutions of stride 2 and a projection, `[R, F, M] -> [R, F / 4, D]`.
 
     Source: Gulati et al., arXiv 2005.08100, section 2.
     """
@@ -51,12 +51,12 @@ class Convolutional(nn.Module):
 
 
 class Striding(nn.Module):
-    """Full 3 x 3 convolution of stride 2, depthwise ones and a projection, `[R, F, M] -> [R, F / stride, D]`.
+    """A 3 x 3 convolution of stride 2, depthwise-separable ones and a projection, `[R, F, M] -> [R, F / stride, D]`.
 
-    Every halving after the first is a depthwise 3 x 3 convolution of stride 2 and a pointwise map. Stride 8 costs less
-    than `Convolutional` with its stride of 4.
+    Every halving after the first is a depthwise 3 x 3 convolution of stride 2 and a pointwise layer. Stride 8 costs
+    less than `Convolutional` with its stride of 4.
 
-    Source: Rekesh et al. (FastConformer), arXiv 2305.05084, section 2.1; 256 channels there.
+    Source: Rekesh et al. (FastConformer), arXiv 2305.05084, section 2.1, with 256 channels.
     """
 
     def __init__(self, num_mels: int, channels: int, dim: int, stride: int, causal: bool = False) -> None:
@@ -83,7 +83,7 @@ class Striding(nn.Module):
 
 
 class Stacking(nn.Module):
-    """Linear map of `stride` neighbouring mel frames, `[R, F, M] -> [R, F / stride, D]`."""
+    """Linear layer on `stride` neighbouring mel frames, `[R, F, M] -> [R, F / stride, D]`."""
 
     def __init__(self, num_mels: int, dim: int, stride: int) -> None:
         super().__init__()
@@ -98,16 +98,16 @@ class Stacking(nn.Module):
 def convolve_mel(
     log_mel: Tensor, valid_mel: Tensor, linear: nn.Linear, ahead: bool, append_zeros: bool = False
 ) -> Tensor:
-    """First 3 x 3 convolution of stride 2, with ReLU: `[R, F, M] -> [R, F / 2, M / 2, channels]`, zero in gaps.
+    """First 3 x 3 convolution, of stride 2 and with ReLU: `[R, F, M] -> [R, F / 2, M / 2, channels]`, zero in gaps.
 
     With one input channel, the convolution is a small matrix product of its windows. This takes a tenth of the time of
-    the CPU's convolution and leaves the channels last, as the next convolution needs them. In gaps both the windows and
-    the factor of the bias are zero, which saves a pass over the much larger output.
+    torch's convolution on a CPU and leaves the channels last, as the next convolution needs them. In gaps, the windows
+    and the factor of the bias are zero, which saves a pass over the much larger output.
 
     Args:
         valid_mel: bool `[R, F]`.
         linear: maps the 9 values of a window, time x frequency, to `channels`.
-        ahead: the window extends to the next mel frame, not the previous one.
+        ahead: the third frame of a window is the next mel frame, not the previous one.
         append_zeros: return F / 2 + 1 frames, the last one zero.
     """
     x = log_mel * valid_mel[..., None].to(log_mel.dtype)

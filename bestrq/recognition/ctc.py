@@ -1,4 +1,4 @@
-"""CTC on packed rows: encoder, linear head, and one loss per segment.
+"""CTC model for packed rows: encoder, linear head, and the loss over each segment's own frames.
 
 Shapes: R rows, F mel frames per row, M mel bins, T encoder frames per row, V vocabulary, S segment slots per row, N
 segments of the batch, U label length. Label 0 is the blank.
@@ -29,7 +29,7 @@ class CTCOutput:
 
 
 def pad_labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Label sequences as int64 `[N, U]`, padded with 0, and their lengths, int64 `[N]`."""
+    """Pad label sequences with 0 to int64 `[N, U]`; return them and their lengths, int64 `[N]`."""
     lengths = torch.tensor([len(sequence) for sequence in labels], dtype=torch.int64)
     padded = torch.zeros(len(labels), max(map(len, labels), default=0), dtype=torch.int64)
     for row, sequence in zip(padded, labels, strict=True):
@@ -86,7 +86,7 @@ def ctc_loss(log_probs: Tensor, segments: Segments, stride: int, labels: Tensor,
     frames = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
     possible = lengths >= frames_needed(labels, label_lengths)
     # The loss of an impossible segment is infinite; zero_infinity removes it and its gradients.
-    # F.ctc_loss refuses an empty batch. An empty sum keeps the graph, which DDP needs.
+    # F.ctc_loss rejects an empty batch; an empty sum keeps the graph, which DDP needs.
     loss_sum = (
         F.ctc_loss(frames.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True)
         if len(lengths)
@@ -129,8 +129,8 @@ class CTCModel(nn.Module):
         Args:
             log_mel: normalised features, float32 `[R, F, M]`.
             segments: in mel frames.
-            labels: int64 `[N, U]`, the used segments ordered by row, then slot; values beyond a length are ignored.
-                Never 0, the blank.
+            labels: int64 `[N, U]`, of the used segments, ordered by row, then slot; values beyond a length are
+                ignored. No label is 0, the blank.
             label_lengths: int64 `[N]`; 0 for a segment without speech.
             train_encoder: False freezes the encoder in this step: it runs without a graph and its gradients stay None,
                 so it gets no optimizer state, no weight decay and no share of the gradient norm. DDP then needs

@@ -1,6 +1,6 @@
-"""Prediction networks of a transducer: from the labels so far to a vector that is combined with every frame.
+"""Prediction networks of a transducer: map the labels so far to a vector for the joint network.
 
-Each network has two equivalent forms: `forward` over whole label sequences, for training, and `step`, one label at a
+Each network has two equivalent forms: `forward` over complete label sequences, for training, and `step`, one label at a
 time with a state, for decoding.
 
 Shapes: N sequences, U_s labels of sequence s, D width. Label 0, the blank, precedes the first label of every sequence.
@@ -70,11 +70,11 @@ class LSTMPrediction(nn.Module):
 
     def step(self, label: Tensor, state: PredictionState) -> tuple[Tensor, PredictionState]:
         """Output `[N, D]` after one more label per sequence, int64 `[N]`, and the new state."""
-        before = tuple(tensor.transpose(0, 1).contiguous() for tensor in state)
-        output, after = self._run(self.embedding(label)[:, None], before)
-        return self.dropout(output[:, 0]), tuple(tensor.transpose(0, 1) for tensor in after)
+        lstm_state = tuple(tensor.transpose(0, 1).contiguous() for tensor in state)
+        output, lstm_state = self._run(self.embedding(label)[:, None], lstm_state)
+        return self.dropout(output[:, 0]), tuple(tensor.transpose(0, 1) for tensor in lstm_state)
 
-    def _run(self, embedded: Tensor, before: PredictionState | None) -> tuple[Tensor, PredictionState]:
+    def _run(self, embedded: Tensor, state: PredictionState | None) -> tuple[Tensor, PredictionState]:
         # On CUDA, autocast to bfloat16 runs cuDNN's LSTM in float16, whose gradients underflow without a loss scaler.
         with torch.autocast(embedded.device.type, enabled=False):
-            return self.lstm(embedded, before)
+            return self.lstm(embedded, state)

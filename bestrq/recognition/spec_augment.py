@@ -28,7 +28,7 @@ class SpecAugmentSettings:
     num_time_masks: NonNegativeInt = 2
     """Time masks per time_mask_period of a segment, rounded up; 0 for none."""
     time_mask_period: PositiveInt = 1000
-    """Mel frames for which num_time_masks are drawn (1000 frames: 10 s at a hop of 10 ms)."""
+    """Mel frames per num_time_masks time masks (1000 frames are 10 s at a hop of 10 ms)."""
     max_time_width: NonNegativeInt = 100
     """Largest width of a time mask, in mel frames; widths are uniform from 0."""
     max_time_share: ClosedUnitInterval = 0.2
@@ -38,8 +38,8 @@ class SpecAugmentSettings:
 def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSettings) -> Tensor:
     """Copy of `log_mel` with the masks of every segment set to 0, the mean of normalised features.
 
-    The masks of a segment are a pure function of its seed, its length and the settings: they depend neither on its row
-    nor on the device nor on earlier random numbers.
+    The masks of a segment are a pure function of its seed, its length and the settings. They do not depend on its row,
+    the device or earlier random numbers.
 
     Args:
         log_mel: normalised features `[R, F, M]`.
@@ -90,7 +90,7 @@ def _running_sum(num_frames: int, first: Tensor, stop: Tensor, value: Tensor) ->
 def _uniform(seed: Tensor, draw: Tensor, bound: Tensor) -> Tensor:
     """Integers uniform in `[0, bound)`, int64 `[R, S, K]`: a hash of the seed `[R, S]` and the index of the draw `[K]`.
 
-    A counter-based generator: with a stateful one, a mask would depend on earlier draws.
+    The generator is counter-based: with a stateful generator, a mask would depend on earlier draws.
     """
     bits = splitmix64(splitmix64(seed[..., None] + 0x5BEC) + draw * INCREMENT)
     return ((bits >> 11) & ((1 << 53) - 1)) % bound

@@ -1,7 +1,7 @@
 """Transducer (RNN-T) on packed rows: encoder, prediction network, joint network, and an optional CTC head.
 
-Every segment of a row is a separate utterance. The loss never holds the joint network's outputs of a whole lattice:
-see `losses.transducer`.
+Every segment of a row is a separate utterance. The loss never holds the joint network's outputs for a complete lattice
+(see `losses.transducer`).
 
 Shapes: R rows, F mel frames per row, M mel bins, T encoder frames per row, D encoder width, J joint width, V
 vocabulary, N segments of the batch, T_s encoder frames and U_s labels of segment s. Label 0 is the blank.
@@ -44,7 +44,7 @@ class TransducerSettings:
     joint_dim: PositiveInt = 512
     """width of the joint network"""
     dropout: float = 0.1
-    """dropout on the output of the prediction network"""
+    """dropout probability on the output of the prediction network"""
     ctc_weight: NonNegativeFloat = 0.0
     """weight of the CTC loss of a linear head on the encoder, which can be used for decoding too; 0: no CTC head"""
     fast_emit: NonNegativeFloat = 0.0
@@ -103,8 +103,8 @@ class TransducerOutput:
 
 
 class Joint(nn.Module):
-    """Joint network: projections of encoder and prediction network, added, tanh, V token outputs, and one output per
-    duration."""
+    """Joint network: projections of encoder and prediction network, their sum, tanh, and a linear layer with V token
+    outputs and one output per duration."""
 
     def __init__(
         self, encoder_dim: int, prediction_dim: int, joint_dim: int, vocab_size: int, num_durations: int
@@ -162,7 +162,8 @@ class TransducerModel(nn.Module):
         """
         if self.ctc_head is None:
             raise UserError(
-                "decoder.head is 'ctc', but the transducer was trained with transducer.ctc_weight 0: it has no CTC head"
+                "decoder.head is 'ctc', but the transducer was trained with transducer.ctc_weight 0 and has no CTC "
+                "head: give 'rnnt'"
             )
         return frame_log_probs(self.ctc_head, self._hidden(log_mel, segments))
 
@@ -177,8 +178,8 @@ class TransducerModel(nn.Module):
         return self.joint.prediction_projection(predicted), state
 
     def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState:
-        """`greedy_search` or `tdt_greedy` with this model; a method, so that FSDP2 gathers the weights once for the
-        whole search."""
+        """`greedy_search` or `tdt_greedy` with this model; a method, so that FSDP2 gathers the weights once per
+        search."""
         if self.settings.durations:
             return tdt_greedy(self, encoded, lengths, self.settings.durations, max_symbols)
         return greedy_search(self, encoded, lengths, max_symbols)
@@ -200,8 +201,8 @@ class TransducerModel(nn.Module):
         Args:
             log_mel: normalised features, float32 `[R, F, M]`.
             segments: in mel frames.
-            labels: int64 `[N, U]` on the CPU, the used segments ordered by row, then slot; values beyond a length are
-                ignored.
+            labels: int64 `[N, U]` on the CPU, of the used segments, ordered by row, then slot; values beyond a length
+                are ignored.
             label_lengths: int64 `[N]` on the CPU; 0 for a segment without speech.
             train_encoder: False runs the encoder without a graph: see `CTCModel.forward`.
 
@@ -226,7 +227,7 @@ class TransducerModel(nn.Module):
             simple_losses, lattices = self.simple_joint(frames, predicted, lattices, settings.prune_range)
             loss_sum = loss_sum + settings.simple_weight * simple_losses.sum()
         encoded, predicted = self.joint.encoder_projection(frames), self.joint.prediction_projection(predicted)
-        # Autocast does not reach into the custom autograd function of the losses, so dtypes are made equal here.
+        # Autocast does not apply inside the custom autograd function of the losses, so dtypes are made equal here.
         weight, bias = self.joint.output.weight.to(encoded.dtype), self.joint.output.bias.to(encoded.dtype)
         joint = (encoded, predicted, weight, bias, lattices)
         if settings.durations:

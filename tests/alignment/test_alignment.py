@@ -1,4 +1,4 @@
-"""Word times: pieces against a single pass, bounded memory, refused transcripts."""
+"""Word times by forced alignment: pieces against a single pass, bounded memory, refused transcripts."""
 
 import itertools
 import math
@@ -44,12 +44,12 @@ class MadeAudio:
     def __init__(self, rng: np.random.Generator, mistakes: float = 0.08) -> None:
         self.rng, self.mistakes = rng, mistakes
         self.labels: list[int] = []
-        self.pauses(5)
+        self.pause(5)
 
-    def pauses(self, frames: int) -> None:
+    def pause(self, frames: int) -> None:
         self.labels += [0] * frames
 
-    def say(self, words: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    def speak(self, words: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """Append words; return (frame of the first label, frame after that of the last) of each."""
         spans = []
         for word in words:
@@ -57,16 +57,16 @@ class MadeAudio:
             for label in word:
                 last = len(self.labels) + int(self.rng.integers(1, 3))
                 self.labels += [label] * (last - len(self.labels))
-                self.pauses(int(self.rng.integers(1, 3)))
+                self.pause(int(self.rng.integers(1, 3)))
             spans.append((start, last))
             self.labels.append(SPACE)
-            self.pauses(int(self.rng.integers(0, 4)))
+            self.pause(int(self.rng.integers(0, 4)))
         return spans
 
     def log_probs(self) -> NDArray[np.float32]:
         """float32 `[T, V]`; a share of the labels has another most probable label, but keeps a high probability."""
         rng = self.rng
-        self.pauses(5)
+        self.pause(5)
         labels = np.array(self.labels)
         logits = rng.normal(0, 1, (len(labels), VOCABULARY))
         logits[np.arange(len(labels)), labels] += 9
@@ -88,7 +88,7 @@ def align(
 
 
 def share_correct(alignment: Alignment, truth: Sequence[int] | NDArray[np.int64]) -> float:
-    """Share of words that start within two frames of the truth: a mistake may replace a label's first frame."""
+    """Share of words that start within two frames of the truth, as a mistake may replace a label's first frame."""
     return float((np.abs(alignment.start - truth) <= 2).mean())
 
 
@@ -138,10 +138,10 @@ def test_the_cost_is_that_of_the_most_probable_of_all_paths(word: list[int]) -> 
     assert viterbi(emissions, ids)[0] == pytest.approx(max(scores), abs=1e-9)
 
 
-def test_one_piece_is_the_viterbi_path() -> None:
+def test_the_alignment_of_a_single_piece_is_the_viterbi_path() -> None:
     rng = np.random.default_rng(0)
     audio, words = MadeAudio(rng, mistakes=0.2), random_words(rng, 25)
-    audio.say(words)
+    audio.speak(words)
     log_probs = audio.log_probs()
     alignment, _ = align(log_probs, words)
     ids = Transcript.from_words(words, [SPACE]).ids.tolist()
@@ -163,7 +163,7 @@ def test_one_piece_is_the_viterbi_path() -> None:
 def test_pieces_give_the_alignment_of_a_single_pass(seed: int) -> None:
     rng = np.random.default_rng(seed)
     audio, words = MadeAudio(rng), random_words(rng, 300)
-    audio.say(words)
+    audio.speak(words)
     log_probs = audio.log_probs()
     reads: list[tuple[int, int]] = []
 
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch
     """Lattice cells of every piece, for an hour of labels."""
     rng = np.random.default_rng(1)
     audio, words = MadeAudio(rng), random_words(rng, 6000)
-    spans = audio.say(words)
+    spans = audio.speak(words)
     log_probs = audio.log_probs()
     cells: list[int] = []
 
@@ -201,15 +201,15 @@ def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch
     assert share_correct(alignment, [start for start, _ in spans]) > 0.99
 
 
-def test_a_stretch_too_large_to_align_is_guessed_with_confidence_0() -> None:
+def test_words_of_a_region_too_large_to_align_are_guessed_with_confidence_0() -> None:
     rng = np.random.default_rng(2)
     before, unclear, after = (random_words(rng, 60) for _ in range(3))
     audio = MadeAudio(rng, mistakes=0.0)
-    first = audio.say(before)
+    first = audio.speak(before)
     start = len(audio.labels)
     audio.labels += rng.integers(1, SPACE, 600).tolist()  # other labels than those of the transcript
     end = len(audio.labels)
-    last = audio.say(after)
+    last = audio.speak(after)
     limits = AlignmentSettings(piece_cells=20_000, max_cells=100_000)
     alignment, reason = align(audio.log_probs(), before + unclear + after, limits)
     assert reason is None and 60 <= alignment.num_guessed < 70
@@ -224,12 +224,12 @@ def test_a_stretch_too_large_to_align_is_guessed_with_confidence_0() -> None:
 def test_a_starred_word_is_aligned_with_unknown_audio() -> None:
     rng = np.random.default_rng(3)
     audio, words = MadeAudio(rng, mistakes=0.0), random_words(rng, 40)
-    audio.pauses(20)
-    spans = audio.say(words[:20])
-    audio.pauses(30)
-    [unknown] = audio.say([[7, 3, 9, 12, 5, 5, 8]])
-    audio.pauses(30)
-    spans += audio.say(words[20:])
+    audio.pause(20)
+    spans = audio.speak(words[:20])
+    audio.pause(30)
+    [unknown] = audio.speak([[7, 3, 9, 12, 5, 5, 8]])
+    audio.pause(30)
+    spans += audio.speak(words[20:])
     log_probs = audio.log_probs()
     for limits in (ONE_PIECE, SMALL_PIECES):
         alignment, reason = align(log_probs, [*words[:20], [STAR], *words[20:]], limits)
@@ -248,7 +248,7 @@ def test_sentences_missing_from_the_transcript_do_not_move_the_others(limits: Al
     rng = np.random.default_rng(4)
     spoken = sentences(rng, 40)
     audio = MadeAudio(rng)
-    spans = [audio.say(sentence) for sentence in spoken]
+    spans = [audio.speak(sentence) for sentence in spoken]
     kept = [number for number in range(40) if number not in (0, 7, 8, 9, 23, 39)]
     alignment, reason = align(audio.log_probs(), [word for number in kept for word in spoken[number]], limits)
     truth = np.array([start for number in kept for start, _ in spans[number]])
@@ -260,7 +260,7 @@ def test_sentences_without_audio_do_not_move_the_others() -> None:
     rng = np.random.default_rng(5)
     spoken, foreign = sentences(rng, 40), sentences(rng, 3)
     audio = MadeAudio(rng)
-    spans = [span for sentence in spoken for span in audio.say(sentence)]
+    spans = [span for sentence in spoken for span in audio.speak(sentence)]
     text = [*spoken[:10], foreign[0], *spoken[10:30], foreign[1], foreign[2], *spoken[30:]]
     has_audio = np.array([any(sentence is other for other in spoken) for sentence in text for _ in range(8)])
     alignment, reason = align(audio.log_probs(), [word for sentence in text for word in sentence], SMALL_PIECES)
@@ -275,7 +275,7 @@ def test_repeated_phrases_keep_their_order() -> None:
     phrases = sentences(rng, 3)
     words = [word for number in rng.integers(0, 3, 60).tolist() for word in phrases[number]]
     audio = MadeAudio(rng)
-    spans = audio.say(words)
+    spans = audio.speak(words)
     for limits in (ONE_PIECE, SMALL_PIECES):
         alignment, reason = align(audio.log_probs(), words, limits)
         assert reason is None and share_correct(alignment, [start for start, _ in spans]) > 0.99
@@ -285,10 +285,10 @@ def test_repeated_phrases_keep_their_order() -> None:
 def test_words_are_not_moved_into_silence_or_music(music: bool) -> None:
     rng = np.random.default_rng(7)
     audio, words = MadeAudio(rng), random_words(rng, 80)
-    spans = audio.say(words[:40])
+    spans = audio.speak(words[:40])
     noise = rng.integers(0, SPACE, 4000) * (rng.random(4000) < 0.2) if music else np.zeros(4000, np.int64)
     audio.labels += noise.tolist()
-    spans += audio.say(words[40:])
+    spans += audio.speak(words[40:])
     alignment, reason = align(audio.log_probs(), words, AlignmentSettings(piece_cells=100_000))
     assert reason is None and share_correct(alignment, [start for start, _ in spans]) > 0.95
     far = np.abs(alignment.start - [start for start, _ in spans]) > 40
@@ -300,7 +300,7 @@ def test_shuffled_and_foreign_transcripts_are_refused_and_right_ones_are_not() -
     refused = {"right": 0, "shuffled": 0, "foreign": 0}
     for count in [6, 10, 20, 60, 200] * 8:
         audio, words = MadeAudio(rng, mistakes=0.25), random_words(rng, count)
-        audio.say(words)
+        audio.speak(words)
         log_probs = audio.log_probs()
         shuffled = [words[i] for i in rng.permutation(count)]
         for name, text in (("right", words), ("shuffled", shuffled), ("foreign", random_words(rng, count))):
@@ -308,26 +308,26 @@ def test_shuffled_and_foreign_transcripts_are_refused_and_right_ones_are_not() -
     assert refused == {"right": 0, "shuffled": 40, "foreign": 40}
 
 
-def test_reasons_of_refusals() -> None:
+def test_refusals_state_their_reason() -> None:
     rng = np.random.default_rng(9)
     audio, words = MadeAudio(rng), random_words(rng, 20)
-    audio.say(words)
+    audio.speak(words)
     log_probs = audio.log_probs()
     assert align(log_probs, words)[1] is None
     assert "too long: " in str(align(log_probs[:60], words)[1])
     assert "can write none" in str(align(log_probs, [[STAR]] * 20)[1])
     assert "nats per label, at most 3" in str(align(log_probs, words[::-1])[1])
-    # The transcript has all spoken words and many more, for which the frames of the silence suffice.
+    # The transcript has all spoken words and many more, and the silence has enough frames for them.
     silence = np.concatenate([np.tile(log_probs[:1], (2000, 1)), log_probs])
     assert "nats per label" in str(align(silence, words + random_words(rng, 60))[1])
     with pytest.raises(ValueError, match="has no labels"):
         align(log_probs, [[], []])
 
 
-def test_words_without_labels_have_no_length() -> None:
+def test_words_without_labels_have_length_0() -> None:
     rng = np.random.default_rng(10)
     audio, words = MadeAudio(rng, mistakes=0), random_words(rng, 6)
-    spans = audio.say(words)
+    spans = audio.speak(words)
     alignment, reason = align(audio.log_probs(), [[], words[0], words[1], [], [], *words[2:], []])
     assert reason is None
     for word, (before, edge) in {0: (0, 0), 3: (1, 1), 4: (1, 1), 9: (5, 1)}.items():
@@ -379,8 +379,8 @@ def test_pieces_cover_all_words_and_frames_of_any_audio() -> None:
     rng = np.random.default_rng(11)
     for _ in range(30):
         audio, words = MadeAudio(rng, mistakes=rng.random()), random_words(rng, int(rng.integers(1, 80)))
-        audio.say(words[: int(rng.integers(0, len(words) + 1))])
-        audio.say(random_words(rng, int(rng.integers(0, 20))))
+        audio.speak(words[: int(rng.integers(0, len(words) + 1))])
+        audio.speak(random_words(rng, int(rng.integers(0, 20))))
         best = audio.log_probs().argmax(axis=1)
         transcript = Transcript.from_words([word if rng.random() < 0.9 else [] for word in [[3], *words]], [SPACE])
         pieces = list(plan_pieces(transcript, best, VOCABULARY, 9000, 50_000))
@@ -415,7 +415,7 @@ def test_the_spool_holds_one_recording_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert indices == list(range(len(pairs)))
 
 
-def test_bad_settings_name_the_field() -> None:
+def test_invalid_settings_are_refused_by_name() -> None:
     invalid: dict[str, Any] = {"max_cost": 0.0, "lead_ms": -1.0, "tail_ms": 5000.0, "piece_cells": 0, "max_cells": 1}
     for field, value in invalid.items():
         with pytest.raises(UserError, match=rf"alignment\.{field} is {value}"):

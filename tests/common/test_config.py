@@ -1,4 +1,4 @@
-"""Command-line and YAML parser, and exit of scripts."""
+"""Command-line and YAML parser, and exit codes of scripts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path: 
         ("wheel: {radios: 3}", "wheel.radios", "wheel.radius"),
         ("stepps: 3", "stepps", "steps"),
         ("weel: {radius: 3}", "weel.radius", "wheel.radius"),
-        ("--step=3", "step", "steps"),  # no abbreviations: a new field would change what they mean
+        ("--step=3", "step", "steps"),  # no abbreviations: a new field would change their meaning
     ],
 )
 def test_an_unknown_field_is_an_error_with_the_nearest_name(tmp_path: Path, text: str, named: str, meant: str) -> None:
@@ -105,7 +105,7 @@ def test_an_unknown_field_is_an_error_with_the_nearest_name(tmp_path: Path, text
         ("--config=/nowhere.yaml", ["/nowhere.yaml", "not exist"]),
     ],
 )
-def test_a_wrong_value_names_the_field_the_value_and_what_is_expected(
+def test_an_invalid_value_is_an_error_with_field_value_and_expectation(
     tmp_path: Path, text: str, parts: list[str]
 ) -> None:
     arguments = [text] if text.startswith("--") else ["--config", recipe(tmp_path, text)]
@@ -139,8 +139,8 @@ def test_restricted_values_are_plain_numbers_and_refused_with_field_value_and_ex
         ("--boxes=1.5", "boxes is '1.5': expected an integer above 0"),
         ("--share=1.5", "share is 1.5: expected a number from 0 to 1"),
         ("--share=half", "share is 'half': expected a number from 0 to 1"),
-        ("--limit=-1", "limit is -1: expected an integer of at least 0 or null"),
-        ("--goods=[hay,milc]", "goods is 'milc', known are hay, milk. Did you mean 'milk'?"),
+        ("--limit=-1", "limit is -1: expected an integer, 0 or more or null"),
+        ("--goods=[hay,milc]", "goods is 'milc', expected one of hay, milk. Did you mean 'milk'?"),
     ):
         with pytest.raises(UserError) as caught:
             parse(Load, [argument])
@@ -172,7 +172,7 @@ def test_print_config_and_save_yaml_read_back_as_the_same_settings(
     cart = Cart(Wheel(1e-5, "disc", (1.0, 2.0)), "N\u00e4me: #1", 7)
     path = tmp_path / "cart.yaml"
     save_yaml(cart, path)
-    assert json.loads(json.dumps(to_dict(cart))) == to_dict(cart)  # JSON-able as it is: no tuples
+    assert json.loads(json.dumps(to_dict(cart))) == to_dict(cart)  # plain JSON: no tuples
     assert parse(Cart, ["--config", str(path)]) == cart
     assert from_dict(Cart, load_yaml(path)) == cart == from_dict(Cart, to_dict(cart))
     with pytest.raises(SystemExit):
@@ -181,7 +181,7 @@ def test_print_config_and_save_yaml_read_back_as_the_same_settings(
     assert parse(Cart, ["--config", printed]) == cart
 
 
-def test_a_list_of_sections_comes_from_a_file_and_goes_into_one(tmp_path: Path) -> None:
+def test_a_list_of_sections_is_read_from_a_file_and_written_back(tmp_path: Path) -> None:
     cart = parse(Cart, ["--config", recipe(tmp_path, "axles:\n  - {length: 2}\n  - {length: 1}\n")])
     assert cart.axles == [Axle(2.0), Axle(1.0)]
     assert parse(Cart, ["--axles", '[{"length": 2}, {"length": 1}]']) == from_dict(Cart, to_dict(cart)) == cart
@@ -236,7 +236,7 @@ def test_user_mistakes_end_without_a_traceback_and_bugs_with_one(
     assert shown in output and ("Traceback" in output) == traceback
 
 
-def test_a_good_end_gives_status_0_or_what_main_returns() -> None:
+def test_the_exit_status_is_the_value_of_main_or_0() -> None:
     for returned, status in ((None, 0), (3, 3)):
         with pytest.raises(SystemExit) as caught:
             run_main(lambda returned=returned: returned)

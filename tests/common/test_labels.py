@@ -1,4 +1,4 @@
-"""A text and its own label get the same score in every language; codes of languages; limits of removed brackets."""
+"""Label text: no errors against its own text in any language, removed brackets, English numbers; language codes."""
 
 import random
 import re
@@ -94,54 +94,53 @@ def test_no_character_makes_a_label_differ_from_its_text(language: str) -> None:
     characters = [
         chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Co")
     ]
-    odd = [
-        one for one in characters if not unicodedata.name(one, "").startswith(("CJK UNIFIED", "HANGUL SYLL", "TANGUT"))
-    ]
-    for begin in range(0, len(odd), 50):
-        text = " ".join(f"a{one}b {one}I {one}" for one in odd[begin : begin + 50])
+    ideographs = ("CJK UNIFIED", "HANGUL SYLL", "TANGUT")
+    others = [character for character in characters if not unicodedata.name(character, "").startswith(ideographs)]
+    for start in range(0, len(others), 50):
+        text = " ".join(f"a{character}b {character}I {character}" for character in others[start : start + 50])
         label = label_text(text, language)
-        assert label_text(label, language) == label, hex(ord(odd[begin]))
-        assert clean(label) == clean(text), hex(ord(odd[begin]))
+        assert label_text(label, language) == label, hex(ord(others[start]))
+        assert clean(label) == clean(text), hex(ord(others[start]))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(words=st.lists(TEXTS, max_size=8), language=st.sampled_from(["en", "tr", "zh", ""]))
-def test_the_labels_of_words_make_up_the_label_of_the_text(words: list[str], language: str) -> None:
+def test_the_labels_of_words_join_to_the_label_of_the_text(words: list[str], language: str) -> None:
     labels = label_words(words, language)
     assert len(labels) == len(words)
     text = " ".join(words)
     assert " ".join(" ".join(labels).split()) == label_text(text, language)
 
 
-def test_a_timed_hypothesis_equal_to_the_label_has_no_errors_either() -> None:
+def test_a_timed_hypothesis_equal_to_the_label_has_no_errors() -> None:
     text = "don\u2019t [background noise] pay $3.1 million (or 5%) to Co\u00adop"
-    heard = [TimedWord(word, i, i + 0.9) for i, word in enumerate(label_text(text, "en").split())]
-    assert {word.kind for word in align_timed(text, heard, "en")} == {"hit"}
+    hypothesis = [TimedWord(word, i, i + 0.9) for i, word in enumerate(label_text(text, "en").split())]
+    assert {word.kind for word in align_timed(text, hypothesis, "en")} == {"hit"}
     segments = [ReferenceSegment(0, 60, text)]
-    assert score_as_whole("x", segments, heard, "en").words.errors == 0
-    assert score_by_segments("x", segments, heard, "en").characters.errors == 0
+    assert score_as_whole("x", segments, hypothesis, "en").words.errors == 0
+    assert score_by_segments("x", segments, hypothesis, "en").characters.errors == 0
 
 
-def test_labels_of_segments_have_no_errors_against_them_as_a_whole() -> None:
+def test_labels_of_segments_have_no_errors_against_all_segments_together() -> None:
     texts = ["she said (well", "that is $3", "million) all"]
     segments = [ReferenceSegment(10 * i, 10 * i + 9, text) for i, text in enumerate(texts)]
     labels = [label_text(text, "en").split() for text in texts]
-    heard = [
-        TimedWord(word, 10 * i + k, 10 * i + k + 0.9) for i, one in enumerate(labels) for k, word in enumerate(one)
+    hypothesis = [
+        TimedWord(word, 10 * i + k, 10 * i + k + 0.9) for i, words in enumerate(labels) for k, word in enumerate(words)
     ]
-    assert score_as_whole("x", segments, heard, "en").words.errors == 0
-    assert score_by_segments("x", segments, heard, "en").words.errors == 0
+    assert score_as_whole("x", segments, hypothesis, "en").words.errors == 0
+    assert score_by_segments("x", segments, hypothesis, "en").words.errors == 0
 
 
 @pytest.mark.parametrize("apostrophe", [*APOSTROPHES, "\u02bb", "\ua78c", "\u055a"])
 @pytest.mark.parametrize("language", ["en", "uk", "fr", ""])
-def test_every_apostrophe_is_one_in_labels_and_scores(apostrophe: str, language: str) -> None:
+def test_all_apostrophes_are_equal_in_labels_and_scores(apostrophe: str, language: str) -> None:
     text, plain = f"don{apostrophe}t {apostrophe}quoted{apostrophe} l{apostrophe}eau", "don't 'quoted' l'eau"
     assert label_text(text, language) == label_text(plain, language) == "don't quoted l'eau"
     assert normaliser(language).clean(text) == normaliser(language).clean(plain)
 
 
-def test_the_okina_stays_a_letter_where_it_is_one() -> None:
+def test_the_okina_is_a_letter_in_its_languages_only() -> None:
     assert label_text("\u02bbO Hawai\u02bbi", "haw") == "\u02bbo hawai\u02bbi"
     assert label_text("o\u02bbzbek", "uz") == label_text("o\u2018zbek", "uz") == "o'zbek"
 
@@ -150,12 +149,12 @@ def test_the_okina_stays_a_letter_where_it_is_one() -> None:
 def test_invisible_characters_change_neither_label_nor_score(language: str) -> None:
     plain = "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645 \u0915\u0937 \u05e9\u05dc\u05d5\u05dd Kooperation"
     generator = random.Random(0)
-    hidden = "\ufeff" + "".join(one + generator.choice(["", *INVISIBLE]) for one in plain)
+    hidden = "\ufeff" + "".join(character + generator.choice(["", *INVISIBLE]) for character in plain)
     assert label_text(hidden, language) == label_text(plain, language)
     assert normaliser(language).clean(hidden) == normaliser(language).clean(plain)
 
 
-def test_the_two_spellings_of_a_malayalam_chillu_are_one_and_a_zero_width_space_parts_words() -> None:
+def test_both_spellings_of_a_malayalam_chillu_are_equal_and_a_zero_width_space_separates_words() -> None:
     assert label_text("\u0d05\u0d35\u0d28\u0d4d\u200d", "ml") == label_text("\u0d05\u0d35\u0d7b", "ml")
     assert label_text("\u1781\u17d2\u1798\u200b\u178f", "km") == "\u1781\u17d2\u1798 \u178f"
 
@@ -184,19 +183,19 @@ def test_brackets_remove_annotations_and_never_a_sentence() -> None:
         assert label_text(f"[{chr(0x6211) * 5}]", language) == ""
 
 
-def test_all_codes_and_names_of_a_language_are_one() -> None:
-    forms = {code: [form for form, one in _CODES.items() if one == code] for code in _NAMES}
-    assert len(forms) > 180 and all(len(one) > 1 for one in forms.values())
+def test_all_codes_and_names_of_a_language_give_the_same_code() -> None:
+    forms = {code: [form for form, target in _CODES.items() if target == code] for code in _NAMES}
+    assert len(forms) > 180 and all(len(names) > 1 for names in forms.values())
     assert all(code.isascii() and not code.isupper() for code in _CODES)
     text = "I\u0130 \u043f'\u044f\u0442\u044c \u00df 5% \u0623\u064e \u6211\u4eec"
-    for code, written in forms.items():
-        for form in written:
-            for one in (form, form.upper(), form.title(), f"{form}-XX", f"{form}_XX.UTF-8", f" {form} "):
-                assert language_code(one) == code, one
+    for code, names in forms.items():
+        for form in names:
+            for spelling in (form, form.upper(), form.title(), f"{form}-XX", f"{form}_XX.UTF-8", f" {form} "):
+                assert language_code(spelling) == code, spelling
             assert label_text(text, form) == label_text(text, code)
             assert normaliser(form).name == normaliser(code).name
-    for same in ("tr", "tur", "Turkish", "TUR", "tr-TR", "tr_TR", "aze", "azj", "Azerbaijani", "az-Latn"):
-        assert label_text("DI\u015e I\u0130", same) == "d\u0131\u015f \u0131i", same
+    for turkic in ("tr", "tur", "Turkish", "TUR", "tr-TR", "tr_TR", "aze", "azj", "Azerbaijani", "az-Latn"):
+        assert label_text("DI\u015e I\u0130", turkic) == "d\u0131\u015f \u0131i", turkic
     for other in ("azz", "trv", "en", "", "tra"):
         assert label_text("DI", other) == "di", other
     assert language_code("azz") == "azz" and language_name("ger") == "German" and language_name("azz") == "azz"
@@ -204,16 +203,16 @@ def test_all_codes_and_names_of_a_language_are_one() -> None:
 
 
 def test_a_report_names_languages_and_keeps_regions_apart() -> None:
-    written = ["tr", "tur", "Turkish", "pt-BR", "pt", "azz", "all", ""]
-    assert [language_text(one) for one in written] == [
+    languages = ["tr", "tur", "Turkish", "pt-BR", "pt", "azz", "all", ""]
+    assert [language_text(language) for language in languages] == [
         "Turkish", "Turkish (tur)", "Turkish", "Portuguese (pt-BR)", "Portuguese", "azz", "All recordings", "not given",
     ]  # fmt: skip
 
 
-def test_one_letter_of_ukrainian_is_one_character_of_a_label() -> None:
-    spellings = [f"\u043f{one}\u044f\u0442\u044c" for one in APOSTROPHES]
-    assert {label_text(one, "ukr") for one in spellings} == {"\u043f'\u044f\u0442\u044c"}
-    assert {normaliser("Ukrainian").clean(one) for one in spellings} == {"\u043f\u02bc\u044f\u0442\u044c"}
+def test_ukrainian_spellings_with_any_apostrophe_have_the_same_label() -> None:
+    spellings = [f"\u043f{apostrophe}\u044f\u0442\u044c" for apostrophe in APOSTROPHES]
+    assert {label_text(spelling, "ukr") for spelling in spellings} == {"\u043f'\u044f\u0442\u044c"}
+    assert {normaliser("Ukrainian").clean(spelling) for spelling in spellings} == {"\u043f\u02bc\u044f\u0442\u044c"}
 
 
 WHISPER = EnglishTextNormalizer()
@@ -233,7 +232,7 @@ def test_english_is_scored_as_by_whispers_normaliser_alone(text: str) -> None:
     assert normaliser("en").clean(text) == " ".join(WHISPER(text).split())
 
 
-@pytest.mark.parametrize(("said", "heard"), [
+@pytest.mark.parametrize(("reference", "hypothesis"), [
     ("5%", "five percent"), ("5%", "5 percent"), ("5 %", "5%"), ("$20", "twenty dollars"), ("$20", "20 dollars"),
     ("3.1 million", "three point one million"), ("$3.1 million", "three point one million dollars"), ("2.0", "2"),
     ("1,000 people", "one thousand people"), ("0.5%", "zero point five percent"), ("1st", "first"),
@@ -242,21 +241,21 @@ def test_english_is_scored_as_by_whispers_normaliser_alone(text: str) -> None:
     ("\u00a35.50", "five point five zero pounds"),
     ("one dollar", "$1"), ("20 \u20ac", "twenty euros"), ("5\uff05", "five percent"),
 ])  # fmt: skip
-def test_a_foreign_hypothesis_in_other_words_or_symbols_still_matches_in_english(said: str, heard: str) -> None:
-    assert score_recording("x", said, heard, "en").words.errors == 0
-    assert score_recording("x", heard, said, "en").words.errors == 0
+def test_equivalent_english_words_and_symbols_match(reference: str, hypothesis: str) -> None:
+    assert score_recording("x", reference, hypothesis, "en").words.errors == 0
+    assert score_recording("x", hypothesis, reference, "en").words.errors == 0
 
 
 @pytest.mark.parametrize(
     "text", ["1" * 5000, "1" * 5000 + ".5%", "$" + "9" * 9000, "\u00b2" * 5000, "1,000" + ",000" * 2000]
 )
-def test_a_number_without_end_is_scored_like_any_other_word(text: str) -> None:
+def test_a_number_of_thousands_of_digits_is_scored_like_any_other_word(text: str) -> None:
     assert_no_errors(text, "en")
     assert score_recording("x", text, "two", "en").words.errors > 0
 
 
-def test_different_words_are_still_an_error_in_english() -> None:
-    for said, heard in [
+def test_different_english_numbers_are_errors() -> None:
+    for reference, hypothesis in [
         ("5%", "5"),
         ("$20", "20"),
         ("$20", "\u20ac20"),
@@ -264,7 +263,7 @@ def test_different_words_are_still_an_error_in_english() -> None:
         ("1,000", "1 000"),
         ("5%", "6%"),
     ]:
-        assert score_recording("x", said, heard, "en").words.errors > 0, (said, heard)
+        assert score_recording("x", reference, hypothesis, "en").words.errors > 0, (reference, hypothesis)
 
 
 @pytest.mark.parametrize(("text", "label"), [
@@ -273,16 +272,16 @@ def test_different_words_are_still_an_error_in_english() -> None:
     ("in 2010,2011 1,2,3", "in 2010 2011 1 2 3"), ("US$20-30", "us 20 dollars 30"), ("$.50", "point 50 dollars"),
     ("no.5 ...5 $ % .", "no 5 5"), ("4-5 %", "4 5 percent"), ("20\u20ac \u20ac20", "20 euros 20 euros"),
 ])  # fmt: skip
-def test_english_labels_say_numbers_in_letters_and_digits_alone(text: str, label: str) -> None:
+def test_english_labels_write_numbers_in_letters_and_digits_only(text: str, label: str) -> None:
     assert label_text(text, "en") == label and label_text(label, "en") == label
     assert label_text(text, "nl") == " ".join(re.sub(r"[\W_]", " ", text.lower()).split())
 
 
-def test_symbols_come_back_as_they_were() -> None:
+def test_symbols_are_restored_from_labels() -> None:
     for text in ("$3.1 million", "5%", "\u20ac5", "\u00a31.50", "192.168.1.1", "at this point 3", "five percent"):
         assert with_symbols(label_text(text, "en")) == text
 
 
-def test_folding_is_nfc_and_repeats() -> None:
+def test_folding_gives_nfc_and_is_idempotent() -> None:
     for text in PIECES:
         assert fold(fold(text)) == fold(text) and unicodedata.is_normalized("NFC", fold(text))

@@ -1,4 +1,4 @@
-"""UTF-8 text and a closed console, for every locale and file name."""
+"""UTF-8 text for every locale and file name; programs with a closed console."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.fixture(scope="module")
 def latin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment with a locale in ISO-8859-1, generated here."""
+    """Environment with a generated locale in ISO-8859-1."""
     folder = tmp_path_factory.mktemp("locales")
     command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / "en_US.ISO-8859-1")]
     try:
@@ -78,8 +78,8 @@ def test_fine_tuning_prints_a_hypothesis_and_saves(script: str, tmp_path: Path, 
     done = start(locale, script, *ENCODER, *RUN, *small, *run, f"--data.dataset={dataset}")
     assert (done.returncode, done.stderr.decode()) == (0, "")
     out = done.stdout.decode()
-    said = [line for line in out.splitlines() if line.startswith("    reference:")]
-    assert len(said) == 2 and JAPANESE[0] in said[0] and f"h of labelled audio in {dataset}" in out
+    references = [line for line in out.splitlines() if line.startswith("    reference:")]
+    assert len(references) == 2 and JAPANESE[0] in references[0] and f"h of labelled audio in {dataset}" in out
     assert set(JAPANESE) <= set(load_tokenizer(tmp_path / TEXT / "export").pieces)
     assert f"dataset: {dataset}" in (tmp_path / TEXT / "config.yaml").read_text(encoding="utf-8")
     assert f"`{dataset}`" in (tmp_path / TEXT / "export/README.md").read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_transcribe_and_evaluate_name_files_and_print_in_utf8(tmp_path: Path, lo
 
 
 @pytest.mark.parametrize("locale", ["latin"], indirect=True)
-def test_data_are_prepared_and_shown_in_utf8(tmp_path: Path, locale: dict[str, str]) -> None:
+def test_prepare_and_inspect_read_and_print_utf8(tmp_path: Path, locale: dict[str, str]) -> None:
     talks, out = tmp_path / "talks", tmp_path / JAPANESE
     talks.mkdir()
     for name in (TEXT, "plain"):
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     set_up_console(may_vanish={may_vanish})
     print("{text}\\udce9 \u00e9", flush=True)
     for number in range(3):
-        print(number, "x" * 200_000, flush=True)  # more than a pipe holds: waits until it is read or closed
+        print(number, "x" * 200_000, flush=True)  # exceeds the pipe buffer: blocks until the pipe is read or closed
         print("to stderr", file=sys.stderr, flush=True)
     open(sys.argv[1], "x").close()
 """
@@ -138,7 +138,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("may_vanish", [True, False])
 def test_a_closed_console_ends_only_programs_whose_output_is_their_result(may_vanish: bool, tmp_path: Path) -> None:
-    """A run continues after its pipe is closed; a program whose output is its result fails."""
+    """Training continues after its pipe is closed; a program whose output is its result fails."""
     script, mark = tmp_path / "script.py", tmp_path / "done"
     script.write_text(PRINTS.format(may_vanish=may_vanish, text="A"), encoding="utf-8")
     environment = os.environ | ASCII | {"PYTHONPATH": str(REPOSITORY)}
@@ -157,7 +157,7 @@ def test_a_closed_console_ends_only_programs_whose_output_is_their_result(may_va
     assert (done.returncode == 0, mark.exists()) == (may_vanish, may_vanish)
 
 
-def test_streams_that_are_no_files_stay_as_they_are(tmp_path: Path) -> None:
+def test_streams_that_are_not_files_are_unchanged(tmp_path: Path) -> None:
     """Streams of a notebook's `%run`, or of a program that captures the output of another one."""
     script = tmp_path / "script.py"
     script.write_text("from common.console import set_up_console\nset_up_console(may_vanish=True)\nprint('printed')\n")
@@ -166,7 +166,7 @@ def test_streams_that_are_no_files_stay_as_they_are(tmp_path: Path) -> None:
     assert out.getvalue() == "printed\n"
 
 
-def test_what_is_not_unicode_is_written_as_json_writes_it(tmp_path: Path) -> None:
+def test_lone_surrogates_are_written_as_in_json(tmp_path: Path) -> None:
     write_file(tmp_path / "x.json", json.dumps({"path": os.fsdecode(b"caf\xe9")}, ensure_ascii=False))
     assert (tmp_path / "x.json").read_bytes() == b'{"path": "caf\\udce9"}'
     assert json.loads((tmp_path / "x.json").read_bytes()) == {"path": "caf\udce9"}

@@ -1,4 +1,4 @@
-"""Activation checkpointing: bit-identical gradients, less memory, no needless recomputation."""
+"""Activation checkpointing: bit-identical gradients, less memory, no unnecessary recomputation."""
 
 import dataclasses
 from typing import Any
@@ -39,7 +39,7 @@ def make(settings: EncoderSettings, mode: str, dtype: torch.dtype = torch.float6
     return ConformerEncoder(dataclasses.replace(settings, activation_checkpointing=mode)).to(dtype)
 
 
-def loss_of(model: nn.Module, encoder: ConformerEncoder, seed: int = 1) -> Tensor:
+def compute_loss(model: nn.Module, encoder: ConformerEncoder, seed: int = 1) -> Tensor:
     """Loss on two rows with three segments and a gap; noise and dropout are determined by the seed."""
     torch.manual_seed(seed)
     frames = 192
@@ -63,7 +63,7 @@ def test_gradients_are_bit_identical_to_those_without_checkpointing(variant: str
     results = []
     for setting in ("none", mode):
         encoder = make(dataclasses.replace(TINY, **VARIANTS[variant]), setting)
-        loss_of(encoder, encoder).backward()
+        compute_loss(encoder, encoder).backward()
         results.append(gradients(encoder))
     assert equal(results[1], results[0])
 
@@ -75,8 +75,8 @@ def test_gradients_are_bit_identical_under_autocast_for_two_batches_in_one_conte
     for setting in ("none", mode):
         encoder = make(TINY, setting, torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            loss_of(encoder, encoder).backward()
-            loss = loss_of(encoder, encoder, 2)
+            compute_loss(encoder, encoder).backward()
+            loss = compute_loss(encoder, encoder, 2)
         loss.backward()
         results.append(gradients(encoder))
     assert equal(results[1], results[0])
@@ -92,7 +92,7 @@ def parallel_gradients(world: World, strategy: str) -> dict[tuple[str, str], lis
             model = parallelise(encoder, encoder.blocks, world, settings)
             for step in range(2):  # in the second step the weights are sharded again
                 with autocast(world, settings):
-                    loss = loss_of(model, encoder, 10 * step + world.rank)
+                    loss = compute_loss(model, encoder, 10 * step + world.rank)
                 loss.backward()
             grads: list[Any] = [p.grad for p in model.parameters()]
             gradients_of_mode[precision, mode] = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
@@ -107,7 +107,7 @@ def test_gradients_of_two_processes_are_the_same_in_every_mode(strategy: str) ->
 
 
 class CountOperations(TorchDispatchMode):
-    """Count of the calls of operations with one name."""
+    """Count calls of the operations with a given name."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_selective_computes_products_with_weights_once_and_full_twice() -> None:
     for mode in MODES:
         encoder = make(TINY, mode)
         with CountOperations("addmm") as counter:
-            loss_of(encoder, encoder).backward()
+            compute_loss(encoder, encoder).backward()
         counts[mode] = counter.count
     assert counts["selective"] == counts["none"]
     # Except the last one of a block: its output is not needed, so the recomputation ends before it.
@@ -143,7 +143,7 @@ def kept_bytes(mode: str, frames: int) -> int:
 
 def test_full_stores_the_input_and_selective_an_amount_linear_in_the_length() -> None:
     none, selective = (kept_bytes(mode, 400) for mode in ("none", "selective"))
-    assert kept_bytes("full", 400) < 200  # the input is not counted; a seed or similar is
+    assert kept_bytes("full", 400) < 200  # the input is not counted, unlike a seed or similar
     assert 0 < selective < 0.5 * none
     assert kept_bytes("selective", 800) <= 2 * selective < 0.6 * kept_bytes("none", 800)
 

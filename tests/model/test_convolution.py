@@ -1,4 +1,4 @@
-"""Convolution module over packed rows, against plain convolutions of each segment; causal, with a stride, streaming."""
+"""Convolution module on packed rows against plain convolutions of each segment: causal, with a stride, streaming."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,15 +23,15 @@ FRAMES = 24
 
 def make_layout(rows: Rows, frames: int, reach: int) -> Any:
     """`valid` and `convolution` of a `StageLayout`, built segment by segment."""
-    num_spread = frames + (len(rows[0]) - 1) * reach
+    spread_frames = frames + (len(rows[0]) - 1) * reach
     valid = torch.zeros(len(rows), frames, dtype=torch.bool)
-    frame, slot = [], []
+    frame, place = [], []
     for number, row in enumerate(rows):
         for order, (start, length) in enumerate(sorted(part for part in row if part[1])):
             valid[number, start : start + length] = True
             frame += [number * frames + t for t in range(start, start + length)]
-            slot += [number * num_spread + t + order * reach for t in range(start, start + length)]
-    spread = SimpleNamespace(frame=torch.tensor(frame), slot=torch.tensor(slot), num_spread=num_spread)
+            place += [number * spread_frames + t + order * reach for t in range(start, start + length)]
+    spread = SimpleNamespace(frame=torch.tensor(frame), place=torch.tensor(place), spread_frames=spread_frames)
     return SimpleNamespace(valid=valid, convolution=spread)
 
 
@@ -45,7 +45,7 @@ def reach_of(module: ConvolutionModule) -> int:
 
 
 def plain(module: ConvolutionModule, x: Tensor) -> Tensor:
-    """Definition: one segment `[n, D]` alone, frame by frame."""
+    """Reference: one segment `[n, D]` alone, frame by frame."""
     gated = F.glu(module.pointwise_in(x), dim=-1)
     weight, kernel_size = module.depthwise.weight[:, 0], module.depthwise.kernel_size[0]
     outputs = []
@@ -160,7 +160,7 @@ def test_parameter_names_of_a_checkpoint_do_not_depend_on_the_variant() -> None:
 
 
 def test_the_gradient_of_the_depthwise_weight_has_the_weights_strides() -> None:
-    """With other strides DDP would warn at every start, and copy."""
+    """With other strides, DDP would warn at every start and copy gradients."""
     weight = torch.randn(6, 1, 5, requires_grad=True)
     out = depthwise(torch.randn(2, 9, 6), weight, torch.zeros(6), 2)
     out.sum().backward()
@@ -182,5 +182,5 @@ def convolve_few_channels(world: World, dim: int, kernel: int) -> float:
 
 @pytest.mark.parametrize(("dim", "kernel"), [(16, 31), (8, 15), (17, 31)])
 def test_few_channels_are_convolved_in_bfloat16(dim: int, kernel: int) -> None:
-    """In a separate process, as the oneDNN call that must be avoided never returns."""
+    """In a separate process, as the oneDNN call that must be avoided hangs."""
     assert run_distributed(convolve_few_channels, 1, dim, kernel)[0] < 0.01

@@ -66,7 +66,7 @@ def test_every_backend_equals_the_definition_forward_and_backward(mask: str, pos
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_blocks_of_queries_change_nothing(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dividing_queries_into_blocks_does_not_change_the_results(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = layout_of("segments", mask, "relative")
     qkv, bias = inputs(layout, 2, True)
     whole = results(layout, qkv, bias, "segments")
@@ -86,7 +86,7 @@ def test_gradients_with_dropout_match_the_outputs(mask: str, max_weights: int, m
     bias = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
 
     def attend(qkv: Tensor, bias: Tensor) -> Tensor:
-        torch.manual_seed(7)  # repeats the dropout masks at every call
+        torch.manual_seed(7)  # the same dropout masks in every call
         return segments.attend_in_segments(qkv, 2, layout, bias, 0.4)
 
     assert torch.autograd.gradcheck(attend, (qkv, bias))

@@ -1,4 +1,4 @@
-"""Changes of the attention mask for an evaluation, as no weight depends on it; streaming of a changed encoder."""
+"""Changes of an export's attention mask for evaluation (no weight depends on it), and streaming with a changed mask."""
 
 from pathlib import Path
 
@@ -41,12 +41,12 @@ def test_an_encoder_trained_with_dynamic_chunks_takes_any_mask() -> None:
     assert EncoderChanges(mask="window", window=9).apply(trained).window == 9
 
 
-def test_changes_take_effect_on_the_outputs(export: Export) -> None:
+def test_a_changed_mask_changes_the_outputs(export: Export) -> None:
     own = log_probs(export, EncoderChanges())
     assert torch.equal(own, log_probs(export, EncoderChanges(mask="segment")))
     near = log_probs(export, EncoderChanges(mask="window", window=4))
     assert not torch.allclose(near, own, atol=1e-3)
-    # This window covers the whole recording.
+    # This window covers the entire recording.
     torch.testing.assert_close(log_probs(export, EncoderChanges(mask="window", window=100)), own, rtol=0, atol=1e-3)
 
 
@@ -57,13 +57,13 @@ def test_settings_without_a_change_are_those_of_the_export() -> None:
     assert (changed.chunk_size, changed.left_chunks, changed.rotary_interpolation) == (8, -1, 4.0)
 
 
-def test_changes_come_from_a_command_line() -> None:
+def test_changes_round_trip_through_plain_values() -> None:
     given = from_dict(EncoderChanges, {"mask": "window", "window": 64})
     assert given == EncoderChanges(mask="window", window=64)
     assert from_dict(EncoderChanges, to_dict(EncoderChanges())) == EncoderChanges()
 
 
-def test_a_change_without_effect_or_with_an_invalid_value_is_named() -> None:
+def test_a_change_without_effect_or_with_an_invalid_value_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="encoder.window = 64 has no effect with mask 'segment'"):
         EncoderChanges(window=64).apply(EncoderSettings())
     with pytest.raises(UserError, match="encoder.left_chunks = 2 has no effect with mask 'window'"):

@@ -1,4 +1,4 @@
-"""Dropout, layout, norms and the whole encoder, each against its plain definition."""
+"""Dropout, layout, LayerNorm and the complete encoder, each against its definition."""
 
 import pytest
 import torch
@@ -120,12 +120,12 @@ def test_segments_are_moved_apart_by_the_reach_for_any_order_of_the_slots(rows, 
     segment_of = torch.full((stage.valid.numel(),), -1)
     for number, (start, stop) in enumerate(stage.attention.segments):
         segment_of[start:stop] = number
-    row_of_slot, place = spread.slot // spread.num_spread, spread.slot % spread.num_spread
-    assert torch.equal(row_of_slot, spread.frame // 100)
-    previous, here = segment_of[spread.frame[:-1]], segment_of[spread.frame[1:]]
-    distance, same_row = place.diff(), row_of_slot.diff() == 0
-    assert (distance[previous == here] == 1).all()
-    assert (distance[(previous != here) & same_row] > reach).all()
+    row_index, place = spread.place // spread.spread_frames, spread.place % spread.spread_frames
+    assert torch.equal(row_index, spread.frame // 100)
+    previous, current = segment_of[spread.frame[:-1]], segment_of[spread.frame[1:]]
+    distance, same_row = place.diff(), row_index.diff() == 0
+    assert (distance[previous == current] == 1).all()
+    assert (distance[(previous != current) & same_row] > reach).all()
 
 
 @pytest.mark.parametrize("interpolation", [1.0, 4.0])
@@ -155,7 +155,7 @@ def test_invalid_rows_are_refused(start: int, length: int, frames: int, message:
         row_layout([[start]], [[length]], frames)
 
 
-# ---- norms and the whole
+# ---- norms and the complete encoder
 
 
 def test_layer_norm_has_the_parameter_names_of_torchs() -> None:
@@ -169,7 +169,7 @@ def test_layer_norm_has_the_parameter_names_of_torchs() -> None:
 
 
 def test_encoder_error_stays_within_its_precision() -> None:
-    """Whole encoder: float32 within 1e-5 and bfloat16 autocast within 2 % of float64."""
+    """Float32 within 1e-5 of float64, bfloat16 autocast within 2 %."""
     torch.manual_seed(0)
     encoder = ConformerEncoder(
         EncoderSettings(dim=64, num_layers=3, num_heads=2, feedforward_dim=128, subsampling_channels=16)
@@ -203,7 +203,7 @@ def test_encoder_on_cuda_equals_the_cpu_forward_and_backward() -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
 
 
-def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slicing_frames_without_gradients_does_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     encoder = ConformerEncoder(
         EncoderSettings(dim=32, num_layers=2, num_heads=2, feedforward_dim=48, subsampling_channels=8)
@@ -212,11 +212,11 @@ def test_slices_of_frames_without_gradients_change_nothing(monkeypatch: pytest.M
     log_mel = torch.randn(2, 200, 80, dtype=torch.float64)
     layout = encoder.layout(Segments(torch.tensor([[0, 100], [0, 0]]), torch.tensor([[91, 100], [197, 0]]), 200))
     whole = encoder(log_mel, layout)
-    monkeypatch.setattr(conformer, "SLICE", 7)
+    monkeypatch.setattr(conformer, "FRAMES_PER_CALL", 7)
     hidden: list[int] = []
     for block in encoder.blocks:
         block.feedforward_in.hidden.register_forward_hook(lambda *call: hidden.append(call[2].numel()))
     with torch.no_grad():
         sliced = encoder(log_mel, layout)
     torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=1e-12)
-    assert max(hidden) == 7 * 48, "the hidden units of all frames were in memory at once"
+    assert max(hidden) == 7 * 48, "hidden units of all frames were in memory at once"

@@ -1,4 +1,4 @@
-"""Whole encoders: errors of outputs and gradients against float64 are at most those of plain attention."""
+"""Errors of complete encoders against float64, in outputs and gradients, are at most those of plain attention."""
 
 from collections.abc import Iterator
 
@@ -64,14 +64,14 @@ def assert_within_budget(actual: list[Tensor], plain: list[Tensor], exact: list[
     """Assert that errors are within `factor` times those of `plain`.
 
     For outputs, the gradient of the input, and the gradients of all parameters together. Each matrix alone may have
-    twice the error of `plain`, a vector 6 times, as the error of few numbers varies more.
+    twice the error of `plain`, and each vector 6 times, as the error of few numbers varies more.
     """
     for part in (slice(0, 1), slice(1, 2), slice(2, None)):
         assert distance(actual[part], exact[part]) <= factor * distance(plain[part], exact[part])
-    whole = distance(plain[2:], exact[2:])
+    total = distance(plain[2:], exact[2:])
     for grad, reference, truth in zip(actual[2:], plain[2:], exact[2:], strict=True):
         error, allowed = distance([grad], [truth]), distance([reference], [truth])
-        assert error <= (2 if truth.ndim > 1 else 6) * allowed or error < 1e-3 * whole
+        assert error <= (2 if truth.ndim > 1 else 6) * allowed or error < 1e-3 * total
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -81,9 +81,9 @@ def assert_within_budget(actual: list[Tensor], plain: list[Tensor], exact: list[
 def test_errors_of_outputs_and_gradients_are_at_most_those_of_plain_attention_at_the_same_precision(
     position: str, mask: str, num_kv_heads: int, norm: str
 ) -> None:
-    """Plain: product, softmax and product over whole rows by torch's math kernel. Exact: the definition in float64.
+    """Plain: product, softmax and product over entire rows by torch's math kernel. Exact: the definition in float64.
 
-    All backends agree in float64. In float32 and bfloat16 autocast the budget is 1.5 times the error of the plain one.
+    All backends agree in float64. In float32 and bfloat16 autocast, the budget is 1.5 times the plain error.
     """
     encoder = make_encoder(position=position, num_kv_heads=num_kv_heads, norm=norm, **MASKS[mask]).double()
     backends = ("segments", "bands") if mask in BOUNDED else ("segments",)

@@ -21,7 +21,7 @@ Item = tuple[int, int | None]
 """length in mel frames, and number of the utterance; None for noise"""
 
 
-def in_row(encoder: ConformerEncoder, row: int, items: list[Item], order: list[int] | None = None) -> list[Segment]:
+def pack_row(encoder: ConformerEncoder, row: int, items: list[Item], order: list[int] | None = None) -> list[Segment]:
     """Place segments one after another with the smallest allowed gaps; return them in the given order."""
     segments, end = [], -encoder.settings.row_gap
     for length, utterance in items:
@@ -44,12 +44,12 @@ def assert_packing_changes_nothing(case: Case, lengths: list[int], grads: bool, 
     expected = [run.outputs[0] for run in alone] + [grad for run in alone for grad in run.input_grads]
     if grads:
         expected += [torch.stack(g).sum(dim=0) for g in zip(*(run.parameter_grads for run in alone), strict=True)]
-    packed = in_row(encoder, 0, [(5 * stride - 1, None), c, (7, None), a], order=[3, 1, 0, 2])
-    packed += in_row(encoder, 2, [b, (stride + 1, None)])
-    moved = in_row(encoder, 0, [a, b], order=[1, 0]) + in_row(encoder, 1, [(51 * stride, None), c])
+    packed = pack_row(encoder, 0, [(5 * stride - 1, None), c, (7, None), a], order=[3, 1, 0, 2])
+    packed += pack_row(encoder, 2, [b, (stride + 1, None)])
+    moved = pack_row(encoder, 0, [a, b], order=[1, 0]) + pack_row(encoder, 1, [(51 * stride, None), c])
     for segments, rows, frames in ((packed, 3, last_stop(packed)), (moved, 2, last_stop(moved) + 9 * stride + 1)):
         run = encode(encoder, backend, segments, rows, frames, grads)
-        assert run.elsewhere == 0, f"{case}: frames outside the utterances have gradients"
+        assert run.outside_grad == 0, f"{case}: frames outside the utterances have gradients"
         results = [*run.outputs, *run.input_grads, *run.parameter_grads]
         for actual, exact in zip(results, expected, strict=True):
             torch.testing.assert_close(
@@ -62,8 +62,8 @@ def assert_packing_changes_nothing(case: Case, lengths: list[int], grads: bool, 
         )  # the ReLUs of a single frame may all be inactive
 
 
-def awkward_lengths(case: Case, number: int) -> list[int]:
-    """Lengths of one mel frame, of a remainder modulo the stride (by number), and of more than a block of bands."""
+def edge_case_lengths(case: Case, number: int) -> list[int]:
+    """Lengths of one mel frame, of a varying remainder modulo the stride, and of more than one block of bands."""
     stride = 2 * int(case["subsampling"].split()[1])
     return [1, 5 * stride + number % stride, 13 * stride - number % 3]
 
@@ -82,7 +82,7 @@ def test_every_three_choices_that_are_allowed_together_occur_in_a_case() -> None
 @pytest.mark.parametrize("part", range(6))
 def test_utterances_alone_packed_and_moved_have_the_same_outputs_and_gradients(part: int) -> None:
     for number, case in list(enumerate(covering_cases(3)))[part::6]:
-        assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=True)
+        assert_packing_changes_nothing(case, edge_case_lengths(case, number), grads=True)
 
 
 @pytest.mark.parametrize("position", CHOICES["position"])
@@ -92,13 +92,15 @@ def test_every_combination_of_the_main_choices_has_the_same_outputs_alone_packed
 ) -> None:
     for number, case in enumerate(all_cases(*PRODUCT)):
         if (case["backend"], case["position"]) == (backend, position):
-            assert_packing_changes_nothing(case, awkward_lengths(case, number), grads=False)
+            assert_packing_changes_nothing(case, edge_case_lengths(case, number), grads=False)
 
 
 def test_a_block_does_not_depend_on_the_frames_in_gaps() -> None:
     for case in covering_cases(2):
         encoder = make_encoder(case)
-        rows = in_row(encoder, 0, [(5 * encoder.settings.stride - 1, None), (3, None), (encoder.settings.stride, None)])
+        rows = pack_row(
+            encoder, 0, [(5 * encoder.settings.stride - 1, None), (3, None), (encoder.settings.stride, None)]
+        )
         start, length = torch.tensor([[s.start for s in rows], [0, 0, 0]]), torch.tensor([[s.length for s in rows]] * 2)
         layout = encoder.layout(Segments(start, length * torch.tensor([[1], [0]]), last_stop(rows)), case["backend"])
         valid, block = layout.stages[0].valid, encoder.blocks[0]
@@ -113,11 +115,11 @@ def test_a_block_does_not_depend_on_the_frames_in_gaps() -> None:
 
 @pytest.mark.parametrize("convolution", CHOICES["convolution"])
 @pytest.mark.parametrize("subsampling", CHOICES["subsampling"])
-def test_segments_of_all_lengths_modulo_the_stride_are_packed(subsampling: str, convolution: str) -> None:
+def test_packed_segments_of_all_lengths_modulo_the_stride_equal_each_alone(subsampling: str, convolution: str) -> None:
     encoder = make_encoder({"subsampling": subsampling, "convolution": convolution, "norm": "rms_norm"})
     stride = encoder.settings.stride
     items: list[Item] = [(3 * stride + rest, rest) for rest in range(stride)]
-    run = encode(encoder, "segments", row := in_row(encoder, 0, items), 1, last_stop(row))
+    run = encode(encoder, "segments", row := pack_row(encoder, 0, items), 1, last_stop(row))
     for number, (length, _) in enumerate(items):
         alone = encode(encoder, "segments", [Segment(0, 0, length, number)], 1, length)
         torch.testing.assert_close(run.outputs[number], alone.outputs[0], rtol=TOLERANCE, atol=TOLERANCE)
@@ -126,7 +128,7 @@ def test_segments_of_all_lengths_modulo_the_stride_are_packed(subsampling: str, 
 
 @pytest.mark.parametrize("mask", CHOICES["mask"])
 @pytest.mark.parametrize("backend", CHOICES["backend"])
-def test_segments_that_start_or_end_at_the_edge_of_a_block(backend: str, mask: str) -> None:
+def test_segments_may_start_or_end_at_the_edge_of_a_block(backend: str, mask: str) -> None:
     """Blocks of 64 frames in bands, of 128 in FlexAttention."""
     if backend == "bands" and mask in ("segment", "causal"):
         pytest.skip("bands need a bounded mask")
@@ -147,7 +149,9 @@ def test_segments_that_start_or_end_at_the_edge_of_a_block(backend: str, mask: s
 @pytest.mark.parametrize("convolution", CHOICES["convolution"])
 @pytest.mark.parametrize("stages", CHOICES["stages"])
 @pytest.mark.parametrize("kernel_size", [1, 31])
-def test_kernels_of_one_frame_or_longer_than_a_segment(kernel_size: int, stages: str, convolution: str) -> None:
+def test_packing_with_kernels_of_one_frame_or_longer_than_a_segment(
+    kernel_size: int, stages: str, convolution: str
+) -> None:
     case = {"stages": stages, "convolution": convolution, "subsampling": "striding 2"}
     assert_packing_changes_nothing(case, [1, 37, 52], grads=True, kernel_size=kernel_size, num_layers=2)
 

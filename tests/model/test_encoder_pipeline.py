@@ -64,17 +64,18 @@ def test_pretraining_with_interruption_fine_tuning_and_evaluation(
     for name in ("whole", "interrupted"):
         config = parse(pretrain.Config, options(kind, dataset, tmp_path / name))
         if name == "interrupted":
-            asked = iter([False, False])
+            requests = iter([False, False])
             with monkeypatch.context() as stopping:
-                stopping.setattr(StopRequest, "agreed", lambda self, world, asked=asked: next(asked, True))
+                stopping.setattr(StopRequest, "agreed", lambda self, world, requests=requests: next(requests, True))
                 pretrain.train(config)
         pretrain.train(config)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "interrupted")
     assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole), "a resumed run differs from a whole one"
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole), "the resumed run differs"
 
-    fine = [*options(kind, dataset, tmp_path / "ctc"), f"--finetune.init={tmp_path / 'whole/export'}"]
-    finetune_ctc.train(parse(finetune_ctc.Config, [*fine, "--finetune.tokenizer=char", "--validation.every_steps=2"]))
+    fine_tuning = [*options(kind, dataset, tmp_path / "ctc"), f"--finetune.init={tmp_path / 'whole/export'}"]
+    fine_tuning += ["--finetune.tokenizer=char", "--validation.every_steps=2"]
+    finetune_ctc.train(parse(finetune_ctc.Config, fine_tuning))
     config = parse(
         evaluate.Config,
         [f"--export={tmp_path / 'ctc/export'}", f"--data.dataset={dataset}", f"--out={tmp_path / 'results'}"],
@@ -90,7 +91,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def pretrain_in_world(world: World, arguments: list[str]) -> None:
-    pretrain.start_world = lambda settings: world  # type: ignore[attr-defined]  # this process has joined a group already
+    pretrain.start_world = lambda settings: world  # type: ignore[attr-defined]  # this process is already in a group
     pretrain.train(parse(pretrain.Config, arguments))
 
 

@@ -30,12 +30,12 @@ def weights_under(bias: Tensor, backend: str) -> Tensor:
     sizes = {"dim": 2 * LENGTH, "num_heads": 2, "position": "relative"}
     layout = stage_layout([LENGTH], gap=0, backend=backend, mask="window", window=LENGTH, **sizes).attention
     qkv = torch.zeros(1, LENGTH, 6, LENGTH, dtype=torch.float64)
-    qkv[0, :, 4:] = torch.eye(LENGTH, dtype=torch.float64)[:, None]  # one-hot values identify the keys
+    qkv[0, :, 4:] = torch.eye(LENGTH, dtype=torch.float64)[:, None]  # one-hot values: outputs are the weights
     return ATTEND[backend](qkv, 2, layout, bias, 0.0)[0].transpose(0, 1)
 
 
 def assert_relative_and_bounded(weights: Tensor) -> None:
-    """Relative to the frame itself, the weight of a key depends on its distance only, and is constant far away."""
+    """Relative to the query's own weight, a key's weight depends on the distance only; constant beyond `REACH`."""
     scores = weights.log() - weights.diagonal(dim1=1, dim2=2).log()[..., None]
     torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1])
     far = scores[:, -1].flip(-1)[:, REACH:], scores[:, 0][:, REACH:]
@@ -51,11 +51,11 @@ def test_a_relative_bias_depends_on_the_distance_only_and_is_bounded(backend: st
     weights = weights_under(bias(), backend)
     assert_relative_and_bounded(weights)
     scores = weights.log() - weights.diagonal(dim1=1, dim2=2).log()[..., None]
-    last = bias.weight[:, [3, 7]] - bias.weight[:, :1]  # of the last buckets before and after the query
+    last = bias.weight[:, [3, 7]] - bias.weight[:, :1]  # last buckets before and after the query
     torch.testing.assert_close(torch.stack((scores[:, -1, 0], scores[:, 0, -1]), dim=1), last)
 
 
-def test_the_check_fails_for_a_bias_of_query_minus_key() -> None:
+def test_the_check_of_relative_bias_fails_for_a_bias_without_bound() -> None:
     frame = torch.arange(LENGTH, dtype=torch.float64)
     with pytest.raises(AssertionError):
         assert_relative_and_bounded((frame[:, None] - frame).softmax(dim=-1)[None])
@@ -86,7 +86,7 @@ def test_outputs_under_a_window_do_not_depend_on_the_position_far_from_both_ends
     assert difference > 1e-3 if position == "fourier" else difference < 1e-10
 
 
-# ---- random depth and chunks
+# ---- layer drop and dynamic chunks
 
 
 def test_rows_skip_a_block_with_the_configured_probability() -> None:
@@ -100,10 +100,10 @@ def test_rows_skip_a_block_with_the_configured_probability() -> None:
     dropped = (y == x).all(dim=2).all(dim=1)
     assert torch.equal(y[~dropped], kept[~dropped])
     assert abs(int(dropped.sum()) - share * rows) < 4 * (share * (1 - share) * rows) ** 0.5
-    assert not (kept == x).all(dim=2).any()  # in evaluation none
+    assert not (kept == x).all(dim=2).any()  # no row is dropped in evaluation
 
 
-def test_every_parameter_has_a_gradient_whichever_rows_are_dropped() -> None:
+def test_every_parameter_has_a_gradient_for_any_dropped_rows() -> None:
     """Zeros if all rows skip a block: DDP waits for the gradients of all parameters."""
     encoder = make_encoder({"stages": "two"}, num_layers=3, dropout=0.0, attention_dropout=0.0, layer_drop=0.99).train()
     layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[90]]), 96))
@@ -122,7 +122,7 @@ def test_every_parameter_has_a_gradient_whichever_rows_are_dropped() -> None:
 
 
 def chunk_sizes(encoder: ConformerEncoder) -> list[int | None]:
-    """Chunk size of each stage, in frames of the first stage; None for the whole segment."""
+    """Chunk size of each stage, in frames of the first stage; None for the entire segment."""
     layout = encoder.layout(Segments(torch.tensor([[0]]), torch.tensor([[90]]), 96))
     sizes: list[int | None] = []
     for number, (stage, settings) in enumerate(zip(layout.stages, encoder.settings.stages, strict=True)):

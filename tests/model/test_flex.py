@@ -1,7 +1,7 @@
 """FlexAttention: block masks, outputs and gradients, number of compilations.
 
-torch refuses gradients of FlexAttention on a CPU by a check of the device. Without the check, and uncompiled, its
-graphs of scores and gradients run on a CPU in float64. tests/scripts/test_cuda.py tests the kernels.
+torch checks the device and refuses gradients of FlexAttention on a CPU. Without the check, and uncompiled, its graphs
+of scores and gradients run on a CPU in float64. tests/scripts/test_cuda.py tests the kernels.
 """
 
 import shutil
@@ -106,7 +106,7 @@ def test_block_mask_equals_that_of_all_pairs_of_frames(mask: str, frames: int) -
     assert mask not in ("segment", *WIDE) or bool(full.any())
 
 
-def test_memory_of_a_block_mask_of_half_an_hour_is_frames_and_pairs_of_blocks() -> None:
+def test_memory_of_a_block_mask_of_half_an_hour_is_linear_in_frames_and_pairs_of_blocks() -> None:
     frames = 45_000
     blocks = -(-frames // BLOCK)
     first = (torch.arange(frames) - 1000).clamp(min=0)[None]
@@ -189,7 +189,7 @@ def test_recordings_of_any_length_and_number_compile_for_few_shapes() -> None:
     assert calls.count("compile forward") <= 4 and calls.count("forward") == 15
 
 
-def test_one_kernel_too_many_is_an_error_not_a_fallback_that_stores_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_kernels_are_an_error_not_a_fallback_that_stores_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "MAX_KERNELS", 2)
     compiled = compiled_flex_attention(True, counting([]))
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):

@@ -14,7 +14,7 @@ LARGE = {
     "dim": 128, "num_layers": 24, "num_heads": 8, "feedforward_dim": 512, "kernel_size": 9, "subsampling_channels": 32,
     "dropout": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
-"""`large-600m`, an eighth as wide"""
+"""`large-600m` at an eighth of its width"""
 VARIANTS: dict[str, dict[str, object]] = {
     "layer_norm": {},
     "rms_norm": {"norm": "rms_norm", "convolution_norm": "rms_norm"},

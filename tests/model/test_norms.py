@@ -1,4 +1,4 @@
-"""Norms: parameter names and numbers of torch's, statistics of valid frames over all ranks."""
+"""Norms: parameter names and values equal torch's; batch norm over the valid frames of all ranks."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def make_batch(lengths: list[int], frames: int = 9, dtype: torch.dtype = torch.f
     return torch.where(valid[..., None], x, -100 * x).to(dtype), valid
 
 
-def filled(norm: nn.Module) -> nn.Module:
+def randomise(norm: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(4)
     for parameter in norm.parameters():
         nn.init.uniform_(parameter, 0.5, 2.0, generator=generator)
@@ -78,7 +78,7 @@ def filled(norm: nn.Module) -> nn.Module:
 
 
 def test_batch_norm_equals_torchs_on_the_valid_frames() -> None:
-    masked, torchs = filled(MaskedBatchNorm(DIM).double()), filled(nn.BatchNorm1d(DIM).double())
+    masked, torchs = randomise(MaskedBatchNorm(DIM).double()), randomise(nn.BatchNorm1d(DIM).double())
     assert list(masked.state_dict()) == list(torchs.state_dict())
     weight = torch.randn(2, 9, DIM, dtype=torch.float64)
     for step, train in enumerate((True, True, False, True)):
@@ -132,7 +132,7 @@ def test_a_batch_without_variance_is_finite_and_keeps_the_running_statistics(len
 
 def normalise_rank(lengths: list[int], loss_weight: Tensor, rank: int, ranks: int) -> dict[str, Tensor]:
     """Outputs, gradients and buffers after two training steps on the rows of this rank."""
-    norm = filled(MaskedBatchNorm(DIM).double())
+    norm = randomise(MaskedBatchNorm(DIM).double())
     for _ in range(2):
         x, valid = make_batch(lengths)
         share = slice(rank * len(x) // ranks, (rank + 1) * len(x) // ranks)
@@ -147,7 +147,7 @@ def normalise_cases(world: World, cases: list[list[int]], loss_weight: Tensor) -
     return [normalise_rank(lengths, loss_weight, world.rank, world.size) for lengths in cases]
 
 
-def test_two_processes_equal_one_also_if_a_process_has_no_valid_frame() -> None:
+def test_batch_norm_of_two_processes_equals_one_even_if_a_process_has_no_valid_frame() -> None:
     cases = [[9, 4, 7, 1], [9, 4, 0, 0], [0, 0, 5, 2], [0, 0, 0, 0]]
     loss_weight = torch.randn(4, 9, DIM, dtype=torch.float64)
     first, second = run_distributed(normalise_cases, 2, cases, loss_weight)
@@ -163,7 +163,7 @@ def test_two_processes_equal_one_also_if_a_process_has_no_valid_frame() -> None:
 
 
 def test_batch_norm_gradients_match_its_outputs() -> None:
-    norm = filled(MaskedBatchNorm(DIM).double())
+    norm = randomise(MaskedBatchNorm(DIM).double())
     x, valid = make_batch([4, 3], 4)
     x = torch.where(valid[..., None], x, 0.0).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: F.silu(norm(x, valid)), (x,))

@@ -1,4 +1,4 @@
-"""Streaming: chunks with cached state equal one pass (float64)."""
+"""Streaming encoder: chunks with cached state equal one pass (float64)."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_chunks_with_caches_equal_one_pass(
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "batch_norm"])
-def test_a_stream_with_other_norms_and_gates_equals_one_pass(norm: str) -> None:
+def test_a_stream_with_any_norm_and_a_gated_feed_forward_equals_one_pass(norm: str) -> None:
     encoder = make_encoder(
         convolution_norm=norm, feedforward="swiglu", norm="rms_norm" if norm == "rms_norm" else "layer_norm"
     )

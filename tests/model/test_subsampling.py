@@ -1,4 +1,4 @@
-"""Subsampling over packed rows: receptive fields, and segments equal to each alone."""
+"""Subsampling of packed rows: receptive fields, and packed segments equal to each segment alone."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -67,7 +67,7 @@ def gradients(model: CTCModel, loss: Tensor) -> list[Tensor]:
 
 
 def brute_force_loss(log_probs: Tensor, labels: list[int]) -> Tensor:
-    """Negative log of the total probability of all paths `[T, V]` that collapse to the labels."""
+    """Negative log of the total probability of all paths through `[T, V]` that collapse to the labels."""
     paths = []
     for path in itertools.product(range(VOCAB), repeat=len(log_probs)):
         merged = [label for t, label in enumerate(path) if t == 0 or label != path[t - 1]]
@@ -90,28 +90,28 @@ def test_loss_and_gradients_equal_those_of_all_paths_enumerated() -> None:
             expected = expected + brute_force_loss(log_probs, labels)
     assert torch.allclose(output.loss_sum, expected, rtol=0, atol=1e-9)
     assert int(output.num_impossible) == 0
-    for got, wanted in zip(gradients(model, output.loss_sum), gradients(model, expected), strict=True):
-        assert torch.allclose(got, wanted, rtol=0, atol=1e-9)
+    for grad, expected_grad in zip(gradients(model, output.loss_sum), gradients(model, expected), strict=True):
+        assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-9)
 
 
 def test_loss_and_gradients_depend_on_neither_row_nor_padding_nor_neighbours() -> None:
     model = make_model(num_layers=2)
     segments = [(60, [1, 2, 3]), (33, [2, 2]), (18, []), (47, [4])]
     alone = [run(model, [[(0, size, labels)]], 60) for size, labels in segments]
-    wanted = torch.stack([output.loss_sum for output in alone]).sum()
-    wanted_gradients = gradients(model, wanted)
+    expected = torch.stack([output.loss_sum for output in alone]).sum()
+    expected_gradients = gradients(model, expected)
     layouts: list[list[Row]] = [
         [[(0, 60, [1, 2, 3]), (64, 33, [2, 2]), (104, 18, []), (128, 47, [4])]],
         [[(8, 18, []), (32, 60, [1, 2, 3])], [(100, 33, [2, 2])], [(4, 47, [4])]],
     ]
     for rows in layouts:
         output = run(model, rows, 180, label_padding=3)
-        assert torch.allclose(output.loss_sum, wanted, rtol=0, atol=1e-9)
-        pairs = zip(gradients(model, output.loss_sum), wanted_gradients, strict=True)
-        assert all(torch.allclose(got, want, rtol=0, atol=1e-9) for got, want in pairs)
+        assert torch.allclose(output.loss_sum, expected, rtol=0, atol=1e-9)
+        pairs = zip(gradients(model, output.loss_sum), expected_gradients, strict=True)
+        assert all(torch.allclose(grad, expected_grad, rtol=0, atol=1e-9) for grad, expected_grad in pairs)
 
 
-def test_the_outputs_at_a_segments_frames_depend_on_neither_row_nor_padding_nor_neighbours() -> None:
+def test_outputs_at_the_frames_of_a_segment_depend_on_neither_row_nor_padding_nor_neighbours() -> None:
     model = make_model(num_layers=2)
     layouts: list[list[Row]] = [
         [[(0, 60, []), (64, 33, []), (104, 18, []), (128, 47, [])]],
@@ -129,15 +129,15 @@ def test_the_outputs_at_a_segments_frames_depend_on_neither_row_nor_padding_nor_
 def test_impossible_segments_are_counted_and_change_nothing() -> None:
     model = make_model()
     possible = run(model, [[(0, 20, [1, 2])]], 40)
-    # Two encoder frames cannot carry 1, blank, 1, nor four labels.
+    # Two encoder frames are too few for 1, blank, 1, and for four labels.
     both = run(model, [[(0, 20, [1, 2]), (24, 8, [1, 1])], [(0, 8, [1, 2, 3, 4])]], 40)
     assert int(both.num_impossible) == 2
     assert torch.allclose(both.loss_sum, possible.loss_sum, rtol=0, atol=1e-9)
-    for got, wanted in zip(gradients(model, both.loss_sum), gradients(model, possible.loss_sum), strict=True):
-        assert torch.allclose(got, wanted, rtol=0, atol=1e-9)
+    pairs = zip(gradients(model, both.loss_sum), gradients(model, possible.loss_sum), strict=True)
+    assert all(torch.allclose(grad, expected, rtol=0, atol=1e-9) for grad, expected in pairs)
 
 
-def test_frames_needed_is_the_shortest_length_with_a_finite_loss() -> None:
+def test_frames_needed_is_the_smallest_number_of_frames_with_a_finite_loss() -> None:
     labels, lengths = pad_labels([[1, 1, 1], [1, 2, 3, 3], [], [2]])
     needed = frames_needed(labels, lengths)
     assert needed.tolist() == [5, 5, 0, 1]
@@ -162,7 +162,7 @@ def test_log_probs_are_float32_under_bfloat16_autocast() -> None:
     assert torch.allclose(log_probs.exp().sum(-1), torch.ones(1, 10), atol=1e-6)  # bfloat16: an error of 1e-3
 
 
-def test_a_frozen_encoder_gets_no_gradients_and_the_head_gets_the_same() -> None:
+def test_freezing_the_encoder_removes_its_gradients_and_leaves_those_of_the_head() -> None:
     model = make_model()
     rows: list[Row] = [[(0, 20, [1, 2])]]
     run(model, rows, 20).loss_sum.backward()
@@ -170,20 +170,22 @@ def test_a_frozen_encoder_gets_no_gradients_and_the_head_gets_the_same() -> None
     model.zero_grad()
     run(model, rows, 20, train_encoder=False).loss_sum.backward()
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
-    for parameter, wanted in zip(model.head.parameters(), head, strict=True):
-        assert torch.equal(parameter.grad, wanted)
+    for parameter, expected in zip(model.head.parameters(), head, strict=True):
+        assert torch.equal(parameter.grad, expected)
 
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, with which DDP and FSDP2 run their hooks."""
+    """Process group of one process, in which DDP and FSDP2 run their hooks."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("parallel", ["none", "ddp", "fsdp2"])
-def test_freezing_in_the_first_steps_works_in_every_parallel_mode(parallel: str, process_group: None) -> None:
+def test_freezing_in_the_first_steps_gives_equal_weights_in_every_parallel_mode(
+    parallel: str, process_group: None
+) -> None:
     plain, model = make_model(), make_model()
     if parallel == "fsdp2":
         for block in model.encoder.blocks:
@@ -198,12 +200,12 @@ def test_freezing_in_the_first_steps_works_in_every_parallel_mode(parallel: str,
             module_optimizer.zero_grad()
             run(module, rows, 60, train_encoder=step >= 2).loss_sum.backward()
             module_optimizer.step()
-        if step == 1:  # neither gradient nor weight decay has touched the frozen encoder
+        if step == 1:  # neither gradients nor weight decay changed the frozen encoder
             assert all(torch.equal(a, b) for a, b in zip(plain.encoder.parameters(), before, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(plain.encoder.parameters(), before, strict=True))
-    for parameter, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
         full = parameter.full_tensor() if parallel == "fsdp2" else parameter
-        assert torch.allclose(full, wanted, rtol=0, atol=1e-12)
+        assert torch.allclose(full, expected, rtol=0, atol=1e-12)
 
 
 def test_outputs_of_whole_recordings_do_not_depend_on_the_batch() -> None:

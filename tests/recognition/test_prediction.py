@@ -1,4 +1,4 @@
-"""Prediction networks: whole sequences against single steps, reordered states, dropout, autocast."""
+"""Prediction networks: complete sequences against single steps, reordered states, dropout, autocast."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_states_can_be_selected_repeated_and_reordered(kind: str, size: int) -> 
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS)
-def test_a_step_does_not_change_the_state_that_it_is_given(kind: str, size: int) -> None:
+def test_a_step_does_not_modify_its_input_state(kind: str, size: int) -> None:
     network = make(kind, size)
     _, state = network.step(torch.tensor([0, 0]), network.start(2))
     before = [tensor.clone() for tensor in state]

@@ -1,4 +1,4 @@
-"""Pruned transducers: simple joint network against its definition, bands, and the loss within bands."""
+"""Pruned transducer: simple joint network against its definition, choice of bands, loss within bands."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def losses_of_bands(arcs: list[Tensor], lattices: Lattices) -> Tensor:
 def simple_parts(
     dtype: torch.dtype = torch.float64, scale: float = 1.0
 ) -> tuple[SimpleJoint, Tensor, Tensor, Lattices, list[Tensor]]:
-    """Simple joint network, its inputs, and its arcs by the log-softmax of the added outputs."""
+    """Simple joint network, its inputs, and reference arcs by the log-softmax of the added outputs."""
     _, lattices = made_lattices(SIZES)
     torch.manual_seed(0)
     network = SimpleJoint(7, 6, 5).to(dtype)
@@ -57,15 +57,15 @@ def test_simple_arcs_are_the_log_softmax_of_the_added_outputs() -> None:
         acoustic = (5 * torch.randn(frames, 6, dtype=torch.float64)).requires_grad_()
         language = (5 * torch.randn(states, 6, dtype=torch.float64)).requires_grad_()
         labels = torch.randint(1, 6, (states - 1,))
-        got = simple_arcs(acoustic, language, labels)
-        wanted = select_arcs((acoustic[:, None] + language).log_softmax(-1), labels)
-        used = torch.ones_like(got, dtype=torch.bool)
+        actual = simple_arcs(acoustic, language, labels)
+        reference = select_arcs((acoustic[:, None] + language).log_softmax(-1), labels)
+        used = torch.ones_like(actual, dtype=torch.bool)
         used[:, -1, 1] = False  # the last state has no next label
-        assert_same([got[used]], [wanted[used]], 1e-12)
-        weight = torch.randn_like(got[used])
-        grads = (torch.autograd.grad((weight * arcs[used]).sum(), (acoustic, language)) for arcs in (got, wanted))
+        assert_same([actual[used]], [reference[used]], 1e-12)
+        weight = torch.randn_like(actual[used])
+        grads = (torch.autograd.grad((weight * arcs[used]).sum(), (acoustic, language)) for arcs in (actual, reference))
         assert_same(*grads, 1e-12)
-        assert got.isfinite().all()
+        assert actual.isfinite().all()
 
 
 def test_simple_arcs_and_gradients_are_finite_for_outputs_that_differ_by_hundreds() -> None:
@@ -89,15 +89,15 @@ def test_simple_arcs_are_float32_under_bfloat16_autocast() -> None:
 
 def test_loss_and_gradients_of_the_simple_joint_network_equal_those_of_all_alignments() -> None:
     network, frames, predicted, lattices, arcs = simple_parts()
-    wanted = torch.stack([brute_force_loss(part) for part in arcs])
-    got, _ = network(frames, predicted, lattices, band=2)
-    assert_same([got], [wanted], 1e-9)
+    reference = torch.stack([brute_force_loss(part) for part in arcs])
+    actual, _ = network(frames, predicted, lattices, band=2)
+    assert_same([actual], [reference], 1e-9)
     weights = list(network.parameters())
-    assert_same(*(torch.autograd.grad(losses.sum(), weights) for losses in (got, wanted)), 1e-9)
+    assert_same(*(torch.autograd.grad(losses.sum(), weights) for losses in (actual, reference)), 1e-9)
 
 
 def test_gradients_of_arcs_are_minus_the_probabilities_that_alignments_take_them() -> None:
-    """An alignment takes one blank per frame and every label once, so probabilities sum to 1 over states or frames."""
+    """An alignment has one blank per frame and every label once: probabilities sum to 1 over states or over frames."""
     _, _, _, lattices, arcs = simple_parts()
     leaf = torch.cat([part.flatten(0, 1) for part in arcs]).detach().requires_grad_()
     [grad] = torch.autograd.grad(sum_over_alignments(leaf, lattices).sum(), leaf)
@@ -142,7 +142,7 @@ def test_a_band_follows_the_most_probable_path() -> None:
 
 
 @pytest.mark.parametrize("band", [5, 100])
-def test_bands_of_all_states_change_neither_loss_nor_gradients(band: int) -> None:
+def test_bands_with_all_states_change_neither_loss_nor_gradients(band: int) -> None:
     tensors, lattices = made_lattices(SIZES)
     losses = transducer_loss(*tensors, lattices, ENOUGH)
     banded = transducer_loss(*tensors, made_bands(lattices, band), ENOUGH)
@@ -152,27 +152,27 @@ def test_bands_of_all_states_change_neither_loss_nor_gradients(band: int) -> Non
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("band", [2, 3])
-def test_with_bands_the_loss_is_that_of_all_alignments_within_them(band: int, seed: int) -> None:
+def test_the_loss_with_bands_sums_over_all_alignments_within_them(band: int, seed: int) -> None:
     tensors, lattices = made_lattices([(6, 4), (3, 4), *SIZES])
     lattices = made_bands(lattices, band, seed)
-    wanted = losses_of_bands(joint_arcs(tensors, lattices), lattices)
-    weight = torch.linspace(0.5, 2.0, len(wanted), dtype=wanted.dtype)
-    expected = torch.autograd.grad((weight * wanted).sum(), tensors)
-    smallest = max(lattices.widths or []) * 600  # a few cells, which makes many slices
+    reference = losses_of_bands(joint_arcs(tensors, lattices), lattices)
+    weight = torch.linspace(0.5, 2.0, len(reference), dtype=reference.dtype)
+    expected = torch.autograd.grad((weight * reference).sum(), tensors)
+    smallest = max(lattices.widths or []) * 600  # a few cells, for many slices
     for budget in (ENOUGH, smallest):
-        got = transducer_loss(*tensors, lattices, budget)
-        assert_same([got], [wanted], 1e-9)
-        assert_same(torch.autograd.grad((weight * got).sum(), tensors), expected, 1e-9)
+        actual = transducer_loss(*tensors, lattices, budget)
+        assert_same([actual], [reference], 1e-9)
+        assert_same(torch.autograd.grad((weight * actual).sum(), tensors), expected, 1e-9)
     low = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    got = transducer_loss(*low, lattices, ENOUGH)
-    assert_same([got.double()], [wanted], 1e-5)
-    grads = torch.autograd.grad((weight.float() * got).sum(), low)
+    actual = transducer_loss(*low, lattices, ENOUGH)
+    assert_same([actual.double()], [reference], 1e-5)
+    grads = torch.autograd.grad((weight.float() * actual).sum(), low)
     assert_same([grad.double() for grad in grads], expected, 2e-5)
-    assert (wanted > torch.stack([brute_force_loss(part) for part in joint_arcs(tensors, lattices)])).any()
+    assert (reference > torch.stack([brute_force_loss(part) for part in joint_arcs(tensors, lattices)])).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_bands_follow_from_the_simple_joint_networks_probabilities_and_carry_no_graph(dtype: torch.dtype) -> None:
+def test_bands_are_chosen_by_the_simple_joint_networks_probabilities_without_a_graph(dtype: torch.dtype) -> None:
     network, frames, predicted, lattices, arcs = simple_parts(dtype)
     losses, banded = network(frames, predicted, lattices, band=2)
     assert losses.dtype == torch.promote_types(dtype, torch.float32) and losses.requires_grad

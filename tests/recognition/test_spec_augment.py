@@ -1,4 +1,4 @@
-"""SpecAugment: sizes and places of the masks, and frames outside of the segments."""
+"""SpecAugment: sizes and positions of the masks, and frames outside the segments."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_masks_are_a_function_of_the_segment_seed_alone() -> None:
     SpecAugmentSettings(num_time_masks=0, max_freq_width=20, num_freq_masks=5),
     SpecAugmentSettings(num_freq_masks=0, num_time_masks=30, max_time_share=0.5),
 ])  # fmt: skip
-def test_masks_never_leave_their_segment(settings: SpecAugmentSettings) -> None:
-    # Only frames of segments may change: not those before, between and after them, nor those of unused slots.
+def test_masks_stay_within_their_segment(settings: SpecAugmentSettings) -> None:
+    # Frames before, between and after segments must not change, nor those of unused slots.
     for seed in range(50):
         log_mel, segments = rows([[(10, 40, seed), (52, 30, seed + 1)], [(60, 40, seed)]], 100)
         changed = (spec_augment(log_mel, segments, settings) == 0).any(dim=2)
@@ -46,7 +46,7 @@ def test_the_input_is_not_modified_and_zero_masks_change_nothing() -> None:
     assert torch.equal(unmasked, log_mel)
 
 
-def test_a_frequency_mask_and_a_time_mask_have_the_widths_and_places_of_the_paper() -> None:
+def test_a_frequency_mask_and_a_time_mask_have_the_widths_and_positions_of_the_paper() -> None:
     count = 4000
     frequency = SpecAugmentSettings(num_freq_masks=1, max_freq_width=4, num_time_masks=0)
     log_mel, segments = rows([[(0, 50, seed)] for seed in range(count)], 50)

@@ -1,4 +1,4 @@
-"""TDT loss: against brute force and the plain transducer loss, slices, long segments, memory, invalid durations."""
+"""TDT loss against brute force and the plain transducer loss; slices, long segments, memory, invalid durations."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def make_lattices(segments: Sequence[tuple[int, list[int]]], **bands: Any) -> La
 def alignments(
     frames: int, labels: int, durations: Sequence[int], t: int = 0, u: int = 0
 ) -> Iterator[list[tuple[int, int, bool, int]]]:
-    """All paths through a lattice as lists of arcs: frame, state, whether it is a label, index of its duration."""
+    """All paths through a lattice, as lists of arcs: frame, state, True for a label, index of the duration."""
     for index, duration in enumerate(durations):
         if duration > 0 and u == labels and t + duration == frames:
             yield [(t, u, False, index)]
@@ -62,14 +62,14 @@ def brute_force(inputs: Inputs, lattices: Lattices, durations: Sequence[int], si
     for s, labels in enumerate(lattices.labels):
         hidden = torch.tanh(all_encoded[s][:, None] + all_predicted[s])
         logits = hidden @ weight.mT + bias
-        tokens, lasts = logits[..., :vocab_size].log_softmax(-1), logits[..., vocab_size:].log_softmax(-1)
+        tokens, spans = logits[..., :vocab_size].log_softmax(-1), logits[..., vocab_size:].log_softmax(-1)
         totals = []
         for path in alignments(lattices.num_frames[s], len(labels), durations):
             if lattices.first_state is not None and lattices.widths is not None:
                 first = lattices.first_state[s].tolist()
                 if not all(first[t] <= u < first[t] + lattices.widths[s] for t, u, _, _ in path):
                     continue
-            arcs = [tokens[t, u, int(labels[u]) if label else 0] + lasts[t, u, d] - sigma for t, u, label, d in path]
+            arcs = [tokens[t, u, int(labels[u]) if label else 0] + spans[t, u, d] - sigma for t, u, label, d in path]
             totals.append(torch.stack(arcs).sum())
         losses.append(-torch.logsumexp(torch.stack(totals), dim=0))
     return torch.stack(losses)
@@ -91,7 +91,7 @@ def test_loss_and_gradients_equal_those_of_all_alignments_enumerated(durations: 
     assert_same(with_gradients(result, inputs), with_gradients(expected, inputs))
 
 
-def test_with_bands_only_alignments_within_them_count() -> None:
+def test_the_loss_with_bands_sums_over_all_alignments_within_them() -> None:
     durations = [0, 1, 2, 4]
     bands = [torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1])]
     lattices = make_lattices([(4, [1, 2, 2]), (3, [3])], first_state=bands, widths=[2, 1])
@@ -140,7 +140,7 @@ def test_sum_and_its_gradients_equal_those_of_autograd_through_the_forward_recur
     assert_same(with_gradients(result, [arcs]), with_gradients(expected, [arcs]), 1e-12)
 
 
-def test_if_labels_take_no_frame_and_blanks_take_one_the_loss_is_that_of_the_plain_transducer() -> None:
+def test_labels_of_duration_0_and_blanks_of_duration_1_give_the_plain_transducer_loss() -> None:
     lattices = make_lattices([(9, [1, 2, 2]), (4, [1] * 6), (5, []), (1, [1])])
     plain = random_arcs(lattices, 0)
     # Blank and label share the duration outputs. The offsets cancel for a label of duration 0, leave a blank of
@@ -182,7 +182,7 @@ def test_float32_stays_accurate_on_2000_frames_and_100_labels() -> None:
     narrow = arcs.detach().float().requires_grad_()
     loss, grad = with_gradients(sum_over_durations(narrow, lattices, durations), [narrow])
     torch.testing.assert_close(loss.double(), sum_over_durations(arcs, lattices, durations), rtol=1e-5, atol=0)
-    emitted = -grad.view(2000, 101, -1)[..., 1].sum(dim=0)  # every label is emitted once, none in the last state
+    emitted = -grad.view(2000, 101, -1)[..., 1].sum(dim=0)  # every label is emitted once; the last state emits none
     torch.testing.assert_close(emitted, torch.ones(101).index_fill(0, torch.tensor([100]), 0.0), rtol=0, atol=1e-4)
 
 
@@ -213,9 +213,10 @@ def test_a_slice_stays_within_its_budget(joint: int) -> None:
     assert more - least <= 5 * 21 * bytes_per_cell(joint, 256 + 3, 4)
 
 
-def test_a_longer_lattice_takes_a_few_numbers_per_cell_whatever_the_vocabulary() -> None:
+def test_memory_per_cell_is_a_few_numbers_for_any_vocabulary() -> None:
     short, long = (peak_bytes(frames, 31, 32, 1) for frames in (40, 80))
-    # 4 + D numbers are kept, 2 (2 + D) more exist while gradients are computed, 8 bytes spare; outputs would take 1036.
+    # 4 + D numbers are kept, 2 (2 + D) more exist while gradients are computed, and 8 bytes are spare; the outputs
+    # would take 1036 bytes.
     per_frame = 31 * (4 * (4 + 3 + 2 * (2 + 3)) + 8) + 32 * 16
     assert 0 < long - short <= 40 * per_frame
 
@@ -229,7 +230,7 @@ def test_a_batch_without_segments_keeps_the_graph() -> None:
 
 
 @pytest.mark.parametrize("durations", [[], [0], [1], [1, 2], [0, 2], [0, 1, 1], [1, 0], [0, 1, 3, 2], [-1, 0, 1]])
-def test_durations_with_which_some_segment_has_no_alignment_are_refused(durations: list[int]) -> None:
+def test_durations_that_leave_a_segment_without_alignment_are_refused(durations: list[int]) -> None:
     lattices = make_lattices([(2, [1])])
     inputs = make_inputs(lattices, VOCAB + len(durations))
     with pytest.raises(UserError, match=r"transducer\.durations is \[.*start with 0 and 1"):

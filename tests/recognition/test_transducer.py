@@ -1,4 +1,4 @@
-"""Transducer model: loss by enumeration, packing, accumulation, empty batches, CTC head, parallel modes."""
+"""Transducer model: loss against enumeration, packing, accumulation, empty batches, CTC head, parallel modes."""
 
 import re
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ every_kind = pytest.mark.parametrize("kind", list(KINDS))
 Row = list[tuple[int, int, list[int]]]
 """segments of a row: start, length, labels"""
 ROWS: list[Row] = [[(0, 20, [1, 2]), (24, 13, [3, 3, 3]), (40, 6, [4, 2, 1])], [(4, 17, []), (24, 7, [4])]]
-"""including two frames with three labels, and segments without labels"""
+"""includes two frames with three labels, and a segment without labels"""
 
 
 def make_model(kind: str = "stateless", **changed: Any) -> TransducerModel:
@@ -72,7 +72,7 @@ def gradients(model: TransducerModel, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=False))
 
 
-def searched_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tensor:
+def search_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tensor:
     """Arcs `[T, U + 1, 2]` of a single segment, from the methods that a search calls."""
     zero = torch.zeros(1, 1, dtype=torch.int64)
     padded = torch.nn.functional.pad(utterance(size), (0, 0, 0, 48 - size))
@@ -85,11 +85,11 @@ def searched_arcs(model: TransducerModel, size: int, labels: list[int]) -> Tenso
 
 
 @pytest.mark.parametrize("kind", ["stateless", "lstm-hybrid"])
-def test_loss_and_gradients_equal_those_of_all_alignments_of_a_searchs_outputs(kind: str) -> None:
+def test_loss_and_gradients_equal_those_of_all_alignments_through_the_outputs_of_a_search(kind: str) -> None:
     model = make_model(kind, ctc_weight=0.0, fast_emit=0.0)
     output = run(model, ROWS)
     segments = [segment for row in ROWS for segment in row]
-    expected = torch.stack([brute_force_loss(searched_arcs(model, size, labels)) for _, size, labels in segments]).sum()
+    expected = torch.stack([brute_force_loss(search_arcs(model, size, labels)) for _, size, labels in segments]).sum()
     assert_same([output.loss_sum, output.transducer_sum], [expected, expected.detach()], 1e-9)
     assert output.ctc_sum == 0 and not output.transducer_sum.requires_grad
     assert_same(gradients(model, output.loss_sum), gradients(model, expected), 1e-9)
@@ -100,8 +100,8 @@ def test_loss_and_gradients_depend_on_neither_row_nor_padding_nor_neighbours(kin
     model = make_model(kind)
     segments = [(60, [1, 2, 3]), (33, [2, 2]), (18, []), (47, [4])]
     alone = [run(model, [[(0, size, labels)]], 60) for size, labels in segments]
-    wanted = torch.stack([output.loss_sum for output in alone]).sum()
-    wanted_gradients = gradients(model, wanted)
+    reference = torch.stack([output.loss_sum for output in alone]).sum()
+    expected_gradients = gradients(model, reference)
     layouts: list[list[Row]] = [
         [[(0, 60, [1, 2, 3]), (64, 33, [2, 2]), (104, 18, []), (128, 47, [4])]],
         [[(8, 18, []), (32, 60, [1, 2, 3])], [], [(100, 33, [2, 2])], [(4, 47, [4])]],
@@ -109,8 +109,8 @@ def test_loss_and_gradients_depend_on_neither_row_nor_padding_nor_neighbours(kin
     for rows in layouts:
         for padding in (0, -7, 10**6):
             output = run(model, rows, 180, label_padding=padding)
-            assert_same([output.loss_sum], [wanted], 1e-9)
-        assert_same(gradients(model, output.loss_sum), wanted_gradients, 1e-9)
+            assert_same([output.loss_sum], [reference], 1e-9)
+        assert_same(gradients(model, output.loss_sum), expected_gradients, 1e-9)
 
 
 @every_kind
@@ -119,10 +119,10 @@ def test_a_batch_in_two_calls_sums_to_the_same_gradients(kind: str) -> None:
     whole = run(model, ROWS)
     parts = [run(model, [row]) for row in ROWS]
     assert_same([whole.loss_sum], [parts[0].loss_sum + parts[1].loss_sum], 1e-9)
-    wanted = gradients(model, whole.loss_sum)
+    reference = gradients(model, whole.loss_sum)
     for part in parts:
         part.loss_sum.backward()
-    assert_same([parameter.grad for parameter in model.parameters()], wanted, 1e-9)
+    assert_same([parameter.grad for parameter in model.parameters()], reference, 1e-9)
 
 
 @every_kind
@@ -155,31 +155,31 @@ def test_a_batch_of_no_segments_has_a_loss_and_gradients_of_zero(kind: str) -> N
 
 
 @every_kind
-def test_a_frozen_encoder_gets_no_gradients_and_the_rest_gets_the_same(kind: str) -> None:
+def test_freezing_the_encoder_removes_its_gradients_and_leaves_all_others(kind: str) -> None:
     model = make_model(kind)
-    wanted = dict(zip(dict(model.named_parameters()), gradients(model, run(model, ROWS).loss_sum), strict=True))
+    reference = dict(zip(dict(model.named_parameters()), gradients(model, run(model, ROWS).loss_sum), strict=True))
     run(model, ROWS, train_encoder=False).loss_sum.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("encoder."):
             assert parameter.grad is None
         else:
-            assert torch.equal(parameter.grad, wanted[name])
+            assert torch.equal(parameter.grad, reference[name])
 
 
-def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
+def test_the_ctc_head_adds_the_weighted_loss_of_a_ctc_model() -> None:
     model = make_model("lstm-hybrid")
     ctc = CTCModel(ENCODER, VOCAB).double()
     tensors = {name.replace("ctc_head.", "head."): tensor for name, tensor in model.state_dict().items()}
     ctc.load_state_dict({name: tensors[name] for name in ctc.state_dict()})
-    output, wanted = run(model, ROWS), ctc(*batch(ROWS, 48))
-    assert int(wanted.num_impossible) == 2  # impossible for CTC, but not for the transducer
-    assert_same([output.ctc_sum], [wanted.loss_sum.detach()], 1e-9)
+    output, reference = run(model, ROWS), ctc(*batch(ROWS, 48))
+    assert int(reference.num_impossible) == 2  # impossible for CTC, but not for the transducer
+    assert_same([output.ctc_sum], [reference.loss_sum.detach()], 1e-9)
     assert_same([output.loss_sum.detach()], [output.transducer_sum + 0.3 * output.ctc_sum], 1e-9)
     plain = make_model("lstm-hybrid", ctc_weight=0.0)
     plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "ctc_head" not in name})
     run(model, ROWS).loss_sum.backward()
     run(plain, ROWS).loss_sum.backward()
-    wanted.loss_sum.backward()
+    reference.loss_sum.backward()
     ctc_parameters = dict(ctc.named_parameters()) | {f"ctc_head.{k}": p for k, p in ctc.head.named_parameters()}
     plain_parameters = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
@@ -191,7 +191,7 @@ def test_the_ctc_head_has_the_loss_of_a_ctc_model_and_its_weight() -> None:
     assert_same([model.ctc_log_probs(log_mel, segments)], [ctc.log_probs(log_mel, segments)], 1e-12)
 
 
-def test_without_a_ctc_head_its_outputs_are_refused_with_the_name_of_the_setting() -> None:
+def test_ctc_outputs_without_a_ctc_head_are_refused_with_the_name_of_the_setting() -> None:
     with pytest.raises(UserError, match="transducer.ctc_weight 0"):
         make_model().ctc_log_probs(*batch(ROWS, 48)[:2])
 
@@ -201,8 +201,8 @@ def test_a_prune_range_of_all_states_adds_only_the_loss_of_the_simple_joint_netw
     plain = make_model("stateless")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("simple_joint.")}
     plain.load_state_dict(tensors)
-    output, wanted = run(model, ROWS), run(plain, ROWS)
-    assert_same([output.transducer_sum], [wanted.transducer_sum], 1e-9)
+    output, reference = run(model, ROWS), run(plain, ROWS)
+    assert_same([output.transducer_sum], [reference.transducer_sum], 1e-9)
     doubled = make_model("pruned", prune_range=4, ctc_weight=0.0, simple_weight=1.4)
     simple = (output.loss_sum - output.transducer_sum).detach()
     assert simple > 1
@@ -213,7 +213,7 @@ def test_a_prune_range_of_all_states_adds_only_the_loss_of_the_simple_joint_netw
 
 
 @every_kind
-def test_bfloat16_autocast_follows_float32_and_leaves_float32_losses_and_gradients(kind: str) -> None:
+def test_bfloat16_autocast_agrees_with_float32_and_gives_float32_losses_and_gradients(kind: str) -> None:
     """Tolerance 3 % of the loss, 10 % of the gradient: bfloat16 has 8 bits."""
     results = []
     for enabled in (False, True):
@@ -275,7 +275,7 @@ PARALLEL_ROWS: list[Row] = [ROWS[0], ROWS[1], [(8, 30, [4, 4, 1, 2])], []]
 
 
 def train_once(world: World, strategy: str, precision: str, accumulation: int, reshard: bool) -> dict[str, Tensor]:
-    """Arcs from the methods of a search (in one case), and the whole gradients of one step."""
+    """Arcs from the methods of a search (in one case), and the full gradients of one step."""
     settings = DistributedSettings(strategy=strategy, device="cpu", precision=precision)
     model = make_model("pruned", prediction="lstm", fast_emit=0.1)
     model = model.float() if precision == "bfloat16" else model
@@ -287,7 +287,7 @@ def train_once(world: World, strategy: str, precision: str, accumulation: int, r
     if strategy == "fsdp" and precision == "float32" and not reshard:
         register_fsdp_forward_method(model, "encode")
         with torch.no_grad():
-            results["arcs"] = searched_arcs(model, 20, [1, 2])
+            results["arcs"] = search_arcs(model, 20, [1, 2])
     rows = PARALLEL_ROWS[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
     step = len(rows) // accumulation
     for i in range(accumulation):
@@ -319,17 +319,19 @@ def train_all_cases(world: World) -> dict[str, dict[str, Tensor]]:
 
 def test_one_process_ddp_fsdp_and_accumulation_give_equal_gradients_even_if_a_rank_has_no_segments() -> None:
     """Tolerance 1e-5 for float32 sums, 10 % for bfloat16 as above."""
-    wanted = train_once(World(), "ddp", "float32", 1, False)
+    reference = train_once(World(), "ddp", "float32", 1, False)
     low = train_once(World(), "ddp", "bfloat16", 1, False)
-    arcs = searched_arcs(make_model("pruned", prediction="lstm"), 20, [1, 2])
+    arcs = search_arcs(make_model("pruned", prediction="lstm"), 20, [1, 2])
     for cases in run_distributed(train_all_cases, 2):
         for name, results in cases.items():
             if "arcs" in results:
                 torch.testing.assert_close(results.pop("arcs"), arcs.detach(), rtol=0, atol=1e-9)
-            assert results.keys() == wanted.keys()
+            assert results.keys() == reference.keys()
             for parameter, grad in results.items():
                 if "bfloat16" in name:
                     error = (grad - low[parameter]).norm() / max(low[parameter].norm(), 1e-3)
                     assert error < 0.1, (name, parameter)
                 else:
-                    torch.testing.assert_close(grad, wanted[parameter], rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}")
+                    torch.testing.assert_close(
+                        grad, reference[parameter], rtol=1e-5, atol=1e-6, msg=f"{name} {parameter}"
+                    )

@@ -1,4 +1,4 @@
-"""Transducer loss: against enumeration and torchaudio, slices, padding, long segments, extreme values, memory."""
+"""Transducer loss against enumeration and torchaudio; slices, padding, long segments, extreme values, memory."""
 
 import re
 from collections.abc import Sequence
@@ -63,23 +63,25 @@ def test_loss_and_all_gradients_equal_those_of_all_alignments_enumerated() -> No
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_segment_alone_has_the_loss_of_all_alignments_in_float32_too(size: tuple[int, int]) -> None:
+def test_the_loss_of_a_single_segment_equals_enumeration_in_float64_and_float32(
+    size: tuple[int, int],
+) -> None:
     tensors, lattices = made_lattices([size])
     assert_same(loss_and_gradients(tensors, lattices), brute_force(tensors, lattices), 1e-9)
     low = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    got = loss_and_gradients(low, lattices)
-    assert all(tensor.dtype == torch.float32 for tensor in got)
-    assert_same([tensor.double() for tensor in got], brute_force(tensors, lattices), 1e-5)
+    actual = loss_and_gradients(low, lattices)
+    assert all(tensor.dtype == torch.float32 for tensor in actual)
+    assert_same([tensor.double() for tensor in actual], brute_force(tensors, lattices), 1e-5)
 
 
 def test_the_sum_by_diagonals_equals_that_of_all_alignments_with_its_gradients() -> None:
     for frames in range(1, 5):
         for labels in range(5):
             arcs = -torch.rand(frames, labels + 1, 2, dtype=torch.float64).requires_grad_()
-            wanted = brute_force_loss(arcs)
-            got = sum_by_diagonals(arcs)
-            assert abs(got - wanted) < 1e-12
-            assert_same(torch.autograd.grad(got, arcs), torch.autograd.grad(wanted, arcs), 1e-12)
+            reference = brute_force_loss(arcs)
+            actual = sum_by_diagonals(arcs)
+            assert abs(actual - reference) < 1e-12
+            assert_same(torch.autograd.grad(actual, arcs), torch.autograd.grad(reference, arcs), 1e-12)
 
 
 def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary() -> None:
@@ -88,9 +90,9 @@ def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary()
     tensors, lattices = made_lattices(sizes, torch.float32, joint=16, vocab=50)
     with torch.no_grad():
         tensors[2] *= (
-            0.25  # outputs as of initial weights; with larger ones, torchaudio's gradients have an error of 3e-5
+            0.25  # the scale of initial weights; torchaudio's gradients of larger outputs have an error of 3e-5
         )
-    got = loss_and_gradients(tensors, lattices, budget=2**18)
+    actual = loss_and_gradients(tensors, lattices, budget=2**18)
     encoded, predicted = (
         torch.nn.utils.rnn.pad_sequence(part.split(lengths), batch_first=True)
         for part, lengths in zip(tensors, ([60, 37], [21, 12]), strict=False)
@@ -99,24 +101,26 @@ def test_float32_loss_and_gradients_equal_torchaudios_over_the_full_vocabulary()
     targets = torch.nn.utils.rnn.pad_sequence(lattices.labels, batch_first=True).int()
     lengths = torch.tensor(sizes, dtype=torch.int32).T.contiguous()
     losses = torchaudio.functional.rnnt_loss(logits, targets, *lengths, blank=0, reduction="none")
-    wanted = [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
-    for result, expected in zip(got, wanted, strict=True):
+    reference = [losses.detach(), *torch.autograd.grad(weighted(losses), tensors)]
+    for result, expected in zip(actual, reference, strict=True):
         assert (result - expected).norm() < 2e-5 * expected.norm()
     exact = loss_and_gradients([tensor.detach().double().requires_grad_() for tensor in tensors], lattices, 2**18)
-    for result, expected in zip(got, exact, strict=True):
+    for result, expected in zip(actual, exact, strict=True):
         assert (result - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("size", [(30_000, 40), (300, 2000)], ids=["20-minutes", "2000-labels"])
-def test_long_segments_have_finite_losses_and_gradients_that_count_frames_and_labels(size: tuple[int, int]) -> None:
+def test_gradients_of_long_segments_are_finite_and_sum_to_their_frames_and_labels(
+    size: tuple[int, int],
+) -> None:
     """Every alignment takes T blanks and U labels, so the gradients of the arcs sum to -T and -U. The error of
     torchaudio's float32 sums is 2 % over 30,000 frames of initial weights."""
     tensors, lattices = made_lattices([size], torch.float32, joint=3, vocab=4)
-    got = loss_and_gradients(tensors, lattices, budget=2**22)
-    assert all(tensor.isfinite().all() for tensor in got)
+    actual = loss_and_gradients(tensors, lattices, budget=2**22)
+    assert all(tensor.isfinite().all() for tensor in actual)
     arcs = torch.cat([part.flatten(0, 1) for part in joint_arcs(tensors, lattices)]).detach().requires_grad_()
     losses = sum_over_alignments(arcs, lattices)
-    torch.testing.assert_close(got[0], losses.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual[0], losses.detach(), rtol=1e-5, atol=0)
     [grad] = torch.autograd.grad(losses.sum(), arcs)
     assert (-grad.sum(dim=0)).tolist() == pytest.approx(size, rel=5e-2)
 
@@ -125,9 +129,9 @@ def test_extreme_logits_give_the_losses_and_gradients_of_float64() -> None:
     tensors, lattices = made_lattices(SIZES)
     with torch.no_grad():
         tensors[2] *= 1e4
-    wanted = loss_and_gradients(tensors, lattices)
-    got = loss_and_gradients([tensor.detach().float().requires_grad_() for tensor in tensors], lattices)
-    for result, expected in zip(got, wanted, strict=True):
+    reference = loss_and_gradients(tensors, lattices)
+    actual = loss_and_gradients([tensor.detach().float().requires_grad_() for tensor in tensors], lattices)
+    for result, expected in zip(actual, reference, strict=True):
         assert expected.isfinite().all() and (result - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
@@ -168,17 +172,17 @@ def peak_bytes(frames: int, dtype: torch.dtype, joint: int, vocab: int, banded: 
 def test_a_slice_stays_within_its_budget(
     dtype: torch.dtype, joint: int, vocab: int, banded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Short slices could skip more states, and so take less than their budget.
+    # Short slices could skip more states and then take less than their budget.
     monkeypatch.setattr(VISITED_STATES, lambda flow: torch.tensor([0, flow.shape[1]]))
     frames, slices, width = 20, 6, 31 if banded else 61
     least, more = (peak_bytes(frames, dtype, joint, vocab, banded, count) for count in (1, slices))
     assert more[0] - least[0] <= (slices - 1) * least[1]
-    # Nor does a single slice take more: 24 bytes per cell are kept, and gradients with their summands, in float32.
+    # So does a single slice: 24 bytes per cell are kept, and gradients with their summands, in float32.
     gradients = (frames + 61 + vocab) * joint + vocab
     assert least[0] <= least[1] + frames * width * 24 + gradients * 8
 
 
-def test_a_longer_lattice_takes_a_few_numbers_per_cell_whatever_the_vocabulary() -> None:
+def test_memory_per_cell_is_a_few_numbers_for_any_vocabulary() -> None:
     joint, vocab, states = 32, 256, 61
     (short, _), (long, _) = (peak_bytes(frames, torch.float32, joint, vocab, False, 1) for frames in (40, 80))
     per_frame = states * 40 + joint * 16  # 40 bytes per cell (outputs would take 1024); gradients of the frame
@@ -242,16 +246,16 @@ def test_states_skipped_in_the_backward_pass_change_gradients_by_less_than_their
 
     smallest = smallest_budget(tensors, lattices)
     with mock.patch(VISITED_STATES, recorded):
-        got = loss_and_gradients(tensors, lattices, smallest)
+        actual = loss_and_gradients(tensors, lattices, smallest)
     with mock.patch(VISITED_STATES, lambda flow: torch.tensor([0, flow.shape[1]])):
-        wanted = loss_and_gradients(tensors, lattices, smallest)
+        reference = loss_and_gradients(tensors, lattices, smallest)
     assert sum(shares) < 0.8 * len(shares)
-    for result, expected in zip(got, wanted, strict=True):
+    for result, expected in zip(actual, reference, strict=True):
         assert (result - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 def test_the_skipped_gradients_of_a_frame_sum_to_less_than_a_rounding_error() -> None:
-    """The sum of the tails is bounded: a bound on single states would keep many more states of a wide lattice."""
+    """The sum of the tails is bounded; a bound on single states would keep many more states of a wide lattice."""
     eps = torch.finfo(torch.float32).eps
     tail = torch.full((40,), eps / 50)  # 0.8 eps in total, of the 16 / 2 eps that may be skipped on either side
     flow = torch.cat((tail, torch.ones(16), tail.flip(0)))[None]
@@ -261,9 +265,9 @@ def test_the_skipped_gradients_of_a_frame_sum_to_less_than_a_rounding_error() ->
     assert _visited_states(flow).tolist() == [8, 56]
 
 
-def test_slices_on_the_cpu_are_few() -> None:
-    """Every operation on a slice is a barrier for all threads, each a scheduler time slice if another process runs on a
-    core: there, slices of the size of the cache made the loss ten times slower."""
+def test_the_number_of_slices_on_the_cpu_is_small() -> None:
+    """Every operation on a slice is a barrier for all threads. If another process uses a core, each barrier takes a
+    scheduler time slice: slices of the size of the cache made the loss ten times slower."""
     labels = [torch.ones(100, dtype=torch.int64)] * 8
     parts = list(_slices(Lattices([500] * 8, labels), torch.zeros(1024, 512), TransducerSettings.slice_bytes))
     assert len(parts) <= 96
@@ -278,8 +282,8 @@ def test_a_non_finite_gradient_is_never_skipped() -> None:
     assert _visited_states(torch.zeros(2, 40)).tolist() == [0, 40]
 
 
-def test_float32_gradients_of_a_long_lattice_of_many_paths_follow_float64() -> None:
-    """An alignment takes one blank per frame. Gradients of torchaudio violate this along the lattice, by 0.7 %."""
+def test_float32_gradients_of_a_long_lattice_with_many_paths_agree_with_float64() -> None:
+    """An alignment has one blank per frame; torchaudio's gradients violate this along the lattice, by 0.7 %."""
     lattices = Lattices([2000], [torch.ones(200, dtype=torch.int64)])
     arcs = torch.randn(2000 * 201, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 5
     grads = []

@@ -1,8 +1,8 @@
-"""Attention backends of torch, and the choice between all backends.
+"""Attention backends based on torch, and the choice of a backend.
 
-A backend maps joint queries, keys and values `[R, T, H + 2 * KV, d]` to `[R, T, H, d]`. It rotates queries and keys by
-the rotary phase, scales scores by 1 / sqrt(d), then adds the learned bias, if any. Outputs at padding frames are finite
-and unused. The table of all backends, with the segment loop of the CPU, is `attention.module.ATTEND`.
+A backend maps concatenated queries, keys and values `[R, T, H + 2 * KV, d]` to `[R, T, H, d]`. It rotates queries and
+keys by the rotary phase, scales scores by 1 / sqrt(d), then adds the learned bias, if any. Outputs at padding frames
+are finite but unused. The table of all backends, with the segment loop of the CPU, is `attention.module.ATTEND`.
 
 'dense' and 'bands' call scaled_dot_product_attention. A dense mask costs memory quadratic in the row length. Bands cost
 memory and time linear in it: queries in blocks about as wide as the reach of the mask, each with one slice of keys.
@@ -28,7 +28,7 @@ BackendMask = Tensor | BlockMask | None
 Reach = tuple[int | None, int | None]
 
 BLOCK = 128
-"""frames per block of a FlexAttention mask, for queries and keys. Rows are padded to whole blocks: with other lengths
+"""frames per block of a FlexAttention mask, for queries and keys. Rows are padded to full blocks: with other lengths
 the backward pass of FlexAttention has been wrong (pytorch issue 153799)"""
 MIN_HEAD_DIM = 16
 """smallest head width of FlexAttention's Triton kernels on NVIDIA. Narrower heads are padded with zeros; the kernels
@@ -48,13 +48,13 @@ class AttentionLayout:
     first_key: Tensor
     """int64 [R, T]: first key of every query, as a frame of its row; a padding frame attends to itself"""
     stop_key: Tensor
-    """int64 [R, T]: end of the keys, exclusive; neither end decreases along a row"""
+    """int64 [R, T]: end of the keys, exclusive; neither bound decreases along a row"""
     rotary_phase: Tensor | None
     """complex [R, T, d / 2]: `positions.rotary_phase`, counted from the start of the segment, or None"""
     backend: str
     """key of `attention.module.ATTEND`"""
     backend_mask: BackendMask
-    """mask in the form that the backend takes; None for 'segments'"""
+    """mask in the format of the backend; None for 'segments'"""
 
 
 def choose_backend(setting: str, device: torch.device, num_frames: int, reach: Reach) -> str:
@@ -74,7 +74,7 @@ def make_backend_mask(
     """Build the mask of a backend from the keys of every query, int64 `[R, T]`. All layers of a stage share it.
 
     Args:
-        single_segment: bool `[R, T]`, the valid frames, if every row holds at most one segment.
+        single_segment: valid frames, bool `[R, T]`, if every row holds at most one segment; else None.
     """
     if backend == "dense":
         if single_segment is not None and reach == (None, None):
@@ -143,7 +143,7 @@ def attend_dense(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Ten
 
 
 def attend_bands(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
-    """As `attend_dense`, with blocks of queries and their slices of keys in the batch dimension."""
+    """Like `attend_dense`, with blocks of queries and their slices of keys in the batch dimension."""
     assert isinstance(layout.backend_mask, Tensor)
     rows, _, blocks, block, span = layout.backend_mask.shape
     q, k, v = split_heads(qkv, num_heads, layout.rotary_phase)
@@ -181,8 +181,8 @@ def _add_bias(mask: Tensor, bias: Tensor, distance: Tensor, dtype: torch.dtype) 
 def compiled_flex_attention(training: bool, backend: Any = "inductor") -> Any:
     """Compile `flex_attention`, once per process.
 
-    Training compiles for fixed shapes, as its rows keep their shape. Without gradients, the second shape compiles for
-    arbitrary shapes, as recordings vary in length and number.
+    Training compiles for fixed shapes, as its rows keep their shape. Without gradients, the second shape triggers
+    compilation for arbitrary shapes, as recordings vary in length and number.
 
     Args:
         backend: of torch.compile, for tests.
@@ -198,11 +198,11 @@ def compiled_flex_attention(training: bool, backend: Any = "inductor") -> Any:
 
 
 def make_block_mask(first_key: Tensor, stop_key: Tensor) -> BlockMask:
-    """Block mask of the intervals of keys, int64 `[R, T]`, over rows padded to whole blocks.
+    """Block mask of the intervals of keys, int64 `[R, T]`, over rows padded to full blocks.
 
-    Neither end of the interval decreases along a row. So a block of queries attends to the blocks of keys from its
-    first query's first key to its last query's last key, and attends fully to those between its last query's first key
-    and its first query's last key.
+    Neither bound of the interval decreases along a row. Therefore a block of queries attends to the blocks of keys from
+    the first query's first key to the last query's last key, and fully to those between the last query's first key and
+    the first query's last key.
     """
     rows, frames = first_key.shape
     blocks = -(-frames // BLOCK)
@@ -238,10 +238,10 @@ def _list_blocks(attended: Tensor) -> tuple[Tensor, Tensor]:
 def attend_flex(
     qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float, attention: Any = None
 ) -> Tensor:
-    """As `attend_dense`, by FlexAttention; dropout is not supported. On a CPU, forward only.
+    """Like `attend_dense`, by FlexAttention; dropout is not supported. On a CPU, forward only.
 
     Args:
-        attention: replaces the compiled kernel, for tests.
+        attention: replacement of the compiled kernel, for tests.
     """
     assert isinstance(layout.backend_mask, BlockMask) and dropout == 0.0
     frames, head_dim = qkv.shape[1], qkv.shape[3]
@@ -254,7 +254,7 @@ def attend_flex(
         reach = bias.shape[1] // 2
         table = bias.to(torch.promote_types(bias.dtype, torch.float32)).contiguous()
 
-        # The table is indexed once: torch 2.14 cannot add up two gradients. They are summed in float32, in any order.
+        # The table is indexed once, as torch 2.14 cannot add two gradients of it. It is float32, as is its gradient.
         def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + table[head, (key - query).clamp(-reach, reach) + reach]
 

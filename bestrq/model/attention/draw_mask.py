@@ -37,12 +37,12 @@ def dense_mask(mask: AttentionMask, length: int) -> Tensor:
 
 
 def as_text(allowed: Tensor) -> str:
-    """One line per query: `#` for an allowed key, `.` for a masked one."""
+    """Text with one line per query: `#` for an allowed key, `.` for a masked key."""
     return "\n".join("".join("#" if key else "." for key in query) for query in allowed.tolist())
 
 
 def save_picture(allowed: Tensor, title: str, path: Path) -> None:
-    """Write PNG or SVG, by the suffix of the path."""
+    """Write a PNG or SVG file, depending on the suffix of the path."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), layout="constrained")
@@ -54,7 +54,7 @@ def save_picture(allowed: Tensor, title: str, path: Path) -> None:
 def draw(argv: Sequence[str]) -> None:
     """Run the command line: the name of a mask, then its fields and those of `DrawSettings`."""
     if not argv or argv[0] not in MASKS:
-        raise UserError(f"mask {argv[0] if argv else ''!r}: give {', '.join(MASKS)} first, then its options or --help")
+        raise UserError(f"mask {argv[0] if argv else ''!r}: give one of {', '.join(MASKS)}, then its options or --help")
     name, *options = argv
     mask, settings = parse_sections(
         {None: [MASKS[name], DrawSettings]},

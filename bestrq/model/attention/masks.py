@@ -3,8 +3,8 @@
 A mask called with queries returns the intervals `(first, stop)`, counted in frames from the start of the segment: ints
 for an int, int64 tensors for an int64 tensor. An interval may extend beyond the segment; the caller clips it.
 
-Every attention backend relies on three properties (tests/model/test_masks.py): a query attends to itself; neither end
-of the interval decreases as the query increases; `reach` bounds the interval on both sides.
+All attention backends rely on three properties (tests/model/test_masks.py): a query attends to itself; neither bound of
+the interval decreases as the query increases; `reach` limits the interval on both sides.
 
 `python -m bestrq.model.attention.draw_mask window --frames 3` draws a mask. A new mask needs a class here, an entry in
 `draw_mask.MASKS`, a line in `layout.make_attention_mask` and its name in `EncoderSettings.mask`.
@@ -20,11 +20,11 @@ from torch import Tensor
 Frames = TypeVar("Frames", int, Tensor)
 
 UNBOUNDED = 1 << 31
-"""frames; longer than any segment, and sums with it do not overflow int64"""
+"""frames: more than in any segment, and small enough that sums do not overflow int64"""
 
 
 class AttentionMask(Protocol):
-    """Interface of a mask."""
+    """Interface of all masks."""
 
     def __call__(self, query: Frames) -> tuple[Frames, Frames]: ...
 
@@ -59,7 +59,7 @@ class CausalMask:
 
 @dataclass(frozen=True)
 class WindowMask:
-    """Symmetric window around the query, of cost linear in the length.
+    """Symmetric window around the query, at a cost linear in the length.
 
     Source: Beltagy et al., Longformer, arXiv 2004.05150, section 3.1.
     """
@@ -85,7 +85,7 @@ class ChunkMask:
     size: PositiveInt = 4
     """frames per chunk"""
     left_chunks: int = 1
-    """chunks before the query's own; -1 for all, at a cost quadratic in the length"""
+    """earlier chunks; -1 for all, at a cost quadratic in the length"""
 
     def __call__(self, query: Frames) -> tuple[Frames, Frames]:
         chunk = query // self.size
@@ -101,8 +101,8 @@ class ChunkMask:
 def draw_chunk_size(largest: int, multiple: int) -> int | None:
     """Draw the chunk size of dynamic chunk training (U2, section 3.2): a multiple of `multiple`, or None.
 
-    None, the whole segment, has probability 1/2; the sizes up to `largest` are equally probable. Uses torch's global
+    None (the entire segment) has probability 1/2; sizes up to `largest` are equally probable. Uses torch's global
     generator, which the scripts seed at every optimizer step.
     """
-    whole, size = torch.rand(2).tolist()
-    return None if whole < 0.5 else multiple * (1 + int(size * (largest // multiple)))
+    coin, share = torch.rand(2).tolist()
+    return None if coin < 0.5 else multiple * (1 + int(share * (largest // multiple)))

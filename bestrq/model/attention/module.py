@@ -11,14 +11,14 @@ from bestrq.model.settings import EncoderSettings
 def attend_segments(
     qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float
 ) -> Tensor:
-    """Attention by the segment loop of the CPU, which is imported on first use."""
+    """Attention by a loop over segments, for the CPU. Its module is imported on first use."""
     from bestrq.model.cpu.attention import attend_in_segments
 
     return attend_in_segments(qkv, num_heads, layout, bias, dropout)
 
 
 ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_flex}
-"""attention function of each backend: see `attention.backends`"""
+"""attention function of each backend (see `attention.backends`)"""
 
 
 class SelfAttention(nn.Module):

@@ -1,1 +1,1 @@
-"""Workarounds for slow CPU kernels of torch, skippable on a first read: attention, dropout, depthwise convolution."""
+"""Workarounds for slow CPU kernels of torch (skip them on a first read): attention, dropout, depthwise convolution."""

@@ -1,9 +1,9 @@
 """Attention by a loop over segments, for the CPU.
 
 No products are computed between segments. Memory is linear in the length of a segment: long segments and narrow masks
-are processed in blocks of queries, each with the keys that any of its queries attends to. Up to some thousand frames
-the explicit products take a third of the time of torch's blockwise kernel, forward and backward (bf16, d = 72), and
-support dropout and a learned bias, which that kernel does not.
+are processed in blocks of queries, each with the keys that any of its queries attends to. Up to a few thousand frames,
+explicit products take a third of the time of torch's blockwise kernel (forward and backward, bfloat16, d = 72). They
+also support dropout and a learned bias, unlike that kernel.
 """
 
 from itertools import pairwise
@@ -18,16 +18,16 @@ from bestrq.model.cpu.dropout import draw_kept, draw_seed, drop_threshold, keep_
 from bestrq.model.positions import rotate
 
 MAX_WEIGHTS = 1 << 23
-"""limit of the attention weights (heads x queries x keys) in memory at once"""
+"""maximum number of attention weights (heads x queries x keys) in memory at once"""
 MIN_BLOCK = 64
 """smallest number of queries per block of a narrow mask, to limit the overhead per block"""
 ALIGNMENT = 32
 """keys per block are a multiple of this: softmax takes twice as long on rows that do not fill vectors of bfloat16"""
-SLICE = 256
-"""frames rotated at once: few enough for the processor's cache"""
+ROTATED_FRAMES = 256
+"""frames rotated at once, few enough for the processor's cache"""
 
 Block = tuple[slice, slice]
-"""queries, and the keys that any of them attends to, in frames of the segment; keys are rounded to `ALIGNMENT`"""
+"""queries and the keys that any of them attends to, in frames of the segment; keys are rounded to `ALIGNMENT`"""
 
 
 def attend_in_segments(
@@ -137,7 +137,7 @@ def _make_blocks(mask: AttentionMask, length: int, heads: int) -> list[Block]:
     before, after = mask.reach
     size = max(1, MAX_WEIGHTS // (heads * _align(length)))
     if before is not None and after is not None:
-        # A block of n queries has n + before + after keys. Half as many queries balance overhead and masked products.
+        # A block of n queries has n + before + after keys. n = half the reach balances overhead and masked products.
         narrow = max(MIN_BLOCK, (before + after) // 2)
         if 2 * narrow < length:
             size = max(1, min(narrow, MAX_WEIGHTS // (heads * (narrow + before + after))))
@@ -170,7 +170,7 @@ def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, mask: Attentio
         key = torch.arange(keys.start, keys.stop)
         first, stop = mask(torch.arange(queries.start, queries.stop))
         masked = (key < first[:, None]) | (key >= stop.clamp(max=length)[:, None])
-        # Added, since masked_fill on the scores is not vectorised.
+        # Added, as masked_fill on the scores is not vectorised.
         scores += torch.zeros(masked.shape, dtype=scores.dtype).masked_fill_(masked, -torch.inf)
     else:
         scores[..., length - keys.start :] = -torch.inf
@@ -178,7 +178,7 @@ def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, mask: Attentio
 
 
 def _draw_kept_weights(weights: Tensor, threshold: int, seed: int) -> Tensor | None:
-    """Dropout mask of the weights, in their dtype: 1 for kept, 0 for dropped. None without dropout."""
+    """Dropout mask of the weights, in their dtype: 1 for kept, 0 for dropped weights. None without dropout."""
     return draw_kept(tuple(weights.shape), threshold, seed).to(weights.dtype) if threshold else None
 
 
@@ -192,8 +192,8 @@ def _bias_columns(bias: Tensor, block: Block) -> Tensor:
 def _diagonals(rows: Tensor, num_keys: int) -> Tensor:
     """View `[H, queries, queries + keys]`, one column per distance, as `[H, queries, keys]`, one per key.
 
-    The keys of the last query start at the first column, those of each earlier query one column later. So in
-    flattened rows the start moves by one element less than a row per query.
+    The keys of the last query start at the first column, and those of each earlier query one column further right. In
+    the flattened rows, the starts of consecutive queries are therefore one element less than a row apart.
     """
     heads, queries, columns = rows.shape
     return rows.flatten(1)[:, queries - 1 : -1].unflatten(1, (queries, columns - 1))[..., :num_keys]
@@ -208,7 +208,7 @@ def _bias_of_pairs(bias: Tensor, block: Block) -> Tensor:
 
 
 def _add_bias_gradient(grad_bias: Tensor, grad_scores: Tensor, block: Block) -> None:
-    """Transpose of `_bias_of_pairs`: add `[H, queries, keys]`, summed along diagonals, to the gradient."""
+    """Gradient of `_bias_of_pairs`: add `[H, queries, keys]`, summed along diagonals, to the gradient of the bias."""
     heads, queries, keys = grad_scores.shape
     rows = grad_scores.new_zeros(heads, queries, queries + keys)
     _diagonals(rows, keys).copy_(grad_scores)
@@ -233,7 +233,7 @@ def _split(qkv: Tensor, num_heads: int, phase: Tensor | None) -> tuple[Tensor, T
 
 
 def _join(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, phase: Tensor | None, grad_qkv: Tensor) -> None:
-    """Transpose of `_split`, written into `[L, H + 2 * KV, d]`."""
+    """Gradient of `_split`, written into `[L, H + 2 * KV, d]`."""
     grads = grad_q, grad_k, grad_v
     for frames in _slices(len(grad_qkv)):
         parts = tuple(grad[:, frames].transpose(0, 1) for grad in grads)
@@ -253,4 +253,4 @@ def _rotate_heads(parts: tuple[Tensor, ...], phase: Tensor | None) -> tuple[Tens
 
 
 def _slices(length: int) -> list[slice]:
-    return [slice(first, min(first + SLICE, length)) for first in range(0, length, SLICE)]
+    return [slice(first, min(first + ROTATED_FRAMES, length)) for first in range(0, length, ROTATED_FRAMES)]

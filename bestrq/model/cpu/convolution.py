@@ -1,4 +1,4 @@
-"""Depthwise convolutions whose gradients use oneDNN's fast kernels, for the CPU."""
+"""Depthwise convolutions for the CPU, whose gradients use the fast kernels of oneDNN."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def depthwise_cpu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """`convolution.depthwise` on a CPU. A padding above (K - 1) / 2 is slow."""
+    """`convolution.depthwise` for a CPU. A padding above (K - 1) / 2 is slow."""
     if x.dtype == torch.bfloat16 and len(weight) <= 16:
-        # oneDNN never returns for K >= 15 (torch 2.14). Autocast is off, as it would cast back to bfloat16.
+        # oneDNN hangs for K >= 15 (torch 2.14). Autocast is off, as it would cast back to bfloat16.
         with torch.autocast("cpu", enabled=False):
             return _Depthwise.apply(x.float(), weight.float(), bias.float(), padding).to(x.dtype)
     return _Depthwise.apply(x, weight, bias, padding)
@@ -19,9 +19,9 @@ def depthwise_cpu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tens
 class _Depthwise(torch.autograd.Function):
     """Depthwise convolution by oneDNN's channels-last kernels.
 
-    torch's default for a one-dimensional depthwise convolution on a CPU takes 35 times as long. On an image of one
-    line, the forward pass and the input gradient are fast; on an image of one column, the weight gradient is (with
-    channels-last strides: others take four times as long).
+    torch's default for a one-dimensional depthwise convolution on a CPU takes 35 times as long. The forward pass and
+    the input gradient are fast for an image of one line, the weight gradient for an image of one column (with
+    channels-last strides; other strides take four times as long).
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class _Depthwise(torch.autograd.Function):
             grad[:, :, None].permute(0, 3, 1, 2), x[:, :, None].permute(0, 3, 1, 2), weight[..., None], (dim,),
             (1, 1), (ctx.padding, 0), (1, 1), False, (0, 0), dim, (False, True, True),
         )  # fmt: skip
-        # In the strides of the weight: DDP compares them with its buckets', those of dimensions of size 1 included.
+        # With the strides of the weight: DDP compares strides with its buckets, even for dimensions of size 1.
         weight_grad = torch.empty_like(weight).copy_(column[1][..., 0])
         return line[0][:, :, 0].mT, weight_grad, column[2], None
 
@@ -58,9 +58,9 @@ def convolve_stride_2(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class HalveDepthwise(torch.autograd.Function):
     """`convolve_stride_2` with a fast input gradient.
 
-    oneDNN's input gradient with stride 2 takes 8 times as long as two convolutions of stride 1: one for every second
-    input frame, which only one output depends on, by the middle line of the kernel; one for the frames between, which
-    two outputs depend on, by the outer lines. The output gradient is spread over the mel bins with zeros between.
+    oneDNN's input gradient with stride 2 takes 8 times as long as two convolutions of stride 1: one with the middle
+    line of the kernel, for the input frames on which one output depends, and one with the outer lines, for the frames
+    in between, on which two outputs depend. The output gradient is spread over the mel bins, with zeros in between.
     """
 
     @staticmethod

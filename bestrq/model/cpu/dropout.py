@@ -1,8 +1,8 @@
 """Dropout with masks that are cheap to draw on a CPU.
 
-torch draws one number per element there, in scalar code on one core: a quarter of a small model's training time. Here a
-64-bit random number serves eight elements, one byte each. An element is dropped if its byte is below a threshold k: the
-dropout probability is k / 256, the nearest to the configured one, and kept elements are scaled by 256 / (256 - k).
+On a CPU, torch draws one number per element in scalar code on one core: a quarter of a small model's training time.
+Here, a 64-bit random number serves eight elements, one byte each. An element is dropped if its byte is below a
+threshold k. The dropout probability is k / 256, nearest to the setting; kept elements are scaled by 256 / (256 - k).
 
 The random numbers are SplitMix64 (Steele et al., Fast splittable pseudorandom number generators, 2014), a hash of a
 counter, computed by torch's integer arithmetic on all cores. The counter starts at a seed from torch's global
@@ -20,7 +20,7 @@ from common.hashing import INCREMENT, splitmix64
 
 
 def drop_threshold(probability: float) -> int:
-    """Threshold k whose k / 256 is nearest to the probability: 1 to 255, or 0 for none."""
+    """Threshold k with k / 256 nearest to the probability: 1 to 255, or 0 if the probability is 0."""
     return 0 if probability == 0 else min(max(round(probability * 256), 1), 255)
 
 
@@ -43,7 +43,7 @@ def draw_kept(shape: tuple[int, ...], threshold: int, seed: int) -> Tensor:
     """Draw a mask, uint8 on the CPU: 1 for kept, 0 for dropped elements."""
     count = math.prod(shape)
     drawn = random_words((count + 7) // 8, seed).view(torch.uint8)[:count].view(shape)
-    # The output has the type of the input: the kernel that writes bool is not vectorised and takes 15 times as long.
+    # The output is uint8: the kernel that writes bool is not vectorised and takes 15 times as long.
     return torch.ge(drawn, threshold, out=drawn)
 
 

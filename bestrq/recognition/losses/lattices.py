@@ -1,4 +1,4 @@
-"""Lattices of a transducer: one cell per encoder frame and number of emitted labels.
+"""Alignment lattices of a transducer, with one cell per encoder frame and number of emitted labels.
 
 Shapes: N segments, T_s frames and U_s labels of segment s, W states of a band. Label 0 is the blank.
 """
@@ -19,7 +19,7 @@ ALL_FRAMES = slice(None)
 class Lattices:
     """Lattices of a batch, whose frames, states (0 to U_s emitted labels) and cells are concatenated.
 
-    With `first_state`, every frame has a band of consecutive states only: see `pruning`.
+    With `first_state`, every frame has only a band of consecutive states (see `pruning`).
     """
 
     num_frames: Sequence[int]
@@ -45,7 +45,7 @@ class Lattices:
         return [frames * self.width(segment) for segment, frames in enumerate(self.num_frames)]
 
     def band(self, segment: int, frames: slice = ALL_FRAMES) -> Tensor | None:
-        """States of the bands of some frames, int64 `[frames, W]`; None if the frames have all states."""
+        """States in the bands of the given frames, int64 `[frames, W]`; None if the frames have all states."""
         width = self.width(segment)
         if self.first_state is None or width == self.num_states(segment):
             return None
@@ -54,7 +54,7 @@ class Lattices:
 
 
 def check_labels(labels: Tensor, label_lengths: Tensor, vocab_size: int) -> None:
-    """Raise UserError if a label is the blank or outside the vocabulary; `[N, U]` and `[N]`, on the CPU."""
+    """Raise UserError if a label is the blank or outside the vocabulary. Arguments: `[N, U]` and `[N]`, on the CPU."""
     used = torch.arange(labels.shape[1]) < label_lengths[:, None]
     invalid = (used & ((labels <= BLANK) | (labels >= vocab_size))).nonzero()
     if len(invalid):

@@ -1,9 +1,9 @@
-"""Pruned transducer training: a cheap joint network selects the states for which the real one is computed.
+"""Pruned transducer training: a cheap joint network selects the states for which the full one is computed.
 
 The outputs of a joint network without a hidden layer are sums of a frame's and a state's outputs. Their normaliser is a
-matrix product, so the loss over the whole lattice is cheap. Its gradient gives the probability that an alignment passes
-through a cell, and thereby, for every frame, the band of consecutive states with the most probability. The real joint
-network is computed for these states only.
+matrix product, so the loss over the full lattice is cheap. Its gradient gives the probability that an alignment passes
+through a cell, and thus, for every frame, the most probable band of consecutive states. The full joint network is
+computed for these states only.
 
 Source: Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training", arXiv 2206.13236.
 
@@ -30,13 +30,13 @@ class SimpleJoint(nn.Module):
         self.prediction_output = nn.Linear(prediction_dim, vocab_size)
 
     def forward(self, frames: Tensor, predicted: Tensor, lattices: Lattices, band: int) -> tuple[Tensor, Lattices]:
-        """Loss of this network for every segment, `[N]`, and the lattices with bands for the real joint network.
+        """Loss of this network for every segment, `[N]`, and the lattices with bands for the full joint network.
 
         Args:
             frames: encoder outputs `[sum T_s, encoder_dim]`.
             predicted: outputs of the prediction network `[sum (U_s + 1), prediction_dim]`.
-            band: states W per frame, 2 or more. A segment with fewer states keeps them all; one with more than W - 1
-                labels per frame gets a wider band.
+            band: states W per frame, 2 or more. A segment with fewer states keeps all of them; a segment with more than
+                W - 1 labels per frame gets a wider band.
         """
         wide = torch.promote_types(frames.dtype, torch.float32)
         acoustic, language = self.encoder_output(frames).to(wide), self.prediction_output(predicted).to(wide)
@@ -81,8 +81,8 @@ def band_width(num_frames: int, states: int, band: int) -> int:
 def choose_band(passed: Tensor, width: int) -> Tensor:
     """First state of every frame's band, int64 `[T]`, from the probability of passing each cell, `[T, U + 1]`.
 
-    The first band starts at state 0 and the last one ends with state U. Consecutive bands never move back and share a
-    state, so that alignments exist. The most probable band of every frame is moved only if this requires it.
+    The first band starts at state 0 and the last one ends with state U. Bands never move back, and consecutive bands
+    share a state, so that alignments exist. Otherwise, every frame keeps its most probable band.
     """
     num_frames, states = passed.shape
     highest, step = states - width, width - 1

@@ -6,8 +6,8 @@ leads to (t + d, u). An alignment ends with a blank from (t, U) to t + d = T exa
 
 The loss needs 2 + D numbers per cell: the log-probabilities of the blank, of the next label, and of the durations. They
 are computed over slices of time and again in the backward pass, as for `transducer_loss`. The sum over all alignments
-proceeds by the lattice's diagonals t + u, since every arc leads to a later one, and computes a diagonal at once for all
-segments of similar size.
+proceeds along the lattice's diagonals t + u, since every arc leads to a later diagonal. A diagonal is computed at once
+for all segments of similar size.
 
 Source: Xu et al. 2023, arXiv 2304.06795, sections 3.1 (the lattice) and 3.3 (under-normalised tokens).
 
@@ -37,7 +37,7 @@ def tdt_loss(
 ) -> Tensor:  # fmt: skip
     """Negative log-probability of every segment's labels in nats, float32 `[N]` (float64 for float64).
 
-    Beside the slices, a cell keeps about 3 + D numbers, and takes 2 (2 + D) more while its gradients are computed.
+    In addition to the slices, about 3 + D numbers per cell are kept, and 2 (2 + D) more while gradients are computed.
 
     Args:
         encoded: `[sum T_s, J]`, encoder side of the joint network, concatenated over the segments.
@@ -45,11 +45,11 @@ def tdt_loss(
         weight, bias: `[V + D, J]` and `[V + D]`, output layer of the joint network, tokens first, in the same dtype.
         durations: frames of every duration output, increasing from 0 and 1.
         slice_bytes: memory of a slice.
-        sigma: nats subtracted from every token's log-probability, which favours alignments with few tokens, that is, of
-            long durations; 0.05 in the paper. It is part of the loss value.
+        sigma: nats subtracted from every token's log-probability, which favours few tokens and long durations; 0.05
+            in the paper. It is part of the loss value.
 
     Raises:
-        UserError: `slice_bytes` is too small for a single frame, or `durations` leave some segment without alignment.
+        UserError: `slice_bytes` is too small for a single frame, or `durations` are invalid: see `check_durations`.
     """
     check_durations(durations)
     arcs = ArcScores.apply(encoded, predicted, weight, bias, lattices, slice_bytes, len(durations))
@@ -72,7 +72,7 @@ class _Alignments(torch.autograd.Function):
         losses = arcs.new_empty(len(lattices.labels))
         backward_scores = []
         for segments in _groups(lattices):
-            by_diagonal = _by_diagonal(arcs, lattices, segments, durations, sigma)
+            by_diagonal = _arrange_by_diagonal(arcs, lattices, segments, durations, sigma)
             backward_scores.append(_backward_scores(by_diagonal, lattices, segments, durations))
             losses[segments] = -backward_scores[-1][0, :, 0]
         ctx.save_for_backward(arcs, *backward_scores)
@@ -83,7 +83,7 @@ class _Alignments(torch.autograd.Function):
         arcs, *backward_scores = ctx.saved_tensors
         grad_arcs = torch.empty_like(arcs)
         for segments, scores in zip(_groups(ctx.lattices), backward_scores, strict=True):
-            by_diagonal = _by_diagonal(arcs, ctx.lattices, segments, ctx.durations, ctx.sigma)
+            by_diagonal = _arrange_by_diagonal(arcs, ctx.lattices, segments, ctx.durations, ctx.sigma)
             _posteriors_(by_diagonal, scores, ctx.durations, -grads[0][segments])
             for position, segment in enumerate(segments):
                 cells = _lattice_view(by_diagonal, position, ctx.lattices, segment)
@@ -121,10 +121,10 @@ def _lattice_view(by_diagonal: Tensor, position: int, lattices: Lattices, segmen
     return by_diagonal.as_strided(size, (diagonal, diagonal + 1, arc), position * lattice)
 
 
-def _by_diagonal(
+def _arrange_by_diagonal(
     arcs: Tensor, lattices: Lattices, segments: Sequence[int], durations: Sequence[int], sigma: float
 ) -> Tensor:
-    """Arcs of n lattices, arranged by diagonal: `[K, 2 + D, n, W]`, impossible outside of the lattices."""
+    """Arcs of n lattices, arranged by diagonal: `[K, 2 + D, n, W]`, impossible outside the lattices."""
     most = max(lattices.num_states(segment) for segment in segments)
     diagonals = max(lattices.num_frames[segment] + lattices.num_states(segment) - 1 for segment in segments)
     by_diagonal = arcs.new_full((diagonals, arcs.shape[1], len(segments), most), IMPOSSIBLE)
@@ -137,8 +137,7 @@ def _by_diagonal(
         else:
             cells.scatter_(1, index, part)
         for column, duration in enumerate(durations, start=TOKENS):
-            # An arc that reaches T with labels left is no alignment. If it is the last label's, it leads to the end
-            # cell, which would count it.
+            # No arc from a state with labels left may reach T; that of the last label would lead to the end cell.
             cells[max(lattices.num_frames[segment] - duration, 0) :, :-1, column] = IMPOSSIBLE
     by_diagonal[:, :TOKENS] -= sigma
     return by_diagonal
@@ -180,7 +179,7 @@ def _posteriors_(by_diagonal: Tensor, scores: Tensor, durations: Sequence[int], 
     """Overwrite the log-probability of every arc with its posterior probability times `scale` `[n]`.
 
     The posterior of a cell is divided among its arcs by their shares of the cell's backward score. Shares sum to 1
-    whatever the rounding, so that long lattices lose no accuracy.
+    despite rounding, so that long lattices lose no accuracy.
     """
     posterior = torch.zeros_like(scores)
     posterior[0, :, 0] = scale

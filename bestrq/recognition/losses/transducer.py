@@ -1,9 +1,9 @@
-"""Transducer loss in bounded memory: the joint network's outputs of a whole lattice never exist.
+"""Transducer loss in bounded memory, without the joint network's outputs for a complete lattice.
 
 Of the V outputs at a cell (t, u) of the lattice, the loss needs two: the log-probabilities of the blank and of the next
 label. They are computed over slices of time, as many frames as a byte budget allows, and again in the backward pass, so
 that no `[T, U, V]` tensor exists. The sum over all alignments is then torchaudio's `rnnt_loss` for a vocabulary of two.
-Segments have their own lengths: the joint network is computed for no padding, neither in time nor in labels.
+The joint network is never computed for padding, neither in time nor in labels.
 
 Sources: Graves 2012, arXiv 1211.3711; FastEmit: Yu et al. 2021, arXiv 2010.11148.
 
@@ -28,8 +28,8 @@ IMPOSSIBLE = -1e30
 """log-probability of an arc outside a band; with minus infinity, gradients would be NaN"""
 
 CPU_SLICE_BYTES = 64 * 2**20
-"""upper bound of a slice on the CPU. Slices of 8 MiB, which fit into the cache, take 6 % less processor time, but every
-operation on a slice is a barrier for all threads: with another process on one core, they took 3 times as long"""
+"""maximum bytes of a slice on the CPU. Slices of 8 MiB, which fit into the cache, take 6 % less processor time, but
+every operation on a slice is a barrier for all threads: with another process on one core, they took 3 times as long"""
 
 
 def bytes_per_cell(joint_dim: int, vocab_size: int, itemsize: int) -> int:
@@ -43,7 +43,7 @@ def frames_per_slice(lattices: Lattices, joint_dim: int, vocab_size: int, itemsi
     """Frames per slice, 1 or more, for every segment.
 
     Raises:
-        UserError: a single frame takes more than `budget` bytes; the message has the smallest sufficient budget.
+        UserError: a single frame takes more than `budget` bytes; the message states the smallest sufficient budget.
     """
     cell = bytes_per_cell(joint_dim, vocab_size, itemsize)
     widths = [lattices.width(segment) for segment in range(len(lattices.labels))]
@@ -76,8 +76,8 @@ class _Slice:
         states = predicted[self.states]
         return (encoded[self.frames, None] + (states if self.band is None else states[self.band])).tanh_()
 
-    def narrowed(self, first: int, stop: int) -> "_Slice":
-        """The slice with states first to stop - 1 of the W of every frame; `cells` stays unchanged."""
+    def select_states(self, first: int, stop: int) -> "_Slice":
+        """Copy with states first to stop - 1 of the W states of every frame; `cells` is unchanged."""
         if self.band is not None:
             return replace(self, labels=self.labels[:, first:stop], band=self.band[:, first:stop])
         states = slice(self.states.start + first, self.states.start + stop)
@@ -102,7 +102,7 @@ def _slices(lattices: Lattices, weight: Tensor, budget: int) -> Iterator[_Slice]
 
 
 def _visited_states(flow: Tensor) -> Tensor:
-    """First and past-the-last state, int64 `[2]`, that the alignments of a slice pass through.
+    """First state that the alignments of a slice visit, and the state after the last; int64 `[2]`.
 
     In every frame, the gradients of all other states sum to less than the rounding error of the frame's gradients.
 
@@ -157,7 +157,7 @@ class ArcScores(torch.autograd.Function):
         visited = [_visited_states(grad[..., :2].abs().sum(dim=-1)) for grad in grad_parts]
         spans = torch.stack(visited).tolist() if visited else []
         for part, grad, (first, stop) in zip(parts, grad_parts, spans, strict=True):
-            grad, part = grad[:, first:stop], part.narrowed(first, stop)
+            grad, part = grad[:, first:stop], part.select_states(first, stop)
             hidden = part.hidden(encoded, predicted)
             grad_logits = F.linear(hidden, weight, bias).to(wide)
             _log_softmax_backward_(grad_logits, grad, part.labels, ctx.num_tokens)
@@ -193,8 +193,8 @@ def transducer_loss(
 ) -> Tensor:  # fmt: skip
     """Negative log-probability of every segment's labels in nats, float32 `[N]` (float64 for float64).
 
-    Beside the slices, a cell takes about 36 bytes (45 in lattices padded to one size) while alignments are summed. 8 of
-    them, the gradients of its two log-probabilities, are kept until the backward pass.
+    In addition to the slices, a cell takes about 36 bytes (45 in lattices padded to one size) while alignments are
+    summed. 8 of them, the gradients of its two log-probabilities, are kept until the backward pass.
 
     Args:
         encoded: `[sum T_s, J]`, encoder side of the joint network, concatenated over the segments.
@@ -204,7 +204,7 @@ def transducer_loss(
         fast_emit: relative increase of the gradients of labels, for earlier emission; the loss value is unchanged.
 
     Raises:
-        UserError: `slice_bytes` is too small for a single frame; the message has the smallest sufficient value.
+        UserError: `slice_bytes` is too small for a single frame; the message states the smallest sufficient value.
     """
     arcs = ArcScores.apply(encoded, predicted, weight, bias, lattices, slice_bytes)
     return sum_over_alignments(arcs, lattices, fast_emit)
@@ -225,7 +225,7 @@ def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0
 
 
 def _full_lattice(part: Tensor, lattices: Lattices, segment: int) -> Tensor:
-    """Arcs `[T, U + 1, 2]` of one segment; outside of its bands, all are impossible."""
+    """Arcs `[T, U + 1, 2]` of one segment, impossible outside its bands."""
     frames, states, width = lattices.num_frames[segment], lattices.num_states(segment), lattices.width(segment)
     part, band = part.view(frames, width, 2), lattices.band(segment)
     if band is None:
@@ -235,7 +235,7 @@ def _full_lattice(part: Tensor, lattices: Lattices, segment: int) -> Tensor:
 
 
 def padding_groups(shapes: Sequence[Sequence[int]], waste: float = 1.25) -> Iterator[slice]:
-    """Runs of sorted shapes whose lattices, padded to one size, take at most `waste` times their own cells."""
+    """Groups of sorted shapes, as slices: padded to one size, their lattices have at most `waste` times the cells."""
     start, most_states, used = 0, 0, 0
     for stop, (frames, states, _) in enumerate(shapes):
         most_states, used = max(most_states, states), used + frames * states
@@ -251,7 +251,7 @@ def _sum_over_alignments(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].dtype == torch.float64:  # torchaudio supports float32 only
         return torch.stack([sum_by_diagonals(part) for part in parts])
     most = [max(part.shape[axis] for part in parts) for axis in (0, 1)]
-    padded = parts[0][None]  # a single lattice is not copied: it may be long
+    padded = parts[0][None]  # a single lattice may be large and is not copied
     if len(parts) > 1:
         missing = [(most[1] - part.shape[1], most[0] - part.shape[0]) for part in parts]
         padded = torch.stack([F.pad(part, (0, 0, 0, u, 0, t)) for part, (u, t) in zip(parts, missing, strict=True)])

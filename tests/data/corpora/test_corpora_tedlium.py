@@ -138,7 +138,7 @@ def test_tedlium_mistakes_are_named(release: Path, tmp_path: Path) -> None:
         sources(TedliumSettings())
     with pytest.raises(UserError, match="has no folder 'train'.*--splits"):
         sources(TedliumSettings(folder=str(tmp_path)))
-    with pytest.raises(UserError, match="unit is 'talk', known are talks, segments"):
+    with pytest.raises(UserError, match="unit is 'talk', expected one of talks, segments"):
         parse_settings(TedliumSettings, ["--unit=talk"])
     with pytest.raises(UserError, match="splits is 'eval'"):
         parse_settings(TedliumSettings, ["--splits=[eval]"])

@@ -259,7 +259,7 @@ def test_invalid_excluded_stretches_are_refused(stretch: tuple[float, float]) ->
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="straddling is 'skip', known are shift, drop, mask"):
+    with pytest.raises(UserError, match="straddling is 'skip', expected one of shift, drop, mask"):
         from_dict(CuttingSettings, {"straddling": "skip"})
     with pytest.raises(UserError, match="cutting.shift_seconds is -1"):
         CuttingSettings(shift_seconds=-1)
