@@ -197,8 +197,8 @@ def _ogg_extent(file: BinaryIO, size: int, start: int) -> Extent:
         if head[:5] != b"OggS\0"[: len(head)]:  # garbage, which libsndfile ignores
             position = next(_places(file, _OGG_PAGE_START, position + 1), size)
             continue
-        whole = len(head) > 26 and len(lengths) == head[26]
-        end = position + (27 + len(lengths) + sum(lengths) if whole else _OGG_PAGE)
+        complete_header = len(head) > 26 and len(lengths) == head[26]
+        end = position + (27 + len(lengths) + sum(lengths) if complete_header else _OGG_PAGE)
         if end > size:  # libsndfile reads complete pages
             return Extent(held, end - position, unterminated=True)
         starts, ends, stream = head[5] & 2, head[5] & 4, head[14:18]

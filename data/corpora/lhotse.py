@@ -126,9 +126,9 @@ def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource:
     """Segment of the audio of a cut, and its labels. Raises UserError."""
     recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
-    whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
+    is_whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
     channel = channels.index(cut.channel) if len(channels) > 1 else None
-    start, duration = (0.0, None) if whole else (cut.start, cut.duration)
+    start, duration = (0.0, None) if is_whole else (cut.start, cut.duration)
     return FileSource(recording, path, start, duration, channel, warnings)
 
 

@@ -68,17 +68,17 @@ def _fingerprint_batches(dataset: Dataset) -> Iterator[tuple[int, pa.RecordBatch
     """(number of the first recording, columns of the fingerprint) of successive batches of _ROWS recordings."""
     index, first = dataset.index, 0
     labels = {name: (pa.array(values, pa.string()), codes) for name, (values, codes) in index.labels.items()}
-    for whole in index.batches:
-        for name in whole.schema.names:
+    for index_batch in index.batches:
+        for name in index_batch.schema.names:
             index.value(name, first)  # validates the column
-        for row in range(0, len(whole), _ROWS):
-            batch = whole.slice(row, _ROWS)
+        for row in range(0, len(index_batch), _ROWS):
+            batch = index_batch.slice(row, _ROWS)
             rows = slice(first + row, first + row + len(batch))
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             columns["frames"] = pa.array(index.frames[rows])
             columns |= {name: values.take(pa.array(codes[rows])) for name, (values, codes) in labels.items()}
             yield rows.start, pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
-        first += len(whole)
+        first += len(index_batch)
 
 
 def _check_metadata(dataset: Dataset, number: int) -> Iterator[Fault]:
