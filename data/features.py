@@ -1,8 +1,7 @@
 """Log-mel features of a waveform, and their settings.
 
-Frame i is centred on sample `i * hop` (the signal is reflected at both ends), so `frames = 1 + samples // hop` and
-frame i stands for the time `i * hop_ms / 1000` seconds. Values are natural logarithms of mel energies of a waveform
-in [-1, 1], unless the settings say otherwise.
+Frame i is centred on sample `i * hop` (the signal is reflected at both ends), which is at `i * hop_ms / 1000` seconds,
+so `frames = 1 + samples // hop`. By default, values are natural logarithms of mel energies of a waveform in [-1, 1].
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from common.errors import UserError
 # that the frames of a recording are bit-identical however it is read.
 BLOCK_FRAMES = 128
 
-# Fields added later, with their earlier values: those are not written, so that older datasets and models keep their
+# Fields added after the first version, with their defaults, which are not written: older datasets and models keep their
 # hash.
 _LATER = {"logarithm": True, "standardized": False}
 
@@ -124,7 +123,7 @@ class LogMel:
     """
 
     def __init__(self, settings: FeatureSettings) -> None:
-        import torchaudio  # here alone: readers of datasets import this module for its settings
+        import torchaudio  # not at the top: readers of datasets need only the settings of this module
 
         self.settings = settings
         left = (settings.n_fft - settings.window) // 2

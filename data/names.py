@@ -1,4 +1,4 @@
-"""Validity of names of recordings, speakers and files, and fields separated by ASCII white space."""
+"""Valid names of recordings, speakers and files, and fields of lines separated by ASCII white space."""
 
 from __future__ import annotations
 

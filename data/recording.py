@@ -27,7 +27,7 @@ class Recording:
     """'train', 'dev' or 'test'."""
     excluded: list[tuple[float, float]] | None = None
     """(start, end) in seconds of passages that are in the audio but not in `text`. They are excluded from labelled
-    training and scoring, but not from pretraining, which needs no labels. None: none."""
+    training and scoring, but not from pretraining, which needs no labels. None: no such passages."""
 
     def __post_init__(self) -> None:
         fault = "is reserved by the shard format" if self.id == "__metadata__" else name_fault(self.id)

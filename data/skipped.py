@@ -1,8 +1,8 @@
-"""Lists of skipped recordings, and of warnings about those that are kept.
+"""Lists of skipped recordings, and of warnings about recordings that are kept.
 
-DIR/skipped.jsonl            {"id": ..., "reason": ...} per line, for skipped recordings; no file if there are none
-DIR/warnings.jsonl           the same for recordings in the dataset, with unusable word times for example
-DIR/skipped-NNNNN.jsonl      of a part, until the parts are merged; likewise DIR/warnings-NNNNN.jsonl
+DIR/skipped.jsonl            {"id": ..., "reason": ...} per line, for skipped recordings; no file if none was skipped
+DIR/warnings.jsonl           the same for recordings in the dataset, for example those with unusable word times
+DIR/skipped-NNNNN.jsonl      list of a part, until the parts are merged; likewise DIR/warnings-NNNNN.jsonl
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ def read_list(path: Path, ids: Container[str]) -> list[Skipped]:
 def merge_lists(folder: Path) -> None:
     """Merge the lists of all parts, in order. May be interrupted at any time and called again."""
     for name in ("skipped", "warnings"):
-        whole, parts = folder / f"{name}.jsonl", sorted(folder.glob(f"{name}-*.jsonl"))
-        # The merged list gets its name when it is complete: then the lists of the parts are leftovers.
-        if parts and not whole.is_file():
+        merged, parts = folder / f"{name}.jsonl", sorted(folder.glob(f"{name}-*.jsonl"))
+        # An existing merged list is complete, so the lists of the parts are leftovers.
+        if parts and not merged.is_file():
             # If a part is missing, another process has merged the lists already.
-            with suppress(FileNotFoundError), replace_file(whole) as file:
+            with suppress(FileNotFoundError), replace_file(merged) as file:
                 for part in parts:
                     file.write(part.read_bytes())
         for part in parts:

@@ -104,7 +104,7 @@ class BPETokenizer:
     `decode(encode(text)) == text` for text with single spaces, such as that of `common.text.label_text`.
 
     Args:
-        model: serialised SentencePiece model, as made by `train`.
+        model: serialised SentencePiece model.
         replace_unknown: encode unknown characters as SentencePiece's unknown id instead of raising.
     """
 
@@ -118,7 +118,7 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, replace_unknown: bool = False) -> BPETokenizer:
-        """Train on `texts`. Raises UserError if they cannot give `vocab_size` ids, including the blank."""
+        """Train on `texts`. Raises UserError if they do not support `vocab_size` ids (including the blank)."""
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -166,10 +166,10 @@ class BPETokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokenizer:
-    """Load a tokenizer that `save` wrote. Raises UserError if it is missing or damaged."""
+    """Load a tokenizer written by `save`. Raises UserError if it is missing or damaged."""
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no {TOKENIZER_FILE}: no tokenizer was saved there")
+        raise UserError(f"{folder} holds no {TOKENIZER_FILE}: give a folder with a saved tokenizer")
     fields = read_json_object(path)
     kind, replace_unknown = fields.get("kind"), bool(fields.get("replace_unknown", False))
     if kind == "char" and isinstance(fields.get("characters"), list):

@@ -15,6 +15,5 @@ class Word(NamedTuple):
     """Confidence of the aligner, from 0 (the time is a guess) to 1; None if unknown."""
 
 
-# Aligners round to their own frames: accepted seconds by which a word ends after the recording, or after the start of
-# the next word.
+# Seconds by which a word may end after the recording, or after the start of the next word: aligners round to frames.
 TOLERANCE = 0.1

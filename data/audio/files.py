@@ -1,4 +1,4 @@
-"""Audio files to transcribe or to link from a report, and the names of their transcripts."""
+"""Lists of audio files to transcribe or to link from a report, with the names of their transcripts."""
 
 import hashlib
 import json
@@ -87,10 +87,10 @@ def audio_file(path: Path, name: str, key: str) -> AudioFile:
 
 
 def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
-    """Audio files of recordings: named as the id at any depth of the folder, or by the path relative to it.
+    """Find audio files by recording id: the file name without suffix, or the path relative to the folder.
 
-    Recordings without a file are left out; empty without a folder. Raises UserError if the folder does not exist, holds
-    no file of a recording, or several files with the same name.
+    Recordings without a file are left out; the result is empty if `folder` is "". Raises UserError if the folder does
+    not exist, holds no file of a recording, or several files with the same name.
     """
     if not folder:
         return {}
@@ -102,10 +102,10 @@ def find_audio(folder: str, ids: Sequence[str]) -> dict[str, Path]:
     stems = Counter(path.stem for path in paths)
     if ambiguous := [id for id in ids if stems[id] > 1 and id not in by_path]:
         raise UserError(
-            f"audio = {folder}: {stems[ambiguous[0]]} audio files there are named {ambiguous[0]!r}: keep one of them"
+            f"audio = {folder}: {stems[ambiguous[0]]} audio files are named {ambiguous[0]!r}: keep one of them"
         )
     names = {path.stem: path for path in paths} | by_path
     matches = {id: names[id] for id in ids if id in names}
     if not matches:
-        raise UserError(f"audio = {folder}: no audio file there is named as a recording, such as {ids[0]!r}")
+        raise UserError(f"audio = {folder}: no audio file is named after a recording, such as {ids[0]!r}")
     return matches

@@ -33,7 +33,7 @@ class FileList:
 def files_below(root: Path) -> FileList:
     """Find all files below a folder, including linked folders; each folder is read once.
 
-    A folder below `root` is read under its own path, any other one under the first link to it.
+    A folder below `root` has its own path in the result, any other folder the path of the first link to it.
     """
     result = FileList()
     seen: dict[tuple[int, int], Path] = {}

@@ -1,4 +1,4 @@
-"""Structure of audio files: completeness of the audio declared in the header, and a second stream after the first.
+"""Structure of audio files: missing bytes of the declared audio, and data or a second stream after it.
 
 libsndfile reads a truncated WAV, AIFF, AU, W64, CAF or SPHERE file as a shorter one, ignores the truncated page of an
 Ogg file and data after the declared audio, reads only the first of several streams in a file (chained Ogg,
@@ -25,9 +25,9 @@ class Extent:
     """Missing bytes of the declared audio."""
     several: bool = False
     """A second file or stream follows the first."""
-    unended: bool = False
+    unterminated: bool = False
     """Ogg without an end-of-stream page: a recording of a live stream, or a file truncated between two pages."""
-    beyond: int = 0
+    trailing: int = 0
     """Bytes after the declared audio that are not a chunk, tag or zeros: audio, if the header was never updated or
     counts modulo 2**32. Not for W64 and SPHERE, which libsndfile reads to the end."""
     unset: int = 0
@@ -49,7 +49,7 @@ def read_extent(file: BinaryIO) -> Extent:
             return _range_extent(file, size, start, offset, length)
         if magic == b"NIST":
             return _sphere_extent(file, size, start)
-    except struct.error:  # truncated within its header, which libsndfile refuses
+    except struct.error:  # truncated within its header, which libsndfile rejects
         return Extent()
     if magic == b"fLaC":
         return Extent(several=_second_flac(file, start))
@@ -96,10 +96,10 @@ def _chunk_extent(file: BinaryIO, size: int, start: int, magic: bytes) -> Extent
         if id[:4] in _CHUNKS:
             return Extent(several=True)
         if audio is not None and not _CHUNK_ID.match(id):
-            result = _extent_beyond(file, size, position, audio)
+            result = _trailing_extent(file, size, position, audio)
             if magic == b"riff":
-                return replace(result, beyond=0)
-            unset = magic in (b"RIFF", b"RIFX") and not audio and result.beyond
+                return replace(result, trailing=0)
+            unset = magic in (b"RIFF", b"RIFX") and not audio and result.trailing
             return Extent(unset=position - 4) if unset else result
         position += head_bytes
         length -= head_bytes if magic == b"riff" else 0
@@ -123,14 +123,14 @@ def _chunk_extent(file: BinaryIO, size: int, start: int, magic: bytes) -> Extent
     return Extent()
 
 
-def _extent_beyond(file: BinaryIO, size: int, position: int, audio: int) -> Extent:
+def _trailing_extent(file: BinaryIO, size: int, position: int, audio: int) -> Extent:
     """Extent of a file with something other than a chunk after its audio: tags, reserved zeros, or more audio."""
     if any(magic in _at(file, position, 16) for magic in _CHUNKS):  # after padding of the first container
         return Extent(several=True)
     position = min(size, _after_tags(file, position))
     places = (position, (position + size) // 2, max(position, size - _PROBE_BYTES))
     filled = any(_at(file, place, _PROBE_BYTES).strip(b"\0") for place in places)
-    return Extent(held=audio, beyond=size - position if filled else 0)
+    return Extent(held=audio, trailing=size - position if filled else 0)
 
 
 def _range_extent(file: BinaryIO, size: int, start: int, offset: int, length: int) -> Extent:
@@ -142,7 +142,7 @@ def _range_extent(file: BinaryIO, size: int, start: int, offset: int, length: in
         return Extent(max(0, size - start - offset), min(length, end - size))
     if _at(file, end, 4) == _at(file, start, 4):
         return Extent(several=True)
-    return _extent_beyond(file, size, end, length)
+    return _trailing_extent(file, size, end, length)
 
 
 def _is_placeholder(length: int) -> bool:
@@ -163,7 +163,7 @@ def _sphere_extent(file: BinaryIO, size: int, start: int) -> Extent:
     if not sample or b"shorten" in header:  # compressed: the size is unknown
         return Extent()
     result = _range_extent(file, size, start, len(header), fields.get(b"sample_count", 0) * sample)
-    return replace(result, beyond=0)
+    return replace(result, trailing=0)
 
 
 def _second_flac(file: BinaryIO, start: int) -> bool:
@@ -197,17 +197,17 @@ def _ogg_extent(file: BinaryIO, size: int, start: int) -> Extent:
         if head[:5] != b"OggS\0"[: len(head)]:  # garbage, which libsndfile ignores
             position = next(_places(file, _OGG_PAGE_START, position + 1), size)
             continue
-        whole = len(head) > 26 and len(lengths) == head[26]
-        end = position + (27 + len(lengths) + sum(lengths) if whole else _OGG_PAGE)
+        complete_header = len(head) > 26 and len(lengths) == head[26]
+        end = position + (27 + len(lengths) + sum(lengths) if complete_header else _OGG_PAGE)
         if end > size:  # libsndfile reads complete pages
-            return Extent(held, end - position, unended=True)
+            return Extent(held, end - position, unterminated=True)
         starts, ends, stream = head[5] & 2, head[5] & 4, head[14:18]
         if starts and not at_start:  # multiplexed streams all start first
             return Extent(several=True)
         at_start = bool(starts)
         open_streams = open_streams - {stream} if ends else open_streams | {stream}
         position = held = end
-    return Extent(unended=bool(open_streams))
+    return Extent(unterminated=bool(open_streams))
 
 
 def _mpeg_extent(file: BinaryIO, size: int, start: int) -> Extent:

@@ -1,4 +1,4 @@
-"""Opening of audio files so that libsndfile reads all of their audio."""
+"""Opening of audio files with corrections, so that libsndfile reads all of their audio."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import soundfile
 from data.audio.headers import Extent, read_extent
 
 _ENDLESS = 1 << 40
-# Lengths from here on stand for an unknown one: libsndfile reports 2**63 - 1 for FLAC without a sample count (which has
-# 36 bits), and more than this for MP3 in a file of _ENDLESS bytes.
+# Lengths of at least this mean "unknown": libsndfile reports 2**63 - 1 for FLAC without a sample count (which has 36
+# bits), and more than this for MP3 in a file of _ENDLESS bytes.
 UNKNOWN_FRAMES = 1 << 37
 
 
@@ -39,7 +39,7 @@ def _extent_of_file(path: str, size: int, changed: int) -> Extent:
 
 
 @contextmanager
-def opened(source: str | os.PathLike[str] | BinaryIO, extent: Extent) -> Iterator[soundfile.SoundFile]:
+def open_audio(source: str | os.PathLike[str] | BinaryIO, extent: Extent) -> Iterator[soundfile.SoundFile]:
     """Open a path or a binary file for forward reading.
 
     Args:
@@ -52,19 +52,20 @@ def opened(source: str | os.PathLike[str] | BinaryIO, extent: Extent) -> Iterato
             file, audio = source, stack.enter_context(_SoundFile(source))
         else:
             file = stack.enter_context(open(source, "rb"))
-            audio = stack.enter_context(opened_path(source, file))
-        # libsndfile would stop at a length estimated from the bit rate of the first frames: a third of some files.
+            audio = stack.enter_context(open_audio_path(source, file))
+        # libsndfile would stop at a length estimated from the bit rate of the first frames, a third of the true length
+        # for some files.
         uncounted = extent.uncounted and audio.format == "MP3"
         if uncounted or extent.unset:
             audio = stack.enter_context(_SoundFile(_CorrectedFile(file, uncounted, extent.unset)))
         yield audio
 
 
-def opened_path(path: str | os.PathLike[str], file: BinaryIO) -> soundfile.SoundFile:
+def open_audio_path(path: str | os.PathLike[str], file: BinaryIO) -> soundfile.SoundFile:
     """Open a path that is already open as `file`, which must stay open. Raises soundfile.SoundFileError.
 
-    Opened by path, libsndfile reads the resource fork `._X` that macOS creates beside X, and then fails for MP3. Opened
-    by descriptor, it does not know the suffix, which some formats need.
+    Given a path, libsndfile reads the resource fork `._X` that macOS creates next to X, and then fails for MP3. Given a
+    descriptor, it lacks the suffix, which some formats need.
     """
     try:
         return _SoundFile(file.fileno(), closefd=False)
@@ -84,7 +85,7 @@ class _CorrectedFile(io.RawIOBase):
     """File with corrections that make a decoder read all of it.
 
     Args:
-        endless: report _ENDLESS bytes, with zeros at the end (where decoders search for tags).
+        endless: report a size of _ENDLESS bytes, with zeros at the end, which decoders search for tags.
         unset: position of four bytes that are read as 0xFF, an unknown length; 0: none.
     """
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.errors import AudioWarning, UserError
 from data.audio.headers import Extent
-from data.audio.opening import UNKNOWN_FRAMES, extent_of, opened, opened_path
+from data.audio.opening import UNKNOWN_FRAMES, extent_of, open_audio, open_audio_path
 from data.features import FeatureSettings
 from data.transcripts import TOLERANCE
 
@@ -31,10 +31,10 @@ _READ_VALUES = 1 << 20
 # Maximum size of a resampling kernel; all rates up to 192 kHz that are multiples of 25 Hz need less.
 _KERNEL_VALUES = 1 << 23
 _LOWEST_RATE = 1000
-# Accepted difference to the length in the header: this share and at most TOLERANCE seconds, and always this many bytes
-# (some writers count the header too) and samples (MP3 is counted in frames of 1,152).
+# Accepted difference from the length in the header: this share and at most TOLERANCE seconds, but at least this many
+# bytes (some writers count the header too) and samples (MP3 is counted in frames of 1,152).
 _MISSING_SHARE, _MISSING_BYTES, _MISSING_FRAMES = 0.01, 128, 2 * 1152
-# Channels cancel if their mean has less than this fraction of the power that it has for uncorrelated channels.
+# Channels cancel if their mean has less than this fraction of the power that it would have for uncorrelated channels.
 _CANCELLED = 0.1
 
 
@@ -46,7 +46,7 @@ def audio_blocks(
     duration: float | None = None,
     channel: int | None = None,
 ) -> Iterator[Tensor]:
-    """Decode a file with soundfile and resample it: yields mono blocks of float32 [samples].
+    """Decode a file with soundfile and resample it; yield mono blocks of float32 [samples].
 
     Memory does not depend on the length of the audio, and the samples do not depend on the blocks. Issues an
     AudioWarning for channels that cancel in their mean, for an Ogg file without an end-of-stream page, and for audio
@@ -76,10 +76,10 @@ def audio_blocks(
         extent = extent_of(source)
         if extent.several:
             raise UserError(
-                f"{name}: holds several streams (chained Ogg, or files joined with `cat`), of which only the first "
-                "would be read; decode each separately, and join or split the audio"
+                f"{name}: holds several streams (chained Ogg, or files joined with `cat`), but only the first would be "
+                "read: decode each separately, and join or split the audio"
             )
-        with opened(source, extent) as audio:
+        with open_audio(source, extent) as audio:
             if duration is None:
                 _check_complete(audio, extent, name)
             if channel is None and settings.channels == "first":
@@ -95,7 +95,7 @@ def audio_seconds(path: Path) -> float:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
             return 0.0
-        with open(path, "rb") as file, opened_path(path, file) as audio:
+        with open(path, "rb") as file, open_audio_path(path, file) as audio:
             if audio.frames < UNKNOWN_FRAMES:
                 return audio.frames / audio.samplerate
             # FLAC without a sample count: about one byte per sample.
@@ -106,21 +106,21 @@ def audio_seconds(path: Path) -> float:
 
 def _check_complete(audio: soundfile.SoundFile, extent: Extent, name: str) -> None:
     """Raise UserError if the file is noticeably shorter than its header declares; warn if it may be."""
-    missing, beyond = (round(audio.frames * size / max(1, extent.held)) for size in (extent.missing, extent.beyond))
+    missing, trailing = (round(audio.frames * size / max(1, extent.held)) for size in (extent.missing, extent.trailing))
     if extent.missing > _MISSING_BYTES and missing > _accepted_missing(audio, audio.frames + missing):
         raise UserError(
             f"{name}: truncated, has {audio.frames} of about {audio.frames + missing} samples; download it again"
         )
-    if extent.unended:
+    if extent.unterminated:
         message = f"{name}: the last Ogg page does not end the stream: download it again if it is truncated"
         warnings.warn(message, AudioWarning, stacklevel=2)
-    if extent.beyond and not audio.frames:
+    if extent.trailing and not audio.frames:
         raise UserError(
-            f"{name}: its header declares no audio, but {extent.beyond} bytes follow: complete it, or download it again"
+            f"{name}: its header declares no audio, but {extent.trailing} bytes follow: correct it or download it again"
         )
-    if beyond > TOLERANCE * audio.samplerate:
+    if trailing > TOLERANCE * audio.samplerate:
         message = (
-            f"{name}: its header declares {audio.frames / audio.samplerate:.2f} s of audio, and {extent.beyond} bytes "
+            f"{name}: its header declares {audio.frames / audio.samplerate:.2f} s of audio; {extent.trailing} bytes "
             "after them are not read: if they are audio, correct the header (sox --ignore-length)"
         )
         warnings.warn(message, AudioWarning, stacklevel=2)

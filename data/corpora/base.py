@@ -2,7 +2,7 @@
 
 A corpus module has a settings dataclass (the docstring under a field becomes its `--help`) and a function
 `sources(settings)` that lists its recordings without reading audio. A source is small and picklable, is loaded in a
-worker process, and gives the same numbers whenever it is loaded.
+worker process, and gives the same values each time it is loaded.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def mostly_readable(rows: Sequence[object]) -> None:
 
 
 def check_unusable(reason: str, unusable: int, rows: int) -> None:
-    """Raise UserError, with the reason of the first one, if half or more of the rows are unusable."""
+    """Raise UserError, with the first reason, if half or more of the rows are unusable."""
     if 2 * unusable >= rows:
         raise UserError(reason if rows == 1 else f"{reason} ({unusable} of {rows} rows are unusable)")
 

@@ -21,7 +21,7 @@ from data.names import name_fault
 from data.recording import Recording
 
 Table = Literal["train", "dev", "test", "validated", "other"]
-# Tables of clips and their splits. validated and other are training data, without the content of dev and test.
+# Tables of clips and their splits; validated and other are for training, without speakers and sentences of dev or test.
 TABLES = {"train": "train", "dev": "dev", "test": "test", "validated": "train", "other": "train"}
 _COLUMNS = ("client_id", "path", "sentence")
 _CLIP = re.compile(r"[\w.-]+")
@@ -38,8 +38,8 @@ class CommonVoiceSettings:
     splits: list[Literal["train", "dev", "test", "validated", "other"]] = field(
         default_factory=lambda: ["train", "dev", "test"]
     )
-    """Tables to read: train, dev, test; validated and other add to train those of their clips that share no speaker
-    and no sentence with dev or test."""
+    """Tables to read: train, dev, test; also validated and other, whose clips are added to train if they share neither
+    speaker nor sentence with dev or test."""
     min_up_votes: int = 0
     """Exclude clips with fewer up-votes."""
     max_down_votes: int | None = None
@@ -156,7 +156,7 @@ def _language_folders(settings: CommonVoiceSettings) -> list[Path]:
     existing = sorted(name for name in listed_names(given) if (given / name / "clips").is_dir())
     for language in settings.languages:
         if language not in existing:
-            raise UserError(f"languages names {language!r}, {given} has {', '.join(existing) or 'no LANG/clips'}")
+            raise UserError(f"languages has {language!r}, but {given} has {', '.join(existing) or 'no LANG/clips'}")
     if not existing:
         raise UserError(f"folder {given} has no folder clips or LANG/clips: unpack the archive of a language")
     return [given / name for name in dict.fromkeys(settings.languages or existing)]

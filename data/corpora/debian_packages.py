@@ -87,16 +87,16 @@ def _unpack(archive: Path, target: Path) -> Path:
         error = _run(["dpkg-deb", "-x", str(archive.resolve()), str(content)], target.parent)
         if error:
             raise UserError(f"could not unpack {archive} ({error}): download it again; it needs 1 GB of disk space")
-        if not target.is_dir():  # another process may have been faster
+        if not target.is_dir():  # another process may have created it in the meantime
             content.rename(target)
     return target
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Run a command in a folder. Returns '' on success, else its last line of error output."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if done.returncode == 0:
+    """Run a command in a folder; return '' on success, else the last line of its error output."""
+    result = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if result.returncode == 0:
         return ""
-    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("E:")]
-    return (errors or lines or [f"{command[0]} ended with {done.returncode}"])[-1]
+    return (errors or lines or [f"{command[0]} ended with {result.returncode}"])[-1]

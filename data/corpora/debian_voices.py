@@ -2,7 +2,7 @@
 
 Fish Fillets: `sound/LEVEL/LANGUAGE/ID.ogg`, texts in `script/LEVEL/*dialogs_LANGUAGE.lua` as
 `dialogId("ID", "FONT", "English") dialogStr("text")`; each character has a font, which serves as the speaker id.
-Tux Paint: `X_desc_LANGUAGE.ogg` beside `X.txt` with lines `LANGUAGE.utf8=text`.
+Tux Paint: `X_desc_LANGUAGE.ogg` next to `X.txt` with lines `LANGUAGE.utf8=text`.
 
 Phrases repeat, so recordings are split by text.
 """
@@ -42,7 +42,7 @@ class DebianVoicesSettings:
     """Parts to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
     in 12 languages, 3 h; always in the train split)."""
     folder: str = ""
-    """Folder of the .deb files, or of the files that `dpkg-deb -x` unpacked; empty: download them with apt-get."""
+    """Folder of the .deb files, or of their content unpacked by `dpkg-deb -x`; empty: download them with apt-get."""
     cache: str = "~/.cache/bestrq"
     """Folder of unpacked packages (0.4 GB)."""
     held_out_languages: list[Literal["cs", "nl"]] = field(default_factory=lambda: ["cs"])

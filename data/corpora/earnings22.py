@@ -4,8 +4,8 @@ Published layout: FOLDER/metadata.csv, FOLDER/media/ID.mp3, FOLDER/transcripts/{
 force_aligned_nlp_references/ID.aligned.nlp,normalizations/ID.norm.json}. Layout of the long-context paper:
 FOLDER/{dev,test}_original/ID.mp3 and FOLDER/full_transcripts.json, an object of texts by ID.
 
-Two corpora with incomparable error rates: `earnings22`, the 6 + 6 calls of the usual dev and test lists, and
-`earnings22-full`, all calls.
+There are two corpora, whose error rates are not comparable: `earnings22`, the 6 + 6 calls of the usual dev and test
+lists, and `earnings22-full`, all calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common.errors import UserError
 from data.corpora.audio_files import FileSource
 from data.corpora.base import Unreadable, mostly_readable
 from data.corpora.json_lines import is_file, text_field
-from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, written_or_spoken
+from data.corpora.nlp_tokens import read_nlp, read_normalizations, timed_words, transcript_units
 from data.corpora.tables import table_rows
 from data.corpora.text_files import existing_folder, summary
 from data.recording import Recording
@@ -46,7 +46,7 @@ class Earnings22FullSettings:
     punctuation: bool = True
     """Keep punctuation marks in the text; labels never have them."""
     speaker: Literal["country", "dialect", "none"] = "country"
-    """Speaker id of a call, which has several speakers: country of the company, dialect family, or none."""
+    """Speaker id of a call (it has several speakers): country of the company, dialect family, or none."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _published_layout(
         if settings.text == "spoken":
             spoken = read_normalizations(transcripts / "normalizations" / f"{id}.norm.json")
         tokens = read_nlp(transcripts / "nlp_references" / f"{id}.nlp")
-        units = list(written_or_spoken(tokens, spoken, settings.punctuation))
+        units = list(transcript_units(tokens, spoken, settings.punctuation))
         words = None
         if aligned.parent.is_dir():
             try:

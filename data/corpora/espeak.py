@@ -2,12 +2,12 @@
 
 The library and its data come from the PyPI package `espeakng-loader`. Two of its properties shape this module:
 
-- Word events of plain text do not correspond to words (phrases such as "out of the" are one unit). So every word is
-  converted to phonemes separately, the utterance is synthesised from `[[phonemes]] [[phonemes]] ...`, and an event is
-  assigned to its word by its position in that text.
-- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers) that no call resets. So
-  a `Synthesizer` loads the library on entry and unloads it on exit (about 3 ms): its audio is a pure function of its
-  calls since then.
+- Word events of plain text do not correspond to words (phrases such as "out of the" are one unit). Therefore every word
+  is converted to phonemes separately, the utterance is synthesised from `[[phonemes]] [[phonemes]] ...`, and an event
+  is assigned to its word by its position in this text.
+- The synthesiser keeps state between utterances (pitch flutter, glottal cycles, random numbers) that no call resets.
+  Therefore a `Synthesizer` loads the library on entry and unloads it on exit (about 3 ms), and its audio is a pure
+  function of the calls in between.
 
 The library is not thread-safe and has one instance per process: use processes, and one `Synthesizer` at a time.
 """
@@ -151,7 +151,7 @@ class Synthesizer:
         return samples, self._word_times(len(samples), words, ends)
 
     def _word_times(self, samples: int, words: Sequence[str], ends: Sequence[int]) -> list[tuple[float, float]]:
-        """Times of the words: from the event of a word to the next event; the end of the phrase has an event too."""
+        """Times (s) of the words: from the event of a word to the next event; the end of the phrase is an event too."""
         starts: dict[int, int] = {}
         boundaries = [samples]
         for kind, position, sample in self._events:

@@ -1,7 +1,7 @@
-"""Corpus of audio files with transcripts beside them, or of a NeMo manifest (`manifest.py`).
+"""Corpus of your own audio: a folder of audio files and transcripts, or NeMo manifests (`manifest.py`).
 
-In a folder, all audio files below it are read (`files_below`), with the transcript `X.txt` beside `X.flac`, and word
-times in `X.words.json`, `X.TextGrid` or `X.ctm`.
+All audio files below a folder are read (`files_below`): `X.flac` with its transcript in `X.txt`, and its word times in
+`X.words.json`, `X.TextGrid` or `X.ctm`, if one of these exists.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FolderSettings:
     """Your own audio: --folder or --manifest."""
 
     folder: str = ""
-    """Folder with .wav, .flac, .ogg, .opus and .mp3 files at any depth, and .txt transcripts (UTF-8) beside them."""
+    """Folder with .wav, .flac, .ogg, .opus and .mp3 files at any depth; X.txt (UTF-8) is the transcript of X.wav."""
     manifest: str = ""
     """NeMo manifest (JSON lines with audio_filepath, duration and text) of the train split or of all splits."""
     dev_manifest: str = ""
@@ -50,7 +50,7 @@ class FolderSettings:
     test_share: float = 0.05
     """Share of the recordings in test with a split by hash."""
     language: str = ""
-    """Language of recordings without one of their own, such as en."""
+    """Default language, such as en, for recordings without a language."""
 
     def __post_init__(self) -> None:
         manifests = [self.manifest, self.dev_manifest, self.test_manifest]
@@ -104,7 +104,7 @@ def _from_folder(settings: FolderSettings) -> list[Source]:
     missing = [] if settings.text != "required" else [p for p in paths if not p.with_suffix(".txt").is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(paths)} audio files in {folder} have no .txt transcript beside them: "
+            f"{len(missing)} of {len(paths)} audio files in {folder} have no .txt transcript next to them: "
             f"{summary([str(path) for path in missing])}. Add them, or use --text optional or --text none"
         )
     by_name = {path: _folder_split(path.relative_to(folder)) for path in paths}
@@ -144,7 +144,7 @@ def _unread(folder: Path, path: Path, reason: str) -> Unreadable:
 
 
 def _folder_split(path: Path) -> str | None:
-    """Split of a relative path: the outermost folder that is named as one."""
+    """Split of a relative path: that of the outermost folder named after a split."""
     return next((SPLIT_NAMES[part.lower()] for part in path.parts[:-1] if part.lower() in SPLIT_NAMES), None)
 
 

@@ -1,4 +1,4 @@
-"""Random sentences from a small grammar per language, with invented words that a recogniser must spell by ear.
+"""Random sentences from a small grammar per language, with invented words that can only be spelled from the audio.
 
 The word lists are in `words/LANGUAGE.txt`. All draws use only the method `random()` of the caller's `random.Random`,
 whose stream Python guarantees not to change.
@@ -31,7 +31,7 @@ def pick(rng: random.Random, items: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Topic:
-    """Topic of a part of a recording: a few entries of each list, which recur there."""
+    """Topic of a passage of a recording: a few entries of each list, which recur in it."""
 
     entries: dict[str, list[str]] = field(default_factory=dict)
 

@@ -1,8 +1,8 @@
-"""Synthetic speech whose spelling depends on context: a small corpus that measures the benefit of long context.
+"""Synthetic speech with context-dependent spelling: a small corpus that measures the benefit of long context.
 
 Every recording has one topic. Its sentences contain homophones whose spelling depends on the topic (flour, flower).
-Words of the topic itself occur only in an occasional cue sentence; all other words, and the grammar, are the same for
-all topics. So a segment can be transcribed without error if and only if it contains a cue sentence.
+Other words of the topic occur only in occasional cue sentences; all remaining words, and the grammar, are the same for
+all topics. Hence a segment can be transcribed without errors if and only if it contains a cue sentence.
 
 Voices and splits are those of the corpus `synthetic`: splits share neither voices nor sentences.
 """
@@ -22,7 +22,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from data.audio.reading import resample
 from data.corpora.base import Utterance
 from data.corpora.grammar import load_grammar, pick
-from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, speak, split_of
+from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, sentence_split, speak
 from data.features import FeatureSettings
 from data.recording import Recording
 
@@ -112,7 +112,7 @@ def homophones(topic: str) -> list[str]:
 
 
 def draw_sentence(rng: random.Random, topic: str, is_cue: bool) -> list[str]:
-    """Draw the words of a sentence, with a noun of the topic (a cue) or a homophone."""
+    """Draw the words of a sentence, with nouns of the topic (a cue sentence) or homophones."""
     lists = word_lists()
     choices = lists | {"noun": lists[topic] if is_cue else homophones(topic)}
     template = pick(rng, lists["template"])
@@ -130,7 +130,7 @@ def sentences_on(topic: str, rng: random.Random, split: str, cue_seconds: float)
             next_cue = now + cue_seconds * (2 + 2 * rng.random()) / 3
         while True:
             sentence = draw_sentence(rng, topic, is_cue)
-            if split_of(" ".join(sentence)) == split:
+            if sentence_split(" ".join(sentence)) == split:
                 return sentence
 
     return draw

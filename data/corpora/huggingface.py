@@ -1,8 +1,8 @@
 """Audio datasets of the Hugging Face hub, or local copies of them, by name and columns.
 
-The `datasets` library finds the files of a configuration and its splits. The files are Parquet: recordings are listed
-without reading their audio, also over the network; the workers read the audio row by row. A folder written by
-`save_to_disk` can be read too.
+The `datasets` library finds the files of a configuration and its splits. The files must be Parquet: recordings are
+listed without reading their audio, even over the network, and the workers read the audio row by row. A folder written
+by `save_to_disk` can be read too.
 """
 
 from __future__ import annotations
@@ -205,13 +205,13 @@ def _selected_splits(settings: HuggingFaceSettings, known: Sequence[str]) -> dic
         name, _, split = entry.partition("=")
         if name not in known:
             raise UserError(
-                f"splits names {name!r}, {settings.dataset} {settings.subset} has {', '.join(known)}."
+                f"splits has {name!r}, but {settings.dataset} {settings.subset} has {', '.join(known)}."
                 f"{did_you_mean(name, known)}"
             )
         split = split or next((s for prefix, s in _SPLIT_PREFIXES.items() if name.lower().startswith(prefix)), "")
         if split not in SPLITS:
             raise UserError(
-                f"splits: is {name!r} for train, dev or test? Use --splits {name}=train (with the other splits)"
+                f"splits: {name!r} is not mapped to train, dev or test: use --splits {name}=train (with other splits)"
             )
         selected[name] = split
     return selected
@@ -275,7 +275,7 @@ def find_columns(settings: HuggingFaceSettings, schema: pa.Schema, address: str)
         )
     if not columns["text"] and settings.text_column != "-":
         raise UserError(
-            f"{address}: which column is the transcript? Give --text_column NAME, or - if there is none. "
+            f"{address}: no column of transcripts was found: give --text_column NAME, or - if there is none. "
             f"Columns: {described}"
         )
     if not columns["id"] and not settings.id_column:

@@ -15,7 +15,7 @@ from data.names import name_fault
 
 # A cut of three hours with word times takes 2 MB; a file without line ends must not fill the memory.
 MAX_LINE_BYTES = 32 << 20
-# Manifests compress by a factor of 10 to 30. A higher factor, beyond the first 64 MB, is refused.
+# Manifests compress by a factor of 10 to 30. A much higher factor, after the first 64 MB, is an error.
 _MAX_EXPANSION = 200
 _FREE_BYTES = 64 << 20
 # A file of line ends alone would take minutes to read.

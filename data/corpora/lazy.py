@@ -1,6 +1,6 @@
 """Sequence of sources that are created on access from a table of columns, for corpora of ten million recordings.
 
-Ten million source objects need 15 GB, their columns a tenth of it.
+Ten million source objects need 15 GB, their columns a tenth of that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """lhotse manifests: cuts, or recordings with supervisions, as plain or gzipped JSON lines.
 
-Read without the package lhotse, whose loader stops at the first bad line without naming it, has no limits for damaged
+The package lhotse is not used: its loader stops at the first bad line without naming it, has no limits for damaged
 files, and runs shell commands that a manifest gives as audio sources.
 
 The start of a supervision is relative to its cut; the times of its alignment (`alignment.word`, a list of
@@ -55,13 +55,13 @@ class LhotseSettings:
     audio_folder: str = ""
     """Folder of relative audio paths; empty: the working directory, as in lhotse."""
     language: str = ""
-    """Language of supervisions without one of their own, such as en."""
+    """Default language, such as en, for supervisions without a language."""
 
     def __post_init__(self) -> None:
         if bool(self.recordings) == bool(self.cuts or self.dev_cuts or self.test_cuts):
             raise UserError("give either --cuts FILE (with --dev_cuts, --test_cuts), or --recordings FILE")
         if self.supervisions and not self.recordings:
-            raise UserError("supervisions is given without recordings: cuts have their own")
+            raise UserError("supervisions is given without recordings: cuts contain their supervisions")
         if self.recordings and not self.supervisions and (self.text != "none" or self.unit == "supervisions"):
             raise UserError("supervisions is empty: give --supervisions FILE, or use --text none with --unit cuts")
 
@@ -126,9 +126,9 @@ def _source(cut: Cut, settings: LhotseSettings, split: str) -> FileSource:
     """Segment of the audio of a cut, and its labels. Raises UserError."""
     recording, warnings = _recording(cut, settings, split)
     path, channels = next(file for file in cut.audio.files if cut.channel in file[1])
-    whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
+    is_whole = cut.start < TOLERANCE / 10 and abs(cut.duration - cut.audio.duration) < TOLERANCE / 10
     channel = channels.index(cut.channel) if len(channels) > 1 else None
-    start, duration = (0.0, None) if whole else (cut.start, cut.duration)
+    start, duration = (0.0, None) if is_whole else (cut.start, cut.duration)
     return FileSource(recording, path, start, duration, channel, warnings)
 
 
@@ -212,8 +212,8 @@ def _aligned(items: Any, where: str, cut: Cut, start: float, end: float) -> list
         word_start, word_end = word_start - cut.start, word_end - cut.start
         if word_start < start - _STRAY_SECONDS or word_end > end + _STRAY_SECONDS:
             raise UserError(
-                f"{where}: the word {word!r} is aligned at {word_start:.2f} s of the cut, its supervision at "
-                f"{start:.2f} to {end:.2f} s; alignments are relative to the start of the recording"
+                f"{where}: the word {word!r} is aligned at {word_start:.2f} s of the cut, but its supervision is at "
+                f"{start:.2f} to {end:.2f} s; alignments must be relative to the start of the recording"
             )
         if 0 <= (word_start + word_end) / 2 < cut.duration:
             words.append(Word(word, round(max(0.0, word_start), 6), round(max(0.0, word_end), 6), confidence))

@@ -39,7 +39,7 @@ class Cut:
     start: float
     duration: float
     supervisions: Sequence[tuple[str, Mapping[str, Any]]]
-    """(place, fields) of each; starts are relative to the start of the cut."""
+    """(location, fields) of each; starts are relative to the start of the cut."""
     where: str
 
 
@@ -60,7 +60,7 @@ def read_cut(fields: Mapping[str, Any], where: str, base: Path) -> Cut:
     if kind != "MonoCut":
         raise UserError(
             f"{where}: a cut of type {shorten(kind)}, only MonoCut is supported: split its tracks or channels with "
-            "lhotse, or save it as audio (save_audios) and read that"
+            "lhotse, or save it as audio (save_audios) and give the new manifest"
         )
     if not isinstance(fields.get("recording"), dict):
         raise UserError(f"{where}: a cut without a recording; cuts of features alone are not supported")
@@ -100,10 +100,10 @@ def recording_cuts(recordings: Path, supervisions: Path | None, base: Path) -> I
             yield Unreadable(where, str(error))
             continue
         channels = [channel for _, file_channels in audio.files for channel in file_channels]
-        own = supervised.pop(audio.id, [])
+        audio_supervisions = supervised.pop(audio.id, [])
         for channel in channels:
             id = audio.id if len(channels) == 1 else f"{audio.id}-{channel}"
-            yield Cut(id, audio, channel, 0.0, audio.duration, own, where)
+            yield Cut(id, audio, channel, 0.0, audio.duration, audio_supervisions, where)
     if len(supervised) > unreadable:  # otherwise they may belong to unreadable recordings
         recording_id, ((where, _), *_) = next(iter(supervised.items()))
         raise UserError(f"{where}: recording_id is {recording_id!r}, and {recordings} has no such recording")

@@ -27,7 +27,7 @@ from data.word_times.textgrid import read_textgrid
 _SUBSET = re.compile(r"(train|dev|test)-[a-z]+(-\d+)?")
 _ID = re.compile(r"\d+-\d+-\d+")
 # A few published recordings could not be aligned.
-_NONE = f"{NO_WORD_TIMES}: the alignments have none of this recording"
+_NOT_ALIGNED = f"{NO_WORD_TIMES}: the alignments do not include this recording"
 _ALIGNED = re.compile(r'(\S+) "([^"]*)" "([^"]*)"')
 
 
@@ -92,7 +92,9 @@ def sources(settings: LibriSpeechSettings) -> list[Source]:
                 listed += _chapter(chapter, subset, alignments)
         if len(listed) == before:
             raise UserError(f"{folder / subset} has no recordings with these settings")
-    if alignments and all(isinstance(source, FileSource) and source.warnings[-1:] == (_NONE,) for source in listed):
+    if alignments and all(
+        isinstance(source, FileSource) and source.warnings[-1:] == (_NOT_ALIGNED,) for source in listed
+    ):
         raise UserError(f"alignments {alignments} has no .alignment.txt or .TextGrid of {', '.join(subsets)}")
     return [*sorted(listed, key=lambda source: source.id)]
 
@@ -122,7 +124,7 @@ def _subsets(folder: Path, names: list[str]) -> list[str]:
     for name in names:
         if name not in existing:
             suggestion = did_you_mean(name, existing)
-            raise UserError(f"subsets names {name!r}, {folder} has {', '.join(existing)}.{suggestion}")
+            raise UserError(f"subsets has {name!r}, but {folder} has {', '.join(existing)}.{suggestion}")
     return list(dict.fromkeys(names)) or existing
 
 
@@ -167,7 +169,7 @@ def _chapter(folder: Path, subset: str, alignments: Path | None) -> list[FileSou
         )
     words: dict[str, tuple[str, list[Word] | UserError]] = {}
     aligned: set[str] = set()
-    warning = _NONE if alignments else ""
+    warning = _NOT_ALIGNED if alignments else ""
     times = alignments / subset / speaker / folder.name if alignments else folder
     if alignments and times.is_dir():
         try:
@@ -202,7 +204,7 @@ def _transcripts(path: Path, chapter: str) -> dict[str, str]:
 
 
 def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | UserError]]:
-    """Read an `.alignment.txt`: ('FILE:LINE', words with times in seconds, or an error) by recording id.
+    """Read an `.alignment.txt`: recording id -> ('FILE:LINE', words with times in seconds or an error).
 
     Errors of a single line: wrong format, different numbers of words and times, decreasing times. Raises UserError if
     the file cannot be read.
@@ -210,7 +212,7 @@ def read_alignment(path: Path) -> dict[str, tuple[str, list[Word] | UserError]]:
     alignments: dict[str, tuple[str, list[Word] | UserError]] = {}
     for where, line in lines_or_faults(path):
         if isinstance(line, UserError):
-            continue  # its recording is unknown, and then has no alignment
+            continue  # the recording of this line is unknown and remains without an alignment
         id = line.partition(" ")[0]
         try:
             if id in alignments:

@@ -4,8 +4,8 @@
 X.spec.pt, written by torch.save: float16 [1, 80, T], power mel of the left channel without a logarithm, each bin with
 zero mean and unit standard deviation over the recording. `txt` is the JSON output of Google's recogniser.
 
-A file of torch.save holds a pickle. The archive is checked before torch reads it with its restricted loader: nothing
-compressed, no larger than the duration of the recording allows, and no names in the pickle except those that a
+A file of torch.save holds a pickle. The archive is checked before torch reads it with its restricted loader: it has no
+compressed records, is not larger than the duration of the recording allows, and its pickle has only the names that a
 half-precision tensor needs.
 """
 
@@ -53,8 +53,8 @@ class LongContextAsrSettings:
     pairs: str = ""
     """File audio_txt_pairs.json or its folder, at which relative paths in it start."""
     read: Literal["spectrogram", "audio"] = "spectrogram"
-    """spectrogram: the stored X.spec.pt, whose feature settings are then fixed. audio: the audio files, with features
-    computed as for any other corpus."""
+    """spectrogram: the stored X.spec.pt, with fixed feature settings. audio: the audio files, with features computed as
+    for any other corpus."""
     text: Literal["required", "none"] = "required"
     """Transcripts with word times: required, or none (for pretraining)."""
     language: str = "en"

@@ -1,4 +1,4 @@
-"""NeMo manifests: one JSON object per line, for a file or a segment of one.
+"""NeMo manifests: one JSON object per line, for an audio file or a segment of it.
 
 Fields: `audio_filepath` (relative to the manifest's folder), `duration` in seconds, `text`, and optionally `offset`
 (start of a segment, in seconds), `lang` or `language`, `speaker`, `split`. Word times come from the CTM file of NeMo's
@@ -48,7 +48,7 @@ def manifest_sources(
     """List the sources of a manifest in its order, with an Unreadable for every unreadable line.
 
     Args:
-        text: whether lines need a transcript; "none" ignores existing ones.
+        text: "required": every line needs a transcript; "none": transcripts are ignored.
         language: default for lines without a language.
         split: (split of the line or None, text or id) -> split of the recording.
     Raises:
@@ -101,7 +101,7 @@ def _entry(
     if "shard_id" in fields:
         raise UserError(
             f"{where}: shard_id {shorten(fields['shard_id'])}: a line of a tarred dataset, which is not supported: "
-            "give the manifest of the plain audio files that it was made from"
+            "give the manifest of the original audio files"
         )
     name = text_field(fields, "audio_filepath", where)
     if name is None:
@@ -142,10 +142,10 @@ def _entry(
 
 
 def _with_unique_id(source: FileSource, where: str, places: dict[str, str]) -> FileSource:
-    """Source with an id that is not in `places` (id -> place) yet, and add the id there.
+    """Return the source with an id that is not in `places` (id -> location), and add the id to it.
 
-    If two segments have the same start, the duration becomes part of the id. Raises UserError for the same segment or
-    the same whole file.
+    If two segments have the same start, the duration becomes part of the id. Raises UserError for a repeated segment or
+    file.
     """
     id = source.id
     longer = f"{id}+{source.duration:.3f}" if source.duration is not None else id

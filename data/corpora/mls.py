@@ -37,7 +37,7 @@ LANGUAGES = {
     "pl": "polish",
     "pt": "portuguese",
 }
-# Names of the hub. OpenSLR's hour consists of six lists of ten minutes, which are splits of their own here.
+# Names of the hub. OpenSLR's hour consists of six lists of ten minutes, which are separate splits here.
 LIMITED = {"9_hours": ["9hr"], "1_hours": [f"1hr/{n}" for n in range(6)]} | {
     f"10_minutes_{n}": [f"1hr/{n}"] for n in range(6)
 }
@@ -79,7 +79,7 @@ class MlsSettings:
         check_not_empty("splits", self.splits, get_args(MlsSplit))
         if "train" in self.splits and set(self.splits) & set(LIMITED):
             raise UserError(
-                f"splits is {', '.join(self.splits)}: train contains the limited supervision; name only one"
+                f"splits is {', '.join(self.splits)}: train contains the limited supervision; give only one of them"
             )
         if self.gender != "all" and not self.folder:
             raise UserError("gender needs --folder: only OpenSLR's metainfo.txt holds it")
@@ -206,7 +206,7 @@ def _listed(folder: Path, split: str, speakers: set[str] | None) -> pa.Table:
         check_unusable(next(filter(None, faults)), unreadable, lines)
     if handles is not None and speakers is None and len(handles - set(ids)) > unreadable:
         missing = min(handles - set(ids))
-        raise UserError(f"{transcripts}: has no {missing}, which limited_supervision names: download the files again")
+        raise UserError(f"{transcripts}: has no {missing}, which limited_supervision lists: download the files again")
     columns = {"id": ids, "text": texts, "address": paths, "fault": faults}
     table = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
     constants = {"language": _code(folder.name), "split": part, "part": f"{folder.name}/{split}"}
@@ -221,7 +221,7 @@ def _transcript(line: str | UserError, where: str) -> tuple[str, str | None, str
     if not tab or not _ID.fullmatch(id):
         return "", f"{where}: expected SPEAKER_BOOK_NUMBER, a tab, and the text: {line[:80]!r}", ""
     text = " ".join(text.split())
-    fault = None if text else f"{where}: {id} has no transcript; the line is cut short: download the file again"
+    fault = None if text else f"{where}: {id} has no transcript; the line is truncated: download the file again"
     return id, fault, text
 
 

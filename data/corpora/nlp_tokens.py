@@ -1,8 +1,8 @@
 """Transcripts of Rev's corpora: `.nlp` token tables, their force-aligned form, and `.norm.json` spoken forms.
 
-A table has one token per line, with columns separated by `|`. Tokens whose spoken form differs have a tag
+A table has one token per line, with columns separated by `|`. Tokens with a different spoken form have a tag
 (`['15:YEAR']`); the normalisation file gives their spoken forms with probabilities. The aligned table has the spoken
-words with times; both tables are matched, so that the written words get times too.
+words with times; the tables are matched to give times to the written words.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _token(fields: Mapping[str, str], where: str) -> NlpToken:
 def read_normalizations(path: Path) -> dict[str, list[str]]:
     """Read the most probable spoken form of every tag: number -> words, which may be empty.
 
-    Of equally probable forms the first is used. Raises UserError naming the file and the tag.
+    The first of equally probable forms is used. Raises UserError naming the file and the tag.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -119,7 +119,7 @@ def _candidate(candidate: object, where: str) -> tuple[float, list[str]]:
     return score, [word.strip() for word in words]
 
 
-def written_or_spoken(
+def transcript_units(
     tokens: Sequence[NlpToken], spoken: Mapping[str, Sequence[str]] | None, punctuation: bool
 ) -> Iterator[tuple[str, list[str]]]:
     """Split the transcript into units: adjacent tokens with the same tag, or a single token.
@@ -151,8 +151,8 @@ def _marked(words: list[str], first: NlpToken, last: NlpToken, punctuation: bool
 def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpToken], name: str) -> list[Word]:
     """Words of the units with their times from the aligned table, sorted by start.
 
-    The confidence is 1 if the aligner found the word, and 0 if the time is a guess: of the aligner, or by an even
-    distribution of words without a time over the gap between their neighbours.
+    The confidence is 1 if the aligner found the word, and 0 if the time is a guess, made by the aligner or by
+    distributing words without a time evenly over the gap between their neighbours.
 
     Raises UserError naming the file if the alignment has less than half of the units.
     """
@@ -165,7 +165,7 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
     shared = sum(match is not None for match in matches)
     if 2 * shared < len(units):
         raise UserError(
-            f"{name}: has {shared} of the {len(units)} tokens of the transcript; cut short, or of another call"
+            f"{name}: has {shared} of the {len(units)} tokens of the transcript; truncated, or of another call"
         )
     words: list[str] = []
     times: list[_Time | None] = []
@@ -179,7 +179,7 @@ def timed_words(units: Sequence[tuple[str, list[str]]], aligned: Sequence[NlpTok
 def _match(a: Sequence[str], b: Sequence[str]) -> list[int | None]:
     """Index in b of every key of a, or None.
 
-    Matched between anchors, so that a section missing from one of them, however long, does not affect the rest.
+    Keys are matched between anchors, so that a section missing from a or b, of any length, does not affect the rest.
     """
     places: list[int | None] = [None] * len(a)
     i = j = 0

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files with an audio column: listed without the audio, which is read row by row.
+"""Rows of Parquet and Arrow files with an audio column: listed without the audio, which is later read row by row.
 
 An audio column is `struct<bytes: binary, path: string>` (or plain binary), as the `datasets` library writes it.
 """
@@ -26,7 +26,7 @@ from data.recording import Recording
 
 # Rows that are decoded together: few, because a row may hold an hour of audio.
 _ROWS = 8
-# Maximum number of rows of a file: a damaged one must not claim all memory.
+# Maximum number of rows of a file: a damaged file must not exhaust the memory.
 MAX_ROWS = 10_000_000
 _T = TypeVar("_T")
 
@@ -104,7 +104,7 @@ _reader: _GroupReader | None = None
 
 
 def _parquet_cell(place: Place, cache: FileCache) -> Any:
-    """Read a cell. The row group stays open, as a process reads rows in the order of its sources."""
+    """Read a cell. The row group stays open, because a process reads rows in the order of its sources."""
     global _reader
     key = (place.address, place.group, place.column, cache)
     if _reader is None or _reader.key != key or _reader.passed(place.row):
@@ -192,5 +192,5 @@ def _open_ranges(address: str) -> pq.ParquetFile:
     if "://" not in address:
         return pq.ParquetFile(pa.OSFile(address))
     store, name = fsspec.core.url_to_fs(address)
-    # Footer and text columns are small pieces between the audio: request small ranges.
+    # Small requests, because the footer and the text columns are small pieces between the audio.
     return pq.ParquetFile(store.open(name, block_size=1 << 20), pre_buffer=True)

@@ -1,4 +1,4 @@
-"""Table of the corpora, which have one module each."""
+"""Table of the corpora by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CORPORA: dict[str, Corpus] = {
         debian_voices.sources,
     ),
     "folder": Corpus(
-        "your own audio: files with .txt transcripts beside them, or a NeMo manifest (JSON lines)",
+        "your own audio: a folder of audio files and .txt transcripts, or a NeMo manifest (JSON lines)",
         folder.FolderSettings,
         folder.sources,
     ),

@@ -1,7 +1,7 @@
-"""Local cache of whole files of a remote store: the Hugging Face hub, or any that fsspec supports.
+"""Local cache of the files of a remote store: the Hugging Face hub, or any store that fsspec supports.
 
-A file is downloaded once for all processes that share the cache folder, in ranges that are retried one by one, and gets
-its name when it is complete. With a size limit, the least recently used files are removed.
+A file is downloaded once for all processes that share the cache folder, in ranges that are retried separately, and is
+renamed when it is complete. With a size limit, the least recently used files are removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileCache:
-    """Folder of downloaded files with a limit of their size."""
+    """Folder of downloaded files, with a limit of their total size."""
 
     folder: str
     """Created if it is missing."""
@@ -103,8 +103,8 @@ def retried(action: Callable[[], _T], address: str) -> _T:
         return retry(lambda: _with_status(action), address, RETRIES)
     except PermissionError as error:
         raise UserError(
-            f"{address}: access is refused ({error}). If the dataset is gated, accept its terms on its page, then log "
-            "in with `hf auth login` or set HF_TOKEN"
+            f"{address}: access denied ({error}). If the dataset is gated, accept its terms on its page, then log in "
+            "with `hf auth login` or set HF_TOKEN"
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"{address}: no such file, or it is visible only after logging in") from error

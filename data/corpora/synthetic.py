@@ -1,4 +1,4 @@
-"""Synthetic speech: sentences from small grammars, spoken by espeak-ng, with exact word times.
+"""Synthetic speech: sentences from small grammars, synthesised by espeak-ng, with exact word times.
 
 Every recording is a pure function of its source (seed, id, language, length), so its content depends on neither the
 worker nor an interruption. Splits share neither voices (a language with a variant of espeak) nor sentences (split by
@@ -50,7 +50,7 @@ class SyntheticSettings:
     """Synthetic corpus."""
 
     languages: list[Language] = field(default_factory=lambda: ["en", "de", "es", "cs"])
-    """Languages, with equal shares of the utterances; a repeated one has a multiple of the share. Known: en, de, fr,
+    """Languages, with equal shares of the utterances; a language that is given n times has n shares. Known: en, de, fr,
     es, it, nl, cs."""
     train_hours: NonNegativeFloat = 4.0
     """Hours of training speech, accurate to a few per cent."""
@@ -73,7 +73,7 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """Synthetic recording of sentences until `seconds` are reached (0: a random length of a short utterance)."""
+    """Synthetic recording of at least `seconds`; 0 is a short utterance of random length."""
 
     id: str
     split: str
@@ -123,14 +123,14 @@ def sources(settings: SyntheticSettings) -> list[SyntheticSource]:
     return listed
 
 
-def split_of(sentence: str) -> str:
+def sentence_split(sentence: str) -> str:
     """Split of a sentence, the same for all voices."""
     share = hash_share(sentence)
     return "test" if share < _TEST_SHARE else "dev" if share < _TEST_SHARE + _DEV_SHARE else "train"
 
 
 def draw_synthesizer(rng: random.Random, language: str, variant: str, digest: bytes) -> Synthesizer:
-    """Draw speed and pitch of a voice; bytes 16 to 19 of the digest seed its breath noise."""
+    """Synthesizer with a random speed and pitch; bytes 16 to 19 of the digest are the seed of its breath noise."""
     return Synthesizer(
         f"{_BASE_VOICE.get(language, language)}+{variant}",
         words_per_minute=140 + int(50 * rng.random()),
@@ -150,7 +150,7 @@ def _sentences(
         topic = topics[int(now / _SECONDS_ON_A_TOPIC) % len(topics)] if topics else None
         while True:
             sentence = grammar.sentence(rng, topic)
-            if split_of(" ".join(sentence)) == split:
+            if sentence_split(" ".join(sentence)) == split:
                 return sentence
 
     return draw

@@ -1,9 +1,9 @@
 """Tables in text files: tab- or comma-separated values under a header. An unreadable row becomes an error value.
 
-Corpora use two forms: plain values, where quotation marks have no meaning (a sentence may start with one that is never
-closed), and CSV, where a quoted value may contain the separator and line ends, and doubles its quotation marks. A
-tab-separated row is plain if it has as many values as the header, and CSV if only that makes it complete or the header
-is quoted.
+Corpora use two forms: plain values, in which quotation marks have no meaning (a sentence may start with one that is
+never closed), and CSV, in which a quoted value may contain the separator and line ends, and doubles its quotation
+marks. A tab-separated row is parsed as CSV if the header is quoted, or if only this gives the number of values of the
+header; else as plain values.
 """
 
 from __future__ import annotations
@@ -45,39 +45,39 @@ def table_rows(
     header = _quoted(first, separator) or first.split(separator)
     if set(needed) - set(header) or len(set(header)) < len(header):
         raise UserError(f"{where}: expected the columns {', '.join(needed)}, found {', '.join(header)[:300]}")
-    ahead: deque[_Line] = deque()
-    while row := ahead.popleft() if ahead else next(lines, None):
+    lookahead: deque[_Line] = deque()
+    while row := lookahead.popleft() if lookahead else next(lines, None):
         where, line = row
-        values = line if isinstance(line, UserError) else _row(line, lines, ahead, len(header), separator, csv)
+        values = line if isinstance(line, UserError) else _row(line, lines, lookahead, len(header), separator, csv)
         if isinstance(values, int):
             values = UserError(f"{where}: {values} values where the header has {len(header)}: {str(line)[:80]!r}")
         yield where, values if isinstance(values, UserError) else dict(zip(header, values, strict=True))
 
 
 def _row(
-    line: str, lines: Iterator[_Line], ahead: deque[_Line], count: int, separator: str, csv: bool
+    line: str, lines: Iterator[_Line], lookahead: deque[_Line], count: int, separator: str, csv: bool
 ) -> list[str] | int:
-    """Values of the row that starts with this line and may continue in `ahead`.
+    """Values of the row that starts with this line and may continue in `lookahead`.
 
     Returns the number of values of this line if the row does not have `count` values. `csv`: all rows are CSV.
     """
     plain = line.split(separator)
-    whole = not csv and len(plain) == count
+    is_complete = not csv and len(plain) == count
     # A last value with an opening but no closing quotation mark may continue in the next line.
-    if whole and not (plain[-1].startswith('"') and _quoted(plain[-1], separator) is None):
+    if is_complete and not (plain[-1].startswith('"') and _quoted(plain[-1], separator) is None):
         return [_DOUBLED.sub(_undoubled, value) if _DOUBLED.fullmatch(value) else value for value in plain]
     text = line
     for taken in range(_MOST_LINES):
         values = _quoted(text, separator)
         if values is not None and len(values) == count:
             for _ in range(taken):
-                ahead.popleft()
+                lookahead.popleft()
             return values
         if '"' not in text:
             break
-        if len(ahead) == taken:
-            ahead.extend([after] if (after := next(lines, None)) else [])
-        following = ahead[taken][1] if taken < len(ahead) else None
+        if len(lookahead) == taken:
+            lookahead.extend([after] if (after := next(lines, None)) else [])
+        following = lookahead[taken][1] if taken < len(lookahead) else None
         # A line that is a complete row does not continue another one.
         if not isinstance(following, str) or count in (
             len(following.split(separator)),
@@ -85,7 +85,7 @@ def _row(
         ):
             break
         text += f"\n{following}"
-    return plain if whole else len(plain)
+    return plain if is_complete else len(plain)
 
 
 def _quoted(text: str, separator: str) -> list[str] | None:

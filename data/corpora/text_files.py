@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import UserError
 from data.audio.folders import is_clutter
 
-# Far above the lines of transcripts and tables; without a limit, a file without line ends would fill the memory.
+# Much longer than any line of a transcript or table; without a limit, a file without line ends would fill the memory.
 MAX_LINE_BYTES = 1 << 20
 
 

@@ -4,13 +4,13 @@ Two codecs; `python -m benchmarks.compression` compares them with the alternativ
 
 `shuffle-zstd`
     Lossless. Two zstd frames, one after the other: the low bytes of all values, then the high bytes as differences from
-    the previous frame. Low and high bytes have different frequencies, and so each get their own entropy code.
+    the previous frame. Low and high bytes have different distributions, so each plane has its own entropy code.
 `uint8`
     Every bin is quantised to 256 even steps between its minimum and maximum in the block, with an error of at most half
     a step. Bounds (float16 [2, M]), then a zstd frame of the steps as differences from the previous frame.
 
-A block holds only its values: its size in bytes, frames, bins and codec are stored elsewhere. Damage that decodes
-without an error is detected by the checksums, which cover the decoded values.
+A block holds only values; its size in bytes, frames, bins and codec are stored elsewhere. Damage that decodes without
+an error is detected by the checksums, which cover the decoded values.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def decode_range(
         if start <= top and bottom <= stop:
             decode(data[left:right], codec, out[top - start : bottom - start])
         else:  # the range starts or stops inside the block
-            whole = np.empty((bottom - top, out.shape[1]), np.float16)
-            decode(data[left:right], codec, whole)
+            values = np.empty((bottom - top, out.shape[1]), np.float16)
+            decode(data[left:right], codec, values)
             inside = slice(max(top, start), min(bottom, stop))
-            out[inside.start - start : inside.stop - start] = whole[inside.start - top : inside.stop - top]
+            out[inside.start - start : inside.stop - start] = values[inside.start - top : inside.stop - top]
 
 
 def check_codec(codec: str) -> None:
@@ -137,7 +137,7 @@ def _cumulative_sums(differences: np.ndarray) -> np.ndarray:
 def _minimum_and_step(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Minimum and step size of every bin, float32 [M] each, from the bounds float16 [2, M]."""
     minimum, maximum = bounds.astype(np.float32)
-    with np.errstate(invalid="ignore"):  # infinite bounds; `decode` refuses the result
+    with np.errstate(invalid="ignore"):  # infinite bounds; `decode` rejects the result
         return minimum, (maximum - minimum) / np.float32(_STEPS)
 
 

@@ -37,7 +37,7 @@ from data.format.schema import (
     shard_name,
     statistics_range,
 )
-from data.storage.local import CutShort, Storage, StorageSettings
+from data.storage.local import Storage, StorageSettings, TruncatedFile
 from data.storage.opening import open_storage
 from data.transcripts import Word
 
@@ -49,12 +49,12 @@ _REQUIRED = {"layout", "features", "feature_hash", "fingerprint", "recordings", 
 
 
 class Dataset:
-    """A dataset open for reading. Recordings are numbered 0 .. len - 1 in the order of the index (sorted by id).
+    """Dataset opened for reading. Recordings are numbered 0 .. len - 1 in the order of the index (sorted by id).
 
     Attributes:
         location: folder or URL.
         name: name in reports.
-        features: the FeatureSettings of its log-mel.
+        features: FeatureSettings of the log-mel.
         fingerprint: SHA-256 (hex) of its content.
         frames: int64 [N], length of every recording.
         total_frames: int, their sum.
@@ -94,7 +94,7 @@ class Dataset:
         return len(self.frames)
 
     def identity(self) -> dict[str, str]:
-        """Every feature setting by name, and the fingerprint: a resumed run compares them with its own."""
+        """Feature settings by name, and the fingerprint; a resumed run compares them with those of its checkpoint."""
         features = {f"features.{name}": str(value) for name, value in self.features.to_dict().items()}
         return {**features, "dataset": self.fingerprint}
 
@@ -142,7 +142,7 @@ class Dataset:
     def select(
         self, split: str | None = None, language: str | None = None, ids: Iterable[str] | None = None
     ) -> np.ndarray:
-        """Numbers (int32, ascending) of the recordings that match all given conditions. UserError if none does."""
+        """Numbers (int32, ascending) of the recordings that meet all conditions. Raises UserError if there are none."""
         conditions = {name: value for name, value in (("split", split), ("language", language)) if value is not None}
         keep = np.ones(len(self), bool)
         for name, value in conditions.items():
@@ -152,21 +152,21 @@ class Dataset:
             keep &= codes == names.index(value)
         numbers = np.flatnonzero(keep).astype(np.int32)
         if ids is not None:
-            number_of = {id: self.index.find(id) for id in sorted(set(ids))}
-            missing = [id for id, number in number_of.items() if number is None]
+            numbers_by_id = {id: self.index.find(id) for id in sorted(set(ids))}
+            missing = [id for id, number in numbers_by_id.items() if number is None]
             if missing:
                 raise UserError(f"{self.location}: no recording {missing[0]!r} ({len(missing)} ids are unknown)")
-            numbers = np.intersect1d(numbers, np.array(list(number_of.values()), np.int32))
+            numbers = np.intersect1d(numbers, np.array(list(numbers_by_id.values()), np.int32))
         if not len(numbers):
-            described = ", ".join(f"{name} {value!r}" for name, value in conditions.items())
-            raise UserError(f"{self.location}: no recording with {described} together")
+            given = [f"{name} {value!r}" for name, value in conditions.items()] + ["one of the ids"] * (ids is not None)
+            raise UserError(f"{self.location}: no recording with {' and '.join(given)}")
         return numbers
 
     def read(self, recording: int, start: int = 0, stop: int | None = None, verify: bool = False) -> np.ndarray:
         """Frames [start, stop) as float16 [stop - start, M].
 
         verify: check the checksums of the blocks that the range touches, which are then read completely.
-        Raises UserError that names recording and shard: missing, cut short, or (verify) a changed block.
+        Raises UserError that names recording and shard: missing, truncated, or (verify) a changed block.
         """
         frames = int(self.frames[recording])
         stop = frames if stop is None else stop
@@ -185,8 +185,8 @@ class Dataset:
         """Read frames [start, start + n) into `out` (C-contiguous float16 [n, M]). Raises as `read`."""
         try:
             read_frames(self.storage, self.index, self.encoding, recording, start, out)
-        except CutShort as error:
-            raise UserError(f"{self.place(recording)}: the shard is cut short; {DAMAGED}") from error
+        except TruncatedFile as error:
+            raise UserError(f"{self.place(recording)}: the shard is truncated; {DAMAGED}") from error
         except (OSError, UserError) as error:
             raise UserError(f"{self.place(recording)}: {error}; {DAMAGED}") from error
 
@@ -266,7 +266,7 @@ class Dataset:
         for shard in shards:
             name = shard_name(shard)
             if (self.path / name).is_symlink():
-                raise UserError(f"{self.path / name} is a symbolic link; refused, a shard must be a file in its folder")
+                raise UserError(f"{self.path / name} is a symbolic link: replace it with the shard itself")
             size = self.storage.size(name)
             if size is None:
                 missing.append(name)
@@ -278,7 +278,7 @@ class Dataset:
             names = sorted({shard_name(shard) for shard in self.index.shard[beyond].tolist()})
             ids = ", ".join(repr(self.id(recording)) for recording in beyond[:8])
             raise UserError(
-                f"{self.location}: {', '.join(names[:8])} cut short: {len(beyond)} recordings are incomplete "
+                f"{self.location}: {', '.join(names[:8])} are truncated: {len(beyond)} recordings are incomplete "
                 f"({ids}{', ...' if len(beyond) > 8 else ''}); {DAMAGED}"
             )
 
@@ -291,10 +291,10 @@ def open_dataset(
 ) -> Dataset:
     """Open a dataset: a folder, or a URL of object storage, whose index is then copied to this machine once.
 
-    check: raise an error if shards are missing or cut short. Without it, and always with a URL (one request per shard
-    would take too long), an error is raised when a shard is read, and recordings that are complete stay readable.
+    check: raise an error if shards are missing or truncated. Without it, and always with a URL (one request per shard
+    would take too long), the error is raised when a shard is read, and complete recordings stay readable.
 
-    Raises UserError: not a dataset, incomplete, another format, missing or short shards.
+    Raises UserError: not a dataset, incomplete, another format version, missing or truncated shards.
     """
     store = open_storage(location, storage)
     place = f"{store.location.rstrip('/')}/{DATASET_FILE}"
@@ -305,7 +305,7 @@ def open_dataset(
                     f"{location} is incomplete: its preparation was interrupted; run the same command again"
                 )
             raise UserError(
-                f"{location} is not a dataset: it has no {DATASET_FILE}. `python -m data.prepare` makes one"
+                f"{location} is not a dataset: it has no {DATASET_FILE}. `python -m data.prepare` writes datasets"
             )
         fields = as_object(parse_json(store.read(DATASET_FILE), place), place)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Memory-mapped index of a dataset (reader; `data.format.index_writer` writes it).
 
-Opening loads nothing: ten million recordings take no private memory, and the pages that are read are shared by all
-processes of a machine.
+Opening an index of ten million recordings takes almost no private memory, and all processes of a machine share the
+pages that they read.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def read_batches(
 
 
 def has_nulls(name: str, column: pa.Array) -> bool:
-    """Whether a required value is null, in the column or in the lists and structs of it."""
+    """True if a required value of the column, or of the lists and structs in it, is null."""
     if column.null_count and name not in _OPTIONAL:
         return True
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):

@@ -1,4 +1,4 @@
-"""Writer of the index: the rows of every shard, and the merge of all rows that makes a folder a dataset."""
+"""Writer of the index: the rows of every shard, and the merge of all rows, which completes a dataset."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _CRC32_BYTES = 4  # after the rows of a shard
 class Fingerprint:
     """SHA-256 over the recordings in the order of the index: ids, audio (by checksums) and labels.
 
-    It does not cover the position in shards, so it is the same for a dataset written in one pass, in parts, or after
+    It does not cover positions in shards, so it is the same for a dataset written in one pass, in parts, or with
     interruptions.
     """
 
@@ -61,7 +61,7 @@ class Fingerprint:
 
 
 def format_fields(features: FeatureSettings, encoding: Encoding) -> dict[str, Any]:
-    """First fields of dataset.json and preparing.json."""
+    """Common fields of dataset.json and preparing.json."""
     fields = {"format_version": FORMAT_VERSION, "layout": encoding}
     return {**fields, "features": features.to_dict(), "feature_hash": features.hash()}
 
@@ -115,9 +115,9 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], num_mels: int) -> Non
 def read_rows(path: Path, num_mels: int) -> pa.RecordBatch:
     """Memory-map rows-NNNNN.arrow as one batch. Raises UserError if it is damaged."""
     try:
-        whole = pa.memory_map(str(path)).read_buffer()
-        content = whole.slice(0, max(0, whole.size - _CRC32_BYTES))
-        if zlib.crc32(content).to_bytes(_CRC32_BYTES, "little") != whole.slice(content.size):
+        buffer = pa.memory_map(str(path)).read_buffer()
+        content = buffer.slice(0, max(0, buffer.size - _CRC32_BYTES))
+        if zlib.crc32(content).to_bytes(_CRC32_BYTES, "little") != buffer.slice(content.size):
             raise damage_error(path, "its checksum is wrong")
         (batch,) = read_batches(path, pa.BufferReader(content), rows_schema(num_mels), max_batches=1)
         batch.validate(full=True)

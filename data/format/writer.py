@@ -43,9 +43,9 @@ MAX_SHARD_BYTES = 2_000_000_000
 
 
 class DatasetWriter:
-    """Writer of a dataset folder, which continues an interrupted preparation.
+    """Writer of a dataset folder; continues an interrupted preparation.
 
-        with DatasetWriter(folder, settings) as writer:   # leaving the block, even by an error, keeps added recordings
+        with DatasetWriter(folder, settings) as writer:   # on exit, also by an error, added recordings are kept
             writer.add(Recording("a"), log_mel)           # skip ids in writer.done_ids
             writer.finish()                               # makes the folder a dataset
 
@@ -54,7 +54,7 @@ class DatasetWriter:
     Args:
         path: folder of the dataset; created if missing.
         feature_settings: settings of the log-mel.
-        max_shard_bytes: maximum size of a shard; a longer recording fills a shard alone.
+        max_shard_bytes: maximum size of a shard; a larger recording gets a separate shard.
         part, parts: number of this writer (from 0) and of all writers, which must agree. Its shards have the numbers
             part, part + parts, part + 2 parts, ...
         name: name of the dataset in reports.
@@ -93,11 +93,11 @@ class DatasetWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder is a complete dataset, to which nothing can be added."""
+        """True if the folder is a complete dataset, which accepts no more recordings."""
         return (self.path / DATASET_FILE).is_file()
 
     def add(self, recording: Recording, log_mel: np.ndarray | Tensor) -> None:
-        """Append a recording. log_mel: float [frames, M]. Raises UserError for a repeated id or bad values."""
+        """Append a recording. log_mel: float [frames, M]. Raises UserError for a repeated id or invalid values."""
         if self.finished:
             raise UserError(f"{self.path} is a finished dataset: choose another folder, or delete this one")
         if recording.id in self.done_ids:
@@ -148,8 +148,8 @@ class DatasetWriter:
     def finish(self) -> bool:
         """Close the last shard. The last part to finish merges all parts, which makes the folder a dataset.
 
-        Returns whether the folder is a dataset now: with several parts, False for all but the last. Raises UserError if
-        the parts contain a recording twice, or no recordings.
+        Returns True if the folder is now a dataset; with several parts, only the last one returns True. Raises
+        UserError if the parts contain a recording twice, or no recordings.
         """
         if self.finished:
             return True
@@ -158,7 +158,7 @@ class DatasetWriter:
             write_json(self._finished_part(self.part), {"recordings": len(self.done_ids)})
             if self.missing_parts():
                 return False
-            # A lock on a file: shared file systems do not propagate locks on folders to other machines.
+            # A file is locked because shared file systems do not propagate locks of folders to other machines.
             with locked(self.path / "part-merge.lock", wait=True):
                 if not self.finished:  # else another part merged meanwhile
                     self._merge()
@@ -178,12 +178,12 @@ class DatasetWriter:
 
     def _merge(self) -> None:
         try:
-            # Counted before the rows are listed, so that rows which disappear afterwards are noticed.
+            # Counted before the rows are listed, so that rows that disappear in between are detected.
             counts = [read_json_object(self._finished_part(part)).get("recordings", 0) for part in range(self.parts)]
             indexes = sorted(self.path.glob("rows-*.arrow"))
             if not sum(counts):
                 self._finished_part(self.part).unlink()
-                raise UserError(f"{self.path}: no recording was added, there is nothing to finish")
+                raise UserError(f"{self.path}: no recordings were added; a dataset needs at least one")
             write_dataset(self.path, indexes, self.features, self.encoding, self.name, len(indexes), sum(counts))
         except (UserError, OSError):
             if not self.finished:  # else another machine merged first, on a file system without locks
@@ -206,7 +206,7 @@ class DatasetWriter:
         locks.enter_context(locked(self.path / f"part-{self.part:05d}.lock"))
         self._unlock = weakref.finalize(self, locks.close)
         self.shard = self.part
-        shards = any(self.path.glob("shard-*"))  # first: another part may be about to start the dataset
+        shards = any(self.path.glob("shard-*"))  # listed first: another part may be starting the dataset
         existing = [path for name in (DATASET_FILE, PREPARING_FILE) if (path := self.path / name).is_file()]
         for path in existing:
             self._check_fields(read_json_object(path), path)
@@ -252,7 +252,7 @@ class DatasetWriter:
     def _open_shard(self) -> None:
         self.file = os.open(self._temporary(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self.data_bytes = self.header_used = 0
-        # Real bytes, no hole: the header must still fit if the disk fills up later.
+        # Written, not left as a hole in the file: the header must still fit if the disk fills up later.
         _write_all(self.file, np.full(self.header_bytes, ord(" "), np.uint8), 0)
 
     def _finish_shard(self) -> None:
@@ -306,27 +306,27 @@ class DatasetWriter:
             with contextlib.suppress(OSError):
                 self._finish_shard()
             self._drop_shard()
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             free = shutil.disk_usage(self.path).free >> 20 if self.path.is_dir() else 0
+            fix = f"Free some space ({free} MiB are left)" if disk_full else "Correct this"
             raise UserError(
-                f"{self.path}: {'the disk is full' if full else 'writing failed'} ({error}); "
-                f"{len(self.done_ids)} recordings are written and kept. "
-                f"{f'Free some space ({free} MiB are left)' if full else 'Fix this'} and run the same command again"
+                f"{self.path}: {'the disk is full' if disk_full else 'writing failed'} ({error}); "
+                f"{len(self.done_ids)} recordings are written and kept. {fix} and run the same command again"
             ) from error
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a file (created if missing) or of a folder. Raises UserError if another process holds it."""
-    kind = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-    lock = os.open(path, kind, 0o644)
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    lock = os.open(path, flags, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"{path}: another process is writing this dataset; wait for it or stop it") from error
         except OSError:
-            pass  # a file system without locks: the folder is unprotected, nothing else is lost
+            pass  # file system without locks: the folder is not protected from concurrent writers
         yield
     finally:
         os.close(lock)

@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Crops of a batch and their positions: the request to a worker."""
+    """Request to a worker: the crops of a batch and their positions."""
 
     crops: np.ndarray
     """int64 [8, n], by row, then slot: row, slot, first frame within the row; recording, start, stop, seed and item of
@@ -77,7 +77,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class BatchContent:
-    """Arrays of a batch: the response of a worker."""
+    """Response of a worker: the arrays of a batch."""
 
     log_mel: Tensor | None
     """float32 [R, F, M]; None if it is in the shared buffer"""
@@ -116,7 +116,7 @@ class SharedBuffers:
 class RowReader:
     """Dataset of batches for workers: `reader[plan]` reads, normalises and places the crops of a plan.
 
-    A crop that fails twice is replaced by one that is determined by its seed, so all processes choose the same. Its
+    A crop that fails twice is replaced by another, which its seed determines, so all processes choose the same one. Its
     slot stays empty if SUBSTITUTES replacements do not fit or fail as well. If the storage fails for two crops, after
     the retries of its settings, the result is a UserError, because the recordings are not the cause.
 

@@ -1,8 +1,8 @@
 """Cutting of long recordings between words, so that the audio of a crop contains exactly its words.
 
-A *unit* is never divided: a word, overlapping words, or a run of words with guessed times (confidence 0) with the gaps
-around it, anywhere in which these words may be. Units are disjoint and sorted, in whole frames, so the unit at a frame
-is found by bisection: a recording of ten hours is cut in milliseconds.
+A *unit* is never divided: a word, a group of overlapping words, or a run of words with guessed times (confidence 0)
+together with the gaps around it, because these words may lie anywhere in it. Units are disjoint, sorted and measured in
+frames, so the unit at a frame is found by bisection: a recording of ten hours is cut in milliseconds.
 
 Crops do not overlap the excluded stretches of the recording, and have at most `max_frames` frames.
 """
@@ -36,8 +36,8 @@ class CuttingSettings:
     """Treatment of words at the cuts of long recordings."""
 
     straddling: Literal["shift", "drop", "mask"] = "shift"
-    """Word that spans the nominal cut. shift: cut earlier, at the nearest pause, or else as mask. drop: the text of the
-    word is in neither crop, its audio in both. mask: neither its text nor its frames are in a crop."""
+    """Treatment of a word that spans a nominal cut. shift: cut at an earlier pause or word boundary, or else as mask.
+    drop: its text is in neither crop, its audio is split between both. mask: its text and frames are in no crop."""
     shift_seconds: float = 2.0
     """Maximum number of seconds by which shift cuts earlier."""
 
@@ -71,7 +71,7 @@ class Units:
     first: np.ndarray
     """int64 [n + 1], index of the first word; the last entry is the number of words"""
     guessed: np.ndarray
-    """bool [n], True if the unit has a word with a guessed time, beside which no cut is placed"""
+    """bool [n], True if a word of the unit has a guessed time; no cut is placed next to such a unit"""
 
     def words(self, unit: int) -> range:
         """Indices of the words of a unit."""
@@ -86,10 +86,10 @@ def cut_recording(
     settings: CuttingSettings | None = None,
     excluded: Sequence[tuple[float, float]] = (),
 ) -> RecordingCrops:
-    """Cut a recording into crops of at most `max_frames` outside excluded stretches; every word is in one or counted.
+    """Cut a recording, without its excluded stretches, into crops of at most `max_frames`; count the words in no crop.
 
-    A stretch between excluded ones stays whole if it is short enough. Others are cut at nominal positions, every
-    `max_frames` from the start of the stretch or, with shift, from the last cut.
+    A stretch between two excluded stretches is a single crop if it is short enough. Longer ones are cut at nominal
+    positions: every `max_frames` from the start of the stretch or, with shift, from the previous cut.
 
     The frames of a masked word are removed by ending a crop at its first frame and starting the next one after its
     last. This equals masking them in attention, loss and scoring, because the encoder masks gaps between segments.
@@ -138,7 +138,7 @@ def cut_recording(
 
 
 def find_units(words: Sequence[Word], frames: int, frames_per_second: float, merge: bool) -> Units:
-    """Units of a recording. With merge=False every word is a unit; units may then overlap, sorted by start."""
+    """Units of a recording, sorted by start. With merge=False every word is a unit, and units may overlap."""
     count = len(words)
     start, end = (
         np.rint(np.fromiter((word[field] for word in words), np.float64, count) * frames_per_second)
@@ -168,8 +168,8 @@ def excluded_frames(excluded: Sequence[tuple[float, float]], frames: int, frames
             raise UserError(f"excluded stretch {start} to {end} s: 0 <= start <= end is required")
     # Rounded first, since 0.07 * 100 is slightly more than 7.
     spans = np.round(np.array(excluded, np.float64).reshape(-1, 2) * frames_per_second, 6)
-    whole = np.stack([np.floor(spans[:, 0]), np.ceil(spans[:, 1])], axis=1)
-    return _merged(whole.clip(0, frames).astype(np.int64))
+    rounded = np.stack([np.floor(spans[:, 0]), np.ceil(spans[:, 1])], axis=1)
+    return _merged(rounded.clip(0, frames).astype(np.int64))
 
 
 def _merged(spans: np.ndarray) -> np.ndarray:
@@ -208,7 +208,7 @@ class _Stretch:
 
 
 class _Cutter:
-    """Crops (first frame, stop, units) of a stretch from left to right, and the units in none."""
+    """Builder of the crops (first frame, stop, units) of a stretch, from left to right; `lost` has the other units."""
 
     def __init__(self, stretch: _Stretch) -> None:
         self.start, self.end = stretch.start.tolist(), stretch.end.tolist()
@@ -239,14 +239,14 @@ _CropsAndLost = tuple[list[tuple[int, int, Any]], list[int]]
 
 
 def _drop(stretch: _Stretch, max_frames: int) -> _CropsAndLost:
-    """Cut at every nominal position; units that contain one are lost."""
+    """Cut at every nominal position; units that span a cut are lost."""
     cuts = [*range(stretch.first, stretch.stop, max_frames), stretch.stop]
     last = len(cuts) - 2
     first_crop = np.minimum((stretch.start - stretch.first) // max_frames, last)
     last_crop = np.maximum(-(-(stretch.end - stretch.first) // max_frames) - 1, first_crop)
-    whole = np.flatnonzero(first_crop == last_crop)  # sorted by crop, because units are sorted by start
-    edges = np.searchsorted(first_crop[whole], np.arange(last + 2))
-    crops = [(cuts[k], cuts[k + 1], whole[edges[k] : edges[k + 1]]) for k in range(last + 1)]
+    undivided = np.flatnonzero(first_crop == last_crop)  # sorted by crop, because units are sorted by start
+    edges = np.searchsorted(first_crop[undivided], np.arange(last + 2))
+    crops = [(cuts[k], cuts[k + 1], undivided[edges[k] : edges[k + 1]]) for k in range(last + 1)]
     return crops, np.flatnonzero(first_crop < last_crop).tolist()
 
 
@@ -269,11 +269,11 @@ def _shift(stretch: _Stretch, max_frames: int, limit: int, margin: int, silence:
     count = len(cutter.start)
     gap = stretch.start - np.concatenate([[stretch.first], stretch.end])[:count]
     cut_before = (stretch.start - np.minimum(gap // 2, margin)).tolist()
-    beside_guess = stretch.guessed | np.concatenate([[False], stretch.guessed])[:count]
-    # For every unit, the last one up to it that a cut may precede: in a pause, and at any word boundary.
+    next_to_guess = stretch.guessed | np.concatenate([[False], stretch.guessed])[:count]
+    # Last unit, up to and including each unit, before which a cut is allowed: in a pause, and at any word boundary.
     pause, boundary = (
         np.maximum.accumulate(np.where(allowed, np.arange(count), -1)).tolist()
-        for allowed in (~beside_guess & (gap >= silence), ~beside_guess)
+        for allowed in (~next_to_guess & (gap >= silence), ~next_to_guess)
     )
     while stretch.stop - cutter.first > max_frames:
         nominal = cutter.first + max_frames

@@ -25,7 +25,7 @@ class HeldoutSettings:
     share: ClosedUnitInterval = 0.0
     """share of the recordings of data.split to validate on instead of a split; they are excluded from training"""
     every_steps: NonNegativeInt = 1000
-    """optimizer steps between two validations; there is also one at the end of the run; 0 disables validation"""
+    """optimizer steps between validations, in addition to the one at the end of the run; 0 disables validation"""
     max_seconds: PositiveFloat = 1800.0
     """maximum amount of audio, over all processes; it is kept in memory (32 KB per second)"""
     seed: int = 0
@@ -43,7 +43,7 @@ def split_recordings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Recordings to train on and recordings to validate on, int32 [N] each; the latter are empty without validation.
 
-    Raises UserError if the dataset lacks the split, the split is trained on, or the share has no recording or all.
+    Raises UserError if the dataset lacks the split, the split is trained on, or the share selects none or all.
     """
     training = dataset.select(split=data.split)
     if settings.share:
@@ -85,16 +85,16 @@ def heldout_batches(
     """Read this rank's batches of held-out rows, with masks. All ranks have the same number of batches.
 
     Rows, crops and masks are a pure function of dataset and settings: they depend neither on `accumulation` nor on the
-    number of processes and workers. Rows that only fill up the last batch have an empty mask, and so no targets. See
+    number of processes and workers. Padding rows of the last batch have an empty mask, hence no targets. See
     `RowLoader` for the arguments.
 
     Raises:
-        UserError: no recording has data.min_seconds, with an explicit split or share; or unreadable recordings.
+        UserError: all recordings of an explicit split or share are below data.min_seconds, or some are unreadable.
     """
     if not len(recordings) or not settings.every_steps:
         return []
-    rows = data.rows // accumulation  # in a batch of all ranks: as many as a forward pass in training
-    # All crops form one block: its first rows are a random sample of all recordings.
+    rows = data.rows // accumulation  # per batch, over all ranks, as in a forward pass of training
+    # All crops form one block, so that its first rows are a random sample of all recordings.
     data = replace(data, rows=rows, seed=settings.seed, num_workers=0, block_crops=sys.maxsize)
     try:
         crops = CropOrder(dataset.frames, *data.crop_frames(dataset), settings.seed, recordings)

@@ -1,4 +1,4 @@
-"""Data loader: optimizer steps of packed rows, equal for any world size and number of workers.
+"""Data loader: optimizer steps of packed rows, identical for any world size and number of workers.
 
 The main process plans batches (integers only); workers read, normalise and place the frames. A plan determines its
 batch completely, so the assignment of batches to workers has no effect.
@@ -71,7 +71,7 @@ class LoaderSettings:
     split: str = "train"
     """Split to read."""
     row_frames: PositiveInt = 2000
-    """Mel frames per row (100 per second); a multiple of the encoder's subsampling factor."""
+    """Mel frames per row (100 per second by default); a multiple of the encoder's `row_multiple`."""
     rows: PositiveInt = 16
     """Rows per optimizer step, summed over processes and accumulation steps."""
     max_segments: PositiveInt = 16
@@ -83,9 +83,9 @@ class LoaderSettings:
     max_seconds: float = 20.0
     """Maximum length of a crop: longer recordings are cut."""
     num_workers: NonNegativeInt = 2
-    """Reading processes per training process; 0 reads in the training process."""
+    """Worker processes per training process; 0 reads in the training process."""
     prefetch: PositiveInt = 2
-    """Batches that every worker reads ahead."""
+    """Batches that every worker prefetches."""
     normalisation: Normalisation = "recording"
     """Zero mean and unit variance of every mel bin, over the 'recording' or the 'dataset'."""
     seed: int = 0
@@ -95,7 +95,7 @@ class LoaderSettings:
     max_quarantined: NonNegativeInt = 16
     """Maximum number of unreadable recordings per process, which are replaced; more are an error."""
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
-    """Start method of workers. 'fork' is the fastest; use another one if a library does not support forking."""
+    """Start method of workers. 'fork' is the fastest; use another if a library does not support forking."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_seconds <= self.max_seconds:
@@ -155,8 +155,8 @@ class RowLoader:
         state: initial position; None is the start of the stream.
 
     Raises:
-        UserError: rows that are not divisible among the processes, crops longer than a row, a state of other data;
-            during iteration, too many unreadable recordings.
+        UserError: rows that are not divisible among the processes, crops longer than a row, a state that belongs to
+            other data; during iteration, too many unreadable recordings.
     """
 
     def __init__(
@@ -176,10 +176,10 @@ class RowLoader:
         shares = world_size * accumulation
         if settings.rows % shares:
             below = settings.rows // shares * shares
-            works = " or ".join(str(rows) for rows in (below, below + shares) if rows)
+            nearest = " or ".join(str(rows) for rows in (below, below + shares) if rows)
             raise UserError(
                 f"data.rows is {settings.rows}: it must be a multiple of world size {world_size} x accumulation "
-                f"{accumulation} = {shares}; nearest: {works}"
+                f"{accumulation} = {shares}; nearest: {nearest}"
             )
         self.dataset, self.crops, self.settings = dataset, crops, settings
         self.rank, self.accumulation = rank, accumulation
@@ -297,11 +297,11 @@ class RowLoader:
         if not folder.is_dir():
             return
         batch = 4 * self.batch_rows * s.row_frames * self.dataset.features.num_mels
-        need, free = self._num_buffers() * batch, shutil.disk_usage(folder).free
-        if need > free:
+        needed, free = self._num_buffers() * batch, shutil.disk_usage(folder).free
+        if needed > free:
             raise UserError(
-                f"data.num_workers {s.num_workers} x prefetch {s.prefetch} needs {need >> 20} MiB of shared "
-                f"memory, but /dev/shm has {free >> 20} MiB free: lower them, or enlarge it (docker run --shm-size)"
+                f"data.num_workers {s.num_workers} x prefetch {s.prefetch} needs {needed >> 20} MiB of shared memory, "
+                f"but /dev/shm has {free >> 20} MiB free: lower one of them or enlarge /dev/shm (docker run --shm-size)"
             )
 
 
@@ -311,7 +311,7 @@ def _unpack_mask(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
 
 
 def _start_worker(_: int) -> None:
-    """Ignore signals other than a SIGTERM from the training process.
+    """Ignore Ctrl-C, and SIGTERM unless the training process sends it.
 
     A cluster sends SIGTERM to every process of a job. A worker that exited would break the last steps of the training
     process, which stops its workers itself.

@@ -1,8 +1,8 @@
 """Mixtures of datasets or languages with given shares of the training audio.
 
-An epoch of a mixture has as many crops as its groups in total, and each group has a fixed share of them. A small group
-is passed several times per epoch, a large one in part, each in its own order. Crop k of epoch e remains a pure
-function, and the state of the data the same three integers.
+The number of crops in an epoch of a mixture is the total over its groups, and each group has a fixed share of them. A
+small group is repeated several times per epoch, and a large group is used in part; each has its own order. Crop k of
+epoch e is still a pure function of (seed, e, k), and the position in the data is still three integers.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list
     """Recordings by dataset and language, with shares of the audio that sum to 1.
 
     A language with h of H hours has a share proportional to (h / H) ** temperature: 1 keeps the distribution of hours,
-    0 gives equal shares (Conneau et al., "Unsupervised Cross-lingual Representation Learning at Scale", 2020). With
-    weights of datasets this holds within each dataset, otherwise over all of them.
+    0 gives equal shares (Conneau et al., "Unsupervised Cross-lingual Representation Learning at Scale", 2020). This
+    holds within each dataset if datasets have weights, otherwise over all of them.
     """
     parts = dataset.datasets if isinstance(dataset, DatasetGroup) else [dataset]
     weights = dataset.weights if isinstance(dataset, DatasetGroup) else [0.0]
@@ -159,17 +159,17 @@ def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list
     if temperature == 1 and not any(weights):
         return [Group(recordings, 1.0)]
     values, codes = dataset.labels("language")
-    part_of = np.searchsorted(first, recordings, side="right") - 1
+    recording_part = np.searchsorted(first, recordings, side="right") - 1
     if any(weights):
-        for number in sorted(set(range(len(parts))) - set(np.unique(part_of).tolist())):
+        for number in sorted(set(range(len(parts))) - set(np.unique(recording_part).tolist())):
             message = "data.mixture: no recording of %s is selected; its weight is distributed among the other datasets"
             logging.getLogger(__name__).warning(message, parts[number].name)
-    key = part_of * len(values) + codes[recordings]
+    key = recording_part * len(values) + codes[recordings]
     keys = np.unique(key).tolist()
     frames = {k: float(dataset.frames[recordings[key == k]].sum()) for k in keys}
 
     def pool(k: int) -> int:
-        """Pool of languages that share a temperature: one dataset if datasets have weights, else all."""
+        """Pool within which the shares of languages are computed: a dataset if datasets have weights, else all (0)."""
         return k // len(values) if any(weights) else 0
 
     language_frames: dict[tuple[int, int], float] = {}
@@ -178,10 +178,10 @@ def groups(dataset: Dataset, recordings: np.ndarray, temperature: float) -> list
         language_frames[language] = language_frames.get(language, 0.0) + frames[k]
     shares = {}
     for k in keys:
-        own = language_frames[pool(k), k % len(values)]
+        language_total = language_frames[pool(k), k % len(values)]
         total = sum(count**temperature for (p, _), count in language_frames.items() if p == pool(k))
         pool_share = weights[k // len(values)] if any(weights) else 1.0
-        shares[k] = pool_share * own**temperature / total * frames[k] / own
+        shares[k] = pool_share * language_total**temperature / total * frames[k] / language_total
     total_share = sum(shares.values())
     return [Group(recordings[key == k], shares[k] / total_share) for k in keys]
 

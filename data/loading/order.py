@@ -61,11 +61,11 @@ class Crops:
 
 
 class NoCrops(UserError):
-    """None of the recordings gives a crop."""
+    """No crop can be made of any recording."""
 
 
 class CropTable(ABC):
-    """Interface of an order: `len()` crops per epoch, with random access by `crops(epoch, k)`.
+    """Interface of crop orders: `len()` crops per epoch, with random access by `crops(epoch, k)`.
 
     Attributes:
         seed: key of the order.
@@ -134,7 +134,7 @@ class CropTable(ABC):
 
 
 class CropOrder(CropTable):
-    """Crops for self-supervised training: short recordings whole, long ones cut at other frames in every epoch.
+    """Crops for self-supervised training: whole short recordings, and long ones cut differently in every epoch.
 
     A recording of n > max_frames frames is cut into n // max_frames + 1 crops on a grid of max_frames with a random
     shift per epoch: every frame is in exactly one crop. Crops below min_frames are skipped.
@@ -147,7 +147,7 @@ class CropOrder(CropTable):
 
     Raises:
         UserError: invalid limits.
-        NoCrops: no recording has `min_frames` frames.
+        NoCrops: all recordings are shorter than `min_frames`.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class CropOrder(CropTable):
         self._first = np.zeros(len(self.recordings) + 1, np.uint32 if total < 2**32 else np.uint64)
         np.cumsum(np.concatenate(counts), out=self._first[1:])
         if total == 0:
-            raise NoCrops(f"no recording has min_frames = {min_frames} frames: lower min_seconds")
+            raise NoCrops(f"all recordings are shorter than min_frames = {min_frames} frames: lower min_seconds")
 
     def __len__(self) -> int:
         return int(self._first[-1])

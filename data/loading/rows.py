@@ -23,7 +23,7 @@ _ROWS = 4  # domain of the hash that shuffles rows; data/loading/order.py has th
 
 @dataclass(frozen=True)
 class DataState:
-    """Position in the stream of rows of the next optimizer step; equal on all ranks, for any world size and workers."""
+    """Position of the next optimizer step in the stream of rows; the same on all ranks, for any number of ranks."""
 
     epoch: int = 0
     """Completed passes over the data."""
@@ -34,7 +34,7 @@ class DataState:
     dataset: str = ""
     """Fingerprint of the dataset; "" before the first batch."""
     order: dict[str, int] = field(default_factory=dict)
-    """Values that determine the stream, with which the position is valid: seed, lengths, packing."""
+    """Values that determine the stream (seed, lengths, packing); the position is valid only with these."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -71,7 +71,7 @@ def pack_rows(
         lengths: frames of every segment.
         row_frames: frames per row.
         row_gap: minimum number of frames between two segments.
-        multiple: starts are multiples of it; the encoder's subsampling factor.
+        multiple: starts are multiples of it; the encoder's `row_multiple`.
         max_segments: maximum number of segments per row.
 
     Returns:
@@ -81,14 +81,14 @@ def pack_rows(
         UserError: a length above row_frames or below 1, or a row_frames that is not a multiple of `multiple`.
     """
     if row_frames % multiple:
-        near = row_frames // multiple * multiple
-        raise UserError(f"row_frames is {row_frames}: must be a multiple of the subsampling factor {multiple}: {near}")
+        near = max(1, row_frames // multiple) * multiple
+        raise UserError(f"row_frames is {row_frames}: must be a multiple of {multiple} (row_multiple), such as {near}")
     if max_segments < 1 or row_gap < 0:
         raise UserError(f"max_segments is {max_segments} and row_gap {row_gap}: need at least 1 and 0")
     sizes = np.asarray(lengths, np.int64)
     if sizes.size and (sizes.max() > row_frames or sizes.min() < 1):
         worst = int(sizes.max() if sizes.max() > row_frames else sizes.min())
-        raise UserError(f"a segment of {worst} frames does not fit rows of row_frames = {row_frames}")
+        raise UserError(f"a segment has {worst} frames: must be from 1 to row_frames = {row_frames}")
     rows: list[list[Placement]] = []
     # (first frame of the next segment, row) of the rows with a free slot, fullest last.
     space: list[tuple[int, int]] = []
@@ -101,9 +101,9 @@ def pack_rows(
             start, row = 0, len(rows)
             rows.append([])
         rows[row].append((index, start))
-        following = -(-(start + size + row_gap) // multiple) * multiple
-        if len(rows[row]) < max_segments and following < row_frames:
-            insort(space, (following, row))
+        next_start = -(-(start + size + row_gap) // multiple) * multiple
+        if len(rows[row]) < max_segments and next_start < row_frames:
+            insort(space, (next_start, row))
     return rows
 
 
@@ -204,5 +204,5 @@ class RowStream:
                     current = self.block(epoch, block)
                     empty = 0 if current else empty + 1
                     if empty > 2 * self.blocks:  # two epochs, since long recordings are cut differently in each
-                        raise UserError("no crop has data.min_seconds: lower it, or raise data.max_seconds")
+                        raise UserError("all crops are below data.min_seconds: lower it, or raise data.max_seconds")
             yield taken, state

@@ -1,4 +1,4 @@
-"""Crops for supervised training: recordings, cut between words if long or with excluded stretches."""
+"""Crops for supervised training: whole recordings, or parts of them that are cut between words."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FixedCrops(CropTable):
         if not len(self.recording) == len(self.start) == len(self.stop) == len(texts):
             raise UserError("the columns of a crop table differ in length")
         if not texts:
-            raise UserError("the crop table is empty: there is nothing to train on")
+            raise UserError("the crop table is empty: no training data")
         lengths = self.stop - self.start
         self.max_frames, self.min_frames = int(lengths.max()), int(lengths.min())
 
@@ -72,10 +72,10 @@ def supervised_crops(
 ) -> FixedCrops:
     """Crops for supervised training: whole recordings, or crops between words (`data.loading.cutting`).
 
-    Recordings are cut if they exceed max_frames or have excluded stretches. Left out, counted in `left_out` and logged
-    as a warning are recordings to be cut without word times, words divided by a cut, and crops below min_frames or with
-    an empty label (`common.text`). Crops are labelled with the words, whole recordings with the transcript; the log
-    also counts recordings that were cut although their words differ from the transcript.
+    Recordings are cut if they exceed max_frames or have excluded stretches. Crops are labelled with their words, whole
+    recordings with the transcript (`common.text`). Omissions are counted in `left_out` and logged as a warning: long
+    recordings without word times, words in no crop, and crops below min_frames or with an empty label. Another warning
+    counts recordings that were cut although their words differ from the transcript.
 
     Args:
         recordings: int [N], indices of the recordings (`dataset.select(...)`).
@@ -90,7 +90,7 @@ def supervised_crops(
     columns = array("q"), array("q"), array("q")  # 64-bit integers, shared with numpy without a copy
     labels: list[str] = []
     left_out: Counter[str] = Counter()
-    without_text, disagreeing = [], []
+    without_text, mismatched = [], []
     for recording in recordings.tolist():
         text = dataset.text(recording)
         if text is None:
@@ -99,7 +99,7 @@ def supervised_crops(
         crops, reasons, words_match = _recording_crops(dataset, recording, text, max_frames, cutting)
         left_out += reasons
         if not words_match:
-            disagreeing.append(recording)
+            mismatched.append(recording)
         for start, stop, label in crops:
             if stop - start < min_frames:
                 left_out["crops that are too short"] += 1
@@ -118,9 +118,9 @@ def supervised_crops(
     if left_out:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         log.warning("%s: left out of training: %s", dataset.location, counts)
-    if disagreeing:
+    if mismatched:
         message = "%s: the words of %d long recordings differ from their transcripts, the first is %r"
-        log.warning(message, dataset.location, len(disagreeing), dataset.id(disagreeing[0]))
+        log.warning(message, dataset.location, len(mismatched), dataset.id(mismatched[0]))
     if not labels:
         limits = f"{min_frames} to {max_frames} frames"
         raise NoCrops(f"{dataset.location}: no crop of {limits} with a transcript: {dict(left_out)}")

@@ -28,8 +28,8 @@ from data.recording import Recording
 from data.skipped import NO_WORD_TIMES, Skipped
 from data.word_times.base import check_word_times
 
-# Limits of results that wait for an earlier one, per worker and in bytes: enough that no worker idles during a long
-# recording, and few enough that hours of features never accumulate in memory.
+# Limits of finished results that wait for an earlier one: number per worker, and total bytes. High enough that workers
+# are not idle during a long recording, and low enough that hours of features do not accumulate in memory.
 _WAITING_PER_WORKER = 8
 _WAITING_BYTES = 1 << 28
 
@@ -100,8 +100,8 @@ def extract_all(
 ) -> Generator[Extracted | Skipped, None, None]:
     """Yield `extract` of every source, in order, computed in `workers` processes if there are several.
 
-    A source whose worker process dies (fault in a decoder, lack of memory) is tried once more, then skipped.
-    Raises RuntimeError, with the traceback of the worker, for any other exception than UserError.
+    A source whose worker process dies (crash of a decoder, lack of memory) is retried once, then skipped.
+    Raises RuntimeError, with the worker's traceback, for an unexpected exception.
     """
     if workers == 1:
         threads = torch.get_num_threads()
@@ -181,7 +181,7 @@ class _Pool:
 
 
 class _Worker:
-    """Process that extracts one recording at a time; started on first use, and again after its death."""
+    """Process that extracts one recording at a time; started on first use, and restarted after it dies."""
 
     def __init__(self, features: FeatureSettings) -> None:
         self.context = _server()
@@ -193,7 +193,7 @@ class _Worker:
     def extract(self, source: Source) -> Extracted | Skipped | RuntimeError:
         """Result of the function `extract`, or a RuntimeError with the worker's traceback."""
         cause = ""
-        for _ in range(2):  # another process may have taken the memory that this one lacked
+        for _ in range(2):  # the cause may be temporary, such as the memory use of another process
             try:
                 connection = self._connection()
                 connection.send(source)
@@ -229,7 +229,7 @@ class _Worker:
             return self.connection
 
     def _clean_up(self) -> str:
-        """Remove the dead process. Returns the cause of its death."""
+        """Remove the dead process; return the cause of its death."""
         with self.lock:
             if self.process is None:
                 return "stopped" if self.stopped else "it could not be started"
@@ -251,16 +251,16 @@ def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     resource_tracker.ensure_running()  # otherwise the server starts it, which would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return context
 
 
 def _work(connection: Connection, features: FeatureSettings) -> None:
-    """Loop of a worker process: answer a source with (Recording, warnings) and features, a Skipped, or a traceback."""
+    """Loop of a worker process: receive sources; send (Recording, warnings) and features, a Skipped, or a traceback."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; only the main process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,8 +1,8 @@
 """Turn a corpus into a dataset of log-mel shards: `python -m data.prepare CORPUS --out DIR [--field value ...]`.
 
 The same command continues an interrupted preparation; the dataset is the same as without an interruption. A finished
-dataset is not changed. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; problems of recordings
-that are kept, such as unusable word times, are listed in DIR/warnings.jsonl.
+dataset is not changed. Unusable recordings are skipped, counted and listed in DIR/skipped.jsonl; problems with other
+recordings, such as unusable word times, are listed in DIR/warnings.jsonl.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class PrepareSettings:
     process."""
     part: str = "0/1"
     """i/n prepares the i-th of n shares (i from 0 to n - 1) into the same folder, so that n machines can work at the
-    same time; the last part to finish turns the folder into a dataset, the same as that of a single machine."""
+    same time; the last part to finish completes the dataset, which is the same as that of a single machine."""
     merge: bool = False
-    """Prepare nothing, but merge finished parts into a dataset (needed if the last two finished at the same moment)."""
+    """Only merge finished parts into a dataset (needed if the last two finished at the same moment)."""
     layout: Encoding = "plain"
     """plain: float16, fastest. Compressed: shuffle-zstd, lossless, 70 % of the bytes; uint8, rounded to 256 steps per
     bin, 36 to 43 % (figures in docs/compression.md)."""
@@ -64,9 +64,8 @@ class PrepareSettings:
     shard_minutes: PositiveFloat = 10.0
     """A shard is also closed after this many minutes of work, which bounds the loss from SIGKILL or a power failure."""
     max_skipped_share: ClosedUnitInterval = 0.05
-    """Largest accepted share of unusable recordings (of a part); more are an error. Unreadable rows of tables and files
-    that give no recording count only if it is 0; a table with half or more of its rows unreadable is always an error.
-    """
+    """Maximum share of unusable recordings in a part; more are an error. Unreadable table rows and files that give no
+    recording are counted only if it is 0; a table with half or more of its rows unreadable is always an error."""
 
     @property
     def share(self) -> tuple[int, int]:
@@ -150,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(name: str, corpus_settings: Any, features: FeatureSettings, settings: PrepareSettings) -> bool:
-    """Prepare the corpus `name` or a part of it, or continue, and print a summary. Returns False if it was finished.
+    """Prepare (or continue) the corpus `name` or a part, and print a summary. Returns False if it was finished before.
 
     Raises UserError: unusable settings or corpus, a folder with another dataset, too many unusable recordings, a full
     disk, or parts that are missing for a merge. Finished shards are kept.
@@ -245,11 +244,11 @@ def _open_writer(
             # Read after the check above: another machine, which may not share the lock, writes this file first.
             existing = read_json_object(path) if path.is_file() else None
             if existing is None and started:
-                raise UserError(f"{folder} holds a dataset that was not made by data.prepare: choose another --out")
+                raise UserError(f"{folder} holds a dataset not made by data.prepare: choose another --out")
             part, parts = settings.share
             if settings.merge:
                 if existing is None:
-                    raise UserError(f"{folder}: nothing was prepared here, so there is nothing to merge")
+                    raise UserError(f"{folder} has no prepared parts to merge: prepare them first")
                 part, parts = 0, existing.get("parts", 1)
             identity = {**identity, "parts": parts}
             if existing is None:
@@ -260,7 +259,7 @@ def _open_writer(
                 folder, features, settings.shard_mb * 10**6, part, parts, identity["corpus"], settings.layout
             )
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose another --out, or repair this") from error
+        raise UserError(f"{folder}: cannot be written ({error}); correct this, or choose another --out") from error
 
 
 def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dict[str, Any]:
@@ -270,7 +269,7 @@ def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dic
         digest.update(source.id.encode(errors="backslashreplace") + b"\n")
         hashes.append(hash(source.id))
     if not sources:
-        raise UserError(f"the corpus {name!r} has no recordings with these settings: nothing to prepare")
+        raise UserError(f"the corpus {name!r} has no recordings with these settings: change them")
     values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
     if len(values) < len(hashes):
         suspects = set(values[counts > 1].tolist())
@@ -287,7 +286,7 @@ def _identity(name: str, corpus_settings: Any, sources: Sequence[Source]) -> dic
 
 
 def _check_identity(folder: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise UserError, with the differences, if the folder was prepared from something else."""
+    """Raise UserError, with the differences, if the folder has another corpus or other settings."""
     differences = [
         f"{field}: {existing.get(field)!r} != {identity[field]!r}"
         for field in ("corpus", "recordings", "parts")
@@ -303,7 +302,7 @@ def _check_identity(folder: Path, existing: dict[str, Any], identity: dict[str, 
         differences = ["the recordings of the corpus have changed"]
     if differences:
         raise UserError(
-            f"{folder} was prepared from another corpus or with other settings (stored != now): "
+            f"{folder} was prepared from another corpus or with other settings (stored != requested): "
             f"{'; '.join(differences)}. Choose another --out, or delete that folder"
         )
 

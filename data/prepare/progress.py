@@ -1,4 +1,4 @@
-"""Progress display of a long preparation, and its interruption by signals."""
+"""Progress display of a preparation, and its interruption by signals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Delay signals that arrive within the block to its end."""
+        """Delay signals that arrive within the block until its end."""
         self.holding = True
         yield
         self.holding = False

@@ -1,4 +1,4 @@
-"""`python -m data.shards COMMAND`: verify and inspect datasets, and derive new ones."""
+"""`python -m data.shards COMMAND`: verify, inspect and summarise datasets, and derive new ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # closed by `... | head`
+    except BrokenPipeError:  # the reader has exited, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -71,12 +71,14 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     _add_dir(show)
     show.add_argument("--id", help="show this recording")
     show.add_argument(
-        "--png", type=Path, metavar="FILE", help="save the recording's spectrogram and words as a picture"
+        "--png", type=Path, metavar="FILE", help="save the recording's spectrogram with its words as a PNG picture"
     )
     show.add_argument(
         "--start", type=_seconds, default=0.0, help="start of the picture and the words, in seconds (default: 0)"
     )
-    show.add_argument("--seconds", type=_seconds, default=30.0, help="duration of both (default: %(default)s)")
+    show.add_argument(
+        "--seconds", type=_seconds, default=30.0, help="duration of the picture and the words (default: %(default)s)"
+    )
     show.add_argument("--json", action="store_true", help="print one JSON object")
 
     stats = add("stats", "print a table of durations, texts and speech rate", _stats)
@@ -138,9 +140,9 @@ def _verify(options: argparse.Namespace) -> int:
     if options.list:
         lines = [json.dumps({"id": f.id, "file": f.file, "problem": f.problem}, ensure_ascii=False) for f in faults]
         _write(options.list, "".join(f"{line}\n" for line in lines))
-    bad = len({fault.id for fault in faults} - {None})
+    damaged = len({fault.id for fault in faults} - {None})
     files = len({fault.file for fault in faults if fault.id is None})
-    print(f"{options.dir}: {bad} of {len(dataset)} recordings are bad{f', and {files} files' if files else ''}")
+    print(f"{options.dir}: {damaged} of {len(dataset)} recordings are damaged{f', and {files} files' if files else ''}")
     return 1 if faults else 0
 
 

@@ -34,7 +34,7 @@ _ENTRY_FIELDS = ("dtype", "shape", "data_offsets")
 
 @dataclass(frozen=True)
 class Fault:
-    """Damage of a recording, or (id None) of a file as a whole."""
+    """Damage of a recording, or of a file (id None)."""
 
     file: str
     """Name of the file in the dataset."""
@@ -44,7 +44,7 @@ class Fault:
 
 
 def check_index(dataset: Dataset) -> list[Fault]:
-    """Check ids, texts, word times and labels: each alone, and all by the fingerprint."""
+    """Check ids, texts, word times and labels one by one, then all of them by the fingerprint."""
     fingerprint, last = Fingerprint(dataset.features.hash()), ""
     faults: list[Fault] = []
     try:
@@ -59,9 +59,7 @@ def check_index(dataset: Dataset) -> list[Fault]:
     except UserError as error:
         return [*faults, Fault(RECORDINGS_FILE, str(error))]
     if fingerprint.hexdigest() != dataset.fingerprint:
-        problem = (
-            "the fingerprint does not match the recordings: it, or their ids, texts, words or labels, were changed"
-        )
+        problem = "the fingerprint does not match the ids, texts, words and labels: it or one of them was changed"
         faults.append(Fault(DATASET_FILE, f"{_place(dataset, DATASET_FILE)}: {problem}"))
     return faults
 
@@ -70,17 +68,17 @@ def _fingerprint_batches(dataset: Dataset) -> Iterator[tuple[int, pa.RecordBatch
     """(number of the first recording, columns of the fingerprint) of successive batches of _ROWS recordings."""
     index, first = dataset.index, 0
     labels = {name: (pa.array(values, pa.string()), codes) for name, (values, codes) in index.labels.items()}
-    for whole in index.batches:
-        for name in whole.schema.names:
+    for index_batch in index.batches:
+        for name in index_batch.schema.names:
             index.value(name, first)  # validates the column
-        for row in range(0, len(whole), _ROWS):
-            batch = whole.slice(row, _ROWS)
+        for row in range(0, len(index_batch), _ROWS):
+            batch = index_batch.slice(row, _ROWS)
             rows = slice(first + row, first + row + len(batch))
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             columns["frames"] = pa.array(index.frames[rows])
             columns |= {name: values.take(pa.array(codes[rows])) for name, (values, codes) in labels.items()}
             yield rows.start, pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
-        first += len(whole)
+        first += len(index_batch)
 
 
 def _check_metadata(dataset: Dataset, number: int) -> Iterator[Fault]:
@@ -104,9 +102,7 @@ def check_statistics(dataset: Dataset) -> list[Fault]:
             dataset.storage.read_into(name, 0, memoryview(header))
             valid = header == statistics_header(len(dataset), width)
         if not valid:
-            problem = (
-                f"{size or 0} bytes, or a header, that are not those of the statistics of {len(dataset)} recordings"
-            )
+            problem = f"its size of {size or 0} bytes or its header does not match {len(dataset)} recordings"
             return [Fault(name, f"{_place(dataset, name)}: damaged ({problem})")]
         return list(_check_totals(dataset))
     except OSError as error:
@@ -145,7 +141,7 @@ def _check_totals(dataset: Dataset) -> Iterator[Fault]:
 def check_header(dataset: Dataset, numbers: np.ndarray) -> Iterator[Fault]:
     """Check that the shard's header, by which other programs find tensors, has the entries of these recordings.
 
-    An unreadable header is no fault here: its recordings are then unreadable, too, and reported.
+    An unreadable header is not reported here, because its recordings are unreadable too and are reported.
     """
     name = shard_name(dataset.index.shard[numbers[0]])
     length, width = bytearray(8), dataset.features.num_mels

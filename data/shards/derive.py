@@ -28,7 +28,7 @@ Entry = tuple[Dataset, int, Recording]
 
 
 def hidden_sibling(out: Path, kind: str) -> Path:
-    """Hidden path next to a folder, deterministic and short: the folder's name may already have the maximum length."""
+    """Hidden path next to a folder: deterministic, and short because the folder's name may have the maximum length."""
     return out.with_name(f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]}.{kind}")
 
 
@@ -40,7 +40,7 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
         entries: in any order, with distinct ids. A generator keeps memory bounded.
         name: name in reports.
     Raises:
-        UserError: `out` exists, the sources differ in features or layout, two recordings share an id, or none is given.
+        UserError: `out` exists, the sources differ in features or layout, two recordings share an id, or no entries.
     """
     out = Path(out)
     if out.exists():
@@ -60,7 +60,7 @@ def derive(out: str | os.PathLike[str], entries: Iterable[Entry], name: str = ""
                 shutil.rmtree(temporary, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); it was removed, the sources are unchanged") from error
+        raise UserError(f"{out}: cannot be written ({error}); it was removed, the sources did not change") from error
     return open_dataset(out)
 
 
@@ -86,7 +86,7 @@ def _write(folder: Path, entries: Iterable[Entry], name: str) -> None:
         parts.append(folder / f"rows-{len(parts):05d}.arrow")
         write_rows(parts[-1], rows, first.features.num_mels)
     if first is None:
-        raise UserError(f"{folder}: no recordings were selected, there is nothing to write")
+        raise UserError(f"{folder}: no recordings were selected")
     write_dataset(folder, parts, first.features, first.encoding, name, len(shards))
     for part in parts:
         part.unlink()

@@ -1,4 +1,4 @@
-"""Contents of a dataset: totals of millions of recordings in seconds, or one recording with its spectrogram."""
+"""Inspection of a dataset: totals over all recordings, or one recording with its spectrogram."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _groups(dataset: Dataset) -> list[dict[str, Any]]:
     counts, frames = np.bincount(group, minlength=size), np.bincount(group, weights=dataset.frames, minlength=size)
     pairs = np.unique(group * len(speakers) + speaker)
     known = pairs[np.array([name != "" for name in speakers])[pairs % len(speakers)]]
-    number_of = np.bincount(known // len(speakers), minlength=size)
+    speaker_counts = np.bincount(known // len(speakers), minlength=size)
     hours = frames / dataset.features.frames_per_second / 3600
     rows = [
         {
@@ -91,7 +91,7 @@ def _groups(dataset: Dataset) -> list[dict[str, Any]]:
             "language": languages[g % len(languages)],
             "recordings": int(counts[g]),
             "hours": float(hours[g]),
-            "speakers": int(number_of[g]),
+            "speakers": int(speaker_counts[g]),
         }
         for g in np.flatnonzero(counts)
     ]
@@ -134,7 +134,7 @@ def summary(fields: dict[str, Any]) -> str:
 
 
 def describe(dataset: Dataset, recording: int, start: float = 0.0, seconds: float = 30.0) -> dict[str, Any]:
-    """Metadata and state of a recording, and its words from `start` to `start + seconds`."""
+    """Metadata and integrity of a recording, and its words from `start` to `start + seconds`."""
     r, frames = stored_recording(dataset, recording), int(dataset.frames[recording])
     duration = frames / dataset.features.frames_per_second
     fault = check_recording(dataset, recording)

@@ -1,4 +1,4 @@
-"""Integrity checks of a dataset: every byte of its shards against checksums and statistics, and its consistency."""
+"""Integrity check of a dataset: all bytes of its shards against checksums and statistics, and its consistency."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data.format.dataset import Dataset
 from data.format.schema import CHECKSUM_FRAMES, RECORDINGS_FILE, STATISTICS_FILE, shard_name
 from data.shards.consistency import Fault, check_header, check_index, check_statistics
 
-# Consecutive bytes per task: large enough that a disk with several processes seeks rarely.
+# Consecutive bytes per task: large enough that a disk read by several processes rarely seeks.
 _CHUNK_BYTES = 64 << 20
 # Verifying this much takes as long as starting a process.
 _PROCESS_BYTES = 1 << 30
@@ -30,11 +30,11 @@ _PROCESS_BYTES = 1 << 30
 _TOLERANCE = 1e-3
 
 Task = tuple[np.ndarray, bool] | None
-"""(recordings of one shard, whether to compare their statistics); None is the index."""
+"""(recordings of one shard, True to compare their statistics); None is the index."""
 
 
 def find_faults(dataset: Dataset, workers: int = 1) -> list[Fault]:
-    """Read every byte of a dataset in `workers` processes. Faults of files come first, then recordings by id."""
+    """Read every byte of a dataset in `workers` processes; return the faults of files, then of recordings by id."""
     faults = dict.fromkeys(check_statistics(dataset))
     tasks = [(numbers, not faults) for numbers in _chunks(dataset)]
     with tqdm(

@@ -1,4 +1,4 @@
-"""Commands `split`, `filter` and `merge`, which derive a dataset from others. Shards are linked, not copied."""
+"""Commands `split`, `filter` and `merge`, which derive a dataset from others without copying shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_CHARACTERS = 60
 def add_split(add: AddCommand) -> None:
     """Add the command `split`."""
     command = add(
-        "split", "make a dataset with new splits: train, dev and test by a hash, equal on every machine", _split
+        "split", "make a dataset with new splits: train, dev and test by a hash, the same on every machine", _split
     )
     _add_common(command)
     command.add_argument(
@@ -114,7 +114,7 @@ def _share(value: str) -> float:
 def _split(options: argparse.Namespace) -> int:
     dev, test = options.dev_share, options.test_share
     if dev + test > 1:
-        raise UserError(f"--dev-share {dev} and --test-share {test} are more than 1 in total: lower one of them")
+        raise UserError(f"--dev-share {dev} and --test-share {test}: their sum is more than 1; lower one of them")
     dataset = _open(options.dir)
     if options.by == "speaker" and "" in dataset.totals("speaker"):
         unknown = dataset.totals("speaker")[""][0]
@@ -123,7 +123,7 @@ def _split(options: argparse.Namespace) -> int:
     def entries() -> Iterator[Entry]:
         for number in _with_progress(range(len(dataset)), "split"):
             recording = stored_recording(dataset, number)
-            yield dataset, number, replace(recording, split=split_of(recording, options.by, options.seed, dev, test))
+            yield dataset, number, replace(recording, split=hash_split(recording, options.by, options.seed, dev, test))
 
     derived = derive(options.out, entries(), options.name)
     _report(derived)
@@ -133,7 +133,7 @@ def _split(options: argparse.Namespace) -> int:
     return 0
 
 
-def split_of(recording: Recording, by: str, seed: int, dev: float, test: float) -> str:
+def hash_split(recording: Recording, by: str, seed: int, dev: float, test: float) -> str:
     """'train', 'dev' or 'test', by a hash of the text (the id if there is none), the speaker or the id."""
     key = f"id {recording.id}"
     if by == "speaker":
@@ -192,7 +192,7 @@ def _codes(dataset: Dataset, name: str, wanted: Collection[str]) -> list[int]:
             known = known if len(known) <= _MAX_CHARACTERS else known[:_MAX_CHARACTERS] + "..."
             near = did_you_mean(value, values)
             raise UserError(
-                f"--{name} is {value!r}: no recording of {dataset.location} has it; values are {known}.{near}"
+                f"--{name} is {value!r}: no recording of {dataset.location} has this value; known are {known}.{near}"
             )
     return [values.index(value) for value in wanted]
 
@@ -286,7 +286,7 @@ def _open(place: str) -> Dataset:
 
 
 def _with_progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Show a progress bar on a terminal."""
+    """Yield the items, with a progress bar on a terminal."""
     yield from tqdm(items, description, total, unit=" recordings", disable=not sys.stderr.isatty(), leave=False)
 
 

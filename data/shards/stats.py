@@ -15,7 +15,7 @@ HEADER = (
     "recordings", "hours", "shortest", "median", "longest",
     "with text", "words", "characters", "distinct words", "distinct characters", "words/s", "characters/s",
 )  # fmt: skip
-_PENDING = 1 << 16
+_MAX_PENDING = 1 << 16
 
 
 @dataclass
@@ -27,11 +27,11 @@ class _DistinctStrings:
 
     def add(self, strings: Iterable[str]) -> None:
         self.pending.update(map(hash, strings))
-        if len(self.pending) > _PENDING:
+        if len(self.pending) > _MAX_PENDING:
             self.fold()
 
     def fold(self) -> int:
-        """Number of distinct strings so far."""
+        """Add the pending hashes; return the number of distinct strings."""
         self.hashes = np.union1d(self.hashes, np.fromiter(self.pending, np.int64, len(self.pending)))
         self.pending = set()
         return len(self.hashes)
@@ -59,7 +59,7 @@ class _TextTotals:
 
 
 def statistics_table(dataset: Dataset, by: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, as text.
+    """Header and rows of cells as text; one row, or one per value of the label `by`.
 
     Words are separated by spaces; characters do not include spaces; rates are over the recordings with text.
     Raises UserError if the index is damaged.

@@ -2,10 +2,10 @@
 
 FOLDER/blocks/KEY-NUMBER    a block of a file; its modification time is the time of the last read, to a minute
 FOLDER/blocks.lock          lock for adding a block; contains the total size of all blocks
-FOLDER/copies/URL-VERSION-NAME    a whole file, for memory-mapping; neither counted nor evicted
+FOLDER/copies/URL-VERSION-NAME    a complete file, for memory-mapping; neither counted nor evicted
 
 Readers take no lock: a block appears complete, by a rename, and an evicted block stays readable while it is open.
-Writers hold the lock, so a file under a temporary name is left from a killed process and may be overwritten. A power
+Writers hold the lock, so an existing temporary file was left by a killed process and may be overwritten. A power
 failure may leave a truncated block, which is detected by its length.
 """
 
@@ -69,7 +69,7 @@ class BlockCache:
             return
         with _locked(self.folder / "blocks.lock") as lock:
             path = self._path(key, number)
-            if os.path.exists(path):  # added by another process meanwhile
+            if os.path.exists(path):  # added by another process in the meantime
                 return
             used = self._used(lock)
             if used + len(data) > self.limit:
@@ -85,7 +85,7 @@ class BlockCache:
         Path(self._path(key, number)).unlink(missing_ok=True)
 
     def copy(self, key: str, version: str, name: str, size: int, download: Callable[[BinaryIO], None]) -> Path:
-        """Path of a copy of the whole file; the first process of the node calls `download` to write it.
+        """Path of a local copy of a file; the first process of the node calls `download` to write it.
 
         key: identifies the file; version: its content (older versions are removed); size: expected size in bytes.
         """
@@ -111,12 +111,12 @@ class BlockCache:
         return f"{self._blocks}/{key}-{number:08d}"
 
     def _used(self, lock: int) -> int:
-        """Total size of all blocks: the stored count, or that of the files if there is none yet."""
-        counted = os.pread(lock, 20, 0).strip()
-        return int(counted) if counted.isdigit() else self._evict(self.limit)
+        """Total size of all blocks in bytes, from the lock file; from the sizes of the blocks if it is empty."""
+        stored = os.pread(lock, 20, 0).strip()
+        return int(stored) if stored.isdigit() else self._evict(self.limit)
 
     def _evict(self, target: int) -> int:
-        """Remove the least recently read blocks until at most `target` bytes are left; returns their number."""
+        """Remove the least recently read blocks until at most `target` bytes are left; return the bytes left."""
         with os.scandir(self._blocks) as entries:
             blocks = sorted((s.st_mtime_ns, s.st_size, e.name) for e in entries for s in [_stat(e)] if s is not None)
         total = sum(size for _, size, _ in blocks)

@@ -1,7 +1,7 @@
 """Storage protocol and settings, retries, and local folders read with positioned reads.
 
-Timeouts, lost connections, 5xx answers and short answers are retried with growing waits; a missing or forbidden file is
-not. The last failure is raised as one OSError that names the place, the number of attempts and the cause.
+Timeouts, lost connections, 5xx responses and short responses are retried after increasing waits, missing and forbidden
+files are not. The last failure is raised as an OSError that names the file, the number of attempts and the cause.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ES
 
 
 class StorageError(OSError):
-    """Failed read after all attempts. The message names the place, the number of attempts and the last cause."""
+    """Failed read after all attempts. The message names the file, the number of attempts and the last cause."""
 
 
-class CutShort(OSError):
+class TruncatedFile(OSError):
     """File that ends before the end of the requested range."""
 
 
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, CutShort)
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TruncatedFile)
 
 
 class Storage(Protocol):
@@ -46,7 +46,7 @@ class Storage(Protocol):
     settings: StorageSettings
 
     def read_into(self, name: str, position: int, out: memoryview) -> None:
-        """Fill `out` (writable bytes) from byte `position` of a file. Raises OSError, such as CutShort."""
+        """Fill `out` (writable bytes) from byte `position` of a file. Raises OSError, such as TruncatedFile."""
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes, or None if it does not exist. Raises OSError."""
@@ -58,11 +58,13 @@ class Storage(Protocol):
         """Path of the whole file on this machine, for memory-mapping. Raises OSError."""
 
     def forget(self, name: str, position: int, length: int) -> None:
-        """Drop a range from the cache, because its content proved wrong and must be fetched again."""
+        """Drop a range with wrong content from the cache, so that it is fetched again."""
 
 
 @dataclass(frozen=True)
 class StorageSettings:
+    """Retries of reads, and cache of remote datasets."""
+
     cache_dir: str = ""
     """Folder for blocks of remote files, on the node's local disk. Empty: bestrq-cache-UID in the temporary folder."""
     cache_gb: float = 32.0
@@ -76,7 +78,7 @@ class StorageSettings:
     wait_seconds: float = 0.5
     """Wait before the second attempt. It doubles with each attempt, up to 30 s, and is reduced by a random share."""
     seed: int = 0
-    """Seed of these random shares, which spread the retries of many workers over time."""
+    """Seed of the random shares, which spread the retries of many workers over time."""
 
     def __post_init__(self) -> None:
         minimum = {"cache_gb": 0, "block_mb": 1 / 256, "attempts": 1, "timeout_seconds": 0.001, "wait_seconds": 0}
@@ -89,7 +91,7 @@ class StorageSettings:
 
 
 class LocalStorage:
-    """A folder on a local or shared file system."""
+    """Folder on a local or shared file system."""
 
     def __init__(self, location: str, settings: StorageSettings) -> None:
         self.location, self.settings = location, settings
@@ -106,7 +108,7 @@ class LocalStorage:
                 raise
             complete = retry(lambda: self._read_again(name, position, out), self._path(name), self.settings, position)
         if not complete:
-            raise CutShort(f"{self._path(name)} ends before byte {position + len(out)}")
+            raise TruncatedFile(f"{self._path(name)} ends before byte {position + len(out)}")
 
     def size(self, name: str) -> int | None:
         try:
@@ -155,7 +157,7 @@ class LocalStorage:
 def check_name(name: str) -> str:
     """Return the name. Raises UserError unless it is a plain file name, which cannot refer to another folder."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"file name {name!r} refused: must be letters, digits, '.', '_', '-', the first no punctuation")
+        raise UserError(f"invalid file name {name!r}: use letters, digits, '.', '_', '-', a letter or digit first")
     return name
 
 
@@ -201,10 +203,10 @@ def retry(action: Callable[[], Result], place: str, settings: StorageSettings, s
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same read may succeed a moment later."""
+    """True if the same read may succeed later."""
     status = _http_status(error)
     if status is not None:
-        # 400: S3 for a slow request, aiohttp for an answer that is not HTTP.
+        # 400: S3 for a slow request, aiohttp for a response that is not HTTP.
         return status >= 500 or status in (400, 408, 425, 429)
     # ELOOP: a symbolic link in place of a file.
     return not isinstance(error, _PERMANENT) and getattr(error, "errno", None) not in (errno.ELOOP, errno.ENAMETOOLONG)

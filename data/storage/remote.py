@@ -17,9 +17,9 @@ import fsspec
 
 from common.errors import UserError
 from data.storage.block_cache import BlockCache
-from data.storage.local import SMALL_FILE, CutShort, StorageError, StorageSettings, check_name, check_small, retry
+from data.storage.local import SMALL_FILE, StorageError, StorageSettings, TruncatedFile, check_name, check_small, retry
 
-# Package for each kind of URL; '' needs none. fsspec's others (caches, archives, local files) are refused.
+# Package for each kind of URL, or ''. Other kinds that fsspec supports (caches, archives, local files) are rejected.
 _PACKAGES = {
     "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
     "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp", "memory": "",
@@ -31,7 +31,7 @@ _MAX_REQUEST = 2**24
 
 
 class WrongRange(OSError):
-    """Answer of a web server with other bytes than the requested range."""
+    """Response of a web server that is not the requested range."""
 
 
 class RemoteStorage:
@@ -53,7 +53,7 @@ class RemoteStorage:
         size, version = self._info(name)
         end = position + len(out)
         if end > size:
-            raise CutShort(f"{self._url(name)} ends before byte {end}: it has {size} bytes")
+            raise TruncatedFile(f"{self._url(name)} ends before byte {end}: it has {size} bytes")
         if not self._cache.limit:
             out[:] = self._fetch(name, position, end)
             return
@@ -83,8 +83,8 @@ class RemoteStorage:
         size, version = self._info(name)
 
         def download(file: BinaryIO) -> None:
-            # The first byte separately: a server without range support can send whole files, but would fail at the
-            # first crop, minutes later.
+            # The first byte is requested separately, so that a server without range support fails now, not minutes
+            # later at the first crop.
             for start in (0, *range(1, size, _MAX_REQUEST)):
                 file.write(self._fetch(name, start, min(size, start + _MAX_REQUEST if start else 1)))
 
@@ -135,7 +135,7 @@ class RemoteStorage:
             try:
                 self._cache.add(version, number, data[offset : offset + self._block])
             except OSError as error:  # a full disk makes reading slower, not wrong
-                warnings.warn(f"storage.cache_dir: blocks cannot be cached: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"storage.cache_dir: cannot cache blocks: {error}", RuntimeWarning, stacklevel=2)
 
     def _from_cache(self, version: str, size: int, number: int, position: int, out: memoryview) -> bool:
         start = number * self._block
@@ -165,7 +165,7 @@ class RemoteStorage:
     def _connect(self) -> Any:
         arguments: dict[str, Any] = {}
         if self._protocol in ("http", "https"):
-            headers = {"Accept-Encoding": "identity"}  # a compressed answer has another length
+            headers = {"Accept-Encoding": "identity"}  # a compressed response has another length
             arguments["client_kwargs"] = {"raise_for_status": check_range, "headers": headers}
         try:
             return fsspec.filesystem(self._protocol, skip_instance_cache=True, **arguments)
@@ -175,7 +175,7 @@ class RemoteStorage:
 
 
 async def check_range(response: Any) -> None:
-    """Raise WrongRange for an answer (aiohttp) with other bytes than requested, before its body is read.
+    """Raise WrongRange for a response (aiohttp) that is not the requested range, before its body is read.
 
     A server without range support would send a whole shard.
     """
@@ -187,11 +187,11 @@ async def check_range(response: Any) -> None:
     if response.status == 200 and start == 0 and length == last + 1:
         return  # the requested range is the whole file
     if response.status != 206:
-        raise WrongRange(f"answer {response.status} to a range request; the server must support ranges (206)")
+        raise WrongRange(f"status {response.status} for a range request; the server must support ranges (206)")
     sent = re.match(r"bytes (\d+)-(\d+)/", response.headers.get("Content-Range", ""))
     if sent is None or int(sent[1]) != start or int(sent[2]) > last or (length or 0) > last + 1 - start:
         header = response.headers.get("Content-Range")
-        raise WrongRange(f"the server sent range {header!r} ({length} bytes), requested was {start}-{last}")
+        raise WrongRange(f"the server sent range {header!r} ({length} bytes), expected {start}-{last}")
 
 
 def _checked_protocol(location: str) -> str:
@@ -199,7 +199,7 @@ def _checked_protocol(location: str) -> str:
     if protocol not in _PACKAGES:
         raise UserError(f"URLs of the kind {protocol!r} are not supported; known are {', '.join(_PACKAGES)}")
     if re.search(r"[\s?#%]|::", rest) or "@" in rest.partition("/")[0]:
-        # They would appear in logs; every back end reads credentials from its own configuration.
+        # Credentials would appear in logs; every back end reads them from its own configuration.
         raise UserError(f"a {protocol} URL must have no user, password, query or escapes; see docs/storage.md")
     return protocol
 

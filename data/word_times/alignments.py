@@ -1,4 +1,4 @@
-"""Word times of manifests (lists of lhotse, CTM files of NeMo), and this project's JSON.
+"""Word times of manifests (alignments of lhotse, CTM files of NeMo), and this project's JSON.
 
     X.words.json    [["yes", 11.34, 11.54, 0.99], ["you", 12.0, 12.34]]
 

@@ -1,4 +1,4 @@
-"""Helpers of the readers of word times: bounded reading, numbers, and checks of order and range."""
+"""Common functions of the readers of word times: bounded reading, numbers, and checks of order and range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import parse_json
 from data.transcripts import TOLERANCE, Word
 
-# Files with the words of a recording are read whole: ten hours of speech are about 10 MB of JSON.
+# Limit for a file with the words of one recording, which is read at once: ten hours of speech are about 10 MB of JSON.
 LARGEST_FILE = 1 << 26
 # Labels of aligners for silence.
 SILENCES = frozenset(("", "sil", "sp", "<sil>", "<silence>", "<eps>", "<b>", "<p:>"))
@@ -72,7 +72,7 @@ def in_order(words: list[Word], where: Callable[[int], str], duration: float = m
     Raises UserError unless each starts after the end of the previous one, within TOLERANCE.
 
     Args:
-        where: number of a word -> its place, for the message.
+        where: maps the number of a word to its location, for the message.
         duration: of the recording in seconds, if known.
     """
     fault = word_fault(words, duration, overlap=TOLERANCE)

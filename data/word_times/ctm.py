@@ -27,11 +27,11 @@ _NON_WORD_TYPES = ("non-lex", "misc")
 def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> dict[str, list[Word]]:
     """Read the words of every recording of a CTM file, by the name in its first column.
 
-    Of alternatives (<ALT_BEGIN> ... <ALT> ... <ALT_END>) the first is used; silences, null words (@) and lines of type
-    non-lex and misc are ignored. Channels of a recording are merged by time. The file is read line by line.
+    The first of several alternatives (<ALT_BEGIN> ... <ALT> ... <ALT_END>) is used; silences, null words (@) and lines
+    of type non-lex and misc are ignored. Channels of a recording are merged by time. The file is read line by line.
 
     Args:
-        durations: known durations of recordings in seconds: later words are refused.
+        durations: known durations of recordings in seconds; words after the end are an error.
     Raises:
         UserError: naming file and line, for invalid lines, and for words of a channel that are unsorted, overlap, or
             have invalid times.
@@ -63,7 +63,7 @@ def read_ctm(path: str | Path, durations: Mapping[str, float] | None = None) -> 
             words.append(Word(word, start, round(start + length, 6), confidence))
             lines.append(number)
     if in_alternatives:
-        raise UserError(f"{path}: ends within <ALT_BEGIN> ... <ALT_END>; cut short?")
+        raise UserError(f"{path}: ends within <ALT_BEGIN> ... <ALT_END>; truncated?")
     recordings: dict[str, list[list[Word]]] = {}
     for (recording, _), (words, lines) in streams.items():
         duration = (durations or {}).get(recording, math.inf)

@@ -1,7 +1,7 @@
-"""Word times beside audio files, in any of the formats that this folder reads as `Word`s sorted by start.
+"""Search for word times next to an audio file, in any format that this folder reads.
 
-Unsorted words are refused with the place: if one word is out of order, other times are probably wrong too, and crops
-cut by such times would get wrong labels.
+Words are sorted by start. An unsorted word is an error that names its location: other times are then probably wrong
+too, and crops cut at such times would get wrong labels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ SUFFIXES = (".words.json", ".TextGrid", ".textgrid", ".ctm")
 
 
 def find_word_times(audio_path: str | Path) -> list[Word] | None:
-    """Words of X.words.json, X.TextGrid or X.ctm beside X.flac, with times in seconds; None if none of them exists.
+    """Words from X.words.json, X.TextGrid or X.ctm next to X.flac, with times in seconds; None without such a file.
 
     A .words.json holds this project's list or the output of Google's recogniser; a .ctm with several recordings must
     have one named X. Raises UserError for an invalid file, or if several exist.
     """
     audio = Path(audio_path)
-    beside = [audio.with_name(audio.stem + suffix) for suffix in SUFFIXES]
-    existing = [path for path in beside if path.is_file()]
+    candidates = [audio.with_name(audio.stem + suffix) for suffix in SUFFIXES]
+    existing = [path for path in candidates if path.is_file()]
     if len(existing) > 1 and not all(path.samefile(existing[0]) for path in existing):  # a file system may ignore case
         raise UserError(f"{audio}: word times in both {existing[0].name} and {existing[1].name}; keep one of them")
     if not existing:

@@ -17,7 +17,7 @@ from data.word_times.base import in_order, probability, read_json, seconds, word
 
 
 def read_google_words(path: str | Path, duration: float = math.inf) -> list[Word]:
-    """Read the words of the first alternatives: of the last result if it has speakers, else of all results.
+    """Read the words of the first alternative of every result, or only of the last result if it has speakers.
 
     Args:
         duration: of the recording in seconds, if known.

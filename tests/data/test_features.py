@@ -1,4 +1,4 @@
-"""Log-mel features: values, length, refused input."""
+"""Log-mel features: values, length, invalid input."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_float16_keeps_log_mel_to_a_hundredth() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_audio_with_a_bad_sample_is_refused(bad: float, tmp_path: Path) -> None:
+def test_audio_with_a_non_finite_sample_is_refused(bad: float, tmp_path: Path) -> None:
     waveform = tone(16_000, 1)
     waveform[8_000] = bad
     with pytest.raises(UserError, match="NaN"):
@@ -121,7 +121,7 @@ def test_resampled_samples_do_not_depend_on_the_blocks(rate: int, extra: int) ->
 
 @pytest.mark.parametrize("samples", [400, 1000, 127 * 160 + 512, 128 * 160, 128 * 160 + 1, 700_001])
 @pytest.mark.parametrize("settings", [SETTINGS, FeatureSettings(hop_ms=40.0, window_ms=30.0)], ids=["usual", "gaps"])
-def test_frames_of_sound_in_blocks_are_those_of_one_pass_to_the_bit(samples: int, settings: FeatureSettings) -> None:
+def test_frames_of_audio_in_blocks_are_bit_identical_to_one_pass(samples: int, settings: FeatureSettings) -> None:
     waveform, log_mel = noise(max(samples, settings.window)), LogMel(settings)
     whole = log_mel(waveform)
     assert torch.equal(torch.cat(list(log_mel.blocks(in_pieces(waveform)))), whole)
@@ -139,13 +139,13 @@ def test_a_long_stereo_file_read_in_blocks_gives_the_frames_of_one_pass(suffix: 
     samples, _ = soundfile.read(path, dtype="float32")
     one_pass = LogMel(SETTINGS)(resample([np.ascontiguousarray(samples).mean(axis=1)], rate, 16_000))
     utterance = FileSource(Recording("a"), path).load(SETTINGS)
-    assert not isinstance(utterance.audio, torch.Tensor)  # it is not held whole
+    assert not isinstance(utterance.audio, torch.Tensor)  # not in memory as a whole
     assert torch.equal(torch.cat(list(LogMel(SETTINGS).blocks(utterance.audio))), one_pass)
     result = extract(FileSource(Recording("a"), path), SETTINGS)
     assert isinstance(result, Extracted) and np.array_equal(result.log_mel, one_pass.half().numpy())
 
 
-def test_a_stretch_of_a_file_is_that_of_the_whole_one(tmp_path: Path) -> None:
+def test_a_segment_of_a_file_equals_that_part_of_the_whole(tmp_path: Path) -> None:
     samples = noise(16_000 * 30)
     soundfile.write(tmp_path / "a.wav", samples.numpy(), 16_000, "FLOAT")
     for start, duration in ((0.0, 30.0), (1.5, 12.0), (29.0, 1.0), (3.0, 0.25)):
@@ -187,7 +187,7 @@ def test_three_hours_of_48_khz_stereo_need_little_more_memory_than_their_feature
     ended = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     frames, more = map(int, ended.stdout.split())
     assert frames == 1 + 100 * seconds
-    assert more < 150e6, f"{more / 1e6:.0f} MB beside the features"
+    assert more < 150e6, f"{more / 1e6:.0f} MB in addition to the features"
 
 
 SEEDS = {}
@@ -206,7 +206,7 @@ for _name, (_format, _subtype) in {
 
 @hypothesis.given(st.sampled_from(sorted(SEEDS)), st.data())
 @hypothesis.settings(max_examples=300, deadline=None)
-def test_a_damaged_file_is_sound_or_one_error_that_names_it(kind: str, data: st.DataObject) -> None:
+def test_a_damaged_file_gives_audio_or_one_error_that_names_it(kind: str, data: st.DataObject) -> None:
     content = bytearray(SEEDS[kind])
     for _ in range(data.draw(st.integers(1, 4))):
         # Half of the changes are in the header, where errors are most dangerous.
@@ -247,7 +247,7 @@ def test_an_open_file_is_read_and_named_in_errors() -> None:
         read_audio(io.BytesIO(b"no audio"), SETTINGS, name="row 7 of a table")
 
 
-@pytest.mark.parametrize("kind", ["missing", "zero bytes", "no samples", "garbage", "cut short"])
+@pytest.mark.parametrize("kind", ["missing", "zero bytes", "no samples", "garbage", "truncated"])
 @pytest.mark.parametrize("suffix", ["flac", "wav", "mp3"])
 def test_an_unusable_file_is_named(kind: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"this.{suffix}"
@@ -257,14 +257,14 @@ def test_an_unusable_file_is_named(kind: str, suffix: str, tmp_path: Path) -> No
         soundfile.write(path, np.zeros(0), 16_000)
     elif kind == "garbage":
         path.write_bytes(np.random.default_rng(0).bytes(5_000))
-    elif kind == "cut short":
+    elif kind == "truncated":
         soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, 64_000), 16_000)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"this\.{suffix}"):
         read_audio(path, SETTINGS)
 
 
-def test_hash_covers_every_field_and_no_spelling() -> None:
+def test_the_hash_covers_every_field_and_ignores_number_formats() -> None:
     changed: dict[str, float | str] = {"sample_rate": 20_000, "num_mels": 64, "window_ms": 20.0, "hop_ms": 20.0}
     changed |= {"n_fft": 1024, "low_hz": 0.0, "high_hz": 7600.0, "mel_scale": "slaney", "log_floor": 1e-5}
     changed |= {"channels": "first", "standardized": True}
@@ -280,7 +280,7 @@ def test_hash_covers_every_field_and_no_spelling() -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("n_fft", 256), ("high_hz", 9000.0), ("hop_ms", 0.03), ("log_floor", 0.0), ("num_mels", 0)]
 )
-def test_a_setting_that_cannot_be_is_named(field: str, value: float) -> None:
+def test_an_invalid_setting_is_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"features\.{field} is {value}"):
         dataclasses.replace(SETTINGS, **{field: value})
 

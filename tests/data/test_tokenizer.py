@@ -43,7 +43,7 @@ def test_unknown_characters_are_named(tokenizer: CharTokenizer | BPETokenizer) -
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_unknown_characters_are_replaced_on_demand(kind: str) -> None:
+def test_unknown_characters_are_replaced_if_requested(kind: str) -> None:
     known = CharTokenizer.train(TEXTS, True) if kind == "char" else BPETokenizer.train(TEXTS, 60, True)
     ids = known.encode("cat \u03bb")
     assert all(BLANK < i < known.vocab_size for i in ids)
@@ -77,7 +77,7 @@ def test_pieces_of_characters_that_a_file_cannot_hold_are_their_code_points() ->
     assert pieces == ["<blank>", "\u2581", "a", "<U+2581>", "<U+00A0>", "<U+000A>", "<U+D800>"]
 
 
-def test_bpe_has_the_vocabulary_asked_for_and_training_repeats() -> None:
+def test_bpe_has_the_requested_vocabulary_and_training_is_deterministic() -> None:
     assert BPETokenizer.train(TEXTS, 60).vocab_size == 60
     assert BPETokenizer.train(TEXTS, 60).model == BPETokenizer.train(TEXTS, 60).model
     with pytest.raises(UserError, match="vocab_size 9000"):
@@ -86,7 +86,7 @@ def test_bpe_has_the_vocabulary_asked_for_and_training_repeats() -> None:
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"kind": "pickle"}', '{"kind": "char", "characters": []}'])
 def test_a_damaged_file_is_a_clear_error(content: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer was saved"):
+    with pytest.raises(UserError, match="a saved tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer"):
@@ -121,7 +121,7 @@ def test_label_text_keeps_words_and_apostrophes_only(text: str, language: str, l
     assert label_text(label, language) == label
 
 
-def test_adjoining_stretches_share_no_word_and_lose_none() -> None:
+def test_adjacent_intervals_share_no_word_and_lose_none() -> None:
     words = [("a", 0.0, 0.4), ("b", 0.4, 1.0), ("c", 1.0, 1.0), ("d", 1.2, 2.0)]
     for cut in (0.2, 0.5, 0.7, 1.0, 1.6):
         assert words_between(words, 0, cut) + words_between(words, cut, 2) == words
@@ -137,7 +137,7 @@ def test_adjoining_stretches_share_no_word_and_lose_none() -> None:
         ([("a", 1.0, 2.5)], "beyond the recording"),
     ],
 )
-def test_word_times_that_cannot_be_are_named(words: list, message: str) -> None:
+def test_invalid_word_times_are_named(words: list, message: str) -> None:
     check_word_times([("x", 0.0, 0.5), ("y", 0.4, 2.0)], 2.0, "call")
     with pytest.raises(UserError, match=f"'call', word .*{message}"):
         check_word_times(words, 2.0, "call")

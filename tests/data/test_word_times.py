@@ -1,4 +1,4 @@
-"""Readers of word times: correct files are read exactly, wrong ones raise one error with the place."""
+"""Readers of word times: correct files are read exactly, invalid ones raise one error with the location."""
 
 from __future__ import annotations
 
@@ -181,14 +181,14 @@ def test_a_ctm_gives_the_words_of_every_recording(tmp_path: Path) -> None:
         ("talk A 1.0 0.5 " + 70_000 * "x", "longer than 65536 bytes"),
     ],
 )
-def test_a_line_of_a_ctm_that_cannot_be_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_an_invalid_line_of_a_ctm_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = written(tmp_path / "a.ctm", ";; comment\ntalk A 0.5 0.4 a\n" + line + "\n")
     with pytest.raises(UserError, match=r"a\.ctm:3: .*" + message.replace(".", r"\.").replace("*", r"\*")):
         read_ctm(path, durations={"talk": 9.0})
 
 
 def test_a_ctm_that_ends_within_alternatives_or_is_not_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_ctm(written(tmp_path / "a.ctm", "t A * * <ALT_BEGIN>\nt A 1 1 x\n"))
     with pytest.raises(UserError, match=r"a\.ctm:2: not UTF-8"):
         read_ctm(written(tmp_path / "a.ctm", b"t A 1 1 x\nt A 2 1 \xe9t\xe9\n"))
@@ -204,7 +204,7 @@ def test_a_textgrid_gives_the_intervals_of_the_words_tier(tmp_path: Path, text: 
         assert read_textgrid(path) == TEXTGRID_WORDS
 
 
-def test_another_tier_of_a_textgrid_can_be_asked_for(tmp_path: Path) -> None:
+def test_another_tier_of_a_textgrid_can_be_selected(tmp_path: Path) -> None:
     path = written(tmp_path / "a.TextGrid", TEXTGRID)
     assert read_textgrid(path, "Phones") == [Word("AH0", 0.0, 2.3)]
     with pytest.raises(UserError, match=r"no interval tier 'clicks'; the file has \['words', 'phones', 'clicks'\]"):
@@ -235,7 +235,7 @@ def test_an_error_in_a_textgrid_is_named_with_its_line(
         read_textgrid(path)
 
 
-def test_lines_are_counted_whatever_ends_them(tmp_path: Path) -> None:
+def test_lines_are_counted_with_any_line_ending(tmp_path: Path) -> None:
     for newline in ("\n", "\r\n", "\r"):
         text = TEXTGRID.replace("xmin = 1.2", "xmin = 0.3").replace("\n", newline)
         with pytest.raises(UserError, match=r"TextGrid:29: .*sort the words"):
@@ -247,11 +247,11 @@ def test_a_textgrid_of_another_encoding_is_refused(tmp_path: Path) -> None:
         read_textgrid(written(tmp_path / "a.TextGrid", TEXTGRID.encode("latin-1")))
 
 
-def test_google_words_are_those_of_the_last_result_where_it_repeats_all(tmp_path: Path) -> None:
+def test_google_words_are_those_of_the_last_result_if_it_has_speakers(tmp_path: Path) -> None:
     assert read_google_words(written(tmp_path / "a.json", GOOGLE)) == GOOGLE_WORDS
 
 
-def test_google_words_are_those_of_all_results_where_speakers_are_not_told(tmp_path: Path) -> None:
+def test_google_words_are_those_of_all_results_without_speakers(tmp_path: Path) -> None:
     answer = google([{"endOffset": "0.500s", "word": "oh"}], [said("no", "1s", "1.2s", confidence=0.0)])
     answer["results"].append({"alternatives": []})
     assert read_google_words(written(tmp_path / "a.json", answer)) == [Word("oh", 0.0, 0.5), Word("no", 1.0, 1.2)]
@@ -273,12 +273,12 @@ def test_google_words_are_those_of_all_results_where_speakers_are_not_told(tmp_p
         (google([said("\ud800", "1s", "2s")]), "not Unicode"),
     ],
 )
-def test_what_is_wrong_with_google_words_is_named(tmp_path: Path, answer: Any, message: str) -> None:
+def test_errors_in_google_words_are_named(tmp_path: Path, answer: Any, message: str) -> None:
     with pytest.raises(UserError, match=r"a\.json: .*" + message):
         read_google_words(written(tmp_path / "a.json", answer), duration=60.0)
 
 
-def test_our_own_json_is_read_in_each_of_its_forms(tmp_path: Path) -> None:
+def test_words_json_is_read_in_each_form(tmp_path: Path) -> None:
     path = tmp_path / "a.words.json"
     assert read_words_json(written(path, OURS)) == OUR_WORDS
     assert read_words_json(written(path, {"words": OURS})) == OUR_WORDS
@@ -301,7 +301,7 @@ def test_our_own_json_is_read_in_each_of_its_forms(tmp_path: Path) -> None:
         (b"\xff\xfe", "not JSON"),
     ],
 )
-def test_what_is_wrong_with_our_own_json_is_named(tmp_path: Path, content: Any, message: str) -> None:
+def test_errors_in_words_json_are_named(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=r"a\.words\.json: .*" + message):
         read_words_json(written(tmp_path / "a.words.json", content))
 
@@ -313,7 +313,7 @@ def test_a_file_too_large_for_word_times_is_not_read(tmp_path: Path, monkeypatch
             read(written(tmp_path / name, " " * 101))
 
 
-def test_lhotse_alignments_are_counted_from_the_offset() -> None:
+def test_lhotse_alignments_are_shifted_by_the_offset() -> None:
     items = [["yes", 0.5, 0.25, 0.9], ["", 0.75, 0.1, None], ["I", 1.0, 0.5, None], ["do", 1.5, 0.5, -3.2], ["x", 2, 1]]
     assert lhotse_words(items, "cuts.jsonl:3", offset=10.0) == [
         Word("yes", 10.5, 10.75, 0.9),
@@ -335,12 +335,12 @@ def test_lhotse_alignments_are_counted_from_the_offset() -> None:
         ([["a", 1, -1]], r"alignment\[0\].*end after its start"),
     ],
 )
-def test_what_is_wrong_with_a_lhotse_alignment_is_named(items: Any, message: str) -> None:
+def test_errors_in_a_lhotse_alignment_are_named(items: Any, message: str) -> None:
     with pytest.raises(UserError, match=r"^cuts\.jsonl:3: .*" + message):
         lhotse_words(items, "cuts.jsonl:3")
 
 
-def test_nemo_words_come_from_the_ctm_that_the_line_names(tmp_path: Path) -> None:
+def test_nemo_words_are_read_from_the_ctm_of_the_line(tmp_path: Path) -> None:
     (tmp_path / "ctm").mkdir()
     written(tmp_path / "ctm/x.ctm", "x 1 0.10 0.20 yes NA lex NA\nx 1 0.30 0.20 I NA lex NA\n")
     for field in ("word_level_ctm_filepath", "words_level_ctm_filepath"):
@@ -357,9 +357,9 @@ def test_nemo_words_come_from_the_ctm_that_the_line_names(tmp_path: Path) -> Non
         nemo_words({"word_level_ctm_filepath": "ctm/x.ctm"}, tmp_path, "m.json:1", duration=0.35)
 
 
-def test_word_times_are_found_beside_the_sound(tmp_path: Path) -> None:
-    sound = tmp_path / "talk-1.part.flac"
-    assert find_word_times(sound) is None
+def test_word_times_are_found_next_to_the_audio(tmp_path: Path) -> None:
+    audio_path = tmp_path / "talk-1.part.flac"
+    assert find_word_times(audio_path) is None
     for name, content, words in (
         ("talk-1.part.words.json", OURS, OUR_WORDS),
         ("talk-1.part.TextGrid", TEXTGRID, TEXTGRID_WORDS),
@@ -368,14 +368,14 @@ def test_word_times_are_found_beside_the_sound(tmp_path: Path) -> None:
         ("talk-1.part.ctm", ";; nothing said", []),
     ):
         path = written(tmp_path / name, content)
-        assert find_word_times(sound) == words
+        assert find_word_times(audio_path) == words
         path.unlink()
     written(tmp_path / "talk-1.part.ctm", CTM)
     with pytest.raises(UserError, match="2 recordings, none of them 'talk-1.part'"):
-        find_word_times(sound)
+        find_word_times(audio_path)
     written(tmp_path / "talk-1.part.words.json", OURS)
     with pytest.raises(UserError, match=r"both talk-1.part.words.json and talk-1.part.ctm"):
-        find_word_times(sound)
+        find_word_times(audio_path)
 
 
 NASTY = (b'"', b"\n", b"-", b"9" * 400, b"nan", b"1e999", b"[", b"{", b"\\ud800", b"\xff", b"\0")
@@ -396,7 +396,7 @@ READERS: list[tuple[str, bytes, Callable[[Path], Any]]] = [
 @pytest.mark.parametrize(("content", "read"), [reader[1:] for reader in READERS], ids=[reader[0] for reader in READERS])
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_file_gives_possible_words_or_one_error_that_names_it(
+def test_a_damaged_file_gives_valid_words_or_one_error_that_names_it(
     tmp_path: Path, content: bytes, read: Callable[[Path], list[Word]], data: st.DataObject
 ) -> None:
     damaged = bytearray(content)
@@ -406,10 +406,10 @@ def test_a_damaged_file_gives_possible_words_or_one_error_that_names_it(
         if kind == "change" and at < len(damaged):
             damaged[at] = data.draw(st.integers(0, 255))
         elif kind == "insert":
-            some = st.sampled_from(
+            tokens = st.sampled_from(
                 [b'"', b"\n", b"-", b"9" * 400, b"nan", b"1e999", b"[", b"{", b"\\ud800", b"\xff", b"\0"]
             )
-            damaged[at:at] = data.draw(st.binary(max_size=8) | some)
+            damaged[at:at] = data.draw(st.binary(max_size=8) | tokens)
         elif kind == "delete":
             del damaged[at : at + data.draw(st.integers(1, 40))]
         elif kind == "cut":
@@ -432,7 +432,7 @@ TIMES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=30)
 
 @settings(max_examples=150, deadline=None)
 @given(TIMES, st.integers(0, 80), st.integers(0, 80))
-def test_words_found_by_bisection_are_those_that_a_scan_finds(times: list, start: int, end: int) -> None:
+def test_words_between_equals_a_linear_scan(times: list, start: int, end: int) -> None:
     words = [Word(f"w{i}", a, a + length) for i, (a, length) in enumerate(sorted(times))]
     assert words_between(words, start, end) == [word for word in words if start <= word.start < end]
 

@@ -352,7 +352,7 @@ def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
     paths = find_audio(str(tmp_path), ["a", "day/a", "b", "c"])
     assert paths == {"a": tmp_path / "day/a.wav", "day/a": tmp_path / "day/a.wav", "b": tmp_path / "b.mp3"}
     assert find_audio("", ["a"]) == {}
-    with pytest.raises(UserError, match="no audio file there is named as a recording, such as 'x'"):
+    with pytest.raises(UserError, match="no audio file is named after a recording, such as 'x'"):
         find_audio(str(tmp_path), ["x"])
     with pytest.raises(UserError, match="no such folder"):
         find_audio(str(tmp_path / "none"), ["x"])
@@ -361,5 +361,5 @@ def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
     (tmp_path / "a.mp3").unlink()
     (tmp_path / "night").mkdir()
     (tmp_path / "night/a.ogg").touch()
-    with pytest.raises(UserError, match="2 audio files there are named 'a'"):
+    with pytest.raises(UserError, match="2 audio files are named 'a'"):
         find_audio(str(tmp_path), ["a"])

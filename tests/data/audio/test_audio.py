@@ -1,4 +1,4 @@
-"""Audio files with faults: no length, truncated, several streams, segments that end late, inverted channels."""
+"""Faulty audio files: without a length, truncated, several streams, segments that end late, inverted channels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ID3 = b"ID3\x04\0\0\0\0\x02\x05" + bytes(2 * 128 + 5)
 ID3V1 = b"TAG" + bytes(125)
 SEVERAL = "several streams"
 
-# libsndfile's format and subtype, for every suffix that is listed and some more encodings.
+# libsndfile's format and subtype for every supported suffix, and some more encodings.
 FORMATS = {
     "aif": ("AIFF", "PCM_16"),
     "aiff": ("AIFF", "PCM_24"),
@@ -60,10 +60,10 @@ def noise(seconds: float, channels: int = 1, seed: int = 0) -> NDArray[np.float3
     return (0.1 * np.random.default_rng(seed).normal(size=(round(seconds * RATE), channels))).astype(np.float32)
 
 
-def encoded(kind: str, sound: NDArray[np.float32], rate: int = RATE, endian: str = "FILE") -> bytes:
+def encoded(kind: str, waveform: NDArray[np.float32], rate: int = RATE, endian: str = "FILE") -> bytes:
     file = io.BytesIO()
     container, subtype = FORMATS[kind]
-    soundfile.write(file, sound, rate, subtype, endian, container)
+    soundfile.write(file, waveform, rate, subtype, endian, container)
     return file.getvalue()
 
 
@@ -77,7 +77,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_every_listed_suffix_is_tried_here() -> None:
+def test_every_supported_suffix_is_in_the_test_table() -> None:
     assert {f".{kind}" for kind in FORMATS} >= set(AUDIO_SUFFIXES)
 
 
@@ -86,7 +86,7 @@ def test_every_listed_suffix_is_tried_here() -> None:
 
 @pytest.mark.parametrize("tag", [b"", ID3], ids=["plain", "ID3"])
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (48_000, 2)])
-def test_flac_without_its_sample_count_is_the_sound_of_one_with_it(
+def test_flac_without_a_sample_count_decodes_to_the_same_samples(
     rate: int, channels: int, tag: bytes, tmp_path: Path
 ) -> None:
     flac = encoded("flac", noise(7.3365, channels), rate)
@@ -106,24 +106,24 @@ def test_flac_without_its_sample_count_is_the_sound_of_one_with_it(
             FileSource(Recording("a"), streamed, start, duration).load(SETTINGS)
 
 
-def test_the_length_of_flac_without_its_sample_count_is_estimated_for_listings(tmp_path: Path) -> None:
+def test_the_length_of_flac_without_a_sample_count_is_estimated(tmp_path: Path) -> None:
     write(tmp_path / "a.flac", uncounted(encoded("flac", noise(7.3365))))
     write(tmp_path / "b.flac", b"no audio")
     streamed, unreadable = list_audio(str(tmp_path), "key")
     assert 3 < streamed.seconds < 20 and unreadable.seconds == 0
 
 
-def test_flac_without_its_sample_count_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+def test_truncated_flac_without_a_sample_count_is_an_error(tmp_path: Path) -> None:
     flac = uncounted(encoded("flac", noise(3)))
     with pytest.raises(UserError, match=r"a\.flac"):
         read_audio(write(tmp_path / "a.flac", flac[: len(flac) // 2]), SETTINGS)
 
 
-# Segments that end after the sound
+# Segments that end after the audio
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "opus", "sph"])
-def test_a_segment_that_ends_within_the_tolerance_after_the_sound_is_shortened(kind: str, tmp_path: Path) -> None:
+def test_a_segment_that_ends_within_the_tolerance_after_the_audio_is_shortened(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"a.{kind}", encoded(kind, noise(7.3365)))
     samples = len(read_audio(path, SETTINGS))
     for over in (0.0035, 0.09):
@@ -179,7 +179,7 @@ def tedlium(folder: Path, audio: Path, stretches: list[tuple[float, float]]) -> 
 
 
 @pytest.mark.parametrize("corpus", [nemo, lhotse_cuts, lhotse_supervisions, tedlium])
-def test_every_corpus_shortens_a_segment_within_the_tolerance_and_skips_one_beyond_it_alone(
+def test_every_corpus_shortens_a_segment_within_the_tolerance_and_skips_only_one_beyond_it(
     corpus: Callable[[Path, Path, list[tuple[float, float]]], list[str]], tmp_path: Path
 ) -> None:
     audio = write(tmp_path / "a.sph", encoded("sph", noise(7.3365)))
@@ -192,10 +192,10 @@ def test_every_corpus_shortens_a_segment_within_the_tolerance_and_skips_one_beyo
     assert json.loads((out / "dataset.json").read_text())["recordings"] == 4
 
 
-def test_a_lhotse_recording_whose_supervision_ends_after_it_is_skipped_alone(tmp_path: Path) -> None:
+def test_only_the_lhotse_recording_whose_supervision_ends_after_it_is_skipped(tmp_path: Path) -> None:
     audio = write(tmp_path / "a.wav", encoded("wav", noise(7.3365)))
     recordings = [lhotse_recording(audio) | {"id": id} for id in ("r", "within", "q", "s", "t")]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(one) + "\n" for one in recordings))
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in recordings))
     owned = [
         supervision("a", 5.0, 2.34, recording_id="within"),
         supervision("b", 5.0, 3.0),
@@ -204,7 +204,7 @@ def test_a_lhotse_recording_whose_supervision_ends_after_it_is_skipped_alone(tmp
         supervision("e", 1.0, 3.0, recording_id="s"),
         supervision("f", 1.0, 3.0, recording_id="t"),
     ]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(one) + "\n" for one in owned))
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in owned))
     given = ["--recordings", str(tmp_path / "r.jsonl"), "--supervisions", str(tmp_path / "s.jsonl")]
     out = tmp_path / "out"
     assert main(["lhotse", *given, "--out", str(out), "--workers", "1"]) == 0
@@ -213,7 +213,7 @@ def test_a_lhotse_recording_whose_supervision_ends_after_it_is_skipped_alone(tmp
     assert all("ends after its recording of 7.3365 s" in entry["reason"] for entry in skipped)
 
 
-# Files that hold less than they declare
+# Files with less audio than they declare
 
 
 def cut(kind: str, content: bytes, share: float = 0.5) -> bytes:
@@ -222,7 +222,7 @@ def cut(kind: str, content: bytes, share: float = 0.5) -> bytes:
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
 @pytest.mark.parametrize("kind", sorted(FORMATS))
-def test_a_file_cut_short_is_refused(kind: str, share: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error(kind: str, share: float, tmp_path: Path) -> None:
     whole = encoded(kind, noise(3))
     assert len(read_audio(write(tmp_path / f"whole.{kind}", whole), SETTINGS)) >= 3 * RATE
     path = write(tmp_path / f"this.{kind}", cut(kind, whole, share))
@@ -234,7 +234,7 @@ def test_a_file_cut_short_is_refused(kind: str, share: float, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["wav", "w64", "aif", "au", "rf64", "sph"])
-def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_path: Path) -> None:
+def test_a_long_file_may_lack_at_most_a_tenth_of_a_second(kind: str, tmp_path: Path) -> None:
     whole = encoded(kind, noise(60))
     lost = len(encoded(kind, noise(60))) - len(encoded(kind, noise(59.95)))
     assert len(read_audio(write(tmp_path / f"a.{kind}", whole[:-lost]), SETTINGS)) <= 60 * RATE
@@ -243,7 +243,7 @@ def test_a_long_file_may_lack_a_tenth_of_a_second_and_no_more(kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["wav", "aif", "w64", "sph"])
-def test_segments_before_the_cut_are_read_and_those_behind_it_are_not(kind: str, tmp_path: Path) -> None:
+def test_of_a_truncated_file_only_segments_before_the_end_are_read(kind: str, tmp_path: Path) -> None:
     whole = encoded(kind, noise(3))
     path = write(tmp_path / f"a.{kind}", cut(kind, whole))
     assert len(FileSource(Recording("a"), path, 0.2, 1.0).load(SETTINGS).waveform) == RATE
@@ -255,19 +255,19 @@ def chunk(id: bytes, content: bytes) -> bytes:
     return id + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
 
 
-def wav(sound: NDArray[np.float32], *, data: int | None = None, size: int | None = None, odd: bool = False) -> bytes:
+def wav(waveform: NDArray[np.float32], *, data: int | None = None, size: int | None = None, odd: bool = False) -> bytes:
     """8-bit WAV with chunks of odd lengths around the audio; `data` and `size` replace the true lengths."""
-    samples = (128 + 127 * sound).astype(np.uint8).tobytes()[: -1 if odd else None]
+    samples = (128 + 127 * waveform).astype(np.uint8).tobytes()[: -1 if odd else None]
     before = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, RATE, RATE, 1, 8)) + chunk(b"JUNK", b"odd")
-    sounding = chunk(b"data", samples)
+    audio_chunk = chunk(b"data", samples)
     if data is not None:
-        sounding = b"data" + struct.pack("<I", data) + sounding[8:]
-    chunks = b"WAVE" + before + sounding + (chunk(b"LIST", b"INFOIART\x05\0\0\0name\0\0") if data is None else b"")
+        audio_chunk = b"data" + struct.pack("<I", data) + audio_chunk[8:]
+    chunks = b"WAVE" + before + audio_chunk + (chunk(b"LIST", b"INFOIART\x05\0\0\0name\0\0") if data is None else b"")
     return b"RIFF" + struct.pack("<I", len(chunks) if size is None else size) + chunks
 
 
 @pytest.mark.parametrize("odd", [False, True])
-def test_chunks_around_the_sound_are_no_part_of_it(odd: bool, tmp_path: Path) -> None:
+def test_chunks_around_the_audio_are_not_read_as_audio(odd: bool, tmp_path: Path) -> None:
     whole = wav(noise(3), odd=odd)
     assert len(read_audio(write(tmp_path / "a.wav", whole), SETTINGS)) == 3 * RATE - odd
     assert len(read_audio(write(tmp_path / "a.wav", whole[:-10]), SETTINGS)) == 3 * RATE - odd  # of the last chunk
@@ -277,7 +277,7 @@ def test_chunks_around_the_sound_are_no_part_of_it(odd: bool, tmp_path: Path) ->
             read_audio(write(tmp_path / "a.wav", content), SETTINGS)
 
 
-def test_a_big_endian_wav_and_au_are_measured_alike(tmp_path: Path) -> None:
+def test_truncation_of_big_endian_wav_and_au_is_detected(tmp_path: Path) -> None:
     for kind, endian in (("wav", "BIG"), ("au", "LITTLE"), ("caf", "LITTLE")):
         whole = encoded(kind, noise(3), endian=endian)
         assert len(read_audio(write(tmp_path / "a", whole), SETTINGS)) == 3 * RATE
@@ -286,12 +286,12 @@ def test_a_big_endian_wav_and_au_are_measured_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0xFFFFFFFE, 0x7FFFFFFF, 0x7FFFF000, 0x7F000000, 0x80000000])
-def test_a_length_left_open_by_a_pipe_is_no_truncation(length: int, tmp_path: Path) -> None:
+def test_a_placeholder_length_written_to_a_pipe_is_not_a_truncation(length: int, tmp_path: Path) -> None:
     for size in (0, length):
         assert len(read_audio(write(tmp_path / "a.wav", wav(noise(3), data=length, size=size)), SETTINGS)) == 3 * RATE
 
 
-def test_other_formats_with_an_open_length_are_read(tmp_path: Path) -> None:
+def test_other_formats_with_a_placeholder_length_are_read(tmp_path: Path) -> None:
     au, aiff, w64 = (encoded(kind, noise(3)) for kind in ("au", "aif", "w64"))
     place = aiff.index(b"SSND") + 4
     opened = {
@@ -304,14 +304,14 @@ def test_other_formats_with_an_open_length_are_read(tmp_path: Path) -> None:
             assert len(read_audio(write(tmp_path / f"a.{kind}", content), SETTINGS)) == 3 * RATE
 
 
-def test_a_header_whose_length_counts_itself_is_no_cut(tmp_path: Path) -> None:
+def test_a_declared_length_that_includes_the_header_is_not_a_truncation(tmp_path: Path) -> None:
     """Written by some recorders: the length of the file instead of the audio."""
     samples = noise(0.5)
     content = wav(samples, data=len(samples) + 56)
     assert len(read_audio(write(tmp_path / "a.wav", content), SETTINGS)) == len(samples)
 
 
-def test_a_file_of_zeros_behind_its_header_is_measured_at_once(tmp_path: Path) -> None:
+def test_zeros_after_the_header_are_not_searched_for_chunks(tmp_path: Path) -> None:
     """Zeros are not read as chunks; the file is sparse."""
     with open(write(tmp_path / "a.wav", wav(noise(0.5))), "r+b") as file:
         file.truncate(1 << 31)
@@ -322,7 +322,7 @@ def test_a_file_of_zeros_behind_its_header_is_measured_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", sorted(FORMATS))
-def test_files_put_together_are_refused(kind: str, tmp_path: Path) -> None:
+def test_concatenated_files_are_an_error(kind: str, tmp_path: Path) -> None:
     first, second = encoded(kind, noise(3)), encoded(kind, noise(2, seed=1))
     for joined in (first + second, first + first):
         path = write(tmp_path / f"two.{kind}", joined)
@@ -334,14 +334,14 @@ def test_files_put_together_are_refused(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [("opus", "ogg"), ("ogg", "opus"), ("wav", "rf64")])
-def test_files_of_two_codecs_put_together_are_refused(first: str, second: str, tmp_path: Path) -> None:
+def test_concatenated_files_of_two_codecs_are_an_error(first: str, second: str, tmp_path: Path) -> None:
     joined = encoded(first, noise(3)) + encoded(second, noise(2, channels=2))
     with pytest.raises(UserError, match=SEVERAL):
         read_audio(write(tmp_path / f"two.{first}", joined), SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["caf", "s8.caf", "ulaw.wav", "aif", "rf64"])
-def test_files_of_odd_lengths_put_together_are_refused(kind: str, tmp_path: Path) -> None:
+def test_concatenated_files_of_odd_lengths_are_an_error(kind: str, tmp_path: Path) -> None:
     """Any padding of the first file."""
     for samples in (24_001, 24_002, 24_003):
         whole = encoded(kind, noise(2)[:samples])
@@ -350,22 +350,22 @@ def test_files_of_odd_lengths_put_together_are_refused(kind: str, tmp_path: Path
             read_audio(write(tmp_path / f"two.{kind}", whole + whole), SETTINGS)
 
 
-def test_tagged_and_streamed_files_put_together_are_refused(tmp_path: Path) -> None:
+def test_concatenated_files_with_tags_or_without_lengths_are_an_error(tmp_path: Path) -> None:
     flac, mp3 = encoded("flac", noise(2)), encoded("mp3", noise(2))
     for joined in (uncounted(flac) + uncounted(flac), ID3 + flac + ID3 + flac, ID3 + mp3 + ID3V1 + ID3 + mp3 + ID3V1):
         with pytest.raises(UserError, match=SEVERAL):
             read_audio(write(tmp_path / "two", joined), SETTINGS)
 
 
-def test_mp3_without_a_header_of_its_own_is_read_to_the_end_of_the_file(tmp_path: Path) -> None:
+def test_mp3_without_a_length_header_is_read_to_the_end_of_the_file(tmp_path: Path) -> None:
     mp3 = encoded("mp3", noise(2))
-    frames = mp3[mp3.index(mp3[:2], 4) :]  # without the frame that announces the length
+    frames = mp3[mp3.index(mp3[:2], 4) :]  # without the frame with the length
     once = len(read_audio(write(tmp_path / "a.mp3", frames), SETTINGS))
     assert len(read_audio(write(tmp_path / "a.mp3", frames + frames), SETTINGS)) > 1.9 * once
 
 
 @pytest.mark.parametrize("tail", [ID3V1, ID3, b"APETAGEX" + struct.pack("<IIQ8x", 2000, 40, 0) + bytes(40)])
-def test_tags_behind_mp3_are_no_second_file(tail: bytes, tmp_path: Path) -> None:
+def test_tags_after_mp3_are_not_a_second_file(tail: bytes, tmp_path: Path) -> None:
     mp3 = encoded("mp3", noise(2))
     whole = len(read_audio(write(tmp_path / "a.mp3", mp3), SETTINGS))
     assert len(read_audio(write(tmp_path / "a.mp3", ID3 + mp3 + tail), SETTINGS)) == whole
@@ -398,13 +398,13 @@ def warned(path: Path, settings: FeatureSettings = SETTINGS) -> tuple[str, ...]:
     return result.warnings
 
 
-def test_channels_that_cancel_each_other_out_are_warned_of_with_the_setting_that_helps(tmp_path: Path) -> None:
-    sound, other = noise(3), noise(3, seed=1)
+def test_cancelling_channels_give_a_warning_with_the_setting_that_helps(tmp_path: Path) -> None:
+    waveform, other = noise(3), noise(3, seed=1)
     inverted = {
-        "exactly": stereo(sound, -sound),
-        "nearly": stereo(sound, -0.8 * sound + 0.05 * other),
-        "with an offset": stereo(sound + 0.2, -sound + 0.2),
-        "four": np.concatenate([sound, -sound, other, -other], axis=1),
+        "exactly": stereo(waveform, -waveform),
+        "nearly": stereo(waveform, -0.8 * waveform + 0.05 * other),
+        "with an offset": stereo(waveform + 0.2, -waveform + 0.2),
+        "four": np.concatenate([waveform, -waveform, other, -other], axis=1),
     }
     for name, samples in inverted.items():
         for kind in ("wav", "flac"):
@@ -416,16 +416,16 @@ def test_channels_that_cancel_each_other_out_are_warned_of_with_the_setting_that
             assert torch.isfinite(FileSource(Recording("a"), path, channel=0).load(SETTINGS).waveform).all()
 
 
-def test_other_channels_are_not_warned_of(tmp_path: Path) -> None:
-    sound, other, silence = noise(3), noise(3, seed=1), np.zeros((3 * RATE, 1), np.float32)
+def test_other_channels_give_no_warning(tmp_path: Path) -> None:
+    waveform, other, silence = noise(3), noise(3, seed=1), np.zeros((3 * RATE, 1), np.float32)
     for samples in (
-        sound,
-        stereo(sound, sound),
-        stereo(sound, other),
-        stereo(sound, silence),
+        waveform,
+        stereo(waveform, waveform),
+        stereo(waveform, other),
+        stereo(waveform, silence),
         stereo(silence, silence),
-        stereo(sound, -0.5 * sound + 0.5 * other),
-        np.concatenate([sound, *[silence] * 7], axis=1),
+        stereo(waveform, -0.5 * waveform + 0.5 * other),
+        np.concatenate([waveform, *[silence] * 7], axis=1),
         noise(3, channels=8),
     ):
         assert not warned(write(tmp_path / "a.wav", encoded("wav", samples)))
@@ -449,7 +449,7 @@ def test_other_warnings_while_a_recording_is_loaded_are_shown(tmp_path: Path) ->
     assert isinstance(result, Extracted) and not result.warnings
 
 
-def test_worker_processes_hand_warnings_over(tmp_path: Path) -> None:
+def test_warnings_of_worker_processes_reach_the_result(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", encoded("wav", stereo(noise(1), -noise(1))))
     sources = [FileSource(Recording(str(number)), path) for number in range(3)]
     results = list(extract_all(sources, SETTINGS, 2))
@@ -490,9 +490,7 @@ def test_warnings_of_a_preparation_are_counted_and_listed(
     assert " warnings" not in capsys.readouterr().out
 
 
-def test_the_warnings_of_parts_and_of_an_interrupted_preparation_are_those_of_a_whole_one(
-    recordings: Path, tmp_path: Path
-) -> None:
+def test_parts_and_interrupted_preparations_list_the_same_warnings(recordings: Path, tmp_path: Path) -> None:
     whole, parts, stopped = tmp_path / "whole", tmp_path / "parts", tmp_path / "stopped"
     assert prepare(recordings, whole) == 0
     for part in (0, 1):

@@ -37,9 +37,9 @@ def samples_of(content: bytes, path: Path) -> int:
     """Read from a file and from memory, without a warning."""
     result = extract(FileSource(Recording("a"), write(path, content)), SETTINGS)
     assert isinstance(result, Extracted) and not result.warnings, result
-    heard = read_audio(path, SETTINGS)
-    assert torch.equal(heard, read_audio(io.BytesIO(content), SETTINGS))
-    return len(heard)
+    segment = read_audio(path, SETTINGS)
+    assert torch.equal(segment, read_audio(io.BytesIO(content), SETTINGS))
+    return len(segment)
 
 
 def warning_of(content: bytes, path: Path) -> str:
@@ -57,7 +57,7 @@ def with_block(flac: bytes, kind: int, body: bytes) -> bytes:
     return flac[:42] + bytes([kind]) + len(body).to_bytes(3, "big") + body + flac[42:]
 
 
-def test_flac_in_the_metadata_of_flac_is_no_second_stream(tmp_path: Path) -> None:
+def test_flac_bytes_in_flac_metadata_are_not_a_second_stream(tmp_path: Path) -> None:
     flac, other = encoded("flac", noise(3)), encoded("flac", noise(1))
     comment = struct.pack("<I4sII", 4, b"test", 1, 15) + b"TITLE=fLaC\0\0\0\x22!"
     picture = struct.pack(">II9s20xI", 3, 9, b"image/png", len(other)) + other
@@ -69,7 +69,7 @@ def test_flac_in_the_metadata_of_flac_is_no_second_stream(tmp_path: Path) -> Non
                 read_audio(write(tmp_path / "two.flac", content + other), SETTINGS)
 
 
-def test_flac_whose_sound_has_the_bytes_of_a_beginning_is_one_stream(tmp_path: Path) -> None:
+def test_flac_bytes_in_flac_audio_are_not_a_second_stream(tmp_path: Path) -> None:
     """Full-scale noise is stored verbatim."""
     samples = np.random.default_rng(0).integers(-32768, 32768, size=3 * RATE).astype(np.int16)
     marks = np.frombuffer(b"fLaC\0\0\0\x22OggS\0\2RIFF", ">i2").astype(np.int16)
@@ -93,7 +93,7 @@ def ogg_page(content: bytes, flags: int, stream: int, number: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["ogg", "opus"])
-def test_streams_beside_each_other_and_bytes_within_pages_are_no_second_stream(kind: str, tmp_path: Path) -> None:
+def test_multiplexed_ogg_streams_and_bytes_within_pages_are_not_a_second_stream(kind: str, tmp_path: Path) -> None:
     whole = encoded(kind, noise(3))
     first = whole.index(b"OggS", 4)
     other = [
@@ -101,17 +101,17 @@ def test_streams_beside_each_other_and_bytes_within_pages_are_no_second_stream(k
         ogg_page(b"\x80 OggS\0\2 OggS\0\2", 0, 7, 1),
         ogg_page(b"", 4, 7, 2),
     ]
-    beside = whole[:first] + other[0] + whole[first:-1] + whole[-1:]
-    second = beside.index(b"OggS", first + len(other[0]) + 4)
-    beside = beside[:second] + other[1] + other[2] + beside[second:]
-    assert samples_of(beside, tmp_path / f"a.{kind}") == 3 * RATE
+    multiplexed = whole[:first] + other[0] + whole[first:-1] + whole[-1:]
+    second = multiplexed.index(b"OggS", first + len(other[0]) + 4)
+    multiplexed = multiplexed[:second] + other[1] + other[2] + multiplexed[second:]
+    assert samples_of(multiplexed, tmp_path / f"a.{kind}") == 3 * RATE
     for tail in (ID3V1, bytes(70_000), b"OggS of no page"):
         assert samples_of(whole + tail, tmp_path / f"b.{kind}") == 3 * RATE
     with pytest.raises(UserError, match="several streams"):
-        read_audio(write(tmp_path / "c", beside + beside), SETTINGS)
+        read_audio(write(tmp_path / "c", multiplexed + multiplexed), SETTINGS)
     for lost in (1, 10, 100):
         with pytest.raises(UserError, match="truncated"):
-            read_audio(write(tmp_path / "d", beside[:-lost]), SETTINGS)
+            read_audio(write(tmp_path / "d", multiplexed[:-lost]), SETTINGS)
 
 
 # Lengths that are unset, too small or missing
@@ -129,7 +129,7 @@ def test_a_wav_whose_length_was_never_set_is_read_to_its_end(size: int, tmp_path
     assert samples_of(big[:place] + bytes(4) + big[place + 4 :], tmp_path / "c.wav") == 3 * RATE
 
 
-def test_a_wav_without_any_sound_is_still_refused(tmp_path: Path) -> None:
+def test_a_wav_without_samples_is_still_an_error(tmp_path: Path) -> None:
     empty = wav(noise(3)[:0])
     for content in (empty, empty + ID3V1, empty + bytes(50_000), encoded("wav", noise(1)[:0])):
         with pytest.raises(UserError, match="holds no audio samples"):
@@ -137,21 +137,21 @@ def test_a_wav_without_any_sound_is_still_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["wav", "rf64", "aif", "au", "caf"])
-def test_sound_behind_the_announced_length_is_warned_of(kind: str, tmp_path: Path) -> None:
+def test_audio_after_the_declared_length_gives_a_warning(kind: str, tmp_path: Path) -> None:
     """Header that was not updated, or counts more than 4 GiB in 32 bits."""
     shorter, longer = encoded(kind, noise(2)), encoded(kind, noise(3))
     content = shorter + longer[-2 * RATE :]
-    assert f"2.00 s of audio, and {2 * RATE} bytes after" in warning_of(content, tmp_path / f"a.{kind}")
+    assert f"2.00 s of audio; {2 * RATE} bytes after" in warning_of(content, tmp_path / f"a.{kind}")
     assert samples_of(shorter + longer[-1000:], tmp_path / f"b.{kind}") == 2 * RATE
 
 
 @pytest.mark.parametrize("kind", ["w64", "sph"])
-def test_sound_behind_the_announced_length_is_read_where_libsndfile_does(kind: str, tmp_path: Path) -> None:
+def test_audio_after_the_declared_length_is_read_if_libsndfile_reads_it(kind: str, tmp_path: Path) -> None:
     content = encoded(kind, noise(2)) + encoded(kind, noise(3))[-2 * RATE :]
     assert samples_of(content, tmp_path / f"a.{kind}") == 3 * RATE
 
 
-def test_what_is_no_sound_behind_the_announced_length_is_not_warned_of(tmp_path: Path) -> None:
+def test_other_data_after_the_declared_length_give_no_warning(tmp_path: Path) -> None:
     picture = b"ID3\x03\0\0\0\0\x40\0" + np.random.default_rng(0).bytes(0x40 << 7)
     for odd in (False, True):
         whole = wav(noise(3), odd=odd)
@@ -162,7 +162,7 @@ def test_what_is_no_sound_behind_the_announced_length_is_not_warned_of(tmp_path:
     assert samples_of(unpadded, tmp_path / "b.wav") == 3 * RATE - 1
 
 
-def test_an_rf64_file_is_as_long_as_its_first_chunk_says(tmp_path: Path) -> None:
+def test_the_length_of_rf64_is_that_of_its_ds64_chunk(tmp_path: Path) -> None:
     """Any length in the header of the data chunk: libsndfile ignores it."""
     whole = encoded("rf64", noise(3))
     place = whole.index(b"data") + 4
@@ -174,16 +174,16 @@ def test_an_rf64_file_is_as_long_as_its_first_chunk_says(tmp_path: Path) -> None
 
 
 def headless_mp3(seconds: int, mode: str) -> tuple[bytes, int]:
-    """MP3 that starts with near silence, without the frame of its length, and its number of samples."""
-    sound = noise(seconds)
-    sound[: len(sound) // 2] *= 1e-4
+    """MP3 with a nearly silent first half and without the frame with its length; and its number of samples."""
+    waveform = noise(seconds)
+    waveform[: len(waveform) // 2] *= 1e-4
     file = io.BytesIO()
     with soundfile.SoundFile(
         file, "w", RATE, 1, "MPEG_LAYER_III", format="MP3", bitrate_mode=mode, compression_level=0.5
     ) as out:
-        out.write(sound)
+        out.write(waveform)
     content = file.getvalue()
-    return content[content.index(content[:2], 4) :], len(sound)
+    return content[content.index(content[:2], 4) :], len(waveform)
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE", "AVERAGE"])
@@ -193,14 +193,14 @@ def test_mp3_of_any_bit_rate_without_a_header_is_read_to_its_end(mode: str, tmp_
     for tagged in (content, ID3 + content + ID3V1):
         assert 0 <= samples_of(tagged, tmp_path / "a.mp3") - samples < 3 * 1152
     whole = read_audio(tmp_path / "a.mp3", SETTINGS)
-    heard = torch.cat(list(audio_blocks(tmp_path / "a.mp3", SETTINGS, None, 50.0, 5.0)))
-    assert torch.allclose(heard, whole[50 * RATE : 55 * RATE], atol=1e-5)
+    segment = torch.cat(list(audio_blocks(tmp_path / "a.mp3", SETTINGS, None, 50.0, 5.0)))
+    assert torch.allclose(segment, whole[50 * RATE : 55 * RATE], atol=1e-5)
     for start, duration in ((70.0, 1.0), (59.0, 3.0)):
         with pytest.raises(UserError, match="ends before the segment's"):
             FileSource(Recording("a"), tmp_path / "a.mp3", start, duration).load(SETTINGS)
 
 
-def test_a_long_compressed_file_that_lacks_some_seconds_is_warned_of(tmp_path: Path) -> None:
+def test_a_long_compressed_file_that_lacks_some_seconds_gives_a_warning(tmp_path: Path) -> None:
     """One per cent of an hour is 36 seconds."""
     whole = encoded("mp3", noise(600))
     assert samples_of(whole, tmp_path / "a.mp3") == 600 * RATE
@@ -209,7 +209,7 @@ def test_a_long_compressed_file_that_lacks_some_seconds_is_warned_of(tmp_path: P
         read_audio(write(tmp_path / "a.mp3", whole[: -len(whole) // 50]), SETTINGS)
 
 
-def test_a_file_is_measured_once_for_all_its_segments_in_any_order(
+def test_the_extent_of_a_file_is_read_once_for_all_its_segments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [write(tmp_path / f"{number}.flac", encoded("flac", noise(1))) for number in range(100)]
@@ -222,12 +222,12 @@ def test_a_file_is_measured_once_for_all_its_segments_in_any_order(
     assert measured == list(map(str, paths))
 
 
-# Resource forks of macOS beside files
+# Resource forks of macOS next to files
 
 
 @pytest.mark.parametrize("kind", sorted(FORMATS))
 @pytest.mark.parametrize("fork", [b"", b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4072), b"junk" * 99])
-def test_a_file_is_read_whatever_macos_left_beside_it(fork: bytes, kind: str, tmp_path: Path) -> None:
+def test_a_file_is_read_despite_a_macos_resource_fork_next_to_it(fork: bytes, kind: str, tmp_path: Path) -> None:
     """libsndfile treats `._X` as the resource fork of X, and X as a file of Sound Designer II."""
     path = write(tmp_path / f"a.{kind}", encoded(kind, noise(1)))
     write(tmp_path / f"._a.{kind}", fork)
@@ -236,6 +236,6 @@ def test_a_file_is_read_whatever_macos_left_beside_it(fork: bytes, kind: str, tm
         assert len(FileSource(Recording("a"), path, start, 0.5).load(SETTINGS).waveform) == RATE // 2
 
 
-def test_a_format_that_the_ending_alone_tells_is_still_read(tmp_path: Path) -> None:
+def test_a_format_identified_only_by_its_suffix_is_still_read(tmp_path: Path) -> None:
     content = bytes(3000) + encoded("mp3", noise(1))
     assert len(read_audio(write(tmp_path / "a.mp3", content), SETTINGS)) == RATE

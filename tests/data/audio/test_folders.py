@@ -45,7 +45,7 @@ def listed(folder: Path, **more: object) -> dict[str, str]:
     return {source.id: source.reason if isinstance(source, Unreadable) else "" for source in found}
 
 
-def test_clutter_is_left_out_everywhere(folder: Path) -> None:
+def test_clutter_is_ignored_at_any_depth(folder: Path) -> None:
     for name in LEFT_BEHIND:
         put(folder / name, b"no audio")
     put(folder / "talk.stm", "a 1 s 0 1 x\n")
@@ -54,7 +54,7 @@ def test_clutter_is_left_out_everywhere(folder: Path) -> None:
     assert listed(folder) == {"a": "", "sub/b": ""}
     assert [file.name for file in list_audio(str(folder), "")] == ["a", "sub/b"]
     assert find_audio(str(folder), ["a", "b"]) == {"a": folder / "a.wav", "b": folder / "sub/b.wav"}
-    with pytest.raises(UserError, match="no audio file there is named"):
+    with pytest.raises(UserError, match="no audio file is named"):
         find_audio(str(folder), ["._a", "x", "z"])
     assert listed_names(folder) == {"a.txt", "a.wav", "sub", "talk.stm"}
     assert stm_files(str(folder)) == [folder / "talk.stm"]
@@ -100,7 +100,7 @@ def test_broken_links_and_unreadable_folders_are_reported_and_skipped(
     (folder / "locked").mkdir()
     scandir = os.scandir
 
-    def closed(path: os.PathLike[str]) -> object:  # tests may run as root, whom no mode keeps out
+    def closed(path: os.PathLike[str]) -> object:  # permissions have no effect on root, who may run the tests
         if Path(path).name == "locked":
             raise PermissionError(13, "Permission denied")
         return scandir(path)
@@ -111,9 +111,9 @@ def test_broken_links_and_unreadable_folders_are_reported_and_skipped(
     assert "a broken link" in found["gone.wav"] and "a broken link" in found["disk"]
     assert "ring.wav" in found and "cannot be listed (Permission denied)" in found["locked"]
     files = {file.name: file for file in list_audio(str(folder), "")}
-    assert set(files) == {"a", "gone", "ring", "sub/b"} and files["gone"].seconds == 0  # fails when its turn comes
-    told = capsys.readouterr().err
-    assert "disk: a broken link" in told and "locked: a folder that cannot be listed" in told
+    assert set(files) == {"a", "gone", "ring", "sub/b"} and files["gone"].seconds == 0  # fails when decoded
+    errors = capsys.readouterr().err
+    assert "disk: a broken link" in errors and "locked: a folder that cannot be listed" in errors
     assert find_audio(str(folder), ["a", "gone"]) == {"a": folder / "a.wav"}
     out = tmp_path / "out"
     assert main(["folder", f"--folder={folder}", f"--out={out}", "--workers=1"]) == 0
@@ -121,7 +121,7 @@ def test_broken_links_and_unreadable_folders_are_reported_and_skipped(
     assert "skipped 4 recordings" in capsys.readouterr().out
 
 
-def test_a_linked_file_is_read_under_its_name(folder: Path, tmp_path: Path) -> None:
+def test_a_linked_file_keeps_the_name_of_the_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / ".pool").mkdir()
     (folder / "a.wav").rename(tmp_path / ".pool/0001")
     (folder / "a.wav").symlink_to(tmp_path / ".pool/0001")  # as the hub's cache does

@@ -25,7 +25,7 @@ from data.corpora.folder import sources as folder_sources
 from data.corpora.grammar import LANGUAGES, load_grammar
 from data.corpora.numbers import spell_number
 from data.corpora.registry import CORPORA, find_corpus
-from data.corpora.synthetic import VARIANTS, SyntheticSettings, split_of
+from data.corpora.synthetic import VARIANTS, SyntheticSettings, sentence_split
 from data.corpora.synthetic import sources as synthetic_sources
 from data.features import FeatureSettings
 from data.prepare.prepare import parse
@@ -51,15 +51,15 @@ def write_lines(path: Path, *entries: dict | str) -> Path:
 # --- synthetic
 
 
-def test_words_are_where_the_times_say() -> None:
+def test_word_times_match_the_audio() -> None:
     """A word that starts and ends with a fricative, between words without one, matches its times."""
     words = "mama sauce mama mama sauce mama".split()
     with Synthesizer("en-us", words_per_minute=140) as voice:
-        sound, times = voice.speak(words)
+        audio, times = voice.speak(words)
         rate = voice.sample_rate
 
     def brightness(start: float, end: float) -> float:
-        piece = sound[int(start * rate) : int(end * rate)]
+        piece = audio[int(start * rate) : int(end * rate)]
         power = np.abs(np.fft.rfft(piece)) ** 2
         return float(power[np.fft.rfftfreq(len(piece), 1 / rate) > 4000].sum() / power.sum())
 
@@ -70,17 +70,17 @@ def test_words_are_where_the_times_say() -> None:
         assert brightness(end - 0.02, end) > 0.5 and brightness(end, end + 0.02) < 0.1
 
 
-def test_the_last_word_ends_with_the_sound_and_not_with_the_silence_after_it() -> None:
+def test_the_last_word_ends_before_the_silence_after_it() -> None:
     with Synthesizer("de+f2") as voice:
-        sound, times = voice.speak(["das", "haus"])
+        audio, times = voice.speak(["das", "haus"])
     start, end = (int(second * voice.sample_rate) for second in times[-1])
-    assert len(sound) - end > 0.02 * voice.sample_rate
-    assert np.abs(sound[end:]).max() < 0.05 * np.abs(sound[start:end]).max()
-    assert np.abs(sound[end - 200 : end]).max() > 0.01 * np.abs(sound[start:end]).max()
+    assert len(audio) - end > 0.02 * voice.sample_rate
+    assert np.abs(audio[end:]).max() < 0.05 * np.abs(audio[start:end]).max()
+    assert np.abs(audio[end - 200 : end]).max() > 0.01 * np.abs(audio[start:end]).max()
 
 
 @pytest.mark.parametrize("language", ALL_LANGUAGES)
-def test_every_listed_word_can_be_spoken_as_one_word(language: str) -> None:
+def test_every_word_of_the_lists_can_be_synthesised_as_one_word(language: str) -> None:
     grammar = load_grammar(language)
     spoken = [entry for name in set(grammar.lists) - {"onset", "nucleus", "coda"} for entry in grammar.lists[name]]
     words = {word for entry in spoken for word in entry.split() if word not in ("{", "}") and "{" not in word}
@@ -117,7 +117,7 @@ def test_numbers_are_spelled_as_in_the_language(language: str, n: int, spelled: 
 
 
 @pytest.mark.parametrize("language", ALL_LANGUAGES)
-def test_every_number_has_its_own_words(language: str) -> None:
+def test_all_numbers_have_different_words(language: str) -> None:
     assert len({spell_number(n, language) for n in range(1000)}) == 1000
 
 
@@ -169,7 +169,7 @@ def test_splits_share_neither_voices_nor_sentences() -> None:
         assert recording.speaker.startswith(recording.language)
     # A sentence is in one split for all voices, and each split has its share of them.
     rng, grammar = random.Random(1), load_grammar("en")
-    owners = [split_of(" ".join(grammar.sentence(rng))) for _ in range(3000)]
+    owners = [sentence_split(" ".join(grammar.sentence(rng))) for _ in range(3000)]
     assert 0.04 < owners.count("test") / 3000 < 0.08 and 0.04 < owners.count("dev") / 3000 < 0.08
 
 
@@ -191,10 +191,10 @@ def test_test_sentences_do_not_occur_in_training(monkeypatch: pytest.MonkeyPatch
             source.load(FEATURES)
     assert min(map(len, spoken.values())) > 10
     for split, sentences in spoken.items():
-        assert {split_of(sentence) for sentence in sentences} == {split}
+        assert {sentence_split(sentence) for sentence in sentences} == {split}
 
 
-def test_a_long_recording_reaches_its_length_with_topics_that_come_back() -> None:
+def test_a_long_recording_reaches_its_length_with_recurring_topics() -> None:
     settings = SyntheticSettings(languages=["es"], train_hours=0, test_utterances=0, dev_utterances=0, long_minutes=6)
     source = synthetic_sources(settings)[0]
     utterance = source.load(FEATURES)
@@ -255,7 +255,7 @@ def test_lua_dialogs_are_parsed_with_escapes_and_comments() -> None:
 
 @pytest.fixture
 def debian_tree(tmp_path: Path) -> Path:
-    """The packages' layout in miniature: two levels of Fish Fillets, one stamp of Tux Paint."""
+    """Small copy of the layout of the packages: two levels of Fish Fillets, one stamp of Tux Paint."""
     game, texts = tmp_path / "usr/share/games/fillets-ng", {}
     for level in ("city", "share/borejokes"):
         for number in range(20):
@@ -265,12 +265,12 @@ def debian_tree(tmp_path: Path) -> Path:
     write_audio(game / "sound/city/cs/untold.ogg", 0.1)
     for number in range(12):
         write_audio(game / f"sound/city/nl/c{number}.ogg", 0.1)
-    write_audio(game / "sound/cellar/cs/c3.ogg", 0.1)  # a level without a script, that plays what the city says
+    write_audio(game / "sound/cellar/cs/c3.ogg", 0.1)  # a level without a script, which uses audio of the city
     for name, prefix in (("city/dialogs", "c"), ("share/bore_dialogs", "s")):
         lua = game / f"script/{name}_cs.lua"
         lua.parent.mkdir(parents=True, exist_ok=True)
-        mine = {id: text for id, text in texts.items() if id.startswith(prefix)}
-        lua.write_text("".join(f'dialogId("{i}", "font_big", "x")\ndialogStr("{t}")\n' for i, t in mine.items()))
+        level_texts = {id: text for id, text in texts.items() if id.startswith(prefix)}
+        lua.write_text("".join(f'dialogId("{i}", "font_big", "x")\ndialogStr("{t}")\n' for i, t in level_texts.items()))
     dutch = "".join(f'dialogId("c{n}", "font_small", "x")\ndialogStr("Hallo {n}.")\n' for n in range(12))
     (game / "script/city/dialogs_nl.lua").write_text(dutch)
     stamps = tmp_path / "usr/share/tuxpaint/stamps/animals"
@@ -290,12 +290,12 @@ def test_ogg_files_get_text_and_speaker_from_the_scripts(debian_tree: Path) -> N
     assert found["fillets-cs/city/untold"].text is None
     assert found["fillets-nl/city/c0"].speaker == "fillets-nl-small"
     assert found["tuxpaint-fr/animals/cat"].text == "Un chat."
-    assert found["tuxpaint-be/animals/cat"].text is None  # not known to be what is said
+    assert found["tuxpaint-be/animals/cat"].text is None  # the text may differ from the audio
     only = debian_sources(FilletsSettings(folder=str(debian_tree), parts=["fillets-nl"]))
     assert sorted(source.id for source in only) == sorted(f"fillets-nl/city/c{n}" for n in range(12))
 
 
-def test_a_phrase_is_in_one_split_however_it_is_written(debian_tree: Path) -> None:
+def test_all_spellings_of_a_phrase_are_in_one_split(debian_tree: Path) -> None:
     settings = DebianVoicesSettings(folder=str(debian_tree), dev_share=0.3, test_share=0.3)
     recordings = [source.recording for source in debian_sources(settings)]
     held_out = [recording for recording in recordings if recording.language == "cs" and recording.text]
@@ -307,7 +307,7 @@ def test_a_phrase_is_in_one_split_however_it_is_written(debian_tree: Path) -> No
     assert {recording.split for recording in recordings if recording not in held_out} == {"train"}
 
 
-def test_debian_folders_that_lack_what_is_needed_are_named(debian_tree: Path, tmp_path: Path) -> None:
+def test_debian_folders_without_the_needed_files_are_named(debian_tree: Path, tmp_path: Path) -> None:
     shutil.rmtree(debian_tree / "usr/share/tuxpaint")
     with pytest.raises(UserError, match="tuxpaint: no recordings below"):
         debian_sources(DebianVoicesSettings(folder=str(debian_tree)))
@@ -320,7 +320,7 @@ def test_debian_folders_that_lack_what_is_needed_are_named(debian_tree: Path, tm
         parse_settings(DebianVoicesSettings, ["--parts=[filets-cs]"])
 
 
-def test_a_failed_fetch_says_what_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_gives_the_cause_and_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Failing commands replace those of apt: no network is used."""
     for name in ("apt-get", "dpkg-deb"):
         script = tmp_path / name
@@ -341,7 +341,7 @@ def ids_and_splits(settings: FolderSettings) -> dict[str, str]:
     return {source.id: source.recording.split for source in folder_sources(settings)}  # type: ignore[attr-defined]
 
 
-def test_a_folder_gives_its_files_with_the_transcripts_beside_them(tmp_path: Path) -> None:
+def test_a_folder_gives_its_audio_files_with_their_transcripts(tmp_path: Path) -> None:
     expected = write_audio(tmp_path / "train/a/one.flac")
     (tmp_path / "train/a/one.txt").write_text("Hello,\n  world! \n")
     write_audio(tmp_path / "valid/two.wav")
@@ -391,11 +391,11 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.txt is not UTF-8"):
         folder_sources(FolderSettings(folder=str(tmp_path), split_by="hash"))
     b, _ = folder_sources(FolderSettings(folder=str(tmp_path), text="optional", split_by="hash"))
-    heard = b.load(FEATURES)
-    assert heard.recording.text is None and "b.txt is not UTF-8" in heard.warnings[0]
+    loaded = b.load(FEATURES)
+    assert loaded.recording.text is None and "b.txt is not UTF-8" in loaded.warnings[0]
 
 
-def test_a_manifest_gives_files_and_stretches_of_files(tmp_path: Path) -> None:
+def test_a_manifest_gives_files_and_segments_of_files(tmp_path: Path) -> None:
     samples = write_audio(tmp_path / "audio/long.wav", 3.0)
     manifest = write_lines(
         tmp_path / "all.json",
@@ -410,15 +410,15 @@ def test_a_manifest_gives_files_and_stretches_of_files(tmp_path: Path) -> None:
         },
     )
     part, whole = folder_sources(FolderSettings(manifest=str(manifest)))
-    heard = part.load(FEATURES)
-    assert (heard.recording.text, heard.recording.language, heard.recording.split) == ("part", "de", "dev")
-    assert torch.allclose(heard.waveform, torch.from_numpy(samples[24000:36000]), atol=1e-4)
-    heard = whole.load(FEATURES)
-    assert (heard.recording.id, heard.recording.speaker, heard.recording.split) == ("audio/long", "7", "test")
-    assert len(heard.waveform) == 48000
+    loaded = part.load(FEATURES)
+    assert (loaded.recording.text, loaded.recording.language, loaded.recording.split) == ("part", "de", "dev")
+    assert torch.allclose(loaded.waveform, torch.from_numpy(samples[24000:36000]), atol=1e-4)
+    loaded = whole.load(FEATURES)
+    assert (loaded.recording.id, loaded.recording.speaker, loaded.recording.split) == ("audio/long", "7", "test")
+    assert len(loaded.waveform) == 48000
 
 
-def test_a_manifest_without_text_or_with_text_that_is_not_wanted(tmp_path: Path) -> None:
+def test_a_manifest_without_text_or_with_ignored_text(tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", 0.1)
     write_audio(tmp_path / "b.wav", 0.1)
     lines = [{"audio_filepath": "a.wav", "text": "x"}, {"audio_filepath": "b.wav"}]
@@ -428,7 +428,7 @@ def test_a_manifest_without_text_or_with_text_that_is_not_wanted(tmp_path: Path)
         assert [source.recording.text for source in found if isinstance(source, FileSource)] == expected
 
 
-def test_a_stretch_beyond_the_file_is_unusable(tmp_path: Path) -> None:
+def test_a_segment_beyond_the_end_of_the_file_is_unusable(tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", 1.0)
     lines = [{"audio_filepath": "a.wav", "offset": start, "duration": 0.9, "text": "x"} for start in (0.5, 2.0)]
     for source in folder_sources(FolderSettings(manifest=str(write_lines(tmp_path / "m.json", *lines)))):
@@ -436,7 +436,7 @@ def test_a_stretch_beyond_the_file_is_unusable(tmp_path: Path) -> None:
             source.load(FEATURES)
 
 
-def test_manifests_of_the_splits_name_them(tmp_path: Path) -> None:
+def test_manifests_of_splits_give_the_splits_of_their_recordings(tmp_path: Path) -> None:
     entries = {}
     for split in ("train", "dev", "test"):
         write_audio(tmp_path / f"{split}.wav", 0.1)
@@ -470,7 +470,7 @@ PAGES = sorted((REPOSITORY / "docs" / "corpora").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_commands_of_a_corpus_page_are_understood(page: Path) -> None:
+def test_the_commands_of_the_corpus_pages_are_parsed(page: Path) -> None:
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     commands = [
         shlex.split(line, comments=True) for line in re.findall(r"^    python -m data.prepare (.*)", text, re.M)

@@ -82,11 +82,11 @@ def test_tables_give_sentences_to_the_byte_with_speakers_and_splits(release: Pat
         "de",
         "anna",
     )
-    assert found["4"].recording.text == '"Ja'  # a lone quotation mark swallows no lines
-    assert found["2"].recording.text == "Er sagte: \u201eNein\u201c und ging."  # nor is U+2028 the end of a line
+    assert found["4"].recording.text == '"Ja'  # a single quotation mark does not include the next lines
+    assert found["2"].recording.text == "Er sagte: \u201eNein\u201c und ging."  # U+2028 does not end a line
 
 
-def test_clips_are_heard(release: Path) -> None:
+def test_clips_decode_to_the_audio_of_their_files(release: Path) -> None:
     found = listed(folder=str(release.parent))["1"].load(FEATURES)
     assert likeness(found.waveform.numpy(), speech("guten tag", "de")) > 0.95
 
@@ -98,7 +98,7 @@ def test_validated_adds_no_speaker_and_no_sentence_of_dev_and_test(release: Path
     assert set(alone) == {"1", "7"}
 
 
-def test_votes_and_seconds_choose(release: Path) -> None:
+def test_clips_are_selected_by_votes_and_seconds(release: Path) -> None:
     both = ["train", "validated"]
     assert set(listed(folder=str(release), splits=both, max_down_votes=0)) == {"1"}
     assert set(listed(folder=str(release), splits=both, min_up_votes=3)) == {"2", "7"}
@@ -116,7 +116,7 @@ def test_languages_of_a_release(release: Path) -> None:
         put(french / "clips" / f"common_voice_fr_{name}00000009.mp3", encoded("bonjour", "mp3", "fr"))
     assert len(sources(CommonVoiceSettings(str(release.parent)))) == 7
     assert len(sources(CommonVoiceSettings(str(release.parent), languages=["fr"]))) == 3
-    with pytest.raises(UserError, match="languages names 'it', .* has de, fr"):
+    with pytest.raises(UserError, match="languages has 'it', but .* has de, fr"):
         sources(CommonVoiceSettings(str(release.parent), languages=["it"]))
 
 
@@ -144,7 +144,7 @@ def test_early_releases_without_locale_and_suffix(tmp_path: Path) -> None:
         ("\t3\t1\t", "\tmany\t1\t", r"train.tsv:3: up_votes is 'many'"),
     ],
 )
-def test_damaged_tables_are_told_with_file_and_line(release: Path, old: str, new: str, message: str) -> None:
+def test_errors_of_damaged_tables_name_file_and_line(release: Path, old: str, new: str, message: str) -> None:
     path = release / "train.tsv"
     content = path.read_text()
     assert old in content
@@ -153,7 +153,7 @@ def test_damaged_tables_are_told_with_file_and_line(release: Path, old: str, new
         sources(CommonVoiceSettings(str(release)))
 
 
-def test_what_is_no_text_is_told_with_the_line(release: Path) -> None:
+def test_errors_of_invalid_text_name_the_line(release: Path) -> None:
     content = (release / "train.tsv").read_bytes()
     put(release / "train.tsv", content.replace("\u201e".encode(), b"\x84"))
     with pytest.raises(UserError, match=r"train.tsv:3: not UTF-8"):
@@ -175,7 +175,7 @@ QUOTED = [
     ('"She said ""hi""\tand left"', 'She said "hi" and left'),
     ('"She said ""hi"" and left"', 'She said "hi" and left'),
     ('"""Hi"" she said"', '"Hi" she said'),
-    ('"Ja', '"Ja'),  # not CSV: what it would swallow up to is in other rows
+    ('"Ja', '"Ja'),  # not CSV: as a quoted value it would extend into other rows
     ('Ja"', 'Ja"'),
     ('"Ja" und "Nein"', '"Ja" und "Nein"'),
     ('"Ja"', '"Ja"'),
@@ -184,7 +184,7 @@ QUOTED = [
 ]
 
 
-def test_rows_are_read_with_quotation_marks_of_both_meanings(tmp_path: Path) -> None:
+def test_quotation_marks_are_read_as_text_or_csv(tmp_path: Path) -> None:
     rows = [("anna", number, sentence, 2, 0) for number, (sentence, _) in enumerate(QUOTED)]
     for seed in range(20):
         random.Random(seed).shuffle(rows)
@@ -208,7 +208,7 @@ def test_a_table_with_a_quoted_header_is_csv(tmp_path: Path) -> None:
 
 
 BAD_ROWS = {
-    "cut short": b"anna\tcommon_voice_de_00000011.mp3\t",
+    "truncated": b"anna\tcommon_voice_de_00000011.mp3\t",
     "a quote that is never closed": b'anna\tcommon_voice_de_00000012.mp3\t0\t"Guten',
     "a line end without quotes": b"anna\tcommon_voice_de_00000013.mp3\t0\tGuten\nTag\t\t2\t0\t\t\t\t\tde\t",
     "not UTF-8": row("anna", 14, "gr\u00fcn", 2, 0).encode("latin-1"),

@@ -17,7 +17,7 @@ from common.config import parse as parse_settings
 from common.errors import UserError
 from data.corpora.earnings22 import Earnings22FullSettings, Earnings22Settings, sources, sources_full
 from data.corpora.espeak import Synthesizer
-from data.corpora.nlp_tokens import NlpToken, read_nlp, read_normalizations, timed_words, written_or_spoken
+from data.corpora.nlp_tokens import NlpToken, read_nlp, read_normalizations, timed_words, transcript_units
 from data.corpora.registry import CORPORA
 from data.features import FeatureSettings
 from data.format.dataset import open_dataset
@@ -50,18 +50,18 @@ def write(path: Path, *lines: str) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published repository: 12 listed calls and one more; rates differ; one call has its real transcripts."""
+    """The published repository: 12 listed calls and another one, at different rates; one has its real transcripts."""
     folder = tmp_path_factory.mktemp("speech-datasets") / "earnings22"
     with Synthesizer("en-us") as voice:
-        sound, _ = voice.speak("greetings i am peter".split())
+        audio, _ = voice.speak("greetings i am peter".split())
         rate = voice.sample_rate
     rows = []
     for number, id in enumerate([*LISTS["dev"], *LISTS["test"], OTHER]):
         new_rate = (16000, 22050, 44100)[number % 3]
-        at = np.arange(int(len(sound) / rate * new_rate)) / new_rate * rate
+        at = np.arange(int(len(audio) / rate * new_rate)) / new_rate * rate
         path = folder / "media" / f"{id}.mp3"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, np.interp(at, np.arange(len(sound)), sound), new_rate, format="MP3")
+        soundfile.write(path, np.interp(at, np.arange(len(audio)), audio), new_rate, format="MP3")
         rows.append(f'{id},T{number},"Korea, Republic of",Asia,Other,Asian,{1 + number},{new_rate}\n')
         kinds = folder / "transcripts"
         if id == CALL:
@@ -86,7 +86,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call_words(text: str = "written", punctuation: bool = True) -> list[Word]:
     spoken = read_normalizations(FIXTURES / f"{CALL}.norm.json") if text == "spoken" else None
-    units = list(written_or_spoken(read_nlp(FIXTURES / f"{CALL}.nlp"), spoken, punctuation))
+    units = list(transcript_units(read_nlp(FIXTURES / f"{CALL}.nlp"), spoken, punctuation))
     return timed_words(units, read_nlp(FIXTURES / f"{CALL}.aligned.nlp"), CALL)
 
 
@@ -105,7 +105,7 @@ def test_the_lists_are_the_6_and_6_calls_and_the_full_set_has_another_name(publi
     assert [source.id for source in only_test] == sorted(LISTS["test"])
 
 
-def test_a_call_has_its_text_words_place_and_sound_whatever_its_sampling_rate(published: Path) -> None:
+def test_a_call_has_text_words_country_and_audio_at_any_sampling_rate(published: Path) -> None:
     listed = sources(Earnings22Settings(folder=str(published)))
     recording = next(source.recording for source in listed if source.id == CALL)
     assert recording.text is not None and recording.text.startswith("Greetings. I am Peter Kweon, Head of IR at KB")
@@ -142,7 +142,7 @@ def test_the_papers_layout_gives_the_same_calls_without_events_or_times(publishe
         sources(Earnings22Settings(folder=str(folder)))
 
 
-def test_missing_calls_and_pointers_in_the_place_of_audio_are_named(published: Path, tmp_path: Path) -> None:
+def test_missing_calls_and_git_lfs_pointers_are_named(published: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
     for name in ("metadata.csv", "transcripts"):
@@ -161,7 +161,7 @@ def test_missing_calls_and_pointers_in_the_place_of_audio_are_named(published: P
         parse_settings(Earnings22Settings, ["--splits=[train]"])
 
 
-def test_a_cut_off_mp3_makes_its_call_unusable(published: Path, tmp_path: Path) -> None:
+def test_a_truncated_mp3_makes_its_call_unusable(published: Path, tmp_path: Path) -> None:
     source = sources(Earnings22Settings(folder=str(published), splits=["test"]))[0]
     damaged_file = tmp_path / "a.mp3"
     damaged_file.write_bytes(source.path.read_bytes()[:300])
@@ -188,7 +188,7 @@ def test_bad_metadata_is_named(tmp_path: Path, content: str, complaint: str) -> 
 # --- words and times
 
 
-def test_the_real_excerpt_gives_every_written_word_its_time() -> None:
+def test_every_written_word_of_a_real_excerpt_has_a_time() -> None:
     assert len(read_nlp(FIXTURES / f"{CALL}.nlp")) == 150 and len(read_nlp(FIXTURES / f"{CALL}.aligned.nlp")) == 179
     words = call_words()
     check_word_times(words, 90.0, CALL)
@@ -197,7 +197,7 @@ def test_the_real_excerpt_gives_every_written_word_its_time() -> None:
         Word("I", 12.09, 12.26, 1.0),  # a contraction spelled out word for word: its time is known
         Word("am", 12.26, 12.42, 1.0),
     ]
-    assert words[4] == Word("Kweon,", 12.83, 13.18, 0.0)  # heard as <unk>
+    assert words[4] == Word("Kweon,", 12.83, 13.18, 0.0)  # recognised as <unk>
     # Written "2021", aligned as "twenty twenty one", whose inner boundaries are guesses.
     assert words[17] == Word("2021", 17.13, 18.07, 0.0)
     assert words[-1].word == "the" and words[-1].start == 87.73
@@ -205,7 +205,7 @@ def test_the_real_excerpt_gives_every_written_word_its_time() -> None:
     assert len(words) == 150 and sum(word.confidence == 0 for word in words) == 14
 
 
-def test_spoken_words_take_the_place_of_tagged_tokens() -> None:
+def test_tagged_tokens_are_replaced_by_spoken_words() -> None:
     written, spoken = call_words(punctuation=False), call_words("spoken", punctuation=False)
     assert [word.word for word in spoken[16:23]] == ["the", "twenty", "twenty", "one", "Q", "one", "earnings"]
     assert [word.word for word in written[16:20]] == ["the", "2021", "Q1", "earnings"]
@@ -219,7 +219,7 @@ def table(tmp_path: Path, name: str, header: str, *lines: str) -> list[NlpToken]
     return read_nlp(write(tmp_path / name, header, *(line + "\r\n" for line in lines)))
 
 
-def test_events_are_not_words_and_deleted_words_are_spread_over_their_gap(tmp_path: Path) -> None:
+def test_events_are_not_words_and_deleted_words_are_distributed_over_their_gap(tmp_path: Path) -> None:
     plain = table(
         tmp_path, "a.nlp", PLAIN,
         "<silence>|1|||||N/A|[]", "lead|1|||||LC|[]", "so|1|||,||LC|[]", "<inaudible>|1|||.||N/A|[]",
@@ -231,7 +231,7 @@ def test_events_are_not_words_and_deleted_words_are_spread_over_their_gap(tmp_pa
         "on|1|||||LC|[]|||del", "a|1|||||LC|[]|||del,split_worst", "Yanni|1|3.0|3.5|||UC|[]|||sub(x)",
         "day|1|4.0|4.5|?||LC|[]|||", "tail|1|||||LC|[]|||del",
     )  # fmt: skip
-    words = timed_words(list(written_or_spoken(plain, None, True)), aligned, "a")
+    words = timed_words(list(transcript_units(plain, None, True)), aligned, "a")
     assert words == [
         Word("lead", 0.0, 1.0, 0.0),
         Word("so,", 1.0, 2.0, 1.0),
@@ -242,12 +242,12 @@ def test_events_are_not_words_and_deleted_words_are_spread_over_their_gap(tmp_pa
     ]
 
 
-def test_words_beyond_a_difference_of_the_two_tables_find_their_times_again(tmp_path: Path) -> None:
+def test_words_after_a_difference_of_the_two_tables_get_their_times(tmp_path: Path) -> None:
     names = [f"w{number}" for number in range(30)]
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"{name}|1|||||LC|[]" for name in names))
     others = names[:10] + ["x", "y", "z"] + names[14:20] + names[21:]
     aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"{w}|1|{t}|{t + 1}|||LC|[]|||" for t, w in enumerate(others)))
-    words = timed_words(list(written_or_spoken(plain, None, False)), aligned, "a")
+    words = timed_words(list(transcript_units(plain, None, False)), aligned, "a")
     sure = {word.word: word.start for word in words if word.confidence}
     assert sure == {w: float(t) for t, w in enumerate(others) if w[0] == "w"}
     check_word_times(words, 30.0, "a")
@@ -259,11 +259,11 @@ def test_a_gap_of_any_length_in_the_alignment_affects_no_other_words(tmp_path: P
     names = generator.choices([f"w{number}" for number in range(60)], k=3000)
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"{name}|1|||||LC|[]" for name in names))
     gaps = [*range(200, 260), *range(1000, 1900)]
-    there = [n for n in range(3000) if n not in gaps]
-    aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"{names[t]}|1|{t}|{t + 1}|||LC|[]|||" for t in there))
-    words = timed_words(list(written_or_spoken(plain, None, False)), aligned, "a")
+    aligned_numbers = [n for n in range(3000) if n not in gaps]
+    aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"{names[t]}|1|{t}|{t + 1}|||LC|[]|||" for t in aligned_numbers))
+    words = timed_words(list(transcript_units(plain, None, False)), aligned, "a")
     right = sum(word.start == t for t, word in enumerate(words) if word.confidence)
-    assert [word.word for word in words] == names and right >= 0.99 * len(there)
+    assert [word.word for word in words] == names and right >= 0.99 * len(aligned_numbers)
     assert sum(word.confidence == 1 and word.start != t for t, word in enumerate(words)) <= 10  # at the edges
     check_word_times(words, 3000.0, "a")
 
@@ -301,26 +301,26 @@ def test_a_gap_in_the_table_of_calls_drops_the_speaker_or_the_row(published: Pat
     assert len(sources(Earnings22Settings(folder=str(folder)))) == 12
 
 
-def test_a_time_out_of_order_is_a_guess_and_does_not_spoil_the_others(tmp_path: Path) -> None:
+def test_only_a_time_out_of_order_becomes_a_guess(tmp_path: Path) -> None:
     starts = [0.0, 1.0, 900.0, 2.0, 3.0, 0.5, 4.0]
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"w{n}|1|||||LC|[]" for n in range(7)))
     aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"w{n}|1|{t}|{t + 0.5}|||LC|[]|||" for n, t in enumerate(starts)))
-    words = timed_words(list(written_or_spoken(plain, None, False)), aligned, "a")
+    words = timed_words(list(transcript_units(plain, None, False)), aligned, "a")
     assert [word.confidence for word in words] == [1, 1, 0, 1, 1, 0, 1]
     assert [word.start for word in words] == [0.0, 1.0, 1.5, 2.0, 3.0, 3.5, 4.0]
 
 
-def test_a_deleted_word_between_two_that_overlap_is_where_the_second_begins(tmp_path: Path) -> None:
+def test_a_deleted_word_between_overlapping_words_is_at_the_start_of_the_second(tmp_path: Path) -> None:
     plain = table(tmp_path, "a.nlp", PLAIN, *(f"w{n}|1|||||LC|[]" for n in range(3)))
     lines = ["w0|1|1.0|2.0|||LC|[]|||", "w1|1|||||LC|[]|||del", "w2|1|1.5|2.5|||LC|[]|||"]
-    words = timed_words(list(written_or_spoken(plain, None, False)), table(tmp_path, "b.nlp", ALIGNED, *lines), "a")
+    words = timed_words(list(transcript_units(plain, None, False)), table(tmp_path, "b.nlp", ALIGNED, *lines), "a")
     assert words[1] == Word("w1", 1.5, 1.5, 0.0)
 
 
-def test_the_transcript_of_another_call_is_noticed(tmp_path: Path) -> None:
+def test_the_alignment_of_another_call_is_detected(tmp_path: Path) -> None:
     aligned = table(tmp_path, "b.nlp", ALIGNED, *(f"other{n}|1|{n}|{n}|||LC|[]|||" for n in range(99)))
-    units = list(written_or_spoken(read_nlp(FIXTURES / f"{CALL}.nlp"), None, True))
-    with pytest.raises(UserError, match="has 0 of the .* tokens of the transcript; cut short, or of another call"):
+    units = list(transcript_units(read_nlp(FIXTURES / f"{CALL}.nlp"), None, True))
+    with pytest.raises(UserError, match="has 0 of the .* tokens of the transcript; truncated, or of another call"):
         timed_words(units, aligned, CALL)
 
 
@@ -330,7 +330,7 @@ def test_the_most_probable_spoken_form_is_taken_and_the_first_of_equals(tmp_path
     path = write(tmp_path / "a.norm.json", json.dumps({"7": {"candidates": forms}, "8": {"candidates": empty}}))
     assert read_normalizations(path) == {"7": ["b", "c"], "8": []}
     tokens = table(tmp_path, "a.nlp", PLAIN, "X|1|||.||CA|['7:Y']", "*|1|||,||N/A|['8:FALLBACK']", "z|1|||||LC|[]")
-    assert [words for _, words in written_or_spoken(tokens, {"7": ["b", "c"], "8": []}, True)] == [
+    assert [words for _, words in transcript_units(tokens, {"7": ["b", "c"], "8": []}, True)] == [
         ["b", "c."],
         [],
         ["z"],
@@ -384,7 +384,7 @@ def test_damaged_token_tables_give_sorted_words_or_one_error_with_its_place(data
     plain = damaged(data, SHORT["nlp"], "fuzzed.nlp")
     aligned = damaged(data, SHORT["aligned.nlp"], "fuzzed.aligned.nlp")
     try:
-        units = list(written_or_spoken(read_nlp(plain), {"15": ["a", "b"], "27": []}, True))
+        units = list(transcript_units(read_nlp(plain), {"15": ["a", "b"], "27": []}, True))
         words = timed_words(units, read_nlp(aligned), str(aligned))
     except UserError as error:
         assert str(error).startswith((str(plain), str(aligned)))

@@ -20,7 +20,7 @@ from data.corpora.homophones import (
     word_lists,
 )
 from data.corpora.registry import CORPORA
-from data.corpora.synthetic import VARIANTS, SyntheticSource, split_of
+from data.corpora.synthetic import VARIANTS, SyntheticSource, sentence_split
 from data.features import FeatureSettings
 
 FEATURES = FeatureSettings()
@@ -41,31 +41,31 @@ def test_homophones_have_the_same_phonemes_and_all_other_words_their_own() -> No
     with Synthesizer("en-us") as voice:
         writings = zip(*map(homophones, TOPICS), strict=True)
         sounds = [{voice.phonemes(word) for word in written} for written in writings]
-        assert all(len(one) == 1 for one in sounds)
+        assert all(len(phonemes) == 1 for phonemes in sounds)
         assert len(set.union(*sounds)) == len(sounds)
         alone = {voice.phonemes(word) for word in others}
         assert len(alone) == len(others) and not alone & set.union(*sounds)
 
 
-def test_no_word_is_written_alike_in_two_topics_and_scoring_keeps_them_apart() -> None:
-    told = [{*homophones(topic), *word_lists()[topic]} for topic in TOPICS]
-    assert sum(map(len, told)) == len(set.union(*told))
-    words = sorted(set.union(*told))
+def test_topics_share_no_spelling_even_after_normalisation() -> None:
+    vocabularies = [{*homophones(topic), *word_lists()[topic]} for topic in TOPICS]
+    assert sum(map(len, vocabularies)) == len(set.union(*vocabularies))
+    words = sorted(set.union(*vocabularies))
     assert len({normaliser("en").clean(word) for word in words}) == len(words)
 
 
-def test_a_sentence_without_a_cue_is_the_same_sound_in_every_topic() -> None:
+def test_a_sentence_without_a_cue_has_the_same_audio_in_every_topic() -> None:
     """Identical samples: without a cue the spelling is ambiguous."""
     first, second = (draw_sentence(random.Random(7), topic, is_cue=False) for topic in TOPICS)
     assert first != second
     with Synthesizer("en-us+f2") as voice:
-        sound, times = voice.speak(first)
+        audio, times = voice.speak(first)
     with Synthesizer("en-us+f2") as voice:
-        other_sound, other_times = voice.speak(second)
-    assert np.array_equal(sound, other_sound) and times == other_times
+        other_audio, other_times = voice.speak(second)
+    assert np.array_equal(audio, other_audio) and times == other_times
 
 
-def test_the_grammar_gives_nothing_away() -> None:
+def test_the_grammar_does_not_reveal_the_topic() -> None:
     """The same draws give the same sentence except for its nouns, with and without a cue."""
     nouns = set().union(*map(homophones, TOPICS), *(word_lists()[topic] for topic in TOPICS))
     for seed in range(50):
@@ -74,7 +74,7 @@ def test_the_grammar_gives_nothing_away() -> None:
         assert len(frames) == 1
 
 
-def test_a_recording_keeps_to_its_topic_and_tells_it_again_and_again(loaded: list) -> None:
+def test_a_recording_has_one_topic_with_recurring_cues(loaded: list) -> None:
     longer = HomophoneSource("train-00000-castle", "train", "castle", 90.0, 12.0, 0)
     for source, utterance in [*loaded, (longer, longer.load(FEATURES))]:
         words = utterance.recording.words
@@ -108,10 +108,10 @@ def test_splits_share_neither_voices_nor_sentences(monkeypatch: pytest.MonkeyPat
         assert recording.speaker.removeprefix("en-") in VARIANTS[source.split]
     assert min(map(len, spoken.values())) > 6
     for split, sentences in spoken.items():
-        assert {split_of(sentence) for sentence in sentences} == {split}
+        assert {sentence_split(sentence) for sentence in sentences} == {split}
 
 
-def test_topics_take_equal_shares_of_every_split() -> None:
+def test_topics_have_equal_shares_of_every_split() -> None:
     listed = sources(HomophoneSettings(train_hours=1, recording_seconds=60))
     assert len({source.id for source in listed}) == len(listed) == 60 + 12 + 40
     for split in ("train", "dev", "test"):
@@ -134,7 +134,7 @@ def test_settings_name_the_field_and_the_value(field: str, value: str) -> None:
         parse_settings(HomophoneSettings, [f"--{field}={value}"])
 
 
-def test_prepare_knows_the_corpus() -> None:
+def test_prepare_lists_the_corpus() -> None:
     assert CORPORA["homophones"].settings is HomophoneSettings
 
 
@@ -145,7 +145,7 @@ def test_prepare_knows_the_corpus() -> None:
         ("test-long-000001-en", "en", 70.0, "75752cfcbb2c7871"),
     ],
 )
-def test_the_corpus_synthetic_says_what_it_always_said(id: str, language: str, seconds: float, digest: str) -> None:
+def test_the_texts_of_the_corpus_synthetic_do_not_change(id: str, language: str, seconds: float, digest: str) -> None:
     """Data of the quickstart's figures: hash of the texts, which do not depend on the version of espeak."""
     recording = SyntheticSource(id, id.split("-")[0], language, seconds, 0).load(FEATURES).recording
     assert hashlib.sha256(f"{recording.speaker} {recording.text}".encode()).hexdigest()[:16] == digest

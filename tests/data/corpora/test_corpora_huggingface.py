@@ -32,8 +32,8 @@ COLUMNS = {"audio": AUDIO, "text": pa.string(), "speaker": pa.int64(), "lang": p
 
 
 def row(number: int, text: str, kind: str = "flac") -> dict:
-    sound = {"bytes": encoded(text, kind, "de"), "path": f"{number}.{kind}"}
-    return {"audio": sound, "text": text, "speaker": 7, "lang": "de", "id": f"r{number}"}
+    audio = {"bytes": encoded(text, kind, "de"), "path": f"{number}.{kind}"}
+    return {"audio": audio, "text": text, "speaker": 7, "lang": "de", "id": f"r{number}"}
 
 
 def dataset(folder: Path, rows: list[dict] | None = None, columns: dict | None = None, group: int = 2) -> Path:
@@ -53,7 +53,7 @@ def sounds_right(source: Source, language: str = "de", likely: float = 0.99) -> 
     return likeness(heard.waveform.numpy(), speech(heard.recording.text or "", language)) > likely
 
 
-def test_common_column_names_are_found_and_rows_are_heard_in_any_order(tmp_path: Path) -> None:
+def test_common_column_names_are_found_and_rows_are_read_in_any_order(tmp_path: Path) -> None:
     found = listed(dataset(tmp_path))
     assert [(s.id, s.recording.text, s.recording.speaker, s.recording.language, s.recording.split) for s in found] == [
         (f"r{n}", text, "7", "de", "train") for n, text in enumerate(TEXTS)
@@ -62,7 +62,7 @@ def test_common_column_names_are_found_and_rows_are_heard_in_any_order(tmp_path:
     assert all(map(sounds_right, [*found, *found]))
 
 
-def test_rows_of_a_large_group_are_right_forward_and_back(tmp_path: Path) -> None:
+def test_rows_of_a_large_group_are_correct_in_both_directions(tmp_path: Path) -> None:
     """The reader keeps a row group open and holds a few rows of it."""
     texts = [TEXTS[number % len(TEXTS)] for number in range(21)]
     found = listed(dataset(tmp_path, [row(n, text) for n, text in enumerate(texts)], group=21))
@@ -71,18 +71,18 @@ def test_rows_of_a_large_group_are_right_forward_and_back(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("kind", "likely"), [("mp3", 0.95), ("opus", 0.9), ("wav", 0.99)])
-def test_whatever_the_bytes_are_encoded_in_is_decoded(tmp_path: Path, kind: str, likely: float) -> None:
+def test_every_audio_encoding_of_the_cells_is_decoded(tmp_path: Path, kind: str, likely: float) -> None:
     assert sounds_right(listed(dataset(tmp_path, [row(0, TEXTS[0], kind)]))[0], likely=likely)
 
 
-def test_nothing_of_the_sound_is_read_to_list_the_rows(tmp_path: Path) -> None:
+def test_rows_are_listed_without_reading_audio(tmp_path: Path) -> None:
     path = dataset(tmp_path) / "data/train-00000-of-00001.parquet"
     content, metadata = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata
     for group in range(metadata.num_row_groups):
         chunk = metadata.row_group(group).column(0)
         assert chunk.path_in_schema == "audio.bytes"
-        begin = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
-        content[begin : begin + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+        start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+        content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
     path.write_bytes(content)
     found = listed(tmp_path)
     assert [source.recording.text for source in found] == TEXTS
@@ -90,7 +90,7 @@ def test_nothing_of_the_sound_is_read_to_list_the_rows(tmp_path: Path) -> None:
         found[2].load(FEATURES)
 
 
-def test_sources_travel_to_workers_without_their_sound(tmp_path: Path) -> None:
+def test_pickled_sources_contain_no_audio(tmp_path: Path) -> None:
     source = listed(dataset(tmp_path))[3]
     sent = pickle.dumps(source)
     assert len(sent) < 1500
@@ -122,14 +122,14 @@ def test_columns_can_be_named_and_left_out(tmp_path: Path) -> None:
         listed(folder, audio_column="text")
 
 
-def test_a_missing_transcript_column_is_told_with_the_columns(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_transcript_column_lists_the_columns(tmp_path: Path) -> None:
     columns = {"audio": AUDIO, "label": pa.int64()}
     folder = dataset(tmp_path, [{"audio": row(0, TEXTS[0])["audio"], "label": 3}], columns)
-    with pytest.raises(UserError, match=r"which column is the transcript\? .* Columns: audio .*, label \(int64\)"):
+    with pytest.raises(UserError, match=r"no column of transcripts was found: .* Columns: audio .*, label \(int64\)"):
         listed(folder)
 
 
-def test_configurations_and_splits_are_the_datasets_own(tmp_path: Path) -> None:
+def test_configurations_and_splits_are_those_of_the_dataset(tmp_path: Path) -> None:
     write_mls(tmp_path)
     found = listed(tmp_path, subset="french", splits=["train", "test"])
     assert [(s.id, s.recording.split) for s in found] == [
@@ -144,19 +144,19 @@ def test_configurations_and_splits_are_the_datasets_own(tmp_path: Path) -> None:
         listed(tmp_path, subset="klingon")
     with pytest.raises(UserError, match=r"subset is '' .*german"):
         listed(tmp_path)
-    with pytest.raises(UserError, match="splits names 'valid', .* has dev, test, train, 9_hours, 1_hours"):
+    with pytest.raises(UserError, match="splits has 'valid', but .* has dev, test, train, 9_hours, 1_hours"):
         listed(tmp_path, subset="german", splits=["valid"])
     with pytest.raises(UserError, match=r"the id '100_7_000000' is in more than one row \(in 9_hours, train\)"):
         listed(tmp_path, subset="german")
 
 
-def test_a_split_of_unusual_name_is_taken_for_what_the_user_says(tmp_path: Path) -> None:
+def test_a_split_with_an_unusual_name_is_mapped_by_the_user(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/clean-00000.parquet", [row(0, TEXTS[0])], COLUMNS)
     put(tmp_path / "README.md", readme({"default": {"clean": "data/clean-*"}}))
-    with pytest.raises(UserError, match="is 'clean' for train, dev or test"):
+    with pytest.raises(UserError, match="'clean' is not mapped to train, dev or test"):
         listed(tmp_path)
     assert [s.recording.split for s in listed(tmp_path, splits=["clean=dev"])] == ["dev"]
-    with pytest.raises(UserError, match="is 'clean' for train, dev or test"):
+    with pytest.raises(UserError, match="'clean' is not mapped to train, dev or test"):
         listed(tmp_path, splits=["clean=devel"])
 
 
@@ -211,7 +211,7 @@ def test_a_path_in_a_table_opens_no_file(tmp_path: Path, cell: dict | None) -> N
         ({"id": "a\nb"}, r"parquet, row group 0, row 1: recording id 'a\\nb' has the control character U\+000A"),
     ],
 )
-def test_unusable_ids_are_told(tmp_path: Path, change: dict, message: str) -> None:
+def test_unusable_ids_are_an_error(tmp_path: Path, change: dict, message: str) -> None:
     folder = dataset(tmp_path, [row(0, TEXTS[0]), row(1, TEXTS[1]) | change])
     with pytest.raises(UserError, match=message):
         listed(folder)
@@ -239,7 +239,7 @@ def test_files_of_a_split_must_agree_on_the_columns(tmp_path: Path) -> None:
         listed(folder)
 
 
-def test_what_is_no_such_dataset_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_unsuitable_datasets_give_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="dataset is empty"):
         sources(HuggingFaceSettings())
     put(tmp_path / "tables/data.csv", "audio,text\n/etc/passwd,x\n")
@@ -256,7 +256,7 @@ def test_what_is_no_such_dataset_is_told_with_what_to_do(tmp_path: Path, monkeyp
     assert find_corpus("huggingface").sources is sources
 
 
-def test_a_closed_or_unreachable_hub_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_gated_or_unreachable_hub_give_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def refuse(*_: object, **__: object) -> None:
@@ -311,7 +311,7 @@ def test_a_remote_file_is_fetched_once_through_faults_for_all_rows(
     assert copy.read_bytes() == content
 
 
-def test_a_file_that_many_want_at_once_is_fetched_once(tmp_path: Path) -> None:
+def test_concurrent_requests_fetch_a_file_once(tmp_path: Path) -> None:
     content = parquet(TEXTS)
     with FlakyServer({"a.parquet": content}) as server, ThreadPoolExecutor(8) as pool:
         cache = FileCache(str(tmp_path))
@@ -346,14 +346,14 @@ def test_a_bounded_cache_keeps_the_files_used_last(tmp_path: Path) -> None:
         kept = cache.open(f"{server.url}/a.parquet")
         for name in "bcd":
             cache.open(f"{server.url}/{name}.parquet")
-        assert kept.read() == files["a.parquet"]  # also when it has made room
+        assert kept.read() == files["a.parquet"]  # even after its removal from the cache
     names = sorted(path.name[17:] for path in tmp_path.iterdir() if path.suffix == ".parquet")
     assert names == ["c.parquet", "d.parquet"]
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("status", "message"), [("403", "access is refused .*hf auth login"), ("404", "no such file")])
-def test_a_refused_file_is_told_at_once(tmp_path: Path, status: str, message: str) -> None:
+@pytest.mark.parametrize(("status", "message"), [("403", "access denied .*hf auth login"), ("404", "no such file")])
+def test_a_forbidden_or_missing_file_is_an_error_without_retries(tmp_path: Path, status: str, message: str) -> None:
     with FlakyServer({"a.parquet": b""}) as server:
         server.always = status
         with pytest.raises(UserError, match=message):
@@ -378,7 +378,7 @@ def test_only_small_ranges_of_a_remote_file_are_fetched_to_list_it() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_damaged_remote_file_is_not_taken_for_a_bad_network() -> None:
+def test_a_damaged_remote_file_is_not_reported_as_a_network_error() -> None:
     with FlakyServer({"a.parquet": b"not what it says" * 100}) as server:
         with pytest.raises(UserError, match=r"a.parquet: cannot be read as Parquet"):
             read_schema(f"{server.url}/a.parquet")
@@ -389,7 +389,7 @@ def test_a_damaged_remote_file_is_not_taken_for_a_bad_network() -> None:
 
 
 def read_all(path: Path) -> None:
-    """Read like `sources` and the workers; each recording is correct or refused."""
+    """Read like `sources` and the workers; each recording is correct or an error."""
     address = str(path)
     columns = find_columns(HuggingFaceSettings("x"), read_schema(address), address)
     table = read_columns(address, sorted({name for kind, name in columns.items() if kind != "audio" and name}))

@@ -34,10 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one.wav, of 2 s; two.flac, whose second channel is the reversed first one at half the amplitude."""
     folder = tmp_path_factory.mktemp("audio")
     with Synthesizer("en-us") as voice:
-        sound, _ = voice.speak(WORDS)
+        audio, _ = voice.speak(WORDS)
         rate = voice.sample_rate
     at = np.arange(32000) / 16000 * rate
-    samples = np.interp(at, np.arange(len(sound)), sound).astype(np.float32)
+    samples = np.interp(at, np.arange(len(audio)), audio).astype(np.float32)
     soundfile.write(folder / "one.wav", samples, 16000, subtype="FLOAT")
     soundfile.write(folder / "two.flac", np.stack([samples, samples[::-1] / 2], axis=1), 16000)
     return folder
@@ -93,9 +93,7 @@ def read(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_cut_is_its_stretch_with_all_its_supervisions_in_the_order_of_time(
-    folder: Path, tmp_path: Path, suffix: str
-) -> None:
+def test_a_cut_is_a_segment_with_its_supervisions_in_time_order(folder: Path, tmp_path: Path, suffix: str) -> None:
     # Supervisions are relative to the start of the cut (0.25 s), their alignments to that of the recording.
     later = supervision("b", 0.95, "sea shells", clock=1.2, speaker="s2")
     manifest = write(
@@ -138,7 +136,7 @@ def test_manifests_written_by_lhotse_itself_are_read_as_lhotse_reads_them(folder
     assert torch.equal(part.load(FEATURES).waveform, torch.from_numpy(window.load_audio()[0]))
 
 
-def test_each_supervision_may_be_a_recording_of_its_own(folder: Path, tmp_path: Path) -> None:
+def test_each_supervision_may_become_a_recording(folder: Path, tmp_path: Path) -> None:
     a, b = supervision("a", 0.1, "she sells", 0.35), supervision("b", 0.95, "sea shells", 1.2)
     manifest = write(tmp_path / "c.jsonl", cut(folder, "c1", 0.25, 1.7, b, a))
     first, second = sources(LhotseSettings(cuts=manifest, unit="supervisions", split="test"))
@@ -149,9 +147,9 @@ def test_each_supervision_may_be_a_recording_of_its_own(folder: Path, tmp_path: 
     assert torch.equal(found.waveform, torch.from_numpy(read(folder)[19200:31200]))
 
 
-def test_a_cut_takes_its_own_channel(folder: Path, tmp_path: Path) -> None:
-    mine, others = supervision("a", 0.0, "mine", channel=[1, 2]), supervision("b", 0.5, "not mine")
-    manifest = write(tmp_path / "c.jsonl", cut(folder, "c", 0.5, 1.0, mine, others, channel=1))
+def test_a_cut_reads_only_its_channel(folder: Path, tmp_path: Path) -> None:
+    selected, other = supervision("a", 0.0, "mine", channel=[1, 2]), supervision("b", 0.5, "not mine")
+    manifest = write(tmp_path / "c.jsonl", cut(folder, "c", 0.5, 1.0, selected, other, channel=1))
     (source,) = sources(LhotseSettings(cuts=manifest))
     found = source.load(FEATURES)
     assert found.recording.text == "mine"
@@ -159,7 +157,7 @@ def test_a_cut_takes_its_own_channel(folder: Path, tmp_path: Path) -> None:
     assert torch.allclose(found.waveform, backwards, atol=1e-4)
 
 
-def test_recordings_with_supervisions_give_every_channel_whole(folder: Path, tmp_path: Path) -> None:
+def test_recordings_with_supervisions_give_every_whole_channel(folder: Path, tmp_path: Path) -> None:
     recordings = write(tmp_path / "r.jsonl.gz", recording(folder), recording(folder, 2))
     supervisions = write(
         tmp_path / "s.jsonl",
@@ -176,7 +174,7 @@ def test_recordings_with_supervisions_give_every_channel_whole(folder: Path, tmp
     assert [s.recording.text for s in bare] == [None] * 3  # type: ignore[attr-defined]
 
 
-def test_splits_have_manifests_of_their_own_and_relative_paths_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_splits_have_separate_manifests_and_relative_paths_a_base_folder(folder: Path, tmp_path: Path) -> None:
     manifests = {}
     for split in ("train", "dev", "test"):
         entry = cut(folder, split, 0.0, 2.0, supervision("a", 0.0, "x y"))
@@ -190,8 +188,8 @@ def test_splits_have_manifests_of_their_own_and_relative_paths_a_folder(folder: 
         sources(LhotseSettings(cuts=manifests["train"]))
 
 
-def test_text_that_is_not_known_is_an_error_or_none_but_never_wrong(folder: Path, tmp_path: Path) -> None:
-    beyond = cut(folder, "c", 0.5, 0.5, supervision("a", -0.4, "she sells sea"))  # no alignment: which word is where?
+def test_unknown_text_is_an_error_or_none_but_never_wrong(folder: Path, tmp_path: Path) -> None:
+    beyond = cut(folder, "c", 0.5, 0.5, supervision("a", -0.4, "she sells sea"))  # no alignment
     nothing = cut(folder, "d", 0.0, 1.0)
     for entry in (beyond, nothing):
         manifest = write(tmp_path / "c.jsonl", entry)
@@ -201,7 +199,7 @@ def test_text_that_is_not_known_is_an_error_or_none_but_never_wrong(folder: Path
         assert source.recording.text is None and source.recording.words is None  # type: ignore[attr-defined]
 
 
-def test_words_are_none_unless_all_that_is_said_is_aligned(folder: Path, tmp_path: Path) -> None:
+def test_words_are_none_unless_all_supervisions_are_aligned(folder: Path, tmp_path: Path) -> None:
     said = [supervision("a", 0.0, "she", 0.0), supervision("b", 1.0, "shells")]
     (source,) = sources(LhotseSettings(cuts=write(tmp_path / "c.jsonl", cut(folder, "c", 0.0, 2.0, *said))))
     assert (source.recording.text, source.recording.words) == ("she shells", None)  # type: ignore[attr-defined]
@@ -244,7 +242,7 @@ def changed(entry: dict, path: str, value: Any) -> dict:
         ("supervisions.0.channel", "0", r"supervisions\[0\]: channel is '0'"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(
+def test_unreadable_entries_are_named_with_their_line(
     folder: Path, tmp_path: Path, path: str, value: Any, complaint: str
 ) -> None:
     good = cut(folder, "c1", 0.25, 1.7, supervision("a", 0.1, "she sells", 0.35))
@@ -261,7 +259,7 @@ def test_what_cannot_be_read_is_named_with_its_line(
         (
             "supervisions.0.alignment.word.1",
             ["sells", 2.3, 0.1, 1],
-            "alignments are relative to the start of the recording",
+            "alignments must be relative to the start of the recording",
         ),
     ],
 )
@@ -275,7 +273,7 @@ def test_an_unusable_alignment_drops_the_times_unless_only_it_gives_the_text(
     heard = source.load(FEATURES)
     assert (heard.recording.text, heard.recording.words) == ("she sells", None)
     assert heard.warnings[0].startswith("kept without word times: ") and complaint in heard.warnings[0]
-    beyond = {**bad, "duration": 0.6}  # the text of a part is known by the alignment alone
+    beyond = {**bad, "duration": 0.6}  # only the alignment gives the text of a part
     with pytest.raises(UserError, match=complaint):
         sources(LhotseSettings(cuts=write(tmp_path / "c.jsonl", beyond)))
 
@@ -301,7 +299,7 @@ def test_an_unreadable_line_is_skipped(folder: Path, tmp_path: Path, unit: Any) 
         sources(given_both)
 
 
-def test_a_supervision_of_no_length_costs_itself(folder: Path, tmp_path: Path) -> None:
+def test_only_a_supervision_of_zero_length_is_skipped(folder: Path, tmp_path: Path) -> None:
     """Its text exists, so it does not count as missing."""
     said = [supervision("a", 0.1, "she sells"), supervision("b", 0.5, "sea", duration=0.0), supervision("c", 0.6, "by")]
     manifest = write(tmp_path / "c.jsonl", cut(folder, "one", 0.25, 1.7, *said))

@@ -55,7 +55,7 @@ def saved(tensor: object, **more: bool) -> bytes:
     return file.getvalue()
 
 
-def theirs(left: np.ndarray) -> torch.Tensor:
+def published_spectrogram(left: np.ndarray) -> torch.Tensor:
     """float16 [1, 80, T] from float32 [samples] at 16 kHz, by the published recipe of the corpus."""
     mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, n_mels=80)
     power = mel(torch.from_numpy(left)[None])
@@ -65,11 +65,11 @@ def theirs(left: np.ndarray) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def left() -> np.ndarray:
     with Synthesizer("en-us") as voice:
-        sound, _ = voice.speak(["she", "sells"])
+        audio, _ = voice.speak(["she", "sells"])
         rate = voice.sample_rate
     at = np.arange(16000) / 16000 * rate
     noise = np.random.default_rng(0).normal(scale=1e-3, size=16000)
-    return (np.interp(at, np.arange(len(sound)), sound) + noise).astype(np.float32)
+    return (np.interp(at, np.arange(len(audio)), audio) + noise).astype(np.float32)
 
 
 @pytest.fixture
@@ -78,23 +78,23 @@ def tree(tmp_path: Path, left: np.ndarray) -> Path:
     (tmp_path / "shows").mkdir()
     right = np.random.default_rng(1).uniform(-0.5, 0.5, len(left))
     soundfile.write(tmp_path / "shows/a.ogg", np.stack([left, right], axis=1), 16000)
-    (tmp_path / "shows/a.spec.pt").write_bytes(saved(theirs(left)))
+    (tmp_path / "shows/a.spec.pt").write_bytes(saved(published_spectrogram(left)))
     (tmp_path / "shows/a.json").write_text(json.dumps(GOOGLE))
     pairs = {"show-1": {"audio": "shows/a.ogg", "txt": "shows/a.json", "duration": 1.0}}
     (tmp_path / "audio_txt_pairs.json").write_text(json.dumps(pairs))
     return tmp_path
 
 
-def one(tree: Path, **more: object):
+def single_source(tree: Path, **more: object):
     (source,) = sources(LongContextAsrSettings(pairs=str(tree), **more))  # type: ignore[arg-type]
     return source
 
 
-def test_the_stored_spectrogram_is_taken_as_it_is(tree: Path, left: np.ndarray) -> None:
-    found = extract(one(tree), spectrogram_features())
+def test_the_stored_spectrogram_is_not_changed(tree: Path, left: np.ndarray) -> None:
+    found = extract(single_source(tree), spectrogram_features())
     assert isinstance(found, Extracted)
     assert found.log_mel.dtype == np.float16
-    assert np.array_equal(found.log_mel, theirs(left)[0].T.numpy())
+    assert np.array_equal(found.log_mel, published_spectrogram(left)[0].T.numpy())
     recording = found.recording
     assert (recording.id, recording.text, recording.language, recording.split) == (
         "show-1",
@@ -105,24 +105,24 @@ def test_the_stored_spectrogram_is_taken_as_it_is(tree: Path, left: np.ndarray) 
     assert recording.words == [Word("She", 0.0, 0.3), Word("sells,", 0.3, 0.7)]
 
 
-def test_the_settings_of_the_stored_numbers_give_the_same_numbers_from_audio(tree: Path, left: np.ndarray) -> None:
+def test_the_settings_of_stored_spectrograms_reproduce_them_from_audio(tree: Path, left: np.ndarray) -> None:
     """A model trained on the spectrograms can then be evaluated on any audio."""
     soundfile.write(tree / "shows/a.ogg", np.stack([left, left[::-1]], axis=1), 16000, format="WAV", subtype="FLOAT")
-    found = extract(one(tree, read="audio"), spectrogram_features())
+    found = extract(single_source(tree, read="audio"), spectrogram_features())
     assert isinstance(found, Extracted)
-    stored = theirs(left)[0].T.float().numpy()
+    stored = published_spectrogram(left)[0].T.float().numpy()
     assert np.abs(found.log_mel - stored).max() < 0.02 and np.abs(stored).max() > 3
     assert found.recording.words == [Word("She", 0.0, 0.3), Word("sells,", 0.3, 0.7)]
 
 
-def test_the_audio_of_the_layout_is_read_as_any_other(tree: Path) -> None:
-    utterance = one(tree, read="audio", text="none").load(FeatureSettings())
+def test_the_audio_of_the_layout_is_read_with_default_features(tree: Path) -> None:
+    utterance = single_source(tree, read="audio", text="none").load(FeatureSettings())
     assert not isinstance(utterance, FeatureUtterance)
     assert len(utterance.waveform) == 16000 and utterance.recording.words is None
 
 
-def test_other_features_than_the_stored_are_refused_by_their_names(tree: Path) -> None:
-    found = extract(one(tree), FeatureSettings())
+def test_features_other_than_the_stored_ones_are_refused_by_name(tree: Path) -> None:
+    found = extract(single_source(tree), FeatureSettings())
     assert isinstance(found, Skipped)
     for part in ("a.spec.pt", "low_hz: 20.0 != 0.0", "logarithm: True != False", "channels: 'mean' != 'first'"):
         assert part in found.reason
@@ -145,7 +145,7 @@ def test_other_features_than_the_stored_are_refused_by_their_names(tree: Path) -
         ("text", "holds 0 storages"),
     ],
 )
-def test_what_is_not_such_a_tensor_is_named(tmp_path: Path, value: object, complaint: str) -> None:
+def test_files_with_other_content_than_a_spectrogram_are_named(tmp_path: Path, value: object, complaint: str) -> None:
     path = tmp_path / "x.spec.pt"
     path.write_bytes(saved(value))
     with pytest.raises(UserError, match=rf"x\.spec\.pt: .*({complaint})"):
@@ -203,7 +203,7 @@ def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
         read_spectrogram(path, 1.0)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Hostile(trace)))
-    assert trace.exists()  # it would have
+    assert trace.exists()  # without the checks it runs
 
 
 def test_an_archive_that_expands_or_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_an_archive_that_expands_or_claims_more_than_it_holds_is_refused(tmp_pat
 def test_a_bad_entry_is_named(tree: Path, pairs: object, complaint: str) -> None:
     (tree / "audio_txt_pairs.json").write_text(json.dumps(pairs))
     with pytest.raises(UserError, match=rf"audio_txt_pairs\.json.*{complaint}"):
-        one(tree)
+        single_source(tree)
 
 
 @pytest.mark.parametrize("read", ["spectrogram", "audio"])
@@ -252,7 +252,7 @@ def test_an_unreadable_entry_is_skipped(tree: Path, read: str) -> None:
 def test_bad_words_and_settings_are_named(tree: Path) -> None:
     (tree / "shows/a.json").write_text('{"results": 1}')
     with pytest.raises(UserError, match=r"a\.json: no list 'results'"):
-        one(tree).load(spectrogram_features())
+        single_source(tree).load(spectrogram_features())
     with pytest.raises(UserError, match="pairs is empty"):
         sources(LongContextAsrSettings())
     with pytest.raises(UserError, match="read is 'spec'"):

@@ -71,9 +71,9 @@ def hub(tmp_path: Path) -> dict[str, str]:
 def table(**fields: object) -> dict[str, tuple[str, str, str, str | None]]:
     """(split, language, speaker, text) of every recording."""
     found = sources(MlsSettings(**fields))  # type: ignore[arg-type]
-    told = [source.recording for source in found]  # type: ignore[attr-defined]
-    assert len({recording.id for recording in told}) == len(found) == len(told)
-    return {r.id: (r.split, r.language, r.speaker, r.text) for r in told}
+    listed_recordings = [source.recording for source in found]  # type: ignore[attr-defined]
+    assert len({recording.id for recording in listed_recordings}) == len(found) == len(listed_recordings)
+    return {r.id: (r.split, r.language, r.speaker, r.text) for r in listed_recordings}
 
 
 def test_the_hub_and_openslr_give_the_same_corpus(german: Path, hub: dict[str, str]) -> None:
@@ -87,7 +87,7 @@ def test_the_hub_and_openslr_give_the_same_corpus(german: Path, hub: dict[str, s
         assert {split for split, *_ in limited.values()} == {"train", *splits} - {"9_hours", "1_hours"}
 
 
-def test_limited_supervision_is_what_the_handles_name(german: Path) -> None:
+def test_limited_supervision_has_the_recordings_of_the_handles(german: Path) -> None:
     def ids(*splits: str) -> set[str]:
         return set(table(folder=str(german), splits=list(splits)))
 
@@ -98,10 +98,10 @@ def test_limited_supervision_is_what_the_handles_name(german: Path) -> None:
         MlsSettings(splits=["train", "9_hours"])
 
 
-def test_recordings_of_all_roads_are_heard(german: Path, hub: dict[str, str], tmp_path: Path) -> None:
+def test_recordings_of_hub_flac_and_opus_decode_correctly(german: Path, hub: dict[str, str], tmp_path: Path) -> None:
     flac = write_language(tmp_path / "flac" / "mls_german", "flac")
-    roads = [MlsSettings(folder=str(german)), MlsSettings(folder=str(flac)), MlsSettings(["de"], **hub)]  # type: ignore[arg-type]
-    for road, likely in zip(roads, (0.9, 0.999, 0.9), strict=True):
+    layouts = [MlsSettings(folder=str(german)), MlsSettings(folder=str(flac)), MlsSettings(["de"], **hub)]  # type: ignore[arg-type]
+    for road, likely in zip(layouts, (0.9, 0.999, 0.9), strict=True):
         for source in sources(road):
             heard = source.load(FEATURES)
             assert likeness(heard.waveform.numpy(), speech(heard.recording.text or "", "de")) > likely
@@ -120,7 +120,7 @@ def test_several_languages_from_the_hub_and_from_folders(german: Path, hub: dict
         sources(MlsSettings(["nl", "it"], folder=str(german.parent)))
 
 
-def test_gender_chooses_by_metainfo(german: Path) -> None:
+def test_recordings_are_selected_by_gender_in_metainfo(german: Path) -> None:
     assert set(table(folder=str(german), splits=["train", "dev"], gender="F")) == {"101_7_000002", "104_9_000004"}
     put(german / "metainfo.txt", METAINFO.replace("     F      |   train", "     ?      |   train"))
     with pytest.raises(UserError, match=r"metainfo.txt:3: expected a speaker's number and F or M"):
@@ -153,13 +153,13 @@ def test_a_slice_of_the_sources_is_the_same_sources(german: Path) -> None:
         ("train/limited_supervision/9hr/handles.txt", "", "are empty"),
     ],
 )
-def test_damaged_files_are_told_with_file_and_line(german: Path, name: str, content: str, message: str) -> None:
+def test_errors_of_damaged_files_name_file_and_line(german: Path, name: str, content: str, message: str) -> None:
     put(german / name, content)
     with pytest.raises(UserError, match=message):
         sources(MlsSettings(folder=str(german), splits=["9_hours", "dev"]))
 
 
-def test_wrong_folders_and_settings_are_told(german: Path, tmp_path: Path) -> None:
+def test_wrong_folders_and_settings_are_an_error(german: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="languages is 'klingon'"):
         MlsSettings(["klingon"])
     with pytest.raises(UserError, match="Did you mean '9_hours'"):
@@ -204,7 +204,7 @@ def test_the_hub_is_streamed_into_a_dataset_in_bounded_space(tmp_path: Path) -> 
     assert COMMIT in "".join(path for _, path, _ in hub.requests)
 
 
-def test_a_gated_dataset_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_of_a_gated_dataset_gives_the_fix(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     with FakeHub(write_mls(tmp_path / "copy"), "facebook/multilingual_librispeech", gated=True) as hub:
         failed = prepare_from(hub, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""NeMo manifests: word times, gzip, refused lines with the reason; and word times beside the files of a folder."""
+"""NeMo manifests: word times, gzip, unreadable lines with the reason; word times next to the files of a folder."""
 
 import gzip
 import json
@@ -30,9 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """audio/one.wav, of about a second, and its words as NeMo's forced aligner writes them."""
     folder = tmp_path_factory.mktemp("nemo")
     with Synthesizer("en-us") as voice:
-        sound, _ = voice.speak(["sea", "shells"])
+        audio, _ = voice.speak(["sea", "shells"])
         (folder / "audio").mkdir()
-        soundfile.write(folder / "audio/one.wav", sound, voice.sample_rate)
+        soundfile.write(folder / "audio/one.wav", audio, voice.sample_rate)
     (folder / "one.ctm").write_text(CTM)
     return folder
 
@@ -62,12 +62,12 @@ def test_word_times_come_from_a_ctm_or_a_list(folder: Path, name: str, more: dic
     (source,) = listed(folder, entry(**more), name=name)
     assert source.recording.words == WORDS
     (stretch,) = listed(folder, entry(offset=0.1, duration=0.7, **more), name=name)
-    assert stretch.recording.words == WORDS  # they count from the stretch's start
+    assert stretch.recording.words == WORDS  # relative to the start of the segment
     (bare,) = listed(folder, entry(**more), name=name, text="none")
     assert (bare.recording.words, bare.recording.text) == (None, None)
 
 
-def test_an_absolute_path_or_one_above_the_manifest_is_what_it_says(folder: Path, tmp_path: Path) -> None:
+def test_absolute_paths_and_parent_folders_are_allowed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "manifests").mkdir()
     (tmp_path / "one.wav").symlink_to(folder / "audio/one.wav")
     for name in ("../one.wav", str(folder / "audio/one.wav")):
@@ -139,7 +139,7 @@ def test_files_that_are_missing_are_counted_once_each(folder: Path) -> None:
         listed(folder, entry(audio_filepath="x" * 5000))
 
 
-def test_word_times_beside_the_files_of_a_folder_are_read(folder: Path, tmp_path: Path) -> None:
+def test_word_times_next_to_the_files_of_a_folder_are_read(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.wav").symlink_to(folder / "audio/one.wav")
         (tmp_path / f"{name}.txt").write_text("sea shells")
@@ -150,7 +150,7 @@ def test_word_times_beside_the_files_of_a_folder_are_read(folder: Path, tmp_path
     (tmp_path / "c.TextGrid").write_text("no")
     (tmp_path / "a.TextGrid").write_text("no")  # and a.ctm: which of the two?
     a, b, c = (source.load(FeatureSettings()) for source in sources(FolderSettings(folder=str(tmp_path))))
-    assert [one.recording.text for one in (a, b, c)] == ["sea shells"] * 3
+    assert [recording.recording.text for recording in (a, b, c)] == ["sea shells"] * 3
     assert a.recording.words is c.recording.words is None and b.recording.words == WORDS and b.warnings == ()
     assert "c.TextGrid" in c.warnings[0] and "keep one of them" in a.warnings[0]
 
@@ -174,7 +174,7 @@ def test_a_damaged_manifest_gives_recordings_or_one_error_with_its_place(data: s
         assert f"{recording.text}{recording.language}{recording.speaker}".encode()
 
 
-def test_lines_that_begin_at_the_same_time_are_recordings_of_their_own(folder: Path) -> None:
+def test_lines_with_the_same_start_are_separate_recordings(folder: Path) -> None:
     """Segments of two speakers; a repeated line affects only itself."""
     lines = [entry(offset=0.1, duration=duration) for duration in (0.5, 0.6, 0.5)]
     lines += [entry(), entry(), entry(offset=0.1004, duration=0.7), entry(offset=0.3, duration=0.5)]

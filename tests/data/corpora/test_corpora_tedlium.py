@@ -37,10 +37,10 @@ FUZZ = settings(max_examples=300, deadline=None, database=None)
 def speech(seconds: float) -> np.ndarray:
     """float32 at 16 kHz."""
     with Synthesizer("en-us") as voice:
-        sound, _ = voice.speak("share with you a discovery that i made".split())
+        audio, _ = voice.speak("share with you a discovery that i made".split())
         rate = voice.sample_rate
     at = np.arange(int(seconds * 16000)) / 16000 * rate
-    return np.interp(at, np.arange(len(sound)), sound).astype(np.float32)
+    return np.interp(at, np.arange(len(audio)), audio).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +67,24 @@ def release(tmp_path: Path, sphere: Path) -> Path:
     return folder
 
 
-def test_there_are_8_talks_of_dev_and_11_of_test(release: Path) -> None:
+def test_dev_has_8_talks_and_test_11(release: Path) -> None:
     found = sources(TedliumSettings(folder=str(release)))
     assert len(DEV) == 8 and len(TEST) == 11 and len(found) == 20
     assert [source.id for source in found] == sorted(["AaronHuey_2010X", *DEV, *TEST])
     assert {source.id for source in found if source.recording.split == "test"} == set(TEST)
 
 
-def test_a_talk_is_whole_its_text_in_the_order_of_time_and_its_ignored_stretches_told(release: Path) -> None:
+def test_a_talk_has_its_text_in_time_order_and_its_ignored_segments_excluded(release: Path) -> None:
     source = next(s for s in sources(TedliumSettings(folder=str(release))) if s.id == "AimeeMullins_2009P")
     recording = source.recording
     assert recording.text == "i'd like to share and i don't a 's know"
     assert recording.excluded == [(0.0, 0.6), (1.2, 1.5)]
     assert (recording.speaker, recording.language, recording.words) == ("AimeeMullins", "en", None)
-    heard = source.load(FEATURES).waveform
-    assert torch.allclose(heard, torch.from_numpy(speech(2.5)), atol=1e-4)
+    waveform = source.load(FEATURES).waveform
+    assert torch.allclose(waveform, torch.from_numpy(speech(2.5)), atol=1e-4)
 
 
-def test_an_utterance_is_its_stretch_and_those_without_words_are_left_out(release: Path) -> None:
+def test_an_utterance_is_a_segment_and_wordless_segments_are_left_out(release: Path) -> None:
     settings = TedliumSettings(folder=str(release), unit="segments", splits=["test"])
     found = [source for source in sources(settings) if source.id.startswith("AimeeMullins")]
     assert [(s.id, s.recording.text) for s in found] == [
@@ -92,8 +92,8 @@ def test_an_utterance_is_its_stretch_and_those_without_words_are_left_out(releas
         ("AimeeMullins_2009P-0000150-0000225", "and i don't a 's know"),
     ]
     assert all(s.recording.excluded is None and s.recording.speaker == "AimeeMullins" for s in found)
-    heard = found[1].load(FEATURES).waveform
-    assert torch.allclose(heard, torch.from_numpy(speech(2.5)[24000:36000]), atol=1e-4)
+    waveform = found[1].load(FEATURES).waveform
+    assert torch.allclose(waveform, torch.from_numpy(speech(2.5)[24000:36000]), atol=1e-4)
 
 
 def test_release_3_has_two_partitions(tmp_path: Path, sphere: Path) -> None:
@@ -104,12 +104,12 @@ def test_release_3_has_two_partitions(tmp_path: Path, sphere: Path) -> None:
     legacy = TedliumSettings(folder=str(folder), splits=["dev"])
     assert [source.id for source in sources(legacy)] == sorted(DEV)
     other = TedliumSettings(folder=str(folder), splits=["dev"], partition="speaker-adaptation")
-    assert [source.id for source in sources(other)] == ["AnotherTalk_2012"]  # another list: not compared with ours
+    assert [source.id for source in sources(other)] == ["AnotherTalk_2012"]  # not the published list
     direct = TedliumSettings(folder=str(folder / "legacy"), splits=["dev"])
     assert len(sources(direct)) == 8
 
 
-def test_an_evaluation_set_without_all_its_talks_is_refused_unless_wanted(release: Path) -> None:
+def test_an_incomplete_evaluation_set_is_refused_unless_allowed(release: Path) -> None:
     for kind in ("sph", "stm"):
         (release / "test" / kind / f"{TEST[3]}.{kind}").unlink()
     with pytest.raises(UserError, match=f"test lacks 1 of the 11 published talks: {TEST[3]}.*--incomplete"):
@@ -118,13 +118,13 @@ def test_an_evaluation_set_without_all_its_talks_is_refused_unless_wanted(releas
 
 
 @pytest.mark.parametrize("kind", ["sph", "stm"])
-def test_a_talk_with_audio_or_transcript_alone_is_named(release: Path, kind: str) -> None:
+def test_a_talk_without_audio_or_transcript_is_named(release: Path, kind: str) -> None:
     (release / "dev" / kind / f"{DEV[0]}.{kind}").unlink()
     with pytest.raises(UserError, match=rf"dev/{kind} lacks 1 \.{kind} files: {DEV[0]}"):
         sources(TedliumSettings(folder=str(release)))
 
 
-def test_a_cut_off_sphere_file_makes_its_talk_unusable(release: Path, sphere: Path) -> None:
+def test_a_truncated_sphere_file_makes_its_talk_unusable(release: Path, sphere: Path) -> None:
     path = release / "train/sph/AaronHuey_2010X.sph"
     path.unlink()
     path.write_bytes(sphere.read_bytes()[: 1024 + 20000])
@@ -165,11 +165,11 @@ def test_tedlium_mistakes_are_named(release: Path, tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_marks_are_taken_out_and_clitics_joined(written: str, plain: str) -> None:
+def test_marks_are_removed_and_clitics_joined(written: str, plain: str) -> None:
     assert plain_text(written) == plain
 
 
-def test_stm_lines_are_sorted_and_comments_and_labels_known(tmp_path: Path) -> None:
+def test_stm_lines_are_sorted_and_comments_and_labels_parsed(tmp_path: Path) -> None:
     path = tmp_path / "a.stm"
     path.write_bytes(
         b'\xef\xbb\xbf;; CATEGORY "0"\r\nb A s2 3 4.5 <unk> word\r\na 1 s1 7 8 <o,f0,male>\r\n\r\n'
@@ -184,7 +184,7 @@ def test_stm_lines_are_sorted_and_comments_and_labels_known(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("marker", ["ignore_time_segment_in_scoring", "IGNORE_TIME_SEGMENT_IN_SCORING"])
 @pytest.mark.parametrize("label", ["", "<> ", "<>\t", "<NA> ", "<o,f0,male> ", "<o,,> ", "<o, f0, x> ", "< > ", "<X>"])
-def test_any_field_in_angle_brackets_is_a_label_and_the_marker_works_with_and_without_one(
+def test_any_field_in_angle_brackets_is_a_label_and_ignored_segments_need_none(
     tmp_path: Path, label: str, marker: str
 ) -> None:
     path = tmp_path / "a.stm"
@@ -212,7 +212,7 @@ def test_a_training_talk_with_an_unreadable_stm_is_skipped(release: Path, sphere
     found = sources(TedliumSettings(folder=str(release)))
     bad = [source for source in found if isinstance(source, Unreadable)]
     assert len(found) == 23 and [source.id for source in bad] == ["One_2001"] and "no segment" in bad[0].reason
-    (release / "test/stm" / f"{TEST[0]}.stm").write_text("")  # an evaluation of the others is another one
+    (release / "test/stm" / f"{TEST[0]}.stm").write_text("")  # error rates of the remaining talks are not comparable
     with pytest.raises(UserError, match="holds no segment"):
         sources(TedliumSettings(folder=str(release)))
 

@@ -128,11 +128,11 @@ def test_dataset_statistics_are_those_of_all_frames(dataset: Dataset) -> None:
     np.testing.assert_allclose(everything.std(0), 1, atol=1e-4)
 
 
-def test_a_crop_has_the_numbers_of_the_whole_recording(dataset: Dataset) -> None:
+def test_a_crop_has_the_same_values_as_the_whole_recording(dataset: Dataset) -> None:
     assert np.array_equal(dataset.read_normalised(4, 4000, 4200), dataset.read_normalised(4)[4000:4200])
 
 
-def test_a_bin_that_never_changes_becomes_zero_and_not_noise(tmp_path: Path) -> None:
+def test_a_constant_bin_becomes_zero_and_not_noise(tmp_path: Path) -> None:
     values = noise(300)
     values[:, 3] = -13.8
     with DatasetWriter(tmp_path, FEATURES) as writer:
@@ -157,15 +157,15 @@ def test_a_flipped_byte_is_reported_by_name_and_block_and_other_recordings_stay_
     capsys.readouterr()
     assert main(["verify", str(dataset.path)]) == 1
     printed = capsys.readouterr().out
-    assert "r001" in printed and "blocks [1]" in printed and "2 of 7 recordings are bad" in printed
+    assert "r001" in printed and "blocks [1]" in printed and "2 of 7 recordings are damaged" in printed
 
 
 def test_a_truncated_shard_names_what_is_missing_and_the_rest_stays_readable(dataset: Dataset) -> None:
     path = shard_of(dataset, "r004")
     os.truncate(path, path.stat().st_size - 160)
-    with pytest.raises(UserError, match=rf"'r004' in .*{path.name}: the shard is cut short"):
+    with pytest.raises(UserError, match=rf"'r004' in .*{path.name}: the shard is truncated"):
         dataset.read(4, 8990, 9000)
-    with pytest.raises(UserError, match=rf"{path.name} cut short: 1 recordings .*'r004'"):
+    with pytest.raises(UserError, match=rf"{path.name} are truncated: 1 recordings .*'r004'"):
         open_dataset(dataset.path)
     rest = open_dataset(dataset.path, check=False)
     assert len(verify(rest)) == 1 and len(rest.read(4, 0, 8990)) == 8990
@@ -362,7 +362,7 @@ def test_a_disk_without_space_leaves_no_temporary_file(tmp_path: Path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {"preparing.json", "part-00000.lock"}
 
 
-def test_a_full_disk_keeps_what_is_written_and_says_so(
+def test_a_full_disk_is_an_error_that_keeps_written_recordings(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "full"
@@ -388,7 +388,7 @@ def test_a_full_disk_keeps_what_is_written_and_says_so(
     assert open_dataset(path).fingerprint == dataset.fingerprint
 
 
-def test_a_limit_of_the_system_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_a_file_size_limit_leaves_no_temporary_file(tmp_path: Path) -> None:
     def write() -> bool:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
         with pytest.raises(UserError, match="disk is full"):
@@ -408,7 +408,7 @@ def test_a_folder_started_with_other_features_is_refused_by_field(tmp_path: Path
         DatasetWriter(tmp_path, FeatureSettings(log_floor=1e-5))
 
 
-def test_a_finished_dataset_is_not_added_to(dataset: Dataset) -> None:
+def test_a_finished_dataset_accepts_no_recordings(dataset: Dataset) -> None:
     with DatasetWriter(dataset.path, FEATURES) as writer:
         assert writer.finished
         with pytest.raises(UserError, match="finished dataset"):
@@ -419,7 +419,7 @@ def test_a_finished_dataset_is_not_added_to(dataset: Dataset) -> None:
 def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FEATURES), pytest.raises(UserError, match="another process is writing"):
         DatasetWriter(tmp_path, FEATURES)
-    with DatasetWriter(tmp_path, FEATURES) as writer, pytest.raises(UserError, match="no recording was added"):
+    with DatasetWriter(tmp_path, FEATURES) as writer, pytest.raises(UserError, match="no recordings were added"):
         writer.finish()
 
 
@@ -481,4 +481,4 @@ def test_inspect_shows_totals_and_draws_a_recording(dataset: Dataset, capsys: py
 def test_the_command_line_is_a_module(dataset: Dataset) -> None:
     command = [sys.executable, "-m", "data.shards", "verify", str(dataset.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("0 of 7 recordings are bad\n") and not done.stderr
+    assert done.stdout.endswith("0 of 7 recordings are damaged\n") and not done.stderr

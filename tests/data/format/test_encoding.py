@@ -56,15 +56,15 @@ def test_shuffle_zstd_gives_back_every_bit(values: np.ndarray) -> None:
 
 @given(FINITE)
 @settings(deadline=None)
-def test_uint8_is_off_by_half_a_step_at_most(values: np.ndarray) -> None:
+def test_the_error_of_uint8_is_at_most_half_a_step(values: np.ndarray) -> None:
     read = decoded(encode(values, "uint8"), "uint8", values.shape).astype(np.float64)
     exact = values.astype(np.float64)
-    # Beside the half step: float32 arithmetic over the bin's range, and rounding of the result to float16.
+    # In addition to the half step: float32 arithmetic over the bin's range, and rounding of the result to float16.
     rounding = np.abs(exact).max(axis=0) * 2**-20 + np.spacing(np.abs(read).astype(np.float16)).astype(np.float64) / 2
     assert (np.abs(read - exact) <= step_of(values) / 2 + rounding).all()
 
 
-def test_uint8_keeps_a_bin_that_never_changes() -> None:
+def test_uint8_keeps_a_constant_bin() -> None:
     values = noise(100).astype(np.float16)
     values[:, 3] = -13.8
     with warnings.catch_warnings(action="error"):  # no division by a step of zero
@@ -81,7 +81,7 @@ def test_uint8_refuses_values_that_are_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_encoding_leaves_its_input_as_it_was_and_takes_any_layout(codec: Codec) -> None:
+def test_encoding_does_not_change_its_input_and_accepts_any_memory_layout(codec: Codec) -> None:
     wide = noise(60).astype(np.float16)
     strided = wide[::2, 1:]
     before = wide.copy()
@@ -91,7 +91,7 @@ def test_encoding_leaves_its_input_as_it_was_and_takes_any_layout(codec: Codec) 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("frames", [1, BLOCK_FRAMES - 1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 3 * BLOCK_FRAMES + 77])
-def test_any_range_is_the_range_of_the_whole(codec: Codec, frames: int) -> None:
+def test_decoding_a_range_equals_that_range_of_the_recording(codec: Codec, frames: int) -> None:
     values = noise(frames).astype(np.float16)[:, :11]
     blocks = encode_blocks(values, codec)
     sizes = [len(block) for block in blocks]
@@ -119,12 +119,12 @@ def test_a_block_depends_on_its_own_frames_alone(codec: Codec) -> None:
     assert [a == b for a, b in zip(blocks, others, strict=True)] == [False, True, False]
 
 
-def test_checksums_stand_for_whole_blocks() -> None:
+def test_checksums_cover_whole_blocks() -> None:
     assert CHECKSUM_FRAMES % BLOCK_FRAMES == 0
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_block_is_of_one_shape_only(codec: Codec) -> None:
+def test_a_block_decodes_only_to_its_shape(codec: Codec) -> None:
     data = encode(noise(50).astype(np.float16)[:, :8], codec)
     for shape in ((49, 8), (51, 8), (50, 7), (50, 9), (1, 1), (5000, 80)):
         with pytest.raises(UserError):

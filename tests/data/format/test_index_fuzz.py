@@ -1,4 +1,4 @@
-"""Fuzzing: a damaged dataset gives right results or one UserError that names a file, without crashes or memory bombs.
+"""Fuzzing: a damaged dataset gives correct results or one UserError that names a file; no crash, bounded memory.
 
 python -m tests.data.format.test_index_fuzz SECONDS [FIRST_SEED]     runs longer
 """
@@ -271,7 +271,7 @@ def use(folder: Path, right: Right | None) -> str:
         dataset = open_dataset(folder, check=False)
     except UserError as error:
         check_message(error, folder)
-        return "refused"
+        return "rejected"
     for method in (
         dataset.id,
         dataset.text,
@@ -279,7 +279,7 @@ def use(folder: Path, right: Right | None) -> str:
         dataset.excluded,
         dataset.mean_std,
         dataset.read,
-        dataset.recording,
+        lambda number: stored_recording(dataset, number),
     ):
         for i in range(len(dataset)):
             try:
@@ -323,7 +323,7 @@ def continue_writing(folder: Path, right: Right | None, encoding: schema.Encodin
         write(folder, 0, True, encoding)
     except UserError as error:
         check_message(error, folder)
-        return "refused"
+        return "rejected"
     return use(folder, right)
 
 

@@ -48,7 +48,7 @@ def test_shards_with_numbers_of_six_digits_are_not_overwritten(tmp_path: Path) -
     assert sorted(int(path.stem[5:]) for path in tmp_path.glob("rows-*")) == [0, 60_000, 120_000, 180_000]
 
 
-def test_a_merge_that_another_machine_has_just_finished_does_not_lose_recordings(
+def test_a_merge_that_another_machine_just_finished_loses_no_recordings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a shared file system: this machine sees the finished dataset late, when its rows are already removed."""
@@ -132,7 +132,7 @@ def test_lists_of_skipped_recordings_may_be_merged_by_two_parts_at_once(
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 400], [1, 300]])
 def test_a_substitute_of_a_mixture_is_one_of_its_crops(sizes: list[int]) -> None:
     tables = [FixedCrops(np.arange(n), np.zeros(n), np.full(n, 50), [f"{n}"] * n, n) for n in sizes]
-    # Very small shares are rounded up to a crop an epoch, so an epoch has more crops than there are.
+    # Very small shares are rounded up to a crop per epoch, so an epoch has more crops than the groups.
     mixed = MixedCrops(tables, [1e-9] * (len(sizes) - 1) + [1.0], 0)
     assert len(mixed) > sum(sizes) - len(sizes) + 1
     found = {mixed.substitute(seed, 60, 0)[3] for seed in range(8000)}  # type: ignore[index]
@@ -157,7 +157,7 @@ class RecordingStorage:
 
 @pytest.mark.parametrize("encoding", schema.ENCODINGS)
 @pytest.mark.parametrize("verify", [False, True])
-def test_all_bytes_that_a_damaged_crop_was_made_of_are_forgotten(
+def test_all_cached_bytes_of_a_damaged_crop_are_dropped(
     tmp_path: Path, encoding: schema.Encoding, verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("encoding", "dataset"):
@@ -177,7 +177,7 @@ def test_all_bytes_that_a_damaged_crop_was_made_of_are_forgotten(
         assert storage.was_read and storage.was_read <= storage.was_forgotten
 
 
-def test_a_shard_that_a_storage_has_lost_is_an_unreadable_recording(tmp_path: Path) -> None:
+def test_a_shard_missing_from_storage_is_an_unreadable_recording(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [50])
 
     def gone(*_: object) -> None:
@@ -273,7 +273,7 @@ def test_a_stream_without_a_single_row_is_an_error_and_not_a_hang(tmp_path: Path
     dataset = make_dataset(tmp_path / "set", [150])
     settings = LoaderSettings(row_frames=100, rows=2, min_seconds=1.0, max_seconds=1.0, num_workers=0)
     loader = RowLoader(dataset, NeverLongEnough(dataset.frames, 100, 100, 0), settings, multiple=4, row_gap=4)
-    with pytest.raises(UserError, match="no crop has data.min_seconds"):
+    with pytest.raises(UserError, match="all crops are below data.min_seconds"):
         next(iter(loader))
 
 

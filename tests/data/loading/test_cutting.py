@@ -1,4 +1,4 @@
-"""Cutting long recordings between their words: each policy against a slow obvious reference; crops with labels."""
+"""Cutting long recordings between their words: each policy against a slow reference; crops with labels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recordings(draw: st.DrawFn, excluded: bool = True, guesses: bool = True) -> 
 
 
 def spans(words: Sequence[Word], frames: int) -> dict[str, tuple[int, int]]:
-    """Where each word may be said, in frames: a guessed one anywhere between the sure ones around it."""
+    """Frames in which each word may be: for a guessed word, anywhere between the neighbours with known times."""
     found = {}
     for i, word in enumerate(words):
         start, end = round(word.start * 100), round(word.end * 100)
@@ -61,9 +61,7 @@ def is_excluded(frame: int, excluded: Sequence[tuple[float, float]]) -> bool:
 
 @settings(max_examples=120, deadline=None)
 @given(recordings(), st.integers(30, 500), st.sampled_from(POLICIES), st.integers(0, 300))
-def test_no_word_is_lost_uncounted_and_none_is_in_two_pieces(
-    recording: tuple, max_frames: int, policy: str, limit: int
-) -> None:
+def test_every_word_is_in_one_crop_or_counted(recording: tuple, max_frames: int, policy: str, limit: int) -> None:
     words, frames, excluded = recording
     cut = cut_recording(words, frames, max_frames, RATE, CuttingSettings(policy, limit / 100), excluded)  # type: ignore[arg-type]
     spoken = [word for text in cut.texts for word in text.split()]
@@ -74,7 +72,7 @@ def test_no_word_is_lost_uncounted_and_none_is_in_two_pieces(
 
 @settings(max_examples=120, deadline=None)
 @given(recordings(), st.integers(30, 500), st.sampled_from(POLICIES), st.integers(0, 300))
-def test_pieces_hold_the_sound_of_their_words_and_of_no_others(
+def test_crops_contain_the_audio_of_exactly_their_words(
     recording: tuple, max_frames: int, policy: str, limit: int
 ) -> None:
     words, frames, excluded = recording
@@ -84,10 +82,10 @@ def test_pieces_hold_the_sound_of_their_words_and_of_no_others(
     for start, stop, text in zip(cut.start, cut.stop, cut.texts, strict=True):
         assert ended <= start < stop <= frames and stop - start <= max_frames
         assert not any(is_excluded(frame, excluded) for frame in range(start, stop))
-        mine = set(text.split())
-        assert all(start <= where[word][0] and where[word][1] <= stop for word in mine)
-        if policy != "drop":  # whose point is that the sound of dropped words stays
-            assert not any(a < stop and b > start and a < b for word, (a, b) in where.items() if word not in mine)
+        crop_words = set(text.split())
+        assert all(start <= where[word][0] and where[word][1] <= stop for word in crop_words)
+        if policy != "drop":  # with drop, the audio of dropped words stays
+            assert not any(a < stop and b > start and a < b for word, (a, b) in where.items() if word not in crop_words)
         ended = stop
 
 
@@ -108,7 +106,7 @@ def test_frames_are_left_out_only_with_words_or_excluded_stretches(
 
 
 def merged_words(words: Sequence[Word]) -> list[tuple[int, int, list[str]]]:
-    """Overlapping words as one, in frames."""
+    """Merge overlapping words; times in frames."""
     units: list[tuple[int, int, list[str]]] = []
     for word in words:
         start, end = round(word.start * 100), round(word.end * 100)
@@ -120,19 +118,19 @@ def merged_words(words: Sequence[Word]) -> list[tuple[int, int, list[str]]]:
 
 
 def shift_slowly(words: Sequence[Word], frames: int, max_frames: int, limit: int) -> list[tuple[int, int, str]]:
-    """The rule of `shift` as the documentation tells it, trying frame after frame; sure words, nothing excluded."""
+    """Reference for `shift`, which tries every frame; for words with known times and without excluded stretches."""
     units = merged_words(words)
     edges = [0, *(end for _, end, _ in units)]
-    pieces, begin, told = [], 0, 0  # units before `told` are in a piece, or cut out
-    while frames - begin > max_frames:
-        nominal = begin + max_frames
-        behind = [i for i in range(told, len(units)) if units[i][1] > nominal]
+    crops, start, next_unit = [], 0, 0  # units before `next_unit` are in a crop or lost
+    while frames - start > max_frames:
+        nominal = start + max_frames
+        behind = [i for i in range(next_unit, len(units)) if units[i][1] > nominal]
         cut = None
         for shortest in (10, 0) if behind else ():  # a pause, else any place between two words
-            for place in range(nominal, max(begin, nominal - limit - 1), -1):
-                for i in range(behind[0], told - 1, -1):
-                    start, gap = units[i][0], units[i][0] - edges[i]
-                    if cut is None and gap >= shortest and edges[i] <= place <= start - min(gap // 2, 50):
+            for place in range(nominal, max(start, nominal - limit - 1), -1):
+                for i in range(behind[0], next_unit - 1, -1):
+                    unit_start, gap = units[i][0], units[i][0] - edges[i]
+                    if cut is None and gap >= shortest and edges[i] <= place <= unit_start - min(gap // 2, 50):
                         cut = place, i
         if cut is not None:
             after, resume = cut[1], cut[0]
@@ -142,10 +140,10 @@ def shift_slowly(words: Sequence[Word], frames: int, max_frames: int, limit: int
         else:
             after, resume = (behind[0] if behind else len(units)), nominal
             cut = nominal, after
-        pieces.append((begin, cut[0], " ".join(w for unit in units[told : cut[1]] for w in unit[2])))
-        begin, told = resume, after
-    pieces.append((begin, frames, " ".join(w for unit in units[told:] for w in unit[2])))
-    return [piece for piece in pieces if piece[0] < piece[1]]
+        crops.append((start, cut[0], " ".join(w for unit in units[next_unit : cut[1]] for w in unit[2])))
+        start, next_unit = resume, after
+    crops.append((start, frames, " ".join(w for unit in units[next_unit:] for w in unit[2])))
+    return [crop for crop in crops if crop[0] < crop[1]]
 
 
 def as_list(cut: RecordingCrops) -> list[tuple[int, int, str]]:
@@ -154,7 +152,7 @@ def as_list(cut: RecordingCrops) -> list[tuple[int, int, str]]:
 
 @settings(max_examples=120, deadline=None)
 @given(recordings(excluded=False, guesses=False), st.integers(30, 500), st.integers(0, 300))
-def test_shift_cuts_where_a_search_frame_by_frame_does(recording: tuple, max_frames: int, limit: int) -> None:
+def test_shift_equals_a_search_frame_by_frame(recording: tuple, max_frames: int, limit: int) -> None:
     words, frames, _ = recording
     cut = cut_recording(words, frames, max_frames, RATE, CuttingSettings("shift", limit / 100))
     assert as_list(cut) == shift_slowly(words, frames, max_frames, limit)
@@ -162,7 +160,7 @@ def test_shift_cuts_where_a_search_frame_by_frame_does(recording: tuple, max_fra
 
 @settings(max_examples=80, deadline=None)
 @given(recordings(excluded=False, guesses=False), st.integers(30, 500))
-def test_drop_leaves_out_what_straddles_a_nominal_cut_and_no_sound(recording: tuple, max_frames: int) -> None:
+def test_drop_removes_words_at_nominal_cuts_but_no_audio(recording: tuple, max_frames: int) -> None:
     words, frames, _ = recording
     cut = cut_recording(words, frames, max_frames, RATE, CuttingSettings("drop"))
     places = [*range(0, frames, max_frames), frames]
@@ -174,7 +172,7 @@ def test_drop_leaves_out_what_straddles_a_nominal_cut_and_no_sound(recording: tu
 
 @settings(max_examples=80, deadline=None)
 @given(recordings(excluded=False, guesses=False), st.integers(30, 500))
-def test_mask_cuts_out_what_straddles_a_nominal_cut(recording: tuple, max_frames: int) -> None:
+def test_mask_removes_words_at_nominal_cuts_with_their_audio(recording: tuple, max_frames: int) -> None:
     words, frames, _ = recording
     cut = cut_recording(words, frames, max_frames, RATE, CuttingSettings("mask"))
     places = range(max_frames, frames, max_frames)
@@ -193,40 +191,40 @@ SPEECH = [Word("a", 0.2, 1.0), Word("b", 1.5, 3.0), Word("c", 3.05, 4.5), Word("
 
 
 @pytest.mark.parametrize(
-    ("policy", "pieces", "left_out"),
+    ("policy", "crops", "left_out"),
     [
         ("shift", [(0, 125, "a"), (125, 470, "b c"), (470, 600, "d")], {}),
         ("drop", [(0, 400, "a b"), (400, 600, "d")], {CUT: 1}),
         ("mask", [(0, 305, "a b"), (450, 600, "d")], {CUT: 1}),
     ],
 )
-def test_each_policy_does_what_its_help_says(policy: str, pieces: list, left_out: dict) -> None:
+def test_each_policy_matches_its_help_text(policy: str, crops: list, left_out: dict) -> None:
     cut = cut_recording(SPEECH, 600, 400, RATE, CuttingSettings(policy, 3.0))  # type: ignore[arg-type]
-    assert as_list(cut) == pieces and cut.left_out == left_out
+    assert as_list(cut) == crops and cut.left_out == left_out
 
 
-def test_shift_beyond_its_limit_does_as_mask() -> None:
-    for limit, pieces in [
+def test_shift_beyond_its_limit_equals_mask() -> None:
+    for limit, crops in [
         (2.75, [(0, 125, "a"), (125, 470, "b c"), (470, 600, "d")]),  # to the pause after a
         (2.0, [(0, 303, "a b"), (303, 600, "c d")]),  # no pause within reach: between two words
         (0.5, [(0, 305, "a b"), (450, 600, "d")]),  # nothing within reach
     ]:
         cut = cut_recording(SPEECH, 600, 400, RATE, CuttingSettings("shift", limit))
-        assert as_list(cut) == pieces
+        assert as_list(cut) == crops
 
 
-def test_no_cut_is_decided_by_a_guessed_time() -> None:
+def test_no_cut_depends_on_a_guessed_time() -> None:
     guessed = [Word("a", 0.2, 1.0), Word("b", 1.5, 3.0), Word("c", 3.5, 3.6, 0.0), Word("d", 4.9, 5.5)]
     cut = cut_recording(guessed, 600, 400, RATE, CuttingSettings("shift", 2.0))
     assert as_list(cut) == [(0, 300, "a b"), (490, 600, "d")] and cut.left_out == {CUT: 1}  # c is in 3.0 to 4.9 s
     cut = cut_recording(guessed, 600, 400, RATE, CuttingSettings("shift", 3.0))
-    # Nor may it be cut in the gap in front of d, which c may be said in: d itself has to go.
+    # No cut is allowed in the gap before d either, because c may be in it: d is removed.
     assert as_list(cut) == [(0, 125, "a"), (125, 490, "b c"), (550, 600, "")] and cut.left_out == {CUT: 1}
     cut = cut_recording([Word("x", 1, 2, 0.0), Word("y", 3, 4, 0.0)], 900, 400, RATE)
-    assert cut.texts == [] and cut.left_out == {LONGER: 2}  # nothing is sure: nowhere may it be cut
+    assert cut.texts == [] and cut.left_out == {LONGER: 2}  # no time is known: no cut is allowed
 
 
-def test_a_word_partly_in_an_excluded_stretch_goes_with_its_sound() -> None:
+def test_a_word_partly_in_an_excluded_stretch_is_removed_with_its_audio() -> None:
     excluded = [(0.9, 1.2), (3.2, 3.3)]
     masked = cut_recording(SPEECH, 600, 400, RATE, CuttingSettings("shift"), excluded)
     assert as_list(masked) == [(0, 20, ""), (120, 305, "b"), (450, 600, "d")] and masked.left_out == {EXCLUDED: 2}
@@ -235,21 +233,19 @@ def test_a_word_partly_in_an_excluded_stretch_goes_with_its_sound() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_word_without_length_beside_an_excluded_stretch_is_counted_too(policy: str) -> None:
+def test_a_word_of_zero_length_next_to_an_excluded_stretch_is_counted(policy: str) -> None:
     words = [Word("a", 0.0, 0.0, 0.0), Word("b", 0.0, 0.02)]
     cut = cut_recording(words, 3, 30, RATE, CuttingSettings(policy), [(0.0, 0.02)])  # type: ignore[arg-type]
     assert as_list(cut) == [(2, 3, "")] and cut.left_out == {EXCLUDED: 2}
 
 
 @pytest.mark.parametrize(
-    ("policy", "pieces", "cut_words"), [("shift", [(60, 100, "c")], 1), ("mask", [(60, 70, ""), (90, 100, "")], 2)]
+    ("policy", "crops", "cut_words"), [("shift", [(60, 100, "c")], 1), ("mask", [(60, 70, ""), (90, 100, "")], 2)]
 )
-def test_a_word_without_length_in_front_of_one_that_is_cut_out_is_counted_too(
-    policy: str, pieces: list, cut_words: int
-) -> None:
+def test_a_word_of_zero_length_before_a_masked_word_is_counted(policy: str, crops: list, cut_words: int) -> None:
     words = [Word("a", 0.0, 0.0), Word("b", 0.0, 0.6), Word("c", 0.7, 0.9)]
     cut = cut_recording(words, 100, 40, RATE, CuttingSettings(policy))  # type: ignore[arg-type]
-    assert as_list(cut) == pieces and cut.left_out == {CUT: cut_words, LONGER: 1}
+    assert as_list(cut) == crops and cut.left_out == {CUT: cut_words, LONGER: 1}
 
 
 @pytest.mark.parametrize("stretch", [(2.0, 1.0), (-1.0, 1.0), (math.nan, 1.0)])
@@ -327,7 +323,7 @@ def test_excluded_stretches_are_in_no_crop_even_of_short_recordings(tmp_path: Pa
     assert table.left_out == {EXCLUDED: 1, "recordings with excluded stretches without word times": 1}
 
 
-def test_labels_of_words_are_those_of_the_whole_text_wherever_it_is_cut(tmp_path: Path) -> None:
+def test_labels_of_crops_together_are_the_label_of_the_whole_text(tmp_path: Path) -> None:
     said = ["pay", "$3", "million", "[background", "noise]", "now"]
     words = [Word(word, 2.0 * number + 0.2, 2.0 * number + 1.8) for number, word in enumerate(said)]
     dataset, indices = make_labelled(

@@ -1,4 +1,4 @@
-"""Held-out rows: the same crops and masks however they are spread, and impossible choices refused by name."""
+"""Held-out rows: the same crops and masks for any world size, and errors for invalid settings."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,7 +55,7 @@ def same(first: Row, second: Row) -> bool:
 def test_rows_and_masks_depend_neither_on_world_size_nor_on_accumulation(dataset: Dataset) -> None:
     settings = HeldoutSettings(max_seconds=15)
     reference = [row for row in rows_of(read(dataset, settings, accumulation=8)) if row[1].any()]
-    assert 3 <= len(reference) <= 4, "batches of one row: no row only fills up the last batch"
+    assert 3 <= len(reference) <= 4, "batches of one row: no padding rows"
     for world_size, accumulation in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4)):
         ranks = [read(dataset, settings, rank, world_size, accumulation) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1, "all ranks have the same number of batches"
@@ -86,7 +86,7 @@ def test_another_seed_gives_other_masks(dataset: Dataset) -> None:
     assert shared and all(crops[0][crop] != crops[1][crop] for crop in shared)
 
 
-def test_auto_is_dev_beside_train_and_nothing_otherwise(dataset: Dataset, tmp_path: Path) -> None:
+def test_auto_is_dev_if_training_on_train_and_no_validation_otherwise(dataset: Dataset, tmp_path: Path) -> None:
     training, heldout = split_recordings(dataset, DATA, HeldoutSettings())
     assert np.array_equal(training, dataset.select(split="train"))
     assert np.array_equal(heldout, dataset.select(split="dev"))
@@ -109,7 +109,7 @@ def test_auto_without_a_long_enough_recording_is_no_validation_and_an_explicit_s
         heldout_batches(dataset, heldout, data, HeldoutSettings(split="dev"), **arguments)  # type: ignore[arg-type]
 
 
-def test_a_share_is_taken_out_of_training_and_is_the_same_each_time(dataset: Dataset) -> None:
+def test_a_share_is_removed_from_training_and_reproducible(dataset: Dataset) -> None:
     settings = HeldoutSettings(share=0.1)
     training, heldout = split_recordings(dataset, DATA, settings)
     everything = dataset.select(split="train")
@@ -129,7 +129,7 @@ def test_a_share_is_taken_out_of_training_and_is_the_same_each_time(dataset: Dat
         (HeldoutSettings(share=1.0), r"validation.share is 1.0: that is 80 of the 80 recordings"),
     ],
 )
-def test_impossible_choices_are_refused_by_name(dataset: Dataset, settings: HeldoutSettings, message: str) -> None:
+def test_invalid_choices_are_refused_by_name(dataset: Dataset, settings: HeldoutSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         split_recordings(dataset, DATA, settings)
 

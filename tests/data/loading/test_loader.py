@@ -1,4 +1,4 @@
-"""The loader: what a row holds, the same rows for everyone, continuing anywhere, ending quietly."""
+"""The loader: content of rows, the same rows for any world size, resuming, and ending."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_batch_holds_the_normalised_frames_and_zeros_elsewhere(dataset: Datase
         assert not batch.log_mel[outside].any() and not batch.mask[outside].any()
 
 
-def test_a_crop_takes_few_calls_and_few_bytes_of_a_plan(dataset: Dataset) -> None:
+def test_a_crop_costs_few_python_calls_and_few_bytes_in_a_plan(dataset: Dataset) -> None:
     """Counts the overhead that limits a worker's rate, since a measured time would depend on the machine."""
     row_loader = loader(dataset)
     rows, _ = next(row_loader.batch_rows_and_states())
@@ -153,15 +153,15 @@ def test_epochs_differ(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing(dataset: Dataset, num_workers: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_workers(dataset: Dataset, num_workers: int) -> None:
     alone = [batch for (batch,) in islice(loader(dataset), 8)]
     settings = replace(SETTINGS, num_workers=num_workers, prefetch=1)
-    # Kept all, so that the shared buffers run out: what is kept must stay as it was.
+    # All batches are kept, so that the shared buffers run out; kept batches must not change.
     assert same([batch for (batch,) in islice(loader(dataset, settings), 8)], alone)
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 2), (2, 1), (4, 1), (2, 4)])
-def test_the_rows_of_an_update_do_not_depend_on_world_size_or_accumulation(
+def test_the_rows_of_a_step_do_not_depend_on_world_size_or_accumulation(
     dataset: Dataset, world_size: int, accumulation: int
 ) -> None:
     ranks = [
@@ -174,7 +174,7 @@ def test_the_rows_of_an_update_do_not_depend_on_world_size_or_accumulation(
         assert same(batches, [whole]) and all(batch.state == whole.state for batch in batches)
 
 
-def test_continuing_after_any_update_with_other_workers_and_ranks_gives_the_same_rows(dataset: Dataset) -> None:
+def test_resuming_after_any_step_with_other_workers_and_ranks_gives_the_same_rows(dataset: Dataset) -> None:
     whole = [batch for (batch,) in islice(loader(dataset), 10)]
     for done in range(1, 8):
         saved = DataState.from_dict(whole[done - 1].state.to_dict())
@@ -185,7 +185,7 @@ def test_continuing_after_any_update_with_other_workers_and_ranks_gives_the_same
             assert same([a, b], [whole[done + number]])
 
 
-def test_continuing_twice_is_continuing_once(dataset: Dataset) -> None:
+def test_iterating_again_continues_after_the_last_step(dataset: Dataset) -> None:
     whole = [batch for (batch,) in islice(loader(dataset), 6)]
     first = loader(dataset)
     assert same([batch for (batch,) in islice(first, 2)], whole[:2])
@@ -203,11 +203,11 @@ def test_a_state_of_other_data_or_another_order_is_refused_by_name(dataset: Data
         loader(dataset, replace(SETTINGS, row_frames=800, max_segments=5), state=batch.state)
     with pytest.raises(UserError, match="must have the fields"):
         DataState.from_dict({"epoch": 1})
-    # Rows in an update, workers and checksums may change in mid-run.
+    # Rows per step, workers and checksums may change when a run is resumed.
     loader(dataset, replace(SETTINGS, rows=2, num_workers=1, verify_checksums=True), state=batch.state)
 
 
-def test_rows_that_cannot_be_shared_name_what_works(dataset: Dataset) -> None:
+def test_rows_that_are_not_divisible_give_the_nearest_valid_numbers(dataset: Dataset) -> None:
     with pytest.raises(UserError, match="rows is 8.*world size 3 x accumulation 2 = 6; nearest: 6 or 12"):
         loader(dataset, world_size=3, accumulation=2)
     with pytest.raises(UserError, match="nearest: 16"):
@@ -244,7 +244,7 @@ def break_recording(dataset: Dataset, recording: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_damage_met_on_the_way_names_the_recording(tmp_path: Path, num_workers: int) -> None:
+def test_an_unreadable_recording_is_named_during_iteration(tmp_path: Path, num_workers: int) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 200, 300])
     break_recording(dataset, 1)
     settings = replace(SETTINGS, rows=2, num_workers=num_workers, max_quarantined=0)
@@ -262,7 +262,7 @@ def damaged(folder: Path) -> Dataset:
     return open_dataset(folder)
 
 
-def test_unreadable_recordings_are_replaced_alike_by_any_workers_and_world(tmp_path: Path) -> None:
+def test_replacements_do_not_depend_on_workers_and_world_size(tmp_path: Path) -> None:
     dataset = damaged(tmp_path / "set")
     alone = loader(dataset)
     batches = [update[0] for update in islice(alone, 12)]
@@ -277,7 +277,7 @@ def test_unreadable_recordings_are_replaced_alike_by_any_workers_and_world(tmp_p
     assert same(batches[5:], [update[0] for update in islice(continued, 7)])
 
 
-def test_a_substitute_fits_in_its_place_and_brings_its_own_text(tmp_path: Path) -> None:
+def test_a_replacement_fits_its_slot_and_has_its_own_text(tmp_path: Path) -> None:
     dataset = damaged(tmp_path / "set")
     short = np.flatnonzero(np.array(LENGTHS) <= 400)
     texts = [f"text of {i}" for i in short]
@@ -287,16 +287,16 @@ def test_a_substitute_fits_in_its_place_and_brings_its_own_text(tmp_path: Path) 
         for row, (ids, row_texts) in enumerate(zip(batch.ids, batch.text, strict=True)):
             used = batch.segments.length[row] > 0
             assert used.sum() == len(ids) == len(row_texts)
-            for name, text, begin, length in zip(
+            for name, text, start, length in zip(
                 ids, row_texts, batch.segments.start[row][used], batch.segments.length[row][used], strict=True
             ):
                 recording = int(name.split(":")[0][1:])
                 assert text == f"text of {recording}" and int(length) == LENGTHS[recording]
                 expected = dataset.read_normalised(recording)
-                assert np.array_equal(batch.log_mel[row, begin : begin + length].numpy(), expected)
+                assert np.array_equal(batch.log_mel[row, start : start + length].numpy(), expected)
 
 
-def test_where_nothing_can_be_read_rows_are_empty_until_the_limit(tmp_path: Path) -> None:
+def test_rows_are_empty_if_all_recordings_are_unreadable_until_the_limit(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", [100, 200, 300])
     for recording in range(3):
         break_recording(dataset, recording)
@@ -307,7 +307,7 @@ def test_where_nothing_can_be_read_rows_are_empty_until_the_limit(tmp_path: Path
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_storage_that_does_not_answer_ends_the_run_and_condemns_no_recording(
+def test_a_storage_failure_ends_the_run_without_quarantine(
     tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = make_dataset(tmp_path / "set", LENGTHS)
@@ -322,14 +322,14 @@ def test_a_storage_that_does_not_answer_ends_the_run_and_condemns_no_recording(
     assert not stopped.quarantined
 
 
-def test_the_loader_leaves_the_global_generator_alone(dataset: Dataset) -> None:
+def test_the_loader_does_not_use_the_global_generator(dataset: Dataset) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(islice(loader(dataset, replace(SETTINGS, num_workers=1)), 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_shared_buffers_come_back_when_the_last_view_is_gone() -> None:
+def test_shared_buffers_are_freed_with_their_last_view() -> None:
     shared = SharedBuffers(1, (2, 3, 4))
     slot = shared.take()
     assert slot == 0 and shared.take() is None
@@ -371,7 +371,7 @@ print("stopped well", flush=True)
 """
 
 
-def test_signals_to_the_whole_group_stop_training_without_noise(dataset: Dataset) -> None:
+def test_signals_to_the_process_group_stop_training_without_error_output(dataset: Dataset) -> None:
     command = [sys.executable, "-c", TRAINING, str(dataset.path)]
     training = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -382,7 +382,7 @@ def test_signals_to_the_whole_group_stop_training_without_noise(dataset: Dataset
     os.killpg(training.pid, signal.SIGINT)
     os.killpg(training.pid, signal.SIGTERM)
     out, err = training.communicate(timeout=PATIENCE)
-    # Five more updates came after the signals: the workers did not obey them.
+    # Five more steps came after the signals: the workers ignored them.
     assert (out, err, training.returncode) == ("stopped well\n", "", 0)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 

@@ -82,7 +82,7 @@ def test_weights_are_shares_of_the_audio(one: Dataset, two: Dataset) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-def test_temperature_raises_small_languages(one: Dataset, temperature: float) -> None:
+def test_temperature_increases_the_share_of_small_languages(one: Dataset, temperature: float) -> None:
     chosen = LoaderSettings(dataset=one.location, row_frames=400, max_seconds=3.9, language_temperature=temperature)
     expected = {name: share**temperature for name, share in hours(one).items()}
     expected = {name: share / sum(expected.values()) for name, share in expected.items()}
@@ -105,7 +105,7 @@ def test_without_weights_and_temperature_a_mixture_is_one_order(one: Dataset, tw
     assert isinstance(settings((one, 0.0), (two, 0.0)).crop_order(dataset), CropOrder)
 
 
-def test_a_group_passes_through_all_its_crops_before_any_comes_again() -> None:
+def test_a_group_uses_all_its_crops_before_repeating_any() -> None:
     small, large = CropOrder(np.full(7, 100), 100, 10, 1), CropOrder(np.full(50, 100), 100, 10, 2)
     mixed = MixedCrops([small, large], [1.0, 1.0], 3)
     seen = np.concatenate([mixed.crops(epoch, np.arange(len(mixed))).item for epoch in range(6)])
@@ -137,7 +137,7 @@ def test_texts_stay_with_their_crops() -> None:
     assert found == set(range(14))
 
 
-def test_batches_of_a_mixture_have_the_numbers_of_their_dataset(one: Dataset, two: Dataset) -> None:
+def test_batches_of_a_mixture_are_normalised_by_their_dataset(one: Dataset, two: Dataset) -> None:
     chosen = settings((one, 1.0), (two, 1.0))
     dataset = chosen.open()
     batches = [u[0] for u in islice(RowLoader(dataset, chosen.crop_order(dataset), chosen, multiple=4, row_gap=4), 10)]
@@ -151,27 +151,35 @@ def test_batches_of_a_mixture_have_the_numbers_of_their_dataset(one: Dataset, tw
                 start, stop = map(int, crop.split("-"))
                 source = by_name[folder]
                 expected = source.read_normalised(int(source.select(ids=[id])[0]), start, stop)
-                begin = int(batch.segments.start[row, slot])
-                assert np.array_equal(batch.log_mel[row, begin : begin + stop - start].numpy(), expected)
+                first_frame = int(batch.segments.start[row, slot])
+                values = batch.log_mel[row, first_frame : first_frame + stop - start]
+                assert np.array_equal(values.numpy(), expected)
                 seen.add(folder)
     assert seen == {"one", "two"}
 
 
-def test_a_mixture_continues_where_it_stopped_and_not_with_other_weights(one: Dataset, two: Dataset) -> None:
+def test_a_mixture_is_resumed_exactly_and_not_with_other_weights(one: Dataset, two: Dataset) -> None:
     chosen = settings((one, 1.0), (two, 1.0))
     dataset = chosen.open()
 
-    def loader(state: DataState | None = None, of: LoaderSettings = chosen) -> RowLoader:
-        return RowLoader(dataset, of.crop_order(of.open()), of, multiple=4, row_gap=4, state=state)
+    def loader(state: DataState | None = None, loader_settings: LoaderSettings = chosen) -> RowLoader:
+        return RowLoader(
+            dataset,
+            loader_settings.crop_order(loader_settings.open()),
+            loader_settings,
+            multiple=4,
+            row_gap=4,
+            state=state,
+        )
 
-    whole = [update[0] for update in islice(loader(), 12)]
-    rest = [update[0] for update in islice(loader(whole[4].state), 7)]
+    whole = [step[0] for step in islice(loader(), 12)]
+    rest = [step[0] for step in islice(loader(whole[4].state), 7)]
     assert all(torch.equal(a.log_mel, b.log_mel) for a, b in zip(whole[5:], rest, strict=True))
     with pytest.raises(UserError, match="share of group 0"):
         loader(whole[4].state, settings((one, 1.0), (two, 2.0)))
 
 
-def test_mixtures_that_cannot_be_are_refused_by_name(one: Dataset, two: Dataset, tmp_path: Path) -> None:
+def test_invalid_mixtures_are_refused_by_name(one: Dataset, two: Dataset, tmp_path: Path) -> None:
     other = make(tmp_path / "other", {"en": 2}, 2, FeatureSettings(log_floor=1e-5))
     for chosen, message in (
         (settings((one, 1.0), (other, 1.0)), "log_floor"),

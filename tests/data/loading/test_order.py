@@ -1,4 +1,4 @@
-"""The order: a bijection, a pure function, every frame once."""
+"""Order of crops: a bijection and a pure function that covers every frame once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_the_permutation_differs_by_key_and_mixes() -> None:
     assert abs(np.abs(np.diff(a)).mean() / 333 - 1) < 0.1
 
 
-def test_every_place_of_a_permutation_is_equally_likely() -> None:
+def test_every_image_of_a_permutation_is_equally_probable() -> None:
     counts = np.zeros((5, 5), int)
     for key in range(2000):
         counts[np.arange(5), permute(np.arange(5), 5, key)] += 1
     assert np.abs(counts - 400).max() < 100  # over five standard deviations
 
 
-def test_one_place_is_found_without_the_others() -> None:
+def test_single_elements_are_permuted_independently() -> None:
     many = permute(np.arange(10**6 - 50, 10**6), 3 * 10**9, 7)
     assert [int(permute(np.array([k]), 3 * 10**9, 7)[0]) for k in range(10**6 - 50, 10**6)] == many.tolist()
 
@@ -46,7 +46,7 @@ def test_hashes_are_the_same_on_every_machine() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(max_frames=st.integers(20, 400), epoch=st.integers(0, 10**6), seed=st.integers(0, 2**63))
-def test_every_frame_is_in_exactly_one_piece_of_an_epoch(max_frames: int, epoch: int, seed: int) -> None:
+def test_every_frame_is_in_exactly_one_crop_of_an_epoch(max_frames: int, epoch: int, seed: int) -> None:
     order = CropOrder(LENGTHS, max_frames, 1, seed)
     crops = order.crops(epoch, np.arange(len(order)))
     seen = [np.zeros(n, int) for n in LENGTHS]
@@ -56,7 +56,7 @@ def test_every_frame_is_in_exactly_one_piece_of_an_epoch(max_frames: int, epoch:
     assert all((count == 1).all() for count in seen)
 
 
-def test_recordings_up_to_the_limit_stay_whole_and_short_ones_are_left_out() -> None:
+def test_recordings_up_to_the_limit_are_single_crops_and_short_ones_are_left_out() -> None:
     frames = np.array([500] * 5 + [99, 100, 300, 301])
     order = CropOrder(frames, 300, 100, 0, np.array([5, 6, 7, 8]))
     assert order.too_short == 1 and len(order) == 4
@@ -65,7 +65,7 @@ def test_recordings_up_to_the_limit_stay_whole_and_short_ones_are_left_out() -> 
     assert {piece for piece in pieces if piece[0] < 8} == {(6, 0, 100), (7, 0, 300)}
 
 
-def test_long_recordings_are_cut_anew_every_epoch() -> None:
+def test_long_recordings_are_cut_differently_in_every_epoch() -> None:
     order = CropOrder(np.array([1000]), 300, 10, 0)
     cuts = {tuple(np.sort(order.crops(epoch, np.arange(4)).start).tolist()) for epoch in range(20)}
     assert len(cuts) > 15

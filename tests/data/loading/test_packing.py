@@ -1,4 +1,4 @@
-"""Packing: nothing overlaps, nothing overflows, nothing is lost, little is wasted."""
+"""Packing of rows: no overlap, no overflow, no lost segments, little padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.loading.rows import pack_rows
     multiple=st.sampled_from([1, 2, 4, 8]),
     max_segments=st.integers(1, 9),
 )
-def test_segments_keep_to_the_row_the_gap_the_multiple_and_the_slots(
+def test_segments_respect_row_length_gap_multiple_and_slots(
     lengths: list[int], row_gap: int, multiple: int, max_segments: int
 ) -> None:
     rows = pack_rows(lengths, 200, row_gap, multiple, max_segments)
@@ -26,13 +26,13 @@ def test_segments_keep_to_the_row_the_gap_the_multiple_and_the_slots(
     for row in rows:
         assert 1 <= len(row) <= max_segments
         end = -row_gap
-        for index, begin in row:
-            assert begin % multiple == 0 and begin >= end + row_gap
-            end = begin + lengths[index]
+        for index, start in row:
+            assert start % multiple == 0 and start >= end + row_gap
+            end = start + lengths[index]
         assert end <= 200
 
 
-def test_packing_repeats() -> None:
+def test_packing_is_deterministic() -> None:
     lengths = np.random.default_rng(0).integers(100, 1700, 500)
     assert pack_rows(lengths, 2000, 4, 4, 16) == pack_rows(lengths.copy(), 2000, 4, 4, 16)
 
@@ -42,17 +42,17 @@ def test_rows_of_30_s_are_98_percent_full_of_utterances_of_2_to_17_s() -> None:
     assert lengths.sum() / (3000 * len(pack_rows(lengths, 3000, 4, 4, 16))) > 0.98
 
 
-def test_each_segment_goes_to_the_fullest_row_that_takes_it() -> None:
+def test_each_segment_is_placed_in_the_fullest_row_with_space() -> None:
     assert pack_rows([60, 50, 30], 100, 1, 1, 8) == [[(0, 0), (2, 61)], [(1, 0)]]
     assert pack_rows([60, 50, 39, 49], 100, 1, 1, 8) == [[(0, 0), (2, 61)], [(1, 0), (3, 51)]]
 
 
 @pytest.mark.parametrize(("lengths", "worst"), [([10, 101], 101), ([10, 0], 0)])
-def test_a_length_that_cannot_be_is_named(lengths: list[int], worst: int) -> None:
-    with pytest.raises(UserError, match=f"segment of {worst} frames"):
+def test_an_invalid_length_is_named(lengths: list[int], worst: int) -> None:
+    with pytest.raises(UserError, match=f"a segment has {worst} frames"):
         pack_rows(lengths, 100, 4, 4, 16)
 
 
-def test_rows_that_are_no_multiple_are_refused_with_what_works() -> None:
-    with pytest.raises(UserError, match="row_frames is 102.*4: 100"):
+def test_row_lengths_that_are_no_multiple_are_refused_with_a_valid_one() -> None:
+    with pytest.raises(UserError, match="row_frames is 102.*multiple of 4 .*100"):
         pack_rows([10], 102, 4, 4, 16)

@@ -63,7 +63,9 @@ def test_a_corpus_becomes_a_dataset_with_its_text_and_splits(audio: Path, tmp_pa
     assert not (tmp_path / "out/skipped.jsonl").exists()
 
 
-def test_worker_processes_change_nothing(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_dataset_does_not_depend_on_the_number_of_workers(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(audio, tmp_path / "one")
     settings = FolderSettings(folder=str(audio))
     prepare("folder", settings, FeatureSettings(), PrepareSettings(out=str(tmp_path / "two"), workers=2))
@@ -109,7 +111,9 @@ def session(leader: int) -> list[int]:
     return found
 
 
-def test_a_finished_dataset_is_left_alone(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_dataset_is_not_prepared_again(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(audio, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert run(audio, tmp_path / "out") == 0
@@ -117,7 +121,7 @@ def test_a_finished_dataset_is_left_alone(audio: Path, tmp_path: Path, capsys: p
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_other_settings_in_the_same_folder_are_an_error_that_says_what_differs(
+def test_other_settings_in_the_same_folder_are_an_error_with_the_differences(
     audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -153,7 +157,7 @@ def test_unusable_recordings_are_skipped_counted_and_listed(
     assert "skipped 5 recordings" in printed and "NaN" in printed and "too short" in printed
 
 
-def test_too_many_unusable_recordings_are_an_error_that_keeps_what_is_done(
+def test_too_many_unusable_recordings_are_an_error_that_keeps_finished_work(
     audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in (3, 4):
@@ -179,12 +183,12 @@ def test_parts_prepared_apart_are_the_same_dataset(
         assert run(audio, out, f"--part={part}/3", "--max_skipped_share=0.5") == 0
         printed = capsys.readouterr().out
         assert ("2 of 3 parts are not finished: --part 0/3, 1/3" in printed) == (part == 2)
-    assert "prepare: finished" in printed  # by the last one, without being asked
-    ours, theirs = open_dataset(out), open_dataset(whole)
-    assert ours.fingerprint == theirs.fingerprint and len(ours) == 10
+    assert "prepare: finished" in printed  # printed by the last part, without --merge
+    merged, single = open_dataset(out), open_dataset(whole)
+    assert merged.fingerprint == single.fingerprint and len(merged) == 10
     for i in range(10):
-        assert stored_recording(ours, i) == stored_recording(theirs, i)
-        assert np.array_equal(ours.read(i, verify=True), theirs.read(i))
+        assert stored_recording(merged, i) == stored_recording(single, i)
+        assert np.array_equal(merged.read(i, verify=True), single.read(i))
     assert (out / "skipped.jsonl").read_bytes() == (whole / "skipped.jsonl").read_bytes()
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()} | {
         "shard-00001.safetensors",
@@ -193,7 +197,7 @@ def test_parts_prepared_apart_are_the_same_dataset(
     assert run(audio, out, "--part=1/3") == 0 and "is already prepared" in capsys.readouterr().out
 
 
-def test_more_parts_than_recordings_are_no_mistake(audio: Path, tmp_path: Path) -> None:
+def test_more_parts_than_recordings_are_allowed(audio: Path, tmp_path: Path) -> None:
     for part in range(16):
         assert run(audio, tmp_path / "parts", f"--part={part}/16") == 0
     assert fingerprint(tmp_path / "parts") == fingerprint(out_of(audio, tmp_path / "whole"))
@@ -204,7 +208,7 @@ def test_a_merge_names_the_parts_that_are_missing(
 ) -> None:
     out = tmp_path / "out"
     assert run(audio, out, "--merge") == 2
-    assert "nothing was prepared here" in capsys.readouterr().err
+    assert "no prepared parts to merge" in capsys.readouterr().err
     run(audio, out, "--part", "1/4")
     assert run(audio, out, "--merge") == 2
     assert "3 of 4 parts are not finished: --part 0/4, 2/4, 3/4" in capsys.readouterr().err
@@ -325,7 +329,7 @@ class Fault:
         raise MemoryError
 
 
-def test_a_recording_that_ends_its_worker_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_recording_that_crashes_its_worker_is_named_and_skipped(tmp_path: Path) -> None:
     def good(name: str) -> Fault:
         (tmp_path / name).touch()
         return Fault(name, "", tmp_path / name)
@@ -340,12 +344,12 @@ def test_a_recording_that_ends_its_worker_is_named_and_the_others_go_on(tmp_path
     assert "SIGSEGV" in reasons[0] and "not enough memory" in reasons[1]
 
 
-def test_a_mistake_of_the_program_is_raised_with_its_recording_and_traceback() -> None:
+def test_an_unexpected_exception_is_raised_with_recording_and_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)recording 'x'.*KeyError: 'a mistake of the program'"):
         list(extract_all([Fault("x", "bug"), Fault("y", "bug")], FeatureSettings(), 2))
 
 
-def test_results_that_wait_for_a_slow_recording_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backlog_behind_a_slow_recording_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backlog is bounded in bytes: results behind a slow recording do not accumulate in memory."""
     monkeypatch.setattr(extraction, "_WAITING_BYTES", 3 * 101 * 160)
     seen: list[int] = []
@@ -370,7 +374,7 @@ def test_results_that_wait_for_a_slow_recording_are_few(monkeypatch: pytest.Monk
     assert len(list(results)) == 99 and sorted(seen) == list(range(100))
 
 
-def test_progress_tells_hours_speed_time_left_and_reasons() -> None:
+def test_progress_shows_hours_speed_time_left_and_reasons() -> None:
     progress = Progress(10)
     progress.started -= 60
     for _ in range(3):
@@ -383,7 +387,7 @@ def test_progress_tells_hours_speed_time_left_and_reasons() -> None:
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 2)])
-def test_other_rates_and_stereo_become_the_same_features(tmp_path: Path, rate: int, channels: int) -> None:
+def test_sample_rate_and_channels_do_not_change_the_features(tmp_path: Path, rate: int, channels: int) -> None:
     """A tone of 1 kHz is in the same mel bin; the mean of a tone and silence is the tone, 6 dB down."""
     features = FeatureSettings()
     peaks = []
@@ -399,13 +403,13 @@ def test_other_rates_and_stereo_become_the_same_features(tmp_path: Path, rate: i
     assert peaks[0][1] - peaks[1][1] == pytest.approx(2 * np.log(channels), abs=0.05)
 
 
-def test_a_full_disk_is_a_clear_error_and_loses_nothing_finished(
+def test_a_full_disk_is_a_clear_error_that_keeps_finished_work(
     audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A limit of the file size simulates a full disk: the write that exceeds it fails in the middle of a shard."""
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     before = open_dataset(out_of(audio, tmp_path / "undisturbed")).fingerprint
-    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))  # Python ignores the signal that comes with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))  # Python ignores the signal SIGXFSZ
     try:
         assert run(audio, out, "--shard_mb", "1") == 2
     finally:
@@ -471,11 +475,11 @@ def test_mistakes_on_the_command_line_are_named_before_any_work(
     ],
 )
 def test_lists_can_be_written_with_commas(arguments: list[str]) -> None:
-    settings, features, how = parse(
+    settings, features, preparation = parse(
         "synthetic", CORPORA["synthetic"], ["--out", "x", *arguments, "--train-hours", "1e-1"]
     )
     assert settings.languages in (["fr", "cs"], ["en", "de", "es", "cs", "fr", "cs"])
-    assert (settings.train_hours, how.out, features) == (0.1, "x", FeatureSettings())
+    assert (settings.train_hours, preparation.out, features) == (0.1, "x", FeatureSettings())
 
 
 def test_an_empty_corpus_and_repeated_ids_are_errors(audio: Path, tmp_path: Path) -> None:
@@ -500,7 +504,7 @@ def test_a_recording_with_unsorted_word_times_is_kept_without_them_and_reported_
     assert "kept without word times: recording 'unsorted', word 1 'a'" in kept.warnings[0]
 
 
-def test_a_corpus_is_the_same_however_its_place_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_is_the_same_for_any_spelling_of_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another folder is another corpus even with the same file names, since its audio may differ."""
     for name in ("talks", "others"):
         (tmp_path / name).mkdir()

@@ -122,7 +122,7 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_fifty_kills_at_random_points_change_nothing(parts: int, memory_folder: Path) -> None:
+def test_fifty_kills_at_random_points_do_not_change_the_dataset(parts: int, memory_folder: Path) -> None:
     folder, kills = memory_folder, 50
     arguments = [*write_audio(folder / "audio", 12)[1:], "--workers", "1", "--shard_mb", "1"]
     program = [sys.executable, "-c", DRIVER, str(folder), str(parts), str(kills), "0", *arguments]
@@ -135,7 +135,7 @@ def test_fifty_kills_at_random_points_change_nothing(parts: int, memory_folder: 
         assert_same(folder / str(number), folder / "undisturbed")
 
 
-def test_a_killed_process_group_with_workers_continues_without_doing_anything_again(tmp_path: Path) -> None:
+def test_after_a_kill_with_workers_no_finished_work_is_repeated(tmp_path: Path) -> None:
     arguments = [*write_audio(tmp_path / "audio", 40), "--workers", "2", "--out"]
     out, kept = tmp_path / "out", dict[Path, int]()
     for enough in (5, 15):
@@ -154,7 +154,7 @@ def test_a_killed_process_group_with_workers_continues_without_doing_anything_ag
     assert_same(out, tmp_path / "undisturbed")
 
 
-def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) -> None:
+def test_a_preparation_stopped_by_sigterm_keeps_finished_work(tmp_path: Path) -> None:
     arguments = [*write_audio(tmp_path / "audio", 40)[:-2], "--workers", "1", "--out"]
     # Slow disk: every recording takes 50 ms, so that the signal arrives in the middle of a shard.
     program = (
@@ -167,34 +167,34 @@ def test_a_preparation_that_is_asked_to_end_keeps_what_it_has(tmp_path: Path) ->
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", program, *arguments, str(out)], cwd=REPOSITORY)
     while not (out / "shard-00001.safetensors.tmp").exists():
-        assert process.poll() is None, "it must still be at work"
+        assert process.poll() is None, "it must still be running"
         time.sleep(0.01)
     time.sleep(0.15)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 130
     assert not (out / "dataset.json").exists() and not list(out.glob("*.tmp"))
     kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.safetensors")}
-    assert len(kept) == 2  # the one that was open is closed
+    assert len(kept) == 2  # the open shard was finished
     assert main([*arguments, str(out)]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert main([*arguments, str(tmp_path / "undisturbed")]) == 0
     assert_same(out, tmp_path / "undisturbed")
 
 
-def test_ctrl_c_while_the_workers_are_started_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_while_workers_start_prints_one_line(tmp_path: Path) -> None:
     """A terminal sends the signal to every process of the group, including those that are still importing."""
     arguments = [*write_audio(tmp_path / "audio", 8)[:-2], "--workers", "2", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "data.prepare", *arguments]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.exists() or not any(_is_server(pid) for pid in children.read_text().split()):
-        assert process.poll() is None, "it must still be at work"
+        assert process.poll() is None, "it must still be running"
         time.sleep(0.01)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=PATIENCE)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert told.strip().splitlines() == ["interrupted: finished work is kept, the same command continues"]
+    assert errors.strip().splitlines() == ["interrupted: finished work is kept, the same command continues"]
     assert main(arguments) == 0
 
 

@@ -25,7 +25,7 @@ from data.shards.__main__ import main
 from data.shards.derive import stored_recording
 from data.shards.inspect import EDGES, totals
 from data.shards.integrity import find_faults
-from data.shards.select import split_of
+from data.shards.select import hash_split
 from data.transcripts import Word
 from tests.made_datasets import FEATURES, noise, verify
 
@@ -52,7 +52,7 @@ def sample(count: int = 24) -> tuple[list[Recording], list[int]]:
         )
         for n in range(count)
     ]
-    return recordings, [26 + 37 * n for n in range(count)]  # one lasts exactly a second, an edge of the histogram
+    return recordings, [26 + 37 * n for n in range(count)]  # one lasts exactly one second, an edge of the histogram
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def split_into_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
-def test_several_processes_find_the_same_faults_as_one_and_list_them(
+def test_faults_do_not_depend_on_the_number_of_processes(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for recording in (3, 11, 20):
@@ -119,7 +119,7 @@ def test_several_processes_find_the_same_faults_as_one_and_list_them(
     assert len(integrity._chunks(dataset)) > 12
     listed = tmp_path / "bad.jsonl"
     code, out, err = run(capsys, "verify", dataset.path, "--workers", 3, "--list", listed)
-    assert code == 1 and out.endswith("3 of 24 recordings are bad\n") and not err
+    assert code == 1 and out.endswith("3 of 24 recordings are damaged\n") and not err
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert lines == [{"id": fault.id, "file": fault.file, "problem": fault.problem} for fault in alone]
     # The listed recordings can be excluded.
@@ -288,7 +288,7 @@ def test_the_table_is_that_of_a_plain_count(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(shards_stats, "_PENDING", 1)
+    monkeypatch.setattr(shards_stats, "_MAX_PENDING", 1)
     options = ["--by", by] if by else []
     code, out, _ = run(capsys, "stats", dataset.path, *options, "--csv", tmp_path / "a.csv")
     with open(tmp_path / "a.csv", newline="") as file:
@@ -320,7 +320,7 @@ def test_the_table_is_that_of_a_plain_count(
 
 
 @pytest.mark.parametrize("by", ["text", "speaker", "recording"])
-def test_new_splits_share_nothing_and_are_the_same_again(
+def test_new_splits_are_disjoint_and_reproducible(
     original: Dataset, by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shares = ["--dev-share", 0.3, "--test-share", 0.3, "--by", by]
@@ -344,7 +344,7 @@ def test_new_splits_share_nothing_and_are_the_same_again(
 def test_case_and_punctuation_do_not_separate_texts() -> None:
     for n in range(40):
         first, second = Recording("a", f"Text, number {n}."), Recording("b", f"text NUMBER {n}")
-        assert split_of(first, "text", 0, 0.3, 0.3) == split_of(second, "text", 0, 0.3, 0.3)
+        assert hash_split(first, "text", 0, 0.3, 0.3) == hash_split(second, "text", 0, 0.3, 0.3)
 
 
 def test_shares_are_approximately_met(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,7 +426,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_one_line_with_the_fix(
+def test_a_user_mistake_is_one_line_with_the_fix(
     original: Dataset, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad").write_text('r01\n{"name": "r02"}\n')
@@ -450,7 +450,7 @@ def test_recordings_without_a_speaker_are_not_split_by_speaker(
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "stats", "split", "filter", "merge"])
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     out = capsys.readouterr().out
