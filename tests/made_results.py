@@ -1,4 +1,4 @@
-"""Files of evaluate.py made from texts, without model and audio."""
+"""Output files of evaluate.py made from texts, without a model or audio."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ WORD_SECONDS = 0.5
 def score_all(
     texts: Mapping[str, tuple[str, str]], language: str = "cs", speakers: Mapping[str, str] | None = None
 ) -> list[RecordingScore]:
-    """Scores of (reference, hypothesis) by id; a word lasts WORD_SECONDS."""
+    """Scores of texts (reference, hypothesis) by id, where each word lasts WORD_SECONDS."""
     return [
         score_recording(
             id,
@@ -47,16 +47,16 @@ def make_transcripts(scores: Sequence[RecordingScore]) -> list[dict[str, Any]]:
     kinds = {"hit": "=", "substitution": "S", "deletion": "D", "insertion": "I"}
     return [
         {
-            "id": one.id,
-            "seconds": one.seconds,
-            "text": one.hypothesis,
-            "words": [[word.word, word.start, word.end, None] for word in timed(one.hypothesis)],
+            "id": score.id,
+            "seconds": score.seconds,
+            "text": score.hypothesis,
+            "words": [[word.word, word.start, word.end, None] for word in timed(score.hypothesis)],
             "alignment": [
                 [kinds[step.kind], step.reference, step.hypothesis, step.time]
-                for step in align_timed(timed(one.reference), timed(one.hypothesis), one.language)
+                for step in align_timed(timed(score.reference), timed(score.hypothesis), score.language)
             ],
         }
-        for one in scores
+        for score in scores
     ]
 
 
@@ -64,7 +64,7 @@ def make_results(
     name: str, scores: Sequence[RecordingScore], context: float = 20.0, mode: str = "buffered", **changes: Any
 ) -> dict[str, Any]:
     """Content of `results.json`. Mode "windowed" is windowed attention, context 0 the whole recording."""
-    aligned = [(align_timed(timed(one.reference), timed(one.hypothesis), one.language), one.seconds) for one in scores]
+    aligned = [(align_timed(timed(s.reference), timed(s.hypothesis), s.language), s.seconds) for s in scores]
     windowed = mode == "windowed"
     edges = (
         []
@@ -96,13 +96,13 @@ def make_results(
         },
         "scores": {language: total.summary() for language, total in score_by_language(scores, 200).items()},
         "segments": None,
-        "positions": [one.summary() for one in by_position(aligned, num_resamples=100)],
-        "edge_distances": [one.summary() for one in edges],
+        "positions": [part.summary() for part in by_position(aligned, num_resamples=100)],
+        "edge_distances": [part.summary() for part in edges],
         "speakers": {speaker: total.summary() for speaker, total in by_speaker(scores, 100).items()},
         "durations": {length: total.summary() for length, total in by_duration(scores, num_resamples=100).items()},
         "confusions": asdict(confusions(scores)),
-        "normalisers": normalisers_used((one.normaliser, one.language) for one in scores),
-        "recordings": [one.row() for one in scores],
+        "normalisers": normalisers_used((score.normaliser, score.language) for score in scores),
+        "recordings": [score.row() for score in scores],
         **changes,
     }  # fmt: skip
 
@@ -114,6 +114,6 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     results = make_results(name, scores, context, mode, **changes)
     (folder / RESULTS).write_text(json.dumps(results), encoding="utf-8")
-    lines = [json.dumps(one, ensure_ascii=False) for one in make_transcripts(scores)]
+    lines = [json.dumps(line, ensure_ascii=False) for line in make_transcripts(scores)]
     (folder / TRANSCRIPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""Attention by its definition, in float64: the reference of all backends. Importing it adds the backend 'reference'.
+"""Attention by definition, in float64: the reference of all backends. Its import adds the backend 'reference'.
 
 Source: Vaswani et al., arXiv 1706.03762, section 3.2.1.
 """
