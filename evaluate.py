@@ -4,22 +4,25 @@
     torchrun --nproc-per-node 8 evaluate.py --export runs/ctc/export --data.dataset datasets/calls --out results/ctc
 
 Recordings longer than the context are decoded in overlapping windows (`--inference.context_seconds 0`: in one pass).
-The processes share the recordings. After Ctrl-C the same command continues with the recordings that are left; for a
-finished evaluation it only writes the report again. Error rates are over the corpus, with 95 % intervals from a
-bootstrap over recordings. English is normalised with Whisper's rules, other languages with general Unicode rules and
-rules of the language.
+The recordings are distributed over the processes. After Ctrl-C the same command continues with the remaining
+recordings; for a finished evaluation it only writes the report again. Error rates are over the corpus, with 95 %
+intervals from a bootstrap over recordings. English is normalised with Whisper's rules, other languages with general
+Unicode rules and rules of the language.
 
 Writes into --out: results.json (all numbers), results.csv (one row per recording), transcripts.jsonl (each word with
 its time, and the alignment with the reference), report.html. Appends a row to rows.jsonl in the parent folder of --out.
 
-Several contexts, overlaps, modes, decoders or exports: `python -m tools.sweep`.
+`python -m tools.sweep` evaluates several contexts, overlaps, modes, decoders or exports.
 """
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from bestrq.training.process import World
-from common.config import parse, run_main
+from common.config import load_yaml, parse, run_main
 from common.errors import UserError
 from data.format.dataset import Dataset
 from pipelines.evaluation import check_evaluations, open_export, read_references, run_evaluation
@@ -37,7 +40,7 @@ def evaluate(config: Config, world: World) -> None:
 
 
 def prepare_evaluation(config: Config, dataset: Dataset, world: World) -> Evaluation:
-    """The evaluation with its keys. Raises UserError for settings that do not fit the export."""
+    """Evaluation with its keys. Raises UserError for settings that do not fit the export."""
     export, recogniser = open_export(config.export, dataset)
     evaluation = evaluation_of(config, export, dataset.features.frames_per_second)
     [evaluation] = check_evaluations([evaluation], export, recogniser, config, dataset, world)
@@ -47,19 +50,40 @@ def prepare_evaluation(config: Config, dataset: Dataset, world: World) -> Evalua
 def parse_command(argv: Sequence[str] | None = None) -> Config:
     """Settings from the command line. Raises UserError, which names tools/sweep.py if a field has a list of values."""
     try:
-        return parse(Config, argv, description=__doc__)
+        arguments = list(without_empty_grids(sys.argv[1:] if argv is None else argv))
+        return parse(Config, arguments, description=__doc__)
     except UserError as error:
         if lists := re.findall(r"unknown field '(grid[\w.]*)'", str(error)):
             raise UserError(
                 f"{', '.join(lists)}: evaluate.py evaluates one configuration; give the same arguments to "
                 "`python -m tools.sweep`, which evaluates all configurations of the lists"
             ) from None
-        if re.search(r"Got value: \[|load config .\[", str(error)):  # such as --inference.context_seconds '[5, 20]'
+        # Such as --inference.context_seconds '[5, 20]'.
+        if re.search(r"Got value: \[|is a list: |load config .\[", str(error)):
             raise UserError(
                 f"{error}. evaluate.py takes one value per field; `python -m tools.sweep` takes lists, as "
                 "--grid.contexts, --grid.overlaps, --grid.modes, --grid.decoders and --grid.exports"
             ) from None
         raise
+
+
+def without_empty_grids(argv: Sequence[str]) -> Iterator[str]:
+    """Arguments without the empty sections `grid` that --print_config wrote before sweeps moved to tools/sweep.py.
+
+    A file with such a section is replaced by its content, which `--config` also takes.
+    """
+    for previous, word in zip(["", *argv], argv, strict=False):
+        option = "--config=" if word.startswith("--config=") else ""
+        if option or previous == "--config":
+            with suppress(UserError):  # the parser reports an unreadable file
+                path = word.removeprefix(option)
+                values = load_yaml(path)
+                grid = values.get("grid") or {}
+                if "grid" in values and not any(grid.values() if isinstance(grid, dict) else [grid]):
+                    text = Path(path).read_text(encoding="utf-8")
+                    rest = re.sub(r"(?m)^grid:.*(?:\n(?:[ \t#].*)?$)*", "", text)
+                    word = option + (rest.strip() or "{}")
+        yield word
 
 
 def main() -> None:

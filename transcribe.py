@@ -1,4 +1,4 @@
-"""Audio files to text, with an exported recogniser.
+"""Transcripts of audio files from an exported recogniser.
 
     python transcribe.py --export runs/ctc/export --audio talk.mp3
     python transcribe.py --export runs/ctc/export --audio talks --out transcripts --formats txt,json,srt
@@ -9,7 +9,7 @@ line "path<TAB>text" per recording is written to stdout. With --out, talks/day1/
 so on, in each of the formats: txt, json (words with times and confidence), ctm, srt, vtt, TextGrid.
 
 After Ctrl-C the same command continues; finished recordings are transcribed again only if audio, model or a setting has
-changed. Files that cannot be read, or whose transcript cannot be written, are skipped and listed at the end and in
+changed. Files that cannot be read, or whose transcript cannot be written, are skipped, and listed at the end and in
 failed.jsonl; the exit status is then 1.
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, DecoderSettings, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.training.export_reading import Export, read_export
 from bestrq.training.process import World
 from bestrq.transcripts.formats import WRITERS, TimedTranscript
@@ -61,9 +61,9 @@ from pipelines.recogniser import (
 FORMAT_VERSION = 1
 STATE, FAILED = "transcribed.jsonl", "failed.jsonl"
 BATCHES_HELD = 16
-"""features of this many batches are in memory at a time, so that few batches are not full"""
+"""number of batches whose features are in memory at a time; larger groups fill batches better"""
 FATAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""errors of the file system of --out, not of a single file"""
+"""errors that affect every file in --out"""
 
 
 @dataclass
@@ -87,8 +87,8 @@ class Config:
     decoder: DecoderSettings = field(default_factory=DecoderSettings)
     """greedy or beam, CTC or transducer, language model"""
     workers: NonNegativeInt = 0
-    """worker processes per process that read audio and compute features; 1 uses the process itself, in turn with the
-    model; 0 is 1 on a CPU and the number of threads on a GPU"""
+    """worker processes per process that read audio and compute features; 1 uses no workers: the process alternates
+    between features and model; 0 is 1 on a CPU and the number of threads on a GPU"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if a GPU is available"""
     threads: NonNegativeInt = 0
@@ -100,7 +100,7 @@ class Config:
                 raise UserError(f"{name} is missing: give it as --{name} {kind}")
         unknown = [name for name in self.format_names if name not in WRITERS]
         if unknown or not self.format_names:
-            raise UserError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
+            raise UserError(f"formats = {self.formats!r}: give one or more of {','.join(WRITERS)}, separated by commas")
         audio = Path(self.audio).expanduser()
         if self.out and Path(self.out).resolve() == (audio if audio.is_dir() else audio.parent).resolve():
             raise UserError(
@@ -115,7 +115,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Transcript of a file, or the reason why it has none."""
+    """Transcript of a file, or the reason for its absence."""
 
     file: AudioFile
     transcript: TimedTranscript | None
@@ -125,8 +125,8 @@ class Outcome:
 def transcribe(config: Config, world: World) -> int:
     """Transcribe all files. All processes call it. Returns the number of files without a transcript, 0 on other ranks.
 
-    Only rank 0 returns that number, since a launcher kills the remaining ranks, which may still have to report, as soon
-    as one fails.
+    Only rank 0 returns that number: a launcher kills the remaining ranks as soon as one fails, perhaps before rank 0
+    has printed the failures.
     """
     # Errors in the settings are raised here, before any work.
     export = read_export(config.export)
@@ -135,7 +135,7 @@ def transcribe(config: Config, world: World) -> int:
     check_statistics(recogniser, export)
     if world.size > 1 and not config.out:
         raise UserError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
-    # Only rank 0 lists the folder: on a network file system, other ranks may not see a new file yet.
+    # Only rank 0 lists the folder: on a network file system, other ranks may get an outdated list.
     listed = list_audio(config.audio, key_of(config, hash_of_export(export))) if world.is_main else []
     fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])
     files = [AudioFile(**{**values, "path": Path(values["path"])}) for values in fields]
@@ -155,7 +155,7 @@ def transcribe(config: Config, world: World) -> int:
         for outcome in progress(results, rank_files, world):
             file, reason = outcome.file, outcome.reason
             if outcome.transcript is not None:
-                # An empty key matches no file: if the process stops while it replaces the transcripts, none is reused.
+                # An empty key matches no file: a transcript that was only partly replaced is not reused.
                 log.write(json.dumps({"name": file.name, "key": "", "reason": ""}) + "\n")
                 reason = try_to_write(file, outcome.transcript, config)
             if reason:
@@ -184,10 +184,10 @@ def check_statistics(recogniser: Recogniser, export: Export) -> None:
 
 
 def key_of(config: Config, export_hash: str) -> str:
-    """Key of everything but the audio that determines the transcripts; the batch size does not."""
+    """Key of everything except the audio that determines the transcripts; the batch size has no effect."""
     settings = {name: to_dict(getattr(config, name)) for name in ("inference", "encoder", "decoder")}
     del settings["inference"]["batch_seconds"]
-    for name, value in settings["decoder"].items():  # the content of a language model or list of words, not its path
+    for name, value in settings["decoder"].items():  # a language model or list of words counts by content, not path
         if isinstance(value, str) and Path(value).is_file():
             settings["decoder"][name] = hash_of_file(value)
     subtitles = to_dict(config.subtitles) if {"srt", "vtt"} & set(config.format_names) else None
@@ -197,13 +197,13 @@ def key_of(config: Config, export_hash: str) -> str:
 def outcomes(
     recogniser: Recogniser, decoder: Decoder, files: Sequence[AudioFile], config: Config, world: World,
 ) -> Generator[Outcome, None, None]:  # fmt: skip
-    """Outcomes of files, each as soon as it is known. The features of one group are in memory at a time."""
+    """Outcomes of files, each as soon as it is available. The features of one group are in memory at a time."""
     recogniser.model.to(world.device)
     groups = in_groups(files, BATCHES_HELD * config.inference.batch_seconds)
     workers = config.workers or (1 if world.device.type == "cpu" else torch.get_num_threads())
     with closing(read_features(groups, recogniser.features, workers)) as features:
         for group in groups:
-            sources: dict[AudioFile, Source] = {}
+            sources: dict[AudioFile, RecordingSource] = {}
             for file in group:
                 result = next(features)
                 if isinstance(result, Skipped):
@@ -212,13 +212,13 @@ def outcomes(
                     for warning in result.warnings:
                         print(f"warning: {escaped(printable(warning))}", file=sys.stderr)
                     sources[file] = source_of(result.log_mel, recogniser.statistics)
-                del result  # frees hours of features before the next are read
+                del result  # frees the features, perhaps of hours, before the next are read
             yield from decode(recogniser, decoder, sources, config.inference, world)
             del sources
 
 
 def decode(
-    recogniser: Recogniser, decoder: Decoder, by_file: Mapping[AudioFile, Source], settings: InferenceSettings,
+    recogniser: Recogniser, decoder: Decoder, by_file: Mapping[AudioFile, RecordingSource], settings: InferenceSettings,
     world: World,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Transcripts of files whose features are in memory."""
@@ -232,13 +232,13 @@ def decode(
 def in_groups(files: Sequence[AudioFile], seconds: float) -> list[list[AudioFile]]:
     """Consecutive groups of files of at most this duration; a longer file is a group of its own."""
     groups: list[list[AudioFile]] = []
-    held = 0.0
+    total = 0.0
     for file in files:
-        if not groups or held + file.seconds > seconds:
+        if not groups or total + file.seconds > seconds:
             groups.append([])
-            held = 0.0
+            total = 0.0
         groups[-1].append(file)
-        held += file.seconds
+        total += file.seconds
     return groups
 
 
@@ -255,10 +255,10 @@ def read_features(
         yield from list(extract_all(group, features, 1))
 
 
-def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> Source:
+def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> RecordingSource:
     """Decoder input from log-mel, float16 [frames, M], normalised like a recording of a dataset."""
     mean, inverse_std = dataset_statistics or normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
-    return Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
+    return RecordingSource(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
 
 
 def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int, stop: int) -> Tensor:
@@ -270,7 +270,7 @@ def read_mel(log_mel: np.ndarray, mean: Tensor, inverse_std: Tensor, start: int,
 
 
 def progress(outcomes: Iterator[Outcome], files: Sequence[AudioFile], world: World) -> Iterator[Outcome]:
-    """The outcomes of the files, with a progress bar on rank 0 if stderr is a terminal."""
+    """Outcomes of the files, with a progress bar on rank 0 if stderr is a terminal."""
     label = "transcribing" if world.size == 1 else f"transcribing (process 1 of {world.size})"
     hidden = not world.is_main or not sys.stderr.isatty()
     total = sum(round(file.seconds) for file in files)
@@ -286,9 +286,9 @@ def transcript_paths(name: str, config: Config) -> dict[str, Path]:
 
 
 def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
-    """Reason by name for files whose transcript would have the path of a folder of other transcripts.
+    """Reason, by name, for files whose transcript would have the path of a folder of other transcripts.
 
-    Next to a folder `a.txt`, `a.wav` fails and the files in the folder do not.
+    If `a.wav` is next to a folder `a.txt`, `a.wav` fails, and the files in the folder do not.
     """
     folders = {parent.as_posix() for file in files for parent in Path(file.name).parents}
     paths = {file.name: [f"{file.name}.{form}" for form in config.format_names if config.out] for file in files}
@@ -301,9 +301,9 @@ def clashes(files: Sequence[AudioFile], config: Config) -> dict[str, str]:
 
 
 def try_to_write(file: AudioFile, transcript: TimedTranscript, config: Config) -> str:
-    """Write a transcript. Returns the reason if it cannot be written, else "".
+    """Write a transcript. Returns "", or the reason for which it cannot be written.
 
-    Raises UserError if no further transcript can be written.
+    Raises UserError for an error that affects every file.
     """
     try:
         write_transcript(file, transcript, config)

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import print_figures
-from bestrq.long_form.inference import InferenceSettings, Mode, Source, StreamedOutputs, transcribe
+from bestrq.long_form.inference import InferenceSettings, Mode, RecordingSource, StreamedOutputs, model_outputs
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
@@ -108,10 +108,10 @@ def measure(cell: Cell, threads: int) -> Cost:
     stream = StreamedOutputs(model.encoder, partial(frame_log_probs, model.head))
 
     def run(seconds: float) -> float:
-        source = Source(round(seconds * FRAMES_PER_SECOND), partial(read_mel, cell.encoder.num_mels))
+        source = RecordingSource(round(seconds * FRAMES_PER_SECOND), partial(read_mel, cell.encoder.num_mels))
         start = time.perf_counter()
         stride = cell.encoder.stride
-        [(_, ids)] = transcribe(
+        [(_, ids)] = model_outputs(
             model.log_probs, [source], cell.inference, stride, FRAMES_PER_SECOND,
             reduce=lambda log_probs: log_probs.argmax(dim=-1), stream=stream,
         )  # fmt: skip

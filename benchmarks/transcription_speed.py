@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from benchmarks.encoder_peers import require
 from benchmarks.machine import print_figures
 from bestrq.long_form.decoders import GreedyCTC, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.model.conformer import EncoderSettings
 from bestrq.model.presets import PRESETS
 from bestrq.recognition.ctc import CTCModel
@@ -98,7 +98,7 @@ def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
         for waveform in recordings:
             log_mel = log_mel_of(waveform).to(torch.float16).numpy()
             mean, inverse_std = normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
-            sources.append(Source(len(log_mel), partial(read_mel, log_mel, mean, inverse_std)))
+            sources.append(RecordingSource(len(log_mel), partial(read_mel, log_mel, mean, inverse_std)))
         texts = [""] * len(sources)
         rate = features.frames_per_second
         for index, tokens in decode_recordings(decoder, sources, settings, encoder.stride, rate, args.device):

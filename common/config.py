@@ -276,6 +276,9 @@ def _explain(message: str, known: Sequence[str]) -> str:
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
     message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    if match := re.fullmatch(r"(.+): Not of type (\w+): .* not '(list|dict|NoneType)'", message):
+        value = {"list": "a list", "dict": "a mapping", "NoneType": "null"}[match[3]]
+        return f"{match[1]} is {value}: expected {_EXPECTED.get(match[2], match[2])}"
     if match := re.fullmatch(r"(.+): Not of type (\w+): (?:(\S+) does not conform.*|.*('.*'))", message):
         return f"{match[1]} is {match[3] or match[4]}: expected {_EXPECTED.get(match[2], match[2])}"
     if match := re.fullmatch(r"(.+): Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):

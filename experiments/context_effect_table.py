@@ -1,4 +1,4 @@
-"""Table of experiments/context_effect.sh: two models with several test contexts, errors of homophones and other words.
+"""Table of experiments/context_effect.sh: error rates of two models by test context, on homophones and other words.
 
     python experiments/context_effect_table.py --results runs/context-effect/results/contexts \\
         --own short=4 long=32 --out effect.json
@@ -38,9 +38,9 @@ class HomophoneScore:
     wer: float | None
     wer_interval: tuple[float, float] | None
     homophone_errors: float
-    """share of the reference's homophones that the hypothesis misspells or lacks"""
+    """share of the reference's homophones that are substituted or deleted in the hypothesis"""
     other_errors: float
-    """share of the reference's other words that the hypothesis misspells or lacks"""
+    """share of the reference's other words that are substituted or deleted in the hypothesis"""
 
 
 def read_cells(folder: Path) -> dict[Cell, list[RecordingScore]]:
@@ -80,12 +80,12 @@ def parse_own(values: Sequence[str]) -> list[Cell]:
 
 
 def effect(cells: Mapping[Cell, list[RecordingScore]], own: Sequence[Cell], num_resamples: int) -> dict[str, Any]:
-    """All numbers of the table: each model with each context, and the differences of the two models with each common
-    context and with their own training contexts.
+    """Numbers of the table: error rates of each model with each context; differences between the two models with each
+    common context, and with their own training contexts.
     """
     if missing := [cell for cell in own if cell not in cells]:
-        known = ", ".join(f"{name}={seconds:g}" for name, seconds in cells)
-        raise UserError(f"--own {missing[0][0]}={missing[0][1]:g} was not evaluated; evaluated are {known}")
+        evaluated = ", ".join(f"{name}={seconds:g}" for name, seconds in cells)
+        raise UserError(f"--own {missing[0][0]}={missing[0][1]:g} was not evaluated; evaluated are {evaluated}")
     (first, _), (second, _) = own
 
     def difference(cell: Cell, baseline: Cell) -> dict[str, Any]:
@@ -112,9 +112,9 @@ def bounds(ends: Sequence[float] | None) -> str:
 
 def table(numbers: Mapping[str, Any]) -> str:
     """Markdown table: a row per context, columns for both models."""
-    models = [numbers["own"][which][0] for which in ("second", "first")]
+    models = [numbers["own"][place][0] for place in ("second", "first")]
     by_cell = {(cell["model"], cell["context_seconds"]): cell for cell in numbers["cells"]}
-    columns = [f"{name}: {what}" for name in models for what in ("WER", "homophones wrong", "other words wrong")]
+    columns = [f"{name}: {measure}" for name in models for measure in ("WER", "homophones wrong", "other words wrong")]
     lines = ["| test context | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for seconds in sorted({cell[1] for cell in by_cell}, key=lambda seconds: seconds or float("inf")):
         line = [f"{seconds:g} s" if seconds else "whole recording"]

@@ -1,9 +1,9 @@
-"""Tables of the long-context recipe, from the results of experiments/long_context.sh so far.
+"""Tables of the long-context recipe, from the available results of experiments/long_context.sh.
 
     python experiments/long_context_table.py --folder runs/long-context
 
-FOLDER/results/SET/MODEL has the evaluation of a model with its training context, FOLDER/cross/SET those of each model
-with each context. Prints and writes FOLDER/table.md, and writes FOLDER/table.csv with one row per evaluation.
+FOLDER/results/SET/MODEL holds the evaluation of a model with its training context, FOLDER/cross/SET those of all models
+with all contexts. Prints and writes FOLDER/table.md, and writes FOLDER/table.csv with one row per evaluation.
 """
 
 import argparse
@@ -89,8 +89,8 @@ def cells_of(test_set: str, folder: Path) -> list[Cell]:
 
 def counts(words: Mapping[str, int]) -> tuple[int, int]:
     """Number of errors, and of reference words."""
-    missed = words["substitutions"] + words["deletions"]
-    return missed + words["insertions"], missed + words["hits"]
+    not_recognised = words["substitutions"] + words["deletions"]
+    return not_recognised + words["insertions"], not_recognised + words["hits"]
 
 
 def read_cells(folder: Path) -> list[Cell]:
@@ -119,7 +119,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def own_table(cells: Sequence[Cell]) -> str:
-    """Table with a row per context and a column per test set."""
+    """Table of each model with its training context: a row per context, a column per test set."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     rates = {(cell.trained_frames, cell.column): rate(cell) for cell in cells}
     contexts = sorted({cell.trained_frames for cell in cells})
@@ -131,15 +131,15 @@ def own_table(cells: Sequence[Cell]) -> str:
 
 
 def cross_tables(cells: Sequence[Cell]) -> str:
-    """For each test set a table with a row per model and a column per context."""
+    """One table per test set, with a row per model and a column per context."""
     parts = []
     for column in dict.fromkeys(cell.column for cell in cells):
-        here = [cell for cell in cells if cell.column == column]
-        contexts = sorted({cell.context_seconds for cell in here}, key=lambda seconds: seconds or math.inf)
-        rates = {(cell.trained_frames, cell.context_seconds): f"{cell.wer:.2%}" for cell in here}
+        column_cells = [cell for cell in cells if cell.column == column]
+        contexts = sorted({cell.context_seconds for cell in column_cells}, key=lambda seconds: seconds or math.inf)
+        rates = {(cell.trained_frames, cell.context_seconds): f"{cell.wer:.2%}" for cell in column_cells}
         rows = [
             [f"{frames:,}", *(rates.get((frames, seconds), "") for seconds in contexts)]
-            for frames in sorted({cell.trained_frames for cell in here})
+            for frames in sorted({cell.trained_frames for cell in column_cells})
         ]
         parts.append(f"\n{column}\n\n" + markdown(["Trained with", *map(length, contexts)], rows))
     return "".join(parts)
@@ -150,9 +150,9 @@ def page(own: Sequence[Cell], cross: Sequence[Cell]) -> str:
     decoding = "; ".join(dict.fromkeys(cell.decoding for cell in [*own, *cross]))
     text = ""
     if own:
-        text += f"Word error rate and 95 % interval, each model at the context of its training.\n\n{own_table(own)}"
+        text += f"Word error rate and 95 % interval, each model at its training context.\n\n{own_table(own)}"
     if cross:
-        text += f"\nWord error rate of every model at every context.\n{cross_tables(cross)}"
+        text += f"\nWord error rate of each model at each context.\n{cross_tables(cross)}"
     return f"{text}\nDecoding: {decoding}.\n"
 
 

@@ -1,9 +1,9 @@
-"""Page at the end of the quickstart: pretraining and several fine-tuned systems side by side.
+"""Report of the quickstart: pretraining, and several fine-tuned systems side by side.
 
     python launch/quickstart_report.py --pretrain runs/pretrain \\
         --systems pretrained=results/pretrained scratch=results/scratch --out report.html
 
-A system is NAME=FOLDER with a folder that `evaluate.py --out` wrote; all systems are evaluated on the same recordings.
+A system is NAME=FOLDER, where FOLDER is an output of evaluate.py; all systems must be evaluated on the same recordings.
 Fine-tuning curves are read from the run folder that contains a system's export, pretraining curves from --pretrain.
 """
 
@@ -40,14 +40,14 @@ from common.errors import UserError
 
 
 def read_series(rows: Sequence[Mapping[str, Any]], key: str) -> charts.Series | None:
-    """Numbers under a key over steps; None if no row has one."""
+    """Values of a key over steps; None if no row has a number under the key."""
     pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     return charts.Series(*zip(*pairs, strict=True)) if pairs else None
 
 
 def line_figure(title: str, lines: Mapping[str, charts.Series | None], y_label: str, caption: str = "",
                 from_zero: bool = True) -> list[Markup]:  # fmt: skip
-    """One figure of the lines with data; empty if none has any."""
+    """One figure of the lines that have data; empty if none has."""
     drawn = {name: line for name, line in lines.items() if line is not None}
     return [figure(title, charts.line_chart(title, drawn, y_label, from_zero), caption)] if drawn else []
 
@@ -66,7 +66,7 @@ def pretraining_section(run: Path) -> Section:
         from_zero=False,
     )
     accuracy = {"training": read_series(rows, "accuracy"), "held-out": read_series(rows, "dev_accuracy")}
-    caption = "Share of masked frames whose code is predicted correctly."
+    caption = "Share of the codes of masked frames that are predicted correctly."
     figures += line_figure("Masked accuracy", accuracy, "accuracy", caption)
     body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
     pictures = run / "pictures"
@@ -141,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     total, split = next(iter(totals.values())), next(iter(systems.values()))["dataset"]["split"]
     decoding = "; ".join(f"{name}: {results['decoder']['description']}" for name, results in systems.items())
     lead = (
-        f"{len(systems)} {'systems' if len(systems) > 1 else 'system'} on {total['num_recordings']:,} recordings, "
-        f"{total['seconds'] / 60:.1f} minutes, of the {split} split. Decoding: {decoding}."
+        f"{len(systems)} {'systems' if len(systems) > 1 else 'system'} on {total['num_recordings']:,} recordings "
+        f"({total['seconds'] / 60:.1f} minutes) of the {split} split. Decoding: {decoding}."
     )
     sections = [results_section(systems)]
     if len(systems) > 1:

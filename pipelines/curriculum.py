@@ -18,7 +18,7 @@ from pipelines.finetuning import FinetuneConfig
 def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSettings) -> CropTable:
     """Training crops with their label texts; `data` gives the crop lengths of a stage.
 
-    With `finetune.label_minutes`, only whole recordings of that total length, chosen at random by `data.seed`.
+    With `finetune.label_minutes`, a random choice (by `data.seed`) of whole recordings of that total length.
     """
     recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
     labelled = np.array([dataset.text(int(i)) is not None for i in recordings])
@@ -35,7 +35,7 @@ def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSetting
 
 
 def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
-    """Last step before every stage of training, and the stage's loader settings.
+    """Last step before each stage of training, and the loader settings of the stage.
 
     Raises:
         UserError: a stage of the curriculum is invalid.
@@ -61,10 +61,10 @@ def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
 
 
 class CurriculumLoader:
-    """Micro-batches of every step, from one `RowLoader` per stage of training.
+    """Micro-batches of each step, from one `RowLoader` per stage of training.
 
     Args:
-        crops: of every stage.
+        crops: of each stage.
         step: last completed step.
         state: position of the stage's loader after `step`, from a checkpoint; unused if a new stage starts.
     """
@@ -77,7 +77,7 @@ class CurriculumLoader:
         self.quarantined: dict[str, str] = {}
         self._dataset, self._crops, self._config, self._world = dataset, crops, config, world
         for stage in range(len(self.stages)):
-            self._row_loader(stage, None)  # raises now, not at the start of a later stage, if ranks cannot share rows
+            self._row_loader(stage, None)  # raises now, not hours later, if ranks cannot share the rows
         stage = self._stage_of(step + 1)
         continues = step > 0 and self._stage_of(step) == stage
         self.loader = self._row_loader(stage, state if continues else None)
@@ -99,7 +99,7 @@ class CurriculumLoader:
             self.loader = self._row_loader(stage + 1, None)
 
     def _stage_of(self, step: int) -> int:
-        return max(stage for stage, (before, _) in enumerate(self.stages) if step > before)
+        return max(stage for stage, (last_step_before, _) in enumerate(self.stages) if step > last_step_before)
 
     def _row_loader(self, stage: int, state: DataState | None) -> RowLoader:
         return RowLoader(

@@ -1,4 +1,4 @@
-"""One evaluation: decode the recordings of a dataset with an export, score the transcripts, write results and report.
+"""Steps of one evaluation: decode the recordings of a dataset, score the transcripts, write results and report.
 
 evaluate.py runs one evaluation, tools/sweep.py one for each configuration of a sweep.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
-from bestrq.long_form.inference import Source
+from bestrq.long_form.inference import RecordingSource
 from bestrq.report.reports import write_evaluation_report
 from bestrq.report.result_files import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
 from bestrq.report.text import rates_table
@@ -82,7 +82,7 @@ def read_references(config: Config) -> References:
 def select_recordings(dataset: Dataset, settings: DataSettings, has_stm: bool = False) -> list[int]:
     """Numbers of the selected recordings, in the order of ids.
 
-    Raises UserError if none is selected, or one has no transcript and there is no STM.
+    Raises UserError if none is selected, or if a transcript is missing and no STM is given.
     """
     selected = [int(i) for i in dataset.select(settings.split, settings.language or None)]
     selected = selected[: settings.max_recordings or None]
@@ -90,13 +90,13 @@ def select_recordings(dataset: Dataset, settings: DataSettings, has_stm: bool = 
     if without_text and not has_stm:
         raise UserError(
             f"{dataset.location}: {len(without_text)} of {len(selected)} recordings have no transcript, such as "
-            f"{without_text[0]!r}: give a split whose recordings have one"
+            f"{without_text[0]!r}: give a split whose recordings all have one"
         )
     return selected
 
 
 def open_export(path: str, dataset: Dataset) -> tuple[Export, Recogniser]:
-    """An export and its model. Raises UserError if it is not a recogniser or was trained on other features."""
+    """Read an export and its model. Raises UserError if it is not a recogniser or was trained on other features."""
     export = read_export(path)
     recogniser = load_recogniser(export)
     check_features(recogniser.features, dataset)
@@ -107,13 +107,13 @@ def check_evaluations(
     evaluations: Iterable[Evaluation], export: Export, recogniser: Recogniser, config: Config, dataset: Dataset,
     world: World,
 ) -> list[Evaluation]:  # fmt: skip
-    """The evaluations of one export, with their keys. All processes call it.
+    """Evaluations of one export, with their keys. All processes call it.
 
-    Raises UserError if a mode, decoder and attention mask do not go together: each combination decodes some noise.
+    Raises UserError if mode, decoder and attention mask are incompatible: each combination is tried on noise.
     """
     evaluations = list(evaluations)
-    kinds = {(e.inference.mode, e.decoder, e.encoder.mask): e for e in evaluations}
-    for evaluation in kinds.values():
+    combinations = {(e.inference.mode, e.decoder, e.encoder.mask): e for e in evaluations}
+    for evaluation in combinations.values():
         changed = recogniser if evaluation.encoder == EncoderChanges() else load_recogniser(export, evaluation.encoder)
         try_decoding(changed, make_decoder(changed, evaluation.decoder, evaluation.export), evaluation.inference)
     export_hash = world.broadcast(hash_of_export(export) if world.is_main else None)
@@ -121,7 +121,7 @@ def check_evaluations(
 
 
 def run_evaluation(evaluation: Evaluation, references: References, config: Config, world: World) -> None:
-    """Decode and score all recordings and write the report; if finished earlier, only write the report.
+    """Decode and score all recordings and write the report; for a finished evaluation, only write the report.
 
     All processes call it. Recordings decoded by an interrupted run are reused.
     """
@@ -133,10 +133,10 @@ def run_evaluation(evaluation: Evaluation, references: References, config: Confi
     if not world.broadcast(is_finished(folder, evaluation.key) if world.is_main else None):
         decode_and_score(evaluation, folder, references, config, world)
     elif world.is_main:
-        print(f"{folder / RESULTS} holds this evaluation already; remove it to evaluate again")
+        print(f"{folder / RESULTS} already holds this evaluation; remove it to evaluate again")
     if world.is_main:
         results, transcripts = read_results(folder), read_transcripts(folder)
-        if results["name"] != evaluation.name:  # no part of the key
+        if results["name"] != evaluation.name:  # not part of the key
             results["name"] = evaluation.name
             write_summary(folder, results)
         append_row(Path(config.out).resolve().parent / "rows.jsonl", row_of(results))
@@ -155,10 +155,10 @@ def decode_and_score(
     recogniser = load(evaluation.export, evaluation.export_hash, evaluation.encoder)
     decoder = make_decoder(recogniser, evaluation.decoder, evaluation.export)
     recogniser.model.to(world.device)
-    # Once before the clock starts, so that the set-up of the first call is not measured.
+    # Before the clock starts, so that the set-up of the first call is not measured.
     try_decoding(recogniser, decoder, evaluation.inference, world.device)
 
-    # Results with other references or resamples hold the same transcripts, which are scored again but not decoded.
+    # Results for other references or resamples have the same transcripts, which are scored again but not decoded.
     earlier = stored_results(folder, "decode_key", evaluation.decode_key) if world.is_main else None
     decoded = collect_decoded(folder, evaluation.decode_key, earlier is not None) if world.is_main else {}
     decoded_ids = set(world.broadcast(list(decoded)))
@@ -184,7 +184,7 @@ def decode_and_score(
         )
         for i in recordings
     ]  # fmt: skip
-    # Only what this run decoded, in the time that it took; an earlier run's numbers if there was nothing to decode.
+    # Of the recordings that this run decoded; from the earlier results if it decoded none.
     cost = cost_of(sum(int(dataset.frames[i]) for i in remaining) / rate, seconds, megabytes, world)
     if earlier and not remaining:
         cost = earlier["decoding"]
@@ -197,8 +197,8 @@ def decode_and_score(
 def load(path: str, export_hash: str, changes: EncoderChanges) -> Recogniser:
     """Model of an export, ready to decode. Raises UserError if the export no longer has this hash."""
     export = read_export(path)
-    if hash_of_export(export) != export_hash:  # a running training replaces its export by a better one
-        raise UserError(f"{path} has changed since this evaluation began: start it again, or evaluate a copy")
+    if hash_of_export(export) != export_hash:  # a running training replaces its export with a better one
+        raise UserError(f"{path} has changed since this evaluation started: run it again, or evaluate a copy")
     return load_recogniser(export, changes)
 
 
@@ -206,10 +206,12 @@ def decode(
     recogniser: Recogniser, decoder: Decoder, dataset: Dataset, recordings: Sequence[int], evaluation: Evaluation,
     world: World, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Decode this rank's recordings; each transcript is appended to partial-RANK.jsonl at once. Returns lines by id."""
+    """Decode this rank's recordings and append each to partial-RANK.jsonl at once. Returns the JSON lines by id."""
     rate, stride = dataset.features.frames_per_second, recogniser.model.encoder.settings.stride
     sources = [
-        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or (), dataset.id(i))
+        RecordingSource(
+            int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or (), dataset.id(i)
+        )
         for i in recordings
     ]
     outputs = decode_recordings(decoder, sources, evaluation.inference, stride, rate, world.device)
@@ -232,7 +234,7 @@ def decode(
 
 
 def cost_of(audio_seconds: float, seconds: float, megabytes: float, world: World) -> dict[str, Any]:
-    """Cost of decoding; megabytes: peak above the memory in use before, negative if unknown."""
+    """Cost of decoding. `megabytes` is the peak above the memory in use before, negative if unknown."""
     return {
         "audio_seconds": audio_seconds,
         "seconds": seconds,

@@ -49,11 +49,11 @@ KINDS = {"hit": "=", "substitution": "S", "deletion": "D", "insertion": "I"}
 
 
 def read_segments(stm: str, ids: Sequence[str]) -> dict[str, list[ReferenceSegment]]:
-    """Segments of each recording, in the order of time; empty without an STM.
+    """Segments of each recording, sorted by time; empty without an STM.
 
-    The segments of a recording are those of the file with its name if that file has a single recording (TED-LIUM's
-    names within some files differ from the file names), else those with its name in any file. Raises UserError for a
-    recording without segments or an invalid file.
+    A file with a single recording is matched by its file name, because names within some files of TED-LIUM differ from
+    it; otherwise segments are matched by the recording's name within any file. Raises UserError for a recording without
+    segments or an invalid file.
     """
     by_file: dict[str, list[StmSegment]] = {}
     by_recording: dict[str, list[StmSegment]] = {}
@@ -98,7 +98,7 @@ class ScoredRecording:
 
 
 def line_of(transcript: TimedTranscript) -> dict[str, Any]:
-    """JSON object of a transcript, the inverse of `transcript_of`."""
+    """JSON object of a transcript; inverse of `transcript_of`."""
     words = [
         [w.word, round(w.start, 3), round(w.end, 3), None if w.confidence is None else round(w.confidence, 4)]
         for w in transcript.words
@@ -107,7 +107,7 @@ def line_of(transcript: TimedTranscript) -> dict[str, Any]:
 
 
 def transcript_of(line: Mapping[str, Any]) -> TimedTranscript:
-    """Transcript of a JSON object, the inverse of `line_of`."""
+    """Transcript of a JSON object; inverse of `line_of`."""
     return TimedTranscript(line["id"], line["seconds"], line["text"], [TimedWord(*word) for word in line["words"]])
 
 
@@ -115,24 +115,26 @@ def evaluate_recording(
     dataset: Dataset, recording: int, hypothesis: TimedTranscript, segments: Sequence[ReferenceSegment] | None,
     edges: list[float],
 ) -> ScoredRecording:  # fmt: skip
-    """Score and align the transcript of a recording, by segment too if there are segments."""
+    """Score and align the transcript of a recording; with segments, score it by segment too."""
     id, language, speaker = dataset.id(recording), dataset.language(recording), dataset.speaker(recording)
     seconds = int(dataset.frames[recording]) / dataset.features.frames_per_second
     if segments is None:
         text = dataset.text(recording) or ""
         score = score_recording(id, text, hypothesis.text, language, seconds, speaker)
-        parts = None
+        by_segments = None
     else:
         text = " ".join(segment.text for segment in segments if not segment.ignored)
         score = score_as_whole(id, segments, hypothesis.words, language, seconds)
-        parts = score_by_segments(id, segments, hypothesis.words, language, seconds)
-    # The time of an error comes from reference words with times, else from segments, else from the hypothesis words
-    # aligned next to it.
+        by_segments = score_by_segments(id, segments, hypothesis.words, language, seconds)
+    # Times of errors come from the reference words if they have times, else from the segments, else from the hypothesis
+    # words aligned next to an error.
     reference = [TimedWord(word.word, word.start, word.end) for word in dataset.words(recording) or ()]
     if " ".join(word.word for word in reference) != text:
         reference = [word for segment in segments or () if not segment.ignored for word in spread_words(segment)]
     words = words_outside_ignored(segments or (), hypothesis.words)
-    return ScoredRecording(hypothesis, score, parts, align_timed(reference or text, words, language, seconds), edges)
+    return ScoredRecording(
+        hypothesis, score, by_segments, align_timed(reference or text, words, language, seconds), edges
+    )
 
 
 def spread_words(segment: ReferenceSegment) -> list[TimedWord]:
@@ -240,9 +242,9 @@ def row_of(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row to rows.jsonl unless it has a row with this key; the tasks of a job array lock the file.
+    """Append a row to rows.jsonl unless it has a row with this key. The file is locked, since array jobs share it.
 
-    If the file cannot be written, only a note is printed: results do not depend on it.
+    If the file cannot be written, a note is printed: results do not depend on it.
     """
     try:
         with open(path, "a+", encoding="utf-8") as file:

@@ -74,9 +74,9 @@ class Config:
             if not value:
                 raise UserError(f"{name} is missing: give it as --{name} FOLDER")
         if self.resamples < 100:
-            raise UserError(f"resamples = {self.resamples}: give at least 100, fewer give no meaningful interval")
+            raise UserError(f"resamples = {self.resamples}: give at least 100, or the intervals are meaningless")
         if any(name not in WRITERS for name in self.format_names):
-            raise UserError(f"formats = {self.formats!r}: give some of {','.join(WRITERS)}, separated by commas")
+            raise UserError(f"formats = {self.formats!r}: give one or more of {','.join(WRITERS)}, separated by commas")
 
     @property
     def format_names(self) -> list[str]:
@@ -85,7 +85,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One export with everything that determines its transcripts of the recordings."""
+    """Export, and all settings that determine its transcripts of the recordings."""
 
     name: str
     """name of the system"""
@@ -98,7 +98,7 @@ class Evaluation:
     decoder: DecoderSettings
     export_hash: str = ""
     decode_key: str = ""
-    """hash of everything that determines the transcripts; decoded recordings are reused only under an equal key"""
+    """hash of everything that determines the transcripts; decoded recordings are reused only if it is equal"""
     key: str = ""
     """hash of everything that determines the results: `decode_key`, the recordings, references and scoring rules"""
     folder: str = ""
@@ -113,7 +113,7 @@ class Evaluation:
         """Short description, such as "buffered 20 s, overlap 0.25, greedy", with any changes to the encoder."""
         context = f" {self.context_seconds:g} s" if self.context_seconds else ""
         overlap = f", overlap {self.inference.overlap:g}" if self.inference.overlap else ""
-        implied = ("mask", "window") if self.mode == "windowed" else ()  # by the context
+        implied = ("mask", "window") if self.mode == "windowed" else ()  # given by the context
         changes = {name: value for name, value in to_dict(self.encoder).items() if name not in implied}
         changed = "".join(f", {name} {value}" for name, value in changes.items() if value is not None)
         return f"{self.mode}{context}{overlap}, {decoder_label(self.decoder)}{changed}"
@@ -136,7 +136,7 @@ def run_name(export: str | Path) -> str:
 
 
 def evaluation_of(config: Config, export: Export, frames_per_second: float) -> Evaluation:
-    """The evaluation of an export with these settings, without keys.
+    """Evaluation of an export with these settings, without keys.
 
     Raises UserError for a change that the encoder does not allow, or a context shorter than one encoder frame.
     """
@@ -152,11 +152,11 @@ def evaluation_of(config: Config, export: Export, frames_per_second: float) -> E
 
 
 def with_keys(evaluation: Evaluation, config: Config, export_hash: str, fingerprint: str) -> Evaluation:
-    """The evaluation with its keys.
+    """Evaluation with its keys.
 
-    Transcripts depend on weights, data, inference, encoder and decoder; not on the batch size, the path of the dataset
-    or the other recordings. Results also depend on the selection of recordings, their references, the scoring rules
-    and the bootstrap.
+    A transcript depends on weights, data, inference, encoder and decoder, but not on the batch size, the path of the
+    dataset or the other recordings. Results also depend on the selection of recordings, their references, the scoring
+    rules and the bootstrap.
 
     Args:
         export_hash: `hash_of_export`.
@@ -184,9 +184,9 @@ def _hash(content: Any) -> str:
 
 
 def stm_files(stm: str) -> list[Path]:
-    """The STM file, or all in a folder, sorted; empty for "". Raises UserError if there are none."""
+    """STM file, or all STM files of a folder, sorted; empty for "". Raises UserError if there are none."""
     path = Path(stm)
     files = [] if not stm else [path] if path.is_file() else sorted(path.glob("[!.]*.stm"))
     if stm and not files:
-        raise UserError(f"stm = {stm}: no such file, and no folder with .stm files; give one of the two")
+        raise UserError(f"stm = {stm}: neither a file nor a folder with .stm files; give one of the two")
     return files

@@ -1,4 +1,4 @@
-"""Common parts of the two fine-tuning scripts: settings, held-out data, tokenizer, checkpoints, export."""
+"""Shared code of the fine-tuning scripts: settings, held-out data, tokenizer, checkpoints, export."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import nn
 
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
@@ -41,9 +41,9 @@ class FinetuneSettings:
     init: str = ""
     """export (or checkpoint) of a pretrained encoder; empty trains from scratch"""
     reinitialise_top_blocks: NonNegativeInt = 0
-    """top blocks of the pretrained encoder to re-initialise: they have specialised on predicting codes"""
+    """top blocks of the pretrained encoder to re-initialise; they are specialised in predicting codes"""
     freeze_encoder_steps: NonNegativeInt = 0
-    """initial steps in which the encoder is frozen"""
+    """number of initial steps in which the encoder is frozen"""
     encoder_learning_rate: NonNegativeFloat = 0.0
     """learning rate of the encoder; 0 takes optimizer.learning_rate, as for the head"""
     tokenizer: Literal["char", "bpe"] = "char"
@@ -86,9 +86,9 @@ class FinetuneConfig:
     data: LoaderSettings = field(default_factory=LoaderSettings)
     """dataset, rows and packing"""
     curriculum: list[CurriculumStage] = field(default_factory=list)
-    """later stages of training, such as with longer rows and crops; the first stage is that of data"""
+    """later stages of training, for example with longer rows and crops; data describes the first stage"""
     cutting: CuttingSettings = field(default_factory=CuttingSettings)
-    """words at the cuts of long recordings"""
+    """treatment of words at the cuts of long recordings"""
     accumulation: int = 1
     """micro-batches per step: divides the rows that a process holds at once"""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
@@ -109,7 +109,7 @@ class FinetuneConfig:
     """processes, devices and precision"""
 
 
-# Fields that may change when a run is resumed, since they do not affect the weights.
+# Fields that may change when a run is resumed, because they do not affect the weights.
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
@@ -122,7 +122,7 @@ FREE_FIELDS = (
     "run.folder",
     "run.log_every",
 )
-# Fields that may name another location if the fingerprint of the data is the same.
+# Fields that may name another location of the same data, which is checked by its fingerprint.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
 
 
@@ -142,7 +142,7 @@ def heldout_recordings(dataset: Dataset, config: FinetuneConfig) -> list[Heldout
     read = partial(read_mel, dataset, config.data.normalisation)
     heldout = []
     for i in sorted(recordings, key=lambda i: (-int(dataset.frames[i]), i)):
-        source = Source(int(dataset.frames[i]), partial(read, i), dataset.excluded(i) or ())
+        source = RecordingSource(int(dataset.frames[i]), partial(read, i), dataset.excluded(i) or ())
         heldout.append(Heldout(dataset.id(i), source, dataset.text(i) or "", dataset.language(i)))
     return heldout
 
@@ -156,7 +156,7 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
     """`config.inference`, in bfloat16 if FSDP2 gathers the weights in bfloat16: float32 inputs would not match them.
 
     Raises:
-        UserError: the inference mode is not available in validation.
+        UserError: validation does not support the inference mode.
     """
     if config.inference.mode in ("streaming", "averaged"):
         raise UserError(
@@ -185,7 +185,7 @@ class FinetuneRun:
 
 @dataclass
 class Best:
-    """Best validation so far; step 0 before the first."""
+    """Best validation so far; step 0 before the first validation."""
 
     rate: float = math.inf
     step: int = 0
@@ -194,8 +194,8 @@ class Best:
 def start_run(run: FinetuneRun, precision: Precision, also_free: Sequence[str] = ()) -> None:
     """`RunFolder.start` for fine-tuning.
 
-    A resumed run takes its weights from a checkpoint. So finetune.init is checked only if the path changed, and must
-    then hold the same weights.
+    A resumed run reads its weights from a checkpoint. finetune.init is therefore checked only if the path has changed:
+    it must then hold the same weights.
     """
     init = run.config.finetune.init
     origins = {"finetune.init": partial(weights_fingerprint, init)} if init else {}
@@ -234,7 +234,7 @@ def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, 
 def save(
     run: FinetuneRun, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data_state: DataState, best: Best
 ) -> None:
-    """Save a checkpoint and delete all but the last ones and the best."""
+    """Save a checkpoint; delete old ones except the best."""
     state: dict[str, Any] = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
     state |= {"features": run.dataset.features.to_dict(), "precision": run.config.distributed.precision}
     save_checkpoint(run.folder.checkpoints, step, model, optimizer, state, run.world)
@@ -242,7 +242,10 @@ def save(
 
 
 def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, Any]:
-    """Statistics with which transcribe.py normalises other audio as in training, if the dataset has its own."""
+    """Entry of config.json with the statistics by which transcribe.py normalises other audio as in training.
+
+    Empty for normalisation by recording, and for a mixture, in which each dataset has its own statistics.
+    """
     if normalisation == "recording" or isinstance(dataset, DatasetGroup):
         return {}
     mean, inverse_std = dataset.statistics(0, normalisation)
@@ -298,5 +301,6 @@ def describe(run: FinetuneRun, precision: Precision, model: nn.Module, crops: Cr
     start = f"continuing after step {step}" if step else "starting"
     return (
         f"{start}: {millions:.1f} M parameters from {config.finetune.init or 'scratch'}, {world.size} process(es) on "
-        f"{world.device.type} in {precision}, {hours:.2f} h of labels in {dataset.location}, run {config.run.folder}"
+        f"{world.device.type} in {precision}, {hours:.2f} h of labelled audio in {dataset.location}, "
+        f"run {config.run.folder}"
     )

@@ -15,8 +15,10 @@ from pipelines.finetuning import FinetuneConfig
 
 
 def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
-    """Read the encoder of `finetune.init`. Raise UserError if it does not fit the settings or the dataset; the message
-    names the differences."""
+    """Read the encoder of `finetune.init`.
+
+    Raises UserError, which lists the differences, if it does not fit the settings or the dataset.
+    """
     pretrained = read_pretrained_encoder(config.finetune.init, config.encoder)
     stored, normalisation = pretrained.config.get("normalisation"), config.data.normalisation
     differing = difference(dataset.features, FeatureSettings.from_dict(pretrained.config.get("features", {})))
@@ -34,11 +36,11 @@ def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
     """Read the encoder of an export or a checkpoint, with tensors named `encoder.*`.
 
     Raises:
-        UserError: the folder is unusable, or its encoder has other settings (`FREE_ENCODER_FIELDS` may differ) or other
-            tensors; the message names one.
+        UserError: the folder cannot be read, or its encoder has other settings (`FREE_ENCODER_FIELDS` may differ) or
+            tensors.
     """
     pretrained = read_trained(folder)
-    # Parsed as EncoderSettings: a field that is younger than the export gets its default.
+    # Parsed as EncoderSettings, so that a field that was added after the export was written gets its default.
     stored = to_dict(from_dict(EncoderSettings, pretrained.config.get("encoder", {})))
     differing = [
         f"encoder.{name} is {value!r}, in the export {stored[name]!r}"
@@ -60,9 +62,9 @@ def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
 def reinitialise_top_blocks(encoder: ConformerEncoder, num_blocks: int, seed: int) -> None:
     """Re-initialise the last `num_blocks` blocks with the encoder's own initialisation.
 
-    The top blocks of a BEST-RQ encoder have specialised on predicting its codes. With few labels, fine-tuning from
-    re-initialised top blocks can give lower error rates. A pure function of the settings and the seed, which leaves the
-    global random state unchanged. Call it before wrapping in DDP or FSDP.
+    The top blocks of a BEST-RQ encoder are specialised in predicting its codes. With few labels, fine-tuning from
+    re-initialised top blocks can give lower error rates. The new weights depend only on the settings and the seed; the
+    global random state is unchanged. Call it before wrapping in DDP or FSDP.
 
     Raises:
         UserError: `num_blocks` is negative or greater than the number of blocks.

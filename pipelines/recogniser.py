@@ -26,7 +26,7 @@ from bestrq.long_form.decoders import (
     decode_recordings,
     read_fusion,
 )
-from bestrq.long_form.inference import InferenceSettings, Outputs, Source, StreamedOutputs
+from bestrq.long_form.inference import InferenceSettings, OutputFunction, RecordingSource, StreamedOutputs
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
@@ -72,7 +72,7 @@ class EncoderChanges:
     """factor by which rotary positions are divided"""
 
     def apply(self, encoder: EncoderSettings) -> EncoderSettings:
-        """The changed settings. Raises UserError for a value that is invalid or has no effect with the mask."""
+        """Changed settings. Raises UserError for a value that is invalid or has no effect with the mask."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         # Chunks of random length are for training, and only mask 'chunk' allows them.
         changed = replace(encoder, **given, dynamic_chunks=False) if given else encoder
@@ -97,7 +97,7 @@ def start_inference(device: Literal["auto", "cpu", "cuda"], threads: int, infere
 def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) -> Recogniser:
     """Model of an export, on the CPU, with changes to its encoder.
 
-    Raises UserError if it is not a recogniser, is damaged, or a change is invalid.
+    Raises UserError if the export is damaged or not a recogniser, or a change is invalid.
     """
     config = export.config
     kind = config.get("kind")
@@ -145,16 +145,16 @@ def _statistics(export: Export, normalisation: str, features: FeatureSettings) -
 
 
 def check_features(features: FeatureSettings, dataset: Dataset) -> None:
-    """Raise UserError, with the fields that differ, if a dataset does not have the features of the model."""
+    """Raise UserError, which lists the differing fields, if a dataset has other features than the model."""
     if different := difference(features, dataset.features):
         raise UserError(
-            f"the features of {dataset.location} are not those of the model (model != dataset): "
+            f"{dataset.location} has other features than the model (model != dataset): "
             f"{'; '.join(different)}. Prepare the dataset again with the model's features"
         )
 
 
 def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Callable[[int, int], Tensor]:
-    """Function that reads a recording's log-mel from start to stop, float32 `[stop - start, M]`, normalised."""
+    """Function (start, stop) -> normalised log-mel of a recording, float32 `[stop - start, M]`."""
     if recogniser.statistics is None:
         normalisation = recogniser.normalisation
         return lambda start, stop: torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation))
@@ -182,7 +182,7 @@ def timed_transcript(recogniser: Recogniser, id: str, num_frames: int, tokens: T
 
 
 def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str) -> Decoder:
-    """Decoder with these settings. Raises UserError if the model does not support them; `export`: its folder."""
+    """Decoder of a model. Raises UserError, which names the export, if the model does not support the settings."""
     model = recogniser.model
     if isinstance(model, TransducerModel) and settings.head != "ctc":
         if model.settings.durations and settings.beam > 1:
@@ -197,7 +197,7 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
         )
     log_probs = ctc_outputs(recogniser, export)
     head = model.ctc_head if isinstance(model, TransducerModel) else model.head
-    assert head is not None  # else ctc_outputs has raised
+    assert head is not None  # otherwise ctc_outputs has raised
     stream = StreamedOutputs(model.encoder, partial(frame_log_probs, head))
     if settings.beam == 1:
         return GreedyCTC(log_probs, stream)
@@ -207,21 +207,21 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
 def try_decoding(
     recogniser: Recogniser, decoder: Decoder, settings: InferenceSettings, device: torch.device | str = "cpu"
 ) -> None:
-    """Decode two encoder frames of noise. Raises UserError if model, decoder and settings do not go together."""
+    """Decode two encoder frames of noise. Raises UserError if model, decoder and settings are incompatible."""
     stride, rate = recogniser.model.encoder.settings.stride, recogniser.features.frames_per_second
     noise = torch.randn(2 * stride, recogniser.features.num_mels, generator=torch.Generator().manual_seed(0))
-    source = Source(len(noise), lambda start, stop: noise[start:stop], name="noise")
+    source = RecordingSource(len(noise), lambda start, stop: noise[start:stop], name="noise")
     list(decode_recordings(decoder, [source], settings, stride, rate, device))
 
 
 def _fusion(recogniser: Recogniser, settings: DecoderSettings) -> Fusion | None:
     path, tokenizer = settings.language_model, recogniser.tokenizer
     if path and not Path(path).is_file():
-        raise UserError(f"decoder.language_model is {path}: no such file; tools/train_ngram.py makes one")
+        raise UserError(f"decoder.language_model is {path}: no such file; tools/train_ngram.py trains a language model")
     return read_fusion(settings, tokenizer.pieces, tokenizer.encode)
 
 
-def ctc_outputs(recogniser: Recogniser, export: str) -> Outputs:
+def ctc_outputs(recogniser: Recogniser, export: str) -> OutputFunction:
     """Function that computes CTC log-probabilities `[R, T, V]`. Raises UserError if the model has no CTC head."""
     if not isinstance(recogniser.model, TransducerModel):
         return recogniser.model.log_probs
@@ -245,7 +245,7 @@ def hash_of_export(export: Export) -> str:
 
 
 def share_out(recordings: Sequence[int], frames: np.ndarray, world: World) -> list[int]:
-    """This rank's recordings: the longest first, each to the rank with the fewest frames so far; deterministic."""
+    """This rank's recordings. Longest first, each goes to the rank with the fewest frames so far; deterministic."""
     loads = np.zeros(world.size, np.int64)
     rank_recordings = []
     for i in sorted(recordings, key=lambda i: (-int(frames[i]), i)):

@@ -8,7 +8,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bestrq.long_form.decoders import Decoder, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.scoring.word_errors import score_recording
@@ -22,9 +22,9 @@ class ValidationSettings:
     split: str = "dev"
     """split of the dataset to decode"""
     every_steps: PositiveInt = 500
-    """steps between validations; the last step has one too"""
+    """steps between validations; the last step is always validated"""
     max_recordings: NonNegativeInt = 0
-    """number of recordings to decode, the first ones of the split; 0 takes all"""
+    """decode only the first N recordings of the split; 0 takes all"""
     best_by: Literal["wer", "cer"] = "wer"
     """error rate that selects the best checkpoint"""
 
@@ -34,7 +34,7 @@ class Heldout:
     """Held-out recording and its reference."""
 
     id: str
-    source: Source
+    source: RecordingSource
     reference: str
     language: str
 
@@ -60,11 +60,11 @@ def validate(
 ) -> Validation:
     """Decode held-out recordings, distributed over the ranks, and leave the model in training mode.
 
-    With DDP, every rank decodes its share with the unwrapped model. With FSDP2, whose forward is a collective, ranks
-    need equal numbers of batches, so every rank decodes all recordings.
+    With DDP, each rank decodes its share with the unwrapped model. With FSDP2, whose forward is a collective, the ranks
+    need equal numbers of batches, so each rank decodes all recordings.
 
     Args:
-        decoder: decoder of the model.
+        decoder: decoder of `model`.
         recordings: the same on all ranks, sorted by length.
         text_of: converts token ids to text.
     """

@@ -1,4 +1,4 @@
-"""Output files of evaluate.py made from texts, without a model or audio."""
+"""Results and transcripts of evaluate.py, made from texts without a model or audio."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ WORD_SECONDS = 0.5
 def score_all(
     texts: Mapping[str, tuple[str, str]], language: str = "cs", speakers: Mapping[str, str] | None = None
 ) -> list[RecordingScore]:
-    """Scores of texts (reference, hypothesis) by id, where each word lasts WORD_SECONDS."""
+    """Scores of (reference, hypothesis) by id; a word lasts WORD_SECONDS."""
     return [
         score_recording(
             id,
@@ -64,7 +64,8 @@ def make_results(
     name: str, scores: Sequence[RecordingScore], context: float = 20.0, mode: str = "buffered", **changes: Any
 ) -> dict[str, Any]:
     """Content of `results.json`. Mode "windowed" is windowed attention, context 0 the whole recording."""
-    aligned = [(align_timed(timed(s.reference), timed(s.hypothesis), s.language), s.seconds) for s in scores]
+    alignments = [align_timed(timed(score.reference), timed(score.hypothesis), score.language) for score in scores]
+    aligned = [(alignment, score.seconds) for alignment, score in zip(alignments, scores, strict=True)]
     windowed = mode == "windowed"
     edges = (
         []

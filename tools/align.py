@@ -4,10 +4,11 @@
     torchrun --nproc-per-node 8 -m tools.align --data.dataset datasets/mls --model runs/ctc/export --out datasets/timed
 
 Writes a new dataset with the same recordings (shards are linked, not copied) and the start, end and confidence of each
-word. Recordings may last hours and have one long transcript: memory is bounded. Existing word times are kept, unless
---realign true. Recordings whose transcript does not match the audio are kept without word times, and listed.
+word. Recordings may last hours and have a single long transcript, since memory is bounded. Existing word times are
+kept, unless --realign true. Recordings whose transcript does not match the audio are kept without word times
+and listed.
 
-The processes share the recordings. After Ctrl-C the same command continues.
+The recordings are distributed over the processes. After Ctrl-C the same command continues.
 
 Writes into --out: the dataset, unaligned.jsonl (id and reason for each recording that could not be aligned),
 alignment.json (counts and settings). --words FILE.jsonl also writes the words, one line per recording.
@@ -40,7 +41,7 @@ from bestrq.alignment.alignment import (
 )
 from bestrq.alignment.pieces import STAR, Transcript
 from bestrq.decoding.tokens import BLANK
-from bestrq.long_form.inference import InferenceSettings, Source, excluded_frames, transcribe
+from bestrq.long_form.inference import InferenceSettings, RecordingSource, excluded_frames, model_outputs
 from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.config import parse, run_main, to_dict
@@ -124,15 +125,15 @@ def align(config: Config, world: World) -> None:
     key = key_of(config, export_hash, dataset)
     if is_finished(config, key):
         if world.is_main:
-            print(f"{config.out} holds this alignment already; remove it to align again")
+            print(f"{config.out} already holds this alignment; remove it to align again")
         return
     without_times = [int(i) for i in selected if config.realign or not dataset.words(i)]
     with_text = [i for i in without_times if dataset.text(i) is not None]
     if not with_text:
         num_timed = len(selected) - len(without_times)
         raise UserError(
-            f"{dataset.location}: nothing to align: {num_timed} of {len(selected)} have word times already, the others "
-            "no transcript; --realign true replaces the word times"
+            f"{dataset.location}: nothing to align: {num_timed} of {len(selected)} recordings already have word times, "
+            "the others have no transcript; --realign true replaces the word times"
         )
     work = work_folder(config)
     try:
@@ -141,7 +142,7 @@ def align(config: Config, world: World) -> None:
         raise UserError(f"{work}: cannot make this folder ({error}); choose another --out") from error
 
     results = Results(work, key, len(dataset))
-    world.barrier()  # all ranks have read the same logs before one appends to its own
+    world.barrier()  # all ranks read the same logs before any of them appends to its own
     remaining = [i for i in with_text if not results.has(i)]
     if world.is_main and len(remaining) < len(with_text):
         print(f"continuing: {len(with_text) - len(remaining)} of {len(with_text)} recordings are already aligned")
@@ -157,10 +158,10 @@ def align(config: Config, world: World) -> None:
 
 
 def key_of(config: Config, export_hash: str, dataset: Dataset) -> str:
-    """Key of everything that determines the words of a recording; the batch size does not."""
+    """Hash of everything that determines the words of a recording; the batch size has no effect."""
     inference = {name: value for name, value in to_dict(config.inference).items() if name != "batch_seconds"}
     if inference["mode"] == "buffered":
-        del inference["mode"]  # keeps the keys of versions that had only this mode
+        del inference["mode"]  # keeps the keys of earlier versions, which had only this mode
     content = [FORMAT_VERSION, export_hash, dataset.fingerprint, inference, to_dict(config.alignment)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -208,7 +209,7 @@ class Results:
 
     def __getitem__(self, recording: int) -> dict[str, Any]:
         """`words` (lists of the fields of `Word`) and `cost`, or `reason`."""
-        if not self.has(recording):  # only recordings with a transcript are aligned
+        if not self.has(recording):  # recordings without a transcript are not aligned
             return {"reason": "there is no transcript"}
         number, offset = self._place[recording]
         with open(self._paths[number], "rb") as file:
@@ -239,11 +240,11 @@ def align_recordings(
 
     # Excluded intervals are not in the transcript; their frames become blanks.
     sources = [
-        Source(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ())
+        RecordingSource(int(dataset.frames[i]), mel_reader(recogniser, dataset, i), dataset.excluded(i) or ())
         for i in recordings
     ]
     spool = LogProbSpool(vocab_size)
-    outputs = transcribe(
+    outputs = model_outputs(
         log_probs, sources, config.inference, stride, frames_per_second, world.device, reduce=spool.keep
     )  # fmt: skip
     total = round(sum(source.num_frames for source in sources) / frames_per_second)
@@ -272,14 +273,14 @@ def align_recordings(
 
 
 def labels_of(words: list[str], tokenizer: Tokenizer, language: str) -> Transcript:
-    """Labels of each word; a star for a word that the tokenizer cannot encode, none for punctuation."""
-    known: dict[str, list[int]] = {}
+    """Labels of each word: a star for a word that the tokenizer cannot encode, no label for punctuation."""
+    labels_by_text: dict[str, list[int]] = {}
     texts = label_words(words, language)
     for text in texts:
-        if text not in known:
+        if text not in labels_by_text:
             labels = encode(text, tokenizer)
-            known[text] = [STAR] if labels is None else labels
-    return Transcript.from_words([known[text] for text in texts], encode(" ", tokenizer) or [])
+            labels_by_text[text] = [STAR] if labels is None else labels
+    return Transcript.from_words([labels_by_text[text] for text in texts], encode(" ", tokenizer) or [])
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int] | None:
@@ -323,7 +324,7 @@ def finish(
         write_words(Path(config.words), dataset, results, recordings)
     if config.out:
         folder = work_folder(config) / "dataset"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted here
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was interrupted here
         derive(folder, entries(dataset, results, recordings), name=Path(config.out).name)
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in unaligned)
         write_file(folder / UNALIGNED, lines)
@@ -351,7 +352,7 @@ def entries(dataset: Dataset, results: Results, recordings: list[int]) -> Iterat
 
 
 def write_words(path: Path, dataset: Dataset, results: Results, recordings: list[int]) -> None:
-    """Write one JSON line per recording: its id, and its words or the reason why it has none."""
+    """Write one JSON line per recording: id, and words or the reason for their absence."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         for i in recordings:

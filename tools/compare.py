@@ -1,9 +1,9 @@
-"""Compare evaluations: curve of WER over context, paired differences with intervals, and all errors in one report.
+"""Comparison of evaluations: curve of WER over context, paired differences with intervals, all errors in one report.
 
     python -m tools.compare --results results/a results/b results/sweep --out results/compare
 
-Reads each results.json at any depth of the folders; all evaluations must be on the same recordings. The first one is
-the baseline. Prints a table and writes report.html and report.json (all numbers) to --out, and curve.svg if the
+Reads all results.json files at any depth of the folders; the evaluations must be on the same recordings. The first one
+is the baseline. Prints a table and writes report.html and report.json (all numbers) to --out, and curve.svg if the
 evaluations have two contexts or more.
 """
 
@@ -31,11 +31,11 @@ class Config:
     out: str = "results/compare"
     """folder for the report"""
     names: list[str] = field(default_factory=list)
-    """names of the evaluations, in their order; default: the parts of their paths that differ"""
+    """names of the evaluations, in their order; empty takes the parts of their paths that differ"""
     title: str = "Comparison of recognisers"
     """heading of the page"""
     audio: str = ""
-    """folder with the audio of the recordings, at any depth, named by their ids, for playback; empty: no playback"""
+    """folder with the audio of the recordings, at any depth, named by their ids, for playback; empty for no playback"""
     resamples: int = 10_000
     """bootstrap resamples of the intervals, at least 100"""
 
@@ -63,9 +63,9 @@ def join_lists(argv: Sequence[str]) -> list[str]:
 
 
 def name_folders(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Path]:
-    """Folders by name: the given names, or the part of each path that the others do not share.
+    """Folders by name: the given names, or the path of each below the common parent.
 
-    Raises UserError if names are given that are not distinct, or not one per folder.
+    Raises UserError if the given names are not distinct, or not one per folder.
     """
     if names:
         if len(names) != len(folders) or len(set(names)) != len(names):

@@ -5,12 +5,12 @@
     torchrun --nproc-per-node 8 -m tools.sweep --export runs/a/export --grid.exports '[runs/b/export]' \\
         --data.dataset datasets/calls --out results/sweep
 
-Evaluates each combination of the listed values as evaluate.py does, each in its own subfolder of --out. All other
-settings are those of evaluate.py. Evaluations that are equal, such as whole recordings with different overlaps, run
-once. After Ctrl-C the same command continues, and a larger sweep reuses all finished evaluations in --out.
+Evaluates each combination of the listed values like evaluate.py, each in its own subfolder of --out. All other settings
+are those of evaluate.py. Equivalent combinations, such as whole recordings with different overlaps, are evaluated once.
+After Ctrl-C the same command continues, and a larger sweep reuses all finished evaluations in --out.
 
-Writes into --out, when all evaluations are finished: report.html with all configurations side by side, report.json with
-the numbers, and curve.svg, the error rate against the context, if there are two contexts or more. Appends a row per
+When all evaluations are finished, writes into --out: report.html, with all configurations side by side; report.json,
+with the numbers; and, for two or more contexts, curve.svg, the error rate against the context. Appends a row per
 evaluation to rows.jsonl in the parent folder of --out.
 """
 
@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
+
+from jsonargparse.typing import NonNegativeFloat
 
 from bestrq.long_form.decoders import DecoderSettings
 from bestrq.long_form.inference import Mode
@@ -50,11 +52,11 @@ GridMode = Literal[Mode, "windowed"]
 
 @dataclass
 class GridSettings:
-    """Lists of values; each combination is evaluated. An empty list stands for the single value of evaluate.py."""
+    """Lists of values; each combination is evaluated. An empty list means the single value of evaluate.py's field."""
 
     exports: list[str] = field(default_factory=list)
     """further exports, such as those of models trained with other contexts"""
-    contexts: list[float] = field(default_factory=list)
+    contexts: list[NonNegativeFloat] = field(default_factory=list)
     """values of inference.context_seconds; 0 for whole recordings"""
     overlaps: list[float] = field(default_factory=list)
     """values of inference.overlap"""
@@ -78,7 +80,7 @@ class GridSettings:
         return int(self.part.split("/")[1])
 
     def select_part(self, evaluations: Sequence[Evaluation]) -> Sequence[Evaluation]:
-        """The evaluations of this part."""
+        """Evaluations of this part."""
         return evaluations[self._index() :: self._num_parts()] if self.part else evaluations
 
 
@@ -102,7 +104,7 @@ class Config(evaluation_settings.Config):
 
 
 def sweep(config: Config, world: World) -> None:
-    """Evaluate all configurations, and report on them. All processes call it."""
+    """Evaluate all configurations and write the report. All processes call it."""
     # Errors in the settings and files are raised here, before any work.
     references = read_references(config)
     evaluations = prepare_evaluations(config, references.dataset, world)
@@ -125,20 +127,20 @@ def prepare_evaluations(config: Config, dataset: Dataset, world: World) -> list[
         configurations = evaluations_of(config, export, dataset.features.frames_per_second)
         evaluations += check_evaluations(configurations, export, recogniser, config, dataset, world)
     evaluations = in_folders(evaluations)
-    # Only rank 0 looks at --out, which other ranks may see in another state on a network file system.
+    # Only rank 0 lists --out: on a network file system, other ranks may get an outdated list.
     placed = in_earlier_folders(evaluations, Path(config.out)) if world.is_main else evaluations
     folders = world.broadcast([evaluation.folder for evaluation in placed])
     return [replace(e, folder=folder) for e, folder in zip(evaluations, folders, strict=True)]
 
 
 def evaluations_of(config: Config, export: Export, frames_per_second: float) -> list[Evaluation]:
-    """All different evaluations of an export, without keys and folders.
+    """Distinct evaluations of an export, without keys and folders.
 
     Raises UserError for a change that the encoder does not allow, or a context shorter than one encoder frame.
     """
     grid = config.grid
     trained = from_dict(EncoderSettings, export.config["encoder"])
-    rate = frames_per_second / trained.subsampling_factor  # of the first stage, whose frames measure a window
+    rate = frames_per_second / trained.subsampling_factor  # of the first stage, in whose frames a window is given
     name = f"{config.name} {run_name(export.path)}" if config.name and len(config.exports) > 1 else config.name
     evaluations: dict[Evaluation, None] = {}
     for mode, context, overlap, decoder in product(
@@ -165,9 +167,9 @@ def evaluations_of(config: Config, export: Export, frames_per_second: float) -> 
 
 
 def in_folders(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The evaluations, each with a distinct system name and its own folder.
+    """Evaluations with distinct system names and folders.
 
-    The folder is named by run, label and key, so that an evaluation has the same folder in every sweep.
+    A folder is named by run, label and key, so an evaluation has the same folder in every sweep.
     """
     names = distinct_names(dict.fromkeys((e.name, e.export) for e in evaluations))
     placed = []
@@ -179,7 +181,7 @@ def in_folders(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def in_earlier_folders(evaluations: Sequence[Evaluation], out: Path) -> list[Evaluation]:
-    """The evaluations; those already in `out` under another folder name keep that folder.
+    """Evaluations with their existing folders in `out`, even if a folder has another name.
 
     A folder name starts with the run's name, which changes if the export is moved, and ends with the key, which does
     not.

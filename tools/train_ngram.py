@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bestrq.decoding.ngram import perplexity, read_arpa
-from bestrq.decoding.ngram_training import train_ngram, write_arpa
+from bestrq.decoding.ngram import perplexity, read_arpa, train_ngram, write_arpa
 from common.config import parse, run_main
 from common.errors import UserError
 from common.text import label_text
@@ -58,7 +57,7 @@ class Config:
             raise UserError(f"order = {self.order}: give 1 to 10")
         if self.data.dataset and self.heldout_split == self.data.split:
             raise UserError(
-                f"heldout_split = {self.heldout_split} is trained on: give another split, or '' for no perplexity"
+                f"heldout_split = {self.heldout_split} is the training split: give another one, or '' for no perplexity"
             )
 
 
@@ -73,8 +72,8 @@ def build(config: Config) -> None:
         train += encode(transcripts(dataset, config.data.split, config.data.language), tokenizer, config.data.split)
         if config.heldout_split:
             try:
-                held = transcripts(dataset, config.heldout_split, config.data.language)
-                heldout += encode(held, tokenizer, config.heldout_split)
+                texts = transcripts(dataset, config.heldout_split, config.data.language)
+                heldout += encode(texts, tokenizer, config.heldout_split)
             except UserError as error:
                 raise UserError(f"heldout_split = {config.heldout_split}: {error}; '' skips the perplexity") from error
     if config.texts:
@@ -95,7 +94,7 @@ def build(config: Config) -> None:
     print(f"trained on {size(train)}")
     orders = ", ".join(f"{count:,} of order {n}" for n, count in enumerate(estimate.num_ngrams, 1))
     print(f"n-grams: {orders}")
-    model = read_arpa(out, tokenizer.pieces)  # the file itself, so that the perplexity also checks what was written
+    model = read_arpa(out, tokenizer.pieces)  # from the file, so that the perplexity also checks the file
     if heldout:
         print(f"perplexity per token on {config.heldout_split}: {perplexity(model, heldout):.2f}, {size(heldout)}")
     print(f"language model: {out}")
@@ -122,7 +121,7 @@ def encode(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, source: str) 
     """Token ids of texts.
 
     Empty texts and texts that the tokenizer cannot encode are left out; the number of the latter is printed. Raises
-    UserError if no text is left.
+    UserError if no text remains.
     """
     encoded, refused, empty = [], [], 0
     for name, text in texts:

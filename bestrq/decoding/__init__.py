@@ -1,1 +1,1 @@
-"""Searches from frame scores to tokens: greedy, beam, language-model fusion."""
+"""Decoding of frame scores to tokens: greedy search, beam search, shallow fusion."""

@@ -1,7 +1,7 @@
-"""What a beam search adds to the scores of labels: an external language model, a bonus, hot words (shallow fusion).
+"""Shallow fusion: language model, length bonus and hot words, added to the label scores of a beam search.
 
-What a label adds depends on the labels before it only, by their context: the last few of them, which the language
-model looks at, and how much of a hot word they have said. Contexts repeat, so their rows of V numbers are kept.
+The score added to a label depends on the labels before it only through their context: the last labels in the history
+of the language model, and the state of the hot-word automaton. Contexts repeat, so their rows of V scores are cached.
 
 V vocabulary, the blank (0) included.
 """
@@ -16,37 +16,39 @@ from bestrq.decoding.hot_words import HotWords
 from bestrq.decoding.tokens import BLANK
 
 CACHE_BYTES = 64 << 20
-"""room for the rows that a `Fusion` keeps"""
+"""size of the row cache of a `Fusion`"""
 
 Context = tuple[tuple[int, ...], int]
-"""the last labels, and the state of `HotWords`"""
+"""last labels, and state of `HotWords`"""
 NO_CONTEXT: Context = ((), 0)
-"""of the begin"""
+"""context at the start of a sequence"""
 
 
 class LanguageModel(Protocol):
-    """What shallow fusion needs of a language model over the same labels."""
+    """Language model over the labels of the recogniser."""
 
     @property
     def order(self) -> int:
-        """Labels that it looks at, the one that it predicts included."""
+        """Maximum n-gram length: order - 1 labels of history."""
 
     def log_probs(self, context: tuple[int, ...]) -> Tensor:
-        """Natural log-probabilities of every label after a context, float32 `[V]` on the CPU; that of 0 is not used.
+        """Natural log-probability of each label after a context, float32 `[V]` on the CPU; the entry of the blank is
+        unused.
 
-        context: the last `order - 1` labels; fewer where the sequence begins.
+        Args:
+            context: the last `order - 1` labels; fewer at the start of a sequence.
         """
 
 
 class Fusion:
-    """A label adds weight * log p_language_model + bonus + what `HotWords` gives; the blank adds nothing.
+    """Scores added to labels: weight * log p_language_model + length bonus + `HotWords`; the blank gets 0.
 
-    One may serve many searches: it keeps nothing but what it has worked out.
+    May be shared by several searches; its only state is a cache.
 
     Args:
         vocab_size: V.
         weight: factor of the language model's log-probabilities.
-        bonus: of every label, in nats.
+        bonus: length bonus per label, in nats.
     """
 
     def __init__(
@@ -63,51 +65,51 @@ class Fusion:
         self.language_model = language_model if weight != 0 else None
         self.hot_words = hot_words
         self._history = self.language_model.order - 1 if self.language_model else 0
-        self._place: dict[Context, int] = {}
+        self._row_of_context: dict[Context, int] = {}
         self._rows = torch.empty(max(256, CACHE_BYTES // (8 * vocab_size)), vocab_size, dtype=torch.float64)
 
     def advance(self, context: Context, label: int) -> Context:
-        """The context behind one more label."""
-        last, match = context
+        """Return the context after one more label."""
+        last, state = context
         if self._history:
             last = (*last, label)[-self._history :]
-        return last, self.hot_words.advance(match, label)[0] if self.hot_words else 0
+        return last, self.hot_words.advance(state, label)[0] if self.hot_words else 0
 
-    def gains(self, contexts: Sequence[Context]) -> Tensor:
-        """What labels add behind contexts: float64 `[len(contexts), V]` on the CPU, 0 for the blank."""
-        if len(self._place) + len(contexts) > len(self._rows):
-            self._place.clear()
+    def scores(self, contexts: Sequence[Context]) -> Tensor:
+        """Score of each label after each context, float64 `[len(contexts), V]` on the CPU; 0 for the blank."""
+        if len(self._row_of_context) + len(contexts) > len(self._rows):
+            self._row_of_context.clear()
             if len(contexts) > len(self._rows):
                 self._rows = self._rows.new_empty(2 * len(contexts), self.vocab_size)
-        return self._rows[[self._place_of(context) for context in contexts]]
+        return self._rows[[self._row_index(context) for context in contexts]]
 
-    def gains_of(self, context: Context, labels: Sequence[int]) -> list[float]:
-        """What some labels add behind a context."""
-        if len(self._place) == len(self._rows):
-            self._place.clear()
-        row = self._rows[self._place_of(context)].numpy()
+    def label_scores(self, context: Context, labels: Sequence[int]) -> list[float]:
+        """Scores of some labels after one context."""
+        if len(self._row_of_context) == len(self._rows):
+            self._row_of_context.clear()
+        row = self._rows[self._row_index(context)].numpy()
         return [float(row[label]) for label in labels]
 
-    def unfinished(self, context: Context) -> float:
-        """What sequences have been given for a hot word that they have begun, and must give back if they end here."""
-        return self.hot_words.unfinished(context[1]) if self.hot_words else 0.0
+    def partial_match(self, context: Context) -> float:
+        """Score that sequences have received for an incomplete hot word, and lose if they end here."""
+        return self.hot_words.partial_match(context[1]) if self.hot_words else 0.0
 
-    def _place_of(self, context: Context) -> int:
-        place = self._place.get(context)
-        if place is None:
-            place = self._place[context] = len(self._place)
-            self._rows[place] = self._work_out(*context)
-        return place
+    def _row_index(self, context: Context) -> int:
+        index = self._row_of_context.get(context)
+        if index is None:
+            index = self._row_of_context[context] = len(self._row_of_context)
+            self._rows[index] = self._compute_row(*context)
+        return index
 
-    def _work_out(self, last: tuple[int, ...], match: int) -> Tensor:
+    def _compute_row(self, last: tuple[int, ...], state: int) -> Tensor:
         if self.language_model:
             row = self.language_model.log_probs(last).to(torch.float64, copy=True).mul_(self.weight).add_(self.bonus)
         else:
             row = torch.full((self.vocab_size,), self.bonus, dtype=torch.float64)
         if self.hot_words:
-            other, matching = self.hot_words.gains(match)
-            gains = torch.full_like(row, other)
-            gains[list(matching)] = torch.tensor(list(matching.values()), dtype=torch.float64)
-            row += gains
+            mismatch, matches = self.hot_words.scores(state)
+            scores = torch.full_like(row, mismatch)
+            scores[list(matches)] = torch.tensor(list(matches.values()), dtype=torch.float64)
+            row += scores
         row[BLANK] = 0.0
         return row

@@ -1,10 +1,10 @@
-"""Hot words: phrases of which a recogniser is told that they are likely to be said.
+"""Hot words: phrases whose labels get a higher score in a beam search.
 
-Every label of a hypothesis that goes on with a phrase adds that phrase's weight to its score; if the phrase breaks off,
-what its labels have added is taken back. What remains in the end is, for every phrase that was said, its weight times
-its labels. Where phrases overlap, the one that begins first counts, and of those that begin together the longest.
+Each label that continues a phrase adds the phrase's weight to the score of a hypothesis. If the phrase is not
+completed, these weights are subtracted again, so that only complete phrases raise the final score, by weight times
+number of labels. Of overlapping phrases, the one that starts first counts; of those with the same start, the longest.
 
-Phrases are sequences of labels: one begins and ends where its labels do, be it within a word.
+Phrases are label sequences: they match at label boundaries, also within a word.
 
 Source: shallow-fusion contextual biasing over subword units, with weights taken back: Zhao et al. 2019, "Shallow-Fusion
 End-to-End Contextual Biasing", Interspeech; as an automaton with failure arcs: Aho and Corasick 1975.
@@ -21,96 +21,102 @@ from common.text import fold
 
 
 class HotWords:
-    """A trie of phrases, made an automaton: a state (0 at the begin) is what has been said of a phrase.
+    """Automaton of phrases: a trie with failure arcs. A state is the part of a phrase that has matched; 0 is none.
 
     Args:
-        phrases: labels and weight of each, in nats for a label. Of phrases given twice, the higher weight is taken;
-            labels at the begin of several phrases count as those with the highest, until it is known which it is.
+        phrases: labels of each phrase, and its weight in nats per label. The higher weight is taken for a phrase that
+            occurs twice. A common prefix of several phrases has the highest of their weights until they differ.
 
     Raises:
-        ValueError: a phrase has no labels, or the blank; or a weight is not a positive number.
+        ValueError: a phrase has no labels, or contains the blank; or a weight is not a positive finite number.
     """
 
     def __init__(self, phrases: Sequence[tuple[Sequence[int], float]]) -> None:
         self._next: list[dict[int, int]] = [{}]
-        weight = [0.0]  # of the label that leads to a state
-        whole = [0.0]  # what the phrase adds that ends in a state
-        sequences: list[tuple[int, ...]] = [()]
-        for labels, of_label in phrases:
-            if not labels or BLANK in labels or not 0 < of_label < math.inf:
-                raise ValueError(f"labels {list(labels)} with a weight of {of_label} are no hot word")
+        label_weight = [0.0]  # of the label that leads to each state
+        phrase_score = [0.0]  # of the phrase that ends in each state, 0 if none does
+        prefixes: list[tuple[int, ...]] = [()]
+        for labels, weight in phrases:
+            if not labels or BLANK in labels or not 0 < weight < math.inf:
+                raise ValueError(f"labels {list(labels)} with a weight of {weight} are not a valid hot word")
             state = 0
             for label in labels:
                 if label not in self._next[state]:
                     self._next[state][label] = len(self._next)
                     self._next.append({})
-                    weight.append(0.0)
-                    whole.append(0.0)
-                    sequences.append((*sequences[state], label))
+                    label_weight.append(0.0)
+                    phrase_score.append(0.0)
+                    prefixes.append((*prefixes[state], label))
                 state = self._next[state][label]
-                weight[state] = max(weight[state], of_label)
-            whole[state] = max(whole[state], of_label * len(labels))
-        self._added = [0.0] * len(weight)
-        self._fall: list[tuple[int, float]] = [(0, 0.0)] * len(weight)
-        self._follow(weight, whole, sequences)
-        self._gains: dict[int, tuple[float, dict[int, float]]] = {}
+                label_weight[state] = max(label_weight[state], weight)
+            phrase_score[state] = max(phrase_score[state], weight * len(labels))
+        self._total = [0.0] * len(label_weight)
+        """score added on the path to each state"""
+        self._failure: list[tuple[int, float]] = [(0, 0.0)] * len(label_weight)
+        """target of each state's failure arc, and the score that taking it adds"""
+        self._add_failure_arcs(label_weight, phrase_score, prefixes)
+        self._scores: dict[int, tuple[float, dict[int, float]]] = {}
 
-    def _follow(self, weight: list[float], whole: list[float], sequences: list[tuple[int, ...]]) -> None:
-        """What every state has been given; and where it falls when its phrase breaks off, with what that adds."""
-        kept = [0.0] * len(weight)  # by the longest phrase that a state begins with
-        rest: list[tuple[int, ...]] = [()] * len(weight)  # labels behind that phrase
-        for state in sorted(range(len(weight)), key=lambda one: len(sequences[one])):
+    def _add_failure_arcs(
+        self, label_weight: list[float], phrase_score: list[float], prefixes: list[tuple[int, ...]]
+    ) -> None:
+        """Compute the total score of each state, and its failure arc."""
+        kept = [0.0] * len(prefixes)  # score of the longest complete phrase that the state's prefix starts with
+        rest: list[tuple[int, ...]] = [()] * len(prefixes)  # labels after that phrase
+        for state in sorted(range(len(prefixes)), key=lambda state: len(prefixes[state])):
             for label, child in self._next[state].items():
-                self._added[child] = whole[child] or self._added[state] + weight[child]
-                kept[child] = whole[child] or kept[state]
-                rest[child] = () if whole[child] else (*rest[state], label)
+                self._total[child] = phrase_score[child] or self._total[state] + label_weight[child]
+                kept[child] = phrase_score[child] or kept[state]
+                rest[child] = () if phrase_score[child] else (*rest[state], label)
             if state == 0:
                 continue
-            # Said again from the begin: what lies behind the phrase; or, if there was none, behind the first label.
-            again, gained = 0, kept[state] - self._added[state]
-            for label in rest[state] if kept[state] else sequences[state][1:]:
-                again, gain = self.advance(again, label)  # has fewer labels than this state: is known
-                gained += gain
-            self._fall[state] = (again, gained)
+            # Matching restarts after the complete phrase; without one, after the first label.
+            target, added = 0, kept[state] - self._total[state]
+            for label in rest[state] if kept[state] else prefixes[state][1:]:
+                # The arcs of these states exist already: they have fewer labels.
+                target, score = self.advance(target, label)
+                added += score
+            self._failure[state] = (target, added)
 
     def advance(self, state: int, label: int) -> tuple[int, float]:
-        """The state behind one more label, and what the label adds."""
-        gained = 0.0
+        """Return the state after one more label, and the score that the label adds."""
+        added = 0.0
         while label not in self._next[state]:
             if state == 0:
-                return 0, gained
-            state, gain = self._fall[state]
-            gained += gain
+                return 0, added
+            state, score = self._failure[state]
+            added += score
         child = self._next[state][label]
-        return child, gained + self._added[child] - self._added[state]
+        return child, added + self._total[child] - self._total[state]
 
-    def gains(self, state: int) -> tuple[float, dict[int, float]]:
-        """What a label adds with which no phrase goes on or begins; and what those add with which one does."""
-        if state not in self._gains:
+    def scores(self, state: int) -> tuple[float, dict[int, float]]:
+        """Score of a label that neither continues nor starts a phrase, and the scores of the labels that do."""
+        if state not in self._scores:
             labels = set(self._next[0])
-            at = state
-            while at:
-                labels |= set(self._next[at])
-                at = self._fall[at][0]
+            ancestor = state
+            while ancestor:
+                labels |= set(self._next[ancestor])
+                ancestor = self._failure[ancestor][0]
             # The blank is in no phrase.
-            self._gains[state] = self.advance(state, BLANK)[1], {one: self.advance(state, one)[1] for one in labels}
-        return self._gains[state]
+            mismatch = self.advance(state, BLANK)[1]
+            self._scores[state] = mismatch, {label: self.advance(state, label)[1] for label in labels}
+        return self._scores[state]
 
-    def unfinished(self, state: int) -> float:
-        """What a label with which no phrase goes on would take back."""
-        return -self.gains(state)[0]
+    def partial_match(self, state: int) -> float:
+        """Score of an incomplete match, which is subtracted again at a label that matches no phrase."""
+        return -self.scores(state)[0]
 
 
 def read_hot_words(path: str | os.PathLike[str], encode: Callable[[str], Sequence[int]], weight: float) -> HotWords:
-    """Hot words of a file: UTF-8, a phrase a line; behind a tab may stand its weight in nats for a label.
+    """Read hot words from a UTF-8 file: one phrase per line, optionally followed by a tab and a weight per label.
 
     Args:
-        encode: the tokenizer's function from text to labels. Phrases are written as in its training labels; apostrophe
+        encode: the tokenizer's function from text to labels. Phrases are written like its training labels; apostrophe
             variants are unified and invisible characters removed (`common.text.fold`).
-        weight: of phrases that have none.
+        weight: default weight in nats per label.
 
     Raises:
-        UserError: the file cannot be read or has no phrases; or a line is wrong, which is named.
+        UserError: the file cannot be read, has no phrases, or has an invalid line, which the message names.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -122,18 +128,17 @@ def read_hot_words(path: str | os.PathLike[str], encode: Callable[[str], Sequenc
         if not phrase and not any(fields):
             continue
         try:
-            of_label = float(fields[0]) if fields else weight
-            phrases.append((list(encode(fold(phrase))), of_label))
+            phrases.append((list(encode(fold(phrase))), float(fields[0]) if fields else weight))
             HotWords(phrases[-1:])
         except ValueError as error:
             raise UserError(
-                f"decoder.hot_words = {path}, line {number}: {error}; write a phrase in characters that the recogniser "
-                "knows, and behind a tab its weight, a positive number, or nothing"
+                f"decoder.hot_words = {path}, line {number}: {error}; write a phrase in characters of the tokenizer, "
+                "optionally followed by a tab and a positive weight"
             ) from error
         if len(fields) > 1:
             raise UserError(
                 f"decoder.hot_words = {path}, line {number}: more than one tab; write a phrase, a tab, a weight"
             )
     if not phrases:
-        raise UserError(f"decoder.hot_words = {path} has no phrases: write one a line")
+        raise UserError(f"decoder.hot_words = {path} has no phrases: write one per line")
     return HotWords(phrases)

@@ -1,17 +1,17 @@
-"""Beam search of a transducer: time-synchronous, many sequences at once, in one go or chunk by chunk.
+"""Beam search of a transducer: time-synchronous, for a batch of sequences, in one pass or chunk by chunk.
 
-All hypotheses are at the same frame. There, each either takes its blank, and waits for the others, or is extended by
-every label, and goes on; after every such round, the likeliest of all of them together stay. The frame ends when none
-goes on. Hypotheses of equal labels that wait at the same frame are one: their probabilities add up. With a beam that
-holds all of them, a score is the sum over all alignments.
+All hypotheses of a sequence are at the same frame. In each round, every active hypothesis is extended by the blank, and
+then waits for the others, or by a label, and then stays active; pruning keeps the most probable of all hypotheses. The
+frame ends when none is active. Waiting hypotheses with equal labels are merged: their probabilities add up. With an
+unlimited beam, a score is the sum over all alignments.
 
-Scores may take in what an external language model and hot words say (`Fusion`).
+Scores may include an external language model, a length bonus and hot words (`Fusion`).
 
 Source: Graves 2012, arXiv 1211.3711; time-synchronous: Saon et al., "Alignment-Length Synchronous Decoding for RNN
 Transducer", ICASSP 2020, section 2.
 
-N sequences, W hypotheses of a beam, T encoder frames, J joint width, V vocabulary. Hypothesis w of sequence n is row
-n * W + w where both are one axis.
+N sequences, W beam width, T encoder frames, J joint width, V vocabulary. In tensors with N * W rows, hypothesis w of
+sequence n is row n * W + w.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 
 from bestrq.decoding.fusion import Fusion
-from bestrq.decoding.sequences import Hypothesis, Interned, Labels, ranked
+from bestrq.decoding.hypotheses import Hypothesis, LabelSequence, SequenceTable, sort_hypotheses
 from bestrq.decoding.tokens import BLANK, TimedTokens
-from bestrq.decoding.transducer_search import PredictionState, Transducer, check_search
+from bestrq.decoding.transducer_search import PredictionState, Transducer, check_search, predict_rows
 from common.errors import UserError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Path:
-    """A way on which labels were found: the last label's frame and probability, and the way before. Hypotheses share
-    their past."""
+    """Alignment of a hypothesis: frame and probability of its last label, and the path before, which is shared."""
 
-    labels: Labels
+    labels: LabelSequence
     frame: int
     probability: float
     before: "_Path | None"
@@ -40,42 +39,42 @@ class _Path:
         ids: list[int] = []
         frames: list[int] = []
         confidence: list[float] = []
-        at = self
-        while at.before is not None:
-            ids.append(at.labels.label)
-            frames.append(at.frame)
-            confidence.append(at.probability)
-            at = at.before
+        path = self
+        while path.before is not None:
+            ids.append(path.labels.label)
+            frames.append(path.frame)
+            confidence.append(path.probability)
+            path = path.before
         return TimedTokens(ids[::-1], frames[::-1], frames[::-1], confidence[::-1])
 
 
 @dataclass(frozen=True)
 class BeamState:
-    """What a search has found, and what it needs to go on with the next chunk."""
+    """Hypotheses of a beam search so far, and its state, from which the next chunk continues."""
 
     prediction: PredictionState
-    """the prediction network's state of every hypothesis, N * W rows"""
+    """state of the prediction network of each hypothesis, N * W rows"""
     predicted: Tensor
-    """[N * W, J]: what it said last"""
+    """last output of the prediction network, [N * W, J]"""
     scores: Tensor
-    """float64 [N, W], falling; minus infinity where there is no hypothesis"""
+    """float64 [N, W], descending; minus infinity for unused places"""
     num_frames: list[int]
-    """encoder frames of every sequence so far"""
+    """encoder frames of each sequence so far"""
     paths: list[_Path | None] = field(repr=False)
-    """of N * W rows; None where there is no hypothesis"""
-    interned: Interned = field(repr=False)
+    """N * W rows; None for unused places"""
+    sequences: SequenceTable = field(repr=False)
     """shared by all states of a search"""
 
     def hypotheses(self, sequence: int) -> list[Hypothesis]:
-        """Those of a sequence, best first: W of them, or fewer where others became one or none were possible.
+        """Hypotheses of a sequence, best first: W, or fewer if others were merged or are impossible.
 
-        As if it ended here: what a hypothesis was given for a hot word that it has only begun is taken back.
+        The sequence is taken to end here: scores of incomplete hot words are subtracted.
         """
         scores = self.scores[sequence].tolist()
         paths = self.paths[sequence * len(scores) : (sequence + 1) * len(scores)]
-        return ranked(
+        return sort_hypotheses(
             [
-                Hypothesis(path.tokens(), score - self.interned.unfinished(path.labels))
+                Hypothesis(path.tokens(), score - self.sequences.partial_match(path.labels))
                 for path, score in zip(paths, scores, strict=True)
                 if path
             ]
@@ -92,117 +91,121 @@ def beam_search(
     fusion: Fusion | None = None,
     state: BeamState | None = None,
 ) -> BeamState:
-    """The `width` likeliest label sequences of every recording.
+    """Beam search: the most probable label sequences of each recording.
 
-    A label adds its log p and what `fusion` gives to a score, the blank its log p. A width of 1 is greedy search.
+    A label adds its log p and its `fusion` score, the blank its log p. A width of 1 is greedy search.
 
     Args:
         model: in evaluation mode, on the device of `encoded`.
-        encoded: `[N, T, J]`, what `model.encode` gives of these frames.
-        lengths: int64 `[N]` frames; what lies beyond is ignored.
-        width: hypotheses W.
-        max_symbols: labels that a frame may emit.
-        fusion: language model, bonus, hot words.
-        state: what the call for the frames before has returned, of the same width and fusion; it stays as it is.
+        encoded: `[N, T, J]`, frames from `model.encode`.
+        lengths: int64 `[N]`, number of valid frames.
+        width: beam width W.
+        max_symbols: maximum number of labels per frame.
+        fusion: language model, length bonus, hot words.
+        state: result for the previous chunk, with the same width and fusion; not modified.
 
     Raises:
         UserError: `width` or `max_symbols` is below 1.
-        ValueError: lengths that do not fit, or a state of another shape or fusion.
+        ValueError: `lengths` do not match `encoded`, or the state has another shape or fusion.
     """
     check_search(encoded, lengths, max_symbols)
     if width < 1:
         raise UserError(f"decoder.beam is {width}: give 1 or more hypotheses")
     state = _start(model, encoded, width, fusion) if state is None else state
     if state.scores.shape != (len(encoded), width):
-        raise ValueError(f"the state is of {tuple(state.scores.shape)} hypotheses, here are {(len(encoded), width)}")
-    if state.interned.fusion is not fusion:
-        raise ValueError("the state is that of a search with another fusion")
+        raise ValueError(
+            f"the state has {tuple(state.scores.shape)} sequences and hypotheses, the input {(len(encoded), width)}"
+        )
+    if state.sequences.fusion is not fusion:
+        raise ValueError("the state belongs to a search with another fusion")
     ends = lengths.tolist()
     for frame in range(max(ends, default=0)):
-        running = [frame < end for end in ends]
-        rows = [row for row, path in enumerate(state.paths) if path and running[row // width]]
+        is_running = [frame < end for end in ends]
+        rows = [row for row, path in enumerate(state.paths) if path and is_running[row // width]]
         for labels_left in range(max_symbols, -1, -1):
             if rows:
                 scores, chosen = _prune(model, encoded[:, frame], state, rows, labels_left > 0)
-                state, rows = _follow(model, state, scores, chosen)
-        state = replace(state, num_frames=[n + ran for n, ran in zip(state.num_frames, running, strict=True)])
+                state, rows = _extend(model, state, scores, chosen)
+        state = replace(state, num_frames=[n + ran for n, ran in zip(state.num_frames, is_running, strict=True)])
     return state
 
 
 def _start(model: Transducer, encoded: Tensor, width: int, fusion: Fusion | None) -> BeamState:
-    """One hypothesis a sequence: no labels."""
+    """One hypothesis without labels per sequence."""
     num_sequences, device = len(encoded), encoded.device
     blanks = torch.full((num_sequences * width,), BLANK, device=device)
     predicted, prediction = model.predict(blanks, model.start(num_sequences * width))
-    # In float64: over an hour, a score grows to where the steps of float32 are those between hypotheses.
+    # float64, because over an hour a score becomes so large that float32 no longer resolves hypotheses.
     scores = torch.full((num_sequences, width), -torch.inf, dtype=torch.float64, device=device)
     scores[:, 0] = 0
-    interned = Interned(fusion)
-    paths = [_Path(interned.empty, 0, 1.0, None), *[None] * (width - 1)] * num_sequences
-    return BeamState(prediction, predicted, scores, [0] * num_sequences, paths, interned)
+    sequences = SequenceTable(fusion)
+    paths = [_Path(sequences.empty, 0, 1.0, None), *[None] * (width - 1)] * num_sequences
+    return BeamState(prediction, predicted, scores, [0] * num_sequences, paths, sequences)
 
 
 def _prune(
     model: Transducer, frames: Tensor, state: BeamState, rows: list[int], may_emit: bool
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest of: hypotheses that wait, and those in `rows`, which take the blank or, if they may, a label.
+    """Select the best of the waiting hypotheses and of the extensions of the active ones.
 
     Args:
         frames: `[N, J]`.
+        rows: active hypotheses.
+        may_emit: whether labels are allowed, besides the blank.
 
     Returns:
-        scores: float64 `[N, W]`, falling.
-        chosen: float64 `[N, W, 2]`: w * V + output for hypothesis w of a sequence, -1 where there is nothing to choose;
-            and the probability that the model gives the output, where it is a label.
+        scores: float64 `[N, W]`, descending.
+        chosen: float64 `[N, W, 2]`: w * V + output for hypothesis w of a sequence, -1 for unused places; and the model
+            probability of the output, if it is a label.
     """
     num_sequences, width = state.scores.shape
     device = state.scores.device
     before = state.scores.flatten()
     active = torch.tensor(rows, device=device)
     log_probs = model.joint(frames[active // width], state.predicted[active]).double()
-    gained = log_probs
-    fusion = state.interned.fusion
+    increments = log_probs
+    fusion = state.sequences.fusion
     if may_emit and fusion:
         contexts = [path.labels.context for path in (state.paths[row] for row in rows) if path]
-        gained = gained + fusion.gains(contexts).to(device)
+        increments = increments + fusion.scores(contexts).to(device)
     candidates = before.new_full((len(before), model.vocab_size), -torch.inf)
     candidates[:, BLANK] = before
     outputs = slice(None) if may_emit else slice(BLANK, BLANK + 1)
-    candidates[active, outputs] = before[active, None] + gained[:, outputs]
-    # Before pruning, so that no sequence takes two places; behind a label there is nothing to merge: what goes on had
-    # different labels when the frame began, and has as many more.
+    candidates[active, outputs] = before[active, None] + increments[:, outputs]
+    # Merge before pruning, so that no sequence takes two places. Active extensions need no merging: they have the same
+    # number of new labels, after sequences that differed at the start of the frame.
     numbers = torch.tensor([path.labels.number if path else 0 for path in state.paths], device=device)
     waiting = candidates[:, BLANK].view(num_sequences, width)
     candidates[:, BLANK] = _merge(waiting, numbers.view(num_sequences, width)).flatten()
     scores, chosen = candidates.view(num_sequences, -1).topk(width)
-    # Of a row that waits only the blank can be chosen, whose probability is not asked for.
-    place = torch.zeros_like(numbers).index_copy(0, active, torch.arange(len(active), device=device))
+    # A waiting row can only be chosen with the blank, whose probability is unused.
+    active_index = torch.zeros_like(numbers).index_copy(0, active, torch.arange(len(active), device=device))
     source = chosen // model.vocab_size + width * torch.arange(num_sequences, device=device)[:, None]
-    probability = log_probs[place[source], chosen % model.vocab_size].exp()
+    probability = log_probs[active_index[source], chosen % model.vocab_size].exp()
     return scores, torch.stack((chosen.masked_fill(scores == -torch.inf, -1).double(), probability), dim=-1)
 
 
 def _merge(scores: Tensor, numbers: Tensor) -> Tensor:
-    """Scores `[N, W]` with those of equal numbers added up, as probabilities, at the place of the likeliest."""
-    equal = numbers[:, :, None] == numbers[:, None, :]
-    groups = scores[:, None, :].masked_fill(~equal, -torch.inf)
-    is_likeliest = groups.argmax(dim=2) == torch.arange(scores.shape[1], device=scores.device)
-    return groups.logsumexp(dim=2).masked_fill(~is_likeliest, -torch.inf)
+    """Add up the probabilities of scores `[N, W]` with equal numbers, at the place of the most probable one."""
+    is_equal = numbers[:, :, None] == numbers[:, None, :]
+    groups = scores[:, None, :].masked_fill(~is_equal, -torch.inf)
+    is_best = groups.argmax(dim=2) == torch.arange(scores.shape[1], device=scores.device)
+    return groups.logsumexp(dim=2).masked_fill(~is_best, -torch.inf)
 
 
-def _follow(model: Transducer, state: BeamState, scores: Tensor, chosen: Tensor) -> tuple[BeamState, list[int]]:
-    """The state of what was chosen, and the rows that have a new label and so go on."""
+def _extend(model: Transducer, state: BeamState, scores: Tensor, chosen: Tensor) -> tuple[BeamState, list[int]]:
+    """Return the state after the chosen outputs, and the rows that got a label and stay active."""
     width = scores.shape[1]
     source, rows, labels = [], [], []
     paths: list[_Path | None] = []
-    # The one transfer of a round.
+    # The only transfer of a round to the host.
     for row, (choice, probability) in enumerate(chosen.flatten(0, 1).tolist()):
-        place, output = divmod(int(max(choice, 0)), model.vocab_size)
+        hypothesis, output = divmod(int(max(choice, 0)), model.vocab_size)
         sequence = row // width
-        source.append(sequence * width + place)
+        source.append(sequence * width + hypothesis)
         path = state.paths[source[-1]] if choice >= 0 else None
         if path and output != BLANK:
-            path = _Path(state.interned.extended(path.labels, output), state.num_frames[sequence], probability, path)
+            path = _Path(state.sequences.extend(path.labels, output), state.num_frames[sequence], probability, path)
             rows.append(row)
             labels.append(output)
         paths.append(path)
@@ -211,9 +214,6 @@ def _follow(model: Transducer, state: BeamState, scores: Tensor, chosen: Tensor)
         index = torch.tensor(source, device=scores.device)
         prediction, predicted = tuple(part[index] for part in prediction), predicted[index]
     if rows:
-        index = torch.tensor(rows, device=scores.device)
-        label = torch.tensor(labels, device=scores.device)
-        one, after = model.predict(label, tuple(part[index] for part in prediction))
-        predicted = predicted.index_copy(0, index, one)
-        prediction = tuple(part.index_copy(0, index, new) for part, new in zip(prediction, after, strict=True))
+        index, label = (torch.tensor(values, device=scores.device) for values in (rows, labels))
+        prediction, predicted = predict_rows(model, label, index, prediction, predicted)
     return replace(state, prediction=prediction, predicted=predicted, scores=scores, paths=paths), rows

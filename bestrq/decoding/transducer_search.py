@@ -1,17 +1,18 @@
-"""Greedy search of a transducer, many sequences at once, in one go or chunk by chunk.
+"""Greedy search of a transducer, for a batch of sequences, in one pass or chunk by chunk.
 
-At a frame, the likeliest output is taken: a label is emitted and the frame looked at again, behind that label; the
-blank goes on to the next frame, and so does a frame that has emitted as many labels as it may.
+At each frame the most probable output is taken. A label is emitted, and the same frame is evaluated again after that
+label; the blank advances to the next frame, and so does the label that reaches the limit of labels per frame.
 
-Nothing is said about whose turn it is: the sequences need not be at the same frame. As the prediction network changes
-with labels only, a sequence looks at a block of frames at once and goes straight to the first one that has a label.
-There are as many steps as labels in the sequence with the most, about, rather than as frames and labels.
+Sequences advance independently of each other. The prediction network's state changes with labels only, so each step
+evaluates a block of frames per sequence and advances to the first one that has a label. The number of steps is thus
+about the number of labels of the longest output, not the number of frames and labels.
 
 Source: Graves 2012, arXiv 1211.3711; looping over labels: Bataev et al. 2024, "Label-looping", arXiv 2406.06220.
 
 N sequences, T encoder frames, J joint width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,26 +23,27 @@ from bestrq.decoding.tokens import BLANK, TimedTokens
 from common.errors import UserError
 
 BLOCK = 4
-"""frames that a sequence looks at in a step"""
+"""frames per sequence that are evaluated in a step"""
 
 
 PredictionState = tuple[Tensor, ...]
-"""State of a prediction network: tensors with sequences along their first axis, so that a search can select, repeat
+"""state of a prediction network: tensors with sequences along their first axis, so that a search can select, repeat
 and reorder hypotheses of any network"""
 
 
 class Transducer(Protocol):
-    """What a search needs of a model; `TransducerModel` is one."""
+    """Transducer model for a search, such as `TransducerModel`."""
 
     @property
     def vocab_size(self) -> int:
         """Outputs V of the joint network, the blank (0) included."""
 
     def start(self, num_sequences: int) -> PredictionState:
-        """The prediction network's state before the first `predict`, sequences along axis 0 of every tensor."""
+        """State of the prediction network before the first `predict`, with sequences along axis 0 of every tensor."""
 
     def predict(self, label: Tensor, state: PredictionState) -> tuple[Tensor, PredictionState]:
-        """What the joint network adds after one more label each, int64 `[N]`: `[N, J]`; and the state after it."""
+        """Prediction side of the joint network `[N, J]` after one more label per sequence, int64 `[N]`, and the new
+        state."""
 
     def joint(self, encoded: Tensor, predicted: Tensor) -> Tensor:
         """Log-probabilities `[..., V]` of frames and states `[..., J]`, which are broadcast."""
@@ -49,106 +51,153 @@ class Transducer(Protocol):
 
 @dataclass(frozen=True)
 class GreedyState:
-    """What a search has found, and what it needs to go on with the next chunk."""
+    """Output of a greedy search so far, and its state, from which the next chunk continues."""
 
     prediction: PredictionState
-    """the prediction network's state of every sequence"""
+    """state of the prediction network of each sequence"""
     predicted: Tensor
-    """[N, J]: what it said last"""
+    """last output of the prediction network, [N, J]"""
     num_frames: Tensor
     """int64 [N]: encoder frames so far, on the model's device"""
-    found: list[TimedTokens]
-    """of every sequence"""
+    skipped: Tensor
+    """int64 [N]: frames of the next chunk that the last duration skips; 0 for a transducer without durations"""
+    emitted: list[TimedTokens]
+    """tokens of each sequence. Their frames are those of their duration, which may exceed the frames so far"""
 
     def tokens(self, sequence: int) -> TimedTokens:
-        """The tokens of a sequence; `first_frame` and `last_frame` are the frame that emitted one, over all chunks."""
-        return self.found[sequence]
+        """Tokens of a sequence, with frames counted over all chunks.
+
+        A token covers the frame that emitted it or, with durations, the frames from there to the end of its duration,
+        limited to the frames so far.
+        """
+        tokens, last = self.emitted[sequence], int(self.num_frames[sequence]) - 1
+        return TimedTokens(
+            tokens.ids, tokens.first_frame, [min(frame, last) for frame in tokens.last_frame], tokens.confidence
+        )
 
 
 def check_search(encoded: Tensor, lengths: Tensor, max_symbols: int) -> None:
-    """Refuse what no search can work on.
+    """Validate the arguments of a search.
 
     Raises:
         UserError: `max_symbols` is below 1.
-        ValueError: there is not one length for each sequence, or one lies outside its frames.
+        ValueError: `lengths` does not have one length per sequence, or one is out of range.
     """
     if max_symbols < 1:
-        raise UserError(f"decoder.max_symbols is {max_symbols}: give 1 or more labels that a frame may emit")
+        raise UserError(f"decoder.max_symbols is {max_symbols}: give 1 or more labels per frame")
     if lengths.shape != encoded.shape[:1] or not ((lengths >= 0) & (lengths <= encoded.shape[1])).all():
         raise ValueError(f"lengths {lengths.tolist()} do not fit {encoded.shape[0]} sequences of {encoded.shape[1]}")
+
+
+def start_greedy(model: Transducer, encoded: Tensor, state: GreedyState | None) -> GreedyState:
+    """Return the state to continue from, or the state before the first chunk.
+
+    Raises:
+        ValueError: the state has another number of sequences.
+    """
+    if state is None:
+        zeros = torch.zeros(len(encoded), dtype=torch.int64, device=encoded.device)
+        predicted, prediction = model.predict(zeros + BLANK, model.start(len(encoded)))
+        return GreedyState(prediction, predicted, zeros, zeros, [TimedTokens([], [], []) for _ in encoded])
+    if len(state.emitted) != len(encoded):
+        raise ValueError(f"the state has {len(state.emitted)} sequences, the input {len(encoded)}")
+    return state
+
+
+def append_tokens(
+    state: GreedyState, rows: Tensor, labels: Tensor, first: Tensor, last: Tensor, probabilities: Tensor
+) -> list[TimedTokens]:
+    """Return the tokens of `state.emitted` and those of a new chunk.
+
+    Args:
+        rows, labels, first, last, probabilities: `[n]`, in the order of emission; frames are relative to the chunk.
+    """
+    emitted = [
+        TimedTokens(tokens.ids[:], tokens.first_frame[:], tokens.last_frame[:], tokens.confidence[:])
+        for tokens in state.emitted
+    ]
+    offset = state.num_frames[rows]
+    entries = torch.stack((rows, labels, first + offset, last + offset)).tolist()
+    for row, label, first_frame, last_frame, probability in zip(*entries, probabilities.tolist(), strict=True):
+        emitted[row].ids.append(label)
+        emitted[row].first_frame.append(first_frame)
+        emitted[row].last_frame.append(last_frame)
+        emitted[row].confidence.append(probability)
+    return emitted
+
+
+def predict_rows(
+    model: Transducer, label: Tensor, rows: Tensor, prediction: PredictionState, predicted: Tensor
+) -> tuple[PredictionState, Tensor]:
+    """Advance the prediction network of some sequences by one label each.
+
+    Args:
+        label: int64 `[n]`.
+        rows: int64 `[n]`, sequences to advance.
+
+    Returns:
+        the new `prediction` and `predicted` of all sequences.
+    """
+    row_predicted, row_state = model.predict(label, tuple(part[rows] for part in prediction))
+    parts = zip(prediction, row_state, strict=True)
+    prediction = tuple(part.index_copy(0, rows, row_part) for part, row_part in parts)
+    return prediction, predicted.index_copy(0, rows, row_predicted)
+
+
+def concatenate_steps(steps: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Concatenate the tensors of all steps, field by field."""
+    return tuple(torch.cat(parts) for parts in zip(*steps, strict=True))
 
 
 @torch.no_grad()
 def greedy_search(
     model: Transducer, encoded: Tensor, lengths: Tensor, max_symbols: int, state: GreedyState | None = None
 ) -> GreedyState:
-    """The labels of the likeliest output, frame after frame.
+    """Greedy search: the labels of the most probable output, frame by frame.
 
     Args:
         model: in evaluation mode, on the device of `encoded`.
-        encoded: `[N, T, J]`, what `model.encode` gives of these frames.
-        lengths: int64 `[N]` frames; what lies beyond is ignored.
-        max_symbols: labels that a frame may emit.
-        state: what the call for the frames before has returned; it stays as it is.
+        encoded: `[N, T, J]`, frames from `model.encode`.
+        lengths: int64 `[N]`, number of valid frames.
+        max_symbols: maximum number of labels per frame.
+        state: result for the previous chunk; not modified.
 
     Raises:
-        UserError, ValueError: see `check_search`; or the state is one of another number of sequences.
+        UserError: `max_symbols` is below 1.
+        ValueError: `lengths` or the state do not match `encoded`.
     """
     check_search(encoded, lengths, max_symbols)
-    state = _start(model, encoded) if state is None else state
-    if len(state.found) != len(encoded):
-        raise ValueError(f"the state is one of {len(state.found)} sequences, here are {len(encoded)}")
+    state = start_greedy(model, encoded, state)
     prediction, predicted = state.prediction, state.predicted
     lengths = lengths.to(encoded.device)
     block = torch.arange(BLOCK, device=encoded.device)
-    frame = torch.zeros_like(lengths)  # that the sequence is at
-    symbols = torch.zeros_like(lengths)  # that this frame has emitted
+    frame = torch.zeros_like(lengths)  # current frame of each sequence
+    symbols = torch.zeros_like(lengths)  # labels that this frame has emitted
     rows = lengths.nonzero().squeeze(1)
-    emissions: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    steps: list[tuple[Tensor, ...]] = []
     while len(rows):
-        ahead = frame[rows, None] + block
-        # Indices beyond the end are looked at for nothing, but must exist.
-        frames = encoded[rows[:, None], ahead.clamp(max=encoded.shape[1] - 1)]
+        block_frames = frame[rows, None] + block
+        # Frames beyond the end are masked out below, but their indices must be valid.
+        frames = encoded[rows[:, None], block_frames.clamp(max=encoded.shape[1] - 1)]
         log_probs, best = model.joint(frames, predicted[rows, None]).max(dim=-1)
-        labelled = (best != BLANK) & (ahead < lengths[rows, None])
-        emits, first = labelled.max(dim=1)
+        has_label = (best != BLANK) & (block_frames < lengths[rows, None])
+        emits, first = has_label.max(dim=1)
         here = frame[rows] + torch.where(emits, first, BLOCK)
-        # A label more of the frame that it was at, or the first one of another.
+        # One more label of the current frame, or the first label of another frame.
         count = torch.where(first == 0, symbols[rows], 0) + 1
-        full = emits & (count == max_symbols)
-        frame[rows] = here + full
-        symbols[rows] = torch.where(emits & ~full, count, 0)
-        # The one transfer of a step: everything behind it has a shape that is known.
-        emits_here, goes_on = torch.stack((emits, frame[rows] < lengths[rows])).cpu()
+        is_full = emits & (count == max_symbols)
+        frame[rows] = here + is_full
+        symbols[rows] = torch.where(emits & ~is_full, count, 0)
+        # The only transfer of a step to the host: the shapes of all later tensors follow from it.
+        emits_here, continues = torch.stack((emits, frame[rows] < lengths[rows])).cpu()
         if emits_here.any():
             emitting = rows[emits_here]
             label, log_prob = (part.gather(1, first[:, None]).squeeze(1)[emits_here] for part in (best, log_probs))
-            emissions.append((emitting, label, here[emits_here], log_prob))
-            one, after = model.predict(label, tuple(part[emitting] for part in prediction))
-            predicted = predicted.index_copy(0, emitting, one)
-            prediction = tuple(part.index_copy(0, emitting, new) for part, new in zip(prediction, after, strict=True))
-        rows = rows[goes_on]
-    found = _append(state, emissions)
-    return GreedyState(prediction, predicted, state.num_frames + lengths, found)
-
-
-def _start(model: Transducer, encoded: Tensor) -> GreedyState:
-    nothing = torch.zeros(len(encoded), dtype=torch.int64, device=encoded.device)
-    predicted, prediction = model.predict(nothing + BLANK, model.start(len(encoded)))
-    return GreedyState(prediction, predicted, nothing, [TimedTokens([], [], []) for _ in encoded])
-
-
-def _append(state: GreedyState, emissions: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[TimedTokens]:
-    """Tokens found before and after; emissions are rows, labels, frames and log-probabilities of a step each, in the
-    order of steps."""
-    found = [TimedTokens(one.ids[:], one.first_frame[:], one.last_frame[:], one.confidence[:]) for one in state.found]
-    if emissions:
-        rows, labels, places, log_probs = (torch.cat(parts) for parts in zip(*emissions, strict=True))
-        places = places + state.num_frames[rows]
-        entries = torch.stack((rows, labels, places)).tolist()
-        for row, label, place, probability in zip(*entries, log_probs.exp().tolist(), strict=True):
-            found[row].ids.append(label)
-            found[row].first_frame.append(place)
-            found[row].last_frame.append(place)
-            found[row].confidence.append(probability)
-    return found
+            steps.append((emitting, label, here[emits_here], log_prob))
+            prediction, predicted = predict_rows(model, label, emitting, prediction, predicted)
+        rows = rows[continues]
+    emitted = state.emitted
+    if steps:
+        emitting, labels, places, log_prob = concatenate_steps(steps)
+        emitted = append_tokens(state, emitting, labels, places, places, log_prob.exp())
+    return GreedyState(prediction, predicted, state.num_frames + lengths, state.skipped, emitted)

@@ -1,1 +1,1 @@
-"""Inference on whole recordings in windows."""
+"""Inference on long recordings, in overlapping windows or as a stream."""

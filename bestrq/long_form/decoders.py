@@ -1,33 +1,33 @@
-"""Decoders: from whole recordings to timed tokens, whatever the model.
+"""Decoders: from whole recordings to timed tokens, with CTC or transducer models, greedy or beam search.
 
-A decoder has two halves. The first works on windows of recordings, batched, and gives what is needed of every encoder
-frame; `inference` puts these together to whole recordings. The second searches these, several recordings at once.
+A decoder has two stages. The first runs on batches of windows and reduces the model's outputs to the part that the
+search needs; `inference` assembles these to whole recordings. The second searches several recordings at a time.
 
-N recordings, T encoder frames, V vocabulary, J joint width.
+N recordings, R rows, T encoder frames, K labels per frame.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from bestrq.decoding.ctc_beam import ctc_beam_search, likeliest_labels
+from bestrq.decoding.ctc_beam import ctc_beam_search, top_labels
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.hot_words import read_hot_words
+from bestrq.decoding.hypotheses import Rescorer, best_hypothesis
 from bestrq.decoding.ngram import read_arpa
-from bestrq.decoding.sequences import Rescorer, choose
 from bestrq.decoding.tokens import BLANK, TimedTokens, greedy_ctc
 from bestrq.decoding.transducer_beam import beam_search
 from bestrq.long_form.inference import (
     InferenceSettings,
-    Outputs,
-    Source,
+    OutputFunction,
+    RecordingSource,
     StreamedOutputs,
     excluded_frames,
-    transcribe,
+    model_outputs,
 )
 from bestrq.long_form.stitching import stitch_recordings
 from bestrq.recognition.transducer import TransducerModel
@@ -37,39 +37,34 @@ from common.segments import Segments
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """How tokens are found in what the model gives."""
+    """Search for the tokens, from the outputs of the model."""
 
     head: Literal["auto", "ctc", "rnnt"] = "auto"
-    """decoder of a hybrid model; auto takes the transducer where there is one"""
-    beam: int = 1
-    """hypotheses kept; 1 is greedy"""
-    max_symbols: int = 10
-    """labels that a transducer may emit at one encoder frame"""
+    """decoder of a hybrid model; auto uses the transducer if the model has one"""
+    beam: PositiveInt = 1
+    """number of hypotheses; 1 is greedy search"""
+    max_symbols: PositiveInt = 10
+    """maximum number of labels that a transducer emits per encoder frame"""
     language_model: str = ""
-    """token n-gram (ARPA, made by tools/train_ngram.py) for shallow fusion; needs a beam of 2 or more"""
+    """token n-gram (ARPA file of tools/train_ngram.py) for shallow fusion; needs a beam of 2 or more"""
     language_model_weight: float = 0.3
-    """factor of its log-probabilities"""
+    """factor of the language model's log-probabilities"""
     label_bonus: float = 0.0
-    """added for every label, in nats: makes up for what the language model takes from long hypotheses"""
+    """length bonus per label, in nats; compensates for the language model's preference for short hypotheses"""
     hot_words: str = ""
-    """text file of phrases that are likely to be said, one a line, perhaps with a tab and a weight of its own; needs a
-    beam of 2 or more"""
-    hot_word_weight: float = 1.5
-    """added for every label of a hot word, in nats, where its line has no weight; taken back if it breaks off"""
-    ctc_labels: int = 32
-    """outputs that a CTC beam looks at in a frame, the likeliest"""
+    """text file with phrases to prefer, one per line, optionally followed by a tab and a weight; needs a beam of 2 or
+    more"""
+    hot_word_weight: PositiveFloat = 1.5
+    """score in nats per label of a hot word whose line has no weight; subtracted if the phrase is not completed"""
+    ctc_labels: PositiveInt = 32
+    """number of most probable outputs per frame that a CTC beam search considers"""
     ctc_min_log_prob: float = -10.0
-    """outputs of a frame below this log-probability are left out by a CTC beam; lower is slower"""
+    """a CTC beam search ignores outputs of a frame below this log-probability; lower is slower"""
 
     def __post_init__(self) -> None:
-        for name in ("beam", "max_symbols", "ctc_labels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"decoder.{name} is {getattr(self, name)}: give 1 or more")
         for name in ("language_model", "label_bonus", "hot_words"):
             if getattr(self, name) and self.beam == 1:
                 raise UserError(f"decoder.{name} is given, but decoder.beam is 1 (greedy): give a beam such as 8")
-        if not 0 < self.hot_word_weight < math.inf:
-            raise UserError(f"decoder.hot_word_weight is {self.hot_word_weight}: give a positive number, such as 1.5")
         if not self.ctc_min_log_prob <= 0:
             raise UserError(f"decoder.ctc_min_log_prob is {self.ctc_min_log_prob}: give 0 or less, such as -10")
 
@@ -77,14 +72,14 @@ class DecoderSettings:
 def read_fusion(
     settings: DecoderSettings, pieces: Sequence[str], encode: Callable[[str], Sequence[int]]
 ) -> Fusion | None:
-    """What a beam adds to the model's scores, of the files that the settings name; None where that is nothing.
+    """Read the language model and hot words of a beam search; None if the settings have no fusion.
 
     Args:
-        pieces: how the tokenizer writes every id, `[V]`.
-        encode: the tokenizer's, text to ids.
+        pieces: piece of each id of the tokenizer, `[V]`.
+        encode: the tokenizer's function from text to ids.
 
     Raises:
-        UserError: a file cannot be read, or does not fit the tokenizer.
+        UserError: a file cannot be read, or does not match the tokenizer.
     """
     if settings.beam == 1 or not (settings.language_model or settings.hot_words or settings.label_bonus):
         return None
@@ -98,31 +93,37 @@ def read_fusion(
 
 
 class Decoder(Protocol):
-    """The two halves; see above."""
+    """Model outputs, their reduction, and the search."""
 
     @property
     def description(self) -> str:
-        """For a report, such as "greedy CTC, no language model"."""
+        """Description for a report, such as "greedy CTC, no language model"."""
 
     @property
     def stream(self) -> StreamedOutputs | None:
-        """`outputs` of a stream, where it is known."""
+        """Streaming version of `outputs`, if the decoder has one."""
 
     def outputs(self, log_mel: Tensor, segments: Segments) -> Tensor:
-        """What the model gives of every frame, `[R, T, ...]`."""
+        """Model outputs at every frame, `[R, T, ...]`."""
 
     def reduce(self, outputs: Tensor) -> Tensor:
-        """What of it is kept, `[n, ...]`."""
+        """Reduce outputs to the part that the search needs, `[n, ...]`."""
 
     def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
-        """Tokens of N recordings from what was kept, `[T, ...]` each; none at the excluded frames, bool `[T]`."""
+        """Tokens of N recordings, none of them at excluded frames.
+
+        Args:
+            outputs: reduced outputs of each recording, `[T, ...]`.
+            excluded: mask of excluded frames of each recording, bool `[T]`.
+        """
 
 
 @dataclass(frozen=True)
 class GreedyCTC:
-    """The best path of a CTC head. log_probs: of `CTCModel`, or `ctc_log_probs` of a hybrid."""
+    """Best path of a CTC head."""
 
-    log_probs: Outputs
+    log_probs: OutputFunction
+    """`CTCModel.log_probs`, or `ctc_log_probs` of a hybrid model"""
     stream: StreamedOutputs | None = None
 
     @property
@@ -133,22 +134,22 @@ class GreedyCTC:
         return self.log_probs(log_mel, segments)
 
     def reduce(self, outputs: Tensor) -> Tensor:
-        """The best output of every frame and its log-probability, `[n, 2]`."""
-        return likeliest_labels(outputs, 1).squeeze(-2)
+        """Best output of each frame and its log-probability, `[n, 2]`."""
+        return top_labels(outputs, 1).squeeze(-2)
 
     def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
-        found = []
-        for one, out in zip(outputs, excluded, strict=True):
-            ids = one[:, 0].long().masked_fill(out, BLANK)
-            found += greedy_ctc(ids[None], torch.tensor([len(one)]), one[None, :, 1])
-        return found
+        tokens = []
+        for frames, mask in zip(outputs, excluded, strict=True):
+            ids = frames[:, 0].long().masked_fill(mask, BLANK)
+            tokens += greedy_ctc(ids[None], torch.tensor([len(frames)]), frames[None, :, 1])
+        return tokens
 
 
 @dataclass(frozen=True)
 class BeamCTC:
-    """Prefix beam search of a CTC head over whole recordings; an excluded frame is a blank."""
+    """Prefix beam search of a CTC head over whole recordings. An excluded frame is a blank."""
 
-    log_probs: Outputs
+    log_probs: OutputFunction
     settings: DecoderSettings
     fusion: Fusion | None = None
     rescorer: Rescorer | None = None
@@ -162,25 +163,25 @@ class BeamCTC:
         return self.log_probs(log_mel, segments)
 
     def reduce(self, outputs: Tensor) -> Tensor:
-        """The likeliest outputs of every frame, `[n, K, 2]`: of an hour and a large vocabulary, all are too many."""
-        return likeliest_labels(outputs, self.settings.ctc_labels)
+        """Top outputs of each frame, `[n, K, 2]`; all outputs of a long recording would need too much memory."""
+        return top_labels(outputs, self.settings.ctc_labels)
 
     def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
-        how = self.settings
-        found = []
-        for one, out in zip(outputs, excluded, strict=True):
-            blank = torch.full_like(one[0], -torch.inf)
+        settings = self.settings
+        tokens = []
+        for frames, mask in zip(outputs, excluded, strict=True):
+            blank = torch.full_like(frames[0], -torch.inf)
             blank[:, 0] = BLANK
             blank[0, 1] = 0.0
-            heard = torch.where(out[:, None, None], blank, one)
-            beam = ctc_beam_search(heard, how.beam, self.fusion, how.ctc_min_log_prob)
-            found.append(choose(beam.hypotheses(), self.rescorer).tokens)
-        return found
+            frames = torch.where(mask[:, None, None], blank, frames)
+            beam = ctc_beam_search(frames, settings.beam, self.fusion, settings.ctc_min_log_prob)
+            tokens.append(best_hypothesis(beam.hypotheses(), self.rescorer).tokens)
+        return tokens
 
 
 @dataclass(frozen=True)
 class TransducerDecoder:
-    """Greedy or beam search of a transducer over whole recordings; excluded frames are not there for it."""
+    """Greedy or beam search of a transducer over whole recordings. Excluded frames are removed before the search."""
 
     model: TransducerModel
     settings: DecoderSettings
@@ -205,21 +206,26 @@ class TransducerDecoder:
 
     @torch.no_grad()
     def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
-        heard = [(~one).nonzero().squeeze(1) for one in excluded]
+        kept = [(~mask).nonzero().squeeze(1) for mask in excluded]
         device = next(self.model.parameters()).device
-        frames = [one[frame].to(device) for one, frame in zip(outputs, heard, strict=True)]
-        encoded = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
-        lengths = torch.tensor([len(one) for one in frames], device=device)
-        how = self.settings
-        if how.beam == 1:
-            greedy = self.model.greedy(encoded, lengths, how.max_symbols)
-            found = [greedy.tokens(n) for n in range(len(frames))]
+        sequences = [frames[indices].to(device) for frames, indices in zip(outputs, kept, strict=True)]
+        encoded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        settings = self.settings
+        if settings.beam == 1:
+            greedy = self.model.greedy(encoded, lengths, settings.max_symbols)
+            decoded = [greedy.tokens(n) for n in range(len(sequences))]
         else:
-            beam = beam_search(self.model, encoded, lengths, how.beam, how.max_symbols, self.fusion)
-            found = [choose(beam.hypotheses(n), self.rescorer).tokens for n in range(len(frames))]
+            beam = beam_search(self.model, encoded, lengths, settings.beam, settings.max_symbols, self.fusion)
+            decoded = [best_hypothesis(beam.hypotheses(n), self.rescorer).tokens for n in range(len(sequences))]
         return [
-            TimedTokens(one.ids, frame[one.first_frame].tolist(), frame[one.last_frame].tolist(), one.confidence)
-            for one, frame in zip(found, heard, strict=True)
+            TimedTokens(
+                tokens.ids,
+                indices[tokens.first_frame].tolist(),
+                indices[tokens.last_frame].tolist(),
+                tokens.confidence,
+            )
+            for tokens, indices in zip(decoded, kept, strict=True)
         ]
 
 
@@ -231,20 +237,20 @@ def _describe_beam(settings: DecoderSettings, fusion: Fusion | None, rescorer: R
 
 def decode_recordings(
     decoder: Decoder,
-    sources: Sequence[Source],
+    sources: Sequence[RecordingSource],
     settings: InferenceSettings,
     stride: int,
     frames_per_second: float,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, TimedTokens]]:
-    """Tokens of whole recordings, and the encoder frames that they came from; each with the index of its source.
+    """Tokens of whole recordings with their encoder frames, each with the index of its source.
 
-    Recordings are searched together as long as they are within `settings.batch_seconds`, padding included: put those
-    of similar length side by side. In mode 'stitched' every window is searched by itself.
+    Recordings are searched together up to `settings.batch_seconds`, including padding: sort them by length. In mode
+    'stitched', each window is searched separately.
 
     Args:
-        stride: mel frames of an encoder frame (`encoder.settings.stride`).
-        frames_per_second: mel frames of a second.
+        stride: mel frames per encoder frame (`encoder.settings.stride`).
+        frames_per_second: mel frames per second.
     """
     if settings.mode == "stitched":
         search, reduce = decoder.search, decoder.reduce
@@ -253,22 +259,22 @@ def decode_recordings(
         )  # fmt: skip
         return
     rate = frames_per_second / stride
-    waiting: list[tuple[int, Tensor]] = []
-    for index, kept in transcribe(
+    pending: list[tuple[int, Tensor]] = []
+    for index, outputs in model_outputs(
         decoder.outputs, sources, settings, stride, frames_per_second, device, decoder.reduce, decoder.stream
     ):  # fmt: skip
-        longest = max(len(one) for _, one in [*waiting, (index, kept)])
-        if waiting and longest * (len(waiting) + 1) > settings.batch_seconds * rate:
-            yield from _search(decoder, sources, waiting, rate)
-            waiting = []
-        waiting.append((index, kept))
-    if waiting:
-        yield from _search(decoder, sources, waiting, rate)
+        longest = max(len(frames) for _, frames in [*pending, (index, outputs)])
+        if pending and longest * (len(pending) + 1) > settings.batch_seconds * rate:
+            yield from _search(decoder, sources, pending, rate)
+            pending = []
+        pending.append((index, outputs))
+    if pending:
+        yield from _search(decoder, sources, pending, rate)
 
 
 def _search(
-    decoder: Decoder, sources: Sequence[Source], waiting: list[tuple[int, Tensor]], rate: float
+    decoder: Decoder, sources: Sequence[RecordingSource], pending: list[tuple[int, Tensor]], rate: float
 ) -> Iterator[tuple[int, TimedTokens]]:
-    excluded = [excluded_frames(sources[index], len(kept), rate) for index, kept in waiting]
-    found = decoder.search([kept for _, kept in waiting], excluded)
-    yield from zip((index for index, _ in waiting), found, strict=True)
+    excluded = [excluded_frames(sources[index], len(frames), rate) for index, frames in pending]
+    tokens = decoder.search([frames for _, frames in pending], excluded)
+    yield from zip((index for index, _ in pending), tokens, strict=True)

@@ -1,18 +1,20 @@
-"""Recordings of any length through an encoder of bounded context.
+"""Inference on recordings of any length with an encoder of bounded context.
 
-A recording longer than the context is cut into overlapping windows. A frame near a window's edge has seen little of its
-surroundings, and the next window sees more: so only the centre of every window is kept ("buffered"; each encoder frame
-is written exactly once), or the windows' outputs are averaged. Windows of one or of many recordings share a batch, each
-in a row of its own. Encoders that look back only are streamed instead: chunk by chunk with what they remember.
+A recording longer than the context is cut into overlapping windows. A frame near the edge of a window lacks context on
+one side, and has it in the neighbouring window. Therefore either only the centre of each window is kept ("buffered":
+each encoder frame is written exactly once), or the outputs of all windows are averaged ("averaged"). Windows of one or
+several recordings form a batch, one window per row. Encoders that only look back can be streamed instead, chunk by
+chunk with cached states.
 
-R rows, F mel frames in a row, M mel bins, T encoder frames, D model width, V vocabulary, S segment slots.
+R rows, F mel frames per row, M mel bins, T encoder frames, D model width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from bestrq.long_form.windows import RunningAverage, Window, are_log_probs, plan_windows
@@ -26,93 +28,85 @@ Mode = Literal["buffered", "averaged", "whole", "streaming", "stitched"]
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How whole recordings are cut, batched and computed."""
+    """Windows, batches and precision of inference on whole recordings."""
 
     mode: Mode = "buffered"
-    """what becomes of the windows of a recording: 'buffered' keeps the centre of each, 'averaged' takes the mean of
-    their CTC probabilities, 'stitched' searches each and joins the transcripts; 'whole' has no windows but one pass;
-    'streaming' goes chunk by chunk with caches (encoders with mask 'chunk' and causal convolutions)"""
-    context_seconds: float = 20.0
-    """length of a window; 0 gives every recording in one pass, whatever its length, as 'whole' does"""
+    """'buffered' keeps the centre of each window; 'averaged' averages the CTC probabilities of overlapping windows;
+    'stitched' decodes each window and joins the transcripts; 'whole' uses no windows but a single pass; 'streaming'
+    processes chunks with cached states (encoders with mask 'chunk' and causal convolutions)"""
+    context_seconds: NonNegativeFloat = 20.0
+    """length of a window; 0 processes each recording in a single pass, regardless of its length, like 'whole'"""
     overlap: float = 0.25
-    """share of a window that others see too: half at each of its ends. Costs 1 / (1 - overlap) times the compute; 0
-    is plain chunking"""
-    batch_seconds: float = 120.0
-    """audio in a batch, padding included; a window longer than this is a batch by itself"""
+    """share of a window that overlaps with others, half of it at each end, from 0 to below 1. Multiplies the compute by
+    1 / (1 - overlap); 0 is plain chunking"""
+    batch_seconds: PositiveFloat = 120.0
+    """audio per batch, including padding; a longer window forms a batch alone"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the encoder, by autocast; log-probabilities are always float32"""
+    """precision of the encoder, by autocast; log-probabilities are always float32"""
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"inference.mode = {self.mode!r}: choose one of {', '.join(get_args(Mode))}")
-        if self.context_seconds < 0:
-            raise UserError(
-                f"inference.context_seconds = {self.context_seconds}: choose seconds, or 0 for whole recordings"
-            )
         if not 0.0 <= self.overlap < 1.0:
             raise UserError(f"inference.overlap = {self.overlap}: choose a share from 0 to below 1, such as 0.25")
-        if self.batch_seconds <= 0:
-            raise UserError(f"inference.batch_seconds = {self.batch_seconds}: choose a positive number of seconds")
 
-    def context(self, factor: int, frames_per_second: float) -> int:
+    def context(self, stride: int, frames_per_second: float) -> int:
         """Mel frames of a window; 0 for the whole recording.
 
         Raises:
-            UserError: it is shorter than an encoder frame, of `factor` mel frames.
+            UserError: the window is shorter than an encoder frame, which has `stride` mel frames.
         """
         if self.mode in ("whole", "streaming") or self.context_seconds == 0:
             return 0
         context = round(self.context_seconds * frames_per_second)
-        if context < factor:
+        if context < stride:
             raise UserError(
                 f"inference.context_seconds = {self.context_seconds}: less than an encoder frame of "
-                f"{factor / frames_per_second} s; choose several seconds, or 0 for whole recordings"
+                f"{stride / frames_per_second} s; choose several seconds, or 0 for whole recordings"
             )
         return context
 
 
 class RecordingError(UserError):
-    """A recording cannot be used. The message names it; the others can be decoded without it."""
+    """A recording cannot be decoded. The message names it; the others can be decoded without it."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
         self.index = index
-        """of the source"""
+        """index of the source"""
 
 
-Outputs = Callable[[Tensor, Segments], Tensor]
-"""Log-mel `[R, F, M]` and its segments to a model's output at every frame, `[R, T, ...]`"""
+OutputFunction = Callable[[Tensor, Segments], Tensor]
+"""function from log-mel `[R, F, M]` and its segments to the model's outputs at every frame, `[R, T, ...]`"""
 
 
 @dataclass(frozen=True)
 class StreamedOutputs:
-    """What `Outputs` gives, from an encoder that can stream and a head that looks at one frame at a time."""
+    """`OutputFunction` of a stream: an encoder that can stream, and a head applied to single frames."""
 
     encoder: ConformerEncoder
     head: Callable[[Tensor], Tensor]
-    """encoder frames `[T, D]` to `[T, ...]`"""
+    """encoder frames `[T, D]` to outputs `[T, ...]`"""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A recording that can be read in parts."""
+class RecordingSource:
+    """Recording that can be read in parts."""
 
     num_frames: int
     """mel frames, at least 1"""
     read_mel: Callable[[int, int], Tensor]
-    """normalised log-mel of the frames from a start to a stop, float32 `[stop - start, M]`"""
+    """function from start and stop to the normalised log-mel of these frames, float32 `[stop - start, M]`"""
     excluded: Sequence[tuple[float, float]] = ()
-    """stretches (start, end) in seconds that are heard but not scored: see `excluded_frames`"""
+    """intervals (start, end) in seconds that are encoded but not decoded: see `excluded_frames`"""
     name: str = ""
-    """what an error calls it"""
+    """name for error messages"""
 
 
 @torch.no_grad()
-def transcribe(
-    outputs: Outputs,
-    sources: Sequence[Source],
+def model_outputs(
+    outputs: OutputFunction,
+    sources: Sequence[RecordingSource],
     settings: InferenceSettings,
-    factor: int,
+    stride: int,
     frames_per_second: float,
     device: torch.device | str = "cpu",
     reduce: Callable[[Tensor], Tensor] = lambda output: output,
@@ -120,86 +114,87 @@ def transcribe(
 ) -> Iterator[tuple[int, Tensor]]:
     """Outputs of whole recordings, each as soon as its last window is done.
 
-    Memory holds one batch, the frames that a later window sees too, and what is kept of the recordings in it; never
-    the features of a whole recording that is longer than the context. Put recordings of similar length side by side:
+    Memory holds one batch, the frames that overlap with the next window, and the reduced outputs of the recordings in
+    the batch; never the features of a whole recording that is longer than the context. Sort recordings by length:
     rows of a batch are padded to the longest.
 
     Args:
         outputs: such as `CTCModel.log_probs` of a model in evaluation mode, on `device`.
-        factor: mel frames of an encoder frame (`encoder.settings.stride`).
-        frames_per_second: mel frames of a second.
-        reduce: what is kept of finished frames' outputs `[n, ...]` before they leave the device, `[n, ...]`; called in
-            the order of frames and sources. Greedy CTC needs only `lambda log_probs: log_probs.argmax(-1)`.
-        stream: of the same model, for mode 'streaming'.
+        stride: mel frames per encoder frame (`encoder.settings.stride`).
+        frames_per_second: mel frames per second.
+        reduce: function applied to finished frames' outputs `[n, ...]` before they leave the device, to `[n, ...]`;
+            called in the order of sources and frames. Greedy CTC only needs `lambda log_probs: log_probs.argmax(-1)`.
+        stream: streaming version of the same model, for mode 'streaming'.
 
     Yields:
-        index of the source, and its outputs on the CPU, T = ceil(num_frames / factor) of them, reduced.
+        index of the source, and its reduced outputs on the CPU, T = ceil(num_frames / stride) of them.
 
     Raises:
-        UserError: the model, or what is done with the outputs, does not go with `settings.mode`.
+        UserError: the model or its outputs do not support `settings.mode`.
         RecordingError: features are not finite.
     """
     if settings.mode == "stitched":
         raise UserError(
-            "inference.mode = 'stitched' joins transcripts, but frames are wanted here: choose 'buffered' or 'averaged'"
+            "inference.mode = 'stitched' joins transcripts, but this needs outputs per frame: choose 'buffered' or "
+            "'averaged'"
         )
     if settings.mode == "streaming":
         if stream is None:
-            raise UserError("inference.mode = 'streaming' is not possible here: choose 'buffered' or 'whole'")
+            raise UserError("inference.mode = 'streaming' is not supported here: choose 'buffered' or 'whole'")
         finished = _stream(stream, sources, settings, device)
     elif settings.mode == "averaged":
-        finished = _average(outputs, sources, settings, factor, frames_per_second, device)
+        finished = _average(outputs, sources, settings, stride, frames_per_second, device)
     else:
-        finished = _keep_centres(outputs, sources, settings, factor, frames_per_second, device)
+        finished = _keep_centres(outputs, sources, settings, stride, frames_per_second, device)
     whole, filled = torch.empty(0), 0
     for index, frames, is_last in finished:
-        kept = reduce(frames)
+        reduced = reduce(frames)
         if not filled:
-            # At once: small pieces that stay would keep the allocator from joining what is freed between them.
-            whole = torch.empty(-(-sources[index].num_frames // factor), *kept.shape[1:], dtype=kept.dtype)
-        whole[filled : filled + len(kept)] = kept
-        filled += len(kept)
-        del frames, kept
+            # Allocated at once: small tensors that stay allocated would fragment the memory freed between them.
+            whole = torch.empty(-(-sources[index].num_frames // stride), *reduced.shape[1:], dtype=reduced.dtype)
+        whole[filled : filled + len(reduced)] = reduced
+        filled += len(reduced)
+        del frames, reduced
         if is_last:
             yield index, whole
             filled = 0
 
 
 Finished = tuple[int, Tensor, bool]
-"""source, outputs of the next of its frames, and whether they are its last"""
+"""index of a source, outputs of its next frames, and whether they are the last"""
 
 
 def _keep_centres(
-    outputs: Outputs, sources: Sequence[Source], settings: InferenceSettings, factor: int, rate: float,
+    outputs: OutputFunction, sources: Sequence[RecordingSource], settings: InferenceSettings, stride: int, rate: float,
     device: torch.device | str,
 ) -> Iterator[Finished]:  # fmt: skip
-    for done in run_windows(outputs, sources, settings, factor, rate, device):
-        for (index, window, following), frames in done:
-            offset = window.start // factor
+    for batch in run_windows(outputs, sources, settings, stride, rate, device):
+        for (index, window, following), frames in batch:
+            offset = window.start // stride
             yield index, frames[window.keep_start - offset : window.keep_stop - offset], following is None
             del frames
 
 
 def _average(
-    outputs: Outputs, sources: Sequence[Source], settings: InferenceSettings, factor: int, rate: float,
+    outputs: OutputFunction, sources: Sequence[RecordingSource], settings: InferenceSettings, stride: int, rate: float,
     device: torch.device | str,
 ) -> Iterator[Finished]:  # fmt: skip
     average, is_checked = RunningAverage(), False
-    for done in run_windows(outputs, sources, settings, factor, rate, device):
-        for (index, window, following), frames in done:
+    for batch in run_windows(outputs, sources, settings, stride, rate, device):
+        for (index, window, following), frames in batch:
             if not is_checked and not (frames.dim() == 2 and are_log_probs(frames)):
                 raise UserError(
-                    "inference.mode = 'averaged' takes the mean of CTC probabilities, which this decoder does not "
-                    "have: choose 'buffered' or 'stitched'"
+                    "inference.mode = 'averaged' averages CTC probabilities, which this decoder does not have: choose "
+                    "'buffered' or 'stitched'"
                 )
             is_checked = True
-            num_finished = len(frames) if following is None else (following.start - window.start) // factor
+            num_finished = len(frames) if following is None else (following.start - window.start) // stride
             yield index, average.add(frames, num_finished), following is None
             del frames
 
 
 def _stream(
-    stream: StreamedOutputs, sources: Sequence[Source], settings: InferenceSettings, device: torch.device | str
+    stream: StreamedOutputs, sources: Sequence[RecordingSource], settings: InferenceSettings, device: torch.device | str
 ) -> Iterator[Finished]:
     encoder = stream.encoder
     chunk = encoder.settings.chunk_size * encoder.settings.stride
@@ -214,53 +209,54 @@ def _stream(
             yield index, frames, stop == source.num_frames
 
 
-def excluded_frames(source: Source, num_frames: int, frames_per_second: float) -> Tensor:
-    """Which of a source's encoder frames have their middle in an excluded stretch: bool `[num_frames]`.
+def excluded_frames(source: RecordingSource, num_frames: int, frames_per_second: float) -> Tensor:
+    """Mask of the encoder frames whose centre is in an excluded interval, bool `[num_frames]`.
 
-    frames_per_second: encoder frames of a second.
+    Args:
+        frames_per_second: encoder frames per second.
     """
     seconds = (0.5 + torch.arange(num_frames)) / frames_per_second
-    inside = torch.zeros(num_frames, dtype=torch.bool)
+    is_excluded = torch.zeros(num_frames, dtype=torch.bool)
     for start, end in source.excluded:
-        inside |= (seconds >= start) & (seconds < end)
-    return inside
+        is_excluded |= (seconds >= start) & (seconds < end)
+    return is_excluded
 
 
 Task = tuple[int, Window, Window | None]
-"""source, window, and the source's next window: None after the last"""
+"""index of a source, one of its windows, and the next window of the source, None after the last"""
 
 
 @torch.no_grad()
 def run_windows(
-    outputs: Outputs,
-    sources: Sequence[Source],
+    outputs: OutputFunction,
+    sources: Sequence[RecordingSource],
     settings: InferenceSettings,
-    factor: int,
+    stride: int,
     frames_per_second: float,
     device: torch.device | str,
 ) -> Iterator[list[tuple[Task, Tensor]]]:
-    """All windows of all recordings in order, a batch at a time, with their outputs `[T, ...]` on the device."""
-    for batch in _batches(sources, settings, factor, frames_per_second):
-        rows = _run_batch(outputs, sources, batch, settings, factor, device)
-        done = [
-            (task, row[: -(-(task[1].stop - task[1].start) // factor)]) for task, row in zip(batch, rows, strict=True)
+    """Yield batches of windows, in order of sources and windows, with their outputs `[T, ...]` on the device."""
+    for tasks in _batches(sources, settings, stride, frames_per_second):
+        rows = _run_batch(outputs, sources, tasks, settings, stride, device)
+        batch = [
+            (task, row[: -(-(task[1].stop - task[1].start) // stride)]) for task, row in zip(tasks, rows, strict=True)
         ]
         del rows
-        yield done
-        # Or these outputs would lie beside those of the next batch. Who is given them must let go of them, too.
-        done.clear()
+        yield batch
+        # Frees these outputs before the next batch is computed, if the caller holds no other reference to them.
+        batch.clear()
 
 
 def _batches(
-    sources: Sequence[Source], settings: InferenceSettings, factor: int, frames_per_second: float
+    sources: Sequence[RecordingSource], settings: InferenceSettings, stride: int, frames_per_second: float
 ) -> Iterator[list[Task]]:
-    """As many windows at a time as the budget allows."""
-    context = settings.context(factor, frames_per_second)
+    """Yield batches of windows, each of at most `batch_seconds` or a single window."""
+    context = settings.context(stride, frames_per_second)
     budget = settings.batch_seconds * frames_per_second
     batch: list[Task] = []
     longest = 0
     for index, source in enumerate(sources):
-        windows = plan_windows(source.num_frames, context, settings.overlap, factor)
+        windows = plan_windows(source.num_frames, context, settings.overlap, stride)
         for window, following in zip(windows, [*windows[1:], None], strict=True):
             length = max(longest, window.stop - window.start)
             if batch and length * (len(batch) + 1) > budget:
@@ -273,13 +269,13 @@ def _batches(
 
 
 def _run_batch(
-    outputs: Outputs, sources: Sequence[Source], batch: list[Task], settings: InferenceSettings, factor: int,
-    device: torch.device | str,
+    outputs: OutputFunction, sources: Sequence[RecordingSource], batch: list[Task], settings: InferenceSettings,
+    stride: int, device: torch.device | str,
 ) -> Tensor:  # fmt: skip
-    """Outputs of the windows, `[R, T, ...]` on the device; frames after a window's end mean nothing."""
+    """Outputs of windows, `[R, T, ...]` on the device. Outputs at padding frames are unused."""
     mels = [_read(sources[index], index, window.start, window.stop) for index, window, _ in batch]
     lengths = torch.tensor([[len(mel)] for mel in mels])
-    row_frames = -(-int(lengths.max()) // factor) * factor
+    row_frames = -(-int(lengths.max()) // stride) * stride
     rows = mels[0].new_zeros(len(mels), row_frames, mels[0].shape[1])
     for row, mel in zip(rows, mels, strict=True):
         row[: len(mel)] = mel
@@ -287,10 +283,10 @@ def _run_batch(
         return outputs(rows.to(device), Segments(torch.zeros_like(lengths), lengths, row_frames))
 
 
-def _read(source: Source, index: int, start: int, stop: int) -> Tensor:
+def _read(source: RecordingSource, index: int, start: int, stop: int) -> Tensor:
     log_mel = source.read_mel(start, stop)
-    # The quickest look that any NaN or infinity survives. Attention would spread it over the window, where the
-    # likeliest label of nothing but NaN is the blank: a silent hole.
+    # The sum is the fastest check that any NaN or infinity survives. Attention would spread a NaN over the window, and
+    # argmax over NaN is the blank: the window would silently have no tokens.
     if not torch.isfinite(log_mel.sum()):
         name = source.name or f"recording {index}"
         raise RecordingError(index, f"{name}: features of the mel frames {start} to {stop} are not finite numbers")

@@ -1,8 +1,8 @@
-"""Transcripts of overlapping windows joined at token times.
+"""Stitching: transcripts of overlapping windows, joined by token times.
 
-Each window is searched by itself, so no search goes on for longer than a window: what a transducer's prediction network
-has been told an hour ago cannot lead it astray. Two windows tell the same story in their overlap, but for their edges,
-where a word may be cut. They are joined behind a token that both have, the one nearest to the middle of the overlap.
+Each window is decoded separately, so no search runs for longer than a window, and the state of a transducer's
+prediction network cannot drift over an hour. Two windows agree in most of their overlap, but words may be cut at its
+edges. They are joined after a common token, the one nearest to the middle of the overlap.
 """
 
 from bisect import bisect_left
@@ -14,44 +14,51 @@ import torch
 from torch import Tensor
 
 from bestrq.decoding.tokens import TimedTokens
-from bestrq.long_form.inference import InferenceSettings, Outputs, Source, excluded_frames, run_windows
+from bestrq.long_form.inference import (
+    InferenceSettings,
+    OutputFunction,
+    RecordingSource,
+    excluded_frames,
+    run_windows,
+)
 
 TOLERANCE_SECONDS = 0.5
-"""two windows that agree put a token at times closer than this; repeated words are further apart"""
+"""maximum time difference of a common token in two windows; repeated words are further apart"""
 REACH_SECONDS = 8.0
-"""to either side of the middle, where a token that both windows have is looked for"""
+"""distance from the middle of the overlap, on each side, within which common tokens are considered"""
 
 Search = Callable[[Sequence[Tensor], Sequence[Tensor]], list[TimedTokens]]
-"""what was kept of windows, `[T, ...]` each, and the excluded of their frames, bool `[T]`, to the windows' tokens"""
+"""function from reduced outputs of windows, `[T, ...]` each, and their masks of excluded frames, bool `[T]`, to the
+tokens of each window"""
 
 
 def stitch_recordings(
-    outputs: Outputs,
+    outputs: OutputFunction,
     reduce: Callable[[Tensor], Tensor],
     search: Search,
-    sources: Sequence[Source],
+    sources: Sequence[RecordingSource],
     settings: InferenceSettings,
-    factor: int,
+    stride: int,
     frames_per_second: float,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, TimedTokens]]:
-    """Tokens of whole recordings, each with the index of its source; the windows of a batch are searched together.
+    """Tokens of whole recordings, each with the index of its source; the windows of a batch are decoded together.
 
     Args:
-        outputs, factor, frames_per_second: as of `inference.transcribe`.
-        reduce: what is kept of a window's outputs, `[T, ...]` to `[T, ...]`.
+        outputs, stride, frames_per_second: as in `inference.model_outputs`.
+        reduce: function applied to a window's outputs before the search, `[T, ...]` to `[T, ...]`.
     """
-    rate = frames_per_second / factor
+    rate = frames_per_second / stride
     tokens, end = TimedTokens([], [], []), 0
-    for done in run_windows(outputs, sources, settings, factor, frames_per_second, device):
-        kept, heard = [], []
-        for (index, window, _), frames in done:
-            start = window.start // factor
-            kept.append(reduce(frames).cpu())
-            heard.append(excluded_frames(sources[index], start + len(frames), rate)[start:])
-        for ((index, window, following), frames), found in zip(done, search(kept, heard), strict=True):
-            start = window.start // factor
-            tokens = join(tokens, later(found, start), start, end, rate)
+    for batch in run_windows(outputs, sources, settings, stride, frames_per_second, device):
+        reduced, excluded = [], []
+        for (index, window, _), frames in batch:
+            start = window.start // stride
+            reduced.append(reduce(frames).cpu())
+            excluded.append(excluded_frames(sources[index], start + len(frames), rate)[start:])
+        for ((index, window, following), frames), window_tokens in zip(batch, search(reduced, excluded), strict=True):
+            start = window.start // stride
+            tokens = join(tokens, shift(window_tokens, start), start, end, rate)
             end = start + len(frames)
             if following is None:
                 yield index, tokens
@@ -59,45 +66,46 @@ def stitch_recordings(
 
 
 def join(before: TimedTokens, after: TimedTokens, start: int, stop: int, rate: float) -> TimedTokens:
-    """The tokens of all that came before and of the next window, without those that both have.
+    """Join the tokens so far with those of the next window, without duplicates in their overlap.
 
-    Up to the first frame of the overlap, `before` is right, from its last one on, `after`. Between, one goes over into
-    the other behind the token nearest to the middle that both have, or at the middle where there is none.
+    Tokens are taken from `before` up to the common token nearest to the middle of the overlap, and from `after` from
+    there on. Without a common token, both are cut at the middle.
 
     Args:
-        before, after: tokens in frames of the recording, in the order of time.
+        before, after: tokens in frames of the recording, ordered by time.
         start: first frame of the next window.
-        stop: frame after the last of the window before.
-        rate: frames of a second.
+        stop: frame after the last of the previous window.
+        rate: frames per second.
     """
     middle, reach, tolerance = (start + stop) / 2, REACH_SECONDS * rate, TOLERANCE_SECONDS * rate
     low, high = max(start, middle - reach), min(stop, middle + reach)
     first, second = _between(before, low, high), _between(after, low, high)
-    agreed = [
+    common = [
         (first.start + i, second.start + j)
-        for i, j in align_tokens(_take(before, first), _take(after, second), tolerance)
+        for i, j in align_tokens(_select(before, first), _select(after, second), tolerance)
     ]
-    if not agreed:
+    if not common:
         cut = bisect_left(before.first_frame, middle), bisect_left(after.first_frame, middle)
-        return _concatenate(_take(before, slice(cut[0])), _take(after, slice(cut[1], None)))
-    i, j = min(agreed, key=lambda pair: abs(before.first_frame[pair[0]] + after.first_frame[pair[1]] - 2 * middle))
-    return _in_order(_concatenate(_take(before, slice(i + 1)), _take(after, slice(j + 1, None))))
+        return _concatenate(_select(before, slice(cut[0])), _select(after, slice(cut[1], None)))
+    i, j = min(common, key=lambda pair: abs(before.first_frame[pair[0]] + after.first_frame[pair[1]] - 2 * middle))
+    return _monotonic(_concatenate(_select(before, slice(i + 1)), _select(after, slice(j + 1, None))))
 
 
-def align_tokens(one: TimedTokens, other: TimedTokens, tolerance: float) -> list[tuple[int, int]]:
-    """Pairs of equal tokens in the same order on both sides: the longest common subsequence, where a pair counts the
-    more the closer its times are, and none counts from `tolerance` frames on.
+def align_tokens(first: TimedTokens, second: TimedTokens, tolerance: float) -> list[tuple[int, int]]:
+    """Longest common subsequence of tokens, weighted by time.
+
+    The weight of a pair decreases linearly with the distance of its times, to 0 at `tolerance` frames.
 
     Returns:
-        indices into both, increasing.
+        pairs of indices into both, increasing.
     """
-    rows, columns = len(one.ids), len(other.ids)
-    # best[i][j]: of the tokens from i and from j on
+    rows, columns = len(first.ids), len(second.ids)
+    # best[i][j]: weight of the best alignment of the tokens from i and from j on
     best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
 
     def weight(i: int, j: int) -> float:
-        distance = abs(one.first_frame[i] - other.first_frame[j])
-        return max(0.0, 1.0 - distance / tolerance) if one.ids[i] == other.ids[j] else 0.0
+        distance = abs(first.first_frame[i] - second.first_frame[j])
+        return max(0.0, 1.0 - distance / tolerance) if first.ids[i] == second.ids[j] else 0.0
 
     for i in reversed(range(rows)):
         for j in reversed(range(columns)):
@@ -115,10 +123,10 @@ def align_tokens(one: TimedTokens, other: TimedTokens, tolerance: float) -> list
     return pairs
 
 
-def later(tokens: TimedTokens, frames: int) -> TimedTokens:
-    """The same tokens so many frames later."""
-    moved = {name: [t + frames for t in getattr(tokens, name)] for name in ("first_frame", "last_frame")}
-    return TimedTokens(**{**_lists(tokens), **moved})
+def shift(tokens: TimedTokens, frames: int) -> TimedTokens:
+    """Return the tokens with all times moved by a number of frames."""
+    shifted = {name: [t + frames for t in getattr(tokens, name)] for name in ("first_frame", "last_frame")}
+    return TimedTokens(**{**_lists(tokens), **shifted})
 
 
 def _between(tokens: TimedTokens, low: float, high: float) -> slice:
@@ -126,23 +134,23 @@ def _between(tokens: TimedTokens, low: float, high: float) -> slice:
 
 
 def _lists(tokens: TimedTokens) -> dict[str, list[Any]]:
-    """One value a token in each, or none where it is not known."""
+    """Lists of all fields, each with one value per token, or empty if unknown."""
     return {field.name: getattr(tokens, field.name) for field in fields(tokens)}
 
 
-def _take(tokens: TimedTokens, part: slice) -> TimedTokens:
+def _select(tokens: TimedTokens, part: slice) -> TimedTokens:
     return TimedTokens(**{name: values[part] for name, values in _lists(tokens).items()})
 
 
-def _concatenate(one: TimedTokens, other: TimedTokens) -> TimedTokens:
-    return TimedTokens(**{name: values + _lists(other)[name] for name, values in _lists(one).items()})
+def _concatenate(first: TimedTokens, second: TimedTokens) -> TimedTokens:
+    return TimedTokens(**{name: values + _lists(second)[name] for name, values in _lists(first).items()})
 
 
-def _in_order(tokens: TimedTokens) -> TimedTokens:
-    """No token before an earlier one: two windows that agree on a token may be some frames apart on its time."""
+def _monotonic(tokens: TimedTokens) -> TimedTokens:
+    """Raise times so that none decreases: two windows may place a common token some frames apart."""
     first, last, latest = [], [], 0
-    for begin, end in zip(tokens.first_frame, tokens.last_frame, strict=True):
-        latest = max(latest, begin)
+    for first_frame, last_frame in zip(tokens.first_frame, tokens.last_frame, strict=True):
+        latest = max(latest, first_frame)
         first.append(latest)
-        last.append(max(latest, end))
+        last.append(max(latest, last_frame))
     return TimedTokens(**{**_lists(tokens), "first_frame": first, "last_frame": last})

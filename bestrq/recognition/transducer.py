@@ -16,7 +16,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from bestrq.decoding.tdt_search import TDTState, check_durations, tdt_greedy
+from bestrq.decoding.tdt_search import check_durations, tdt_greedy
 from bestrq.decoding.transducer_search import GreedyState, PredictionState, greedy_search
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.recognition.ctc import ctc_loss, frame_log_probs, segment_frames
@@ -176,7 +176,7 @@ class TransducerModel(nn.Module):
         predicted, state = self.prediction.step(label, state)
         return self.joint.prediction_projection(predicted), state
 
-    def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState | TDTState:
+    def greedy(self, encoded: Tensor, lengths: Tensor, max_symbols: int) -> GreedyState:
         """`greedy_search` or `tdt_greedy` with this model; a method, so that FSDP2 gathers the weights once for the
         whole search."""
         if self.settings.durations:

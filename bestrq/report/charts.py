@@ -131,7 +131,7 @@ def rates_chart(title: str, rates: Mapping[str, Sequence[float]], x_label: str) 
         axes.set_ylim(0, 1)
         axes.set_xlim(left=0)
         axes.set_xlabel(x_label)
-        axes.set_ylabel("share of recordings at or below")
+        axes.set_ylabel("cumulative share of recordings")
         if len(rates) > 1:
             add_legend(axes)
         return svg_image(figure, title)
@@ -159,7 +159,7 @@ def kinds_chart(kinds: Mapping[str, Mapping[str, float]], unit: str) -> Markup:
         axes.set_xlabel(f"% of the {unit} in the references")
         axes.margins(y=0.35 if len(kinds) < 4 else 0.06)
         add_legend(axes, columns=3)
-        return svg_image(figure, f"Kinds of errors in {unit} of {', '.join(kinds)}")
+        return svg_image(figure, f"Types of errors in {unit} of {', '.join(kinds)}")
 
 
 def context_chart(curves: Mapping[str, Sequence[Point]], y_label: str) -> Markup:
@@ -194,7 +194,7 @@ def context_figure(curves: Mapping[str, Sequence[Point]], y_label: str) -> Figur
         for place, (name, points) in enumerate(curves.items()):
             x = np.array([point.context_seconds or end for point in points])
             y = 100 * np.array([point.rate for point in points])
-            # Bands of several curves overlap; bars side by side do not. So both are drawn, thinly.
+            # The bands of several curves overlap, so bars are drawn too, at slightly different places.
             x = x * 1.012 ** (place - (len(curves) - 1) / 2)
             style = line_style(place)
             axes.plot(x, y, **style, marker=MARKERS[place % 7], markersize=6, label=plain(name))
@@ -235,9 +235,9 @@ def bins_chart(title: str, names: Sequence[str], bins: Mapping[str, Sequence[Bin
             axes.plot(x, [100 * (parts[k].rate or 0.0) for k in known], **style, marker=MARKERS[place % 7],
                       markersize=4.5, label=plain(name))  # fmt: skip
             hollow = [n for n, k in enumerate(known) if parts[k].interval is None]
-            unsure = [100 * (parts[known[n]].rate or 0.0) for n in hollow]
-            axes.plot(x[hollow], unsure, linestyle="", marker=MARKERS[place % 7], markersize=4.5, color=style["color"],
-                      markerfacecolor="white", zorder=3)  # fmt: skip
+            hollow_rates = [100 * (parts[known[n]].rate or 0.0) for n in hollow]
+            axes.plot(x[hollow], hollow_rates, linestyle="", marker=MARKERS[place % 7], markersize=4.5,
+                      color=style["color"], markerfacecolor="white", zorder=3)  # fmt: skip
             for position, k in zip(x, known, strict=True):
                 if (bounds := parts[k].interval) is not None:
                     low, high = 100 * bounds[0], 100 * bounds[1]
@@ -270,8 +270,9 @@ def differences_chart(title: str, differences: Sequence[float], y_label: str) ->
             (values <= 0, COLOURS[0], "", f"better on {better:,}"),
             (values > 0, COLOURS[1], "////", f"worse on {worse:,}"),
         ):
-            axes.bar(places[chosen], values[chosen], width, color=colour, hatch=hatch, edgecolor="white",
-                     linewidth=0.5 if len(values) <= 60 else 0.0, label=name)  # fmt: skip
+            if chosen.any():  # the legend would show the default colour for an empty group
+                axes.bar(places[chosen], values[chosen], width, color=colour, hatch=hatch, edgecolor="white",
+                         linewidth=0.5 if len(values) <= 60 else 0.0, label=name)  # fmt: skip
         axes.axhline(0, color=MUTED, linewidth=0.9)
         axes.set_xticks([])
         axes.set_xlabel(f"{len(values):,} recordings, sorted")

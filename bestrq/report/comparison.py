@@ -1,6 +1,6 @@
-"""Numbers across several evaluations: paired comparisons and curves of WER over context.
+"""Paired comparisons and curves of WER over context, from several evaluations.
 
-Evaluations are parsed `results.json` files, keyed by the name that a report gives them.
+Evaluations are parsed `results.json` files, keyed by their name in the report.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 KINDS = ("hits", "substitutions", "deletions", "insertions")
 WINDOWED_MODES = ("buffered", "averaged", "stitched")
-# Encoder settings that define the context of a mode. They do not separate curves of that mode, all others do.
+# Encoder settings that define the context of a mode. Only differences in other settings separate curves of that mode.
 _CONTEXT_SETTINGS = {"windowed": ("mask", "window"), "whole": ("mask", "window"), "streaming": ("mask", "left_chunks")}
 _SUMMARY_KEYS = (
     "label", "name", "export", "export_hash", "dataset", "command", "versions", "device", "context_seconds",
@@ -62,7 +62,7 @@ def compare_systems(systems: Results, num_resamples: int = 10_000) -> list[dict[
 
     Returns:
         `Comparison.summary()` of each, with the names under "system" and "baseline". Differences are the system's rate
-        less the baseline's: negative if the system is better.
+        minus the baseline's: negative if the system is better.
 
     Raises:
         UserError: recordings, references or scoring rules differ.
@@ -111,7 +111,7 @@ def check_same_references(systems: Results) -> None:
 def context_curves(systems: Results) -> dict[str, list[Point]]:
     """Curves of WER over context, by name: points that share system, mode, overlap and decoder.
 
-    A curve is named by the traits that separate it from the others. The whole-recording evaluation of a system and
+    A curve is named by the settings that distinguish it from the others. The whole-recording evaluation of a system and
     decoder, which has no mode and no overlap, is the last point of each of their curves. A curve may have a single
     point. Streaming evaluations of unknown context are left out.
     """
@@ -138,7 +138,7 @@ def context_curves(systems: Results) -> dict[str, list[Point]]:
 
 
 def has_several_contexts(curves: Mapping[str, Sequence[Point]]) -> bool:
-    """Return whether the points lie at two contexts or more, so that a chart is useful."""
+    """Return whether the points have at least two contexts, so that a chart is useful."""
     return len({point.context_seconds for points in curves.values() for point in points}) > 1
 
 
@@ -163,14 +163,14 @@ def recording_rates(systems: Results) -> list[dict[str, Any]]:
 
 
 def word_rate_differences(systems: Results, system: str, baseline: str) -> list[float]:
-    """WER of the system less that of the baseline, for each recording with reference words."""
-    before = {row["id"]: row["wer"] for row in systems[baseline]["recordings"]}
-    after = {row["id"]: row["wer"] for row in systems[system]["recordings"]}
-    return [after[id] - rate for id, rate in before.items() if rate is not None and after[id] is not None]
+    """WER of the system minus that of the baseline, for each recording with reference words."""
+    baseline_rates = {row["id"]: row["wer"] for row in systems[baseline]["recordings"]}
+    rates = {row["id"]: row["wer"] for row in systems[system]["recordings"]}
+    return [rates[id] - rate for id, rate in baseline_rates.items() if rate is not None and rates[id] is not None]
 
 
 def mode_of(results: Mapping[str, Any]) -> str:
-    """Decoding mode: that of inference if it cuts windows or streams, 'windowed' for one pass with attention over a
+    """Decoding mode: the inference mode if it uses windows or streaming, 'windowed' for one pass with attention over a
     limited context, 'whole' for one pass over the recording."""
     mode = results["inference"]["mode"]
     if mode in WINDOWED_MODES and results["inference"]["context_seconds"] > 0:
@@ -215,7 +215,7 @@ def _same_system(curve: Mapping[str, str], whole: Mapping[str, str]) -> bool:
 
 
 def _curve_names(curves: Sequence[Mapping[str, str]], systems: Results) -> list[str]:
-    """Distinct names, made of the traits that differ; a single curve is named by its mode, overlap and decoder."""
+    """Distinct names from the traits that differ; a single curve is named by its mode, overlap and decoder."""
     keys = list(dict.fromkeys(key for curve in curves for key in curve))
     differing = [key for key in keys if len({curve.get(key) for curve in curves}) > 1]
     main = [key for key in ("system", "mode", "overlap", "decoder") if key in differing]

@@ -1,8 +1,8 @@
 """HTML page of a report and its elements: Jinja2 templates (`templates/`) with autoescape.
 
-A page is one self-contained file: style, script and pictures are embedded, and only audio is fetched. A content
-security policy allows the page's own script (`report.js`), by its hash, and no other. Without the script the page is
-complete except for sorting, searching and opening transcripts.
+A page is one self-contained file: style, script and images are embedded; only audio is loaded from other files. A
+content security policy allows the page's own script (`report.js`), by its hash, and no other. Without the script the
+page is complete except for sorting, searching and opening transcripts.
 """
 
 import base64

@@ -22,7 +22,7 @@
     return `${shown}:${rest}`;
   }
 
-  // Sorting: numbers by data-value, with missing values last; text by the alphabet of the reader's locale.
+  // Sorting: numbers by data-value, with missing values last; text in the order of the reader's locale.
 
   function sortable(table) {
     const heads = [...table.tHead.rows[0].cells];
@@ -39,7 +39,7 @@
     const rows = [...body.rows];
     const numeric = rows.some((row) => row.cells[column].dataset.value !== undefined);
     const before = head.getAttribute("aria-sort");
-    const descending = before ? before === "ascending" : numeric; // at first, numbers descend and text ascends
+    const descending = before ? before === "ascending" : numeric; // first click: numbers descend, text ascends
     const keys = new Map(rows.map((row) => {
       const cell = row.cells[column];
       if (!numeric) return [row, cell.textContent];

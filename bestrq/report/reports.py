@@ -1,4 +1,4 @@
-"""Reports: the page of one evaluation, and page, numbers and curve of a comparison."""
+"""Reports: page of one evaluation; page, numbers and curve of a comparison."""
 
 import json
 from collections.abc import Mapping
@@ -112,7 +112,7 @@ def write_comparison(
     rates = results_section(detailed)
     if len(detailed) < len(results):
         note = paragraph(
-            f"This and the next sections show the first {len(detailed)} of {len(results)} evaluations: "
+            f"This and the following sections show the first {len(detailed)} of {len(results)} evaluations: "
             f"{', '.join(detailed)}. The tables above and {NUMBERS} have all of them.",
             "note",
         )
@@ -140,7 +140,7 @@ def _lead(systems: Results) -> str:
     total = first["scores"]["all"]
     return (
         f"{len(systems)} {'evaluations' if len(systems) > 1 else 'evaluation'} on {total['num_recordings']:,} "
-        f"recordings, {total['seconds'] / 60:,.1f} minutes, of {first['dataset']['name']}, split "
+        f"recordings ({total['seconds'] / 60:,.1f} minutes) of {first['dataset']['name']}, split "
         f"{first['dataset']['split']}."
     )
 

@@ -1,4 +1,4 @@
-"""Files of an evaluation: `results.json`, all numbers, and `transcripts.jsonl`, words with times and alignments."""
+"""Files of an evaluation: `results.json` (all numbers) and `transcripts.jsonl` (words with times, and alignments)."""
 
 import json
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Sections of a report, from the `results.json` of one or several systems.
 
-Each function computes what its template (`templates/`) shows. `reports` combines the sections for an evaluation or a
+Each function computes the values of its template (`templates/`). `reports` combines the sections for an evaluation or a
 comparison, `launch/quickstart_report.py` for the quickstart.
 """
 
@@ -43,12 +43,12 @@ MAX_STRETCH_WORDS = 12
 _BREAKDOWNS: tuple[tuple[str, str, str], ...] = (
     ("durations", "By length of the recording", "length of the recording"),
     ("positions", "By position in the recording", "share of the recording, %"),
-    ("edge_distances", "By distance from a window's edge", "distance from the nearest edge, seconds"),
+    ("edge_distances", "By distance from a window edge", "distance from the nearest window edge, seconds"),
 )
 
 
 def results_section(systems: Results) -> Section:
-    """Rates by language, of whole recordings and by segments, kinds of errors, and the distribution over recordings.
+    """Error rates by language, of whole recordings and by segments; types of errors; distribution over recordings.
 
     Raises UserError if the systems were evaluated on different recordings.
     """
@@ -59,11 +59,11 @@ def results_section(systems: Results) -> Section:
         if results.get("segments"):
             rates[f"{name}, by segments"] = results["segments"]
     first = next(iter(rates.values()))
-    of_recordings = {
+    recording_rates = {
         name: [row["wer"] for row in results["recordings"] if row["wer"] is not None]
         for name, results in systems.items()
     }
-    has_distribution = any(len(values) > 1 for values in of_recordings.values())
+    has_distribution = any(len(values) > 1 for values in recording_rates.values())
     totals = {name: results["scores"]["all"] for name, results in systems.items()}
     shares = {name: error_shares(total["words"]) for name, total in totals.items()}
     body = render(
@@ -73,7 +73,7 @@ def results_section(systems: Results) -> Section:
         highest=_highest_end(score for scores in rates.values() for score in scores.values()),
         by_segments=len(rates) > len(systems),
         warning=few_recordings_warning(next(iter(systems.values()))),
-        distribution=charts.rates_chart("WER of the recordings", of_recordings, "WER, %") if has_distribution else None,
+        distribution=charts.rates_chart("WER per recording", recording_rates, "WER, %") if has_distribution else None,
         kinds=charts.kinds_chart(shares, "words"),
         totals=totals,
     )
@@ -83,7 +83,7 @@ def results_section(systems: Results) -> Section:
 def cost_section(systems: Results, title: str = "Context and cost") -> Section:
     """Curve of WER over context, and a table of rates and costs with one row per evaluation."""
     curves = context_curves(systems)
-    # The evaluations of a sweep are named by their settings, so a column of settings would repeat the names.
+    # The names of a sweep's evaluations are their settings, which a column of settings would repeat.
     named_by_setting = all(_slug(setting_of(results)) in _slug(name) for name, results in systems.items())
     columns = [Column("System", "wrap"), *([] if named_by_setting else [Column("Setting", "wrap")]),
                Column("Context, s"), Column("WER, %", "rate"), Column("95 % interval", "range"), Column("", "bar"),
@@ -105,7 +105,7 @@ def cost_section(systems: Results, title: str = "Context and cost") -> Section:
 
 
 def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]]) -> Section:
-    """Differences of the other systems to the first; `comparisons` is the result of `compare_systems`."""
+    """Differences of the other systems from the first; `comparisons` is the result of `compare_systems`."""
     baseline = next(iter(systems))
     columns = [Column("System", "wrap"), Column("WER, points", "rate"), Column("95 % interval", "range"),
                Column("P(better)"), Column("CER, points", "rate"), Column("95 % interval", "range"),
@@ -133,7 +133,7 @@ def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]
 
 
 def breakdowns_section(systems: Results, max_confusions: int = 20) -> Section:
-    """Errors by length, position, distance from a window's edge and speaker, and the most frequent confusions."""
+    """Errors by length, position, distance from a window edge and speaker, and the most frequent confusions."""
     charted = []
     for key, title, label in _BREAKDOWNS:
         rates = {name: bin_rates(results[key]) for name, results in systems.items() if results[key]}
@@ -168,10 +168,10 @@ def breakdowns_section(systems: Results, max_confusions: int = 20) -> Section:
 
 
 def recordings_section(systems: Results, transcripts: Transcripts, audio: Mapping[str, str]) -> Section:
-    """Table of all recordings with their aligned transcripts, which the page's script sorts, searches, opens and plays.
+    """Table of all recordings with their aligned transcripts, for the page's script to sort, search, open and play.
 
     Args:
-        systems: a few; each adds a column, and a line to every transcript.
+        systems: few, since each adds a column, and a line to every transcript.
         audio: relative or file URL by recording, for those with audio.
     """
     several = len(systems) > 1
@@ -231,7 +231,7 @@ def stretches(alignment: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
 
 
 def examples_section(systems: Results, count: int = 6, max_words: int = 90) -> Section:
-    """Recordings spread over the range of the first system's CER, with their errors marked by colour and text style.
+    """Example recordings from low to high CER of the first system, with errors marked by colour and text style.
 
     Args:
         max_words: longer texts are cut after this number of words.
@@ -288,13 +288,13 @@ def bin_rates(parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def error_shares(counts: Mapping[str, int]) -> dict[str, float]:
-    """Kinds of errors as shares of the reference length."""
+    """Types of errors as shares of the reference length."""
     length = max(counts["hits"] + counts["substitutions"] + counts["deletions"], 1)
     return {kind: counts[kind] / length for kind in ("substitutions", "deletions", "insertions")}
 
 
 def cut_marks(marks: Iterable[Mark], max_words: int) -> list[Mark]:
-    """First `max_words` words of an alignment, with substitutions split into words; "..." follows if more are left."""
+    """First `max_words` words of an alignment, with substitutions split into words; "..." stands for the rest."""
     shown: list[Mark] = []
     room = max_words
     for mark in marks:

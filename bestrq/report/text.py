@@ -65,7 +65,7 @@ def difference_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def few_recordings_warning(results: Mapping[str, Any]) -> str:
-    """Warning if few recordings hold most of the words, so that intervals are unreliable; empty otherwise.
+    """Warning that intervals are unreliable, if few recordings hold most of the words; empty otherwise.
 
     Effective number of recordings: (sum of words)^2 / sum of squares (Kish 1965, section 11.7).
     """
@@ -80,7 +80,7 @@ def few_recordings_warning(results: Mapping[str, Any]) -> str:
 
 
 def rates_table(results: Mapping[str, Any]) -> str:
-    """Terminal table of an evaluation: WER and CER by language with 95 % intervals, and by segments if scored so."""
+    """Terminal table of an evaluation: WER and CER by language with 95 % intervals, and by segments if available."""
     lines = [f"{'language':<12}{'recordings':>11}{'minutes':>9}{'WER':>9}{'95 %':>16}{'CER':>9}{'95 %':>16}"]
     segments = {"by segments": results["segments"]["all"]} if results["segments"] else {}
     for language, score in (results["scores"] | segments).items():
@@ -92,7 +92,7 @@ def rates_table(results: Mapping[str, Any]) -> str:
 
 
 def comparison_table(numbers: Mapping[str, Any]) -> str:
-    """Terminal table of several evaluations: rates, difference to the first, cost.
+    """Terminal table of several evaluations: rates, difference from the first, cost.
 
     Args:
         numbers: content of report.json.
@@ -102,7 +102,7 @@ def comparison_table(numbers: Mapping[str, Any]) -> str:
     width = max(6, *(len(system["system"]) for system in systems))
     named_by_setting = all(setting_of(system) in system["system"] for system in systems)  # the names of a sweep
     lines = [
-        f"{'system':<{width}}{'WER':>9}{'95 %':>16}{'CER':>9}{'to the first':>14}{'95 %':>16}{'p':>9}"
+        f"{'system':<{width}}{'WER':>9}{'95 %':>16}{'CER':>9}{'vs. first':>14}{'95 %':>16}{'p':>9}"
         f"{'RTF':>9}{'peak MB':>9}{'' if named_by_setting else '  setting'}"
     ]
     for system in systems:

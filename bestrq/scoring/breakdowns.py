@@ -1,6 +1,6 @@
-"""Error breakdowns: by speaker, duration, position in the recording and distance from a window's edge; confusions.
+"""Error breakdowns by speaker, duration, position in the recording and distance from a window edge; confusions.
 
-Each breakdown uses the normalised texts that were scored and the same alignment (jiwer's), so parts add up to totals.
+Each breakdown uses the scored (normalised) texts and the same alignment (jiwer's), so parts add up to totals.
 Within a recording, a reference word counts at its own time, an inserted word at its time in the hypothesis.
 """
 
@@ -79,7 +79,7 @@ def by_duration(
     scores: Sequence[RecordingScore], edges: Sequence[float] = DURATION_EDGES, num_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, CorpusScore]:  # fmt: skip
-    """Totals by length of the recording, in ascending order: "0 to 10 s", ..., "3600 s and more"; no empty groups.
+    """Totals by length of the recording, in ascending order: "0 to 10 s", ..., "3600 s and more"; without empty groups.
 
     Args:
         edges: seconds, ascending; each is the included lower bound of a group.
@@ -100,7 +100,7 @@ def align_timed(
     aligned with, and deleted words are spread evenly between their neighbours or the ends of the recording.
 
     Args:
-        seconds: length of the recording; 0 if unknown, then the last hypothesis word ends it.
+        seconds: length of the recording; 0 if unknown, in which case the last hypothesis word marks the end.
     """
     clean = normaliser(language, choice).clean
     hypothesis_words, hypothesis_times = normalised_times(hypothesis, clean)
@@ -131,19 +131,19 @@ def normalised_times(words: Sequence[TimedWord], clean: Callable[[str], str]) ->
     A normaliser may depend on neighbouring words, so the words of the normalised text are aligned with the separately
     normalised words, whose times are known.
     """
-    whole = clean(" ".join(word.word for word in words)).split()
+    normalised = clean(" ".join(word.word for word in words)).split()
     parts: list[str] = []
     middles: list[float] = []
     for word in words:
-        own_parts = clean(word.word).split()
-        parts += own_parts
+        word_parts = clean(word.word).split()
+        parts += word_parts
         width = word.end - word.start
-        middles += [word.start + width * (k + 0.5) / len(own_parts) for k in range(len(own_parts))]
-    if parts == whole:
-        return whole, np.array(middles)
-    known = [(j, middles[i]) for _, i, j in _steps(parts, whole) if i is not None and j is not None]
+        middles += [word.start + width * (k + 0.5) / len(word_parts) for k in range(len(word_parts))]
+    if parts == normalised:
+        return normalised, np.array(middles)
+    known = [(j, middles[i]) for _, i, j in _steps(parts, normalised) if i is not None and j is not None]
     places, times = zip(*known, strict=True) if known else ((0,), (words[0].start if words else 0.0,))
-    return whole, np.interp(np.arange(len(whole)), places, times)
+    return normalised, np.interp(np.arange(len(normalised)), places, times)
 
 
 def by_position(
@@ -169,11 +169,11 @@ def by_edge_distance(
     recordings: Sequence[tuple[Sequence[AlignedWord], Sequence[float]]], edges: Sequence[float] = DISTANCE_EDGES,
     num_resamples: int = 10_000, seed: int = 0,
 ) -> list[BinScore]:  # fmt: skip
-    """Word errors by distance from the nearest edge of a window.
+    """Word errors by distance from the nearest window edge.
 
     Args:
-        recordings: alignment of each, and the times in seconds at which the output changes from one window to the
-            next. A recording of a single window has no such time and is left out.
+        recordings: alignment of each, and the times in seconds at which the output switches to the next window. A
+            recording of a single window has no such time and is left out.
         edges: lower bounds of the bins in seconds, ascending from 0.
     """
     distances = []
@@ -214,7 +214,7 @@ def _grouped(
 
 
 def _steps(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterable[tuple[Kind, int | None, int | None]]:
-    """Steps of an alignment: kind, index in the reference, index in the hypothesis."""
+    """Steps of an alignment: (kind, index in the reference, index in the hypothesis)."""
     for chunk in jiwer.process_words(" ".join(reference), " ".join(hypothesis)).alignments[0]:
         reference_places = range(chunk.ref_start_idx, chunk.ref_end_idx)
         hypothesis_places = range(chunk.hyp_start_idx, chunk.hyp_end_idx)

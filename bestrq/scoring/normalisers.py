@@ -1,10 +1,10 @@
 """Text normalisation of references and hypotheses before scoring, by language.
 
 Both texts are first converted to labels (`common.text.label_text`), like the references of training, so a hypothesis
-equal to the label of a text has no errors in any language. The rules of the language follow, which are data so that a
-report can list them, and then one of Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english`
-and `whisper-basic` are Whisper's; `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after
-the rules of the language xx.
+equal to the label of a text has no errors in any language. Then come the rules of the language, stored as data so that
+a report can list them, and one of Whisper's normalisers (Radford et al. 2022, appendix C). Names: `whisper-english` and
+`whisper-basic` are Whisper's; `unicode` is this project's for all other languages; `unicode+xx` is `unicode` after the
+rules of the language xx.
 
 Differences from Whisper's normaliser: docs/evaluation.md.
 """
@@ -26,7 +26,7 @@ RULES_VERSION = "2"
 """incremented if the normalised form of any text may change; rates of different versions are not compared"""
 
 Choice = Literal["auto", "whisper-english", "whisper-basic", "unicode"]
-"""auto: `whisper-english` for English, else `unicode` with the language's rules; the others: for all languages"""
+"""auto: `whisper-english` for English, else `unicode` with the language's rules; the others apply to all languages"""
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ def normaliser(language: str, choice: Choice = "auto") -> Normaliser:
     code = language_code(language)
     if choice == "whisper-english" or (choice == "auto" and code == "en"):
         description = (
-            f"{_LABEL}, numbers and their symbols as words; then Whisper's for English: numbers, contractions, "
-            "fillers, British spelling"
+            f"{_LABEL}, numbers and their symbols as words; then Whisper's English normaliser: numbers, "
+            "contractions, fillers, British spelling"
         )
         return Normaliser("whisper-english", description, (), _labelled(_english(), code))
     if choice == "whisper-basic":
-        description = "Whisper's for all languages: as `unicode`, but combining marks are turned into spaces too"
+        description = "Whisper's normaliser for all languages: like `unicode`, but combining marks become spaces too"
         return Normaliser("whisper-basic", description, (), _labelled(BasicTextNormalizer(), code))
     unspaced = is_unspaced(code)
     if choice == "unicode" or (choice == "auto" and code not in RULES and not unspaced):
@@ -106,7 +106,7 @@ def normaliser(language: str, choice: Choice = "auto") -> Normaliser:
     if choice != "auto":
         raise UserError(f"normaliser = {choice!r}: give auto, whisper-english, whisper-basic or unicode")
     rules = RULES.get(code, ())
-    description = f"{_UNICODE}; every character counts as a word" if unspaced else f"{_UNICODE}; first the rules"
+    description = f"{_UNICODE}; every character counts as a word" if unspaced else f"{_UNICODE}; preceded by the rules"
     basic = BasicTextNormalizer(preserve_marks=True, split_letters=unspaced)
     return Normaliser(f"unicode+{code}", description, rules, _labelled(_with_rules(rules, basic), code), unspaced)
 
@@ -130,7 +130,7 @@ def normalisers_used(names_and_languages: Iterable[tuple[str, str]]) -> dict[str
         used[name] = {**normaliser(codes[0], choice).facts(), "languages": codes}
         if name == "unicode":
             listed = ", ".join(code or "not given" for code in codes)
-            used[name]["note"] = f"no rules of their own, so the general ones: {listed}"
+            used[name]["note"] = f"languages without specific rules: {listed}"
     return used
 
 

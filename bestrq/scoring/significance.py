@@ -17,7 +17,7 @@ import jiwer
 import numpy as np
 
 MIN_BOOTSTRAP = 8
-"""recordings from which on intervals use the bootstrap"""
+"""minimum number of recordings for bootstrap intervals"""
 # Quantile 0.975 of Student's t by degrees of freedom, for 3 to MIN_BOOTSTRAP - 1 recordings.
 _STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 # Bound on t: a resample whose recordings all have the same rate has a standard error of zero.
@@ -26,7 +26,7 @@ _LARGEST_T = 6.0
 
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """Rate of a first system less that of a second system on the same recordings."""
+    """Rate of a first system minus that of a second system on the same recordings."""
 
     difference: float
     """negative if the first system is better"""
@@ -43,7 +43,7 @@ class MatchedPairs:
     num_segments: int
     """segments with an error of at least one system; the normal approximation needs about 50"""
     mean_difference: float
-    """errors of the first system less those of the second, mean over segments"""
+    """errors of the first system minus those of the second, mean over segments"""
     standard_deviation: float
     """of the differences; 0 for fewer than two segments"""
     statistic: float | None
@@ -70,7 +70,7 @@ def rate_intervals(
         errors, lengths: integers `[n, k]`, non-negative errors and reference units of each recording and quantity.
 
     Returns:
-        Low and high end of each of the k; None for fewer than three recordings or without reference units. A corpus
+        Low and high end for each quantity; None for fewer than three recordings or without reference units. A corpus
         without errors has no spread: its interval is (0, 0).
     """
     low, high = ratio_intervals(errors, lengths, num_resamples, seed, logarithmic=True)
@@ -82,7 +82,7 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """95 % interval of sum(errors) / sum(lengths) over recordings; errors may be negative.
 
-    If `errors` are the errors of one system less those of another on the same recordings, the interval is that of the
+    If `errors` are the errors of one system minus those of another on the same recordings, this is the interval of the
     difference of their rates, with both systems resampled together.
 
     Args:
@@ -104,7 +104,7 @@ def paired_bootstrap(
         first, second, lengths: integers `[n]`, errors of the two systems and reference units of each recording.
 
     Returns:
-        The comparison; None without reference units.
+        Comparison; None without reference units.
     """
     total = lengths.sum()
     if not total:
@@ -189,7 +189,7 @@ def _error_slots(reference: str, hypothesis: str) -> np.ndarray:
 
 
 def _segment_differences(first: np.ndarray, second: np.ndarray, min_correct: int) -> list[int]:
-    """Errors of the first system less those of the second in each segment of a text, from `_error_slots` of both."""
+    """Errors of the first system minus those of the second in each segment of a text, from `_error_slots` of both."""
     differences: list[int] = []
     correct = min_correct  # the start of a text is a boundary
     for place, (first_errors, second_errors) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):

@@ -1,4 +1,4 @@
-"""Scoring by time: hypothesis words against the segments of an STM file, like NIST's sclite.
+"""Scoring by time, like NIST's sclite: hypothesis words are assigned to the segments of an STM file.
 
 A hypothesis word is assigned to a segment by its midpoint; a segment includes its start and excludes its end. Channels
 are scored separately. The assignment, verified with sclite 2.10:
@@ -8,9 +8,9 @@ are scored separately. The assignment, verified with sclite 2.10:
   segment of zero length only receives words from a gap before it.
 - A word in an ignored segment is not scored.
 
-Two differences, in cases that sclite decides by the order of lines: here segments are sorted, and an ignored segment
-takes its words even if another segment overlaps it; and a word outside all segments goes to the next scored segment,
-while sclite drops it if an ignored segment comes first.
+The order of lines affects sclite, but not this module, which sorts segments. This makes two differences: an ignored
+segment takes its words even if another segment overlaps it, and a word outside all segments goes to the next scored
+segment, while sclite drops it if an ignored segment comes first.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def assign_words(
 
 
 def words_outside_ignored(segments: Sequence[ReferenceSegment], words: Sequence[TimedWord]) -> list[TimedWord]:
-    """Words whose midpoint lies in no ignored segment, in their order.
+    """Words whose midpoint lies in no ignored segment, in the given order.
 
     In a mix of channels, a word in an ignored segment (such as a pause) of one channel counts if another channel has a
     scored segment at that time.
@@ -99,11 +99,11 @@ def score_segments(
     channel: str | None = None,
     choice: Choice = "auto",
 ) -> list[ScoredSegment]:
-    """Normalised reference and hypothesis of each scored segment, in the order of time.
+    """Normalised reference and hypothesis of each scored segment, sorted by time.
 
     Args:
         words: hypothesis of the whole recording.
-        channel: recognised channel; None if the channels were mixed, then all segments count.
+        channel: recognised channel; None if the channels were mixed, so that all segments count.
     """
     clean = normaliser(language, choice).clean
     return [
@@ -123,8 +123,8 @@ def score_by_segments(
 ) -> RecordingScore:
     """Score of a recording as the sum over its segments: words are aligned within each segment.
 
-    The texts are those of the segments, joined. Aligning the joined texts gives the same number of errors or fewer.
-    Arguments like those of `score_segments`.
+    The texts of the segments are joined; aligning the joined texts gives the same number of errors or fewer. Arguments
+    as in `score_segments`.
     """
     rules = normaliser(language, choice)
     parts = [
@@ -154,9 +154,9 @@ def score_as_whole(
     channel: str | None = None,
     choice: Choice = "auto",
 ) -> RecordingScore:
-    """Score of a recording as one text: its scored segments in the order of time against all words that count.
+    """Score of a recording as one text: references of all scored segments against all words outside ignored segments.
 
-    A word near an edge cannot be assigned to the wrong segment. Arguments like those of `score_segments`.
+    Inaccurate times of words near segment edges have no effect. Arguments as in `score_segments`.
     """
     segments = _of_channel(segments, channel)
     scored = _scored(segments)
@@ -174,7 +174,7 @@ def score_as_whole(
 
 
 def _of_channel(segments: Sequence[ReferenceSegment], channel: str | None) -> Sequence[ReferenceSegment]:
-    """Segments of a channel; all for None. Raises UserError if none of the segments is of that channel."""
+    """Segments of a channel; all for None. Raises UserError if no segment has that channel."""
     if channel is None:
         return segments
     matches = [segment for segment in segments if segment.channel == channel]
@@ -189,8 +189,8 @@ def _scored(segments: Sequence[ReferenceSegment]) -> list[ReferenceSegment]:
     for segment in segments:
         if not -np.inf < segment.start <= segment.end < np.inf:
             raise UserError(
-                f"a reference segment from {segment.start} to {segment.end} s is invalid: give finite times that do "
-                "not decrease"
+                f"a reference segment from {segment.start} to {segment.end} s is invalid: give finite times, the end "
+                "not before the start"
             )
     scored = [segment for segment in segments if not segment.ignored]
     return sorted(scored, key=lambda segment: (segment.start, segment.end))

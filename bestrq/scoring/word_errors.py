@@ -1,12 +1,12 @@
 """Corpus-level word and character error rates with confidence intervals, and paired comparison of two systems.
 
-A rate is the errors of the whole corpus over its reference units, not a mean of recording rates. Counts and alignments
-are jiwer's, which minimise the number of errors. Characters include the spaces between words.
+A rate is the number of errors in the corpus over the number of reference units, not a mean over recordings. Counts and
+alignments are jiwer's, which minimise the number of errors. Characters include the spaces between words.
 
 NIST's sclite aligns with a cost of 4 for a substitution and 3 for an insertion or deletion. It may prefer two
-insertions and two deletions with more correct words to three substitutions, so it can count more errors, never fewer.
-On texts that resemble speech (5,000 words by Zipf's law, 10 to 60 % errors) the totals were equal on all of 30,030
-pairs; on 2,000 pairs of random letters from a to d, sclite counted 11,290 errors and jiwer 11,285.
+insertions and two deletions with more correct words to three substitutions, so it can count more errors but never
+fewer. On texts with the word frequencies of speech (5,000 words, Zipf's law, 10 to 60 % errors) the totals were equal
+on all of 30,030 pairs; on 2,000 pairs of random letters from a to d, sclite counted 11,290 errors and jiwer 11,285.
 """
 
 from collections.abc import Sequence
@@ -159,7 +159,8 @@ def score_normalised(
     id: str, reference: str, hypothesis: str, language: str, seconds: float, speaker: str, rules: Normaliser
 ) -> RecordingScore:
     """Score of a recording whose texts `rules` has already normalised."""
-    left, right = (text.replace(" ", "") if rules.unspaced else text for text in (reference, hypothesis))
+    texts = (reference, hypothesis)
+    reference_text, hypothesis_text = (text.replace(" ", "") if rules.unspaced else text for text in texts)
     return RecordingScore(
         id=id,
         language=language,
@@ -167,7 +168,7 @@ def score_normalised(
         reference=reference,
         hypothesis=hypothesis,
         words=_counts(jiwer.process_words(reference, hypothesis)),
-        characters=_counts(jiwer.process_characters(left, right)),
+        characters=_counts(jiwer.process_characters(reference_text, hypothesis_text)),
         speaker=speaker,
         normaliser=rules.name,
     )
@@ -209,24 +210,24 @@ def compare(
     """
     by_id = {score.id: score for score in second}
     if len(first) != len(second) or {score.id for score in first} != by_id.keys():
-        raise UserError("the two systems were scored on different recordings: evaluate both on the same ones")
+        raise UserError("the two systems were scored on different recordings: evaluate both on the same recordings")
     pairs = [(score, by_id[score.id]) for score in first]
     for score, other in pairs:
         if score.reference != other.reference:
             raise UserError(
-                f"recording {score.id!r} has two references (normalisers {score.normaliser!r} and "
-                f"{other.normaliser!r}): score both systems on the same data, with the same normaliser"
+                f"recording {score.id!r} has different references in the two systems (normalisers "
+                f"{score.normaliser!r} and {other.normaliser!r}): score both on the same data, with the same normaliser"
             )
     if not pairs:
         raise UserError("the evaluations have no recordings to compare: give evaluations of at least one recording")
 
-    def paired(unit: str) -> PairedBootstrap | None:
+    def bootstrap(unit: str) -> PairedBootstrap | None:
         (errors, lengths), (others, _) = (_as_arrays([getattr(pair[k], unit) for pair in pairs]) for k in (0, 1))
         return paired_bootstrap(errors, others, lengths, num_resamples, seed)
 
     references = [score.reference for score, _ in pairs]
     matched = mapsswe(references, [score.hypothesis for score, _ in pairs], [other.hypothesis for _, other in pairs])
-    return Comparison(paired("words"), paired("characters"), matched)
+    return Comparison(bootstrap("words"), bootstrap("characters"), matched)
 
 
 def edit_alignment(reference: str, hypothesis: str) -> list[Mark]:

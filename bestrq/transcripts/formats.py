@@ -49,8 +49,8 @@ def json_text(transcript: TimedTranscript) -> str:
 def ctm_text(transcript: TimedTranscript) -> str:
     """NIST's time-marked words: file, channel, start, duration, word, and confidence if known.
 
-    ASCII white space separates fields, so it becomes "_" in the recording's name; other spaces, such as U+3000, are
-    kept. Source: SCTK, doc/infmts.htm.
+    ASCII white space separates fields, so it is replaced by "_" in the recording's name; other spaces, such as U+3000,
+    are kept. Source: SCTK, doc/infmts.htm.
     """
     name = re.sub(r"[ \t\n\r\f\v]+", "_", transcript.id)
     lines = []

@@ -11,7 +11,7 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class SubtitleSettings:
-    """Limits of subtitle cues. A word is never split: one longer than a line gets a line of its own."""
+    """Limits of subtitle cues. Words are never split: a word longer than a line gets its own line."""
 
     line_characters: PositiveInt = 42
     """maximum characters per line"""
@@ -44,7 +44,7 @@ class Cue:
 def make_cues(words: Sequence[TimedWord], settings: SubtitleSettings) -> list[Cue]:
     """Group words, sorted by start, into cues. Overlapping words are separated (`disjoint`), so cues never overlap.
 
-    Lines are filled one after another: a word joins the previous cue if that stays within the settings.
+    Greedy: a word joins the previous cue if the cue then stays within the settings.
     """
     longest, pause = round(1000 * settings.longest_seconds), round(1000 * settings.pause_seconds)
     cues: list[Cue] = []

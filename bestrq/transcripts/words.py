@@ -25,30 +25,30 @@ class TimedWord:
 def timed_words(tokens: TimedTokens, pieces: Sequence[str], seconds_per_frame: float) -> list[TimedWord]:
     """Group the tokens of a sequence into words; joined by spaces, the words are its text.
 
-    A word lasts from the start of its first token's first frame to the end of its last token's last frame. A token of
-    spaces only belongs to no word. CTC tokens span several frames; a transducer token has the frame that emitted it, so
-    a word of a single token lasts one frame.
+    A word lasts from the start of its first token's first frame to the end of its last token's last frame. A token
+    that consists of spaces belongs to no word. CTC tokens span several frames; a transducer token has the frame that
+    emitted it, so a word of a single token lasts one frame.
 
     Args:
         pieces: text of each token id.
         seconds_per_frame: duration of an encoder frame.
     """
     words: list[TimedWord] = []
-    word_confidences: list[list[float]] = []  # those of its tokens
-    inside = False
+    word_confidences: list[list[float]] = []  # of the tokens of each word
+    in_word = False
     confidences: Sequence[float | None] = tokens.confidence or [None] * len(tokens.ids)
     for token, first, last, confidence in zip(
         tokens.ids, tokens.first_frame, tokens.last_frame, confidences, strict=True
     ):
         end = (last + 1) * seconds_per_frame
         for place, part in enumerate(pieces[token].split(MARK)):
-            inside = inside and place == 0  # a space precedes every part except the first
-            if part and inside:
+            in_word = in_word and place == 0  # a space precedes every part except the first
+            if part and in_word:
                 words[-1] = TimedWord(words[-1].word + part, words[-1].start, end)
             elif part:
                 words.append(TimedWord(part, first * seconds_per_frame, end))
                 word_confidences.append([])
-                inside = True
+                in_word = True
             if part and confidence is not None:
                 word_confidences[-1].append(confidence)
     means = [sum(values) / len(values) if values else None for values in word_confidences]

@@ -24,9 +24,9 @@ from bestrq.alignment.alignment import (
 )
 from bestrq.alignment.anchors import match_labels
 from bestrq.alignment.pieces import STAR, Transcript, plan_pieces
-from bestrq.long_form.inference import InferenceSettings, Source, transcribe
+from bestrq.long_form.inference import InferenceSettings, RecordingSource, model_outputs
 from common.errors import UserError
-from tests.long_form.test_inference import FACTOR, LocalModel, recording
+from tests.long_form.test_inference import STRIDE, LocalModel, recording
 
 VOCABULARY, SPACE = 20, 19
 ONE_PIECE = AlignmentSettings(piece_cells=10**9, max_cells=10**9)
@@ -399,13 +399,13 @@ def test_the_spool_holds_one_recording_at_a_time(monkeypatch: pytest.MonkeyPatch
     pairs = [recording(n, seed) for seed, n in enumerate([5, 33, 400, 34, 401])]
     inference = InferenceSettings(context_seconds=100, batch_seconds=300)
     spool = LogProbSpool(5)
-    outputs: Callable[..., Any] = transcribe
+    outputs: Callable[..., Any] = model_outputs
     indices = []
     for index, best in outputs(
-        LocalModel().log_probs, [s for _, s in pairs], inference, FACTOR, 1.0, reduce=spool.keep
+        LocalModel().log_probs, [s for _, s in pairs], inference, STRIDE, 1.0, reduce=spool.keep
     ):
-        source: Source = pairs[index][1]
-        [(_, whole)] = transcribe(LocalModel().log_probs, [source], inference, FACTOR, 1.0)
+        source: RecordingSource = pairs[index][1]
+        [(_, whole)] = model_outputs(LocalModel().log_probs, [source], inference, STRIDE, 1.0)
         np.testing.assert_allclose(spool.read(0, len(best)), whole.half().float(), rtol=1e-3)
         middle = len(best) // 2
         np.testing.assert_array_equal(spool.read(middle, len(best)), spool.read(0, len(best))[middle:])

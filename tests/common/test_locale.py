@@ -79,7 +79,7 @@ def test_fine_tuning_prints_a_hypothesis_and_saves(script: str, tmp_path: Path, 
     assert (done.returncode, done.stderr.decode()) == (0, "")
     out = done.stdout.decode()
     said = [line for line in out.splitlines() if line.startswith("    reference:")]
-    assert len(said) == 2 and JAPANESE[0] in said[0] and f"h of labels in {dataset}" in out
+    assert len(said) == 2 and JAPANESE[0] in said[0] and f"h of labelled audio in {dataset}" in out
     assert set(JAPANESE) <= set(load_tokenizer(tmp_path / TEXT / "export").pieces)
     assert f"dataset: {dataset}" in (tmp_path / TEXT / "config.yaml").read_text(encoding="utf-8")
     assert f"`{dataset}`" in (tmp_path / TEXT / "export/README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Beam search of a transducer: greedy at width 1, all alignments at a large one; fusion, batches, chunks, memory."""
+"""Beam search of a transducer: greedy search at width 1, all alignments at a large width; fusion, batches, chunks."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.hot_words import HotWords
-from bestrq.decoding.sequences import Hypothesis
+from bestrq.decoding.hypotheses import Hypothesis
 from bestrq.decoding.transducer_beam import BeamState, beam_search
 from bestrq.decoding.transducer_search import Transducer, greedy_search
 from bestrq.model.streaming import encode_chunk, start_stream
@@ -27,13 +27,13 @@ def hypotheses(state: BeamState) -> list[list[Hypothesis]]:
     return [state.hypotheses(n) for n in range(len(state.num_frames))]
 
 
-def assert_equal(found: list[list[Hypothesis]], wanted: list[list[Hypothesis]]) -> None:
-    """Same tokens at the same frames, same scores."""
-    assert [[one.tokens for one in beam] for beam in found] == [[one.tokens for one in beam] for beam in wanted]
-    for beam, other in zip(found, wanted, strict=True):
-        assert [one.score for one in beam] == pytest.approx([one.score for one in other], rel=1e-12, abs=1e-9)
-        for one, same in zip(beam, other, strict=True):
-            assert one.tokens.confidence == pytest.approx(same.tokens.confidence, rel=1e-9)
+def assert_equal(beams: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> None:
+    """Assert equal tokens, frames and scores."""
+    assert [[h.tokens for h in beam] for beam in beams] == [[h.tokens for h in beam] for beam in expected]
+    for beam, reference in zip(beams, expected, strict=True):
+        assert [h.score for h in beam] == pytest.approx([h.score for h in reference], rel=1e-12, abs=1e-9)
+        for hypothesis, other in zip(beam, reference, strict=True):
+            assert hypothesis.tokens.confidence == pytest.approx(other.tokens.confidence, rel=1e-9)
 
 
 @torch.no_grad()
@@ -42,14 +42,15 @@ def sum_over_alignments(
 ) -> dict[tuple[int, ...], float]:
     """Log-probability of every label sequence that frames `[T, J]` can emit.
 
-    added: to the score of a label (second index) behind another or the begin (first index).
+    Args:
+        added: score added to a label (second index) after another label or the start (first index).
     """
     labels = range(1, model.vocab_size)
-    of_frame = [emitted for count in range(max_symbols + 1) for emitted in itertools.product(labels, repeat=count)]
+    frame_labels = [emitted for count in range(max_symbols + 1) for emitted in itertools.product(labels, repeat=count)]
     outputs: dict[tuple[int, ...], Tensor] = {}
 
     def log_probs(emitted: tuple[int, ...]) -> Tensor:
-        """`[T, V]` behind labels."""
+        """Log-probabilities `[T, V]` after labels."""
         if emitted not in outputs:
             state = model.start(1)
             for label in (0, *emitted):
@@ -58,7 +59,7 @@ def sum_over_alignments(
         return outputs[emitted]
 
     totals: dict[tuple[int, ...], list[float]] = {}
-    for alignment in itertools.product(of_frame, repeat=len(encoded)):
+    for alignment in itertools.product(frame_labels, repeat=len(encoded)):
         score = 0.0
         emitted: tuple[int, ...] = ()
         for frame, here in enumerate(alignment):
@@ -77,7 +78,7 @@ def test_a_beam_of_one_is_greedy_search(kind: str, max_symbols: int) -> None:
     for seed in range(3):
         model, encoded = make_any(kind, seed=seed), random_frames(len(LENGTHS), 16, seed=seed)
         beams = hypotheses(beam_search(model, encoded, LENGTHS, 1, max_symbols))
-        assert [beam[0].tokens for beam in beams] == greedy_search(model, encoded, LENGTHS, max_symbols).found
+        assert [beam[0].tokens for beam in beams] == greedy_search(model, encoded, LENGTHS, max_symbols).emitted
         assert all(len(beam) == 1 for beam in beams)
 
 
@@ -92,7 +93,7 @@ def test_a_beam_of_all_has_the_sum_over_all_alignments(
     if fused:
         language_model = Bigrams(3)
         added = 0.7 * language_model.table + 0.4
-    wanted = sum_over_alignments(model, encoded[0], max_symbols, added.tolist())
+    expected = sum_over_alignments(model, encoded[0], max_symbols, added.tolist())
     state = beam_search(
         model,
         encoded,
@@ -102,52 +103,53 @@ def test_a_beam_of_all_has_the_sum_over_all_alignments(
         Fusion(3, language_model, 0.7 * fused, 0.4 * fused),
     )
     beam = state.hypotheses(0)
-    assert len(beam) == len(wanted) == len({tuple(one.tokens.ids) for one in beam})
-    assert {tuple(one.tokens.ids): one.score for one in beam} == pytest.approx(wanted, abs=1e-6 if fused else 1e-9)
-    assert [one.score for one in beam] == sorted((one.score for one in beam), reverse=True)
-    assert tuple(beam[0].tokens.ids) == max(wanted, key=wanted.__getitem__)
+    assert len(beam) == len(expected) == len({tuple(h.tokens.ids) for h in beam})
+    assert {tuple(h.tokens.ids): h.score for h in beam} == pytest.approx(expected, abs=1e-6 if fused else 1e-9)
+    assert [h.score for h in beam] == sorted((h.score for h in beam), reverse=True)
+    assert tuple(beam[0].tokens.ids) == max(expected, key=expected.__getitem__)
 
 
-def test_a_wider_beam_finds_what_greedy_search_has_missed() -> None:
+def test_a_wider_beam_finds_better_hypotheses_than_greedy_search() -> None:
     better = 0
     for seed in range(10):
         model, encoded = TableTransducer(3, seed=seed), random_frames(1, 3, joint_dim=3, seed=seed)
-        wanted = sum_over_alignments(model, encoded[0], 2, [[0.0] * 3] * 3)
+        expected = sum_over_alignments(model, encoded[0], 2, [[0.0] * 3] * 3)
         greedy, wide = (beam_search(model, encoded, torch.tensor([3]), width, 2).hypotheses(0)[0] for width in (1, 100))
-        best = max(wanted.values())
-        assert wide.score == pytest.approx(best, abs=1e-9) and wanted[tuple(greedy.tokens.ids)] <= best
-        better += wanted[tuple(greedy.tokens.ids)] < best
+        best = max(expected.values())
+        assert wide.score == pytest.approx(best, abs=1e-9) and expected[tuple(greedy.tokens.ids)] <= best
+        better += expected[tuple(greedy.tokens.ids)] < best
     assert better >= 3
 
 
 @pytest.mark.parametrize("width", [2, 3, 5])
 @KINDS
-def test_no_sequence_stands_twice_in_a_beam_and_no_score_is_above_its_sum(kind: str, width: int) -> None:
+def test_sequences_of_a_beam_are_distinct_and_scores_at_most_the_sum(kind: str, width: int) -> None:
     for seed in range(2):
         model, encoded = make_any(kind, vocab_size=3, seed=seed), random_frames(1, 3, joint_dim=3, seed=seed)
-        wanted = sum_over_alignments(model, encoded[0], 2, [[0.0] * 3] * 3)
+        expected = sum_over_alignments(model, encoded[0], 2, [[0.0] * 3] * 3)
         beam = beam_search(model, encoded, torch.tensor([3]), width, 2).hypotheses(0)
-        assert 1 < len(beam) <= width and len(beam) == len({tuple(one.tokens.ids) for one in beam})
-        assert all(one.score <= wanted[tuple(one.tokens.ids)] + 1e-9 for one in beam)
+        assert 1 < len(beam) <= width and len(beam) == len({tuple(h.tokens.ids) for h in beam})
+        assert all(h.score <= expected[tuple(h.tokens.ids)] + 1e-9 for h in beam)
 
 
 def test_scores_of_merged_alignments_add_up_when_others_are_pruned() -> None:
-    """Frames where blank and label 1 are as likely, and only the blank where there is a label: 2^-T for no label, the
-    rest for one. Three hypotheses are nothing, the label from before and the label from now, which are then one."""
+    """Blank and label 1 are equally probable until a label is emitted, then only the blank is possible: probability
+    2^-T of no label, the rest for one label. The three hypotheses of a frame are no label, an earlier label, and a new
+    label; the last two are merged."""
     model = TableTransducer(3)
     model.table = torch.full((3, 3, 3), -torch.inf, dtype=torch.float64)
     model.table[..., 0] = 0
     model.table[0, 0, 1] = 0
     beam = beam_search(model, torch.zeros(1, 8, 3, dtype=torch.float64), torch.tensor([8]), 3, 3).hypotheses(0)
-    assert [one.tokens.ids for one in beam] == [[1], []]
-    assert [math.exp(one.score) for one in beam] == pytest.approx([1 - 2**-8, 2**-8])
-    # Of its alignments, the first emission is the likeliest.
+    assert [h.tokens.ids for h in beam] == [[1], []]
+    assert [math.exp(h.score) for h in beam] == pytest.approx([1 - 2**-8, 2**-8])
+    # The most probable alignment emits at the first frame.
     assert beam[0].tokens.first_frame == [0]
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @KINDS
-def test_what_is_found_does_not_depend_on_the_batch(kind: str, fused: bool) -> None:
+def test_hypotheses_do_not_depend_on_the_batch(kind: str, fused: bool) -> None:
     model, encoded = make_any(kind, seed=1), random_frames(len(LENGTHS), 16)
     fusion = Fusion(5, Bigrams(5), 0.5, 0.3, HotWords([((1, 2, 3), 0.5), ((2, 2), 1.0)])) if fused else None
     together = beam_search(model, encoded, LENGTHS, 4, 2, fusion)
@@ -163,7 +165,7 @@ def test_what_is_found_does_not_depend_on_the_batch(kind: str, fused: bool) -> N
 
 @pytest.mark.parametrize("fused", [False, True])
 @KINDS
-def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str, fused: bool) -> None:
+def test_chunks_of_any_lengths_equal_one_pass(kind: str, fused: bool) -> None:
     model, encoded = make_any(kind, seed=2), random_frames(len(LENGTHS), 16)
     fusion = Fusion(5, Bigrams(5), 0.5, 0.3, HotWords([((1, 2, 3), 0.5), ((2, 2), 1.0)])) if fused else None
     whole = beam_search(model, encoded, LENGTHS, 4, 2, fusion)
@@ -171,8 +173,8 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str, fused: bool) 
         cuts = torch.rand(3, len(LENGTHS), generator=torch.Generator().manual_seed(seed)).sort(dim=0).values
         edges = (torch.cat((0 * cuts[:1], cuts, 0 * cuts[:1] + 1)) * LENGTHS).long()
         state = None
-        for begin, lengths in zip(edges, edges.diff(dim=0), strict=False):
-            index = (begin[:, None] + torch.arange(int(lengths.max()))).clamp(max=15)
+        for start, lengths in zip(edges, edges.diff(dim=0), strict=False):
+            index = (start[:, None] + torch.arange(int(lengths.max()))).clamp(max=15)
             chunk = encoded[torch.arange(len(encoded))[:, None], index]
             state = beam_search(model, chunk, lengths, 4, 2, fusion, state=state)
         assert state is not None and state.num_frames == LENGTHS.tolist()
@@ -181,7 +183,7 @@ def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str, fused: bool) 
 
 @pytest.mark.parametrize("width", [1, 3])
 @KINDS
-def test_a_state_stays_as_it_is_when_the_search_goes_on(kind: str, width: int) -> None:
+def test_a_state_is_not_modified_when_the_search_continues(kind: str, width: int) -> None:
     model, encoded = make_any(kind), random_frames(2, 12)
     half = torch.tensor([6, 6])
     state = beam_search(model, encoded[:, :6], half, width, 2)
@@ -192,10 +194,10 @@ def test_a_state_stays_as_it_is_when_the_search_goes_on(kind: str, width: int) -
 
 
 @KINDS
-def test_times_lie_in_the_recording_and_never_fall(kind: str) -> None:
+def test_times_are_within_the_recording_and_never_decrease(kind: str) -> None:
     beams = hypotheses(beam_search(make_any(kind), random_frames(len(LENGTHS), 16), LENGTHS, 4, 3))
     for beam, length in zip(beams, LENGTHS.tolist(), strict=True):
-        for tokens in (one.tokens for one in beam):
+        for tokens in (h.tokens for h in beam):
             assert all(first <= second for first, second in pairwise(tokens.first_frame))
             assert all(0 <= frame < length for frame in tokens.first_frame)
             assert tokens.last_frame == tokens.first_frame and len(tokens.ids) == len(tokens.first_frame)
@@ -205,28 +207,28 @@ def test_times_lie_in_the_recording_and_never_fall(kind: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @KINDS
 @torch.no_grad()
-def test_a_confidence_is_the_models_probability_of_a_label_where_it_was_emitted(kind: str, fused: bool) -> None:
-    """Of all labels together: the model is led along them again. What fusion adds is no part of it."""
+def test_a_confidence_is_the_model_probability_of_a_label_at_its_frame(kind: str, fused: bool) -> None:
+    """Compared with the model, run along the labels again. Fusion scores are not included."""
     model, encoded = make_any(kind, seed=1), random_frames(len(LENGTHS), 16)
     fusion = Fusion(5, Bigrams(5), 0.5, 0.3) if fused else None
     for n, beam in enumerate(hypotheses(beam_search(model, encoded, LENGTHS, 3, 2, fusion))):
-        for tokens in (one.tokens for one in beam):
+        for tokens in (h.tokens for h in beam):
             predicted, state = model.predict(torch.tensor([0]), model.start(1))
-            wanted = []
+            expected = []
             for label, frame in zip(tokens.ids, tokens.first_frame, strict=True):
-                wanted.append(float(model.joint(encoded[n, frame], predicted[0])[label].exp()))
+                expected.append(float(model.joint(encoded[n, frame], predicted[0])[label].exp()))
                 predicted, state = model.predict(torch.tensor([label]), state)
-            assert tokens.confidence == pytest.approx(wanted, abs=1e-9)
-    assert max(map(len, (one.tokens.ids for one in beam))) > 2
+            assert tokens.confidence == pytest.approx(expected, abs=1e-9)
+    assert max(map(len, (h.tokens.ids for h in beam))) > 2
 
 
-def test_hot_words_are_found_that_are_a_little_too_unlikely_and_given_back_when_they_break_off() -> None:
-    """Of one frame each, labels 1 and 2 in turn; 3 is less likely than 2 by 1 nat. Hot are (1, 3) and (1, 2, 4)."""
+def test_hot_words_change_the_result_and_incomplete_ones_are_taken_back() -> None:
+    """Labels 1 and 2, one frame each; 3 is 1 nat less probable than 2. Hot words are (1, 3) and (1, 2, 4)."""
     model = TableTransducer(5)
     model.table = torch.zeros_like(model.table)
     frames = torch.full((1, 2, 5), -30.0, dtype=torch.float64)
     frames[0, 0, 1], frames[0, 1, 2], frames[0, 1, 3] = 0, 0, -1
-    # A label at every frame: a transducer that emits one moves on by the blank alone, so it is as likely as all.
+    # The blank ends every frame, so it must not cost anything; the length bonus makes each frame emit a label.
     frames[..., 0] = 0
 
     def best(*phrases: tuple[tuple[int, ...], float]) -> Hypothesis:
@@ -239,15 +241,17 @@ def test_hot_words_are_found_that_are_a_little_too_unlikely_and_given_back_when_
     assert best(((1, 3), 0.6)).score == pytest.approx(best().score + 2 * 0.6 - 1)
 
 
-def test_nothing_said_is_one_hypothesis_without_labels() -> None:
+def test_silence_is_one_hypothesis_without_labels() -> None:
     model = TableTransducer(1)
     for beam in hypotheses(beam_search(model, random_frames(6, 16, 1), LENGTHS, 4, 2)):
-        assert [(one.tokens.ids, one.score) for one in beam] == [([], 0.0)]
-    sure = TableTransducer(blank_bias=1e3)
-    assert all(beam[0].tokens.ids == [] for beam in hypotheses(beam_search(sure, random_frames(6, 16), LENGTHS, 4, 2)))
+        assert [(h.tokens.ids, h.score) for h in beam] == [([], 0.0)]
+    blank_only = TableTransducer(blank_bias=1e3)
+    assert all(
+        beam[0].tokens.ids == [] for beam in hypotheses(beam_search(blank_only, random_frames(6, 16), LENGTHS, 4, 2))
+    )
 
 
-def test_a_language_model_is_asked_once_for_each_of_its_contexts() -> None:
+def test_a_language_model_is_evaluated_once_per_context() -> None:
     language_model = Bigrams(5)
     beam_search(TableTransducer(), random_frames(3, 16), torch.tensor([16] * 3), 4, 2, Fusion(5, language_model, 0.5))
     assert sorted(language_model.contexts) == [(), (1,), (2,), (3,), (4,)]
@@ -260,7 +264,7 @@ def test_a_language_model_of_order_one_gets_no_context() -> None:
     assert language_model.contexts == [()]
 
 
-def test_a_bonus_makes_longer_hypotheses() -> None:
+def test_a_length_bonus_makes_hypotheses_longer() -> None:
     def mean_length(bonus: float) -> float:
         state = beam_search(
             TableTransducer(blank_bias=2), random_frames(4, 16), torch.tensor([16] * 4), 4, 3, Fusion(5, bonus=bonus)
@@ -272,7 +276,7 @@ def test_a_bonus_makes_longer_hypotheses() -> None:
 
 @pytest.mark.parametrize("prediction", ["stateless", "lstm"])
 @torch.no_grad()
-def test_a_stream_finds_what_one_pass_over_the_recording_finds(prediction: str) -> None:
+def test_a_stream_equals_one_pass_over_the_recording(prediction: str) -> None:
     model = make_transducer(prediction, mask="chunk", chunk_size=4, left_chunks=1, causal_convolution=True)
     log_mel = torch.randn(3 * 16 + 6, MELS, dtype=torch.float64) * 2
     frames = torch.tensor([[len(log_mel)]])
@@ -287,14 +291,14 @@ def test_a_stream_finds_what_one_pass_over_the_recording_finds(prediction: str) 
     assert_equal(hypotheses(state), hypotheses(whole))
 
 
-def test_sequences_that_no_hypothesis_begins_with_are_forgotten() -> None:
-    """A long search keeps what its hypotheses share and where they differ, not all that it has tried."""
+def test_sequences_without_a_hypothesis_are_freed() -> None:
+    """Memory of a long search holds the sequences of its hypotheses, not those that were pruned."""
     state = beam_search(TableTransducer(blank_bias=-1), random_frames(1, 200), torch.tensor([200]), 4, 2)
-    longest = max(len(one.tokens.ids) for one in state.hypotheses(0))
-    assert longest > 100 and len(state.interned) <= 2 * longest
+    longest = max(len(h.tokens.ids) for h in state.hypotheses(0))
+    assert longest > 100 and len(state.sequences) <= 2 * longest
 
 
-def test_what_cannot_be_searched_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model, encoded, lengths = TableTransducer(), random_frames(2, 5), torch.tensor([5, 5])
     with pytest.raises(UserError, match="decoder.beam is 0"):
         beam_search(model, encoded, lengths, 0, 1)
@@ -302,7 +306,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
         beam_search(model, encoded, lengths, 2, 0)
     with pytest.raises(ValueError, match="lengths"):
         beam_search(model, encoded, lengths + 1, 2, 1)
-    with pytest.raises(ValueError, match="the state is of"):
+    with pytest.raises(ValueError, match="the state has"):
         beam_search(model, encoded, lengths, 3, 1, state=beam_search(model, encoded, lengths, 2, 1))
     with pytest.raises(ValueError, match="another fusion"):
         beam_search(model, encoded, lengths, 2, 1, Fusion(5), beam_search(model, encoded, lengths, 2, 1))

@@ -1,4 +1,4 @@
-"""Greedy search of a transducer against its definition, frame by frame; chunks, batches, times, streaming."""
+"""Greedy search of a transducer compared with its definition; chunks, batches, times, streaming."""
 
 import copy
 from itertools import pairwise
@@ -19,29 +19,29 @@ LENGTHS = torch.tensor([24, 0, 1, 13, 24, 7])
 
 
 def search_by_definition(model: Transducer, encoded: Tensor, max_symbols: int) -> TimedTokens:
-    """One sequence `[T, J]`, one frame after the other, one label after the other."""
+    """Tokens of one sequence `[T, J]`, frame by frame and label by label."""
     ids, frames, confidence = [], [], []
     predicted, state = model.predict(torch.tensor([0]), model.start(1))
-    for place, frame in enumerate(encoded):
+    for position, frame in enumerate(encoded):
         for _ in range(max_symbols):
             log_prob, label = model.joint(frame, predicted[0]).max(dim=0)
             if label == 0:
                 break
             ids.append(int(label))
-            frames.append(place)
+            frames.append(position)
             confidence.append(float(log_prob.exp()))
             predicted, state = model.predict(label[None], state)
     return TimedTokens(ids, frames, frames, confidence)
 
 
 def search_in_chunks(model: Transducer, encoded: Tensor, chunks: Tensor, max_symbols: int) -> GreedyState:
-    """Chunk lengths int64 `[C, N]`."""
-    state, begin = None, torch.zeros_like(chunks[0])
+    """Search chunk by chunk. chunks: lengths, int64 `[C, N]`."""
+    state, start = None, torch.zeros_like(chunks[0])
     for lengths in chunks:
-        index = (begin[:, None] + torch.arange(int(lengths.max()))).clamp(max=encoded.shape[1] - 1)
+        index = (start[:, None] + torch.arange(int(lengths.max()))).clamp(max=encoded.shape[1] - 1)
         chunk = encoded[torch.arange(len(encoded))[:, None], index]
         state = greedy_search(model, chunk, lengths, max_symbols, state)
-        begin = begin + lengths
+        start = start + lengths
     assert state is not None
     return state
 
@@ -53,79 +53,79 @@ KINDS = pytest.mark.parametrize("kind", ["table", "stateless", "lstm"])
 @pytest.mark.parametrize("max_symbols", [1, 2, 5])
 @KINDS
 @torch.no_grad()
-def test_it_is_greedy_search_by_definition(
-    kind: str, max_symbols: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_equals_its_definition(kind: str, max_symbols: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transducer_search, "BLOCK", block)
     for blank_bias in (-2.0, 0.0, 3.0) if kind == "table" else (0.0,):
         model, encoded = make_any(kind, blank_bias=blank_bias, seed=1), random_frames(len(LENGTHS), 24)
         state = greedy_search(model, encoded, LENGTHS, max_symbols)
-        wanted = [
+        expected = [
             search_by_definition(model, row[:length], max_symbols)
             for row, length in zip(encoded, LENGTHS.tolist(), strict=True)
         ]
-        assert state.found == wanted
-        for found, one in zip(state.found, wanted, strict=True):
-            assert found.confidence == pytest.approx(one.confidence, abs=1e-9)
+        assert state.emitted == expected
+        for tokens, reference in zip(state.emitted, expected, strict=True):
+            assert tokens.confidence == pytest.approx(reference.confidence, abs=1e-9)
         assert state.num_frames.tolist() == LENGTHS.tolist()
-        # Frames of no labels, of one and of as many as may be; a model that loves to emit runs into the cap.
-        counts = [tokens.first_frame.count(place) for tokens in wanted for place in range(24)]
-        assert set(counts) >= {0, 1, max_symbols} and len({label for tokens in wanted for label in tokens.ids}) > 2
+        # Frames with no label, one label and the maximum; a low blank probability reaches the maximum often.
+        counts = [tokens.first_frame.count(position) for tokens in expected for position in range(24)]
+        assert set(counts) >= {0, 1, max_symbols} and len({label for tokens in expected for label in tokens.ids}) > 2
         assert blank_bias >= 0 or counts.count(max_symbols) > int(LENGTHS.sum()) // 2
 
 
 @KINDS
-def test_chunks_of_any_lengths_give_what_one_pass_gives(kind: str) -> None:
+def test_chunks_of_any_lengths_equal_one_pass(kind: str) -> None:
     model, encoded = make_any(kind), random_frames(len(LENGTHS), 24)
     whole = greedy_search(model, encoded, LENGTHS, 2)
     for seed in range(5):
-        # Every sequence is cut at places of its own; some chunks of some are empty.
+        # Cuts differ between sequences; some chunks are empty.
         cuts = torch.rand(4, len(LENGTHS), generator=torch.Generator().manual_seed(seed)).sort(dim=0).values
         edges = torch.cat((0 * cuts[:1], cuts, 0 * cuts[:1] + 1)) * LENGTHS
         chunked = search_in_chunks(model, encoded, edges.long().diff(dim=0), 2)
-        assert chunked.found == whole.found
-        for found, one in zip(chunked.found, whole.found, strict=True):
-            assert found.confidence == pytest.approx(one.confidence, abs=1e-9)
+        assert chunked.emitted == whole.emitted
+        for tokens, reference in zip(chunked.emitted, whole.emitted, strict=True):
+            assert tokens.confidence == pytest.approx(reference.confidence, abs=1e-9)
         assert chunked.num_frames.tolist() == LENGTHS.tolist()
 
 
 @KINDS
-def test_a_state_stays_as_it_is_when_the_search_goes_on(kind: str) -> None:
+def test_a_state_is_not_modified_when_the_search_continues(kind: str) -> None:
     model, encoded = make_any(kind), random_frames(2, 20)
     state = greedy_search(model, encoded[:, :10], torch.tensor([10, 10]), 2)
     before = copy.deepcopy(state)
     twice = [greedy_search(model, encoded[:, 10:], torch.tensor([10, 10]), 2, state) for _ in range(2)]
-    assert twice[0].found == twice[1].found and len(twice[0].tokens(0).ids) > len(state.tokens(0).ids)
-    assert state.found == before.found
-    tensors, kept = ((one.predicted, one.num_frames, *one.prediction) for one in (state, before))
+    assert twice[0].emitted == twice[1].emitted and len(twice[0].tokens(0).ids) > len(state.tokens(0).ids)
+    assert state.emitted == before.emitted
+    tensors, kept = ((s.predicted, s.num_frames, *s.prediction) for s in (state, before))
     assert all(torch.equal(*pair) for pair in zip(tensors, kept, strict=True))
 
 
-def test_what_lies_behind_a_sequence_is_ignored() -> None:
+def test_padding_is_ignored() -> None:
     model, encoded = TableTransducer(), random_frames(len(LENGTHS), 24)
     used = torch.arange(24)[:, None] < LENGTHS[:, None, None]
     other = torch.where(used, encoded, random_frames(len(LENGTHS), 24, seed=1))
-    found = [greedy_search(model, frames, LENGTHS, 3).found for frames in (encoded, other)]
-    assert found[0] == found[1] and found[0][1].ids == []
+    result = [greedy_search(model, frames, LENGTHS, 3).emitted for frames in (encoded, other)]
+    assert result[0] == result[1] and result[0][1].ids == []
 
 
-def test_times_lie_in_the_recording_and_never_fall() -> None:
+def test_times_are_within_the_recording_and_never_decrease() -> None:
     model, encoded = TableTransducer(), random_frames(len(LENGTHS), 24)
-    for tokens, length in zip(greedy_search(model, encoded, LENGTHS, 3).found, LENGTHS.tolist(), strict=True):
+    for tokens, length in zip(greedy_search(model, encoded, LENGTHS, 3).emitted, LENGTHS.tolist(), strict=True):
         assert all(first <= second for first, second in pairwise(tokens.first_frame))
         assert all(0 <= frame < length for frame in tokens.first_frame)
         assert tokens.last_frame == tokens.first_frame and len(tokens.ids) == len(tokens.first_frame)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5])
-def test_a_model_that_knows_but_the_blank_finds_nothing(vocab_size: int) -> None:
+def test_a_model_that_always_predicts_the_blank_emits_nothing(vocab_size: int) -> None:
     model = TableTransducer(vocab_size, blank_bias=1e3)
-    assert all(tokens.ids == [] for tokens in greedy_search(model, random_frames(6, 24, vocab_size), LENGTHS, 3).found)
+    assert all(
+        tokens.ids == [] for tokens in greedy_search(model, random_frames(6, 24, vocab_size), LENGTHS, 3).emitted
+    )
 
 
 @pytest.mark.parametrize("prediction", ["stateless", "lstm"])
 @torch.no_grad()
-def test_a_stream_finds_what_one_pass_over_the_recording_finds(prediction: str) -> None:
+def test_a_stream_equals_one_pass_over_the_recording(prediction: str) -> None:
     model = make_transducer(prediction, mask="chunk", chunk_size=4, left_chunks=1, causal_convolution=True)
     log_mel = torch.randn(5 * 16 + 6, MELS, dtype=torch.float64) * 2
     frames = torch.tensor([[len(log_mel)]])
@@ -136,10 +136,10 @@ def test_a_stream_finds_what_one_pass_over_the_recording_finds(prediction: str) 
         hidden, stream = encode_chunk(model.encoder, chunk, stream)
         projected = model.joint.encoder_projection(hidden)[None]
         state = greedy_search(model, projected, torch.tensor([len(hidden)]), 2, state)
-    assert state is not None and state.found == whole.found and len(set(whole.tokens(0).first_frame)) > 5
+    assert state is not None and state.emitted == whole.emitted and len(set(whole.tokens(0).first_frame)) > 5
 
 
-def test_what_cannot_be_searched_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model, encoded = TableTransducer(), random_frames(2, 5)
     lengths = torch.tensor([5, 5])
     with pytest.raises(UserError, match="decoder.max_symbols is 0"):
@@ -147,5 +147,5 @@ def test_what_cannot_be_searched_is_refused() -> None:
     for wrong in ([5, 6], [-1, 5], [5]):
         with pytest.raises(ValueError, match="lengths"):
             greedy_search(model, encoded, torch.tensor(wrong), 1)
-    with pytest.raises(ValueError, match="the state is one of 2 sequences"):
+    with pytest.raises(ValueError, match="the state has 2 sequences"):
         greedy_search(model, encoded[:1], lengths[:1], 1, greedy_search(model, encoded, lengths, 1))

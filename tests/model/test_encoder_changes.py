@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bestrq.long_form.decoders import DecoderSettings, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Source
+from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.training.export import write_export
@@ -82,7 +82,7 @@ def test_a_causal_export_streams_to_the_tokens_of_one_pass(export: Export, tmp_p
     recogniser = load_recogniser(read_export(str(tmp_path / "export")), changes)
     decoder = make_decoder(recogniser, DecoderSettings(), "export")
     log_mel = torch.randn(700, 80, generator=torch.Generator().manual_seed(0))
-    sources = [Source(n, lambda start, stop: log_mel[start:stop]) for n in (9, 200, 700)]
+    sources = [RecordingSource(n, lambda start, stop: log_mel[start:stop]) for n in (9, 200, 700)]
     streamed, whole = (
         dict(decode_recordings(decoder, sources, InferenceSettings(mode), 4, 100.0))
         for mode in ("streaming", "whole")  # type: ignore[arg-type]

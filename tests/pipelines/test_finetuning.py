@@ -10,21 +10,21 @@ from pipelines.finetuning import FinetuneConfig
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("finetune.reinitialise_top_blocks", "-1", "an integer, 0 or more"),
-        ("finetune.freeze_encoder_steps", "-2", "an integer, 0 or more"),
-        ("finetune.encoder_learning_rate", "-0.1", "a number, 0 or more"),
-        ("finetune.label_minutes", "-1.0", "a number, 0 or more"),
+        ("finetune.reinitialise_top_blocks", "-1", "an integer of at least 0"),
+        ("finetune.freeze_encoder_steps", "-2", "an integer of at least 0"),
+        ("finetune.encoder_learning_rate", "-0.1", "a number of at least 0"),
+        ("finetune.label_minutes", "-1.0", "a number of at least 0"),
         ("validation.every_steps", "0", "an integer above 0"),
-        ("validation.max_recordings", "-1", "an integer, 0 or more"),
-        ("spec_augment.num_freq_masks", "-1", "an integer, 0 or more"),
-        ("spec_augment.max_freq_width", "-1", "an integer, 0 or more"),
-        ("spec_augment.num_time_masks", "-1", "an integer, 0 or more"),
+        ("validation.max_recordings", "-1", "an integer of at least 0"),
+        ("spec_augment.num_freq_masks", "-1", "an integer of at least 0"),
+        ("spec_augment.max_freq_width", "-1", "an integer of at least 0"),
+        ("spec_augment.num_time_masks", "-1", "an integer of at least 0"),
         ("spec_augment.time_mask_period", "0", "an integer above 0"),
-        ("spec_augment.max_time_width", "-1", "an integer, 0 or more"),
+        ("spec_augment.max_time_width", "-1", "an integer of at least 0"),
         ("spec_augment.max_time_share", "1.5", "a number from 0 to 1"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_its_field_and_the_range(field: str, value: str, expected: str) -> None:
+def test_an_error_of_a_value_out_of_range_names_field_and_range(field: str, value: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(FinetuneConfig, [f"--{field}={value}"])
     assert str(caught.value) == f"{field} is {value}: expected {expected}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bestrq.long_form.inference import InferenceSettings, Source, transcribe
+from bestrq.long_form.inference import InferenceSettings, RecordingSource, model_outputs
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, CTCOutput, frames_needed, pad_labels, segment_frames
 from common.segments import Segments
@@ -208,11 +208,11 @@ def test_freezing_in_the_first_steps_works_in_every_parallel_mode(parallel: str,
 
 def test_outputs_of_whole_recordings_do_not_depend_on_the_batch() -> None:
     model = make_model(num_layers=2).eval()
-    sources = [Source(n, lambda start, stop, n=n: utterance(n)[start:stop]) for n in (30, 41, 200, 203)]
+    sources = [RecordingSource(n, lambda start, stop, n=n: utterance(n)[start:stop]) for n in (30, 41, 200, 203)]
 
     def outputs(batch_seconds: float) -> dict[int, Tensor]:
         settings = InferenceSettings(context_seconds=0.8, batch_seconds=batch_seconds)
-        return dict(transcribe(model.log_probs, sources, settings, STRIDE, 100.0))
+        return dict(model_outputs(model.log_probs, sources, settings, STRIDE, 100.0))
 
     one_by_one, together = outputs(0.1), outputs(1000.0)
     for index, source in enumerate(sources):

@@ -32,7 +32,7 @@ def hypothesis(wrong: Sequence[int], words: Sequence[str] = REFERENCE) -> str:
 
 
 def systems_of(error_every: int, count: int = 12) -> list[RecordingScore]:
-    """Recordings with errors in every `error_every`-th: as many as its number."""
+    """Scores in which every `error_every`-th recording has errors: as many as its number."""
     texts = {
         f"rec-{i:02d}": (" ".join(REFERENCE), hypothesis(range(i % len(REFERENCE)) if i % error_every == 0 else ()))
         for i in range(count)
@@ -60,22 +60,22 @@ async function search(text) {
 (async () => {
   const out = {};
   const heads = [...document.querySelectorAll(".recordings th")];
-  const sort = (title) => heads.find((one) => one.textContent === title).querySelector("button").click();
+  const sort = (title) => heads.find((head) => head.textContent === title).querySelector("button").click();
   sort("WER, %"); out.worst = ids();
   sort("WER, %"); out.best = ids();
   sort("Recording"); out.names = ids();
   out.byId = await search("PLAIN");
-  out.bySaid = await search("three four");
-  out.byHeard = await search("zzz");
-  out.byNothing = await search("not there");
+  out.byReference = await search("three four");
+  out.byHypothesis = await search("zzz");
+  out.byMissing = await search("not there");
   out.count = document.querySelector(".recordings output").textContent;
   out.all = (await search("")).length;
-  [...document.querySelectorAll(".recordings button.open")].find((one) => one.textContent === "hard").click();
+  [...document.querySelectorAll(".recordings button.open")].find((button) => button.textContent === "hard").click();
   const dialog = document.querySelector("dialog");
   out.open = dialog.open;
   out.texts = ["del", "ins", ".sub", ".right"].map((kind) => [...dialog.querySelectorAll(".block " + kind)]
-    .map((one) => one.textContent));
-  out.titles = [...dialog.querySelectorAll(".block del, .block ins, .block .sub")].map((one) => one.title);
+    .map((element) => element.textContent));
+  out.titles = [...dialog.querySelectorAll(".block del, .block ins, .block .sub")].map((element) => element.title);
   const audio = dialog.querySelector("audio");
   out.preload = audio.getAttribute("preload");
   press("dialog .next"); out.next = dialog.querySelector(".tools output").textContent;
@@ -92,7 +92,7 @@ async function search(text) {
   out.playing = !audio.paused;
   dialog.querySelector(".errors").open = true;
   await wait(200);
-  out.list = [...dialog.querySelectorAll(".errors li")].map((one) => one.textContent);
+  out.list = [...dialog.querySelectorAll(".errors li")].map((item) => item.textContent);
   press("dialog .close");
   for (let k = 0; k < 20 && document.querySelector("dialog"); k++) await wait(100);
   out.closed = document.querySelector("dialog") === null;
@@ -125,7 +125,7 @@ def browse(page: Path, check: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed to open the page with")
-def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp_path: Path) -> None:
+def test_sorting_searching_transcripts_and_playback_work_in_a_browser(tmp_path: Path) -> None:
     evil = "</script><b id=evil>&lt;!--<script>"
     texts = {
         "hard": ("one two three four five six", "one three zzz five six nine nine"),
@@ -151,8 +151,8 @@ def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp
     expected = ["ninth", "hard", "tenth", "fifth"]
     assert out["worst"][:4] == expected and out["best"][-4:] == expected[::-1]
     assert out["names"] == sorted(texts)
-    assert out["byId"] == ["plain"] and out["bySaid"] == ["hard"] and out["byHeard"] == ["hard"]
-    assert out["byNothing"] == [] and out["count"] == "0 of 6" and out["all"] == 6
+    assert out["byId"] == ["plain"] and out["byReference"] == ["hard"] and out["byHypothesis"] == ["hard"]
+    assert out["byMissing"] == [] and out["count"] == "0 of 6" and out["all"] == 6
     assert out["open"] and out["closed"]
     assert out["texts"] == [["two"], ["nine", "nine"], ["zzz four"], ["one", "three", "five six"]]
     assert out["titles"] == ["0:00.8", "0:01.8", "0:02.8", "0:03.2"]
@@ -164,7 +164,7 @@ def test_in_a_browser_a_reader_sorts_searches_opens_a_transcript_and_listens(tmp
     assert out["scripts"] == 0 and out["policy"] == "kept"
 
 
-def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baseline(tmp_path: Path) -> None:
+def test_a_comparison_has_the_numbers_of_scoring_with_the_first_as_the_baseline(tmp_path: Path) -> None:
     first, second = systems_of(2), systems_of(3)
     folders = {
         "first": write_evaluation(tmp_path / "1", "a", first),
@@ -175,7 +175,7 @@ def test_a_comparison_holds_the_numbers_of_scoring_with_the_first_as_the_baselin
     assert numbers["comparisons"] == [{"system": "second", "baseline": "first", **expected}]
     assert numbers["comparisons"][0]["wer"]["difference"] < 0  # the second has fewer errors
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(numbers))
-    assert [one["scores"]["all"]["wer"] for one in numbers["systems"]] == [
+    assert [system["scores"]["all"]["wer"] for system in numbers["systems"]] == [
         make_results("x", scores)["scores"]["all"]["wer"] for scores in (first, second)
     ]
     assert numbers["recordings"][4]["wer"] == {"first": 4 / 20, "second": 0.0}
@@ -198,7 +198,7 @@ def test_evaluations_of_other_recordings_or_references_are_not_compared(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_lines_of_a_curve_share_all_settings_but_the_context_and_end_in_the_whole_recording() -> None:
+def test_points_of_a_curve_share_all_settings_but_the_context_and_end_with_the_whole_recording() -> None:
     scores = systems_of(2)
     cells = {
         "b-80": make_results("a", scores, 80.0),
@@ -214,7 +214,7 @@ def test_lines_of_a_curve_share_all_settings_but_the_context_and_end_in_the_whol
         "a, windowed": ["w-5", "b-0"],
         "bb, buffered, overlap 0.25": ["other"],
     }
-    cells["b-80"]["decoder"] |= {"language_model_weight": 0.5}  # with one description: named apart all the same
+    cells["b-80"]["decoder"] |= {"language_model_weight": 0.5}  # same description, but another name
     names = list(context_curves({name: cells[name] for name in ("b-80", "b-5")}))
     assert len(names) == 2 and "language_model_weight 0.5" in names[0]
     assert list(context_curves({"x": cells["b-0"]})) == ["whole, greedy"]
@@ -226,7 +226,7 @@ def test_two_contexts_are_drawn_as_a_curve_and_a_stale_curve_is_removed(tmp_path
     numbers = write_comparison(tmp_path / "out", folders, {}, 100)
     drawing = (tmp_path / "out" / "curve.svg").read_text()
     assert drawing.startswith("<svg") and ">whole<" in drawing and ">20<" in drawing
-    assert [one["context_seconds"] for one in numbers["curves"][0]["points"]] == [5.0, 20.0, 0.0]
+    assert [point["context_seconds"] for point in numbers["curves"][0]["points"]] == [5.0, 20.0, 0.0]
     write_comparison(tmp_path / "out", {"5.0": folders["5.0"]}, {}, 100)
     assert not (tmp_path / "out" / "curve.svg").exists()
 
@@ -241,7 +241,7 @@ def test_tables_hold_many_evaluations_and_show_the_recordings_of_six(tmp_path: P
     assert "cell 8" in page.text and "WER of cell 7, %" not in page.text
 
 
-def test_rates_by_segments_stand_beside_those_of_whole_recordings(tmp_path: Path) -> None:
+def test_rates_by_segments_are_listed_with_those_of_whole_recordings(tmp_path: Path) -> None:
     scores = systems_of(2)
     by_segments = make_results("a", systems_of(1))["scores"]
     write_evaluation_report(tmp_path, make_results("a", scores, segments=by_segments), make_transcripts(scores), {})
@@ -250,7 +250,7 @@ def test_rates_by_segments_stand_beside_those_of_whole_recordings(tmp_path: Path
 
 
 @pytest.mark.parametrize("part", ["edge_distances", "speakers", "positions"])
-def test_unknown_parts_of_an_evaluation_are_left_out(tmp_path: Path, part: str) -> None:
+def test_missing_breakdowns_are_left_out(tmp_path: Path, part: str) -> None:
     scores = score_all({"one": ("a b", ""), "none": ("", "c")})
     results = make_results("a", scores, **{part: {} if part == "speakers" else []})
     results["decoding"]["peak_mb"] = None
@@ -285,7 +285,7 @@ def test_the_script_names_evaluations_by_the_parts_of_their_paths_that_differ(
     script.main([*arguments, "--names", "one", "two", "three", "--audio", str(tmp_path / "audio")])
     scripts = check_page(out / "report.html").scripts
     assert scripts.count('"audio":"file:///') == 1 and scripts.count('"audio":null') == 11
-    assert [one["system"] for one in json.loads((out / "report.json").read_text())["systems"]] == [
+    assert [system["system"] for system in json.loads((out / "report.json").read_text())["systems"]] == [
         "one",
         "two",
         "three",

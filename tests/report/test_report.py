@@ -211,15 +211,15 @@ def test_a_significant_difference_is_distinguished_from_an_insignificant_one() -
 def test_the_rules_of_each_normaliser_are_listed() -> None:
     scores = [score_recording("a", "die gro\u00dfe", "die grosse", "de"), score_recording("b", "x", "y", "es")]
     body = provenance_section({"a": results("a", scores)}).body
-    for text in ("normaliser unicode+de", "becomes &#39;ss&#39;: sharp s is ss", "the general ones: es"):
+    for text in ("normaliser unicode+de", "becomes &#39;ss&#39;: sharp s is ss", "without specific rules: es"):
         assert text in body
 
 
-def test_samples_cover_easy_and_hard_recordings_once() -> None:
-    one = results("a", recordings(3))
-    body = examples_section({"a": one}, count=5).body
+def test_examples_cover_low_and_high_rates_with_each_recording_once() -> None:
+    made = results("a", recordings(3))
+    body = examples_section({"a": made}, count=5).body
     assert body.count("<article") == 5
-    assert examples_section({"a": one | {"recordings": one["recordings"][:1]}}).body.count("<article") == 1
+    assert examples_section({"a": made | {"recordings": made["recordings"][:1]}}).body.count("<article") == 1
 
 
 def test_mask_spans_are_the_runs_of_true() -> None:
@@ -228,7 +228,7 @@ def test_mask_spans_are_the_runs_of_true() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_long_names_leave_room_for_the_chart() -> None:
+def test_charts_with_long_names_have_room_for_the_axes() -> None:
     names = [
         f"{'runs-of-a-long-name/' * 6}{k}, averaged 20 s, overlap 0.875, beam 8 with language model" for k in range(6)
     ]
@@ -248,9 +248,9 @@ def test_a_corpus_dominated_by_one_long_recording_has_a_warning() -> None:
     def row(words: int) -> dict[str, int]:
         return {"word_hits": words - 1, "word_substitutions": 1, "word_deletions": 0, "word_insertions": 9}
 
-    alike = {"recordings": [row(100) for _ in range(10)]}
+    even = {"recordings": [row(100) for _ in range(10)]}
     uneven = {"recordings": [*(row(10) for _ in range(30)), row(900)]}
-    assert few_recordings_warning(alike) == "" == few_recordings_warning({"recordings": []})
+    assert few_recordings_warning(even) == "" == few_recordings_warning({"recordings": []})
     # (30 * 10 + 900)^2 / (30 * 100 + 810,000)
     expected = "One recording has 75% of the words. The effective number of recordings is only 1.8 of 31"
     assert few_recordings_warning(uneven).startswith(expected)
@@ -261,6 +261,6 @@ def test_a_difference_is_significant_if_both_bootstraps_agree() -> None:
         wer = {"difference": 0.02, "interval": interval, "probability_first_better": probability}
         return difference_sentence({"system": "a", "baseline": "b", "wer": wer})
 
-    doubt = "not significant"
-    assert doubt not in sentence((0.01, 0.03), 0.001)
-    assert doubt in sentence((-0.01, 0.03), 0.2) and doubt in sentence((0.01, 0.03), 0.1)
+    verdict = "not significant"
+    assert verdict not in sentence((0.01, 0.03), 0.001)
+    assert verdict in sentence((-0.01, 0.03), 0.2) and verdict in sentence((0.01, 0.03), 0.1)

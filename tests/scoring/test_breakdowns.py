@@ -1,4 +1,4 @@
-"""Breakdowns: parts add up to totals, errors count at their times, confusions are counted by hand."""
+"""Error breakdowns: parts add up to totals, errors count at their times, confusions equal hand counts."""
 
 import json
 import random
@@ -94,7 +94,7 @@ def test_confusions_counted_by_hand_with_ties_in_alphabetical_order() -> None:
     assert (errors.deletions, errors.insertions) == ([("e", 1)], [("g", 1)])
 
 
-def test_normalised_words_keep_the_times_of_the_words_they_come_from() -> None:
+def test_normalised_words_have_the_times_of_their_source_words() -> None:
     clean = normaliser("en").clean
     words, times = normalised_times(timed("Well, don't take twenty one - uh colours!"), clean)
     assert words == "well do not take 21 colors".split()

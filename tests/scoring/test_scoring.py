@@ -101,7 +101,7 @@ def test_languages_are_scored_separately_and_together() -> None:
     assert [total.words.rate for total in totals.values()] == [0.0, 0.5, 0.25]
 
 
-def test_normalisers_are_described_with_their_rules_or_a_note_that_there_are_none() -> None:
+def test_normalisers_are_described_with_their_rules_or_a_note_on_languages_without_rules() -> None:
     scores = [score_recording(str(i), "a", "a", language) for i, language in enumerate(["en", "xx", "", "ro-RO", "zh"])]
     assert [score.normaliser for score in scores] == [
         "whisper-english", "unicode", "unicode", "unicode+ro", "unicode+zh",
@@ -131,7 +131,7 @@ def test_two_systems_are_compared_only_on_the_same_texts() -> None:
     assert json.dumps(comparison.summary(), allow_nan=False)
     with pytest.raises(UserError, match="different recordings"):
         compare(first, second[:-1])
-    with pytest.raises(UserError, match="two references"):
+    with pytest.raises(UserError, match="different references in the two systems"):
         compare(first, [*second[:-1], score_recording("29", "a b", "a", "nl")])
 
 

@@ -45,7 +45,7 @@ def simulate(situation: str, seed: int, count: int = EXPERIMENTS) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_rate_intervals_hold_the_truth_in_93_to_97_percent_of_1000_experiments(situation: str) -> None:
+def test_rate_intervals_cover_the_true_rate_in_93_to_97_percent_of_1000_experiments(situation: str) -> None:
     (errors, _), lengths = simulate(situation, seed=1)
     ends = np.array(rate_intervals(errors, lengths, num_resamples=1000)).T
     truth = SITUATIONS[situation][2]  # lengths and rates are independent, so the rate of all words is the mean rate
@@ -54,7 +54,7 @@ def test_rate_intervals_hold_the_truth_in_93_to_97_percent_of_1000_experiments(s
 
 
 @pytest.mark.parametrize("situation", ["eleven talks", "125 calls", "sixty utterances"])
-def test_intervals_of_differences_hold_the_truth_in_93_to_97_percent_of_1000_experiments(situation: str) -> None:
+def test_intervals_of_differences_cover_the_truth_in_93_to_97_percent_of_1000_experiments(situation: str) -> None:
     (first, second), lengths = simulate(situation, seed=2)
     low, high = ratio_intervals(first - second, lengths, num_resamples=1000, seed=0)
     assert 0.93 <= np.mean((low <= 0) & (high >= 0)) <= 0.97
@@ -77,7 +77,7 @@ def test_studentised_interval_equals_that_of_a_plain_loop() -> None:
     assert np.allclose(bootstrap_interval(errors, lengths), expected, atol=0.004)
 
 
-def test_quantities_resampled_together_have_the_same_intervals_as_separately() -> None:
+def test_quantities_resampled_together_have_the_same_intervals_as_alone() -> None:
     (errors, others), lengths = simulate("twenty calls", seed=4, count=1)
     both = np.concatenate([errors, others], axis=1)
     together = rate_intervals(both, np.repeat(lengths, 2, axis=1), 500, seed=7)
@@ -111,8 +111,8 @@ def test_paired_bootstrap_finds_a_difference_that_separate_intervals_do_not_show
     assert result.interval[0] < result.difference < result.interval[1] < 0 and result.probability_first_better > 0.99
     a, b = (bootstrap_interval(errors, lengths) for errors in (first, second))
     assert a is not None and b is not None and a[1] > b[0]
-    same = paired_bootstrap(second, second, lengths)
-    assert same is not None and (same.difference, same.probability_first_better) == (0.0, 0.5)
+    equal = paired_bootstrap(second, second, lengths)
+    assert equal is not None and (equal.difference, equal.probability_first_better) == (0.0, 0.5)
     assert paired_bootstrap(first * 0, first * 0, first * 0) is None
 
 
@@ -145,13 +145,13 @@ def test_mapsswe_equals_nists_on_a_worked_example() -> None:
 @pytest.mark.parametrize("first, second, segments", [
     ("x b c d e", "a b c d x", 2),  # three words between
     ("a x c x e", "a b c d e", 1),  # one word between is no boundary
-    ("a x c d x", "a b c d e", 2),  # two are
-    ("a x c q d x", "a b c d e", 1),  # with an insertion between they are not
+    ("a x c d x", "a b c d e", 2),  # two words are a boundary
+    ("a x c q d x", "a b c d e", 1),  # unless there is an insertion between them
     ("q a b c d e", "a b c d e q", 2),
     ("", "a b c d e", 1),
     ("a b c d e", "a b c d e", 0),
 ])  # fmt: skip
-def test_segments_end_at_two_words_that_both_systems_have_right(first: str, second: str, segments: int) -> None:
+def test_segments_end_at_two_words_that_are_correct_in_both_systems(first: str, second: str, segments: int) -> None:
     assert mapsswe(["a b c d e"], [first], [second]).num_segments == segments
 
 
@@ -177,7 +177,7 @@ def with_errors(words: list[str], rate: float, generator: random.Random) -> str:
     return " ".join(out)
 
 
-def test_p_values_of_equal_systems_are_uniform_and_of_a_better_one_small() -> None:
+def test_p_values_are_uniform_for_equal_systems_and_small_for_a_better_one() -> None:
     generator = random.Random(6)
     p_values, better = [], []
     for trial in range(400):

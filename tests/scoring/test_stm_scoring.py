@@ -1,4 +1,4 @@
-"""Scoring by time on handmade cases, and compared with NIST's sclite if it is installed."""
+"""Scoring by time: handmade cases, and a comparison with NIST's sclite if it is installed."""
 
 import random
 import re
@@ -44,14 +44,15 @@ def test_words_go_to_the_segment_of_their_midpoint_and_edges_to_the_later_one() 
     assert assigned(segments, words) == ["one: a long", "two: edge late"]
 
 
-def test_words_in_ignored_segments_never_count_wherever_the_segments_lie() -> None:
+def test_words_in_ignored_segments_are_not_scored_for_any_order_of_segments() -> None:
     scored = [ReferenceSegment(0, 4, "one"), ReferenceSegment(6, 9, "two")]
-    hidden = [ignored(3, 6), ignored(3.5, 5), ignored(8, 8), ignored(9, 9.5), ignored(7, 7.5)]  # overlap, zero length
+    # They overlap, and one has zero length.
+    ignored_segments = [ignored(3, 6), ignored(3.5, 5), ignored(8, 8), ignored(9, 9.5), ignored(7, 7.5)]
     words = [at("yes", 2.99), at("no", 3.0), at("no", 3.8), at("no", 5.99), at("yes", 6.0), at("no", 7.2),
              at("yes", 7.5), at("yes", 8.0), at("no", 9.2)]  # fmt: skip
     generator = random.Random(0)
     for _ in range(20):
-        mixed = [*scored, *hidden]
+        mixed = [*scored, *ignored_segments]
         generator.shuffle(mixed)
         generator.shuffle(words)
         assert assigned(mixed, words) == ["one: yes", "two: yes yes yes"]
@@ -66,7 +67,7 @@ def test_a_word_in_two_segments_counts_once_in_the_earlier_one() -> None:
     assert assigned(segments, words) == ["outer: a b c", "inner:", "later: d e"]
 
 
-def test_a_segment_of_no_length_loses_no_text_and_takes_no_word_of_others() -> None:
+def test_a_segment_of_zero_length_keeps_its_text_and_takes_no_words_of_others() -> None:
     segments = [ReferenceSegment(0, 2, "one"), ReferenceSegment(1, 1, "none"), ReferenceSegment(2, 3, "two")]
     words = [at("a", 0.5), at("b", 1.0), at("c", 2.5)]
     assert assigned(segments, words) == ["one: a b", "none:", "two: c"]

@@ -1,4 +1,4 @@
-"""tools/align.py: exact word times from a perfect recogniser, by one process, two, or an interrupted one."""
+"""tools/align.py: exact word times from a perfect recogniser; equal outputs of one, two and interrupted processes."""
 
 import json
 import subprocess
@@ -30,17 +30,17 @@ from data.word_times.base import check_word_times
 from pipelines.recogniser import Recogniser
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
-from tests.scripts.test_evaluate import make_export, with_litter
+from tests.scripts.test_evaluate import make_export, with_extra_files
 from tools import align as script
 
 FEATURES = FeatureSettings()
 LETTERS = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
 FRAME = 0.04
-SPOKEN = "the quick brown fox jumps over the lazy dog while seven wizards mix poison of a frozen vine".split()
+WORDS = "the quick brown fox jumps over the lazy dog while seven wizards mix poison of a frozen vine".split()
 
 
 class PerfectModel:
-    """Model that outputs label v at each encoder frame in which mel bin v is loud."""
+    """Model that outputs label v at each encoder frame in which mel bin v is 1."""
 
     encoder = SimpleNamespace(settings=SimpleNamespace(stride=4))
 
@@ -51,8 +51,8 @@ class PerfectModel:
         return (6 * log_mel.unflatten(1, (-1, 4)).mean(dim=2)[..., : LETTERS.vocab_size]).log_softmax(dim=-1)
 
 
-def speak(words: Sequence[str], silence: int = 5) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Log-mel of words, with a frame per label and one of silence after it, and their (start, end) in seconds."""
+def make_log_mel(words: Sequence[str], silence: int = 5) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Log-mel of words, with a frame of silence after that of each label, and (start, end) of each word in seconds."""
     labels, times = [0] * silence, []
     for number, word in enumerate(words):
         labels += [*LETTERS.encode(" "), 0] * (number > 0)
@@ -67,27 +67,28 @@ def speak(words: Sequence[str], silence: int = 5) -> tuple[np.ndarray, list[tupl
 
 
 def phrase(seed: int, count: int) -> list[str]:
-    return [SPOKEN[i] for i in np.random.default_rng(seed).integers(0, len(SPOKEN), count)]
+    return [WORDS[i] for i in np.random.default_rng(seed).integers(0, len(WORDS), count)]
 
 
 GOOD = {f"good-{number:02d}": phrase(number, 5 + 20 * (number == 3) + number) for number in range(10)}
 
 
 def make_dataset(path: Path) -> Path:
-    """Ten good recordings, one with word times, and one of each kind that cannot be aligned."""
+    """Ten recordings that can be aligned, one with word times, and one of each kind that cannot be aligned."""
     timed = [Word("quick", 0.1, 0.2, 0.5), Word("brown", 0.3, 0.4), Word("fox", 0.5, 0.6)]
     with DatasetWriter(path, FEATURES) as writer:
         for number, (id, words) in enumerate(GOOD.items()):
             split = "test" if number < 5 else "train"
-            writer.add(Recording(id, " ".join(words), language="en", split=split), speak(words)[0])
-        writer.add(Recording("bad-empty", "...", language="en"), speak(["fox"])[0])
-        writer.add(Recording("bad-foreign", " ".join(phrase(98, 12)), language="en"), speak(phrase(99, 12))[0])
-        writer.add(Recording("bad-long", " ".join(SPOKEN * 3), language="en"), speak(SPOKEN)[0])
-        writer.add(Recording("bad-shuffled", " ".join(sorted(SPOKEN)), language="en"), speak(SPOKEN)[0])
-        writer.add(Recording("bad-silent", None, language="en"), speak(SPOKEN)[0])
-        writer.add(Recording("kept", "quick brown fox", timed, "en", excluded=[(0.0, 0.1)]), speak(SPOKEN[1:4])[0])
+            writer.add(Recording(id, " ".join(words), language="en", split=split), make_log_mel(words)[0])
+        writer.add(Recording("bad-empty", "...", language="en"), make_log_mel(["fox"])[0])
+        writer.add(Recording("bad-foreign", " ".join(phrase(98, 12)), language="en"), make_log_mel(phrase(99, 12))[0])
+        writer.add(Recording("bad-long", " ".join(WORDS * 3), language="en"), make_log_mel(WORDS)[0])
+        writer.add(Recording("bad-shuffled", " ".join(sorted(WORDS)), language="en"), make_log_mel(WORDS)[0])
+        writer.add(Recording("bad-silent", None, language="en"), make_log_mel(WORDS)[0])
+        kept = Recording("kept", "quick brown fox", timed, "en", excluded=[(0.0, 0.1)])
+        writer.add(kept, make_log_mel(WORDS[1:4])[0])
         marks = "The \u2013 quick, well-bred 4711 fox!"
-        writer.add(Recording("marks", marks, language="en"), speak("the quick well bred number fox".split())[0])
+        writer.add(Recording("marks", marks, language="en"), make_log_mel("the quick well bred number fox".split())[0])
         writer.finish()
     return path
 
@@ -132,7 +133,7 @@ def test_words_get_times_and_everything_else_is_unchanged(config: script.Config,
         assert replace(new, words=None) == replace(old, words=None)
         assert (aligned.read(i) == before.read(i)).all()
         if new.id in GOOD:
-            _, times = speak(GOOD[new.id])
+            _, times = make_log_mel(GOOD[new.id])
             assert new.words is not None and [word.word for word in new.words] == GOOD[new.id]
             starts, ends = ([getattr(word, edge) for word in new.words] for edge in ("start", "end"))
             assert starts == pytest.approx([start - 0.04 for start, _ in times], abs=1e-3)
@@ -175,9 +176,9 @@ def test_spelling_is_kept_and_words_that_cannot_be_encoded_are_stars(config: scr
     words = aligned.words(number_of(aligned, "marks"))
     assert words is not None
     assert [word.word for word in words] == ["The", "\u2013", "quick,", "well-bred", "4711", "fox!"]
-    _, times = speak("the quick well bred number fox".split())
-    spoken = [times[0], None, times[1], (times[2][0], times[3][1]), times[4], times[5]]
-    for word, truth in zip(words, spoken, strict=True):
+    _, times = make_log_mel("the quick well bred number fox".split())
+    expected_times = [times[0], None, times[1], (times[2][0], times[3][1]), times[4], times[5]]
+    for word, truth in zip(words, expected_times, strict=True):
         if truth is None:
             assert word.start == word.end
         else:
@@ -188,7 +189,7 @@ def test_spelling_is_kept_and_words_that_cannot_be_encoded_are_stars(config: scr
 def test_existing_word_times_are_replaced_only_with_realign(config: script.Config, tmp_path: Path) -> None:
     aligned = run(config, tmp_path / "out", realign=True)
     words = aligned.words(number_of(aligned, "kept")) or []
-    truth = [start - 0.04 for start, _ in speak(SPOKEN[1:4])[1]]
+    truth = [start - 0.04 for start, _ in make_log_mel(WORDS[1:4])[1]]
     assert [word.start for word in words] == pytest.approx(truth, abs=1e-3)
     only_test = run(config, tmp_path / "test", data=replace(config.data, split="test"))
     with_words = {only_test.id(i) for i in range(len(only_test)) if only_test.words(i)}
@@ -249,14 +250,14 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(
     config: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(config, tmp_path / "out")
-    monkeypatch.setattr(script, "transcribe", None)
+    monkeypatch.setattr(script, "model_outputs", None)
     run(config, tmp_path / "out")
     for changes in ({"realign": True}, {"alignment": replace(config.alignment, lead_ms=0.0)}):
         with pytest.raises(UserError, match="already exists and is another dataset"):
             run(config, tmp_path / "out", **changes)
 
 
-def test_mistakes_are_named_before_any_work(
+def test_invalid_settings_are_refused_before_any_work(
     config: script.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="model is missing"):
@@ -270,7 +271,7 @@ def test_mistakes_are_named_before_any_work(
         i = number_of(kept, "kept")
         writer.add(stored_recording(kept, i), kept.read(i).astype(np.float32))
         writer.finish()
-    with pytest.raises(UserError, match=r"nothing to align: 1 of 1 have word times already.*--realign"):
+    with pytest.raises(UserError, match=r"nothing to align: 1 of 1 recordings already have word times.*--realign"):
         run(config, tmp_path / "out", data=script.DataSettings(dataset=str(tmp_path / "timed")))
     other = Recogniser(cast(Any, PerfectModel()), LETTERS, FeatureSettings(low_hz=60.0), "recording")
     monkeypatch.setattr(script, "load_recogniser", lambda export: other)
@@ -296,29 +297,29 @@ def test_labels_of_words_are_those_of_the_text(kind: str, replace_unknown: bool)
     assert [starred.ids[a:b].tolist() for a, b in zip(starred.first, starred.stop, strict=True)][1:3] == [[STAR]] * 2
 
 
-def test_the_untrained_recogniser_of_an_export_runs_and_refuses(config: script.Config, tmp_path: Path) -> None:
-    """As a user runs it: a real export, loaded by the script itself."""
+def test_the_command_with_an_untrained_recogniser_aligns_no_recording(config: script.Config, tmp_path: Path) -> None:
+    """The command line with a real export."""
     command = [sys.executable, "-m", "tools.align", "--model", config.model, "--data.dataset", config.data.dataset]
     options = ["--out", str(tmp_path / "out"), "--device", "cpu", "--threads", "1"]
-    ended = subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPOSITORY)
-    assert ended.returncode == 0, ended.stderr
-    assert "aligned: 0 recordings" in ended.stdout and "not what was heard" in ended.stdout
+    run_info = subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPOSITORY)
+    assert run_info.returncode == 0, run_info.stderr
+    assert "aligned: 0 recordings" in run_info.stdout and "not what was heard" in run_info.stdout
     assert len((tmp_path / "out" / script.UNALIGNED).read_text().splitlines()) == 16
 
 
 def test_speech_in_excluded_intervals_is_not_aligned(config: script.Config, tmp_path: Path) -> None:
     first, foreign, last = phrase(1, 8), phrase(2, 30), phrase(3, 8)
-    sounds = [speak(words) for words in (first, foreign + last, last)]
-    lengths = [len(log_mel) / FEATURES.frames_per_second for log_mel, _ in sounds]
+    parts = [make_log_mel(words) for words in (first, foreign + last, last)]
+    lengths = [len(log_mel) / FEATURES.frames_per_second for log_mel, _ in parts]
     excluded = [(lengths[0], lengths[0] + lengths[1])]
     with DatasetWriter(tmp_path / "data", FEATURES) as writer:
         recording = Recording("a", " ".join(first + last), language="en", excluded=excluded)
-        writer.add(recording, np.concatenate([log_mel for log_mel, _ in sounds]))
+        writer.add(recording, np.concatenate([log_mel for log_mel, _ in parts]))
         writer.finish()
     data = script.DataSettings(dataset=str(tmp_path / "data"))
     words = run(config, tmp_path / "out", data=data).words(0)
     assert words is not None and [word.word for word in words] == first + last
-    starts = [start for start, _ in sounds[0][1]] + [sum(lengths[:2]) + start for start, _ in sounds[2][1]]
+    starts = [start for start, _ in parts[0][1]] + [sum(lengths[:2]) + start for start, _ in parts[2][1]]
     assert [word.start for word in words] == pytest.approx([start - 0.04 for start in starts], abs=FRAME + 1e-3)
 
 
@@ -328,7 +329,7 @@ def test_a_dataset_that_cannot_be_linked_is_refused_before_any_work(
     dataset = open_dataset(config.data.dataset)
     dataset.location = "s3://bucket/data"
     monkeypatch.setattr(script, "open_dataset", lambda _: dataset)
-    monkeypatch.setattr(script, "transcribe", None)
+    monkeypatch.setattr(script, "model_outputs", None)
     with pytest.raises(UserError, match="s3://bucket/data is not a folder"):
         run(config, tmp_path / "out")
     nothing = script.DataSettings(dataset="s3://bucket/data", split="nothing")
@@ -336,8 +337,8 @@ def test_a_dataset_that_cannot_be_linked_is_refused_before_any_work(
         script.align(replace(config, out="", words=str(tmp_path / "words.jsonl"), data=nothing), World())
 
 
-def test_other_files_in_the_model_folder_change_nothing(config: script.Config, tmp_path: Path, capsys: Any) -> None:
+def test_other_files_in_the_model_folder_have_no_effect(config: script.Config, tmp_path: Path, capsys: Any) -> None:
     run(config, tmp_path / "out")
     capsys.readouterr()
-    run(config, tmp_path / "out", model=with_litter(config.model, tmp_path / "export"))
-    assert "holds this alignment already" in capsys.readouterr().out
+    run(config, tmp_path / "out", model=with_extra_files(config.model, tmp_path / "export"))
+    assert "already holds this alignment" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Unusual and broken input to evaluate.py and transcribe.py: correct scores, or one error that names the cause."""
+"""Unusual and invalid input to evaluate.py and transcribe.py: correct scores, or one error that names the cause."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ import evaluate as script
 import transcribe
 from benchmarks.live_bytes import LiveBytes
 from bestrq.long_form.decoders import Decoder, DecoderSettings, GreedyCTC, decode_recordings
-from bestrq.long_form.inference import InferenceSettings, Mode, Source
+from bestrq.long_form.inference import InferenceSettings, Mode, RecordingSource
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
@@ -35,14 +35,14 @@ from data.tokenizer import CharTokenizer
 from pipelines.evaluation_settings import DataSettings
 
 LETTERS = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
-STREAMED = {"mask": "chunk", "chunk_size": 4, "left_chunks": 2, "causal_convolution": True}
+STREAMING = {"mask": "chunk", "chunk_size": 4, "left_chunks": 2, "causal_convolution": True}
 
 
 def make_model(kind: str = "ctc", num_mels: int = 80, vocab_size: int = LETTERS.vocab_size) -> Any:
     """Tiny untrained model that can stream, with weights large enough for a hypothesis."""
     torch.manual_seed(1)
     shape: dict[str, Any] = {"dim": 8, "num_layers": 1, "num_heads": 2, "feedforward_dim": 8, "kernel_size": 3}
-    encoder = EncoderSettings(num_mels=num_mels, subsampling_channels=2, **shape, **STREAMED)
+    encoder = EncoderSettings(num_mels=num_mels, subsampling_channels=2, **shape, **STREAMING)
     model: CTCModel | TransducerModel
     if kind == "ctc":
         model = CTCModel(encoder, vocab_size)
@@ -107,7 +107,7 @@ def test_recordings_without_a_transcript_are_counted_before_any_work(export: str
     assert not (tmp_path / "out").exists()
 
 
-def test_a_language_without_its_own_rules_gets_the_general_ones_as_the_report_notes(
+def test_languages_without_specific_rules_are_normalised_by_the_general_ones_and_listed(
     export: str, tmp_path: Path
 ) -> None:
     texts = {"cy": "Dw i'n HOFFI coffi!", "en": "I don't like colour", "": "ana"}
@@ -121,13 +121,13 @@ def test_a_language_without_its_own_rules_gets_the_general_ones_as_the_report_no
     }
     assert results["normalisers"].keys() == {"unicode", "whisper-english"}
     assert results["normalisers"]["unicode"]["languages"] == ["", "cy"]
-    note = "no rules of their own, so the general ones: not given, cy"
+    note = "languages without specific rules: not given, cy"
     assert results["normalisers"]["unicode"]["note"] == note
     assert note in (tmp_path / "out/report.html").read_text()
     assert "note" not in results["normalisers"]["whisper-english"]
 
 
-WAYS: dict[str, tuple[str, InferenceSettings, DecoderSettings]] = {
+CONFIGURATIONS: dict[str, tuple[str, InferenceSettings, DecoderSettings]] = {
     f"{kind}, {mode}, beam {beam}": (kind, InferenceSettings(mode, 2.0, 0.5, 8.0), DecoderSettings(beam=beam))
     for kind, modes in (
         ("ctc", ("buffered", "averaged", "stitched", "whole", "streaming")), ("rnnt", ("buffered", "stitched"))
@@ -137,9 +137,9 @@ WAYS: dict[str, tuple[str, InferenceSettings, DecoderSettings]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_short_silent_and_long_recordings_are_scored_in_every_mode(way: str, tmp_path: Path) -> None:
-    kind, inference, decoder = WAYS[way]
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_short_silent_and_long_recordings_are_scored_in_every_mode(name: str, tmp_path: Path) -> None:
+    kind, inference, decoder = CONFIGURATIONS[name]
     constant = np.linspace(-13.8, 2, 80, dtype=np.float32)
     rows = [
         (Recording("a-frame", "ana bela"), noise(1)),
@@ -153,8 +153,8 @@ def test_short_silent_and_long_recordings_are_scored_in_every_mode(way: str, tmp
     )
     by_id = {row["id"]: row for row in results["recordings"]}
     assert by_id.keys() == {recording.id for recording, _ in rows} and by_id["long"]["hypothesis"]
-    for name, row in by_id.items():
-        num_words = 0 if "silence" in name else 3 if name == "long" else 2
+    for id, row in by_id.items():
+        num_words = 0 if "silence" in id else 3 if id == "long" else 2
         assert row["word_hits"] + row["word_substitutions"] + row["word_deletions"] == num_words
         assert (row["wer"] is None) == (num_words == 0)
     total = results["scores"]["all"]
@@ -166,10 +166,11 @@ def test_a_recording_within_a_window_has_the_same_transcript_in_every_mode(expor
     rows = [(Recording(f"text-{frames}", "ana"), noise(frames, frames)) for frames in (1, 10, 77, 199, 200)]
     dataset = make_dataset(tmp_path / "data", rows)
     modes: list[Mode] = ["buffered", "averaged", "stitched", "whole"]
-    found = [
+    rows_by_mode = [
         evaluate(export, dataset, tmp_path / mode, InferenceSettings(mode, 2.0, 0.5))["recordings"] for mode in modes
     ]
-    assert all(one == found[0] for one in found) and any(row["hypothesis"] for row in found[0])
+    assert all(mode_rows == rows_by_mode[0] for mode_rows in rows_by_mode)
+    assert any(row["hypothesis"] for row in rows_by_mode[0])
 
 
 def test_silence_alone_has_no_error_rate(export: str, tmp_path: Path) -> None:
@@ -194,8 +195,8 @@ def test_non_finite_features_name_the_recording_and_keep_the_others(export: str,
     with pytest.raises(UserError, match="text-7"):
         evaluate(export, dataset, out)
     assert not (out / "results.json").exists()
-    kept = "".join(path.read_text() for path in out.rglob("*.jsonl"))
-    assert "text-0" in kept and "text-7" not in kept
+    partial_results = "".join(path.read_text() for path in out.rglob("*.jsonl"))
+    assert "text-0" in partial_results and "text-7" not in partial_results
     shard.write_bytes(good)
     assert evaluate(export, dataset, out)["recordings"] == whole["recordings"]
 
@@ -204,9 +205,7 @@ def test_non_finite_features_name_the_recording_and_keep_the_others(export: str,
     ("num_mels", 40), ("window_ms", 20.0), ("hop_ms", 8.0), ("n_fft", 1024), ("low_hz", 60.0), ("high_hz", 7600.0),
     ("mel_scale", "slaney"), ("log_floor", 1e-5), ("channels", "first"), ("standardized", True), ("sample_rate", 18000),
 ])  # fmt: skip
-def test_an_export_with_other_features_is_refused_by_the_name_of_the_field(
-    field: str, value: Any, tmp_path: Path
-) -> None:
+def test_an_export_with_other_features_is_refused_naming_the_field(field: str, value: Any, tmp_path: Path) -> None:
     other = make_export(tmp_path, **{field: value})
     dataset = make_dataset(tmp_path / "data", [(Recording("a", "ana"), noise(50))])
     with pytest.raises(UserError, match=f"{field}: {value!r} != "):
@@ -214,16 +213,18 @@ def test_an_export_with_other_features_is_refused_by_the_name_of_the_field(
     assert not (tmp_path / "out").exists()
 
 
-def spied(original: Any, into: list[Source], decoder: Decoder, sources: Any, *arguments: Any) -> Iterator[Any]:
+def record_sources(
+    original: Any, into: list[RecordingSource], decoder: Decoder, sources: Any, *rest: Any
+) -> Iterator[Any]:
     into.extend(sources)
-    return original(decoder, sources, *arguments)
+    return original(decoder, sources, *rest)
 
 
 def test_features_of_audio_are_those_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"num_mels": 40, "high_hz": 4000.0, "hop_ms": 8.0, "mel_scale": "slaney"}
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(scale=0.1, size=12000), 16000)
-    sources: list[Source] = []
-    monkeypatch.setattr(transcribe, "decode_recordings", partial(spied, transcribe.decode_recordings, sources))
+    sources: list[RecordingSource] = []
+    monkeypatch.setattr(transcribe, "decode_recordings", partial(record_sources, transcribe.decode_recordings, sources))
     config = transcribe.Config(
         make_export(tmp_path, **changes), str(tmp_path / "a.wav"), str(tmp_path / "out"), device="cpu"
     )
@@ -235,7 +236,7 @@ def test_features_of_audio_are_those_of_the_export(tmp_path: Path, monkeypatch: 
     assert np.allclose(sources[0].read_mel(0, sources[0].num_frames).numpy(), normal, atol=0.01)
 
 
-def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
+def test_one_damaged_file_in_a_hundred_is_named_and_the_others_are_transcribed(
     export: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = np.random.default_rng(0)
@@ -243,14 +244,14 @@ def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
     for number in range(100):
         samples = generator.normal(scale=0.1, size=3200 + 80 * number)
         soundfile.write(tmp_path / f"talks/{number:03}.wav", samples, 16000)
-    broken = tmp_path / "talks/042.wav"
-    broken.write_bytes(broken.read_bytes()[:30])
+    damaged = tmp_path / "talks/042.wav"
+    damaged.write_bytes(damaged.read_bytes()[:30])
     command = ["transcribe.py", "--export", export, "--audio", str(tmp_path / "talks"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*command, "--device", "cpu"])
     monkeypatch.setattr(transcribe, "start_inference", lambda *settings: World())
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         run_main(transcribe.main)
-    assert ended.value.code == 1
+    assert exit_info.value.code == 1
     printed = capsys.readouterr()
     assert "99 of 100 files are transcribed" in printed.out
     headline, reason = printed.err.strip().splitlines()
@@ -261,19 +262,19 @@ def test_one_broken_file_in_a_hundred_is_named_and_the_others_are_transcribed(
         assert sorted(path.stem for path in (tmp_path / "out").glob(f"*.{form}")) == names
     assert sum(bool((tmp_path / f"out/{name}.txt").read_text().strip()) for name in names) > 90
     [line] = (tmp_path / "out/failed.jsonl").read_text().splitlines()
-    assert json.loads(line)["path"] == str(broken) and json.loads(line)["reason"]
+    assert json.loads(line)["path"] == str(damaged) and json.loads(line)["reason"]
 
 
 def peak_bytes(decoder: Decoder, mode: Mode, seconds: int) -> int:
-    """Peak bytes of tensors, without the model, while a recording of 25 mel frames per second is decoded."""
-    kept = torch.randn(1000, 8)
+    """Peak bytes of tensors, without the model, while decoding a recording of 25 mel frames per second."""
+    frames = torch.randn(1000, 8)
 
     def read(start: int, stop: int) -> Tensor:
-        return kept[:1].new_zeros(stop - start, 8) + kept[start % 997]
+        return frames[:1].new_zeros(stop - start, 8) + frames[start % 997]
 
     settings = InferenceSettings(mode, 60.0, 0.25, batch_seconds=240.0)
     with LiveBytes() as live:
-        [(_, tokens)] = decode_recordings(decoder, [Source(25 * seconds, read)], settings, 4, 25.0)
+        [(_, tokens)] = decode_recordings(decoder, [RecordingSource(25 * seconds, read)], settings, 4, 25.0)
     assert tokens.ids
     return live.peak
 

@@ -61,14 +61,14 @@ def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> P
     return folder
 
 
-def with_litter(export: str | Path, copy: Path) -> str:
-    """A copy of an export with leftovers of downloads, editors and file managers."""
+def with_extra_files(export: str | Path, copy: Path) -> str:
+    """Path of a copy of an export with leftovers of downloads, editors and file managers."""
     shutil.copytree(export, copy)
     for name in (".cache/huggingface/download", ".ipynb_checkpoints"):
         (copy / name).mkdir(parents=True)
         (copy / name / "config.json").write_text("{}")
     for name in (".gitattributes", "notes.txt", "._model.safetensors", "tokenizer.model"):
-        (copy / name).write_bytes(b"of no use")
+        (copy / name).write_bytes(b"unused")
     return str(copy)
 
 
@@ -118,7 +118,7 @@ def test_results_are_complete_and_agree_with_jiwer(setup: script.Config, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_results_name_the_version_of_the_rules_for_texts(setup: script.Config, tmp_path: Path) -> None:
+def test_results_have_the_version_of_the_scoring_rules(setup: script.Config, tmp_path: Path) -> None:
     assert evaluate(setup, tmp_path)["versions"][SCORING] == RULES_VERSION
 
 
@@ -135,11 +135,11 @@ def test_alignments_and_positions_add_up_to_the_scores(setup: script.Config, tmp
         assert times == sorted(times) and (not times or times[-1] <= row["seconds"] + 0.01)
     total = results["scores"]["all"]["words"]
     for name, count in total.items():
-        assert sum(one["words"][name] for one in results["positions"]) == count
+        assert sum(part["words"][name] for part in results["positions"]) == count
     # Only the long recordings have windows, and thus edges.
     long = [row for row in results["recordings"] if row["seconds"] > 2.0]
-    near = results["edge_distances"]
-    assert 0 < len(long) < 32 and sum(sum(one["words"].values()) for one in near) == sum(
+    distances = results["edge_distances"]
+    assert 0 < len(long) < 32 and sum(sum(part["words"].values()) for part in distances) == sum(
         row[f"word_{name}"] for row in long for name in kinds.values()
     )
     cost = results["decoding"]
@@ -150,8 +150,8 @@ def test_formats_can_be_written_after_the_evaluation(setup: script.Config, tmp_p
     evaluate(setup, tmp_path)
     monkeypatch.setattr(evaluation, "decode_recordings", None)
     evaluate(replace(setup, formats="ctm, txt"), tmp_path)
-    found = sorted(path.name for path in (tmp_path / "transcripts").iterdir())
-    assert found == sorted(f"rec-{n:03d}.{form}" for n in range(32) for form in ("ctm", "txt"))
+    names = sorted(path.name for path in (tmp_path / "transcripts").iterdir())
+    assert names == sorted(f"rec-{n:03d}.{form}" for n in range(32) for form in ("ctm", "txt"))
     [line] = [line for line in read_transcripts(tmp_path) if line["id"] == "rec-005"]
     assert (tmp_path / "transcripts/rec-005.txt").read_text() == line["text"] + "\n"
     ctm = [row.split() for row in (tmp_path / "transcripts/rec-005.ctm").read_text().splitlines()]
@@ -160,44 +160,44 @@ def test_formats_can_be_written_after_the_evaluation(setup: script.Config, tmp_p
         replace(setup, formats="doc")
 
 
-def test_a_model_with_statistics_of_its_data_normalises_other_data_by_them(tmp_path: Path) -> None:
+def test_other_data_is_normalised_with_the_statistics_of_the_model(tmp_path: Path) -> None:
     features = FeatureSettings()
     dataset = open_dataset(make_dataset(tmp_path / "data", recordings=10))
     (tmp_path / "run").mkdir()
     export = read_export(make_export(tmp_path / "run" / "export", features))
     mean, inverse_std = torch.linspace(-3, 3, 80), torch.linspace(0.5, 2, 80)
     export.config["normalisation"] = "dataset"
-    others = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
+    with_statistics_of_data = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
     export.config["statistics"] = {"mean": mean.tolist(), "inverse_std": inverse_std.tolist()}
-    own = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
+    with_statistics_of_model = mel_reader(load_recogniser(export), dataset, 3)(10, 50)
     raw = torch.from_numpy(dataset.read(3, 10, 50)).float()
-    torch.testing.assert_close(own, (raw - mean) * inverse_std)
+    torch.testing.assert_close(with_statistics_of_model, (raw - mean) * inverse_std)
     # A model trained on a mixture has no statistics: each dataset has its own.
-    torch.testing.assert_close(others, torch.from_numpy(dataset.read_normalised(3, 10, 50, "dataset")))
+    torch.testing.assert_close(with_statistics_of_data, torch.from_numpy(dataset.read_normalised(3, 10, 50, "dataset")))
     export.config["statistics"] = {"mean": [0.0], "inverse_std": [1.0]}
     with pytest.raises(UserError, match="statistics do not have 80 mel bins"):
         load_recogniser(export)
 
 
-def test_a_second_start_decodes_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+def test_a_finished_evaluation_is_not_decoded_again(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path)
     monkeypatch.setattr(evaluation, "decode_recordings", None)
     assert evaluate(setup, tmp_path) == first
 
 
-def test_other_files_in_an_export_change_nothing(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
+def test_other_files_in_an_export_have_no_effect(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
     first = evaluate(setup, tmp_path / "out")
-    whole = hashlib.sha256()  # as in results of earlier versions
+    digest = hashlib.sha256()  # as in results of earlier versions
     for path in sorted(Path(setup.export).iterdir()):
         if path.name != "README.md":
-            whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    assert first["export_hash"] == whole.hexdigest()
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    assert first["export_hash"] == digest.hexdigest()
     monkeypatch.setattr(evaluation, "decode_recordings", None)
-    littered = with_litter(setup.export, tmp_path / "run/export")
-    assert evaluate(replace(setup, export=littered, name=first["name"]), tmp_path / "out") == first
+    copy = with_extra_files(setup.export, tmp_path / "run/export")
+    assert evaluate(replace(setup, export=copy, name=first["name"]), tmp_path / "out") == first
     with open(tmp_path / "run/export/tokenizer.json", "a") as file:
         file.write("\n")
-    assert hash_of_export(read_export(littered)) != first["export_hash"]
+    assert hash_of_export(read_export(copy)) != first["export_hash"]
 
 
 def test_an_interrupted_evaluation_continues(setup: script.Config, tmp_path: Path, monkeypatch) -> None:
@@ -247,7 +247,7 @@ def test_two_processes_give_the_results_of_one(setup: script.Config, tmp_path: P
     assert comparable(two) == comparable(one)
 
 
-def test_shares_are_even_and_cover_everything_once() -> None:
+def test_recordings_are_shared_out_evenly_and_once() -> None:
     frames = np.random.default_rng(0).integers(10, 1000, size=101)
     shares = [share_out(range(101), frames, World(rank=rank, size=4)) for rank in range(4)]
     assert sorted(i for share in shares for i in share) == list(range(101))
@@ -255,7 +255,7 @@ def test_shares_are_even_and_cover_everything_once() -> None:
     assert max(loads) - min(loads) < 50
 
 
-def test_other_features_are_an_error_that_names_the_field(setup: script.Config, tmp_path: Path) -> None:
+def test_features_of_another_model_are_an_error_that_names_the_field(setup: script.Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     export = make_export(tmp_path / "run" / "export", FeatureSettings(low_hz=60.0))
     with pytest.raises(UserError, match=r"low_hz: 60.0 != 20.0"):
@@ -263,7 +263,7 @@ def test_other_features_are_an_error_that_names_the_field(setup: script.Config, 
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_before_any_work(setup: script.Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     pretrained = make_export(tmp_path / "run" / "export", FeatureSettings(), kind="pretrained")
     with pytest.raises(UserError, match="not a recogniser: give the export of finetune_ctc.py or finetune_rnnt.py"):
@@ -282,7 +282,7 @@ def test_mistakes_are_named_before_any_work(setup: script.Config, tmp_path: Path
         evaluate(replace(setup, data=DataSettings(dataset=str(tmp_path / "without-text"))), tmp_path)
 
 
-def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> None:
+def test_an_unknown_field_ends_with_status_2_and_the_nearest_name(tmp_path: Path) -> None:
     command = [sys.executable, script.__file__, "--export", "x", "--data.datset", "y"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and "data.dataset" in run.stderr and "Traceback" not in run.stderr
@@ -293,14 +293,15 @@ def test_a_command_line_with_a_mistake_ends_with_status_2(tmp_path: Path) -> Non
     [
         (["--grid.contexts", "[5, 0]"], "grid.contexts: .*`python -m tools.sweep`"),
         (["--grid.exports", "[a]"], "grid.exports: .*`python -m tools.sweep`"),
-        (["--inference.context_seconds", "[5, 0]"], r"inference.context_seconds: .*\[5, 0\].*`python -m tools.sweep`"),
+        (["--inference.context_seconds", "[5, 0]"], "inference.context_seconds is a list: .*`python -m tools.sweep`"),
+        (["--inference.overlap", "[0.5, 0]"], r"inference.overlap: .*\[0.5, 0\].*`python -m tools.sweep`"),
         (["--decoder", "[{beam: 1}, {beam: 8}]"], "decoder: (.|\n)*`python -m tools.sweep`"),
         (["--inference.contextseconds", "5"], "did you mean 'inference.context_seconds'"),
-        (["--data.max_recordings", "-1"], "data.max_recordings: .*-1 does not conform"),
-        (["--threads", "-1"], "threads: .*-1 does not conform"),
+        (["--data.max_recordings", "-1"], "data.max_recordings is -1: expected an integer of at least 0"),
+        (["--threads", "-1"], "threads is -1: expected an integer of at least 0"),
     ],
 )
-def test_lists_and_bad_values_are_refused_by_the_name_of_the_field(arguments: list[str], message: str) -> None:
+def test_lists_and_invalid_values_are_refused_naming_the_field(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         script.parse_command(["--export", "x", "--data.dataset", "y", *arguments])
     assert ("tools.sweep" in str(refused.value)) == ("tools.sweep" in message)
@@ -310,6 +311,23 @@ def test_a_grid_in_a_configuration_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("export: x\ndata: {dataset: y}\ngrid: {contexts: [5, 0]}\n")
     with pytest.raises(UserError, match="grid.*`python -m tools.sweep`"):
         script.parse_command(["--config", str(tmp_path / "grid.yaml")])
+
+
+@pytest.mark.parametrize("option", ["--config={}", "--config {}"])
+@pytest.mark.parametrize(
+    "grid",
+    ["grid: null", "grid: {}", "grid:\n  exports: []\n\n  contexts: []\n  # list\n  decoders: []\n  part: ''"],
+    ids=["null", "empty", "defaults"],
+)
+def test_an_empty_grid_in_a_configuration_file_is_ignored(tmp_path: Path, grid: str, option: str) -> None:
+    """evaluate.py --print_config wrote such a section before sweeps moved to tools/sweep.py."""
+    path = tmp_path / "old.yaml"
+    rest = "inference:\n  context_seconds: 7.5\ndecoder: {hot_word_weight: 1e-1}\n"
+    for text in (f"export: x\n{grid}\ndata:\n  dataset: y\n{rest}", f"export: x\ndata: {{dataset: y}}\n{rest}{grid}"):
+        path.write_text(text)
+        config = script.parse_command([*option.format(path).split(), "--device", "cpu"])
+        assert (config.export, config.data.dataset, config.device) == ("x", "y", "cpu")
+        assert (config.inference.context_seconds, config.decoder.hot_word_weight) == (7.5, 0.1)
 
 
 def test_the_error_about_missing_transcripts_names_a_dataset_in_object_storage(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def make_transducer_export(folder: Path) -> Path:
     settings = TransducerSettings(prediction_dim=8, joint_dim=8)
     model = TransducerModel(from_dict(EncoderSettings, made.config["encoder"]), settings, made.config["vocab_size"])
     config = made.config | {"kind": "rnnt", "transducer": to_dict(settings)}
-    ours = ("model.safetensors", "config.json", "README.md", "export.json")
-    files = {path.name: path.read_bytes() for path in made.path.iterdir() if path.name not in ours}
+    written = ("model.safetensors", "config.json", "README.md", "export.json")
+    files = {path.name: path.read_bytes() for path in made.path.iterdir() if path.name not in written}
     write_export(folder, model.state_dict(), config, "a card", files)
     return folder
 
@@ -83,14 +83,14 @@ def test_every_combination_is_evaluated_once_with_the_results_of_evaluate_py(
     sweep(setup, out, grid=GRID)
     cells = {read_results(folder)["label"]: read_results(folder) for folder in find_results([out])}
     # Whole recordings have neither window nor overlap, and windowed attention has no overlap.
-    ways = [
+    modes = [
         "buffered 2 s",
         "buffered 2 s, overlap 0.5",
         "averaged 2 s",
         "averaged 2 s, overlap 0.5",
         "windowed 2 s",
     ]
-    expected = {f"{way}, {decoder}" for way in [*ways, "whole"] for decoder in ("greedy", "beam 2")}
+    expected = {f"{mode}, {decoder}" for mode in [*modes, "whole"] for decoder in ("greedy", "beam 2")}
     assert set(cells) == expected
     rows = [json.loads(line) for line in (tmp_path / "results" / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == len(expected) and {row["label"] for row in rows} == expected
@@ -108,8 +108,8 @@ def test_every_combination_is_evaluated_once_with_the_results_of_evaluate_py(
     inference = replace(setup.inference, mode="whole")
     evaluate(setup, alone / "window", inference=inference, encoder=EncoderChanges(mask="window", window=25))
     for folder, label in (("averaged", "averaged 2 s, overlap 0.5, beam 2"), ("window", "windowed 2 s, greedy")):
-        one = read_results(alone / folder)
-        assert one["recordings"] == cells[label]["recordings"] and one["scores"] == cells[label]["scores"]
+        results = read_results(alone / folder)
+        assert results["recordings"] == cells[label]["recordings"] and results["scores"] == cells[label]["scores"]
     assert read_results(alone / "window")["label"] == "whole, greedy, mask window, window 25"
     assert cells["windowed 2 s, greedy"]["recordings"] != cells["whole, greedy"]["recordings"]
     assert [cells[label]["context_seconds"] for label in ("windowed 2 s, greedy", "whole, greedy")] == [2.0, 0.0]
@@ -121,10 +121,10 @@ def test_a_larger_sweep_decodes_only_new_configurations(setup: Config, tmp_path:
     original = evaluation.decode_recordings
     monkeypatch.setattr(evaluation, "decode_recordings", lambda *a: decoded.append(a[2]) or original(*a))
     sweep(setup, tmp_path, grid=GridSettings(contexts=[2.0, 3.0, 0.0]))
-    assert [one.context_seconds for one in decoded] == [3.0]
+    assert [inference.context_seconds for inference in decoded] == [3.0]
 
 
-def test_a_model_that_moved_is_not_decoded_again(setup: Config, tmp_path: Path, monkeypatch) -> None:
+def test_a_sweep_with_a_moved_export_is_not_decoded_again(setup: Config, tmp_path: Path, monkeypatch) -> None:
     grid, out = GridSettings(contexts=[2.0, 0.0]), tmp_path / "out"
     sweep(setup, out, grid=grid)
     folders = find_results([out])
@@ -148,15 +148,15 @@ def test_keys_depend_on_everything_that_determines_the_results_and_nothing_else(
     inference = {"context_seconds": 3.0, "overlap": 0.5, "mode": "averaged", "precision": "bfloat16"}
     cells = [cell, beam, hot, replace(cell, encoder=EncoderChanges(mask="causal"))]
     cells += [replace(cell, inference=replace(cell.inference, **{name: value})) for name, value in inference.items()]
-    keyed = [with_keys(one, setup, "hash", "data") for one in cells]
+    keyed = [with_keys(variant, setup, "hash", "data") for variant in cells]
     keyed += [with_keys(cell, setup, "another", "data"), with_keys(cell, setup, "hash", "another")]
-    assert len({one.decode_key for one in keyed}) == len({one.key for one in keyed}) == len(keyed) == 10
+    assert len({variant.decode_key for variant in keyed}) == len({variant.key for variant in keyed}) == len(keyed) == 10
     data = {"split": "dev", "language": "en", "max_recordings": 3}
     configs = [replace(setup, data=replace(setup.data, **{name: value})) for name, value in data.items()]
     configs += [replace(setup, resamples=500), *(replace(setup, stm=str(tmp_path / f"{n}.stm")) for n in "ab")]
     scored = [with_keys(cell, config, "hash", "data") for config in configs]
-    assert {one.decode_key for one in scored} == {keyed[0].decode_key}
-    assert len({one.key for one in [keyed[0], *scored]}) == 7
+    assert {variant.decode_key for variant in scored} == {keyed[0].decode_key}
+    assert len({variant.key for variant in [keyed[0], *scored]}) == 7
     (tmp_path / "words").write_text("bela")
     assert with_keys(hot, setup, "hash", "data").decode_key != keyed[2].decode_key
     larger = replace(cell, inference=replace(cell.inference, batch_seconds=60.0), name="other")
@@ -190,7 +190,7 @@ def test_transcripts_are_scored_again_without_decoding(setup: Config, tmp_path: 
     assert rows == [first["key"], second["key"], third["key"]]
 
 
-def test_a_stop_while_scoring_loses_nothing(setup: Config, tmp_path: Path, monkeypatch) -> None:
+def test_an_interruption_while_scoring_loses_no_transcripts(setup: Config, tmp_path: Path, monkeypatch) -> None:
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -202,11 +202,11 @@ def test_a_stop_while_scoring_loses_nothing(setup: Config, tmp_path: Path, monke
     assert read_results(tmp_path / "out")["decoding"]["real_time_factor"] is None
 
 
-def test_a_model_that_changes_meanwhile_is_refused(setup: Config, tmp_path: Path, monkeypatch) -> None:
-    hashes = iter(["then", "now"])
+def test_an_export_that_changes_during_the_evaluation_is_refused(setup: Config, tmp_path: Path, monkeypatch) -> None:
+    hashes = iter(["before", "after"])
     monkeypatch.setattr(evaluation, "hash_of_export", lambda export: next(hashes))
     evaluation.load.cache_clear()
-    with pytest.raises(UserError, match="has changed since this evaluation began"):
+    with pytest.raises(UserError, match="has changed since this evaluation started"):
         evaluate(setup, tmp_path / "out")
 
 
@@ -215,7 +215,7 @@ def test_configurations_that_differ_in_one_number_have_their_own_folders(setup: 
         decoders = [DecoderSettings(beam=2, label_bonus=bonus) for bonus in bonuses]
         sweep(setup, tmp_path, grid=GridSettings(decoders=decoders))
         systems = json.loads((tmp_path / "report.json").read_text())["systems"]
-        return {one["system"]: one["label"] for one in systems}
+        return {system["system"]: system["label"] for system in systems}
 
     assert list(run(0.0, 3.0)) == [
         "buffered 2 s, overlap 0.25, beam 2",
@@ -256,11 +256,11 @@ def test_models_with_equal_names_get_distinct_names(setup: Config, tmp_path: Pat
     sweep(setup, out, export=exports[0], grid=GridSettings(exports=exports[1:]))
     assert sorted(read_results(folder)["name"] for folder in find_results([out])) == ["a-ctc", "b-ctc"]
     assert len(json.loads((out / "report.json").read_text())["systems"]) == 2
-    same = f"{exports[0]}/"
-    sweep(setup, tmp_path / "same", export=exports[0], grid=GridSettings(exports=[same]))
+    duplicate = f"{exports[0]}/"
+    sweep(setup, tmp_path / "same", export=exports[0], grid=GridSettings(exports=[duplicate]))
     assert len(find_results([tmp_path / "same"])) == 1
-    config = script.Config(exports[0], data=setup.data, grid=GridSettings(exports=[same]))
-    assert config.exports == [same]
+    config = script.Config(exports[0], data=setup.data, grid=GridSettings(exports=[duplicate]))
+    assert config.exports == [duplicate]
     assert distinct_names([("ctc", "/a/b/ctc/e"), ("ctc", "/c/b/ctc/e"), ("x", "/x/e")]) == {
         ("ctc", "/a/b/ctc/e"): "a-b-ctc",
         ("ctc", "/c/b/ctc/e"): "c-b-ctc",
@@ -268,7 +268,7 @@ def test_models_with_equal_names_get_distinct_names(setup: Config, tmp_path: Pat
     }
 
 
-def test_settings_that_do_not_go_together_are_an_error_before_any_work(setup: Config, tmp_path: Path) -> None:
+def test_incompatible_settings_are_an_error_before_any_work(setup: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="inference.mode = 'streaming'|mask"):
         sweep(setup, out, grid=GridSettings(modes=["buffered", "streaming"]))
@@ -276,7 +276,7 @@ def test_settings_that_do_not_go_together_are_an_error_before_any_work(setup: Co
         sweep(setup, out, grid=GridSettings(contexts=[2.0, 0.01]))
     (tmp_path / "rnnt").mkdir()
     transducer = str(make_transducer_export(tmp_path / "rnnt" / "export"))
-    with pytest.raises(UserError, match="'averaged' takes the mean of CTC probabilities"):
+    with pytest.raises(UserError, match="'averaged' averages CTC probabilities"):
         sweep(setup, out, grid=GridSettings(exports=[transducer], modes=["buffered", "averaged"]))
     with pytest.raises(UserError, match="there is no export at"):
         sweep(setup, out, grid=GridSettings(exports=[str(tmp_path / "nothing")]))
@@ -289,7 +289,7 @@ def test_lists_can_be_given_in_a_configuration_file() -> None:
     assert config.grid.contexts == [5.0, 0.0] and config.grid.decoders == [DecoderSettings(beam=8)]
 
 
-def test_words_in_ignored_segments_never_count(setup: Config, tmp_path: Path) -> None:
+def test_words_in_ignored_segments_are_not_scored(setup: Config, tmp_path: Path) -> None:
     evaluate(setup, tmp_path / "plain")
     dataset = open_dataset(setup.data.dataset)
     stm = tmp_path / "stm"
@@ -317,28 +317,28 @@ def test_words_in_ignored_segments_never_count(setup: Config, tmp_path: Path) ->
     total = results["scores"]["all"]["words"]
     assert results["segments"]["all"]["words"] == total
     for name, count in total.items():
-        assert sum(one["words"][name] for one in results["positions"]) == count
+        assert sum(part["words"][name] for part in results["positions"]) == count
     assert read_results(tmp_path / "plain")["segments"] is None
     with pytest.raises(UserError, match=r"no segments of 1 of 1 recordings, such as 'another'"):
         read_segments(str(stm), ["another"])
-    with pytest.raises(UserError, match="no such file, and no folder with .stm files"):
+    with pytest.raises(UserError, match="neither a file nor a folder with .stm files"):
         read_segments(str(tmp_path / "no"), ids)
 
 
-def test_segments_come_from_the_file_of_the_recordings_name_or_else_from_any_file(tmp_path: Path) -> None:
+def test_segments_are_matched_by_file_name_and_otherwise_by_recording_name(tmp_path: Path) -> None:
     for name, text in (
         ("call_A", "call A x 2 3 two\ncall A x 0 1 one"),
         ("call_B", "call B y 1 2 three"),
-        ("X", "Y 1 x 0 1 mine"),
-        ("Z", "X 1 x 0 1 another's"),
+        ("X", "Y 1 x 0 1 by file"),
+        ("Z", "X 1 x 0 1 by name"),
     ):
         (tmp_path / f"{name}.stm").write_text(text)
     segments = read_segments(str(tmp_path), ["call", "X", "Y"])
     assert [s.text for s in segments["call"]] == ["one", "three", "two"]
-    assert [s.text for s in segments["X"]] == ["mine"] == [s.text for s in segments["Y"]]
+    assert [s.text for s in segments["X"]] == ["by file"] == [s.text for s in segments["Y"]]
 
 
-def test_file_names_of_ids_are_possible_and_differ() -> None:
+def test_file_names_of_ids_are_valid_and_distinct() -> None:
     ids = ["a/b", "a%2Fb", "\u8a9e" * 100, "\u8a9e" * 99 + "x", "..", "a b", "a\nb"]
     names = [file_name(id) for id in ids]
     assert len(set(names)) == len(ids) and names[5] == "a b"
@@ -349,8 +349,8 @@ def test_audio_is_found_by_id_at_any_depth(tmp_path: Path) -> None:
     for name in ("day/a.wav", "b.mp3", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_audio(str(tmp_path), ["a", "day/a", "b", "c"])
-    assert found == {"a": tmp_path / "day/a.wav", "day/a": tmp_path / "day/a.wav", "b": tmp_path / "b.mp3"}
+    paths = find_audio(str(tmp_path), ["a", "day/a", "b", "c"])
+    assert paths == {"a": tmp_path / "day/a.wav", "day/a": tmp_path / "day/a.wav", "b": tmp_path / "b.mp3"}
     assert find_audio("", ["a"]) == {}
     with pytest.raises(UserError, match="no audio file there is named as a recording, such as 'x'"):
         find_audio(str(tmp_path), ["x"])

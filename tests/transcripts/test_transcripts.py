@@ -38,7 +38,7 @@ NO_MARKS = WORDS.filter(lambda word: not word.startswith("<") and word != "@")
 
 
 @st.composite
-def spoken(draw: st.DrawFn, word: st.SearchStrategy[str] = WORDS) -> list[TimedWord]:
+def word_sequences(draw: st.DrawFn, word: st.SearchStrategy[str] = WORDS) -> list[TimedWord]:
     """Words sorted by start; some start together, are empty or overlap the next one, like those of a transducer."""
     words, start = [], 0
     for _ in range(draw(st.integers(0, 12))):
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("transcripts")
 
 
-@given(spoken())
+@given(word_sequences())
 @settings(max_examples=60, deadline=None)
 def test_disjoint_words_are_not_empty_and_do_not_overlap(words: list[TimedWord]) -> None:
     for duration in (None, max(30_000, len(words)), max(len(words), 1)):
@@ -78,20 +78,20 @@ def test_disjoint_words_are_not_empty_and_do_not_overlap(words: list[TimedWord])
         assert not times or (times[0][0] >= 0 and (duration is None or times[-1][1] <= duration))
 
 
-def test_words_with_room_keep_their_times() -> None:
+def test_words_that_are_already_disjoint_keep_their_times() -> None:
     words = [TimedWord("a", 0.1, 0.4), TimedWord("b", 0.4, 0.9), TimedWord("c", 2.0, 2.04)]
     assert disjoint(words) == disjoint(words, 3000) == [(100, 400), (400, 900), (2000, 2040)]
 
 
-def test_words_of_one_frame_share_it() -> None:
+def test_words_of_the_same_frame_divide_it() -> None:
     words = [TimedWord(letter, 0.4, 0.44) for letter in "abc"]
     assert disjoint(words) == [(400, 401), (401, 402), (402, 440)]
     assert disjoint(words, 402) == [(399, 400), (400, 401), (401, 402)]
 
 
-@given(spoken(NO_MARKS))
+@given(word_sequences(NO_MARKS))
 @settings(max_examples=60, deadline=None)
-def test_ctm_holds_words_times_and_confidence(folder: Path, words: list[TimedWord]) -> None:
+def test_ctm_keeps_words_times_and_confidence(folder: Path, words: list[TimedWord]) -> None:
     words = separated(words)
     read = read_ctm(written("ctm", words, folder))
     assert read == ({"day_1/talk": [(w.word, w.start, w.end, w.confidence) for w in words]} if words else {})
@@ -104,9 +104,9 @@ def test_ctm_lines_are_those_of_nist(folder: Path) -> None:
     ]  # fmt: skip
 
 
-@given(spoken())
+@given(word_sequences())
 @settings(max_examples=60, deadline=None)
-def test_json_holds_words_times_and_confidence(folder: Path, words: list[TimedWord]) -> None:
+def test_json_keeps_words_times_and_confidence(folder: Path, words: list[TimedWord]) -> None:
     path = written("json", words, folder)
     content = json.loads(path.read_text(encoding="utf-8"))
     assert (content["id"], content["seconds"]) == ("day 1/talk", 60.0)
@@ -117,9 +117,9 @@ def test_json_holds_words_times_and_confidence(folder: Path, words: list[TimedWo
     assert result == [(w.word, w.start, w.end, w.confidence) for w in words]
 
 
-@given(spoken(), st.sampled_from([0.0, 0.004, 2.5, 60.0]))
+@given(word_sequences(), st.sampled_from([0.0, 0.004, 2.5, 60.0]))
 @settings(max_examples=60, deadline=None)
-def test_a_textgrid_holds_the_words_and_fills_the_recording(
+def test_a_textgrid_keeps_the_words_and_fills_the_recording(
     folder: Path, words: list[TimedWord], seconds: float
 ) -> None:
     path = written("TextGrid", words, folder, seconds)
@@ -166,27 +166,27 @@ def subtitle_settings(draw: st.DrawFn) -> SubtitleSettings:
     )  # fmt: skip
 
 
-@given(spoken(), subtitle_settings())
+@given(word_sequences(), subtitle_settings())
 @settings(max_examples=120, deadline=None)
 def test_subtitles_keep_every_word_and_their_limits(words: list[TimedWord], limits: SubtitleSettings) -> None:
     cues = make_cues(words, limits)
-    assert [word for cue in cues for line in cue.lines for word in line.split(" ")] == [one.word for one in words]
+    assert [word for cue in cues for line in cue.lines for word in line.split(" ")] == [word.word for word in words]
     assert all(cue.start < cue.end for cue in cues)
     assert all(a.end <= b.start for a, b in zip(cues, cues[1:], strict=False))
     times, place = disjoint(words), 0
     for number, cue in enumerate(cues):
         count = sum(len(line.split(" ")) for line in cue.lines)
-        spoken_times, place = times[place : place + count], place + count
-        assert cue.start == spoken_times[0][0] and len(cue.lines) <= limits.lines
-        assert count == 1 or spoken_times[-1][1] - cue.start <= 1000 * limits.longest_seconds
+        cue_times, place = times[place : place + count], place + count
+        assert cue.start == cue_times[0][0] and len(cue.lines) <= limits.lines
+        assert count == 1 or cue_times[-1][1] - cue.start <= 1000 * limits.longest_seconds
         assert all(len(line) <= limits.line_characters or " " not in line for line in cue.lines)
-        pauses = [b[0] - a[1] for a, b in zip(spoken_times, spoken_times[1:], strict=False)]
+        pauses = [b[0] - a[1] for a, b in zip(cue_times, cue_times[1:], strict=False)]
         assert all(pause < 1000 * limits.pause_seconds for pause in pauses)
         following = cues[number + 1].start if number + 1 < len(cues) else 10**9
-        assert cue.end == min(following, max(spoken_times[-1][1], cue.start + round(1000 * limits.shortest_seconds)))
+        assert cue.end == min(following, max(cue_times[-1][1], cue.start + round(1000 * limits.shortest_seconds)))
 
 
-@given(spoken(), subtitle_settings())
+@given(word_sequences(), subtitle_settings())
 @settings(max_examples=60, deadline=None)
 def test_srt_and_vtt_are_read_as_the_cues_that_were_written(words: list[TimedWord], limits: SubtitleSettings) -> None:
     cues = make_cues(words, limits)
@@ -198,7 +198,7 @@ def test_srt_and_vtt_are_read_as_the_cues_that_were_written(words: list[TimedWor
     assert [(a, b, [html.unescape(line) for line in lines]) for a, b, lines in parse_cues(vtt)] == expected
 
 
-def test_subtitles_look_as_players_expect_them() -> None:
+def test_subtitles_have_the_layout_of_the_standards() -> None:
     words = [TimedWord("good", 1.0, 1.4), TimedWord("morning", 1.5, 2.0), TimedWord("<all>", 3723.456, 3723.5)]
     cues = make_cues(words, SubtitleSettings(line_characters=8))
     assert srt_text(cues) == (

@@ -1,4 +1,4 @@
-"""Words from tokens: together they are the text, and each lasts as long as its tokens."""
+"""Words from tokens: joined, they are the text, and each lasts as long as its tokens."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_a_word_lasts_from_its_first_token_to_the_end_of_its_last() -> None:
 
 
 @pytest.mark.parametrize("ids", [[4, 3, 4], [3, 4, 3, 3, 4, 3]], ids=["between", "around"])
-def test_a_lone_mark_is_a_space_and_no_part_of_a_word(ids: list[int]) -> None:
+def test_a_token_of_only_the_marker_is_a_space(ids: list[int]) -> None:
     """With characters and with BPE, a word starts at its first token with letters."""
     frames = [2 * place for place, _ in enumerate(ids)]
     times = [(frame * 0.5, frame * 0.5 + 0.5) for frame, token in zip(frames, ids, strict=True) if token == 4]
