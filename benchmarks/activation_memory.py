@@ -1,14 +1,14 @@
-"""Memory of training: counted, predicted by a formula, and the batches that fit on a GPU.
+"""Memory of training: counts, predictions by the formula, and batches that fit on a GPU.
 
-    python -m benchmarks.activation_memory              # counts and times every mode on this CPU, against the formula
+    python -m benchmarks.activation_memory              # counts, formula and times of every mode on this CPU
     python -m benchmarks.activation_memory --table      # batches that fit on a GPU of 80 GB, by the formula
     python -m benchmarks.activation_memory --fit        # coefficients of the formula, from counts at several sizes
     python -m benchmarks.activation_memory --inventory  # tensors that one block keeps
 
-Bytes are those of tensors, counted operation by operation (`LiveBytes`): alive after the forward pass, and at the peak.
-Each mode is counted in a separate process; the growth of its resident memory after a warm-up is printed too. Bytes are
-those under bfloat16 autocast. Times are forward and backward of the encoder in the precision of the hardware, modes
-alternating. A line of JSON comes last:
+Bytes are those of tensors under bfloat16 autocast, counted operation by operation (`LiveBytes`): alive after the
+forward pass, and at the peak. Each mode is counted in a separate process; the growth of its resident memory after a
+warm-up is printed too. Times are forward and backward passes of the encoder in the precision of the hardware, with
+alternating modes. The last line is JSON:
 
     predicted_over_measured_MODE   bytes kept for the backward pass, for the shape with the largest difference
     predicted_over_measured_peak_MODE  the peak, last shape
@@ -44,7 +44,7 @@ def one_segment_rows(encoder: ConformerEncoder, batch: Rows) -> RowLayout:
 
 
 def count(part: str, settings: EncoderSettings, batch: Rows, device: str, mode: str = "none") -> LiveBytes:
-    """Bytes that the second block ('block') or the subsampling and its dropout keep, their output included.
+    """Count the bytes kept by the second block (part 'block') or by the subsampling and its dropout, output included.
 
     The device 'cuda' is a simulated GPU: operations compute shapes and dtypes only.
     """
@@ -81,21 +81,21 @@ def fit(device: str) -> None:
     """Print the coefficients of `memory_formula` from counts at a small size and at sizes with one larger dimension."""
     base, frames = EncoderSettings(dim=128, feedforward_dim=128, num_heads=2), 128
     for mode in MODES:
-        here = bytes_per_frame("block", base, frames, device, mode)
-        dim = (bytes_per_frame("block", replace(base, dim=256), frames, device, mode) - here) / 128
-        hidden = (bytes_per_frame("block", replace(base, feedforward_dim=256), frames, device, mode) - here) / 128
-        heads = (bytes_per_frame("block", replace(base, num_heads=4), frames, device, mode) - here) / 2
-        squared = (bytes_per_frame("block", base, 2 * frames, device, mode) - here) / (2 * frames)
+        base_bytes = bytes_per_frame("block", base, frames, device, mode)
+        dim = (bytes_per_frame("block", replace(base, dim=256), frames, device, mode) - base_bytes) / 128
+        hidden = (bytes_per_frame("block", replace(base, feedforward_dim=256), frames, device, mode) - base_bytes) / 128
+        heads = (bytes_per_frame("block", replace(base, num_heads=4), frames, device, mode) - base_bytes) / 2
+        squared = (bytes_per_frame("block", base, 2 * frames, device, mode) - base_bytes) / (2 * frames)
         heads -= squared * frames
-        constant = here - dim * 128 - hidden * 128 - heads * 2 - squared * 2 * frames
+        constant = base_bytes - dim * 128 - hidden * 128 - heads * 2 - squared * 2 * frames
         print(f"{device} {mode}: {dim=:g} {hidden=:g} {heads=:g} heads_frames={squared:g} {constant=:g}")
     convolutional = EncoderSettings(dim=64, subsampling_channels=16)
     for base in (convolutional, replace(convolutional, subsampling="striding", subsampling_factor=8)):
         wide_channels = replace(base, subsampling_channels=32)
-        here = bytes_per_frame("subsampling", base, frames, device)
-        inner = (bytes_per_frame("subsampling", wide_channels, frames, device) - here) / (16 * 80)
-        dim = (bytes_per_frame("subsampling", replace(base, dim=128), frames, device) - here) / 64
-        mels = (here - inner * 16 * 80 - dim * 64) / 80
+        base_bytes = bytes_per_frame("subsampling", base, frames, device)
+        inner = (bytes_per_frame("subsampling", wide_channels, frames, device) - base_bytes) / (16 * 80)
+        dim = (bytes_per_frame("subsampling", replace(base, dim=128), frames, device) - base_bytes) / 64
+        mels = (base_bytes - inner * 16 * 80 - dim * 64) / 80
         print(f"{device} {base.subsampling} {base.subsampling_factor}: {inner=:g} {dim=:g} {mels=:g}")
 
 
@@ -103,7 +103,7 @@ def forward_backward(
     encoder: ConformerEncoder, log_mel: Tensor, layout: RowLayout, autocast: torch.autocast,
     live: LiveBytes | None = None,
 ) -> int:  # fmt: skip
-    """Run one pass and return the live bytes between forward and backward (0 without a counter)."""
+    """Run a forward and a backward pass; return the live bytes between them (0 without a counter)."""
     with autocast:
         y = encoder(log_mel, layout)
     kept = 0 if live is None else live.now
@@ -112,7 +112,7 @@ def forward_backward(
 
 
 def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, int]:
-    """Return the counted bytes kept and at the peak, and the growth of this process. Run in a separate process."""
+    """Bytes kept and at the peak, counted, and growth of this process, which must be a new one."""
     torch.set_num_threads(threads)
     bfloat16 = torch.autocast("cpu", torch.bfloat16)
     encoder, small = ConformerEncoder(settings), Rows(1, settings.row_multiple * 16)
@@ -129,7 +129,7 @@ def measure(settings: EncoderSettings, batch: Rows, threads: int) -> dict[str, i
 
 
 def timings(settings: EncoderSettings, batch: Rows, repeats: int) -> dict[str, float]:
-    """Time of forward and backward relative to mode 'none' of the same round: medians, modes alternating."""
+    """Median time of forward and backward relative to mode 'none' in the same round, with alternating modes."""
     encoders = {mode: ConformerEncoder(replace(settings, activation_checkpointing=mode)) for mode in MODES}
     log_mel = torch.randn(batch.rows, batch.frames, settings.num_mels)
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -150,8 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="base-120m", choices=sorted(PRESETS))
     parser.add_argument("--layers", type=int, default=4, help="number of blocks; all blocks are equal")
-    parser.add_argument("--shapes", nargs="+", default=["1x60", "4x15"], help="rows x seconds; the last one is timed")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", default=["1x60", "4x15"], help="rows x seconds; the last shape is timed")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the timing")
     parser.add_argument("--fit", choices=["cpu", "cuda"], help="print the coefficients counted for a device")
     parser.add_argument(
         "--inventory", choices=["cpu", "cuda"], help="print the tensors that one block keeps on a device"

@@ -1,16 +1,16 @@
-"""Accuracy of the word times of tools/align.py: `python -m benchmarks.alignment --model EXPORT`.
+"""Accuracy of the word times by tools/align.py: `python -m benchmarks.alignment --model EXPORT`.
 
 EXPORT is a recogniser of the synthetic corpus, such as runs/quickstart-synthetic/pretrained/export of the quickstart.
 Recordings of the test voices are synthesised with espeak-ng, whose word times are exact, in the language of the model,
 and aligned by the script in a separate process. Three datasets:
 
-- right: recordings of 1, 10 and 60 minutes (and utterances of some seconds) with their transcripts;
-- wrong: the same audio with shuffled words, or with the transcript of another recording of its kind;
-- edited: the recordings with a tenth of the sentences removed from the transcript, or as many foreign sentences
-  inserted; only spoken words are measured.
+- right: utterances of 2 to 15 s and recordings of 1, 10 and 60 minutes, with their transcripts;
+- wrong: the same audio with shuffled words, or with the transcript of another recording of the same kind;
+- edited: the recordings with a tenth of the sentences removed from the transcript, or with as many sentences of another
+  recording inserted; only spoken words are measured.
 
-A boundary is the start or end of a word; its error is the distance from espeak's. Memory is the largest resident set of
-the script; `base_memory_mb` is that of a run on the utterances alone. The last line is JSON.
+A boundary is the start or end of a word; its error is the distance from that of espeak. Memory is the largest resident
+set of the script; `base_memory_mb` is that of a run on the utterances alone. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from data.recording import Recording
 from data.transcripts import Word
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools/align.py"
-# Kind of recording: minutes (0: an utterance of 2 to 15 s), and number of recordings.
+# By kind of recording: minutes (0 for an utterance of 2 to 15 s) and number of recordings.
 KINDS = {"utterances": (0.0, 200), "1_min": (1.0, 30), "10_min": (10.0, 6), "60_min": (60.0, 2)}
-SENTENCE = 8  # words that are removed or inserted together
+SENTENCE = 8  # number of words that are removed or inserted together
 
 
 def synthesise(language: str, seed: int, share: float) -> Iterator[tuple[Recording, np.ndarray]]:
@@ -56,7 +56,7 @@ def synthesise(language: str, seed: int, share: float) -> Iterator[tuple[Recordi
 
 
 def write(folder: Path, spoken: Sequence[tuple[Recording, np.ndarray]], texts: dict[str, dict[str, str]]) -> Dataset:
-    """Write a dataset without word times: for every variant the recordings with its texts, under ids VARIANT/ID."""
+    """Write a dataset without word times that holds the recordings with the texts of every variant, as VARIANT/ID."""
     with DatasetWriter(folder, FeatureSettings()) as writer:
         for variant, by_id in texts.items():
             for recording, log_mel in spoken:
@@ -68,7 +68,7 @@ def write(folder: Path, spoken: Sequence[tuple[Recording, np.ndarray]], texts: d
 
 
 def wrong_texts(spoken: list[Recording], seed: int) -> dict[str, dict[str, str]]:
-    """Shuffled words, and the transcript of the next recording of the same kind."""
+    """Texts by variant and id: shuffled words, and the transcript of the next recording of the same kind."""
     rng = random.Random(seed)
     shuffled, other = {}, {}
     for number, recording in enumerate(spoken):
@@ -83,7 +83,7 @@ def wrong_texts(spoken: list[Recording], seed: int) -> dict[str, dict[str, str]]
 def edited_texts(
     spoken: Sequence[Recording], seed: int
 ) -> tuple[dict[str, dict[str, str]], dict[str, list[Word | None]]]:
-    """Transcripts with a tenth less and a tenth more; and for each of their words the spoken word, or None."""
+    """Transcripts with sentences removed or inserted; and for each of their words the spoken word, or None."""
     rng = random.Random(seed)
     texts: dict[str, dict[str, str]] = {"left_out": {}, "put_in": {}}
     truth: dict[str, list[Word | None]] = {}
@@ -113,11 +113,11 @@ def kind_of(id: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of one run of the script."""
+    """Result of one run of the script."""
 
     dataset: Dataset
     refused: list[str]
-    """ids"""
+    """ids of unaligned recordings"""
     seconds: float
     memory_mb: int
     """largest resident set of the script"""
@@ -128,7 +128,7 @@ def run_script(dataset: Dataset, model: str, out: Path, more: Sequence[str]) -> 
     command = [sys.executable, str(SCRIPT), "--data.dataset", str(dataset.path), "--model", model, "--out", str(out)]
     memory = 0
     with subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL) as process:
-        # getrusage would include the memory of this process, since a child starts as its copy.
+        # Not getrusage, which would include the memory of this process, of which a child starts as a copy.
         while process.poll() is None:
             with suppress(OSError, IndexError):  # the process has ended
                 memory = int(
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seed", type=int, default=1, help="seed of the recordings; must differ from that of the corpus"
     )
     parser.add_argument(
-        "--share", type=float, default=1.0, help="share of the recordings to make; at least 2 of each kind"
+        "--share", type=float, default=1.0, help="share of the recordings to synthesise; at least 2 of each kind"
     )
     parser.add_argument("more", nargs="*", help="after --: settings of tools/align.py")
     options = parser.parse_args(arguments)

@@ -1,20 +1,20 @@
-"""Gain and cost of torch.compile, module by module: forward and backward in the precision of the hardware.
+"""Gain and cost of torch.compile by module: forward and backward in the precision of the hardware.
 
     python -m benchmarks.compile_gain         # needs a C++ compiler on a CPU
 
 Modules of `base-120m` in training mode, dropout included, on packed rows of one fixed shape. Each is timed eagerly and
 compiled (`torch.compile(module, dynamic=False)`), alternating; the fastest of the repeats counts. The time of
-compilation is that of the first pass above a later one, without torch's caches on disk. Code that Dynamo cannot trace
-breaks the graph and runs eagerly: graphs and breaks are counted. Two parts are excluded from the graphs: the loop of
-attention over segments, which would be compiled again for every length, and the random numbers of dropout, whose 64-bit
-arithmetic is an OverflowError in torch 2.14's code for CPUs; `--dropout 0` measures without them. The last line is
-JSON:
+compilation is the time of the first pass minus that of a later one, without torch's caches on disk. Code that Dynamo
+cannot trace breaks the graph and runs eagerly; graphs and breaks are counted. Two parts are excluded from the graphs:
+the loop of attention over segments, which would be compiled again for every length, and the random numbers of dropout,
+whose 64-bit arithmetic raises an OverflowError in the CPU code of torch 2.14; `--dropout 0` measures without them. The
+last line is JSON:
 
     MODULE_eager, MODULE_compiled    seconds of a forward and backward pass
     MODULE_gain                      eager / compiled: above 1, compilation is faster
     MODULE_compile_seconds           once per process
     MODULE_graphs, MODULE_breaks     compiled graphs, and graph breaks
-    block_updates_to_pay             passes after which a compiled block amortises its compilation; -1 for never
+    block_updates_to_pay             passes that amortise the compilation of a block; -1 for never
 """
 
 import argparse
@@ -37,7 +37,7 @@ GAP = 1
 """encoder frames between two segments"""
 
 
-def passes(module: Callable[..., Tensor], weights: nn.Module, x: Tensor, *layout: object) -> float:
+def time_pass(module: Callable[..., Tensor], weights: nn.Module, x: Tensor, *layout: object) -> float:
     """Seconds of a forward and backward pass, with the gradient of the input unless it is the log-mel."""
     x = x.detach().requires_grad_(x.requires_grad)
     start = time.perf_counter()
@@ -52,17 +52,17 @@ def passes(module: Callable[..., Tensor], weights: nn.Module, x: Tensor, *layout
 
 
 def compare(module: nn.Module, repeats: int, x: Tensor, *layout: object) -> dict[str, float]:
-    """Figures of one module; see above."""
+    """Figures of one module, named as in the module docstring."""
     torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(module, dynamic=False)
-    passes(module, module, x, *layout)
-    first = passes(compiled, module, x, *layout)
+    time_pass(module, module, x, *layout)
+    first = time_pass(compiled, module, x, *layout)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     seconds: dict[str, list[float]] = {"eager": [], "compiled": []}
     for _ in range(repeats):
-        seconds["eager"].append(passes(module, module, x, *layout))
-        seconds["compiled"].append(passes(compiled, module, x, *layout))
+        seconds["eager"].append(time_pass(module, module, x, *layout))
+        seconds["compiled"].append(time_pass(compiled, module, x, *layout))
     if counters["stats"]["unique_graphs"] != graphs:
         raise RuntimeError("recompiled between the repeats: the timings are invalid")
     result = {name: min(times) for name, times in seconds.items()}

@@ -4,10 +4,10 @@ Recordings, concatenated to the requested duration, are encoded in blocks and wr
 table gives the size relative to plain float16; the maximum and rms error, in standard deviations of the bin; the speed
 of encoding, and of reading crops at random positions with one `pread` each from the page cache (CPU time on one core).
 The candidates alternate in every round; times are medians over the rounds. The codecs of `data.format.encoding` come
-first, with several block sizes and levels, then the alternatives.
+first, with several block sizes and levels, followed by the alternatives.
 
-With `--model EXPORT`, evaluate.py decodes the test recordings with the recogniser of a CTC run, from plain values and
-from those of every lossy candidate. The last line is JSON.
+With `--model EXPORT`, evaluate.py decodes the test recordings with a CTC recogniser, from plain values and from those
+of every lossy candidate. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def differences(bits: np.ndarray) -> np.ndarray:
 def rearranged(
     name: str, arrange: Callable[[np.ndarray], np.ndarray], restore: Callable[[np.ndarray, np.ndarray], None]
 ) -> Candidate:
-    """One zstd frame of the rearranged bits uint16 [n, M]; `restore(bytes, bits)` is the inverse."""
+    """Candidate that stores rearranged bits uint16 [n, M] in one zstd frame; `restore(bytes, bits)` is the inverse."""
 
     def pack(values: np.ndarray) -> bytes:
         return pa.Codec("zstd", compression_level=1).compress(arrange(values.view(np.uint16)).tobytes(), asbytes=True)
@@ -116,7 +116,7 @@ def bit_planes() -> Candidate:
 
 
 def quantised(bits: int, zstd: bool, differ: bool) -> Candidate:
-    """As `uint8`, with 2^bits steps; without zstd every step takes one byte."""
+    """Candidate like `uint8` with 2^bits steps; without zstd every step takes one byte."""
     codec = pa.Codec("zstd", compression_level=1)
 
     def pack(values: np.ndarray) -> bytes:
@@ -202,7 +202,7 @@ def errors(values: np.ndarray, read: np.ndarray) -> tuple[float, float]:
 
 
 def measure(dataset: Dataset, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Rows of the table, by candidate."""
+    """Measure the rows of the table, by candidate."""
     rng = np.random.default_rng(0)
     frames, parts = int(options.minutes * 60 * dataset.features.frames_per_second), []
     for recording in rng.permutation(len(dataset)):
@@ -280,8 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--crops", type=int, default=200, help="crops per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of reading")
     parser.add_argument("--model", default="", help="export folder of finetune_ctc.py, to decode the test recordings")
-    parser.add_argument("--language", default="", help="with --model: only recordings of this language")
-    parser.add_argument("--context_seconds", type=float, default=10.0, help="with --model: window of the decoding")
+    parser.add_argument("--language", default="", help="with --model: language of the recordings (default: all)")
+    parser.add_argument("--context_seconds", type=float, default=10.0, help="with --model: length of a window")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     dataset = open_dataset(options.dataset)

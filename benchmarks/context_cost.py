@@ -2,8 +2,8 @@
 
     python -m benchmarks.context_cost --plot context_cost.png     # other systems: requirements-benchmarks.txt
 
-Every cell is one encoder on log-mel on the CPU, in the precision of its hardware: segments of one duration, one per
-row, batched up to `--batch-seconds` of audio (a longer one alone), so that cells differ in context and not in the
+A cell is one encoder on log-mel on the CPU, in the precision of the hardware, with segments of one duration: one per
+row, batched up to `--batch-seconds` of audio (a longer segment alone), so that cells differ in context and not in the
 amount of work. `forward` is inference; `train` is forward and backward with dropout. All layers are equal, so
 `--layers` of the preset suffice; the result states their number. For the whole encoder on an hour:
 
@@ -13,10 +13,10 @@ Ours are `window` (`--window` frames to either side) and `full`. The others are 
 with full attention only; they run behind our subsampling, since they have none for log-mel. Each cell runs in a
 separate process: memory is the peak resident size during a pass, minus that before it (weights and input, after a
 warm-up). Freed memory is kept for all systems, as in our scripts. Systems alternate in every round; the fastest pass
-counts, and the highest peak. Cells that would take too long or too much memory for a small machine are skipped by
+counts, and the highest peak. Cells that would take too long or too much memory on a small machine are skipped by
 `--full-limit`, `--train-limit` and `--other-limit`, and listed. The last line is JSON; some of its keys:
 
-    windowed_cost_60min_over_10s      time of an hour over that of 10 s, windowed, per second of audio, forward
+    windowed_cost_60min_over_10s      time per second of audio, windowed forward pass: an hour relative to 10 s
     windowed_memory_60min_over_10s    the same for peak memory
     SYSTEM_PASS_DURATION_time, _mb    milliseconds and MB per second of audio
 """
@@ -109,7 +109,7 @@ def run_pass(forward: Forward, mel: Tensor, length: Tensor, training: bool) -> T
 
 
 def measure(cell: Cell, repeats: int, threads: int) -> Cost:
-    """Measure a cell. Run in a separate process, because of the memory."""
+    """Measure a cell. Must run in a new process, for the sake of the memory figures."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     cells, left_out = plan(args)
     print(f"{args.preset}, {cells[0].settings.num_layers} layers, window of {args.window} frames to either side")
     if left_out:
-        print("left out: " + ", ".join(left_out))
+        print("skipped: " + ", ".join(left_out))
     costs: dict[str, Cost] = {}
     context = multiprocessing.get_context("spawn")
     for _ in range(args.rounds):

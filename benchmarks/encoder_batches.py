@@ -39,7 +39,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of all frames."""
+        """Number of frames with gaps and padding."""
         return self.x.shape[0] * self.x.shape[1]
 
 
@@ -58,7 +58,7 @@ def padded_batches(lengths: list[int], batch_frames: int, count: int, width: int
     while ascending and len(ascending) >= (size := max(1, round(batch_frames / ascending[-1]))):
         groups.append(ascending[-size:])
         del ascending[-size:]
-    return [_make_batch([[(0, n)] for n in group], max(group), width) for group in _evenly(groups, count)]
+    return [_make_batch([[(0, n)] for n in group], max(group), width) for group in _select_evenly(groups, count)]
 
 
 def packed_batches(
@@ -68,18 +68,18 @@ def packed_batches(
     gap = -(-settings.row_gap // settings.stride)
     rows = pack_rows(lengths, row_frames, gap, settings.row_multiple // settings.stride, max_segments=POOL)
     size = max(1, round(batch_frames / row_frames))
-    chosen = _evenly([[(start, lengths[i]) for i, start in row] for row in rows], size * count)
+    chosen = _select_evenly([[(start, lengths[i]) for i, start in row] for row in rows], size * count)
     return [_make_batch(chosen[i::count], row_frames, settings.dim) for i in range(count)]
 
 
 def as_log_mel(batch: Batch, settings: EncoderSettings) -> Batch:
-    """Return the batch before the subsampling, as random log-mel."""
+    """Return random log-mel with the segments of a batch of encoder frames."""
     rows, frames, _ = batch.x.shape
     stride = settings.stride
     return Batch(torch.randn(rows, frames * stride, settings.num_mels), batch.start * stride, batch.length * stride)
 
 
-def _evenly(items: Sequence[Item], count: int) -> list[Item]:
+def _select_evenly(items: Sequence[Item], count: int) -> list[Item]:
     """Select `count` of the items at even distances."""
     count = min(count, len(items))
     return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]

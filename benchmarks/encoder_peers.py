@@ -6,7 +6,7 @@ differences: batch norm in the convolution module of torchaudio, Wav2Vec2-Confor
 bestrq: layer norm), and the projection of relative positions in every block of SpeechBrain, relative
 Wav2Vec2-Conformer and Parakeet. The attention implementation is their default.
 
-The packages (requirements-benchmarks.txt) are imported only when a system is selected.
+The packages (requirements-benchmarks.txt) are imported only if a system is selected.
 """
 
 import importlib
@@ -108,7 +108,7 @@ def make_wav2vec2(settings: EncoderSettings, dropout: float, positions: str) -> 
 
 
 class _NoSubsampling(nn.Module):
-    """Replacement of a front end for input that already is in encoder frames."""
+    """Replacement of a front end, for input in encoder frames."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x
@@ -147,4 +147,4 @@ PEERS: dict[str, Callable[[EncoderSettings, float], Encoder]] = {
     "wav2vec2_relative": lambda settings, dropout: make_wav2vec2(settings, dropout, "relative"),
     "parakeet": lambda settings, dropout: make_parakeet(settings, dropout, front_end=False),
 }
-"""name -> blocks of that system"""
+"""name -> function that makes the blocks of that system"""

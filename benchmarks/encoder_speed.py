@@ -2,28 +2,28 @@
 
     python -m benchmarks.encoder_speed        # needs requirements-benchmarks.txt
 
-Two presets: `base-120m` (25 frames a second) and `fast-115m` (12.5). Every system has its width, layers, heads,
-feed-forward width, kernel and dropout (see benchmarks.encoder_peers for the remaining differences); the counts of
-parameters are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all are timed as blocks
-alone, on the same input in the precision of the hardware, the output of a front end under autocast. For the 8x preset
-our whole encoder and the whole Parakeet encoder, each with its striding subsampling, are also timed on log-mel
-("whole").
+Two presets: `base-120m` (25 frames per second) and `fast-115m` (12.5). Every system has the width, layers, heads,
+feed-forward width, kernel and dropout of the preset (see benchmarks.encoder_peers for the remaining differences); the
+numbers of parameters are printed. torchaudio and Wav2Vec2-Conformer have no front end for log-mel, so all systems are
+timed as blocks alone, on the same input in the precision of the hardware, as a front end outputs it under autocast. For
+the 8x preset, our entire encoder and the entire Parakeet encoder, each with its striding subsampling, are also timed on
+log-mel ("whole").
 
 Two workloads, with about the same number of frames per batch for all, drawn from the same pool of lengths:
 
-    mixed    2 to 17 s, uniform. Ours packs them into rows of 20 s (`pack_rows`); the others get padded batches of
-             similar length, like those of their bucketing samplers, with lengths or masks
+    mixed    2 to 17 s, uniform. Ours are packed into rows of 20 s (`pack_rows`); the others are padded batches of
+             similar length, like those of bucketing samplers, with lengths or masks
     equal    utterances of 10 s, without packing and padding
 
-A pass takes batches (for ours: rows) at even distances from the shortest to the longest. The time includes masks and
+A pass takes batches (ours: rows) at even distances from the shortest to the longest. The time includes masks and
 layouts. Speed is in seconds of audio, without padding, per second. The systems alternate batch by batch; for every
 batch the fastest of the repeats counts, since other programs on the machine only add time. The last line is JSON:
 
-    ratio_to_best_peer_mixed, _equal   ours / the fastest other, the smallest over the presets
+    ratio_to_best_peer_mixed, _equal   ours / the fastest other system, the smallest over the presets
     matmul_share                       our model FLOPs per second as a share of the rate of plain matrix products
                                        of the same shapes, measured between the batches; the smallest value.
                                        Model FLOPs are three times those of the forward pass
-    PRESET_WORKLOAD_...                per preset: its ratio, and audio-seconds per second of every system
+    PRESET_WORKLOAD_...                per preset: the ratio, and audio-seconds per second of every system
 """
 
 import argparse
@@ -73,7 +73,7 @@ class System:
 
 
 def our_encoder(settings: EncoderSettings, whole: bool) -> Encoder:
-    """Our encoder on packed rows, as blocks or as a whole."""
+    """Our encoder on packed rows: its blocks, or the whole encoder."""
     encoder = ConformerEncoder(settings).train()
     factor = settings.subsampling_factor
 
@@ -99,7 +99,7 @@ class Contest:
     encoders: dict[str, Encoder]
 
     def systems(self, workload: str, args: argparse.Namespace) -> dict[str, System]:
-        """Every encoder with its batches of a workload."""
+        """Encoders with their batches of a workload, by name."""
         settings, stride = self.settings, self.settings.stride
         # The same number of encoder frames per batch at both strides.
         batch_frames = round(args.batch_seconds * FRAMES_PER_SECOND / 4)
@@ -120,7 +120,7 @@ class Contest:
 
 
 def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
-    """Make all systems as blocks, or ours and Parakeet as whole encoders."""
+    """Make the blocks of all systems, or the whole encoders of ours and Parakeet."""
     settings = replace(PRESETS[preset], dropout=args.dropout, attention_dropout=args.dropout)
     settings = replace(settings, num_layers=args.layers or settings.num_layers)
     encoders = {OURS: our_encoder(settings, whole)}
@@ -135,7 +135,7 @@ def make_contest(preset: str, whole: bool, args: argparse.Namespace) -> Contest:
     return Contest(settings, whole, encoders)
 
 
-def one_step(system: System, batch: Batch) -> float:
+def step_seconds(system: System, batch: Batch) -> float:
     """Seconds of forward and backward of one batch, with the gradient of the input (the output of a front end)."""
     x = batch.x.detach().requires_grad_(batch.x.requires_grad)
     start = time.perf_counter()
@@ -153,7 +153,7 @@ def one_step(system: System, batch: Batch) -> float:
 
 
 def model_flops(system: System) -> float:
-    """Three times the FLOPs of the forward passes: in backward, depthwise convolutions are counted wrongly."""
+    """Three times the FLOPs of the forward passes, since torch counts depthwise convolutions wrongly in backward."""
     with torch.no_grad(), hardware_autocast(), FlopCounterMode(display=False) as counter:
         for batch in system.batches:
             system.forward(batch)
@@ -168,14 +168,14 @@ def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[s
         shapes = ", ".join("x".join(map(str, b.x.shape[:2])) for b in system.batches)
         print(f"  {name}: {system.seconds:.0f} s, fill {fill:.3f}, batches {shapes}")
         for batch in system.batches:
-            one_step(system, batch)
+            step_seconds(system, batch)
     flops, rates = model_flops(systems[OURS]), []
-    # Per system: for every pass the seconds of its batches.
+    # By system: for every pass, the seconds of its batches.
     times: dict[str, list[list[float]]] = {name: [[] for _ in range(args.repeats)] for name in systems}
     for repeat in range(args.repeats):
         for i in range(len(systems[OURS].batches)):
             for name, system in systems.items():
-                times[name][repeat].append(one_step(system, system.batches[i]))
+                times[name][repeat].append(step_seconds(system, system.batches[i]))
             rates.append(matmul_rate(contest.settings, 1000, hardware_dtype()))
         speeds = (f"{n} {systems[n].seconds / sum(t[repeat]):.2f}" for n, t in times.items())
         print(f"  {repeat}: audio-s/s " + ", ".join(speeds), flush=True)

@@ -1,8 +1,8 @@
-"""Time and memory of a dataset with ten million recordings: `python -m benchmarks.index_scale`.
+"""Time and memory for a dataset of ten million recordings: `python -m benchmarks.index_scale`.
 
 Writes a synthetic index (recordings of 2 to 20 s, with text and statistics) and sparse shard files, opens the dataset,
 builds the training order, restores a random step, and loads batches with two workers. The files are in the page cache,
-as on a node where another process has opened them. The last line is JSON.
+as on a node where another process has already opened them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
                 "id": pa.array([f"recording-{n:09d}" for n in range(first, first + size)]),
                 "crc32": pa.array(np.zeros((size, 1), np.uint32).tolist(), schema.field("crc32").type),
                 "block_bytes": pa.nulls(size, schema.field("block_bytes").type),
-                "text": pa.array(["some sixty characters of what somebody said in this recording"] * size),
+                "text": pa.array(["some sixty characters of the transcript of a short recording."] * size),
                 "words": pa.nulls(size, WORDS),
                 "excluded": pa.nulls(size, EXCLUDED),
             }
@@ -98,7 +98,7 @@ def write_dataset(folder: Path, recordings: int, seed: int = 0) -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Open, restore, and load batches, in this process and two workers."""
+    """Open the dataset, restore, and load batches, in this process and two workers."""
     before = memory([os.getpid()], "Pss")
     start = time.perf_counter()
     dataset = open_dataset(folder)

@@ -21,22 +21,22 @@ class LiveBytes(TorchDispatchMode):
     """Count the storages that operations allocate, until they are freed. Earlier storages are not counted.
 
     Unlike autograd's saved-tensor hooks, this includes tensors that a checkpoint keeps outside the graph, and counts
-    each storage once, whatever the number of its views.
+    each storage once, regardless of the number of its views.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.alive: dict[int, tuple[int, str]] = {}
-        """by storage: bytes, and the operation, dtype and shape that made it"""
+        """by id of a storage: its bytes, and the operation, dtype and shape that allocated it"""
         self.output: Tensor | None = None
-        """tensor that is kept alive by the counter"""
+        """tensor to keep alive with the counter"""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in known | self.alive.keys():
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in inputs | self.alive.keys():
                 origin = f"{func} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                 self.alive[id(storage)] = (storage.nbytes(), origin)
                 self.now += storage.nbytes()
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def simulated_gpu() -> Iterator[FakeTensorMode]:
-    """Simulate a GPU with fake tensors on the device 'cuda': the CUDA path runs, operations compute only shapes.
+    """Simulate a GPU by fake tensors on the device 'cuda': the CUDA path runs, but operations compute only shapes.
 
     Forward only. Attention uses the fused kernel that a GPU would use, without its additive mask.
     """

@@ -1,18 +1,18 @@
-"""Throughput of the data loader, rows with masks: `python -m benchmarks.loader_speed`.
+"""Throughput of the data loader for rows with masks: `python -m benchmarks.loader_speed`.
 
 A synthetic dataset (random float16; utterances of 2 to 17 s and some recordings of 10 minutes) is written to a
 temporary folder, so the page cache is warm; the loader then runs with one worker and with two, alternating, with the
-masks of pretraining. The rate counts seconds of audio, without padding, that arrive in the main process. Then many
+masks of pretraining. The rate counts seconds of audio, without padding, that arrive in the main process. Finally, many
 small batches are loaded to measure the growth of the private memory of all processes, from the first tenth of the
-batches to the last. The last line is JSON.
+batches to the last batch. The last line is JSON.
 
-`bare_conversion` is the rate of torch's conversion of float16 to float32 alone, in one thread, and `bare_normalisation`
-that of conversion and normalisation into the number of buffers of the loader; `share_of_...` is the rate of a worker,
-which also reads, checks and draws masks, relative to these at the same fill of the rows.
+`bare_conversion` is the rate of torch's conversion of float16 to float32 in one thread, and `bare_normalisation` that
+of conversion and normalisation into as many buffers as in the loader; `share_of_...` is the rate of a worker, which
+also reads, checks and draws masks, relative to these rates at the same fill of the rows.
 
-The main process, which plans and receives, needs a quarter of a processor. On two processors, two workers therefore
-cannot be twice as fast as one; `scaling_2_workers_with_processors_of_their_own` is from the processor time of the
-workers instead.
+The main process, which plans and receives batches, needs a quarter of a processor. On two processors, two workers
+therefore cannot be twice as fast as one; `scaling_2_workers_with_processors_of_their_own` is derived from the processor
+time of the workers instead.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def loader(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> R
 
 
 def measure(dataset: Dataset, options: argparse.Namespace, num_workers: int) -> tuple[float, float]:
-    """Audio-seconds per second, and per second of processor time of the workers; after the warm-up."""
+    """Audio-seconds per second, and per second of processor time of the workers, after a warm-up."""
     seconds, start, work_seconds = 0.0, 0.0, 0.0
     for number, (batch,) in enumerate(loader(dataset, options, num_workers)):
         if number == options.warm_up:
@@ -101,8 +101,9 @@ def growth(dataset: Dataset, options: argparse.Namespace) -> float:
 
 
 def bare_speeds(options: argparse.Namespace) -> tuple[float, float]:
-    """Audio-seconds per second in one thread of conversion from float16 to float32, and of conversion with
-    normalisation, row by row, into the number of buffers that the workers of the loader use in turn.
+    """Audio-seconds per second in one thread: conversion from float16 to float32, and conversion with normalisation.
+
+    The latter is row by row, into as many buffers as a worker of the loader cycles through.
     """
     torch.set_num_threads(1)
     shape = (options.rows, options.row_frames, 80)

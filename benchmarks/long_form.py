@@ -1,4 +1,4 @@
-"""Cost of long recordings: time and peak memory of CTC decoding for minutes to hours, in every inference mode.
+"""Cost of long recordings: time and peak memory of greedy CTC on minutes to hours, in every inference mode.
 
     python -m benchmarks.long_form
     python -m benchmarks.long_form --layers 2 --minutes 1 3       # a short trial
@@ -9,21 +9,21 @@ A cell is one mode on one recording, with a model of random weights and a CTC he
     buffered     windows whose centres are kept, `--overlap`
     averaged     probabilities averaged over the same windows
     whole        one pass, full attention; recordings up to `--whole-limit` minutes
-    window       one pass, windowed attention (`--window`); up to `--window-limit` minutes, since a pass is in memory
+    window       one pass, windowed attention (`--window`); recordings up to `--window-limit` minutes
     streaming    chunk by chunk (`--chunk`, `--left-chunks`), with a causal encoder
 
 Features come from a random generator, block by block, so that a recording is in memory only if the mode reads all of
 it. Each cell runs in a separate process: its peak is the highest resident size minus that before the first pass
-(weights). A warm-up on ten seconds is not timed. Cells alternate in every round; the fastest run counts, and the
+(weights). A warm-up on ten seconds is not timed. Cells alternate within every round; the fastest run counts, and the
 highest peak. The last line is JSON; some of its keys:
 
     MODE_Nmin_time, MODE_Nmin_mb    milliseconds of computation per second of audio; MB of peak memory
     MODE_Nmin_rtf                   real-time factor: seconds of computation per second of audio
-    cost_180min_over_10min          time per second of audio, the longest over the shortest recording, buffered
+    cost_180min_over_10min          time per second of audio, the longest relative to the shortest recording, buffered
     memory_180min_over_10min        the same for the peak
     buffered_over_chunked           time, on the longest recording
 
-(the names follow `--minutes`).
+Durations in the names are those of `--minutes`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_mel(num_mels: int, start: int, stop: int) -> Tensor:
 
 
 def measure(cell: Cell, threads: int) -> Cost:
-    """Measure a cell. Run in a separate process, because of the memory."""
+    """Measure a cell. Must run in a new process, for the sake of the memory figures."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     cells, left_out = plan(args)
     print(f"{args.preset}, {cells[0].encoder.num_layers} layers; windows of {args.context_seconds:g} s")
     if left_out:
-        print("left out: " + ", ".join(left_out))
+        print("skipped: " + ", ".join(left_out))
     costs: dict[str, Cost] = {}
     for _ in range(args.rounds):
         for cell in cells:

@@ -10,7 +10,7 @@ from bestrq.training.precision import DTYPES, has_bfloat16, processor_name
 
 
 def hardware_precision() -> Literal["float32", "bfloat16"]:
-    """Return bfloat16 if the CPU multiplies it in hardware, else float32: emulation takes hours."""
+    """Return bfloat16 if the CPU multiplies it in hardware, otherwise float32, since emulation takes hours."""
     return "bfloat16" if has_bfloat16(torch.device("cpu")) else "float32"
 
 

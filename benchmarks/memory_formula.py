@@ -29,7 +29,7 @@ class Kept:
     heads_frames: float = 0.0
     """times H and the frames of the segment, if the CPU holds all attention weights of a segment at once"""
     constant: float = 0.0
-    """times 1"""
+    """independent of these sizes"""
     weights: float = 0.0
     """bytes per element of the weight matrices of the block, for their copy in bfloat16"""
 
@@ -50,7 +50,7 @@ SUBSAMPLING = {
     ("cpu", "convolutional", 4): (2.5, 3.0, 20.0),
     ("cpu", "striding", 8): (7.5, 3.0, 40.0),
 }
-"""bytes per encoder frame, times channels x mel bins, times D, and times mel bins; by device, kind and factor"""
+"""bytes per encoder frame, by device, kind and factor: times channels x mel bins, times D, times mel bins"""
 
 WORKING = {"cpu": (8.0, 2.0), "cuda": (16.0, 4.0)}
 """gradients and copies held by the backward pass of a block: bytes per frame, times D and feed-forward width. From the
@@ -71,7 +71,7 @@ TARGET_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class Rows:
-    """Batch of rows with a single segment each."""
+    """Size of a batch of rows with a single segment each."""
 
     rows: int
     """R"""
@@ -167,12 +167,12 @@ def activation_bytes(settings: EncoderSettings, batch: Rows, mode: str, shards: 
 
 def rows_that_fit(settings: EncoderSettings, frames: int, mode: str, shards: int = 1, dense: bool = False) -> int:
     """Number of rows of `frames` mel frames that fit on a GPU of 80 GB; at most 9,999."""
-    left = BUDGET - weight_bytes(settings, shards)
+    available = BUDGET - weight_bytes(settings, shards)
 
     def needed(rows: int) -> float:
         return activation_bytes(settings, Rows(rows, frames), mode, shards, dense)
 
-    return bisect.bisect_right(range(1, 10_000), left, key=needed)
+    return bisect.bisect_right(range(1, 10_000), available, key=needed)
 
 
 def table(preset: str, dense: bool = False) -> str:

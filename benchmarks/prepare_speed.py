@@ -1,4 +1,4 @@
-"""FLAC, Opus and MP3 to features on disk on one core, against lhotse: `python -m benchmarks.prepare_speed`.
+"""Speed of preparation from FLAC, Opus and MP3 on one core, against lhotse: `python -m benchmarks.prepare_speed`.
 
 The same files of synthetic speech (utterances of 2 to 15 s at 16 kHz, in each format) are processed by
 
@@ -8,8 +8,7 @@ The same files of synthetic speech (utterances of 2 to 15 s at 16 kHz, in each f
 
 alternating, in child processes with one thread each. The last line is JSON: for each format the audio-seconds per
 second of both, the ratio of their medians and the extremes of the ratios of adjacent runs; `ratio_to_lhotse` is for
-FLAC.
-Needs requirements-benchmarks.txt.
+FLAC. Needs requirements-benchmarks.txt.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "mp3": ("MP3", "
 
 
 def write_audio(folder: Path, minutes: float) -> float:
-    """Write the same speech in a folder per format, with a text beside each file; return its seconds."""
+    """Write the same speech in a folder per format, with a text file per recording; return its duration in seconds."""
     settings = SyntheticSettings(
         train_hours=minutes / 60, train_long_share=0, dev_utterances=0, test_utterances=0, test_long_recordings=0
     )

@@ -2,11 +2,11 @@
 
     python -m benchmarks.pretraining_speed        # needs requirements-benchmarks.txt
 
-One step uses the same 64 utterances of 2 to 17 s: forward, loss and backward of all batches, gradient clipping, AdamW.
-Features are precomputed for both, from noise: the arithmetic is the same as on speech. SpeechBrain batches with its
+A step processes the same 64 utterances of 2 to 17 s: forward, loss and backward of all batches, gradient clipping,
+AdamW. Features are precomputed for both, from noise, which takes the same time as speech. SpeechBrain batches with its
 DynamicBatchSampler (buckets of similar length), bestrq with packed rows; both with about the same amount of audio per
 batch, in the precision of the hardware, with dropout 0.1 in all modules. Speed is in seconds of audio, without padding,
-per second. The two alternate; the last line is JSON with medians:
+per second. The two systems alternate; the last line is JSON with medians:
 
     ratio_to_speechbrain   audio-seconds per second, ours / SpeechBrain's
     row_fill               share of audio in the frames of our rows
@@ -38,8 +38,8 @@ from bestrq.model.presets import PRESETS
 from data.loading.rows import pack_rows
 
 
-def timed(function: Callable[[], float]) -> float:
-    """Seconds of a step, which must return a finite loss."""
+def time_step(function: Callable[[], float]) -> float:
+    """Seconds of a step. Raises RuntimeError if its loss is NaN."""
     start = time.perf_counter()
     loss = function()
     if loss != loss:
@@ -50,7 +50,7 @@ def timed(function: Callable[[], float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, default=64)
-    # 64 utterances fill 20 rows of this length, five batches; the stream of a loader has no incomplete last row either.
+    # 64 utterances fill 20 rows of this length, five batches, without the incomplete last row that a loader avoids too.
     parser.add_argument("--row-seconds", type=float, default=31.2)
     parser.add_argument("--rows", type=int, default=4, help="rows per batch of ours")
     parser.add_argument("--batch-seconds", type=float, default=125.0, help="audio per batch of SpeechBrain")
@@ -87,7 +87,7 @@ def main() -> None:
     rates = [matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4, hardware_dtype())]
     for repeat in range(args.repeats):
         for name, system in systems.items():
-            times[name].append(timed(system.step))
+            times[name].append(time_step(system.step))
         rates.append(matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4, hardware_dtype()))
         print(f"{repeat}: " + ", ".join(f"{n} {seconds / t[-1]:.2f} audio-s/s" for n, t in times.items()), flush=True)
 

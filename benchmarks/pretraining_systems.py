@@ -35,9 +35,9 @@ class System:
 
     model: nn.Module
     step: Callable[[], float]
-    """one whole optimizer step; returns its loss"""
+    """makes an optimizer step and returns its loss"""
     forward: Callable[[], None] | None = None
-    """the forward passes only, to count FLOPs"""
+    """runs only the forward passes, to count FLOPs"""
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -119,7 +119,7 @@ def make_ours(batches: list[PackedRows]) -> System:
 def speechbrain_batches(utterances: list[Tensor], batch_seconds: float) -> list[list[Tensor]]:
     """Batches of SpeechBrain's sampler, with optimal bucket boundaries: every bucket makes one full batch.
 
-    The 200 buckets of the recipe are for 280,000 utterances; with 64, most batches would have one.
+    The 200 buckets of the recipe are for 280,000 utterances; with 64 utterances, most batches would have only one.
     """
     from speechbrain.dataio.sampler import DynamicBatchSampler
 

@@ -1,12 +1,12 @@
 """Time to read 30 s of log-mel at a random position of a random two-hour recording: `python -m benchmarks.range_read`.
 
-Every system writes the same noise, 80 bins at 100 frames per second, in its own format, and reads it as its users do:
+Every system writes the same noise, 80 bins at 100 frames per second, in its own format, and reads it in its usual way:
 
 - ours: `Dataset.read` (float16; also into an existing buffer, with checksums, and from the local cache of a remote);
 - a plain `os.pread` of the same bytes (float16), and `os.preadv` into an existing buffer;
 - lhotse, `lilcom_chunky`: `cut.truncate(...).load_features()` (lossy, float32);
-- lhotse Shar, lilcom: the same on cuts streamed from shuffled shards; items are read whole (lossy, float32);
-- WebDataset: `.npy` in tar shards, streamed and decoded; items are read whole (float16);
+- lhotse Shar, lilcom: the same on cuts streamed from shuffled shards; entire items are read (lossy, float32);
+- WebDataset: `.npy` in tar shards, streamed and decoded; entire items are read (float16);
 - Hugging Face datasets: a memory-mapped table; `row["log_mel"][start:stop]`, which reads whole rows; and the values of
   the Arrow column sliced directly, without reading the row (float16).
 
@@ -39,10 +39,10 @@ from data.storage.opening import open_storage
 
 FRAMES, LENGTH = 720_000, 3000
 BYTES = LENGTH * 80 * 2
-# Uncounted calls at the start of a round.
+# Calls at the start of a round that are not counted.
 WARM_UP = 20
 PAIRS = ("pread", "ours", "preadv into a buffer", "ours into a buffer")
-# With 64 MB of other memory read between two calls, as if a model ran in between.
+# 64 MB of other memory are read between two calls, as if a model ran in between.
 COLD_NOTE = ", processor's caches emptied"
 COLD = [name + COLD_NOTE for name in PAIRS[:2]]
 # Error of lilcom on values of this size.
@@ -80,7 +80,7 @@ def shard_bytes(folder: Path) -> list[tuple[int, int, str]]:
 
 
 def our_reads(dataset: Dataset, places: list[tuple[int, int, str]], cache: Path) -> dict[str, Read]:
-    """Plain reads and ours."""
+    """Plain reads and ours, by name."""
     buffer = np.empty((LENGTH, 80), np.float16)
     view = memoryview(buffer.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     remote = remote_storage(dataset.path, cache)
@@ -114,7 +114,7 @@ def our_reads(dataset: Dataset, places: list[tuple[int, int, str]], cache: Path)
 
 
 def remote_storage(folder: Path, cache: Path) -> Any:
-    """The dataset as a remote storage (in memory of this process) with all blocks in the cache."""
+    """Return the dataset as a remote storage (in the memory of this process) with all blocks in the cache."""
     import fsspec
 
     system = fsspec.filesystem("memory")

@@ -1,4 +1,4 @@
-"""Other systems for `benchmarks.range_read`: each writes the recordings, and reads 30 s as its users do."""
+"""Other systems of benchmarks.range_read: each writes the recordings, and reads 30 s in its usual way."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ Noise = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class System:
+    """System under test."""
+
     read: Callable[[int, int], Any]
-    """(recording, start) -> frames [start, start + 3000)."""
+    """(recording, start) -> frames [start, start + 3000)"""
     exact: bool
-    """Whether the values are stored without loss."""
+    """True if the values are stored without loss"""
     slow: bool
-    """Whether it reads whole items."""
+    """True if a read takes an entire item"""
 
 
 def write_all(folder: Path, recordings: int, noise: Noise) -> dict[str, System]:
@@ -62,7 +64,7 @@ class Streamed:
     """Reads from a stream of items in a fixed order.
 
     A stream has no random access, so a read takes the next item and ignores `recording`. With `checking`, it skips
-    items until that recording comes, so that its values can be compared.
+    items until the requested recording, so that its values can be compared.
     """
 
     def __init__(

@@ -4,27 +4,27 @@
 
 A pass goes from the projected frames `[B, T, J]` and states `[B, U + 1, J]` through the joint network (add, tanh,
 output matrix) to the summed loss, and back to the gradients of both and of the output weights. `ours` computes the
-whole lattice in slices, `ours_pruned` only bands of `--band` states that a small joint network selects, whose loss and
-gradients are included; so does `fast_rnnt_pruned`. All others take the outputs of the whole lattice. In bfloat16 all
-run under autocast; losses are float32. Inputs are random and equal for all, and the losses must agree.
+whole lattice in slices, `ours_pruned` and `fast_rnnt_pruned` only bands of `--band` states, selected by a small joint
+network whose loss and gradients are included. All others take the outputs of the whole lattice. In bfloat16 all systems
+run under autocast, with float32 losses. Inputs are random and equal for all, and the losses must agree.
 
-Our backward pass skips states that no alignment passes with a weight above rounding errors: `ours_states_share` is the
-remaining share of the cells. It falls during training; random inputs are near the worst case. `ours_all_cells` computes
-all cells.
+Our backward pass skips states through which no alignment has a weight above rounding errors; `ours_states_share` is the
+remaining share of the cells. It decreases during training; random inputs are near the worst case. `ours_all_cells`
+computes all cells.
 
 Every system runs in a separate process; systems alternate in every round. Memory is the peak resident size during the
 first pass (after a warm-up on a small problem), minus that before it, which includes inputs and weights. The fastest
-pass counts, and the highest peak. Address space may grow by at most `--budget-gb` for every system; above that it
-"does not fit". At vocabulary sizes after the first only ours and torchaudio run, in float32. `warprnnt_numba` takes
-minutes at the full size and runs only if --systems names it. The last line is JSON:
+pass counts, and the highest peak. The address space of a system may grow by at most `--budget-gb`; otherwise it "does
+not fit". At vocabulary sizes after the first only ours and torchaudio run, in float32. `warprnnt_numba` takes minutes
+at the full size and runs only if --systems names it. The last line is JSON:
 
     memory_ratio_to_torchaudio         peak memory, ours / torchaudio, at the first vocabulary size in float32
-    time_ratio_to_torchaudio           the same for time; processor_ratio_to_torchaudio: for processor time, which
-                                       depends less on other programs on the machine (use --threads 1 for it)
+    time_ratio_to_torchaudio           the same for time; processor_ratio_to_torchaudio for processor time, which
+                                       depends less on other programs on the machine (use --threads 1)
     pruned_gain                        processor time of ours / that of ours_pruned, same size
     matmul_share                       lower bound of the processor time of the matrix products (4 per cell, at the rate
                                        of plain products of the same shapes) as a share of ours_all_cells, same size
-    DTYPE_V_SYSTEM_seconds             per system; also _processor_seconds and _peak_mb; null: does not fit
+    DTYPE_V_SYSTEM_seconds             per system; also _processor_seconds and _peak_mb; null if it does not fit
 """
 
 import argparse
@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import hardware_precision, print_figures
-from benchmarks.rnnt_loss_peers import PEERS, Problem, missing
+from benchmarks.rnnt_loss_peers import PEERS, Problem, unavailable_reason
 from bestrq.recognition.losses import transducer as ours
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.pruning import SimpleJoint
@@ -50,7 +50,7 @@ from bestrq.training.process import keep_freed_memory
 
 OURS = ["ours", "ours_all_cells", "ours_pruned"]
 OUT_OF_MEMORY = ["memory", "aten::empty", "aten::zeros", "aten::new_"]
-"""in errors of torch, and of torchaudio, which names the failed allocation call"""
+"""words in the errors of torch, and of torchaudio, which names the failed allocation call"""
 FRAMES_PER_SECOND = 25
 """encoder frames at a stride of 4"""
 
@@ -132,7 +132,7 @@ def one_pass(cell: Cell, frames: int, labels: int) -> Cost:
 
 
 def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
-    """Measure a cell; None if it needs more than `budget` bytes. Run in a separate process, because of the memory."""
+    """Measure a cell; None if it needs more than `budget` bytes. Must run in a new process, for the memory figures."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     all_cells = mock.patch.object(ours, "_visited_states", lambda flow: torch.tensor([0, flow.shape[1]]))
@@ -152,7 +152,7 @@ def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
 
 
 def states_share(cell: Cell) -> float:
-    """Share of the cells in our backward pass."""
+    """Share of the cells that our backward pass computes."""
     problem, shares = draw_problem(cell, cell.frames, cell.labels), []
     visited_states = ours._visited_states
 
@@ -234,9 +234,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--joint-dim", type=int, default=512, help="J, joint width")
     parser.add_argument("--band", type=int, default=5, help="states per frame, for pruning")
     parser.add_argument(
-        "--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="memory per slice, of ours"
+        "--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="memory per slice of ours"
     )
-    parser.add_argument("--budget-gb", type=float, default=12.0, help="memory per pass, for every system")
+    parser.add_argument("--budget-gb", type=float, default=12.0, help="memory limit of a pass, for every system")
     parser.add_argument("--repeats", type=int, default=2, help="passes per system and round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -245,7 +245,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    reasons = {system: missing(system) for system in args.systems}
+    reasons = {system: unavailable_reason(system) for system in args.systems}
     print(*filter(None, reasons.values()), sep="\n", end="\n" if any(reasons.values()) else "")
     args.systems = [system for system, reason in reasons.items() if reason is None]
     torch.set_num_threads(args.threads)
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_losses(costs: dict[str, Cost | None]) -> None:
-    """Raise RuntimeError if systems with the whole lattice have different losses, since timings are invalid then."""
+    """Raise RuntimeError if systems with the whole lattice have different losses: their timings are not comparable."""
     groups: dict[str, list[float]] = {}
     for name, cost in costs.items():
         if cost and not name.endswith("_pruned"):

@@ -1,9 +1,9 @@
 """Other systems of benchmarks.rnnt_loss: widely used transducer losses, on padded batches.
 
 All except the pruned one take the outputs of the joint network `[B, T, U + 1, V]` of the whole batch, as in normal use.
-Packages are imported only when a system is selected. torchaudio is a requirement of this project; warprnnt_numba is in
-requirements-benchmarks.txt; the build of fast_rnnt downloads pybind11 and sets a C++ standard that is too old for
-torch's headers, so `pip install fast_rnnt` needs a network and
+Packages are imported only if a system is selected. torchaudio is a requirement of this project; warprnnt_numba is in
+requirements-benchmarks.txt; the build of fast_rnnt downloads pybind11 and sets a C++ standard that is too old for the
+headers of torch, so `pip install fast_rnnt` needs a network and
 `FT_CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DFT_BUILD_TESTS=OFF -DCMAKE_CXX_STANDARD=20"`.
 """
 
@@ -105,7 +105,7 @@ PACKAGES = {name: name.removesuffix("_pruned") for name in PEERS}
 """required package by system"""
 
 
-def missing(system: str) -> str | None:
+def unavailable_reason(system: str) -> str | None:
     """Reason and install command if the package of a system is missing, else None."""
     package = PACKAGES.get(system)
     if package is None or importlib.util.find_spec(package) is not None:

@@ -10,13 +10,13 @@ layers, heads, feed-forward width, kernel, SiLU.
     wav2vec2    Wav2Vec2ConformerForCTC with rotary positions, against base-120m. Its convolutions turn the waveform
                 into 50 frames per second; base-120m has 25, from log-mel
     parakeet    ParakeetForCTC (FastConformer), against fast-115m: both have 12.5 frames per second, from log-mel. The
-                number of samples per frame is set, since the pipeline does not derive it
+                number of samples per frame is set here, since the pipeline does not derive it
 
-All get the same recordings, float32 at 16 kHz in memory, the same windows (--chunk-seconds, of which --overlap is
-dropped, half at each end), the same number of windows per batch (--batch), the same precision, and greedy CTC with
+All systems use the same recordings, float32 at 16 kHz in memory, the same windows (--chunk-seconds, of which --overlap
+is dropped, half at each end), the same number of windows per batch (--batch), the same precision, and greedy CTC with
 characters. Ours computes log-mel, its statistics over the recording, and text with word times; the pipeline only text.
-The texts of the random models are meaningless. The systems alternate; for each the fastest pass counts. The last line
-is JSON:
+The texts of the random models are meaningless. The systems alternate; the fastest pass of each counts. The last line is
+JSON:
 
     ratio_to_transformers           audio-seconds per second, ours / the peer; the smallest over --peers
     ratio_to_PEER                   per peer
@@ -77,7 +77,7 @@ def make_recordings(count: int, seconds: float) -> list[np.ndarray]:
 
 
 def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
-    """The computation of transcribe.py on audio in memory."""
+    """Our recogniser: the computation of transcribe.py, on audio in memory."""
     tokenizer, features = CharTokenizer(CHARACTERS), FeatureSettings()
     model = CTCModel(encoder, tokenizer.vocab_size).eval().to(args.device)
     log_mel_of, decoder = LogMel(features), GreedyCTC(model.log_probs)

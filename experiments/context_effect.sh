@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The effect of long context at a small scale: a recogniser is trained twice on speech with homophones whose spelling
-# depends on the topic of the recording, once on segments of 4 s and once on segments of up to 32 s. Both models are
-# evaluated on whole recordings with contexts from 2 s to the whole recording.
+# The effect of long context on a small scale: two models are trained on speech with homophones whose spelling depends
+# on the topic of the recording, one on segments of 4 s and one on segments of up to 32 s. Both are evaluated on whole
+# recordings with contexts from 2 s to the whole recording.
 #
 #   bash experiments/context_effect.sh                 about 7 minutes on 2 cores
 #   bash experiments/context_effect.sh --folder DIR    keep everything in DIR (default: runs/context-effect)
 #
-# Prints a table and writes a report with all transcripts and the curve into DIR/results/contexts. Creates .venv and
-# installs requirements.txt first. Finished steps are skipped and interrupted ones continue when the same command is run
-# again. Measured results: docs/context_effect.md.
+# Prints a table, and writes a report with all transcripts and the curve into DIR/results/contexts. Makes .venv and
+# installs requirements.txt first. Finished steps are skipped and interrupted ones continue: after Ctrl-C, run the same
+# command again. Measured results: docs/context_effect.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         *)
-            printf "error: unknown argument '%s'; --help lists them\n" "$1" >&2
+            printf "error: unknown argument '%s'; see --help\n" "$1" >&2
             exit 2
             ;;
     esac
@@ -42,14 +42,14 @@ bash launch/setup.sh
 python=.venv/bin/python
 dataset=$folder/dataset
 processes=$(($(nproc) > 1 ? 2 : 1))
-began=$SECONDS
-headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
+start=$SECONDS
+headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - start) / 60)) $(((SECONDS - start) % 60)); }
 
 headline "Speech with homophones"
 $python -m data.prepare homophones "${speech[@]}" --out "$dataset"
 
-# The two trainings differ only in the length of the segments: model, seed, steps and frames per step are equal. Segments
-# are slightly shorter than 4 and 32 s, so that a row of 3,200 frames holds them with the gaps between them.
+# The two runs differ only in the length of the segments: model, seed, steps and frames per step are equal. Segments are
+# slightly shorter than 4 and 32 s, so that they fit into a row of 3,200 frames with the gaps between them.
 train() { # NAME CONTEXT more arguments
     local status=0
     headline "Training on $3"

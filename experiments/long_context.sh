@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Word error rate against context length on TED-LIUM and Earnings-22, from the downloaded corpora to the table: one model
-# per context, evaluated on whole recordings with the context that it was trained with (docs/long_context.md).
+# Word error rate against context length on TED-LIUM and Earnings-22, from the downloaded corpora to the table: one
+# model per context, evaluated on whole recordings with its training context (docs/long_context.md).
 #
-#   bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR   datasets; either corpus may be left out
+#   bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR   datasets; either corpus may be omitted
 #   bash experiments/long_context.sh train                                    seed model, word times, a model per context
 #   bash experiments/long_context.sh evaluate                                 all models on all test sets; table, curves
 #
-# Parts of these: `seed` trains only the seed model and makes the word times, `table` writes the tables of all results
-# so far.
+# Two parts of these are commands too: `seed` trains only the seed model and makes the word times; `table` writes the
+# tables of the results so far.
 #
 #   --folder DIR           keep everything in DIR (default: runs/long-context)
-#   --contexts "512 2048"  frames of context, 100 per second (default: 512 to 360000; evaluate: all that have a model)
-#   --cross                evaluate each model with each context
+#   --contexts "512 2048"  frames of context, 100 per second (default: 512 to 360000; evaluate: all trained models)
+#   --cross                evaluate each model at each context
 #   --frames N             frames per optimizer step, for all contexts (default: 393216)
-#   --pretrained EXPORT    encoder from which the seed model is initialised, such as one of pretrain.py (default: none)
-#   --seed EXPORT          recogniser in place of the seed model, for the word times and to initialise all models
-#   --data DATASET         train on this dataset, which has word times, in place of TED-LIUM's talks
+#   --pretrained EXPORT    encoder to initialise the seed model, such as an export of pretrain.py (default: none)
+#   --seed EXPORT          recogniser to use instead of a seed model, for the word times and to initialise all models
+#   --data DATASET         dataset with word times to train on instead of the talks of TED-LIUM
 #   --config FILE          recipe of the models (default: configs/fast-115m-long-context-ctc.yaml)
-#   --nproc-per-node N     processes (default: one per GPU; fewer if a step has fewer rows)
-#   -- ARGUMENTS           further settings for data.prepare, finetune_ctc.py, or evaluate.py and tools/sweep.py
+#   --nproc-per-node N     processes per node (default: one per GPU; fewer if they do not divide the rows of a step)
+#   -- ARGUMENTS           further settings of data.prepare, finetune_ctc.py, or evaluate.py and tools/sweep.py
 #
 # Finished steps are skipped and interrupted ones continue when the same command is run again.
 set -euo pipefail
@@ -43,7 +43,7 @@ case "$command" in
         exit 0
         ;;
     prepare | seed | train | evaluate | table) shift ;;
-    *) fail "unknown command '$command': give prepare, train or evaluate, or the parts seed or table (see --help)" ;;
+    *) fail "unknown command '$command': choose prepare, train, evaluate, seed or table (see --help)" ;;
 esac
 folder=runs/long-context contexts="" cross="" frames=393216 pretrained="" seed="" data="" tedlium="" earnings22=""
 config=configs/fast-115m-long-context-ctc.yaml processes="" tiny=() more=()
@@ -72,7 +72,7 @@ while [ $# -gt 0 ]; do
             more=("$@")
             break
             ;;
-        *) fail "unknown argument '$1'; --help lists them" ;;
+        *) fail "unknown argument '$1'; see --help" ;;
     esac
 done
 for number in $contexts $frames $processes; do
@@ -89,21 +89,21 @@ headline() { printf '\n== %s\n' "$1"; }
 is_prepared() { [ -f "$datasets/$1/dataset.json" ]; }
 seconds() { printf '%d.%02d' $(($1 / 100)) $(($1 % 100)); }
 
-# Steps that must run once do not run in the tasks of an array, which would overwrite each other's files.
-is_alone() { [ -z "$task" ]; }
+# Work that must be done once is not done in the tasks of an array, which would overwrite each other's files.
+is_single_job() { [ -z "$task" ]; }
 
-# select_contexts LIST: set `selected` to these contexts, or in a task of an array to one of them.
+# select_contexts LIST: set `selected` to these contexts, or to one of them in a task of an array.
 select_contexts() {
     local list
     read -ra list <<<"$1"
     selected=("${list[@]}")
-    is_alone && return
+    is_single_job && return
     [ "$task" -lt ${#list[@]} ] ||
         fail "task $task of the array has no context: with ${#list[@]} contexts ($1) give --array=0-$((${#list[@]} - 1))"
     selected=("${list[task]}")
 }
 
-# --- starting programs: directly, or in a SLURM job
+# --- programs are started directly, or in a SLURM job
 
 count_processes() {
     if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
@@ -113,20 +113,20 @@ count_processes() {
     fi
 }
 
-# run SCRIPT ARGUMENTS...: run a script that continues after an interruption, on all processes.
+# run SCRIPT ARGUMENTS...: run a script that can be continued after an interruption, in all processes.
 run() {
     if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
-        PROCESSES_PER_NODE=$processes requeueing torchrun_on_every_node "$@"
+        PROCESSES_PER_NODE=$processes requeue_at_limit torchrun_on_every_node "$@"
     elif [ "$processes" = 1 ]; then
-        together "$PYTHON" "$@"
+        forward_signals "$PYTHON" "$@"
     else
-        together "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@"
+        forward_signals "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@"
     fi
 }
 
-# together COMMAND...: run a command, forward signals to it, and return its exit status. Otherwise the command would go
-# on after a kill of this script, and running the script again would start a second one on the same files.
-together() {
+# forward_signals COMMAND...: run a command, forward signals to it, and return its exit status. Otherwise the command
+# would survive a kill of this script, and the next start of the script would run a second one on the same files.
+forward_signals() {
     local status signalled=""
     child=""
     trap 'signalled=yes; [ -z "$child" ] || kill -TERM "$child" || true' HUP INT TERM
@@ -143,10 +143,10 @@ together() {
     return "$status"
 }
 
-# requeueing COMMAND...: run a command; before the job's time limit, end it and requeue the job, which continues it.
-requeueing() {
+# requeue_at_limit COMMAND...: run a command; before the time limit of the job, end it and requeue the job.
+requeue_at_limit() {
     local status=0
-    trap - HUP INT TERM USR1 USR2 # stoppable ignores them, and the command would inherit that
+    trap - HUP INT TERM USR1 USR2 # stoppable left them ignored, which the command would inherit
     child=""
     trap '[ -z "$child" ] || { kill "$child"; wait "$child" || true; }; requeue; exit' USR2
     ("$@") &
@@ -156,27 +156,27 @@ requeueing() {
     return "$status"
 }
 
-# train_model NAME ROWS ARGUMENTS...: train a model to the end; if the training is stopped, this script exits.
+# train_model NAME ROWS ARGUMENTS...: train a model to the end; exit this script if the training is stopped.
 train_model() {
-    local run=$models/$1 rows=$2 nodes=1 each=$processes status=0
+    local run=$models/$1 rows=$2 nodes=1 per_node=$processes status=0
     shift 2
     if [ -e "$run/finished" ]; then
         echo "$run is finished; remove that folder to train it again"
         return
     fi
     [ -z "${LONG_CONTEXT_JOB:-}" ] || nodes=$SLURM_JOB_NUM_NODES
-    while ((each > 1 && rows % (nodes * each))); do each=$((each - 1)); done
+    while ((per_node > 1 && rows % (nodes * per_node))); do per_node=$((per_node - 1)); done
     local arguments=(finetune_ctc.py --config "$config" --run.folder "$run" --data.rows "$rows" "$@"
         "${tiny[@]}" "${more[@]}")
     if [ -n "${LONG_CONTEXT_JOB:-}" ]; then
-        PROCESSES_PER_NODE=$each stoppable "$run" torchrun_on_every_node "${arguments[@]}" || status=$?
+        PROCESSES_PER_NODE=$per_node stoppable "$run" torchrun_on_every_node "${arguments[@]}" || status=$?
         if [ -e "$run/REQUEUE" ]; then
             rm -f "$run/REQUEUE"
             requeue
             exit
         fi
     else
-        together bash launch/torchrun.sh -n "$each" "${arguments[@]}" || status=$?
+        forward_signals bash launch/torchrun.sh -n "$per_node" "${arguments[@]}" || status=$?
         [ "$status" != 75 ] || printf '\nStopped. The same command continues: bash experiments/long_context.sh %s\n' "$again"
     fi
     [ "$status" = 0 ] || exit "$status"
@@ -188,7 +188,7 @@ train_model() {
 prepare() {
     local release=$tedlium workers=()
     [ -n "$tedlium$earnings22" ] || fail "nothing to prepare: give --tedlium DIR, --earnings22 DIR, or both"
-    # Checked before hours of work on the first corpus.
+    # Check both corpora before hours of work on the first one.
     if [ -n "$tedlium" ]; then
         [ ! -d "$tedlium/legacy" ] || release=$tedlium/legacy
         [ -d "$release/test/stm" ] || fail "--tedlium $tedlium: no test/stm, which all releases of TED-LIUM have"
@@ -198,30 +198,30 @@ prepare() {
     fi
     [ ${#tiny[@]} = 0 ] || workers=(--workers 1)
     if [ -n "$tedlium" ]; then
-        prepare_one tedlium-segments tedlium --folder "$tedlium" --unit segments "${workers[@]}"
-        prepare_one tedlium tedlium --folder "$tedlium" "${workers[@]}"
+        prepare_corpus tedlium-segments tedlium --folder "$tedlium" --unit segments "${workers[@]}"
+        prepare_corpus tedlium tedlium --folder "$tedlium" "${workers[@]}"
         mkdir -p "$datasets/tedlium-stm"
         cp "$release"/test/stm/*.stm "$datasets/tedlium-stm/" # for scoring, when TED-LIUM itself may have been deleted
     fi
     if [ -n "$earnings22" ]; then
-        prepare_one earnings22 earnings22 --folder "$earnings22" "${workers[@]}"
+        prepare_corpus earnings22 earnings22 --folder "$earnings22" "${workers[@]}"
         if [ -f "$earnings22/metadata.csv" ]; then
-            prepare_one earnings22-full earnings22-full --folder "$earnings22" "${workers[@]}"
+            prepare_corpus earnings22-full earnings22-full --folder "$earnings22" "${workers[@]}"
         else
-            echo "Skipping the full set of Earnings-22: this is the long-context paper's copy, which has 12 calls."
+            echo "Skipping the full set of Earnings-22: this copy, that of the long-context paper, has only 12 calls."
         fi
     fi
 }
 
-prepare_one() { # NAME CORPUS ARGUMENTS...
+prepare_corpus() { # NAME CORPUS ARGUMENTS...
     headline "Preparing $datasets/$1"
-    local start=(together)
-    [ -z "${LONG_CONTEXT_JOB:-}" ] || start=(requeueing on_one_node)
+    local start=(forward_signals)
+    [ -z "${LONG_CONTEXT_JOB:-}" ] || start=(requeue_at_limit on_one_node)
     "${start[@]}" "$PYTHON" -m data.prepare "$2" --out "$datasets/$1" "${@:3}" "${more[@]}"
 }
 
-# The seed model is trained on single utterances. It provides the word times without which talks cannot be cut, and the
-# encoder from which the models of all contexts are initialised, so that they differ only in their context.
+# The seed model is trained on single utterances. It provides the word times, without which talks cannot be cut, and the
+# encoder that initialises the models of all contexts, so that they differ only in their context.
 train_seed() {
     if [ -z "$seed" ]; then
         is_prepared tedlium-segments || fail "$datasets has no tedlium-segments: run prepare --tedlium DIR, or give --seed"
@@ -234,15 +234,15 @@ train_seed() {
     if [ -z "$data" ]; then
         is_prepared tedlium || fail "$datasets has no tedlium: run prepare --tedlium DIR, or give --data DATASET"
         headline "Word times of the talks"
-        local forgiving=()
-        [ ${#tiny[@]} = 0 ] || forgiving=(--alignment.max_cost 1000 --device cpu) # a model of two steps aligns nothing
+        local limits=()
+        [ ${#tiny[@]} = 0 ] || limits=(--alignment.max_cost 1000 --device cpu) # accept alignments by an untrained model
         run -m tools.align --data.dataset "$datasets/tedlium" --data.split train --model "$seed_export" \
-            --out "$datasets/tedlium-timed" "${forgiving[@]}"
+            --out "$datasets/tedlium-timed" "${limits[@]}"
     fi
 }
 
 train_contexts() {
-    if is_alone; then
+    if is_single_job; then
         train_seed
     elif [ -z "$data" ] && ! is_prepared tedlium-timed; then
         fail "$datasets has no tedlium-timed: run the command seed before the job array"
@@ -251,7 +251,7 @@ train_contexts() {
     local context rows
     for context in "${selected[@]}"; do
         [ "$context" -le "$frames" ] || fail "a context of $context frames does not fit into a step of --frames $frames"
-        # Rows divide the frames of a step exactly, and each is at least as long as the context.
+        # The most rows that divide the frames of a step exactly and are at least as long as the context.
         rows=$((frames / context))
         while ((frames % rows)); do rows=$((rows - 1)); done
         headline "Context of $context frames: $rows rows of $((frames / rows))"
@@ -261,7 +261,7 @@ train_contexts() {
     done
 }
 
-# has_model CONTEXT: succeed if the model has an export; print a note if its training is not finished.
+# has_model CONTEXT: succeed if the model of a context has an export; print a note if its training is not finished.
 has_model() {
     [ -e "$models/context-$1/export/config.json" ] || return
     [ -e "$models/context-$1/finished" ] ||
@@ -276,24 +276,24 @@ evaluate() {
         select_contexts "${contexts:-$all_contexts}"
     else
         read -ra selected <<<"${contexts:-$all_contexts}"
-        is_alone || part=$(array_part)
+        is_single_job || part=$(array_part)
     fi
     for context in "${selected[@]}"; do
         if has_model "$context"; then
             trained+=("$context")
-        elif [ -n "$contexts" ] || ! is_alone; then
-            fail "$models/context-$context has no export: train it first, or leave it out of --contexts"
+        elif [ -n "$contexts" ] || ! is_single_job; then
+            fail "$models/context-$context has no export: train it first, or omit it from --contexts"
         fi
     done
     [ ${#trained[@]} -gt 0 ] || fail "$models has no models: run train first"
     for name in "${sets[@]}"; do
         if [ -n "$cross" ]; then
-            evaluate_all "$name" "${trained[@]}"
+            evaluate_cross "$name" "${trained[@]}"
         else
             for context in "${trained[@]}"; do evaluate_own "$name" "$context"; done
         fi
     done
-    ! is_alone || table
+    ! is_single_job || table
 }
 
 evaluate_own() { # SET CONTEXT
@@ -302,8 +302,8 @@ evaluate_own() { # SET CONTEXT
         --out "$folder/results/$1/context-$2"
 }
 
-evaluate_all() { # SET CONTEXTS...
-    headline "All models with all contexts: $1"
+evaluate_cross() { # SET CONTEXTS...
+    headline "All models at all contexts: $1"
     local context exports="" lengths=""
     for context in "${@:2}"; do
         exports+="${exports:+, }$models/context-$context/export"
@@ -324,7 +324,7 @@ evaluate_on() { # SET ARGUMENTS...
 table() {
     local name model models_of
     for name in "${test_sets[@]}"; do
-        # The shortest context comes first, since the others are compared to it. Only finished evaluations.
+        # Finished evaluations. The shortest context comes first, since the others are compared with it.
         mapfile -t models_of < <(
             for model in "$folder/results/$name"/context-*; do
                 [ ! -e "$model/results.json" ] || printf '%s\n' "$model"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Full pipeline on a laptop: speech -> shards -> BEST-RQ pretraining -> fine-tuning -> word error rate -> report.
 #
-#   bash launch/quickstart.sh                    on generated synthetic speech (minutes on 2 cores; prints an estimate)
-#   bash launch/quickstart.sh --corpus fillets   on real speech: the Fish Fillets voices of Debian, Czech and Dutch
-#   bash launch/quickstart.sh --head rnnt        RNN-T and CTC, both from the pretrained encoder, with all decoders
+#   bash launch/quickstart.sh                    synthetic speech (about 2 minutes on 2 cores; prints an estimate first)
+#   bash launch/quickstart.sh --corpus fillets   real speech: the Fish Fillets voices of Debian, Czech and Dutch
+#   bash launch/quickstart.sh --head rnnt        RNN-T against CTC, both from the pretrained encoder, several decoders
 #   bash launch/quickstart.sh --folder DIR       keep all files in DIR (default: runs/quickstart-CORPUS)
 #
 # Corpora: synthetic (default), fillets. Heads: ctc (default: pretrained encoder against training from scratch), rnnt.
-# Makes .venv and installs requirements.txt first. Finished steps are skipped, interrupted ones continue: to resume
-# after Ctrl-C, run the same command again.
+# Makes .venv and installs requirements.txt first. Finished steps are skipped and interrupted ones continue: after
+# Ctrl-C, run the same command again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -58,7 +58,7 @@ processes=$(($(nproc) > 1 ? 2 : 1))
 start=$SECONDS
 headline() { printf '\n== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - start) / 60)) $(((SECONDS - start) % 60)); }
 
-# On a CPU two processes are faster than one with two threads.
+# On a CPU, two processes with one thread are faster than one process with two.
 train() {
     local status=0
     bash launch/torchrun.sh -n "$processes" "$@" || status=$?

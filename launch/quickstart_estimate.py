@@ -1,10 +1,10 @@
-"""Estimated time of the quickstart on this machine, from a few measured optimizer steps.
+"""Estimate of the run time of the quickstart on this machine, from a few measured optimizer steps.
 
     torchrun --nproc-per-node 2 launch/quickstart_estimate.py --head rnnt
 
-Steps of every kind run on rows of noise, with the processes and the precision of the quickstart: the arithmetic is the
-same as on speech. The rest (corpus, program starts, validation, evaluation, report) is assumed to take the time of a
-fixed number of pretraining steps.
+Steps of pretraining and of each fine-tuning are measured on rows of noise, which take the same time as speech, with
+the number of processes and the precision of the quickstart. All other work (corpus, program starts, validation,
+evaluation, report) is assumed to take the time of a fixed number of pretraining steps.
 """
 
 import argparse
@@ -39,26 +39,26 @@ SEGMENT_SECONDS = 5
 SEGMENT_LABELS = 60
 WARM_UP = 2
 LOOP_FACTOR = 1.4
-"""measured time of a step of a training script relative to a step here, which has no loader, targets, clipping and
+"""measured time of a step of a training script, relative to a step here without loader, targets, clipping and
 logging"""
 REST = {"ctc": 1100, "rnnt": 2300}
-"""by head: measured time of everything except steps, in pretraining steps as timed here"""
+"""measured time of all work except steps, in pretraining steps as timed here, by head"""
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SETTINGS: dict[str, type[FinetuneConfig]] = {"ctc": finetune_ctc.Config, "rnnt": finetune_rnnt.Config}
-"""by head"""
+"""settings of fine-tuning, by head"""
 
 Loss = Callable[[], Tensor]
 
 
 def noise_rows(rows: int, row_frames: int) -> tuple[Tensor, Segments]:
-    """Noise as log-mel float32 `[R, F, M]`, with rows full of adjacent segments."""
+    """Noise as log-mel float32 `[R, F, M]`, and adjacent segments that fill the rows."""
     frames = 100 * SEGMENT_SECONDS
     start = torch.arange(0, row_frames - frames + 1, frames).repeat(rows, 1)
     return torch.randn(rows, row_frames, 80), Segments(start, torch.full_like(start, frames - 4), row_frames)
 
 
 def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Module, Loss]:
-    """BEST-RQ model, and its loss on the rows of one process in a step."""
+    """BEST-RQ model, and a function that computes its loss on the rows of one process in a step."""
     model = BestRQ(config.encoder, config.quantizer)
     parallel = parallelise(model, model.encoder.blocks, world, config.distributed)
     rows = max(1, config.data.rows // world.size)
@@ -69,7 +69,7 @@ def pretraining_loss(config: pretrain.Config, world: World) -> tuple[torch.nn.Mo
 
 
 def fine_tuning_loss(config: FinetuneConfig, world: World) -> tuple[torch.nn.Module, Loss]:
-    """CTC or RNN-T model, by the type of the settings, and its loss on the rows of one process in a step."""
+    """CTC or RNN-T model, by the type of the settings, and a function that computes its loss as above."""
     model: CTCModel | TransducerModel
     if isinstance(config, finetune_rnnt.Config):
         model = TransducerModel(config.encoder, config.transducer, VOCAB_SIZE)
@@ -101,7 +101,7 @@ def step_seconds(model: torch.nn.Module, loss: Loss, config: pretrain.Config | F
 
 
 def estimate(head: str, steps: int, measured: int, world: World) -> tuple[float, Precision]:
-    """Seconds of the quickstart and the precision of its steps. A positive `steps` replaces that of the configs."""
+    """Seconds of the quickstart, and the precision of its steps. A positive `steps` replaces those of the configs."""
     config = from_dict(pretrain.Config, load_yaml(CONFIGS / "quickstart-pretrain.yaml"))
     precision = resolve_precision(config.distributed, RunFolder(CONFIGS / "no-run"), world)
     config = with_precision(config, precision)
@@ -118,7 +118,7 @@ def estimate(head: str, steps: int, measured: int, world: World) -> tuple[float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", choices=sorted(REST), default="ctc", help="head of the second fine-tuning")
-    parser.add_argument("--updates", type=int, default=5, help="measured steps of every kind")
+    parser.add_argument("--updates", type=int, default=5, help="measured steps per kind of training")
     parser.add_argument("--steps", type=int, default=0, help="steps of every run; 0 uses those of the configs")
     options = parser.parse_args()
     world = start_world(DistributedSettings())

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Make .venv in the repository and install the requirements in it. Needs neither root nor a GPU.
 #
-#   bash launch/setup.sh        requirements of training
-#   bash launch/setup.sh dev    and those of the tests
+#   bash launch/setup.sh        requirements.txt
+#   bash launch/setup.sh dev    also the requirements of the tests
 #
-# PYTHON=/path/to/python3 selects the interpreter. A second run with unchanged requirement files does nothing: the hash
-# of each file is stored in .venv after its installation, so an interrupted installation is repeated.
+# PYTHON=/path/to/python3 selects the interpreter. If the requirement files are installed and unchanged, the script does
+# nothing: the hash of each file is stored in .venv after its installation. An interrupted installation is repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -53,7 +53,7 @@ find_python() {
 }
 
 # On Debian and Ubuntu, ensurepip, which installs pip in a new environment, is in a separate package, python3-venv.
-# Without it, two sources of pip need no root: the pip of the system, or Debian's wheel of it.
+# Without it, pip can be installed without root from the pip of the system, or from Debian's wheel of pip.
 make_environment() {
     local python=$1 wheels
     if "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -93,7 +93,7 @@ all_installed && exit 0
 
 mkdir -p .venv
 exec 9>.venv/.setup-lock
-flock 9 # of two concurrent scripts the second waits, then has nothing to do
+flock 9 # a concurrent script waits here until the installation is complete
 all_installed && exit 0
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # Functions of the batch scripts (*.sbatch), which SLURM runs on the first node of a job.
 #
-# Causes of an early end of a job:
+# Reasons for which a job ends early:
 #   time limit     SLURM sends SIGUSR2 to the batch script some minutes earlier (#SBATCH --signal); the run saves,
 #                  leaves REQUEUE, and this file requeues the job, MAX_REQUEUES times at most.
-#   STOP file      the same, on request of the user: touch RUN/STOP.
+#   STOP file      the same, requested by the user: touch RUN/STOP.
 #   preemption, scontrol requeue
 #                  SLURM sends SIGTERM to every process, waits (GraceTime, KillWait), and requeues the job itself.
-#   scancel        the same signal; the run saves if KillWait of the cluster is long enough. Nothing is requeued.
+#   scancel        the same signal; the run saves if the KillWait of the cluster is long enough. No requeue.
 #
 # Optional environment variables of a job (defaults): PROCESSES_PER_NODE (the allocated GPUs of the node, else 1),
 # MAX_REQUEUES (100), MASTER_ADDR (the address of the first node in SLURM), PYTHON (.venv/bin/python).
@@ -15,8 +15,8 @@
 # shellcheck source=launch/stoppable.sh
 source launch/stoppable.sh
 
-# Here and below: exec, because a bash between a script and its srun would be killed by a signal without its srun. srun
-# does not inherit the number of CPUs of the batch script; each task gets all CPUs that the job has on the node.
+# exec, here and below: a signal would kill an intermediate bash, but not its srun. srun does not inherit the number of
+# CPUs of the batch script; each task gets all CPUs that the job has on the node.
 on_one_node() { exec srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" "$@"; }
 
 # Address by which SLURM reaches the first node; it may differ from the host name.
@@ -34,13 +34,13 @@ torchrun_on_every_node() {
     local processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
     MASTER_ADDR=${MASTER_ADDR:-$(first_node_address)} || return
-    # Another port at every restart: that of the previous start may still be in use. Below the range of outgoing ports.
+    # A different port at every restart, since the previous one may still be in use; below the range of outgoing ports.
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}
     say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $processes processes," \
         "rendezvous at $MASTER_ADDR:$MASTER_PORT"
-    # A crash on one node ends the others within two minutes, but not at once: after a stop of all nodes, the first
-    # torchrun to exit reports the signal as a failure while the others may still be saving.
+    # --wait: a crash on one node ends the other nodes within two minutes, but not immediately. After a stop of all
+    # nodes, the first torchrun to exit reports the signal as a failure while the others may still be saving.
     # SLURM_NODEID is set in every task, so the shell of the task must expand it, not this one.
     # shellcheck disable=SC2016
     exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
@@ -51,12 +51,12 @@ torchrun_on_every_node() {
         "$PYTHON" "$processes" "$@"
 }
 
-# Part i/n of this task of an array, `sbatch --array=0-15`; nothing without an array. To submit some of its tasks again:
-# PARTS=16 sbatch --array=3,7.
+# Print the part i/n of this task of a job array (`sbatch --array=0-15`), or nothing outside an array. To submit some of
+# the tasks again: PARTS=16 sbatch --array=3,7.
 array_part() {
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
-    local whole=0-$((SLURM_ARRAY_TASK_COUNT - 1))
-    if [ -z "${PARTS:-}" ] && [ "${SLURM_ARRAY_TASK_MIN:-}-${SLURM_ARRAY_TASK_MAX:-}" != "$whole" ]; then
+    local all_tasks=0-$((SLURM_ARRAY_TASK_COUNT - 1))
+    if [ -z "${PARTS:-}" ] && [ "${SLURM_ARRAY_TASK_MIN:-}-${SLURM_ARRAY_TASK_MAX:-}" != "$all_tasks" ]; then
         say "error: parts are numbered from 0: --array=0-15 for 16 parts; PARTS=16 sbatch --array=3,7 for two of them"
         return 2
     fi
@@ -79,7 +79,7 @@ requeue() {
     return 75
 }
 
-# train SCRIPT ARGUMENTS...: one torchrun per node, until the end or a stop; the job is requeued after a stop.
+# train SCRIPT ARGUMENTS...: run a training script with one torchrun per node, and requeue the job after a stop.
 train() {
     local folder status=0
     folder=$(run_folder "$@") || return

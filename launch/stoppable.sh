@@ -1,19 +1,19 @@
 # shellcheck shell=bash
 # Functions of torchrun.sh and slurm_job.sh: start a training script so that a signal ends it with a checkpoint.
 #
-# A signal to this shell becomes a STOP file in the run folder. The training script checks for that file, agrees on it
-# among its processes, saves, writes REQUEUE beside it, and exits with 0; the same command then continues the run. This
-# is necessary because srun and torchrun do not guarantee to deliver a signal to every process.
+# A signal to this shell creates a STOP file in the run folder. The processes of the training script check for the file,
+# agree to stop, save a checkpoint, write REQUEUE, and exit with 0; the same command then continues the run. This is
+# necessary because srun and torchrun do not guarantee that a signal reaches all processes.
 
 PYTHON=${PYTHON:-.venv/bin/python}
-# torchrun forwards SIGTERM and by default kills its processes 30 s later. A checkpoint of a large model takes longer,
-# and the sender of the signal enforces its own deadline anyway.
+# By default, torchrun kills its processes 30 s after it forwards SIGTERM. The checkpoint of a large model takes longer,
+# and the sender of the signal has its own deadline.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
-# run_folder SCRIPT ARGUMENTS...: print the run folder of the script. This is the last --run.folder among the arguments;
-# without one, the script prints its settings, which takes seconds, since the folder may be in a file of --config.
+# run_folder SCRIPT ARGUMENTS...: print the run folder of the script, the last --run.folder among the arguments. Without
+# one, the folder may be set in a --config file, so the script prints its settings, which takes seconds.
 run_folder() {
     local folder="" previous="" argument settings
     for argument in "$@"; do
@@ -40,8 +40,8 @@ stoppable() {
     mkdir -p "$stop_folder"
     rm -f "$stop_folder/STOP" "$stop_folder/REQUEUE" # left by a killed run
     # Traps before the command: an untrapped signal would end this shell and leave the command running.
-    # shellcheck disable=SC2064  # expanded here: the name of this iteration
-    for name in HUP INT TERM USR1 USR2; do trap "ask_to_stop $name" "$name"; done
+    # shellcheck disable=SC2064  # $name must be expanded now
+    for name in HUP INT TERM USR1 USR2; do trap "request_stop $name" "$name"; done
     "$@" &
     child=$!
     # A trapped signal ends wait early. Only an uninterrupted wait returns the status of the command.
@@ -51,11 +51,11 @@ stoppable() {
         wait "$child" || status=$?
         [ -n "$signalled" ] || break
     done
-    trap '' HUP INT TERM USR1 USR2 # a repeated signal must not interrupt the work of the caller after the end
+    trap '' HUP INT TERM USR1 USR2 # a repeated signal must not interrupt the rest of the caller
     return "$status"
 }
 
-ask_to_stop() {
+request_stop() {
     signalled=$1
     if [ "$1" = INT ] && [ -e "$stop_folder/STOP" ]; then
         say "interrupted again: ending without a checkpoint"

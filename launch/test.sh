@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Set up .venv and run all checks: ruff, mypy, pytest. Arguments go to pytest:
 #
-#   bash launch/test.sh                      all tests
-#   bash launch/test.sh -m "not slurm"       without the SLURM cluster
-#   bash launch/test.sh tests/data/loading/test_order.py  one file
-#   bash launch/test.sh -n 0 -s -k stream    in one process, with the output of the tests
+#   bash launch/test.sh                                     all tests
+#   bash launch/test.sh -m "not slurm"                      without the SLURM cluster
+#   bash launch/test.sh tests/data/loading/test_order.py    one file
+#   bash launch/test.sh -n 0 -s -k stream                   in one process, with the output of the tests
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,7 +29,7 @@ check ruff format --check .
 check mypy
 # Test files are distributed over one process per core, in the order of tests/conftest.py.
 processes=(-n "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
-# One thread per process: models are small, many tests use two processes, and a fixed number makes results repeatable.
+# One thread per process: models are small, many tests start two processes, and a fixed number gives repeatable results.
 export OMP_NUM_THREADS=1
 printf '== pytest %s\n' "$*"
 exec .venv/bin/python -m pytest "${processes[@]}" --durations=15 "$@" # last, so that the output ends with its summary

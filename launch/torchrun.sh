@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Start a training script on this machine, one process per GPU, or N processes on the CPU:
+# Start a training script on this machine, with one process per GPU, or with N processes (-n N):
 #
-#   launch/torchrun.sh pretrain.py --config configs/base-120m.yaml --run.folder runs/base
-#   launch/torchrun.sh -n 2 pretrain.py --config configs/quickstart-pretrain.yaml --run.folder runs/two
+#   bash launch/torchrun.sh pretrain.py --config configs/base-120m.yaml --run.folder runs/base
+#   bash launch/torchrun.sh -n 2 pretrain.py --config configs/quickstart-pretrain.yaml --run.folder runs/two
 #
 # On Ctrl-C, SIGTERM or a closed terminal, the run saves a checkpoint after the current step and stops; the same command
-# continues it. A second Ctrl-C ends it without a checkpoint. Exit status: that of the script, or 75 after such a stop.
-# PYTHON=/path/to/python selects the interpreter (.venv/bin/python).
+# continues it. A second Ctrl-C ends it without a checkpoint. The exit status is that of the script, or 75 after a stop.
+# PYTHON=/path/to/python selects the interpreter (default: .venv/bin/python).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/stoppable.sh
@@ -38,7 +38,7 @@ fi
 threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
 
-set -m # a separate process group: Ctrl-C reaches only this shell, which requests the checkpoint
+set -m # separate process groups: Ctrl-C reaches only this shell, which then requests the checkpoint
 status=0
 stoppable "$folder" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts 0 "$@" ||
     status=$?

@@ -1,6 +1,6 @@
 """Order of the test files, and Hypothesis without deadlines.
 
-launch/test.sh assigns every file to one process, since a test may use results of earlier tests of its file.
+launch/test.sh runs each file in a single process, since a test may use results of earlier tests of its file.
 """
 
 import hypothesis

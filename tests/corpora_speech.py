@@ -1,4 +1,4 @@
-"""Speech for test corpora in their published formats, and damaged files for fuzz tests."""
+"""Synthetic speech in audio formats of corpora, and damaged files for fuzz tests."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ CONTAINERS = {"opus": "OGG"}
 
 @cache
 def speech(text: str, language: str = "en") -> NDArray[np.float32]:
-    """float32 [samples] at 16 kHz."""
+    """Synthetic speech, float32 [samples] at 16 kHz."""
     with Synthesizer(VOICES[language]) as voice:
-        sound, _ = voice.speak(text.lower().split())
+        waveform, _ = voice.speak(text.lower().split())
         rate = voice.sample_rate
-    return resample([sound], rate, 16000).numpy()
+    return resample([waveform], rate, 16000).numpy()
 
 
 @cache
 def encoded(text: str, kind: str, language: str = "en", rate: int = 16000) -> bytes:
-    """Audio file of a kind: flac, mp3, opus or wav."""
-    sound = speech(text, language)
+    """Content of an audio file of the kind flac, mp3, opus or wav."""
+    waveform = speech(text, language)
     if rate != 16000:
-        sound = resample([sound], 16000, rate).numpy()
+        waveform = resample([waveform], 16000, rate).numpy()
     file = io.BytesIO()
-    soundfile.write(file, sound, rate, format=CONTAINERS.get(kind, kind.upper()), subtype=SUBTYPES[kind])
+    soundfile.write(file, waveform, rate, format=CONTAINERS.get(kind, kind.upper()), subtype=SUBTYPES[kind])
     return file.getvalue()
 
 
 def put(path: Path, content: bytes | str) -> Path:
+    """Write a file and its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -60,16 +61,16 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     """Content with a few bytes changed, dropped, inserted or truncated."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(data) - 1)))
+        position = draw(st.integers(0, max(0, len(data) - 1)))
         kind = draw(st.sampled_from(["change", "drop", "insert", "cut", "repeat"]))
         if kind == "change" and data:
-            data[place] = draw(st.one_of(st.integers(0, 255), st.sampled_from(b'\t\n\r" |;,-.\x00\x85\xff')))
+            data[position] = draw(st.one_of(st.integers(0, 255), st.sampled_from(b'\t\n\r" |;,-.\x00\x85\xff')))
         elif kind == "drop":
-            del data[place : place + draw(st.integers(1, 20))]
+            del data[position : position + draw(st.integers(1, 20))]
         elif kind == "insert":
-            data[place:place] = draw(st.binary(min_size=1, max_size=8))
+            data[position:position] = draw(st.binary(min_size=1, max_size=8))
         elif kind == "repeat":
-            data[place:place] = data[place : place + draw(st.integers(1, 200))]
+            data[position:position] = data[position : position + draw(st.integers(1, 200))]
         elif kind == "cut":
-            del data[place:]
+            del data[position:]
     return bytes(data)

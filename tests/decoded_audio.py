@@ -1,4 +1,4 @@
-"""Audio of a file as one tensor."""
+"""Decoding of an audio file to a single tensor."""
 
 import os
 from typing import BinaryIO

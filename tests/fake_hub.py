@@ -1,4 +1,4 @@
-"""Web server that imitates the Hugging Face hub for one dataset, as far as `datasets` and hf:// need it."""
+"""Web server that imitates the Hugging Face hub for one dataset, as far as `datasets` and hf:// use it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        asked, path = self.headers.get("Range") or "", urllib.parse.unquote(self.path)
-        self.hub.requests.append((self.command, path, asked))
+        byte_range, path = self.headers.get("Range") or "", urllib.parse.unquote(self.path)
+        self.hub.requests.append((self.command, path, byte_range))
         name = re.escape(self.hub.name)
         api = re.fullmatch(rf"/api/datasets/{name}(?:/(revision|tree)/[^/?]+(?:/([^?]*))?)?(?:\?.*)?", path)
         file = re.fullmatch(rf"/datasets/{name}/resolve/[^/]+/(.+)", path)
@@ -50,10 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._tree(self.hub.folder / (api[2] or ""))
         elif api:
             files = [{"rfilename": self._name(path)} for path in self.hub.folder.rglob("*") if path.is_file()]
-            about = {"id": self.hub.name, "sha": COMMIT, "private": False, "disabled": False, "gated": False}
-            self._send(200, json.dumps(about | {"downloads": 0, "likes": 0, "tags": [], "siblings": files}).encode())
+            info = {"id": self.hub.name, "sha": COMMIT, "private": False, "disabled": False, "gated": False}
+            self._send(200, json.dumps(info | {"downloads": 0, "likes": 0, "tags": [], "siblings": files}).encode())
         elif file and (self.hub.folder / file[1]).is_file():
-            self._file((self.hub.folder / file[1]).read_bytes(), asked)
+            self._file((self.hub.folder / file[1]).read_bytes(), byte_range)
         else:
             self._send(404, b"{}", {"X-Error-Code": "EntryNotFound" if file else "RepoNotFound"})
 
@@ -63,25 +63,25 @@ class _Handler(BaseHTTPRequestHandler):
         return path.relative_to(self.hub.folder).as_posix()
 
     def _tree(self, folder: Path) -> None:
-        listed = [
+        entries = [
             {"type": "file", "path": self._name(path), "size": path.stat().st_size, "oid": "b" * 40}
             if path.is_file()
             else {"type": "directory", "path": self._name(path), "size": 0, "oid": "c" * 40}
             for path in sorted(folder.iterdir())
         ]
-        self._send(200, json.dumps(listed).encode())
+        self._send(200, json.dumps(entries).encode())
 
-    def _file(self, body: bytes, asked: str) -> None:
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+    def _file(self, body: bytes, byte_range: str) -> None:
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", byte_range)
         if not match:
             return self._send(200, body, {"ETag": f'"{"b" * 40}"'})
-        begin, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
-        self._send(206, body[begin : last + 1], {"Content-Range": f"bytes {begin}-{last}/{len(body)}"})
+        first, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
+        self._send(206, body[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(body)}"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        told = {"Content-Length": str(len(body)), "Content-Type": "application/json", "X-Repo-Commit": COMMIT}
-        for name, value in {**told, **(headers or {})}.items():
+        standard = {"Content-Length": str(len(body)), "Content-Type": "application/json", "X-Repo-Commit": COMMIT}
+        for name, value in {**standard, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -1,4 +1,4 @@
-"""Web server with range requests that fails on demand, for tests of remote storage."""
+"""Web server for range requests that fails on demand, for tests of remote storage."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# Temporary faults of an answer. 403 and 404 are sent as they are, like any status.
+# Temporary faults of a response. Any HTTP status is a fault too, such as 403 and 404.
 FAULTS = (
-    "drop",  # the connection is closed with no answer
+    "drop",  # the connection is closed without a response
     "reset",  # ... is reset
-    "garbage",  # an answer that is not HTTP
-    "late",  # an answer after `delay` seconds
+    "garbage",  # a response that is not HTTP
+    "late",  # a response after `delay` seconds
     "truncated",  # half of the body, then the connection is closed
-    "short",  # an answer in good order with half of the range
-    "other range",  # ... with a range that begins a byte earlier, as it says itself
-    "whole",  # the whole file, 200
-    "packed length",  # a Content-Length below the body's
+    "short",  # a valid response with half of the range
+    "other range",  # ... with a range that starts a byte earlier, as its header states
+    "whole",  # status 200 and the whole file
+    "packed length",  # a Content-Length below the length of the body
     "inflated length",  # ... above it
     "500",
     "503",
@@ -32,8 +32,9 @@ FAULTS = (
 class FlakyServer:
     """Server of `files` (name: bytes) below `url`.
 
-    Each request uses the next of `faults` (None: a correct answer), and `always` after the last one. `requests` records
-    (method, name, range or ''). `pieces`: seconds between two pieces of 64 KiB of a body.
+    Each request uses the next item of `faults` (None for a correct response), and `always` after the last item.
+    `requests` records (method, name, range or ''). `pieces` is the delay in seconds between two pieces of 64 KiB of a
+    body.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -79,29 +80,29 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer()
+        self._respond()
 
     def do_GET(self) -> None:
-        self._answer()
+        self._respond()
 
-    def _answer(self) -> None:
+    def _respond(self) -> None:
         flaky = self.server.flaky
-        name, asked = self.path.lstrip("/"), self.headers.get("Range", "")
-        flaky.requests.append((self.command, name, asked))
+        name, byte_range = self.path.lstrip("/"), self.headers.get("Range", "")
+        flaky.requests.append((self.command, name, byte_range))
         fault = flaky.faults.popleft() if flaky.faults else flaky.always
         body = flaky.files.get(name)
         if fault == "late":
             flaky.stopped.wait(flaky.delay)
         if fault in ("drop", "reset", "garbage"):
-            self._hang_up(fault)
+            self._disconnect(fault)
         elif fault is not None and fault.isdigit():
             self._send(int(fault), {}, b"sorry")
         elif body is None:
             self._send(404, {}, b"")
-        elif not asked or fault == "whole":
+        elif not byte_range or fault == "whole":
             self._send(200, {}, body, fault)
         else:
-            start, last = (int(number) for number in re.fullmatch(r"bytes=(\d+)-(\d+)", asked).groups())
+            start, last = (int(number) for number in re.fullmatch(r"bytes=(\d+)-(\d+)", byte_range).groups())
             last = min(last, len(body) - 1)
             if fault == "short":
                 last = start + (last - start) // 2
@@ -124,17 +125,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "truncated":
             body = body[: length // 2]
-        for begin in range(0, len(body), 65536):
-            self.wfile.write(body[begin : begin + 65536])
+        for start in range(0, len(body), 65536):
+            self.wfile.write(body[start : start + 65536])
             if self.server.flaky.pieces:
                 time.sleep(self.server.flaky.pieces)
         if fault in ("truncated", "inflated length"):
-            self._hang_up("drop")
+            self._disconnect("drop")
 
-    def _hang_up(self, how: str) -> None:
+    def _disconnect(self, fault: str) -> None:
         self.close_connection = True
-        if how == "garbage":
+        if fault == "garbage":
             self.wfile.write(b"\x00\x01 this is no HTTP\r\n\r\n")
-        if how == "reset":
+        if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# One file per name, which is rewritten for every example.
+# Holds one file per name, which every example overwrites.
 _FOLDER = tempfile.TemporaryDirectory(prefix="fuzzed-")
 
 
@@ -15,34 +15,34 @@ def damage(data: st.DataObject, valid: bytes, most: int = 4) -> bytes:
     """Content with a few bytes flipped, deleted, inserted or repeated, or truncated."""
     content = bytearray(valid)
     for _ in range(data.draw(st.integers(0, most), label="damages")):
-        place = data.draw(st.integers(0, len(content)), label="place")
+        position = data.draw(st.integers(0, len(content)), label="position")
         kind = data.draw(st.sampled_from(["flip", "delete", "insert", "repeat", "cut", "swap"]), label="kind")
-        if kind == "flip" and place < len(content):
-            content[place] ^= 1 << data.draw(st.integers(0, 7))
+        if kind == "flip" and position < len(content):
+            content[position] ^= 1 << data.draw(st.integers(0, 7))
         elif kind == "delete":
-            del content[place : place + data.draw(st.integers(1, 30))]
+            del content[position : position + data.draw(st.integers(1, 30))]
         elif kind == "insert":
-            extra = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from(_NASTY)))
-            content[place:place] = extra
+            extra = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from(_SPECIAL_BYTES)))
+            content[position:position] = extra
         elif kind == "repeat":
-            content[place:place] = content[place : place + 40] * data.draw(st.integers(1, 3))
+            content[position:position] = content[position : position + 40] * data.draw(st.integers(1, 3))
         elif kind == "cut":
-            del content[place:]
+            del content[position:]
         elif kind == "swap":
             other = data.draw(st.integers(0, len(content)))
-            a, b = sorted((place, other))
+            a, b = sorted((position, other))
             content[a:b] = content[a:b][::-1]
     return bytes(content)
 
 
 def damaged(data: st.DataObject, valid: bytes, name: str, most: int = 4) -> Path:
-    """File with `damage`d content."""
+    """Write content with random damage to a file; return its path."""
     path = Path(_FOLDER.name) / name
     path.write_bytes(damage(data, valid, most))
     return path
 
 
-_NASTY = [
+_SPECIAL_BYTES = [
     b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\\ud800", b"\n", b"\r", b"\xe2\x80\xa8", b" ", b"|", b'"', b"{",
     b"[" * 3000,
     b"null", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 5000, b"1_0", b"../../../etc/passwd", b"~nobody_here/x",

@@ -1,4 +1,4 @@
-"""Run a function of a test in several processes connected by gloo."""
+"""Run a function in several processes that are connected by gloo."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _collect(pipes: list[Connection], timeout: float) -> tuple[dict[int, Any], l
                 error, result = "died without an error", None
             if error is not None:
                 errors.append(f"[rank {rank}] {error}")
-                deadline = min(deadline, time.monotonic() + 30)  # other ranks may wait for this one
+                deadline = min(deadline, time.monotonic() + 30)  # other ranks may be waiting for this one
             results[rank] = tree_map(lambda leaf: torch.from_numpy(leaf) if _is_array(leaf) else leaf, result)
     return results, errors
 

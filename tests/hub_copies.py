@@ -1,4 +1,4 @@
-"""Copies of datasets of the Hugging Face hub in its layout: README.md with the configurations, Parquet files."""
+"""Small copies of datasets of the Hugging Face hub: README.md with the configurations, and Parquet files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MLS_ENGLISH = {name: MLS[name] for name in list(MLS)[:7]} | {"book_id": pa.strin
 
 
 def feature(kind: pa.DataType) -> dict[str, str]:
-    """Description of a column by `datasets` in the metadata of a file."""
+    """Description of a column in the metadata that `datasets` writes into a file."""
     if kind == AUDIO:
         return {"_type": "Audio"}
     return {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
@@ -44,7 +44,7 @@ def write_parquet(path: Path, rows: list[dict], columns: dict[str, pa.DataType],
 
 
 def readme(configs: dict[str, dict[str, str]]) -> str:
-    """Header of a dataset card: files by configuration and split."""
+    """Dataset card with the files by configuration and split."""
     lines = ["---", "configs:"]
     for name, splits in configs.items():
         lines += [f"- config_name: {name}", "  data_files:"]
@@ -72,7 +72,7 @@ def mls_row(speaker: int, book: int, number: int, text: str, language: str = "de
 
 
 def write_mls(folder: Path) -> Path:
-    """Write facebook/multilingual_librispeech with two of its configurations."""
+    """Write a copy of facebook/multilingual_librispeech with two of its configurations; return the folder."""
     splits = ("dev", "test", "train", "9_hours", "1_hours")
     put(folder / "README.md", readme({c: {s: f"{c}/{s}-*" for s in splits} for c in ("german", "french")}))
     texts = {
@@ -93,7 +93,7 @@ def write_mls(folder: Path) -> Path:
 
 
 def write_mls_english(folder: Path) -> Path:
-    """parler-tts/mls_eng: one configuration, no column of ids."""
+    """Write a copy of parler-tts/mls_eng, which has one configuration and no column of ids; return the folder."""
     splits = ("dev", "test", "train")
     put(folder / "README.md", readme({"default": {split: f"data/{split}-*" for split in splits}}))
     for number, split in enumerate(splits):

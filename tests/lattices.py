@@ -14,7 +14,7 @@ JOINT, VOCAB = 6, 5
 def made_lattices(
     sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float64, joint: int = JOINT, vocab: int = VOCAB
 ) -> tuple[list[Tensor], Lattices]:
-    """Random encoded frames, predicted states, weight and bias, all with gradients; and lattices of sizes (T, U)."""
+    """Random tensors with gradients (encoded frames, predicted states, weight, bias), and lattices of sizes (T, U)."""
     generator = torch.Generator().manual_seed(0)
     frames, states = sum(size[0] for size in sizes), sum(size[1] + 1 for size in sizes)
     shapes = [(frames, joint), (states, joint), (vocab, joint), (vocab,)]
@@ -24,7 +24,7 @@ def made_lattices(
 
 
 def joint_arcs(tensors: Sequence[Tensor], lattices: Lattices) -> list[Tensor]:
-    """Log-probabilities (blank, next label) `[T, U + 1, 2]` of every segment, by definition; 0 after the last label."""
+    """Log-probabilities (blank, next label) `[T, U + 1, 2]` of every segment by definition, 0 after the last label."""
     encoded, predicted, weight, bias = tensors
     states = [len(labels) + 1 for labels in lattices.labels]
     parts = zip(encoded.split(list(lattices.num_frames)), predicted.split(states), lattices.labels, strict=True)

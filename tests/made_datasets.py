@@ -1,4 +1,4 @@
-"""Small datasets of random log-mel, for tests."""
+"""Small datasets of random log-mel."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ _numbers = itertools.count()
 def free_port() -> int:
     """Return a port of this machine that stays free until the server of the test uses it.
 
-    Ports of the system's range (32768 and above) are avoided, since the system may assign them to another process. Each
-    test process has its own fifty ports, by its process id.
+    The ephemeral ports (32768 and above) are avoided, since the system may assign them to another process. Each test
+    process uses its own range of fifty ports, selected by its process id.
     """
     while True:
         port = 10_000 + os.getpid() % 180 * 50 + next(_numbers) % 50

@@ -1,8 +1,8 @@
 """Replacement for `python` with a short start-up time, for tests of shell scripts that start it many times.
 
-A small program spends most of its time in the import of torch. One process imports it, and forks itself for every
-program, with the arguments, folder, environment and files of that program. `torch.distributed.run` with one process is
-replaced by the program that it would start.
+A small program spends most of its time importing torch. A server process imports torch once, and forks for every
+program, with the arguments, folder, environment and standard streams of that program. `torch.distributed.run` with one
+process is replaced by the program that it would start.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ sys.exit(status[0] if status else 1)
 
 @contextmanager
 def quick_python(*modules: str) -> Iterator[Path]:
-    """Path of an executable to run in place of python. modules: modules to import in advance."""
+    """Yield the path of an executable that replaces python, with these modules imported in advance."""
     with tempfile.TemporaryDirectory() as folder:  # a short path: the address of a socket has at most 107 characters
         address, client = f"{folder}/socket", Path(folder, "python")
         client.write_text(CLIENT.format(python=sys.executable, address=address))
@@ -70,7 +70,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def run(files: Sequence[int], arguments: list[str], folder: str, environment: dict[str, str]) -> int:
-    """Run python with these arguments, as far as the tests need it, and return the exit status."""
+    """Imitate python with these arguments, as far as the tests use it; return the exit status."""
     for number, file in enumerate(files):
         os.dup2(file, number)
     # The streams of the server still refer to its original files.
@@ -94,7 +94,7 @@ def run(files: Sequence[int], arguments: list[str], folder: str, environment: di
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001 - python would print it, and the fork must not continue as the server
+    except BaseException:  # noqa: BLE001 - as python does; and the fork must not continue as a server
         traceback.print_exc()
         status = 1
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Small forms of the commands of README.md and of the pages that continue it, for tests/test_readme.py.
+"""Small forms of the commands in README.md, docs/usage.md and docs/benchmarks.md, for tests/test_readme.py.
 
 A command without an entry fails the test, and so does an entry whose command is on no page. Commands run in the order
-of the pages in one folder, so that a later one uses the output of an earlier one.
+of the pages in one folder, so that a command can use the output of an earlier one.
 """
 
 import re
@@ -13,13 +13,13 @@ from tiny import DATA, ENCODER, RUN
 
 @dataclass(frozen=True)
 class Run:
-    """The command with words replaced and arguments appended; of two equal settings the last one counts."""
+    """Run the command with words replaced and arguments appended; a repeated setting overrides the earlier one."""
 
     more: str = ""
-    exchange: dict[str, str] = field(default_factory=dict)
+    replacements: dict[str, str] = field(default_factory=dict)
 
-    def of(self, command: str) -> str:
-        for old, new in self.exchange.items():
+    def small_form(self, command: str) -> str:
+        for old, new in self.replacements.items():
             assert old in command, f"{old!r} is not in {command!r}"
             command = command.replace(old, new)
         return f"{command} {self.more}".strip()
@@ -27,12 +27,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Reason for not running the command: it is too large, or another test covers it."""
+    """Do not run the command, for a reason: it is too large, or another test covers it."""
 
     reason: str
 
 
-# Made before the first command, in place of the user's data.
+# Folder made before the first command, instead of the data of a user.
 SPEECH_FOLDER = "speech"
 
 TINY_RUN = " ".join([*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"])
@@ -52,7 +52,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "bash experiments/context_effect.sh": Run("--tiny"),
     "bash launch/test.sh": Elsewhere("runs this test"),
     "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
-        exchange={"/data/speech": SPEECH_FOLDER}
+        replacements={"/data/speech": SPEECH_FOLDER}
     ),
     "torchrun --nproc-per-node 8 pretrain.py --config configs/base-120m.yaml --run.folder runs/base-120m": Run(
         TINY_RUN, TWO_PROCESSES
@@ -107,7 +107,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m benchmarks.range_read": Run("--only-ours --recordings 1 --rounds 2"),
     "python -m benchmarks.compression --dataset datasets/synthetic": Run("--minutes 0.5 --crops 2"),
     "python -m benchmarks.alignment --model runs/base-120m-ctc/export": Elsewhere(
-        "a model after two steps aligns nothing; tests/scripts/test_align_script.py runs the script"
+        "the model of two steps cannot align; tests/scripts/test_align_script.py runs the script"
     ),
     "python -m benchmarks.prepare_speed": Elsewhere("needs lhotse of requirements-benchmarks.txt"),
 }
@@ -125,6 +125,6 @@ def commands_in(markdown: str) -> list[str]:
 
 
 def readme_commands(repository: Path) -> list[str]:
-    """Commands of README.md and the pages that continue it, without repetitions."""
+    """Commands of all pages in order, without repetitions."""
     pages = [repository / page for page in PAGES]
     return list(dict.fromkeys(command for page in pages if page.exists() for command in commands_in(page.read_text())))

@@ -1,4 +1,4 @@
-"""Real SLURM cluster on this machine for tests: munged, slurmctld and two slurmd, in one folder, on free ports."""
+"""Real SLURM cluster on this machine: munged, slurmctld and two slurmd, with files in one folder and free ports."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def find(program: str) -> str | None:
 
 @dataclass
 class Cluster:
-    """Two nodes of two CPUs each. SLURM commands run in `env`."""
+    """Cluster of two nodes with two CPUs each. SLURM commands run with the environment `env`."""
 
     folder: Path
     env: dict[str, str]
@@ -82,7 +82,7 @@ class Cluster:
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job} is {fields['JobState']}, not one of {states}")
             if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
-                # slurmd refuses a start ("job credential revoked") in the second in which it ended the previous one.
+                # slurmd refuses a start ("job credential revoked") within a second of the end of the previous start.
                 time.sleep(2)
                 self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)

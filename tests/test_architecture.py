@@ -1,4 +1,4 @@
-"""Imports between files and folders: no circles, a fixed direction, few files behind pretrain.py."""
+"""Imports between files and folders: no cycles, only allowed directions, and few files reached by pretrain.py."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SCRIPTS = LIBRARY_FOLDERS | {"pipelines"}  # for scripts, tools, experiments and
 
 
 def imports(path: Path, module_level_only: bool = False) -> Iterator[Path]:
-    """Files imported by a file; with function-level and TYPE_CHECKING imports unless `module_level_only`."""
+    """Files that a file imports; function-level and TYPE_CHECKING imports are included unless `module_level_only`."""
     tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
     for node in module_level(tree.body) if module_level_only else ast.walk(tree):
         names = []
@@ -69,13 +69,13 @@ def module_level(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def reachable(start: Path, graph: dict[Path, set[Path]]) -> set[Path]:
-    found, pending = set(), [start]
+    reached, pending = set(), [start]
     while pending:
         path = pending.pop()
-        if path not in found:
-            found.add(path)
+        if path not in reached:
+            reached.add(path)
             pending += graph[path]
-    return found
+    return reached
 
 
 def folder(path: Path) -> str:
@@ -93,10 +93,10 @@ def test_init_files_are_empty() -> None:
     assert [str(path) for path in INITS if len(ast.parse((REPOSITORY / path).read_text()).body) > 1] == []
 
 
-def test_no_file_is_in_an_import_circle() -> None:
-    """Imports within functions and under TYPE_CHECKING count, since they only hide a circle."""
-    circles = {path: [other for other in GRAPH[path] if path in reachable(other, GRAPH)] for path in FILES}
-    assert named(circles) == {}
+def test_no_file_is_in_an_import_cycle() -> None:
+    """Imports within functions and under TYPE_CHECKING count, since they only hide a cycle."""
+    cycles = {path: [other for other in GRAPH[path] if path in reachable(other, GRAPH)] for path in FILES}
+    assert nonempty(cycles) == {}
 
 
 def test_a_folder_imports_only_the_folders_allowed() -> None:
@@ -104,15 +104,15 @@ def test_a_folder_imports_only_the_folders_allowed() -> None:
     for path in FILES:
         allowed = ALLOWED.get(folder(path), SCRIPTS) | {folder(path)}
         refused[path] = [other for other in GRAPH[path] - INITS if folder(other) not in allowed]
-    assert named(refused) == {}
+    assert nonempty(refused) == {}
 
 
-def named(edges: dict[Path, list[Path]]) -> dict[str, list[str]]:
-    """Nonempty lists, with names that pytest prints in full."""
+def nonempty(edges: dict[Path, list[Path]]) -> dict[str, list[str]]:
+    """Nonempty lists, as strings that pytest prints in full."""
     return {str(path): sorted(map(str, others)) for path, others in edges.items() if others}
 
 
-def test_the_allowed_folders_form_no_circle() -> None:
+def test_the_allowed_imports_of_folders_form_no_cycle() -> None:
     done: set[str] = set()
     while pending := {name for name in ALLOWED if name not in done and ALLOWED[name] <= done}:
         done |= pending
@@ -120,7 +120,7 @@ def test_the_allowed_folders_form_no_circle() -> None:
 
 
 def test_pretraining_reaches_few_files() -> None:
-    """A reader of pretrain.py has to read at most this much."""
+    """Bounds the code that a reader of pretrain.py has to read."""
     graph = {path: set(imports(path, module_level_only=True)) - INITS for path in FILES}
     reached = reachable(Path("pretrain.py"), graph)
     lines = sum(len((REPOSITORY / path).read_text(encoding="utf-8").splitlines()) for path in reached)

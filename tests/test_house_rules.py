@@ -1,4 +1,4 @@
-"""Rules for every source file: no code from data files, folder dependencies, file sizes, docstring openings."""
+"""Rules for every source file: no code from data files, imports, file sizes, encodings, docstring openings."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ FOLDERS = ("bestrq", "data", "common", "pipelines", "tools", "experiments", "lau
 MODULES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
 
 
-# Reads tensors that torch.save wrote: the archive is checked first, then read by torch's restricted loader.
+# Reads tensors written by torch.save: it checks the archive, and uses the restricted loader of torch.
 TENSOR_READER = REPOSITORY / "data/corpora/long_context_asr.py"
 
 
@@ -23,8 +23,8 @@ def files_with(pattern: str, files: list[Path]) -> list[str]:
     return [str(path.relative_to(REPOSITORY)) for path in files if expression.search(path.read_text())]
 
 
-# Loading a pickle runs code of its author, and an archive with crafted paths overwrites any file. The linter bans some
-# of these patterns as well.
+# Loading a pickle can run arbitrary code, and unpacking an archive can overwrite any file. The linter bans some of
+# these patterns as well.
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -74,7 +74,7 @@ def test_files_have_at_most_400_lines(files: list[Path]) -> None:
 
 
 def test_code_is_ascii() -> None:
-    """Except for word lists and transcripts, since different characters may look alike."""
+    """Different characters can look the same. Word lists and transcripts of corpora are exempt."""
     sources = [path for path in [*SCRIPTS, *MODULES] if "corpora" not in path.parts]
     assert [str(path.relative_to(REPOSITORY)) for path in sources if not path.read_text().isascii()] == []
 

@@ -1,4 +1,4 @@
-"""Files, functions and the eight stops of docs/reading.md exist under the names on the page."""
+"""docs/reading.md names existing files and functions, and lists the same eight files as README.md."""
 
 import ast
 import re
@@ -10,6 +10,7 @@ from tests.paths import REPOSITORY
 PAGE = (REPOSITORY / "docs/reading.md").read_text(encoding="utf-8")
 STOPS = re.findall(r"^### \d+\. [^:]+: `([\w.]+)` in \[([\w/.]+)\]", PAGE, re.MULTILINE)
 FILES = re.findall(r"^\d+\. \[([\w/.]+)\]", PAGE, re.MULTILINE)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def definitions(source: str) -> set[str]:
@@ -23,8 +24,9 @@ def definitions(source: str) -> set[str]:
     return names
 
 
-def test_the_page_has_eight_stops_and_eight_files() -> None:
+def test_the_page_has_eight_stops_and_the_eight_files_of_the_readme() -> None:
     assert (len(STOPS), len(FILES)) == (8, 8)
+    assert re.findall(r"^\d+\. `([\w/.]+)`", README, re.MULTILINE) == FILES
 
 
 @pytest.mark.parametrize(("function", "path"), STOPS)

@@ -1,4 +1,4 @@
-"""Commands of README.md run in a small form or name the test that covers them; links of the docs resolve."""
+"""Commands of README.md run in a small form, or name the test that covers them; links of the docs resolve."""
 
 import ast
 import importlib
@@ -16,14 +16,14 @@ from readme_commands import COMMANDS, Elsewhere, Run, commands_in, readme_comman
 from tests.patience import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SKIPPED = {"README.md", "runs", "datasets", "results"}  # outputs of earlier commands must not be visible
+SKIPPED = {"README.md", "runs", "datasets", "results"}  # earlier outputs must not be visible to the commands
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as a user has it after the set-up, in a folder that commands may write to."""
+    """A copy of the repository after its installation, which the commands may write to."""
     folder = tmp_path_factory.mktemp("readme")
     for path in REPOSITORY.iterdir():
         if path.name not in SKIPPED and not path.name.startswith("."):
@@ -63,14 +63,14 @@ def test_readme_command_works(command: str, sandbox: Path) -> None:
         pytest.skip(entry.reason)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", entry.of(command)],
+        ["bash", "-euo", "pipefail", "-c", entry.small_form(command)],
         cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    assert done.returncode == 0, f"{entry.of(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    assert done.returncode == 0, f"{entry.small_form(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
 
 
 def links(page: Path) -> list[Path]:
-    """Files that the relative links and pictures of a page point at."""
+    """Targets of the relative links and pictures of a page."""
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     paths = [target.partition("#")[0] for target in targets if "://" not in target]
     return [(page.parent / path).resolve() for path in paths if path]
@@ -90,7 +90,7 @@ def test_every_page_of_the_docs_is_in_the_index() -> None:
 def test_source_files_named_in_a_page_exist(page: Path) -> None:
     folders = "bestrq|data|common|pipelines|tools|experiments|launch|configs|benchmarks|tests"
     named = re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:py|sh|sbatch|yaml|json))`", page.read_text(encoding="utf-8"))
-    examples = {"configs/NAME.yaml", "data/corpora/NAME.py", "bestrq/model/attention/masks/NAME.py"}
+    examples = {"configs/NAME.yaml", "data/corpora/NAME.py"}
     assert [name for name in named if name not in examples and not (REPOSITORY / name).exists()] == []
 
 

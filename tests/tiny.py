@@ -1,4 +1,4 @@
-"""Dataset and settings for runs that take seconds."""
+"""Dataset and settings for training runs that take seconds."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ RUN = ["--run.log_every=1", "--distributed.device=cpu", "--distributed.precision
 def make_dataset(
     path: Path, recordings: int = 40, seed: int = 0, long_seconds: float = 9.0, **features_changed: Any
 ) -> Path:
-    """Write recordings of 1 to 3 s whose frames depend on their words, which can be learned; every tenth is long.
+    """Write recordings of 1 to 3 s whose frames can be predicted from their words; return the folder.
 
-    The last two tenths are the dev and the test split.
+    Every tenth recording lasts `long_seconds`. The last two tenths are the dev and the test split.
     """
     generator = np.random.default_rng(seed)
     features = FeatureSettings(**features_changed)
-    sounds = generator.normal(size=(len(WORDS), features.num_mels)) * 2
+    word_spectra = generator.normal(size=(len(WORDS), features.num_mels)) * 2
     with DatasetWriter(path, features) as writer:
         for number in range(recordings):
             seconds = long_seconds if number % 10 == 5 else generator.uniform(1, 3)
@@ -40,7 +40,7 @@ def make_dataset(
             edges = np.linspace(0, seconds, len(spoken) + 1)
             frames = int(seconds * features.frames_per_second)
             word_of_frame = np.minimum((np.arange(frames) / frames * len(spoken)).astype(int), len(spoken) - 1)
-            log_mel = sounds[spoken[word_of_frame]] + generator.normal(size=(frames, features.num_mels))
+            log_mel = word_spectra[spoken[word_of_frame]] + generator.normal(size=(frames, features.num_mels))
             split = ("train", "dev", "test")[max(0, number * 10 // recordings - 7)]
             writer.add(
                 Recording(

@@ -1,4 +1,4 @@
-"""Language model and hot-word scores in their simplest form, as references."""
+"""Simple reference implementations of a language model and of hot-word scores."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ class Bigrams:
 
     def __init__(self, vocab_size: int) -> None:
         self.table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(5)).log_softmax(dim=1)
-        self.table[:, 0] = torch.nan  # NaN, because the blank must not be read
+        self.table[:, 0] = torch.nan  # the blank must not be used
         self.contexts: list[tuple[int, ...]] = []
 
     def log_probs(self, context: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Transducers that are small enough to sum over all alignments, in float64."""
+"""Float64 transducers that are small enough to enumerate all alignments."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def make_transducer(prediction: str, vocab_size: int = VOCAB, seed: int = 0, **e
 
 
 def make_any(kind: str, **table: Any) -> Transducer:
-    """`TableTransducer`, or a model with a stateless or LSTM prediction network."""
+    """Make a `TableTransducer`, or a model with a stateless or LSTM prediction network."""
     return TableTransducer(**table) if kind == "table" else make_transducer(kind, table.get("vocab_size", VOCAB))
 
 

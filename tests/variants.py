@@ -42,10 +42,10 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "two": {"earlier_stages": [StageSettings(1, 4, 2, 6, group_size=3)]},
     },
 }
-"""choice -> name of a value -> settings"""
+"""option -> name of a value -> settings"""
 
 Case = dict[str, str]
-"""choice -> name of its value"""
+"""option -> name of its value"""
 
 
 def allowed(case: Case) -> bool:
@@ -56,7 +56,7 @@ def allowed(case: Case) -> bool:
 
 
 def all_cases(*choices: str) -> Iterator[Case]:
-    """Every allowed combination of the values of these choices."""
+    """All allowed combinations of the values of these options."""
     for values in product(*(CHOICES[choice] for choice in choices)):
         case = dict(zip(choices, values, strict=True))
         if allowed(case):
@@ -64,7 +64,7 @@ def all_cases(*choices: str) -> Iterator[Case]:
 
 
 def covering_cases(strength: int) -> list[Case]:
-    """Cases that cover every allowed combination of values of any `strength` choices; greedy, deterministic."""
+    """Cases that cover every allowed combination of values of any `strength` options (greedy, deterministic)."""
     uncovered = {
         tuple(case.items()): None for choices in combinations(CHOICES, strength) for case in all_cases(*choices)
     }  # a dict, as an ordered set

@@ -1,4 +1,4 @@
-"""Cells of benchmarks.context_cost are comparable, and skipped cells are listed."""
+"""benchmarks.context_cost: equal work for all contexts, skipped cells, and measured costs."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +12,7 @@ from benchmarks.live_bytes import LiveBytes
 from bestrq.model.presets import PRESETS
 
 
-def test_cells_differ_in_context_not_in_audio_and_skipped_cells_are_named() -> None:
+def test_cells_have_the_same_amount_of_audio_and_skipped_cells_are_listed() -> None:
     arguments = "--durations 10 60 3600 --batch-seconds 120 --full-limit 60 --train-limit 60 --other-limit 10"
     cells, left_out = plan(parse_arguments([*arguments.split(), "--systems", "window", "full", "torchaudio"]))
     audio = {(cell.system, cell.mode, cell.duration): cell.rows * cell.duration for cell in cells}
@@ -36,7 +36,7 @@ def test_a_cell_has_a_time_and_a_resident_peak(mode: str) -> None:
 
 
 def test_a_training_pass_keeps_tensors_for_its_backward_pass() -> None:
-    """Counted in bytes of tensors, which do not depend on the allocator."""
+    """Bytes of tensors are counted, since they do not depend on the allocator."""
     peaks = {}
     for mode in ("forward", "train"):
         model, forward = make_forward(Cell("window", mode, 30, 2, SETTINGS))

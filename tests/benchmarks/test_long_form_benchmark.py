@@ -1,4 +1,4 @@
-"""benchmarks.long_form runs every mode, lists skipped cells, and reads the same recording from any window."""
+"""benchmarks.long_form: all modes run, skipped cells are listed, and recordings do not depend on windows."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from benchmarks.long_form import SYSTEMS, Cost, main, measure, parse_arguments, 
 TINY = "--preset quickstart --layers 1 --vocab-size 8 --context-seconds 2 --batch-seconds 4 --threads 1"
 
 
-def test_a_tiny_run_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_line_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
     main([*TINY.split(), *"--minutes 0.05 --systems chunked buffered".split()])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("chunked_0.05min", "buffered_0.05min"):
@@ -24,12 +24,12 @@ def test_a_tiny_run_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) 
 def test_every_mode_runs() -> None:
     cells, left_out = plan(parse_arguments([*TINY.split(), "--minutes", "0.05"]))
     assert [cell.system for cell in cells] == list(SYSTEMS) and not left_out
-    # In a separate process, because it keeps freed memory from then on.
+    # In a new process, since `measure` changes the allocator of its process.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         assert all(cost.milliseconds > 0 for cost in process.map(partial(measure, threads=1), cells))
 
 
-def test_cells_beyond_the_limits_are_skipped_by_name() -> None:
+def test_cells_beyond_the_limits_are_listed_as_skipped() -> None:
     cells, left_out = plan(parse_arguments([]))
     assert len(cells) + len(left_out) == 18
     assert left_out == ["whole_60min", "whole_180min", "window_180min"]
@@ -37,14 +37,14 @@ def test_cells_beyond_the_limits_are_skipped_by_name() -> None:
     assert {cell.inference.overlap for cell in cells if cell.system == "chunked"} == {0.0}
 
 
-def test_ratios_are_of_the_longest_and_the_shortest_recording() -> None:
+def test_ratios_compare_the_longest_with_the_shortest_recording() -> None:
     costs = {"buffered_10min": Cost(20, 100), "buffered_180min": Cost(22, 110), "chunked_180min": Cost(16, 90)}
     result = summarise(costs, [180, 10])
     assert result["cost_180min_over_10min"] == result["memory_180min_over_10min"] == 1.1
     assert result["buffered_over_chunked"] == 1.375
 
 
-def test_a_random_recording_is_the_same_from_any_window() -> None:
+def test_a_random_recording_does_not_depend_on_the_window() -> None:
     whole = read_mel(4, 0, 3500)
     assert whole.shape == (3500, 4)
     for start, stop in ((0, 1), (999, 1001), (1000, 2000), (3499, 3500)):

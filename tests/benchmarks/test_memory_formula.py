@@ -1,4 +1,4 @@
-"""The memory formula agrees with counts on the CPU and on a simulated GPU, and docs/memory.md with the formula."""
+"""Memory formula against counts on the CPU and on a simulated GPU, and docs/memory.md against the formula."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def test_the_subsampling_keeps_the_bytes_of_the_formula(device: str, kind: str, 
 
 
 @pytest.mark.parametrize("preset", ["base-120m", "large-600m"])
-def test_weights_of_the_formula_are_those_of_the_encoder(preset: str) -> None:
+def test_the_formula_counts_the_weights_of_the_encoder(preset: str) -> None:
     settings = PRESETS[preset]
     with torch.device("meta"):
         encoder = ConformerEncoder(settings)
@@ -42,17 +42,17 @@ def test_weights_of_the_formula_are_those_of_the_encoder(preset: str) -> None:
     assert formula.block_weights(settings) == matrices
 
 
-def test_rows_that_fit_are_those_below_the_budget() -> None:
+def test_rows_that_fit_are_the_most_within_the_budget() -> None:
     settings = PRESETS["base-120m"]
     for mode in MODES:
         rows = formula.rows_that_fit(settings, 6000, mode)
-        left = formula.BUDGET - formula.weight_bytes(settings, 1)
+        available = formula.BUDGET - formula.weight_bytes(settings, 1)
         needed = [formula.activation_bytes(settings, formula.Rows(n, 6000), mode) for n in (rows, rows + 1)]
-        assert needed[0] <= left < needed[1]
+        assert needed[0] <= available < needed[1]
 
 
 def test_tables_of_the_docs_are_those_of_the_formula() -> None:
-    """`python -m benchmarks.activation_memory --table` prints them."""
+    """If this fails, copy the output of `python -m benchmarks.activation_memory --table` into docs/memory.md."""
     assert formula.tables().strip() in DOCS.read_text()
 
 

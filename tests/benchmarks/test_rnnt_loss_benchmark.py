@@ -1,4 +1,4 @@
-"""Systems of benchmarks.rnnt_loss are comparable; missing packages and cells beyond the budget are reported."""
+"""benchmarks.rnnt_loss: all systems have the same loss; missing packages and a lack of memory are reported."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ def cell(system: str, dtype: str = "float32") -> benchmark.Cell:
     return benchmark.plan(benchmark.parse_arguments(arguments))[0]
 
 
-def test_ours_and_torchaudio_have_the_same_loss_and_gradients_of_the_same_problem() -> None:
+def test_ours_and_torchaudio_have_the_same_loss_and_gradients() -> None:
     ours, theirs = (benchmark.draw_problem(cell("ours"), 30, 6) for _ in range(2))
     losses = benchmark.our_loss(ours, cell("ours")), torchaudio_loss(theirs)
     for loss in losses:
@@ -33,7 +33,7 @@ def test_ours_and_torchaudio_have_the_same_loss_and_gradients_of_the_same_proble
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_losses_that_differ_are_an_error() -> None:
+def test_different_losses_are_an_error() -> None:
     cost = {
         "float32_20_ours": benchmark.Cost(1.0, 1.0, 1.0, 100.0),
         "float32_20_ours_pruned": benchmark.Cost(1.0, 1.0, 1.0, 300.0),
@@ -43,21 +43,21 @@ def test_losses_that_differ_are_an_error() -> None:
         benchmark.check_losses({**cost, "float32_20_torchaudio": benchmark.Cost(1.0, 1.0, 1.0, 120.0)})
 
 
-def test_the_last_line_has_the_ratios_and_a_system_that_is_not_installed_is_named(
+def test_the_json_line_has_the_ratios_and_missing_packages_are_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PACKAGES, "fast_rnnt", "a_package_that_nobody_has")
+    monkeypatch.setitem(PACKAGES, "fast_rnnt", "missing_package")
     arguments = "--vocab-sizes 20 --dtypes float32 --systems ours torchaudio fast_rnnt"
     benchmark.main([*TINY.split(), *arguments.split()])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("fast_rnnt is skipped: a_package_that_nobody_has is not installed")
+    assert lines[0].startswith("fast_rnnt is skipped: missing_package is not installed")
     result = json.loads(lines[-1])
     assert result["time_ratio_to_torchaudio"] > 0 and result["float32_20_ours_seconds"] > 0
     assert 0 < result["ours_states_share"] <= 1 and "float32_20_fast_rnnt_seconds" not in result
 
 
-def test_a_system_that_needs_more_memory_than_the_budget_does_not_fit() -> None:
-    # In a separate process with a limited address space; its outputs and their gradient take 670 MB.
+def test_a_system_beyond_the_memory_budget_has_no_cost() -> None:
+    # In a new process, whose address space is limited; outputs and their gradient take 670 MB.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         large = replace(cell("torchaudio"), vocab_size=200_000)
         assert process.submit(benchmark.measure, large, 1, 1, 400_000_000).result() is None

@@ -1,4 +1,4 @@
-"""experiments/context_effect.sh and its table, with constructed results."""
+"""Table of experiments/context_effect.sh from constructed results, and arguments of the script."""
 
 import importlib.util
 import json
@@ -29,33 +29,34 @@ def load_script() -> ModuleType:
 script = load_script()
 
 
-def write_cell(folder: Path, model: str, seconds: float, hypotheses: list[str]) -> None:
+def write_results(folder: Path, model: str, seconds: float, hypotheses: list[str]) -> None:
+    """Write the results of a model at a context in seconds."""
     rows = [
         score_recording(f"r{number}", reference, hypothesis, "en", 3.0).row()
         for number, (reference, hypothesis) in enumerate(zip(REFERENCES, hypotheses, strict=True))
     ]
     results = {"format_version": FORMAT_VERSION, "scores": {}, "recordings": rows}
     results |= {"export": f"runs/{model}/export", "context_seconds": seconds}
-    cell = folder / f"{model}-{seconds:g}"
-    cell.mkdir(parents=True)
-    (cell / "results.json").write_text(json.dumps(results))
+    evaluation = folder / f"{model}-{seconds:g}"
+    evaluation.mkdir(parents=True)
+    (evaluation / "results.json").write_text(json.dumps(results))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     guessed = [text.replace("flour", "flower").replace("tea", "tee") for text in REFERENCES]
-    write_cell(tmp_path, "short", 4, guessed)
-    write_cell(tmp_path, "short", 0, guessed)
-    write_cell(tmp_path, "long", 4, ["peter finds", *guessed[1:]])
-    write_cell(tmp_path, "long", 32, [*REFERENCES[:2], REFERENCES[2].replace("peter", "robert")])
-    write_cell(tmp_path, "long", 0, REFERENCES)
+    write_results(tmp_path, "short", 4, guessed)
+    write_results(tmp_path, "short", 0, guessed)
+    write_results(tmp_path, "long", 4, ["peter finds", *guessed[1:]])
+    write_results(tmp_path, "long", 32, [*REFERENCES[:2], REFERENCES[2].replace("peter", "robert")])
+    write_results(tmp_path, "long", 0, REFERENCES)
     return tmp_path
 
 
-def test_errors_of_homophones_are_separate_from_those_of_other_words(folder: Path) -> None:
+def test_homophones_and_other_words_have_separate_error_rates(folder: Path) -> None:
     """5 of 18 words are homophones; two of these are misspelled, and one hypothesis lacks two words."""
     cells = script.read_cells(folder)
-    scores = {cell: script.score_homophones(one, 100) for cell, one in cells.items()}
+    scores = {cell: script.score_homophones(rows, 100) for cell, rows in cells.items()}
     misspelled, missed = scores[("short", 4.0)], scores[("long", 4.0)]
     assert misspelled.wer == pytest.approx(2 / 18)
     assert misspelled.homophone_errors == pytest.approx(2 / 5)
@@ -65,20 +66,20 @@ def test_errors_of_homophones_are_separate_from_those_of_other_words(folder: Pat
     assert missed.other_errors == pytest.approx(1 / 13)
 
 
-def test_the_models_are_compared_each_at_its_own_context_and_at_every_common_one(folder: Path) -> None:
-    found = script.effect(script.read_cells(folder), script.parse_own(["short=4", "long=32"]), 100)
-    assert found["own"]["wer"]["difference"] == pytest.approx((1 - 2) / 18)
-    assert found["own"]["first"] == ("long", 32.0) and found["own"]["second"] == ("short", 4.0)
-    assert {seconds: one["wer"]["difference"] for seconds, one in found["differences"].items()} == {
+def test_the_models_are_compared_at_their_own_and_at_all_common_contexts(folder: Path) -> None:
+    effect = script.effect(script.read_cells(folder), script.parse_own(["short=4", "long=32"]), 100)
+    assert effect["own"]["wer"]["difference"] == pytest.approx((1 - 2) / 18)
+    assert effect["own"]["first"] == ("long", 32.0) and effect["own"]["second"] == ("short", 4.0)
+    assert {seconds: test["wer"]["difference"] for seconds, test in effect["differences"].items()} == {
         "4": pytest.approx(1 / 18),
         "0": pytest.approx(-2 / 18),
     }
-    assert script.verdict(found).startswith("long at 32 s minus short at 4 s: -5.6 points of WER (")
+    assert script.verdict(effect).startswith("long at 32 s minus short at 4 s: -5.6 points of WER (")
 
 
-def test_the_table_has_a_line_for_every_context_and_whole_recordings_come_last(folder: Path) -> None:
-    found = script.effect(script.read_cells(folder), script.parse_own(["short=4", "long=32"]), 100)
-    lines = script.table(found).splitlines()
+def test_the_table_has_a_row_per_context_with_whole_recordings_last(folder: Path) -> None:
+    effect = script.effect(script.read_cells(folder), script.parse_own(["short=4", "long=32"]), 100)
+    lines = script.table(effect).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 4 s", "| 32 s", "| whole recording"]
     assert len({line.count("|") for line in lines}) == 1
     assert "11.1 %" in lines[2] and "| - | - | - |" in lines[3] + " |"
@@ -91,7 +92,7 @@ def test_the_table_has_a_line_for_every_context_and_whole_recordings_come_last(f
         (["short=5", "long=32"], "--own short=5 was not evaluated"),
     ],
 )
-def test_a_wrong_own_context_is_named(folder: Path, own: list[str], message: str) -> None:
+def test_an_invalid_own_context_is_an_error(folder: Path, own: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         script.effect(script.read_cells(folder), script.parse_own(own), 100)
 

@@ -1,4 +1,4 @@
-"""long_context.sh: from published corpora to the table; rows per step, tasks of a job array, errors."""
+"""experiments/long_context.sh: from corpora to the table; rows per step, tasks of a job array, errors."""
 
 import csv
 import json
@@ -38,13 +38,13 @@ METADATA = "File ID,Country by Ticker,Major Dialect Family\n"
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny TED-LIUM with all talks of dev and test and two of train, and Earnings-22 with its 12 calls and another."""
+    """Tiny TED-LIUM with all dev and test talks and two training talks; Earnings-22 with its 12 calls and another."""
     folder = tmp_path_factory.mktemp("downloaded")
-    sound = np.zeros(8 * 16000, np.float32)
+    waveform = np.zeros(8 * 16000, np.float32)
     spoken = speech("share with you a discovery")
-    sound[8000 : 8000 + len(spoken)] = spoken
+    waveform[8000 : 8000 + len(spoken)] = spoken
     talk = folder / "talk.sph"
-    soundfile.write(talk, sound, 16000, format="NIST", subtype="PCM_16")
+    soundfile.write(talk, waveform, 16000, format="NIST", subtype="PCM_16")
     for split, talks in (("train", ["A_2010", "B_2011"]), *published_split("tedlium").items()):
         for name in talks:
             put(folder / f"TEDLIUM/legacy/{split}/stm/{name}.stm", STM.format(name))
@@ -67,8 +67,8 @@ def python() -> Iterator[Path]:
         yield path
 
 
-def recipe(python: Path, *arguments: str | Path) -> str:
-    """Run a command of the recipe. Returns its output."""
+def run_script(python: Path, *arguments: str | Path) -> str:
+    """Run a command of long_context.sh; return its output."""
     done = subprocess.run(
         ["bash", "experiments/long_context.sh", *map(str, arguments)],
         cwd=REPOSITORY, env={**os.environ, "PYTHON": str(python), "OMP_NUM_THREADS": "1"},
@@ -78,16 +78,16 @@ def recipe(python: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_three_commands_make_the_table_from_published_corpora(corpora: Path, python: Path, tmp_path: Path) -> None:
-    work = ["--folder", tmp_path, "--contexts", "128 256", "--frames", "1024", "--nproc-per-node", "1", "--tiny"]
-    where = ["--tedlium", corpora / "TEDLIUM", "--earnings22", corpora / "earnings22"]
-    recipe(python, "prepare", *where, *work)
+def test_three_commands_make_the_table_from_the_published_layouts(corpora: Path, python: Path, tmp_path: Path) -> None:
+    options = ["--folder", tmp_path, "--contexts", "128 256", "--frames", "1024", "--nproc-per-node", "1", "--tiny"]
+    folders = ["--tedlium", corpora / "TEDLIUM", "--earnings22", corpora / "earnings22"]
+    run_script(python, "prepare", *folders, *options)
     datasets = tmp_path / "datasets"
-    found = {path.name: len(open_dataset(path)) for path in datasets.iterdir() if path.name != "tedlium-stm"}
-    assert found == {"tedlium-segments": 42, "tedlium": 21, "earnings22": 12, "earnings22-full": 13}
+    sizes = {path.name: len(open_dataset(path)) for path in datasets.iterdir() if path.name != "tedlium-stm"}
+    assert sizes == {"tedlium-segments": 42, "tedlium": 21, "earnings22": 12, "earnings22-full": 13}
     assert {path.stem for path in (datasets / "tedlium-stm").iterdir()} == set(published_split("tedlium")["test"])
 
-    recipe(python, "train", *work)
+    run_script(python, "train", *options)
     timed = open_dataset(datasets / "tedlium-timed")
     has_times = {split: all(timed.words(int(i)) for i in timed.select(split)) for split in ("train", "test")}
     assert has_times == {"train": True, "test": False}
@@ -96,9 +96,9 @@ def test_three_commands_make_the_table_from_published_corpora(corpora: Path, pyt
         assert (config["data"]["rows"], config["data"]["row_frames"]) == (rows, context)
         assert config["data"]["max_seconds"] == config["inference"]["context_seconds"] == context / 100
         assert config["finetune"]["init"] == str(tmp_path / "models/seed/export")
-    assert "is finished" in recipe(python, "train", *work)
+    assert "is finished" in run_script(python, "train", *options)
 
-    output = recipe(python, "evaluate", *work)
+    output = run_script(python, "evaluate", *options)
     table = (tmp_path / "table.md").read_text()
     assert table in output
     columns = ["TED-LIUM test", "TED-LIUM test, by segments", "Earnings-22, 6-call test", "Earnings-22, all calls"]
@@ -115,7 +115,7 @@ def test_three_commands_make_the_table_from_published_corpora(corpora: Path, pyt
 
 
 def put_results(folder: Path, model: str, context: float, errors: int, segments: bool = False) -> None:
-    """Write results of an evaluation of 100 words, with what the tables need."""
+    """Write results of an evaluation of 100 words, with the fields that the tables use."""
     words = {"hits": 101 - errors, "substitutions": errors - 2, "deletions": 1, "insertions": 1}
     score = {"wer": errors / 100, "wer_interval": None, "words": words, "num_recordings": 1}
     results = {
@@ -158,7 +158,7 @@ def test_tables_are_in_the_order_of_contexts_with_blanks_for_missing_results(tmp
     assert counts == [(str(errors), "100") for errors in (4, 4, 3, 3, 25, 20, 30, 4, 5)]
 
 
-# --- with stand-ins for the programs that the recipe starts
+# --- with stubs for the programs that the script starts
 
 PROGRAM = """#!/usr/bin/env bash
 echo "arguments: $*"
@@ -187,11 +187,11 @@ def repository(tmp_path: Path) -> Path:
 def call(
     repository: Path, *arguments: str, script: str = "experiments/long_context.sh", **environment: str
 ) -> tuple[int, str]:
-    """Exit status and output of a command of the recipe in the folder w."""
+    """Exit status and output of a command of the script, with its files in the folder w."""
     path = f"{repository / 'bin'}:{os.environ['PATH']}"
-    work = ["--folder", "w"] if "long_context" in script else []
+    options = ["--folder", "w"] if "long_context" in script else []
     done = subprocess.run(
-        ["bash", script, *arguments, *work],
+        ["bash", script, *arguments, *options],
         cwd=repository, env={**os.environ, "PYTHON": str(repository / "python"), "PATH": path, **environment},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def values(output: str, name: str) -> list[str]:
     return re.findall(rf"--{re.escape(name)} (\S+)", output)
 
 
-def test_a_step_has_the_same_number_of_frames_for_all_contexts_and_a_row_holds_one(repository: Path) -> None:
+def test_steps_have_the_same_frames_for_all_contexts_and_rows_fit_the_context(repository: Path) -> None:
     status, output = call(repository, "train", "--nproc-per-node", "8")
     assert status == 0, output
     trained = [int(float(seconds) * 100) for seconds in values(output, "data.max_seconds")][1:]  # the seed model first
@@ -230,7 +230,7 @@ def test_a_step_has_the_same_number_of_frames_for_all_contexts_and_a_row_holds_o
     assert (values(output, "data.rows")[-1], values(output, "data.row_frames")[-1]) == ("128", "3072")
 
 
-def test_finished_models_are_skipped_and_a_stopped_one_ends_the_recipe(repository: Path) -> None:
+def test_finished_models_are_skipped_and_a_stop_ends_the_script(repository: Path) -> None:
     arguments = ["train", "--nproc-per-node", "1", "--contexts", "512 1024 2048"]
     status, output = call(repository, *arguments, STOPPED="context-1024")
     assert (
@@ -268,7 +268,7 @@ def test_a_task_of_a_job_array_runs_its_part(
         assert set(re.findall(r"context-\d+", output)) == set(re.findall(r"context-\d+", expected))
 
 
-def test_models_are_compared_to_that_of_the_shortest_context(repository: Path) -> None:
+def test_models_are_compared_with_that_of_the_shortest_context(repository: Path) -> None:
     for context in (512, 1024, 131072):
         put(repository / f"w/results/tedlium/context-{context}/results.json", "")
     (repository / "w/results/tedlium/context-2048").mkdir()  # another task is evaluating it
@@ -286,7 +286,7 @@ def test_a_stopped_job_is_requeued_and_ends(repository: Path) -> None:
     assert not (repository / "w/models/seed/finished").exists()
 
 
-def test_an_evaluation_is_ended_and_requeued_before_the_time_limit(repository: Path) -> None:
+def test_an_evaluation_is_stopped_and_requeued_before_the_time_limit(repository: Path) -> None:
     command = ["experiments/long_context.sbatch", "evaluate", "--folder", "w", "--contexts", "512 1024"]
     running = Running(repository, "bash", *command, SLOW="datasets/earnings22 ", **job())
     running.wait_for("datasets/earnings22 ")
@@ -303,13 +303,13 @@ def test_an_evaluation_is_ended_and_requeued_before_the_time_limit(repository: P
         (["train", "--contexts", "512"], "context-512 ", 75),
     ],
 )
-def test_a_kill_of_the_script_ends_the_programs_it_started(
+def test_killing_the_script_ends_the_programs_it_started(
     repository: Path, arguments: list[str], slow: str, expected: int
 ) -> None:
-    # The slow program writes its process id and sleeps, a training until it is asked to stop.
-    until_asked = 'while [ ! -e "$folder/STOP" ]; do sleep 0.05; done; touch "$folder/REQUEUE"; exit'
-    slowly = until_asked if expected == 75 else "exec sleep 1000"
-    write_program(repository / "python", PROGRAM.replace("exec sleep 1000", f"{{ echo $$ >pid; {slowly}; }}"))
+    # The slow program writes its process id and sleeps; a training script sleeps until a STOP file exists.
+    until_stop = 'while [ ! -e "$folder/STOP" ]; do sleep 0.05; done; touch "$folder/REQUEUE"; exit'
+    action = until_stop if expected == 75 else "exec sleep 1000"
+    write_program(repository / "python", PROGRAM.replace("exec sleep 1000", f"{{ echo $$ >pid; {action}; }}"))
     command = ["experiments/long_context.sh", *arguments, "--folder", "w", "--nproc-per-node", "1"]
     running = Running(repository, "bash", *command, SLOW=slow)
     running.wait_for(slow)

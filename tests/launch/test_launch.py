@@ -1,4 +1,4 @@
-"""Shell scripts, with stubs for the programs that they start: a training script, srun, scontrol."""
+"""Launch scripts, with stubs for the programs that they start: a training script, srun, scontrol."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from tests.paths import REPOSITORY
 from tests.patience import PATIENCE, wait_until
 
 SCRIPTS = sorted([*REPOSITORY.glob("launch/*.sh"), *REPOSITORY.glob("launch/*.sbatch"), REPOSITORY / ".ci/run"])
-# Stub of .venv/bin/python: prints its arguments, then runs until a STOP file exists, and replaces it by REQUEUE.
-# "crash", "finish" and "hang" in the name of the folder change that.
+# Stub for .venv/bin/python: prints its arguments, runs until a STOP file exists, and replaces it by REQUEUE, unless the
+# name of the folder ends in "crash", "finish" or "hang".
 PYTHON_STUB = """#!/usr/bin/env bash
 case "$1 $*" in
     "-c "*) echo 3; exit ;;  # the number of GPUs
@@ -61,7 +61,7 @@ def write_program(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A copy of the launch scripts, with stubs for the programs that they start."""
+    """Folder with the launch scripts and stubs for the programs that they start."""
     shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
     write_program(tmp_path / "python", PYTHON_STUB)
     write_program(tmp_path / "bin/srun", SRUN)
@@ -71,7 +71,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 class Running:
-    """A started launch script, with its output in a file."""
+    """Running launch script, with its output in a file."""
 
     def __init__(self, repository: Path, *command: str, **env: str) -> None:
         self.log = repository / "log"
@@ -91,8 +91,10 @@ class Running:
         )
 
     def wait_for(self, text: str) -> None:
+        """Wait until the output contains the text; fail if the script ends without it."""
+
         def is_written() -> bool:
-            ended = self.process.poll() is not None  # polled first, so that the log is complete if it ended
+            ended = self.process.poll() is not None  # before reading, so that the log is complete after the end
             written = text in self.log.read_text()
             assert written or not ended, self.log.read_text()
             return written
@@ -100,6 +102,7 @@ class Running:
         wait_until(is_written, self.log.read_text)
 
     def finish(self) -> tuple[int, str]:
+        """Wait for the end of the script; return its exit status and output."""
         try:
             return self.process.wait(PATIENCE), self.log.read_text()
         finally:
@@ -136,7 +139,7 @@ def test_help_explains_the_script_and_does_nothing(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
-def test_torchrun_turns_a_signal_into_a_checkpoint_and_an_end(repository: Path, name: signal.Signals) -> None:
+def test_torchrun_saves_a_checkpoint_and_stops_after_a_signal(repository: Path, name: signal.Signals) -> None:
     running = torchrun(repository, "pretrain.py", "--run.folder", "runs/a b")
     running.wait_for("arguments")
     running.process.send_signal(name)
@@ -148,7 +151,7 @@ def test_torchrun_turns_a_signal_into_a_checkpoint_and_an_end(repository: Path, 
 
 
 @pytest.mark.parametrize(("folder", "expected"), [("runs/finish", 0), ("runs/crash", 7)])
-def test_torchrun_ends_with_the_status_of_the_training_script(repository: Path, folder: str, expected: int) -> None:
+def test_torchrun_returns_the_exit_status_of_the_training_script(repository: Path, folder: str, expected: int) -> None:
     stale = repository / folder / "STOP"
     stale.parent.mkdir(parents=True)
     stale.touch()
@@ -158,7 +161,7 @@ def test_torchrun_ends_with_the_status_of_the_training_script(repository: Path, 
     assert not stale.exists(), "an old STOP file must not end the next run"
 
 
-def test_a_second_interrupt_ends_a_run_that_ignores_stop(repository: Path) -> None:
+def test_a_second_interrupt_kills_a_run_that_ignores_the_stop_file(repository: Path) -> None:
     running = torchrun(repository, "pretrain.py", "--run.folder", "runs/hang")
     running.wait_for("arguments")
     running.process.send_signal(signal.SIGINT)
@@ -207,7 +210,7 @@ def test_job_requeues_itself_after_the_time_limit_signal(repository: Path) -> No
         ("RUNNING", {"SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"}, 75, "MAX_REQUEUES is 2"),
     ],
 )
-def test_job_is_not_requeued_when_cancelled_or_at_the_cap(
+def test_job_is_not_requeued_after_scancel_or_max_requeues(
     repository: Path, state: str, env: dict[str, str], expected: int, message: str
 ) -> None:
     running = job(repository, "runs/a", state, **env)
@@ -249,7 +252,7 @@ def test_job_submitted_from_another_folder_is_refused(repository: Path) -> None:
         ({"ID": "1", "COUNT": "2", "MIN": "1", "MAX": "2"}, "error: parts are numbered from 0"),
     ],
 )
-def test_a_task_of_an_array_prepares_its_part(repository: Path, array: dict[str, str], expected: str) -> None:
+def test_a_task_of_a_job_array_prepares_its_part(repository: Path, array: dict[str, str], expected: str) -> None:
     write_program(repository / "python", '#!/usr/bin/env bash\necho "$@"\n')
     slurm = {name if name == "PARTS" else f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
     arguments = ["launch/prepare.sbatch", "synthetic", "--out", "x"]
@@ -263,7 +266,7 @@ def setup(repository: Path, *arguments: str, python: str = sys.executable) -> su
     return subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True)
 
 
-def test_setup_finishes_a_broken_installation_and_skips_a_finished_one(repository: Path) -> None:
+def test_setup_repeats_a_failed_installation_and_skips_a_complete_one(repository: Path) -> None:
     requirements = repository / "requirements.txt"
     for kind in ("dev", "storage"):
         (repository / f"requirements-{kind}.txt").write_text("")
@@ -289,16 +292,16 @@ def test_setup_names_the_required_interpreter(repository: Path) -> None:
     assert done.returncode == 1 and "no Python 3.11 or newer" in done.stderr and "PYTHON=" in done.stderr
 
 
-def test_setup_names_the_package_of_ensurepip_on_debian(repository: Path) -> None:
+def test_setup_names_the_debian_package_if_ensurepip_is_missing(repository: Path) -> None:
     (repository / "requirements.txt").write_text("")
     write_program(repository / "bin/apt-get", "#!/bin/sh\nexit 1\n")
-    crippled = f"""#!/bin/sh
+    without_ensurepip = f"""#!/bin/sh
 case "$*" in
     "-c import ensurepip" | "-m pip"*) exit 1 ;;
     *) exec {sys.executable} "$@" ;;
 esac
 """
-    python = write_program(repository / "bin/python3.99", crippled)
+    python = write_program(repository / "bin/python3.99", without_ensurepip)
     command = ["bash", "launch/setup.sh"]
     env = {**os.environ, "PYTHON": str(python), "PATH": f"{repository / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True)

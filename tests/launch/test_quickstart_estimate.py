@@ -1,4 +1,4 @@
-"""Estimate in the first line of the quickstart, from measured steps of its recipes."""
+"""Run-time estimate of the quickstart, from measured steps of its recipes."""
 
 import importlib.util
 from typing import Any
@@ -20,12 +20,12 @@ def script() -> Any:
 
 
 @pytest.mark.parametrize("head", ["ctc", "rnnt"])
-def test_steps_of_every_kind_are_measured_on_this_machine(script: Any, head: str) -> None:
+def test_the_estimate_measures_steps_on_this_machine(script: Any, head: str) -> None:
     seconds, precision = script.estimate(head, 1, 1, World())
     assert 0 < seconds < float("inf") and precision.name in ("float32", "bfloat16")
 
 
-def test_the_time_is_that_of_all_steps_and_of_the_rest(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_the_time_of_all_steps_plus_the_rest(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "step_seconds", lambda *_: 0.1)
     steps = [load_yaml(REPOSITORY / f"configs/quickstart-{name}.yaml")["run"]["steps"] for name in ("pretrain", "ctc")]
     total = script.LOOP_FACTOR * (steps[0] + 2 * steps[1]) + script.REST["ctc"]

@@ -1,4 +1,4 @@
-"""The pretraining section of the quickstart's report."""
+"""Pretraining section of the report of the quickstart."""
 
 import importlib.util
 import json

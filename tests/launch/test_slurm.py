@@ -1,4 +1,4 @@
-"""Pretraining and preparation on two nodes of a real SLURM, interrupted, against uninterrupted ones."""
+"""Interrupted jobs on two nodes of a real SLURM cluster, compared with uninterrupted runs."""
 
 import json
 import os
@@ -43,7 +43,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny dataset of noise, and a recipe that trains on it."""
+    """Configuration file that pretrains a tiny encoder on a tiny dataset of noise."""
     folder = tmp_path_factory.mktemp("recipe")
     generator = np.random.default_rng(0)
     settings = FeatureSettings()
@@ -70,7 +70,7 @@ def command(recipe: Path, run: Path) -> list[str]:
 
 
 def wait_for_steps(cluster: Cluster, job: str, run: Path, more: int) -> None:
-    """Wait until the running job has logged `more` further steps."""
+    """Wait until the running job has logged `more` additional steps."""
 
     def logged() -> int:
         metrics = run / "metrics.jsonl"
@@ -87,10 +87,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoints/step-{STEPS:08d}/model.safetensors")
 
 
-def test_job_interrupted_twice_ends_with_the_weights_of_an_uninterrupted_run(
+def test_a_job_interrupted_twice_has_the_weights_of_an_uninterrupted_run(
     cluster: Cluster, recipe: Path, tmp_path: Path
 ) -> None:
-    """Requeued by the administrator (SIGTERM to all processes), then by its own time-limit signal (SIGUSR2)."""
+    """It is requeued by the administrator (SIGTERM to all processes), then by its time-limit signal (SIGUSR2)."""
     reference, interrupted, log = tmp_path / "reference", tmp_path / "interrupted", tmp_path / "job.log"
     script = ["launch/pretrain.sbatch", *command(recipe, interrupted)]
     job = cluster.command("sbatch", "--parsable", "--nodes=2", f"--output={log}", *script, cwd=REPOSITORY)
@@ -133,8 +133,8 @@ def test_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, recipe: Path,
     assert cluster.job(job)["JobState"] == "CANCELLED"
 
 
-def test_array_with_a_requeued_part_makes_the_dataset_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
-    """Three parts on two nodes; the administrator requeues the first while it writes (SIGTERM)."""
+def test_a_job_array_with_a_requeued_part_makes_the_same_dataset(cluster: Cluster, tmp_path: Path) -> None:
+    """Three parts on two nodes; the administrator requeues the first part while it writes (SIGTERM)."""
     log, out = tmp_path / "%a.log", tmp_path / "out"
     corpus = ["synthetic", "--languages=en,de", "--train_hours=0.1", "--test_long_recordings=1", "--long_minutes=1"]
     array = ["--array=0-2", f"--output={log}", "launch/prepare.sbatch", *corpus, "--workers=1", f"--out={out}"]
