@@ -179,7 +179,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokeniz
             return BPETokenizer((path.parent / MODEL_FILE).read_bytes(), replace_unknown)
         except OSError as error:
             raise UserError(f"{path.parent / MODEL_FILE}: {error}; save the tokenizer again") from error
-    raise UserError(f"{path}: kind is {kind!r}, known are 'char' and 'bpe'")
+    raise UserError(f"{path}: kind is {kind!r}, expected 'char' or 'bpe'")
 
 
 def tokenizer_files(folder: str | os.PathLike[str]) -> list[str]:

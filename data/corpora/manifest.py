@@ -116,7 +116,7 @@ def _entry(
         raise UserError(f"{where}: an entry with an offset needs its duration too")
     line_split = text_field(fields, "split", where)
     if line_split is not None and line_split not in SPLIT_NAMES:
-        raise UserError(f"{where}: split is {shorten(line_split)}, known are {', '.join(SPLITS)}")
+        raise UserError(f"{where}: split is {shorten(line_split)}, expected one of {', '.join(SPLITS)}")
     path = audio_path(name, base, where)
     id = _SUFFIX.sub("", name) + ("" if start is None else f"@{start:.3f}")
     words, warnings = None, []

@@ -75,7 +75,7 @@ class MlsSettings:
         for language in self.languages:
             if _code(language) not in LANGUAGES:
                 suggestion = did_you_mean(language, [*LANGUAGES, *LANGUAGES.values()])
-                raise UserError(f"languages is {language!r}, known are {', '.join(LANGUAGES)}.{suggestion}")
+                raise UserError(f"languages is {language!r}, expected one of {', '.join(LANGUAGES)}.{suggestion}")
         check_not_empty("splits", self.splits, get_args(MlsSplit))
         if "train" in self.splits and set(self.splits) & set(LIMITED):
             raise UserError(

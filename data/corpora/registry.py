@@ -100,5 +100,5 @@ def find_corpus(name: str) -> Corpus:
     """Corpus by name. Raises UserError with the nearest name for an unknown one."""
     if name not in CORPORA:
         known = list(CORPORA)
-        raise UserError(f"unknown corpus {name!r}: known are {', '.join(known)}.{did_you_mean(name, known)}")
+        raise UserError(f"unknown corpus {name!r}, expected one of {', '.join(known)}.{did_you_mean(name, known)}")
     return CORPORA[name]

@@ -114,7 +114,7 @@ def decode_range(
 def check_codec(codec: str) -> None:
     """Raise UserError unless the codec is known."""
     if codec not in CODECS:
-        raise UserError(f"codec is {codec!r}: known are {', '.join(CODECS)}")
+        raise UserError(f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
 
 
 def _differences(values: np.ndarray) -> np.ndarray:

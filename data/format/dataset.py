@@ -73,7 +73,7 @@ class Dataset:
         self.total_frames: int = fields["frames"]
         self.encoding: Encoding = fields["layout"]
         if self.encoding not in ENCODINGS:
-            raise UserError(f"{place}: layout is {self.encoding!r}, known are {', '.join(ENCODINGS)}")
+            raise UserError(f"{place}: layout is {self.encoding!r}, expected one of {', '.join(ENCODINGS)}")
         self._mean, self._std = (parse_vector(fields, name, self.features.num_mels, place) for name in ("mean", "std"))
         try:
             self.index = Index(storage.local_copy(INDEX_FILE), storage.local_copy(RECORDINGS_FILE))
@@ -148,7 +148,7 @@ class Dataset:
         for name, value in conditions.items():
             names, codes = self.labels(name)
             if value not in names:
-                raise UserError(f"{self.location}: no recording with {name} {value!r}; known are {sorted(names)}")
+                raise UserError(f"{self.location}: no recording with {name} {value!r}; the dataset has {sorted(names)}")
             keep &= codes == names.index(value)
         numbers = np.flatnonzero(keep).astype(np.int32)
         if ids is not None:

@@ -192,7 +192,7 @@ def _codes(dataset: Dataset, name: str, wanted: Collection[str]) -> list[int]:
             known = known if len(known) <= _MAX_CHARACTERS else known[:_MAX_CHARACTERS] + "..."
             near = did_you_mean(value, values)
             raise UserError(
-                f"--{name} is {value!r}: no recording of {dataset.location} has this value; known are {known}.{near}"
+                f"--{name} is {value!r}: no recording of {dataset.location} has this value, only {known}.{near}"
             )
     return [values.index(value) for value in wanted]
 

@@ -197,7 +197,7 @@ async def check_range(response: Any) -> None:
 def _checked_protocol(location: str) -> str:
     protocol, _, rest = location.partition("://")
     if protocol not in _PACKAGES:
-        raise UserError(f"URLs of the kind {protocol!r} are not supported; known are {', '.join(_PACKAGES)}")
+        raise UserError(f"URLs of the kind {protocol!r} are not supported; expected one of {', '.join(_PACKAGES)}")
     if re.search(r"[\s?#%]|::", rest) or "@" in rest.partition("/")[0]:
         # Credentials would appear in logs; every back end reads them from its own configuration.
         raise UserError(f"a {protocol} URL must have no user, password, query or escapes; see docs/storage.md")

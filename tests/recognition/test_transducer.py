@@ -254,7 +254,7 @@ class Config:
             for name in ("context", "prediction_dim", "prediction_layers", "joint_dim", "slice_bytes")
         ),
         *(
-            (name, -0.1, "expected a number of at least 0")
+            (name, -0.1, "expected a number, 0 or more")
             for name in ("ctc_weight", "fast_emit", "simple_weight", "sigma")
         ),
         *(("dropout", value, "give 0 or more, and less than 1") for value in (-0.1, 1.0)),

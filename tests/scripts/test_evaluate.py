@@ -297,8 +297,8 @@ def test_an_unknown_field_ends_with_status_2_and_the_nearest_name(tmp_path: Path
         (["--inference.overlap", "[0.5, 0]"], r"inference.overlap: .*\[0.5, 0\].*`python -m tools.sweep`"),
         (["--decoder", "[{beam: 1}, {beam: 8}]"], "decoder: (.|\n)*`python -m tools.sweep`"),
         (["--inference.contextseconds", "5"], "did you mean 'inference.context_seconds'"),
-        (["--data.max_recordings", "-1"], "data.max_recordings is -1: expected an integer of at least 0"),
-        (["--threads", "-1"], "threads is -1: expected an integer of at least 0"),
+        (["--data.max_recordings", "-1"], "data.max_recordings is -1: expected an integer, 0 or more"),
+        (["--threads", "-1"], "threads is -1: expected an integer, 0 or more"),
     ],
 )
 def test_lists_and_invalid_values_are_refused_naming_the_field(arguments: list[str], message: str) -> None:

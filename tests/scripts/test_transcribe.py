@@ -464,7 +464,7 @@ def test_invalid_settings_are_refused_before_any_work(setup: script.Config, tmp_
     with pytest.raises(UserError, match="2 processes cannot share stdout"):
         script.transcribe(setup, World(size=2))
     for name in ("workers", "threads"):
-        with pytest.raises(UserError, match=f"{name} is -1: expected an integer of at least 0"):
+        with pytest.raises(UserError, match=f"{name} is -1: expected an integer, 0 or more"):
             parse(script.Config, ["--export=x", "--audio=y", f"--{name}=-1"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").touch()

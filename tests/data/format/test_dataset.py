@@ -101,7 +101,7 @@ def test_recordings_survive_a_round_trip(tmp_path: Path) -> None:
 def test_selection_by_split_language_and_id(dataset: Dataset) -> None:
     assert dataset.select(split="train", language="en").tolist() == list(range(7))
     assert dataset.select(ids=["r005", "r001"]).tolist() == [1, 5]
-    with pytest.raises(UserError, match=r"split 'dev'; known are \['train'\]"):
+    with pytest.raises(UserError, match=r"split 'dev'; the dataset has \['train'\]"):
         dataset.select(split="dev")
     with pytest.raises(UserError, match="no recording 'unknown'"):
         dataset.select(ids=["r001", "unknown"])
