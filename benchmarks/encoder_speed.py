@@ -178,7 +178,7 @@ def compare(contest: Contest, workload: str, args: argparse.Namespace) -> dict[s
                 times[name][repeat].append(step_seconds(system, system.batches[i]))
             rates.append(matmul_rate(contest.settings, 1000, hardware_dtype()))
         speeds = (f"{n} {systems[n].seconds / sum(t[repeat]):.2f}" for n, t in times.items())
-        print(f"  {repeat}: audio-s/s " + ", ".join(speeds), flush=True)
+        print(f"  {repeat}: RTFx " + ", ".join(speeds), flush=True)
     best = {name: sum(map(min, zip(*passes, strict=True))) for name, passes in times.items()}
     result = {name: systems[name].seconds / seconds for name, seconds in best.items()}
     others = [speed for name, speed in result.items() if name != OURS]

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rates.append(rate_1)
             scaling.append(rate_2 / rate_1)
             work_scaling.append(2 * work_rate_2 / work_rate_1)
-            print(f"{rate_1:,.0f} audio-s/s with one worker, {rate_2:,.0f} with two", flush=True)
+            print(f"RTFx {rate_1:,.0f} with one worker, {rate_2:,.0f} with two", flush=True)
         fill = planned * 100 / (options.updates * options.rows * options.row_frames)
         bare, normalised = bare_speeds(options)
         figures = {

@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for (suffix, system), measured in rates.items():
                 with tempfile.TemporaryDirectory(dir=folder) as out:
                     measured.append(total / in_child(systems[system], folder, suffix, Path(out)))
-                print(f"{number} {suffix} {system}: {measured[-1]:,.0f} audio-s/s on one core", flush=True)
+                print(f"{number} {suffix} {system}: RTFx {measured[-1]:,.0f} on one core", flush=True)
     figures: dict[str, float] = {}
     for suffix in FORMATS:
         ours, lhotse = rates[suffix, "ours"], rates[suffix, "lhotse"]

@@ -89,7 +89,7 @@ def main() -> None:
         for name, system in systems.items():
             times[name].append(time_step(system.step))
         rates.append(matmul_rate(PRESETS["bestrq-94m"], args.rows * row_frames // 4, hardware_dtype()))
-        print(f"{repeat}: " + ", ".join(f"{n} {seconds / t[-1]:.2f} audio-s/s" for n, t in times.items()), flush=True)
+        print(f"{repeat}: " + ", ".join(f"{n} RTFx {seconds / t[-1]:.2f}" for n, t in times.items()), flush=True)
 
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = statistics.median(rates)

@@ -201,7 +201,7 @@ def compare(name: str, recordings: Sequence[np.ndarray], args: argparse.Namespac
         for label, system in systems.items():
             times[label].append(one_pass(system, recordings, args.device))
         print(
-            f"  {repeat}: audio-s/s " + ", ".join(f"{label} {audio / t[-1]:.2f}" for label, t in times.items()),
+            f"  {repeat}: RTFx " + ", ".join(f"{label} {audio / t[-1]:.2f}" for label, t in times.items()),
             flush=True,
         )
     speeds = {label: audio / min(seconds) for label, seconds in times.items()}

@@ -261,11 +261,6 @@ def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
     return "  ".join(parts)
 
 
-def _audio(rate: float) -> str:
-    """Audio-hours per second if at least 1, else audio-seconds per second."""
-    return f"{rate / 3600:7.2f} audio-h/s" if rate >= 3600 else f"{rate:7.1f} audio-s/s"
-
-
 def duration(seconds: float) -> str:
     """`2d03h`, `3h07m`, `4m09s` or `12s`."""
     whole = int(seconds)
@@ -284,7 +279,7 @@ _COLUMNS = {
     "dev_accuracy": lambda value: f"acc {value:6.2%}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "grad_norm": lambda value: f"grad {value:8.3g}",
-    "audio_seconds_per_second": _audio,
+    "audio_seconds_per_second": "RTFx {:9,.1f}".format,
     "mfu": lambda value: f"MFU {value:6.1%}",
     "memory_gib": lambda value: f"mem {value:5.1f} GiB",
     "data_wait": lambda value: f"wait {value:5.1%}",

@@ -129,10 +129,10 @@ def test_the_console_line_has_every_figure_and_lines_are_aligned() -> None:
              "audio_seconds_per_second": 80.0 * 3600, "mfu": 0.05, "memory_gib": 71.0, "data_wait": 0.5,
              "eta_seconds": 200000.0}  # fmt: skip
     line = console_line(10, 10000, small)
-    for part in ("step    10/10000", "loss   7.1000", "acc  3.00%", "lr 1.00e-04", "grad      1.5", "130.0 audio-s/s",
+    for part in ("step    10/10000", "loss   7.1000", "acc  3.00%", "lr 1.00e-04", "grad      1.5", "RTFx     130.0",
                  "MFU  41.3%", "mem   1.2 GiB", "wait  0.4%", "ETA    59s"):  # fmt: skip
         assert part in line
-    assert "80.00 audio-h/s" in console_line(10000, 10000, large)
+    assert "RTFx 288,000.0" in console_line(10000, 10000, large)
     assert len(console_line(10000, 10000, large)) == len(line)
 
 
