@@ -16,13 +16,10 @@ its time, and the alignment with the reference), report.html. Appends a row to r
 """
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 
 from bestrq.training.process import World
-from common.config import load_yaml, parse, run_main
+from common.config import parse, run_main
 from common.errors import UserError
 from data.format.dataset import Dataset
 from pipelines.evaluation import check_evaluations, open_export, read_references, run_evaluation
@@ -50,13 +47,12 @@ def prepare_evaluation(config: Config, dataset: Dataset, world: World) -> Evalua
 def parse_command(argv: Sequence[str] | None = None) -> Config:
     """Settings from the command line. Raises UserError, which names tools/sweep.py if a field has a list of values."""
     try:
-        arguments = list(without_empty_grids(sys.argv[1:] if argv is None else argv))
-        return parse(Config, arguments, description=__doc__)
+        return parse(Config, argv, description=__doc__)
     except UserError as error:
         if lists := re.findall(r"unknown field '(grid[\w.]*)'", str(error)):
             raise UserError(
                 f"{', '.join(lists)}: evaluate.py evaluates one configuration; give the same arguments to "
-                "`python -m tools.sweep`, which evaluates all configurations of the lists"
+                "`python -m tools.sweep`, which evaluates all configurations of the lists; remove an empty section"
             ) from None
         # Such as --inference.context_seconds '[5, 20]'.
         if re.search(r"Got value: \[|is a list: |load config .\[", str(error)):
@@ -65,25 +61,6 @@ def parse_command(argv: Sequence[str] | None = None) -> Config:
                 "--grid.contexts, --grid.overlaps, --grid.modes, --grid.decoders and --grid.exports"
             ) from None
         raise
-
-
-def without_empty_grids(argv: Sequence[str]) -> Iterator[str]:
-    """Arguments without the empty sections `grid` that --print_config wrote before sweeps moved to tools/sweep.py.
-
-    A file with such a section is replaced by its content, which `--config` also takes.
-    """
-    for previous, word in zip(["", *argv], argv, strict=False):
-        option = "--config=" if word.startswith("--config=") else ""
-        if option or previous == "--config":
-            with suppress(UserError):  # the parser reports an unreadable file
-                path = word.removeprefix(option)
-                values = load_yaml(path)
-                grid = values.get("grid") or {}
-                if "grid" in values and not any(grid.values() if isinstance(grid, dict) else [grid]):
-                    text = Path(path).read_text(encoding="utf-8")
-                    rest = re.sub(r"(?m)^grid:.*(?:\n(?:[ \t#].*)?$)*", "", text)
-                    word = option + (rest.strip() or "{}")
-        yield word
 
 
 def main() -> None:

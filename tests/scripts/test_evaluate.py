@@ -313,23 +313,6 @@ def test_a_grid_in_a_configuration_file_is_refused(tmp_path: Path) -> None:
         script.parse_command(["--config", str(tmp_path / "grid.yaml")])
 
 
-@pytest.mark.parametrize("option", ["--config={}", "--config {}"])
-@pytest.mark.parametrize(
-    "grid",
-    ["grid: null", "grid: {}", "grid:\n  exports: []\n\n  contexts: []\n  # list\n  decoders: []\n  part: ''"],
-    ids=["null", "empty", "defaults"],
-)
-def test_an_empty_grid_in_a_configuration_file_is_ignored(tmp_path: Path, grid: str, option: str) -> None:
-    """evaluate.py --print_config wrote such a section before sweeps moved to tools/sweep.py."""
-    path = tmp_path / "old.yaml"
-    rest = "inference:\n  context_seconds: 7.5\ndecoder: {hot_word_weight: 1e-1}\n"
-    for text in (f"export: x\n{grid}\ndata:\n  dataset: y\n{rest}", f"export: x\ndata: {{dataset: y}}\n{rest}{grid}"):
-        path.write_text(text)
-        config = script.parse_command([*option.format(path).split(), "--device", "cpu"])
-        assert (config.export, config.data.dataset, config.device) == ("x", "y", "cpu")
-        assert (config.inference.context_seconds, config.decoder.hot_word_weight) == (7.5, 0.1)
-
-
 def test_the_error_about_missing_transcripts_names_a_dataset_in_object_storage(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path, FeatureSettings()) as writer:
         writer.add(Recording("a", split="test"), np.zeros((10, 80)))
