@@ -19,13 +19,7 @@ from bestrq.recognition.ctc import CTCModel, pad_labels
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
-from bestrq.training.optimizer import (
-    StepGuard,
-    build_optimizer,
-    report_skipped_step,
-    seed_step,
-    set_learning_rates,
-)
+from bestrq.training.optimizer import StepGuard, build_optimizer, report_skipped_step, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder

@@ -50,16 +50,8 @@ from bestrq.training.optimizer import (
     set_learning_rates,
 )
 from bestrq.training.precision import resolve_precision, with_precision
-from bestrq.training.process import (
-    FREE_DISTRIBUTED_FIELDS,
-    DistributedSettings,
-    World,
-    autocast,
-    gradient_sync,
-    parallelise,
-    start_world,
-)
-from bestrq.training.run_folder import RunFolder, RunSettings
+from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise, start_world
+from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
@@ -98,15 +90,10 @@ class Config:
 
 # Fields that may change when a run is resumed, because they do not affect the optimizer steps.
 FREE_FIELDS = (
-    "accumulation",
-    "checkpoint",
-    *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
+    *FREE_RUN_FIELDS,
     "encoder.activation_checkpointing",
     "encoder.backend",
-    "guard.max_bad_updates",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
-    "run.folder",
-    "run.log_every",
     "validation.every_steps",
 )
 # Fields that may name another location if the fingerprint of the data is the same.

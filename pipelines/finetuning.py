@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from bestrq.long_form.inference import InferenceSettings, RecordingSource
@@ -18,8 +18,8 @@ from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_c
 from bestrq.training.export import write_export
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
-from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, DistributedSettings, World, unwrap
-from bestrq.training.run_folder import RunFolder, RunSettings
+from bestrq.training.process import DistributedSettings, World, unwrap
+from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file
@@ -89,7 +89,7 @@ class FinetuneConfig:
     """later stages of training, for example with longer rows and crops; data describes the first stage"""
     cutting: CuttingSettings = field(default_factory=CuttingSettings)
     """treatment of words at the cuts of long recordings"""
-    accumulation: int = 1
+    accumulation: PositiveInt = 1
     """micro-batches per step: divides the rows that a process holds at once"""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     """Conformer; with finetune.init it must match the export, except for dropout"""
@@ -111,16 +111,11 @@ class FinetuneConfig:
 
 # Fields that may change when a run is resumed, because they do not affect the weights.
 FREE_FIELDS = (
-    "accumulation",
-    "checkpoint",
-    *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
+    *FREE_RUN_FIELDS,
     "encoder.activation_checkpointing",
     "encoder.backend",
-    "guard.max_bad_updates",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "inference.batch_seconds",
-    "run.folder",
-    "run.log_every",
 )
 # Fields that may name another location of the same data, which is checked by its fingerprint.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}

@@ -6,6 +6,7 @@ search needs; `inference` assembles these to whole recordings. The second search
 N recordings, R rows, T encoder frames, K labels per frame.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -65,6 +66,8 @@ class DecoderSettings:
         for name in ("language_model", "label_bonus", "hot_words"):
             if getattr(self, name) and self.beam == 1:
                 raise UserError(f"decoder.{name} is given, but decoder.beam is 1 (greedy): give a beam such as 8")
+        if self.hot_word_weight == math.inf:  # which PositiveFloat accepts
+            raise UserError("decoder.hot_word_weight is inf: give a positive number, such as 1.5")
         if not self.ctc_min_log_prob <= 0:
             raise UserError(f"decoder.ctc_min_log_prob is {self.ctc_min_log_prob}: give 0 or less, such as -10")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import read_json
 
 FORMAT_VERSION = 3
 SCORING = "scoring rules"
@@ -17,9 +18,9 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """Content of `results.json`. Raises UserError if it is missing, invalid or of another format version."""
     path = Path(folder) / RESULTS
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}. Run evaluate.py with --out {folder} first") from error
+        results = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}. Run evaluate.py with --out {folder} first") from error
     if not isinstance(results, dict) or "scores" not in results or "recordings" not in results:
         raise UserError(f"{path} was not written by evaluate.py: scores or recordings are missing")
     if results.get("format_version") != FORMAT_VERSION:

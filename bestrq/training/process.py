@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from common.cores import available_cores
 from common.errors import UserError
 
 FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "timeout_minutes")  # may change when a run is resumed
@@ -232,7 +233,7 @@ def _threads(settings: DistributedSettings, launch: Launch) -> int:
     """Number of threads to set, or 0 for torch's default."""
     if settings.threads or launch.size == 1 or "OMP_NUM_THREADS" in os.environ:
         return settings.threads
-    return max(1, len(os.sched_getaffinity(0)) // launch.local_size)
+    return max(1, available_cores() // launch.local_size)
 
 
 def parallelise(

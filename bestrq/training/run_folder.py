@@ -20,13 +20,22 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from bestrq.training.process import World
+from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
 from common.errors import UserError
 from common.files import canonical_path, read_json, write_file
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+# Fields that every script may change when a run is resumed, because they do not affect the optimizer steps.
+FREE_RUN_FIELDS = (
+    "accumulation",
+    "checkpoint",
+    *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
+    "guard.max_bad_updates",
+    "run.folder",
+    "run.log_every",
+)
 
 
 @dataclass

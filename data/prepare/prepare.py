@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -26,6 +25,7 @@ import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 
 from common.config import parse_sections
+from common.cores import available_cores
 from common.errors import UserError
 from common.files import canonical_path, read_json_object, write_json
 from data.corpora.base import Corpus, Source
@@ -48,7 +48,7 @@ class PrepareSettings:
 
     out: str
     """Folder of the dataset; created if it is missing."""
-    workers: PositiveInt = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: PositiveInt = available_cores()
     """Processes that read or synthesise audio and compute features; by default one per core available to the
     process."""
     part: str = "0/1"

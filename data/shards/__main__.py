@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.console import set_up_console
+from common.cores import available_cores
 from common.errors import UserError, did_you_mean
 from common.files import write_file
 from data.format.dataset import open_dataset
@@ -63,7 +64,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     check = add("verify", "read every byte and list all damage; exit code 1 if there is any", _verify)
     _add_dir(check)
     check.add_argument(
-        "--workers", type=_positive, default=_cores(), help="processes (default: one per core, %(default)s)"
+        "--workers", type=_positive, default=available_cores(), help="processes (default: one per core, %(default)s)"
     )
     check.add_argument("--list", type=Path, metavar="FILE", help="write the damage as JSON lines: id, file, problem")
 
@@ -108,10 +109,6 @@ def _check_names(arguments: Sequence[str], commands: dict[str, argparse.Argument
 
 def _add_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument("dir", metavar="DIR", help="dataset: a folder, or a URL of object storage")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _positive(value: str) -> int:

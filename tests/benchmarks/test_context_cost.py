@@ -28,11 +28,10 @@ SETTINGS = replace(PRESETS["quickstart"], num_layers=1, mask="window")
 
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
-def test_a_cell_has_a_time_and_a_resident_peak(mode: str) -> None:
-    # The resident size of a small cell depends on the allocator's state: its value is not tested.
+def test_a_cell_is_measured_in_a_separate_process(mode: str) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         cost = process.submit(measure, Cell("window", mode, 30, 2, SETTINGS), 1, 1).result()
-    assert cost.milliseconds > 0 and cost.megabytes >= 0
+    assert cost.milliseconds > 0
 
 
 def test_a_training_pass_keeps_tensors_for_its_backward_pass() -> None:

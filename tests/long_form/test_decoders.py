@@ -115,6 +115,7 @@ def test_bad_settings_name_the_field() -> None:
         ("ctc_labels=0", "above 0"),
         ("hot_word_weight=0", "above 0"),
         ("hot_word_weight=nan", "above 0"),
+        ("hot_word_weight=inf", "give a positive number"),
         ("head=lstm", "auto.*ctc.*rnnt"),
     ):
         name, value = argument.split("=")

@@ -15,6 +15,7 @@ from pipelines.finetuning import FinetuneConfig
         ("finetune.encoder_learning_rate", "-0.1", "a number, 0 or more"),
         ("finetune.label_minutes", "-1.0", "a number, 0 or more"),
         ("validation.every_steps", "0", "an integer above 0"),
+        ("accumulation", "0", "an integer above 0"),
         ("validation.max_recordings", "-1", "an integer, 0 or more"),
         ("spec_augment.num_freq_masks", "-1", "an integer, 0 or more"),
         ("spec_augment.max_freq_width", "-1", "an integer, 0 or more"),
