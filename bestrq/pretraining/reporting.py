@@ -47,8 +47,8 @@ def count_codes(code_counts: Tensor, targets: Tensor) -> None:
 def unigram_entropy(counts: Tensor) -> Tensor:
     """Entropy in nats of the code frequencies, `[..., V]` -> float64 `[...]`; 0 without counts.
 
-    This is the cross-entropy of a model that knows only the frequency of every code: a pretraining loss that does not
-    fall below it has learned nothing from the context.
+    This is the cross-entropy of predicting each target by its frequency: a pretraining loss that is not below it shows
+    that the model does not use the context.
     """
     frequency = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.special.entr(frequency).sum(dim=-1)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bestrq.training.precision import DTYPES, Precision, has_bfloat16, matmul_rate
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
-from common.files import write_file
+from common.files import read_json_lines, write_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -123,15 +123,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Complete lines of a metrics file; a truncated line is skipped."""
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
