@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torchaudio.functional import forced_align
@@ -28,8 +29,8 @@ Source = Literal["auto", "exact", "characters", "words", "synthesis", "none"]
 _MAX_COST = 3.0
 # A low-energy run of this length is a pause; stop closures are shorter.
 _PAUSE_SECONDS = 0.15
-# Silence around a synthesised phrase, to which pauses before and after the recording's speech are aligned.
-_MARGIN_SECONDS = 0.1
+# Half the width of the band of dynamic time warping, as a share of the length.
+_BAND = 0.2
 _ORIGIN = {
     "exact": "exact phones of espeak-ng: the corpus is synthesised again",
     "characters": "characters, by forced alignment with the CTC export {aligner}; they stand for phones",
@@ -117,6 +118,15 @@ def _text_of(dataset: Dataset, piece: Piece) -> str:
     return " ".join(word.word for word in _words_of(dataset, piece))
 
 
+def long_runs(silent: NDArray[np.bool_], seconds: float) -> NDArray[np.bool_]:
+    """Frames in low-energy runs of at least 150 ms, bool, for frames of the given length."""
+    found = np.zeros(len(silent), bool)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], silent.astype(np.int8), [0]])))
+    for first, stop in edges.reshape(-1, 2).tolist():
+        found[first:stop] = (stop - first) * seconds >= _PAUSE_SECONDS
+    return found
+
+
 def intervals(symbols: Sequence[str], silent: NDArray[np.bool_], start: float, seconds: float) -> list[Phone]:
     """Runs of equal symbols as phones; low-energy runs of 150 ms and more are pauses.
 
@@ -126,16 +136,12 @@ def intervals(symbols: Sequence[str], silent: NDArray[np.bool_], start: float, s
         start: seconds of the first frame.
         seconds: per frame.
     """
-    symbols = list(symbols)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], silent.astype(np.int8), [0]])))
-    for first, stop in edges.reshape(-1, 2).tolist():
-        if (stop - first) * seconds >= _PAUSE_SECONDS:
-            symbols[first:stop] = [""] * (stop - first)
+    kept = ["" if paused else symbol for symbol, paused in zip(symbols, long_runs(silent, seconds), strict=True)]
     phones: list[Phone] = []
     first = 0
-    for frame in range(1, len(symbols) + 1):
-        if frame == len(symbols) or symbols[frame] != symbols[first]:
-            phones.append(Phone(symbols[first], start + first * seconds, start + frame * seconds))
+    for frame in range(1, len(kept) + 1):
+        if frame == len(kept) or kept[frame] != kept[first]:
+            phones.append(Phone(kept[first], start + first * seconds, start + frame * seconds))
             first = frame
     return phones
 
@@ -185,48 +191,61 @@ def aligned_synthesis(dataset: Dataset, piece: Piece, extractor: LogMel) -> list
     if spoken is None:
         return None
     waveform, rate, phones = spoken
-    margin = np.zeros(int(_MARGIN_SECONDS * rate), np.float32)
     # Noise 40 dB below speech, as digital silence is unlike any recording.
-    noise = np.random.default_rng(0).standard_normal(len(waveform) + 2 * len(margin), dtype=np.float32)
-    waveform = np.concatenate([margin, waveform, margin]) + noise * 0.01 * np.sqrt(np.mean(waveform**2))
-    made = _standardised(cepstra(extractor(resample([waveform], rate, dataset.features.sample_rate))))
-    read = _standardised(cepstra(read_log_mel(dataset, piece, "recording")))
+    noise = np.random.default_rng(0).standard_normal(len(waveform), dtype=np.float32)
+    waveform = waveform + noise * np.float32(0.01 * np.sqrt(np.mean(waveform**2)))
+    made = directions(_standardised(extractor(resample([waveform], rate, dataset.features.sample_rate))))
+    read = directions(read_log_mel(dataset, piece, "recording"))
     hop = dataset.features.hop_ms / 1000
-    seconds = warp(torch.cdist(read, made).numpy()) * hop - _MARGIN_SECONDS
     starts = np.array([phone.start for phone in phones])
-    places = np.searchsorted(starts, seconds, side="right") - 1
-    symbols = [
-        phones[place].symbol if place >= 0 and second < phones[place].end else ""
-        for place, second in zip(places, seconds, strict=True)
-    ]
-    return intervals(symbols, silent_frames(frame_energy(dataset, piece)), piece.start * hop, hop)
+    phone_of = np.searchsorted(starts, np.arange(len(made)) * hop, side="right") - 1
+    voiced = np.array([bool(phones[place].symbol) for place in phone_of])
+    silent = silent_frames(frame_energy(dataset, piece))
+    speech = ~long_runs(silent, hop)
+    if not speech.any() or not voiced.any():
+        return None
+    columns = warp((1 - read[torch.from_numpy(speech)] @ made[torch.from_numpy(voiced)].T).numpy())
+    symbols = np.full(len(read), "", dtype=object)
+    symbols[speech] = [phones[place].symbol for place in phone_of[voiced][columns.round().astype(int)]]
+    return intervals(symbols.tolist(), silent, piece.start * hop, hop)
+
+
+def directions(log_mel: Tensor) -> Tensor:
+    """Cepstra with unit variances, scaled to unit norm, `[F, 39]`, from normalised log-mel `[F, M]`.
+
+    Their inner product is a cosine: by Euclidean distance, a frame near the mean would be close to every other frame.
+    """
+    return F.normalize(_standardised(cepstra(log_mel)), dim=1)
 
 
 def _standardised(values: Tensor) -> Tensor:
+    """Zero mean and unit variance in every column, as the dataset normalises recordings."""
     return (values - values.mean(dim=0)) / values.std(dim=0).clamp(min=1e-3)
 
 
 def warp(cost: NDArray[np.floating]) -> NDArray[np.float64]:
     """Mean column of every row on the path of least cost through `[n, m]`, from corner to corner, float64 `[n]`.
 
-    Dynamic time warping with steps (1, 1), (1, 0) and (0, 1) (Sakoe and Chiba 1978, symmetric, without slope
-    constraint: a diagonal step counts twice).
+    Dynamic time warping with steps (1, 1), (1, 0) and (0, 1) of equal weight per frame, so a diagonal step counts twice
+    (Sakoe and Chiba 1978, symmetric form), within a band of a fifth of the length around the diagonal.
     """
     rows, columns = cost.shape
     steps = np.zeros((rows + columns - 1, rows), np.int8)  # of anti-diagonal k and row i: 0 diagonal, 1 down, 2 right
-    before = last = np.full(rows, np.inf)
-    row = np.arange(rows)
+    slope = (columns - 1) / max(rows - 1, 1)
+    width = _BAND * max(columns, 10) + max(slope, 1)  # at least a step, so that the band has no holes
+    # Row i of cell (i, k - i) is stored at i + 1.
+    before, last, total = (np.full(rows + 1, np.inf) for _ in range(3))
     for k in range(rows + columns - 1):
-        inside = (row <= k) & (k - row < columns)
-        local = np.where(inside, cost[row, (k - row).clip(0, columns - 1)], np.inf)
-        up = np.concatenate([[np.inf], last[:-1]])
-        diagonal = np.concatenate([[np.inf], before[:-1]])
-        choices = np.stack([diagonal + 2 * local, up + local, last + local])
-        steps[k] = choices.argmin(axis=0)
-        total = choices.min(axis=0)
-        if k == 0:
-            total[0] = local[0]
-        before, last = last, total
+        first, stop = max(0, k - columns + 1), min(rows, k + 1)
+        row = np.arange(first, stop)
+        local = np.where(np.abs(k - row - slope * row) <= width, cost[row, k - row], np.inf)
+        choices = np.stack(
+            [before[first:stop] + 2 * local, last[first:stop] + local, last[first + 1 : stop + 1] + local]
+        )
+        steps[k, first:stop] = choices.argmin(axis=0)
+        total[:] = np.inf
+        total[first + 1 : stop + 1] = choices.min(axis=0) if k else local
+        before, last, total = last, total, before
     sums, counts = np.zeros(rows), np.zeros(rows)
     i, j = rows - 1, columns - 1
     while True:
