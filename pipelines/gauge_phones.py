@@ -1,5 +1,6 @@
 """Phones of a sample for the gauge, from the best source that the dataset has."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from data.corpora.espeak import Phone
 from data.corpora.phones import ExactPhones, is_synthetic, phones_in_words, speak_transcript
 from data.features import LogMel
 from data.format.dataset import Dataset
+from data.transcripts import Word
 from pipelines.gauge_exports import CTCOutputs
 from pipelines.gauge_sample import Piece, frame_energy, read_log_mel
 
@@ -78,8 +80,9 @@ def find_phones(
     elif source == "words":
         found = []
         for piece in pieces:
-            words = _words_of(dataset, piece)
-            found.append(phones_in_words(words, dataset.language(piece.recording)) if words else None)
+            rate, words = dataset.features.frames_per_second, dataset.words(piece.recording)
+            spoken = [w for w in words or [] if w.start * rate < piece.stop and w.end * rate > piece.start]
+            found.append(phones_in_words(spoken, dataset.language(piece.recording)) if words else None)
     elif source == "synthesis":
         extractor = LogMel(dataset.features)
         found = [aligned_synthesis(dataset, piece, extractor) for piece in pieces]
@@ -104,11 +107,12 @@ def _best_source(dataset: Dataset, pieces: Sequence[Piece], settings: PhoneSetti
     return "synthesis" if any(dataset.text(piece.recording) for piece in pieces) else "none"
 
 
-def _words_of(dataset: Dataset, piece: Piece) -> list:
-    """Words with times that lie within a piece."""
+def _words_of(dataset: Dataset, piece: Piece) -> list[Word]:
+    """Words with times that lie within a piece; the last one may end after the recording."""
     rate = dataset.features.frames_per_second
+    stop = math.inf if piece.stop == dataset.frames[piece.recording] else piece.stop
     words = dataset.words(piece.recording) or []
-    return [word for word in words if piece.start <= word.start * rate and word.end * rate <= piece.stop]
+    return [word for word in words if piece.start <= word.start * rate and word.end * rate <= stop]
 
 
 def _text_of(dataset: Dataset, piece: Piece) -> str:
@@ -152,8 +156,8 @@ def intervals(symbols: Sequence[str], silent: NDArray[np.bool_], start: float, s
 def aligned_characters(dataset: Dataset, pieces: Sequence[Piece], aligner: str) -> list[list[Phone] | None]:
     """Labels of an export's tokenizer as phones: every frame belongs to the nearest label of the best CTC path.
 
-    None for a piece whose transcript is missing, too long or does not match (more than 3 nats per label above greedy
-    decoding). Separators of words belong to the neighbouring labels.
+    None for a piece whose transcript is missing, too long, has characters that the tokenizer lacks, or does not match
+    (more than 3 nats per label above greedy decoding). Separators of words belong to the neighbouring labels.
     """
     model = CTCOutputs(aligner, dataset)
     outputs, stride = model(pieces)
@@ -162,11 +166,15 @@ def aligned_characters(dataset: Dataset, pieces: Sequence[Piece], aligner: str) 
 
 def _align(dataset: Dataset, piece: Piece, log_probs: Tensor, model: CTCOutputs, stride: int) -> list[Phone] | None:
     text = label_text(_text_of(dataset, piece), dataset.language(piece.recording))
-    ids = torch.tensor(model.tokenizer.encode(text), dtype=torch.int64)
+    try:
+        ids = torch.tensor(model.tokenizer.encode(text), dtype=torch.int64)
+    except UserError:  # a character that the tokenizer lacks
+        return None
     repeats = int((ids[1:] == ids[:-1]).sum()) if len(ids) else 0
     if not len(ids) or len(ids) + repeats > len(log_probs):
         return None
     path, scores = (batch[0] for batch in forced_align(log_probs[None], ids[None]))
+    # Cost above greedy decoding.
     if float(log_probs.max(dim=1).values.sum() - scores.sum()) / len(ids) > _MAX_COST:
         return None
     names = model.tokenizer.pieces

@@ -61,8 +61,9 @@ class ExactPhones:
         """Phones of a recording, in order; silence between sentences has none.
 
         With events of phones, espeak pauses differently in a few words. The phones of a word that lasts as long as the
-        stored one move with it; any other word becomes one phone `UNKNOWN_PHONE`. The first phone of a word starts with
-        the word, so it includes the closure of a stop; within a word, espeak counts a closure with the phone before.
+        stored one (within 5 ms) move with it; any other word becomes one phone `UNKNOWN_PHONE`. The first phone of a
+        word starts with the word, so it includes the closure of a stop; within a word, espeak counts a closure with the
+        phone before.
 
         Args:
             stored: words of the dataset.
@@ -87,17 +88,16 @@ class ExactPhones:
             if not same or not inside:
                 found.append(Phone(UNKNOWN_PHONE, kept.start, kept.end))
                 continue
-            edges = [word.start, *(phone.start for phone in inside[1:]), word.end]
-            shift = kept.start - word.start
+            scale = (kept.end - kept.start) / (word.end - word.start)
+            edges = [kept.start, *(kept.start + (p.start - word.start) * scale for p in inside[1:]), kept.end]
             found += [
-                Phone(phone.symbol, start + shift, end + shift)
-                for phone, start, end in zip(inside, edges, edges[1:], strict=False)
+                Phone(phone.symbol, start, end) for phone, start, end in zip(inside, edges, edges[1:], strict=False)
             ]
         return found
 
 
 def phones_in_words(words: Iterable[Word], language: str) -> list[Phone]:
-    """Phones of espeak, stretched to the times of each word; words that espeak cannot speak have none.
+    """Phones of espeak, stretched to the times of each word; a word that it cannot speak is one `UNKNOWN_PHONE`.
 
     Within a word the phones keep the proportions of the voice's durations. Raises UserError for an unknown language.
     """
@@ -112,12 +112,12 @@ def phones_in_words(words: Iterable[Word], language: str) -> list[Phone]:
                     spoken = []
                     break
                 spoken += [phone for phone in voice.phones if phone.symbol]
-            total = sum(phone.end - phone.start for phone in spoken)
-            place = word.start
-            for phone in spoken:
-                end = place + (word.end - word.start) * (phone.end - phone.start) / total
-                found.append(Phone(phone.symbol, place, end))
-                place = end
+            edges = np.cumsum([0.0, *(phone.end - phone.start for phone in spoken)])
+            edges = word.start + (word.end - word.start) * edges / max(edges[-1], 1e-9)
+            times = zip(edges.tolist(), edges[1:].tolist(), strict=False)
+            found += [Phone(phone.symbol, start, end) for phone, (start, end) in zip(spoken, times, strict=True)]
+            if not spoken:
+                found.append(Phone(UNKNOWN_PHONE, word.start, word.end))
     return found
 
 
