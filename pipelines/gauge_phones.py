@@ -102,9 +102,10 @@ def _best_source(dataset: Dataset, pieces: Sequence[Piece], settings: PhoneSetti
         return "exact"
     if settings.aligner:
         return "characters"
-    if any(dataset.words(piece.recording) for piece in pieces):
+    spoken = [piece.recording for piece in pieces if dataset.language(piece.recording)]
+    if any(dataset.words(recording) for recording in spoken):
         return "words"
-    return "synthesis" if any(dataset.text(piece.recording) for piece in pieces) else "none"
+    return "synthesis" if any(dataset.text(recording) for recording in spoken) else "none"
 
 
 def _words_of(dataset: Dataset, piece: Piece) -> list[Word]:

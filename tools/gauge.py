@@ -15,7 +15,7 @@ figures with final error rates.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,18 @@ def read_targets(texts: Sequence[str]) -> dict[str, TargetSettings]:
     return targets
 
 
+def check_sizes(targets: Mapping[str, TargetSettings], fitting: Sequence[Piece], stride: int) -> None:
+    """Raise UserError if a target has more codes than frames to fit them; `fit` checks the layers of exports."""
+    frames = sum((piece.stop - piece.start) // stride for piece in fitting)
+    for name, settings in targets.items():
+        size = settings.with_size().codebook_size
+        if settings.kind in ("refined", "kmeans", "mfcc") and size > frames:
+            raise UserError(
+                f"targets: {name!r} has {size} codes, but is fitted on {frames} frames: give fewer codes or more "
+                "data.fit_minutes"
+            )
+
+
 @dataclass(frozen=True)
 class Codes:
     """Codes of a target on the sample."""
@@ -120,16 +132,26 @@ def mel_rows(dataset: Dataset, pieces: Sequence[Piece], settings: TargetSettings
     return torch.cat(rows)
 
 
-def compute_codes(
-    settings: TargetSettings, dataset: Dataset, data: SampleSettings, fitting: Sequence[Piece], sample: Sequence[Piece]
-) -> Codes:
-    """Fit a target on some pieces and return its codes on others."""
+Model = LayerOutputs | CTCOutputs | None
+
+
+def load_model(settings: TargetSettings, dataset: Dataset) -> Model:
+    """Model of a target, None if it has none. Raises UserError if the export does not fit."""
     if settings.kind == "ctc":
-        return ctc_codes(settings, CTCOutputs(settings.export, dataset), sample)
-    if settings.kind == "layer":
-        outputs = LayerOutputs(settings.export, settings.layer, dataset)
-        fit_rows = torch.cat(outputs(fitting)[0])
-        hidden, stride = outputs(sample)
+        return CTCOutputs(settings.export, dataset)
+    return LayerOutputs(settings.export, settings.layer, dataset) if settings.kind == "layer" else None
+
+
+def compute_codes(
+    settings: TargetSettings, model: Model, dataset: Dataset, data: SampleSettings, fitting: Sequence[Piece],
+    sample: Sequence[Piece],
+) -> Codes:  # fmt: skip
+    """Fit a target on some pieces and return its codes on others."""
+    if isinstance(model, CTCOutputs):
+        return ctc_codes(settings, model, sample)
+    if isinstance(model, LayerOutputs):
+        fit_rows = torch.cat(model(fitting)[0])
+        hidden, stride = model(sample)
         rows = torch.cat(hidden)
     else:
         fit_rows, stride = mel_rows(dataset, fitting, settings, data), data.stride
@@ -179,6 +201,9 @@ def gauge(config: Config) -> dict[str, Any]:
     targets = read_targets(config.targets)
     dataset = open_dataset(config.data.dataset)
     sample, fitting = draw_samples(dataset, config.data, config.seed)
+    # Errors in targets are raised here, before any work.
+    models = {name: load_model(settings, dataset) for name, settings in targets.items()}
+    check_sizes(targets, fitting, config.data.stride)
     phones, origin = find_phones(dataset, sample, config.phones)
     print(f"phones: {origin}; {time.perf_counter() - started:.0f} s", flush=True)
     labels: dict[int, tuple[FrameLabels, list[str]]] = {}
@@ -186,7 +211,7 @@ def gauge(config: Config) -> dict[str, Any]:
     codes: dict[str, Codes] = {}
     for name, settings in targets.items():
         begun = time.perf_counter()
-        found = codes[name] = compute_codes(settings, dataset, config.data, fitting, sample)
+        found = codes[name] = compute_codes(settings, models[name], dataset, config.data, fitting, sample)
         if found.stride not in labels:
             labels[found.stride] = frame_labels(dataset, sample, phones, found.stride)
         row = judge(found.values, found.num_codes, labels[found.stride][0])

@@ -111,7 +111,9 @@ def mutual_information(codes: Ints, labels: Ints) -> float:
 
 
 def information(codes: Ints, labels: Ints, recording: Ints, seed: int = 0) -> Information | None:
-    """Information of codes on labels, with a baseline and an interval; None if all labels are equal.
+    """Information of codes on labels, with a baseline and an interval.
+
+    None if all labels are equal, or too few recordings have labels for an interval.
 
     Baseline: the codes are rotated against the labels by random offsets of 10 to 90 % of the frames. This keeps the
     runs of both sequences; shuffled single frames would underestimate the bias of slow codes. Interval: normal, from
@@ -138,9 +140,10 @@ def information(codes: Ints, labels: Ints, recording: Ints, seed: int = 0) -> In
         if len(np.unique(labels[kept])) > 1:
             part = mutual_information(codes[kept], labels[kept])
             left_out.append(_adjusted(part, chance, entropy(np.bincount(labels[kept]))))
-    spread = np.array(left_out)
+    if len(left_out) < 2:
+        return None
     adjusted = _adjusted(nats, chance, limit)
-    variance = (len(spread) - 1) * float(spread.var()) if len(spread) > 1 else math.nan
+    variance = (len(left_out) - 1) * float(np.var(left_out))
     variance += ((1 - adjusted) * float(rotated.std()) / max(limit - chance, 1e-9)) ** 2  # derivative by `chance`
     half_width = 1.96 * math.sqrt(variance)
     return Information(nats, nats / limit, chance / limit, adjusted, adjusted - half_width, adjusted + half_width)
@@ -313,9 +316,8 @@ def judge(codes: Ints, num_codes: int, labels: FrameLabels) -> Figures:
             accuracy = held_out_accuracy(codes, speaker, labels.recording, fold, num_codes)
             figures |= {"speaker_accuracy": accuracy[0], "speaker_accuracy_chance": accuracy[1]}
     figures |= recording_figures(codes, num_codes, labels.recording)
-    figures["warnings"] = predicted_trouble(figures)
-    figures["codebooks"] = books
-    return figures
+    defined = {name: value for name, value in figures.items() if not math.isnan(value)}  # JSON has no NaN
+    return {**defined, "warnings": predicted_trouble(defined), "codebooks": books}
 
 
 def repeated_labels(labels: Ints, recording: Ints) -> Ints:
@@ -363,7 +365,7 @@ def predicted_trouble(figures: Mapping[str, Any]) -> list[str]:
     phone_ms = figures.get("phone_run_ms", 100.0)
     if figures["run_ms"] > 2.5 * phone_ms:
         found.append(f"too slow: a code lasts {figures['run_ms']:.0f} ms, a phone {phone_ms:.0f} ms")
-    if figures["repeats"] < figures["repeats_shuffled"] + 0.02:
+    if figures.get("repeats", 1.0) < figures["repeats_shuffled"] + 0.02:
         found.append("too fast: codes change like independent draws, so context cannot predict them")
     if figures["frames"] < 5 * perplexity:
         found.append(

@@ -116,6 +116,12 @@ def test_speakers_as_codes_are_flagged(labels: FrameLabels) -> None:
     assert any(warning.startswith("too slow") for warning in found["warnings"])
 
 
+def test_codes_with_the_speaker_are_flagged_even_if_they_have_all_phones(labels: FrameLabels) -> None:
+    found = figures(labels.phone * SPEAKERS + labels.speaker, PHONES * SPEAKERS, labels)
+    assert found["pnmi_adjusted"] == pytest.approx(1.0)
+    assert any(warning.startswith("dominated by speakers") for warning in found["warnings"])
+
+
 def test_silence_as_codes_is_flagged(labels: FrameLabels) -> None:
     found = figures(labels.silent.astype(np.int64), 2, labels)
     assert found["silence_information"] == pytest.approx(1.0)
@@ -218,6 +224,13 @@ def test_frames_of_unknown_phones_do_not_count(labels: FrameLabels) -> None:
     partly = FrameLabels(labels.recording, labels.silent, 40.0, phone, 0)
     found = codebook_figures(wrong, PHONES, partly)
     assert found["pnmi"] == pytest.approx(1.0) and found["phone_purity"] == 1.0
+
+
+def test_a_single_recording_has_no_intervals_and_no_undefined_figures() -> None:
+    labels = FrameLabels(np.zeros(50, np.int64), np.zeros(50, bool), 40.0, np.arange(50) % 3, 0, np.zeros(50, np.int64))
+    found = judge(np.arange(50)[:, None] % 5, 5, labels)
+    assert "pnmi" not in found and "phone_accuracy" not in found
+    assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
 
 
 def test_labels_of_another_length_are_an_error(labels: FrameLabels) -> None:

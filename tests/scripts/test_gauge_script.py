@@ -189,11 +189,11 @@ def test_phones_of_synthetic_speech_are_found_by_dynamic_time_warping(tmp_path: 
 
     folder = tmp_path / "synthetic"
     prepare([
-        "synthetic", "--languages", '["cs"]', "--train_hours", "0", "--dev_utterances", "6", "--test_utterances", "0",
+        "synthetic", "--languages", '["cs"]', "--train_hours", "0", "--dev_utterances", "3", "--test_utterances", "0",
         "--test_long_recordings", "0", "--out", str(folder),
     ])  # fmt: skip
     dataset = open_dataset(folder)
-    pieces = whole(dataset, *range(6))
+    pieces = whole(dataset, *range(3))
     exact, origin = find_phones(dataset, pieces, PhoneSettings())
     assert origin.startswith("exact")
     warped, _ = find_phones(dataset, pieces, PhoneSettings("synthesis"))
@@ -303,6 +303,17 @@ def test_one_command_compares_all_kinds_and_writes_the_report(
 def test_wrong_targets_are_quoted(texts: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         gauge.read_targets(texts)
+
+
+def test_targets_that_do_not_fit_are_errors_before_any_work(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gauge, "find_phones", lambda *_: pytest.fail("work has started"))
+    start = [dataset.location, "--data.split=", "--data.minutes=0.5", "--data.fit_minutes=0.1", "--targets", "random"]
+    with pytest.raises(UserError, match="'mfcc,codebook_size=5000' has 5000 codes, but is fitted on"):
+        gauge.main([*start, "mfcc,codebook_size=5000"])
+    with pytest.raises(UserError, match="no export"):
+        gauge.main([*start, f"layer,export={tmp_path / 'missing'}"])
 
 
 def test_a_missing_dataset_is_an_error() -> None:
