@@ -69,10 +69,11 @@ def test_kmeans_finds_separate_clusters_and_never_raises_the_distance() -> None:
 
 
 def test_spherical_kmeans_gives_normalised_means_and_keeps_unused_codes() -> None:
-    x = torch.nn.functional.normalize(rows() - 3, dim=1)
-    start = torch.cat([torch.nn.functional.normalize(rows(7, seed=4) - 3, dim=1), -x.mean(dim=0, keepdim=True) * 0])
+    x = torch.nn.functional.normalize((rows() - 3).abs(), dim=1)
+    start = torch.nn.functional.normalize(torch.cat([(rows(7, seed=4) - 3).abs(), -torch.ones(1, 24)]), dim=1)
     codes = spherical_kmeans(x, start, 1)
     assigned = (x @ start.T).argmax(dim=1)
+    assert 7 not in assigned
     for code in range(len(start)):
         inside = x[assigned == code]
         expected = inside.mean(dim=0) / inside.mean(dim=0).norm() if len(inside) else start[code]
