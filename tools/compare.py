@@ -46,8 +46,8 @@ class Config:
             raise UserError(f"resamples = {self.resamples}: give at least 100, or the intervals are meaningless")
 
 
-def join_lists(argv: Sequence[str]) -> list[str]:
-    """Rewrite `--results a b` to `--results ["a", "b"]`, the form that the parser accepts; likewise `--names`."""
+def join_lists(argv: Sequence[str], options: Sequence[str] = ("--results", "--names")) -> list[str]:
+    """Rewrite `--results a b` to `--results ["a", "b"]`, the form that the parser accepts; likewise all `options`."""
     joined: list[str] = []
     values: list[str] | None = None
     for word in [*argv, "--"]:
@@ -58,7 +58,7 @@ def join_lists(argv: Sequence[str]) -> list[str]:
             values.append(word)
         else:
             joined.append(word)
-            values = [] if word in ("--results", "--names") else None
+            values = [] if word in options else None
     return joined[:-1]
 
 

@@ -1,4 +1,4 @@
-"""Speech synthesis by espeak-ng through ctypes, with the exact time of every word.
+"""Speech synthesis by espeak-ng through ctypes, with the exact time of every word and phone.
 
 The library and its data come from the PyPI package `espeakng-loader`. Two of its properties shape this module:
 
@@ -18,6 +18,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,9 @@ from numpy.typing import NDArray
 _SYNCHRONOUS = 2
 _BUFFER_MS = 30_000
 _CHARS_UTF8_WITH_PHONEMES = 0x001 | 0x100
-_EVENT_END_OF_LIST, _EVENT_WORD, _EVENT_CLAUSE_END = 0, 1, 5
+_EVENT_END_OF_LIST, _EVENT_WORD, _EVENT_CLAUSE_END, _EVENT_PHONEME = 0, 1, 5, 7
+_PHONEME_EVENTS_IN_IPA = 0x001 | 0x002  # of espeak_Initialize
+_STRESS_MARKS = str.maketrans("", "", "\u02c8\u02cc")
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _POSITION_IN_CHARACTERS = 1
 
@@ -55,6 +58,15 @@ class UnspeakableWord(RuntimeError):
     """Word that the voice treats as several words, as a word of another language, or as silence."""
 
 
+class Phone(NamedTuple):
+    """Phone with its times in seconds."""
+
+    symbol: str
+    """IPA without stress marks; empty for a pause"""
+    start: float
+    end: float
+
+
 class Synthesizer:
     """Voice of espeak-ng in a known state; use it in a `with` block.
 
@@ -64,6 +76,10 @@ class Synthesizer:
         pitch: 0 to 99; default of the voice at 50.
         pitch_range: 0 to 99; default of the voice at 50.
         seed: of the breath noise; below 2**31.
+        with_phones: fill `phones`. The audio is not the same: in a few words, the library pauses differently.
+
+    Attributes:
+        phones: phones and pauses of the phrase spoken last, from its first to its last sample.
 
     Raises:
         RuntimeError: unknown voice.
@@ -71,13 +87,17 @@ class Synthesizer:
     """
 
     def __init__(
-        self, voice: str, *, words_per_minute: int = 170, pitch: int = 50, pitch_range: int = 50, seed: int = 0
-    ) -> None:
+        self, voice: str, *, words_per_minute: int = 170, pitch: int = 50, pitch_range: int = 50, seed: int = 0,
+        with_phones: bool = False,
+    ) -> None:  # fmt: skip
         self.voice = voice
+        self.with_phones = with_phones
+        self.phones: list[Phone] = []
         self._settings = {_RATE: words_per_minute, _PITCH: pitch, _RANGE: pitch_range}
         self._seed = seed
         self._audio: list[bytes] = []
         self._events: list[tuple[int, int, int]] = []  # (type, character position from 1, sample)
+        self._phones: list[tuple[str, int]] = []  # (IPA, sample)
         self._callback = _Callback(self._receive)
 
     def __enter__(self) -> Synthesizer:
@@ -85,8 +105,9 @@ class Synthesizer:
 
         self._library = library = ctypes.CDLL(espeakng_loader.get_library_path())
         self.sample_rate: int = library.espeak_Initialize(
-            _SYNCHRONOUS, _BUFFER_MS, espeakng_loader.get_data_path().encode(), 0
-        )
+            _SYNCHRONOUS, _BUFFER_MS, espeakng_loader.get_data_path().encode(),
+            _PHONEME_EVENTS_IN_IPA if self.with_phones else 0,
+        )  # fmt: skip
         if self.sample_rate <= 0:
             raise RuntimeError("espeak-ng did not start: reinstall the package espeakng-loader")
         library.espeak_SetSynthCallback(self._callback)
@@ -116,7 +137,11 @@ class Synthesizer:
             self._audio.append(ctypes.string_at(samples, 2 * count))
         index = 0
         while (event := events[index]).type != _EVENT_END_OF_LIST:
-            self._events.append((event.type, event.text_position, event.sample))
+            if event.type == _EVENT_PHONEME:
+                symbol = event.id.string.decode(errors="replace")
+                self._phones.append((symbol.translate(_STRESS_MARKS), event.sample))
+            else:
+                self._events.append((event.type, event.text_position, event.sample))
             index += 1
         return 0
 
@@ -142,12 +167,14 @@ class Synthesizer:
             ends.append(len(text))
         self._audio.clear()
         self._events.clear()
+        self._phones.clear()
         data = text.encode()
         self._library.espeak_Synth(
             data, len(data) + 1, 0, _POSITION_IN_CHARACTERS, 0, _CHARS_UTF8_WITH_PHONEMES, None, None
         )
         samples = np.frombuffer(b"".join(self._audio), dtype=np.int16).astype(np.float32)
         samples /= 32768
+        self.phones = self._phone_times(len(samples)) if self.with_phones else []
         return samples, self._word_times(len(samples), words, ends)
 
     def _word_times(self, samples: int, words: Sequence[str], ends: Sequence[int]) -> list[tuple[float, float]]:
@@ -168,6 +195,16 @@ class Synthesizer:
             end = min(boundary for boundary in boundaries if boundary > start)
             times.append((start / self.sample_rate, end / self.sample_rate))
         return times
+
+    def _phone_times(self, samples: int) -> list[Phone]:
+        """Phones of the phrase: each lasts until the next one starts; audio before the first is a pause."""
+        starts = [("", 0), *self._phones, ("", samples)]
+        rate = self.sample_rate
+        return [
+            Phone(symbol, start / rate, end / rate)
+            for (symbol, start), (_, end) in zip(starts, starts[1:], strict=False)
+            if end > start
+        ]
 
 
 @cache

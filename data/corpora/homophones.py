@@ -18,13 +18,16 @@ from functools import cache
 
 import numpy as np
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from numpy.typing import NDArray
 
 from data.audio.reading import resample
 from data.corpora.base import Utterance
+from data.corpora.espeak import Phone
 from data.corpora.grammar import load_grammar, pick
 from data.corpora.synthetic import VARIANTS, draw_synthesizer, place_in_room, sentence_split, speak
 from data.features import FeatureSettings
 from data.recording import Recording
+from data.transcripts import Word
 
 _LANGUAGE = "en"
 
@@ -60,23 +63,34 @@ class HomophoneSource:
 
     def load(self, features: FeatureSettings) -> Utterance:
         """Synthesise the recording: text, words, speaker and audio are a pure function of this source."""
-        key = f"{self.seed} {self.id} {self.topic} {self.seconds} {self.cue_seconds}"
-        digest = hashlib.sha256(key.encode()).digest()
-        rng = random.Random(digest[:16])
-        variant = pick(rng, VARIANTS[self.split])
-        voice = draw_synthesizer(rng, _LANGUAGE, variant, digest)
-        sentences = sentences_on(self.topic, rng, self.split, self.cue_seconds)
-        waveform, words = speak(voice, rng, self.seconds, sentences)
+        waveform, words, speaker, rate, digest = self._speak()
         waveform = place_in_room(waveform, np.random.default_rng(list(digest)))
         recording = Recording(
             id=self.id,
             text=" ".join(word.word for word in words),
             words=words,
             language=_LANGUAGE,
-            speaker=f"{_LANGUAGE}-{variant}",
+            speaker=speaker,
             split=self.split,
         )
-        return Utterance(recording, resample([waveform], voice.sample_rate, features.sample_rate))
+        return Utterance(recording, resample([waveform], rate, features.sample_rate))
+
+    def phones(self) -> tuple[list[Word], list[Phone]]:
+        """Words and exact phones of the recording, which is synthesised again."""
+        phones: list[Phone] = []
+        words = self._speak(phones)[1]
+        return words, phones
+
+    def _speak(self, phones: list[Phone] | None = None) -> tuple[NDArray[np.float32], list[Word], str, int, bytes]:
+        """Clean waveform, words, speaker, sample rate, and digest of the source; fills `phones` if it is given."""
+        key = f"{self.seed} {self.id} {self.topic} {self.seconds} {self.cue_seconds}"
+        digest = hashlib.sha256(key.encode()).digest()
+        rng = random.Random(digest[:16])
+        variant = pick(rng, VARIANTS[self.split])
+        voice = draw_synthesizer(rng, _LANGUAGE, variant, digest, with_phones=phones is not None)
+        sentences = sentences_on(self.topic, rng, self.split, self.cue_seconds)
+        waveform, words = speak(voice, rng, self.seconds, sentences, phones)
+        return waveform, words, f"{_LANGUAGE}-{variant}", voice.sample_rate, digest
 
 
 def sources(settings: HomophoneSettings) -> list[HomophoneSource]:

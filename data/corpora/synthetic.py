@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from common.hashing import hash_share
 from data.audio.reading import resample
 from data.corpora.base import Utterance, check_not_empty
-from data.corpora.espeak import Synthesizer, UnspeakableWord
+from data.corpora.espeak import Phone, Synthesizer, UnspeakableWord
 from data.corpora.grammar import LANGUAGES, Grammar, Language, Topic, load_grammar, pick
 from data.features import FeatureSettings
 from data.recording import Recording
 from data.transcripts import Word
 
 # Base voices of espeak whose name is not the code of the language.
-_BASE_VOICE = {"en": "en-us"}
+BASE_VOICE = {"en": "en-us"}
 # Variants of the base voices, selected by listening and level (no whispers, no robots).
 VARIANTS = {
     "train": (
@@ -83,24 +83,35 @@ class SyntheticSource:
 
     def load(self, features: FeatureSettings) -> Utterance:
         """Synthesise the recording: text, words, speaker and audio are a pure function of this source."""
-        digest = hashlib.sha256(f"{self.seed} {self.id} {self.language} {self.seconds}".encode()).digest()
-        rng = random.Random(digest[:16])
-        variant = pick(rng, VARIANTS[self.split])
-        seconds = self.seconds or _SHORTEST_S + (_LONGEST_S - _SHORTEST_S) * rng.random()
-        grammar = load_grammar(self.language)
-        topics = [grammar.topic(rng) for _ in range(3)] if self.seconds else None
-        voice = draw_synthesizer(rng, self.language, variant, digest)
-        waveform, words = speak(voice, rng, seconds, _sentences(grammar, rng, self.split, topics))
+        waveform, words, speaker, rate, digest = self._speak()
         waveform = place_in_room(waveform, np.random.default_rng(list(digest)))
         recording = Recording(
             id=self.id,
             text=" ".join(word.word for word in words),
             words=words,
             language=self.language,
-            speaker=f"{self.language}-{variant}",
+            speaker=speaker,
             split=self.split,
         )
-        return Utterance(recording, resample([waveform], voice.sample_rate, features.sample_rate))
+        return Utterance(recording, resample([waveform], rate, features.sample_rate))
+
+    def phones(self) -> tuple[list[Word], list[Phone]]:
+        """Words and exact phones of the recording, which is synthesised again."""
+        phones: list[Phone] = []
+        words = self._speak(phones)[1]
+        return words, phones
+
+    def _speak(self, phones: list[Phone] | None = None) -> tuple[NDArray[np.float32], list[Word], str, int, bytes]:
+        """Clean waveform, words, speaker, sample rate, and digest of the source; fills `phones` if it is given."""
+        digest = hashlib.sha256(f"{self.seed} {self.id} {self.language} {self.seconds}".encode()).digest()
+        rng = random.Random(digest[:16])
+        variant = pick(rng, VARIANTS[self.split])
+        seconds = self.seconds or _SHORTEST_S + (_LONGEST_S - _SHORTEST_S) * rng.random()
+        grammar = load_grammar(self.language)
+        topics = [grammar.topic(rng) for _ in range(3)] if self.seconds else None
+        voice = draw_synthesizer(rng, self.language, variant, digest, with_phones=phones is not None)
+        waveform, words = speak(voice, rng, seconds, _sentences(grammar, rng, self.split, topics), phones)
+        return waveform, words, f"{self.language}-{variant}", voice.sample_rate, digest
 
 
 def sources(settings: SyntheticSettings) -> list[SyntheticSource]:
@@ -129,14 +140,17 @@ def sentence_split(sentence: str) -> str:
     return "test" if share < _TEST_SHARE else "dev" if share < _TEST_SHARE + _DEV_SHARE else "train"
 
 
-def draw_synthesizer(rng: random.Random, language: str, variant: str, digest: bytes) -> Synthesizer:
+def draw_synthesizer(
+    rng: random.Random, language: str, variant: str, digest: bytes, with_phones: bool = False
+) -> Synthesizer:
     """Synthesizer with a random speed and pitch; bytes 16 to 19 of the digest are the seed of its breath noise."""
     return Synthesizer(
-        f"{_BASE_VOICE.get(language, language)}+{variant}",
+        f"{BASE_VOICE.get(language, language)}+{variant}",
         words_per_minute=140 + int(50 * rng.random()),
         pitch=35 + int(30 * rng.random()),
         pitch_range=35 + int(30 * rng.random()),
         seed=int.from_bytes(digest[16:20], "big") >> 1,
+        with_phones=with_phones,
     )
 
 
@@ -157,12 +171,14 @@ def _sentences(
 
 
 def speak(
-    synthesizer: Synthesizer, rng: random.Random, seconds: float, next_sentence: Callable[[float], list[str]]
-) -> tuple[NDArray[np.float32], list[Word]]:
+    synthesizer: Synthesizer, rng: random.Random, seconds: float, next_sentence: Callable[[float], list[str]],
+    phones: list[Phone] | None = None,
+) -> tuple[NDArray[np.float32], list[Word]]:  # fmt: skip
     """Synthesise sentences with pauses between them until `seconds` are reached.
 
     Args:
         next_sentence: seconds since the start -> words.
+        phones: list to extend by the phones of the synthesizer; silence between sentences has none.
 
     Returns:
         float32 [samples] at the voice's rate, words with times in seconds.
@@ -186,6 +202,8 @@ def speak(
             except UnspeakableWord:  # rare: an invented word that the voice treats as foreign
                 continue
             words += [Word(word, now + start, now + end) for word, (start, end) in zip(sentence, times, strict=True)]
+            if phones is not None:
+                phones += [Phone(symbol, now + start, now + end) for symbol, start, end in voice.phones]
             append(audio)
             append(_silence(0.15 + 0.4 * rng.random(), voice.sample_rate))
     return np.concatenate(pieces), words

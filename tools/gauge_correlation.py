@@ -1,0 +1,108 @@
+"""Rank correlation between figures of the gauge and final error rates: which figure predicts a good target?
+
+    python -m tools.gauge_correlation --gauge results/targets/gauge.json --cer cer.json
+    python -m tools.gauge_correlation --gauge a/gauge.json b/gauge.json --cer cer.json --figures pnmi_adjusted
+
+cer.json is an object {target: CER}, with the names of the targets in gauge.json. Targets without an error rate are left
+out; at least eight are needed. Prints Spearman's rho of every figure with a 95 % bootstrap interval over targets; a
+good figure of information has a rho near -1. An interval that does not contain 0 shows a relation, but many figures are
+tried: choose the figure before the experiment.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bestrq.scoring.rank_correlation import spearman, spearman_interval
+from common.config import parse, run_main
+from common.errors import UserError
+from common.files import read_json_object, write_json
+from tools.compare import join_lists
+
+MIN_TARGETS = 8
+
+
+@dataclass
+class Config:
+    """Rank correlation of figures and error rates."""
+
+    gauge: list[str] = field(default_factory=list)
+    """gauge.json files; a target in several files is taken from the last one"""
+    cer: str = ""
+    """JSON object {target: CER}"""
+    figures: list[str] = field(default_factory=list)
+    """figures of gauge.json; empty takes all numbers that all targets have"""
+    out: str = ""
+    """JSON file for the numbers"""
+    resamples: int = 2000
+    """bootstrap resamples, at least 100"""
+
+    def __post_init__(self) -> None:
+        if not self.gauge or not self.cer:
+            raise UserError("gauge or cer is missing: give --gauge FOLDER/gauge.json and --cer FILE.json")
+        if self.resamples < 100:
+            raise UserError(f"resamples = {self.resamples}: give at least 100, or the intervals are meaningless")
+
+
+def read_inputs(config: Config) -> tuple[dict[str, Mapping[str, Any]], dict[str, float]]:
+    """Figures and error rates of the targets that have both. Raises UserError for fewer than eight targets."""
+    targets: dict[str, Mapping[str, Any]] = {}
+    for path in config.gauge:
+        found = read_json_object(Path(path)).get("targets")
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: has no targets: give a gauge.json of tools/gauge.py")
+        targets |= found
+    rates = read_json_object(Path(config.cer))
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
+            raise UserError(f"{config.cer}: the error rate of {name!r} is {rate!r}: give a number")
+    names = [name for name in targets if name in rates]
+    if len(names) < MIN_TARGETS:
+        unknown = sorted(set(rates) - set(targets))
+        raise UserError(
+            f"{config.cer}: {len(names)} targets have figures and an error rate, at least {MIN_TARGETS} are needed"
+            + (f"; not in the gauge: {', '.join(unknown)}" if unknown else "")
+        )
+    return {name: targets[name] for name in names}, {name: float(rates[name]) for name in names}
+
+
+def correlations(
+    targets: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float], figures: Sequence[str], resamples: int
+) -> dict[str, dict[str, float]]:
+    """Spearman's rho and interval by figure; constant figures are left out. Raises UserError for an unknown figure."""
+    common = [
+        name
+        for name, value in next(iter(targets.values())).items()
+        if isinstance(value, (int, float)) and all(isinstance(row.get(name), (int, float)) for row in targets.values())
+    ]
+    unknown = [name for name in figures if name not in common]
+    if unknown:
+        raise UserError(f"figures: not all targets have {', '.join(unknown)}; all have {', '.join(common)}")
+    cer = [rates[name] for name in targets]
+    rows = {}
+    for figure in figures or common:
+        values = [float(row[figure]) for row in targets.values()]
+        rho = spearman(values, cer)
+        if math.isfinite(rho):
+            low, high = spearman_interval(values, cer, resamples)
+            rows[figure] = {"rho": rho, "low": low, "high": high}
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = join_lists(sys.argv[1:] if argv is None else argv, ("--gauge", "--figures"))
+    config = parse(Config, words, description=__doc__)
+    targets, rates = read_inputs(config)
+    rows = correlations(targets, rates, config.figures, config.resamples)
+    print(f"{len(targets)} targets: {', '.join(targets)}")
+    for figure, row in sorted(rows.items(), key=lambda item: -abs(item[1]["rho"])):
+        print(f"{figure:<32}{row['rho']:>7.2f}  95 % {row['low']:.2f} to {row['high']:.2f}")
+    if config.out:
+        write_json(Path(config.out), {"targets": list(targets), "cer": rates, "spearman": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)
