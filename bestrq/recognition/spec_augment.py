@@ -1,8 +1,8 @@
 """SpecAugment: bands of mel bins and spans of time set to zero, drawn independently for every segment.
 
 Sources: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition" (without
-time warping); the number and size of time masks grow with the length as in Park et al. 2020, "SpecAugment on Large Scale
-Datasets", arXiv 1912.05533.
+time warping); the number and size of time masks grow with the length as in Park et al. 2020, "SpecAugment on Large
+Scale Datasets", arXiv 1912.05533.
 
 Shapes: R rows, F mel frames per row, M mel bins, S segment slots per row, K masks per segment.
 """
@@ -63,7 +63,7 @@ def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSetti
 def _time_masks(num_frames: int, start: Tensor, length: Tensor, seed: Tensor, settings: SpecAugmentSettings) -> Tensor:
     """Masked frames, bool `[R, F]`."""
     if settings.time_masks_per_frame:
-        count = (length * settings.time_masks_per_frame).long().clamp(max=MAX_ADAPTIVE_MASKS)
+        count = (length.double() * settings.time_masks_per_frame).long().clamp(max=MAX_ADAPTIVE_MASKS)
         largest = min(MAX_ADAPTIVE_MASKS, int(num_frames * settings.time_masks_per_frame))
     else:
         count = settings.num_time_masks * (-(-length // settings.time_mask_period))

@@ -11,6 +11,7 @@ Tract Length Perturbation (VTLP) improves speech recognition", ICML workshop 201
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jsonargparse.typing import ClosedUnitInterval
@@ -21,7 +22,8 @@ from data.features import FeatureSettings
 from data.loading.loader import LoaderSettings
 from data.loading.order import Crops, CropTable
 
-_SPEED, _WARP = 8, 9  # domains of the hash; order.py, rows.py and mixture.py have the others
+Change = Literal["speed", "frequency_warp"]
+_DOMAINS = {"speed": 8, "frequency_warp": 9}  # of the hash; order.py, rows.py and mixture.py have the others
 BOUNDARY = 0.6
 """share of half the sample rate up to which frequencies are scaled: 4.8 kHz at 16 kHz (Jaitly and Hinton)"""
 
@@ -100,7 +102,7 @@ class AugmentedCrops(CropTable):
         return self.source._cut(epoch, item)
 
     def lengths(self, crops: Crops) -> np.ndarray:
-        frames = np.rint((crops.stop - crops.start) / _factors(_SPEED, crops.seed, self.speed))
+        frames = np.rint((crops.stop - crops.start) / _factors("speed", crops.seed, self.speed))
         return frames.astype(np.int64).clip(1, self.row_frames)
 
     def augment(self, frames: np.ndarray, seed: int, out: np.ndarray) -> None:
@@ -108,14 +110,17 @@ class AugmentedCrops(CropTable):
         position = (np.arange(len(out)) + 0.5) * (len(frames) / len(out)) - 0.5
         values = _interpolate(frames, position, axis=0) if self.speed else frames
         if self.warp:
-            factor = float(_factors(_WARP, np.array([seed]), self.warp)[0])
-            values = _interpolate(values, warped_bins(self.features, factor), axis=1)
+            values = _interpolate(values, warped_bins(self.features, self.factor("frequency_warp", seed)), axis=1)
         out[:] = values
 
+    def factor(self, change: Change, seed: int) -> float:
+        """Factor of a change for the crop with this seed."""
+        return float(_factors(change, np.array([seed]), self.speed if change == "speed" else self.warp)[0])
 
-def _factors(domain: int, seed: np.ndarray, largest_change: float) -> np.ndarray:
+
+def _factors(change: Change, seed: np.ndarray, largest_change: float) -> np.ndarray:
     """Factors uniform in [1 - largest_change, 1 + largest_change), float64, from seeds of the same shape."""
-    uniform = (mix(domain, seed) >> np.uint64(11)).astype(np.float64) / 2**53
+    uniform = (mix(_DOMAINS[change], seed) >> np.uint64(11)).astype(np.float64) / 2**53
     return 1 + largest_change * (2 * uniform - 1)
 
 
