@@ -4,6 +4,7 @@ Source: Gulati et al., arXiv 2005.08100; by default with LayerNorm in the convol
 stages of decreasing frame rate it is the Efficient Conformer of Burchi and Vielzeuf, arXiv 2109.01163.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -159,8 +160,8 @@ class ConformerEncoder(nn.Module):
                 f"rows of {log_mel.shape[1]} mel frames do not fit a layout of {layout.valid_mel.shape[1]}: "
                 "compute the layout from these rows"
             )
-        mode, trains = self.settings.activation_checkpointing, torch.is_grad_enabled()
-        with torch.set_grad_enabled(trains and frozen_blocks is None):
+        mode, trained = self.settings.activation_checkpointing, contextlib.nullcontext()
+        with trained if frozen_blocks is None else torch.no_grad():
             x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
             if masked is not None:
                 x = x.masked_fill(F.pad(masked, (0, 0, 0, x.shape[1] - masked.shape[1])), 0.0)
@@ -171,7 +172,7 @@ class ConformerEncoder(nn.Module):
             from bestrq.model.activation_checkpointing import run_block  # imported only for this option
         total = x.new_zeros(())
         for number, (block, stage) in enumerate(zip(self.blocks, self.stage_of_block, strict=True)):
-            with torch.set_grad_enabled(trains and number >= (frozen_blocks or 0)):
+            with trained if number >= (frozen_blocks or 0) else torch.no_grad():
                 inputs = x, layout.stages[stage]
                 x = block(*inputs) if mode == "none" else run_block(block, mode, *inputs)
             if self.layer_sum is not None:

@@ -61,7 +61,8 @@ def test_row_lengths_that_are_no_multiple_are_refused_with_a_valid_one() -> None
 
 def test_a_priority_changes_the_order_of_placement_alone() -> None:
     lengths = [60, 50, 39, 49]
-    assert pack_rows(lengths, 100, 1, 1, 8, priority=np.array([1, 2, 3, 4])) == [[(3, 0), (1, 50)], [(2, 0), (0, 40)]]
+    rows = pack_rows(lengths, 100, 1, 1, 8, priority=np.array([1, 2, 3, 4]))
+    assert rows == [[(3, 0), (2, 50)], [(1, 0)], [(0, 0)]]
 
 
 def pairs_and_fill(num_crops: int, epoch: int) -> tuple[set[tuple[int, int]], float]:
@@ -86,7 +87,7 @@ def test_crops_of_a_small_set_have_other_neighbours_in_every_epoch_and_rows_stay
     """Without the random placement, 30 to 90 % of the pairs recur in the next epoch."""
     epochs = [pairs_and_fill(num_crops, epoch) for epoch in range(5)]
     for number, (pairs, fill) in enumerate(epochs):
-        assert fill > epochs[0][1] - 0.03  # epoch 0 is packed by length alone
+        assert fill > epochs[0][1] - 0.05  # epoch 0 is packed by length alone; a row of 100 crops is 3.5 %
         for others, _ in epochs[:number]:
             assert len(pairs & others) / len(pairs) < 0.2
 
