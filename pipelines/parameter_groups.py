@@ -35,8 +35,7 @@ def parameter_groups(
     """Groups for `build_optimizer`: fresh parameters and heads first, then the kept ones, from the subsampling upwards.
 
     Of K kept blocks, block k (from 1) has the rate of the encoder times `layer_decay ** (K - k)`, and the subsampling
-    times `layer_decay ** K`. Source: ELECTRA (Clark et al., arXiv 2003.10555, appendix A) and BEiT (Bao et al., arXiv
-    2106.08254, appendix H).
+    times `layer_decay ** K`. Source: ELECTRA (Clark et al., arXiv 2003.10555) and BEiT (Bao et al., arXiv 2106.08254).
 
     Args:
         named_parameters: of the unwrapped model, whose encoder is `encoder`.

@@ -170,7 +170,7 @@ class ConformerEncoder(nn.Module):
             x = self.dropout(x)
         if mode != "none":
             from bestrq.model.activation_checkpointing import run_block  # imported only for this option
-        total = x.new_zeros(())
+        total = x if self.layer_sum is None else x.new_zeros(())
         for number, (block, stage) in enumerate(zip(self.blocks, self.stage_of_block, strict=True)):
             with trained if number >= (frozen_blocks or 0) else torch.no_grad():
                 inputs = x, layout.stages[stage]

@@ -1,7 +1,7 @@
 """Weighted sum of the outputs of all blocks, as the output of the encoder (`EncoderSettings.output`).
 
-Source: Yang et al., "SUPERB: Speech processing Universal PERformance Benchmark", arXiv 2105.01051, section 3: the
-weights are learned with the head. As in s3prl's option `normalize`, every output is normalised by a layer norm without
+Source: Yang et al., "SUPERB: Speech processing Universal PERformance Benchmark", arXiv 2105.01051: the weights are
+learned with the head. As in s3prl's option `normalize`, every output is normalised by a layer norm without
 parameters, so that a weight does not depend on the scale of its block.
 """
 

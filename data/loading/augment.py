@@ -138,7 +138,7 @@ def warped_bins(features: FeatureSettings, factor: float) -> np.ndarray:
     """Fractional indices of the mel bins from which the bins are read, float64 `[M]`.
 
     A bin at frequency f is read at `factor * f` up to the boundary, and then on a line to half the sample rate, which
-    is fixed (Jaitly and Hinton, equation 1).
+    is fixed (Jaitly and Hinton 2013).
     """
     low, high = hz_to_mel(np.array([features.low_hz, features.high_hz]), features.mel_scale).tolist()
     edges = np.linspace(low, high, features.num_mels + 2)
