@@ -9,13 +9,14 @@ Ctrl-C saves a checkpoint and exits after the current step. RUN_FOLDER/export ho
 rate.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from bestrq.long_form.decoders import DecoderSettings, TransducerDecoder
 from bestrq.recognition.ctc import pad_labels
+from bestrq.recognition.hidden_masks import draw_hidden_masks
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -36,10 +37,12 @@ from pipelines.finetuning import (
     export,
     heldout_inference,
     heldout_recordings,
+    make_averages,
     run_tokenizer,
     save,
     start_run,
 )
+from pipelines.parameter_groups import frozen_blocks, parameter_groups
 from pipelines.pretrained import read_init, reinitialise_top_blocks
 from pipelines.validation import validate
 
@@ -81,23 +84,18 @@ def train(config: Config) -> None:
     if init is not None:
         model.load_state_dict(init.tensors, strict=False)  # `read_init` has checked that the encoder is complete
         reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
-    frozen_steps = config.finetune.freeze_encoder_steps
-    parallel_model = parallelise(
-        model, model.encoder.blocks, world, config.distributed, find_unused_parameters=frozen_steps > 0
-    )
+    freezes = frozen_blocks(config, 1) is not None
+    parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed, find_unused_parameters=freezes)
     for name in ("encode", "greedy"):  # called by validation; no effect without FSDP2
         register_fsdp_forward_method(model, name)
-    learning_rate = config.finetune.encoder_learning_rate or config.optimizer.learning_rate
-    encoder_settings = replace(config.optimizer, learning_rate=learning_rate, frozen_steps=frozen_steps)
-    decoder_parameters = [named for named in model.named_parameters() if not named[0].startswith("encoder.")]
-    optimizer = build_optimizer(
-        [(model.encoder.named_parameters(), encoder_settings), (decoder_parameters, config.optimizer)]
-    )
+    optimizer = build_optimizer(parameter_groups(model.named_parameters(), config))
+    averages = make_averages(run, parallel_model)
     step, data_state, best = 0, None, Best()
     if latest is not None:
         checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
         step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
         best = Best(**checkpoint.state["best"])
+        averages.load(checkpoint)
 
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)
     guard = StepGuard(config.guard)
@@ -121,16 +119,18 @@ def train(config: Config) -> None:
         global_labels = world.sum(torch.tensor(num_labels, device=world.device)).clamp(min=1)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
-        encoder_rate, decoder_rate = set_learning_rates(optimizer, step, config.run.steps)
+        rates = set_learning_rates(optimizer, step, config.run.steps)
         loss_sum = torch.zeros((), device=world.device)
         for i, (batch, (labels, label_lengths)) in enumerate(zip(micro_batches, micro_labels, strict=True)):
             log_mel = batch.log_mel.to(world.device, non_blocking=True)
             log_mel = spec_augment(log_mel, batch.segments, config.spec_augment)
+            masked = draw_hidden_masks(batch.segments, config.encoder, config.hidden_masks, world.device)
             with gradient_sync(parallel_model, i == len(micro_batches) - 1):
                 with autocast(world, config.distributed):
                     output = parallel_model(
-                        log_mel, batch.segments, labels, label_lengths, train_encoder=step > frozen_steps
-                    )
+                        log_mel, batch.segments, labels, label_lengths,
+                        frozen_blocks=frozen_blocks(config, step), masked=masked,
+                    )  # fmt: skip
                 (output.loss_sum / global_labels).backward()
             loss_sum += output.loss_sum.detach()
             sums.add(loss=output.loss_sum, transducer_loss=output.transducer_sum, ctc_loss=output.ctc_sum)
@@ -144,6 +144,8 @@ def train(config: Config) -> None:
         if not result.applied:
             samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
             report_skipped_step(step, loss_sum, samples, world)
+        else:
+            averages.update(parallel_model)
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)
 
@@ -151,7 +153,7 @@ def train(config: Config) -> None:
         is_last = step == config.run.steps
         if step % config.run.log_every == 0 or is_last or result.spike:
             sums.add(quarantined=len(loader.quarantined))
-            values = {"learning_rate": decoder_rate, "encoder_learning_rate": encoder_rate}
+            values = {"learning_rate": rates[0], "encoder_learning_rate": rates[-1]}
             values |= {"grad_norm": result.grad_norm, "spike": result.spike}
             values |= interval_means(sums.totals(world)) | throughput.interval(step)
             metrics.write(step, values)
@@ -162,22 +164,23 @@ def train(config: Config) -> None:
         is_validation = step % config.validation.every_steps == 0 or is_last
         if is_validation:
             decoder = TransducerDecoder(model, DecoderSettings())
-            scores = validate(model, decoder, heldout, tokenizer.decode, inference, frames_per_second, world)
-            rates = {"dev_wer": scores.wer, "dev_cer": scores.cer}
-            metrics.write(step, rates, kind="dev")
-            if rates[f"dev_{config.validation.best_by}"] < best.rate:
-                best = Best(rates[f"dev_{config.validation.best_by}"], step)
-                transducer = to_dict(config.transducer)
-                export(run, step, parallel_model, tokenizer, rates, "rnnt", transducer=transducer)
+            for kind in averages.validated(parallel_model, step):
+                scores = validate(model, decoder, heldout, tokenizer.decode, inference, frames_per_second, world)
+                dev_rates = {"dev_wer": scores.wer, "dev_cer": scores.cer}
+                metrics.write(step, dev_rates, kind=kind)
+                if dev_rates[f"dev_{config.validation.best_by}"] < best.rate:
+                    best = Best(dev_rates[f"dev_{config.validation.best_by}"], step)
+                    transducer = to_dict(config.transducer)
+                    export(run, step, parallel_model, tokenizer, dev_rates, "rnnt", transducer=transducer)
         if is_validation or step % config.checkpoint.every_steps == 0:
-            save(run, step, parallel_model, optimizer, loader.state, best)
+            save(run, step, parallel_model, optimizer, loader.state, best, averages)
         if is_validation and world.is_main:  # printed once export and checkpoint are on disk
             print(f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}")
             print(f"    reference:  {scores.reference}\n    hypothesis: {scores.hypothesis[:200]}", flush=True)
 
     # ---- End of the run, or a stop ----
     if step < config.run.steps:
-        save(run, step, parallel_model, optimizer, loader.state, best)
+        save(run, step, parallel_model, optimizer, loader.state, best, averages)
         stop.leave_requeue_marker(world)
         if world.is_main:
             print(f"stopped after step {step} ({stop.reason}); the same command continues", flush=True)

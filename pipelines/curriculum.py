@@ -9,13 +9,14 @@ import numpy as np
 from bestrq.training.process import World
 from common.errors import UserError
 from data.format.dataset import Dataset
-from data.loading.loader import Batch, DataState, LoaderSettings, RowLoader
+from data.loading.augment import SupervisedSettings, augmented
+from data.loading.loader import Batch, DataState, RowLoader
 from data.loading.order import CropTable
 from data.loading.supervised import supervised_crops
 from pipelines.finetuning import FinetuneConfig
 
 
-def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSettings) -> CropTable:
+def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: SupervisedSettings) -> CropTable:
     """Training crops with their label texts; `data` gives the crop lengths of a stage.
 
     With `finetune.label_minutes`, a random choice (by `data.seed`) of whole recordings of that total length.
@@ -31,10 +32,11 @@ def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: LoaderSetting
         recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
     cut = partial(supervised_crops, dataset, cutting=config.cutting)
     lengths = data.crop_frames(dataset)
-    return config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
+    crops = config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
+    return augmented(crops, data, dataset.features)
 
 
-def stages_of(config: FinetuneConfig) -> list[tuple[int, LoaderSettings]]:
+def stages_of(config: FinetuneConfig) -> list[tuple[int, SupervisedSettings]]:
     """Last step before each stage of training, and the loader settings of the stage.
 
     Raises:

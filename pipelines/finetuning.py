@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from bestrq.long_form.inference import InferenceSettings, RecordingSource
 from bestrq.model.conformer import EncoderSettings
+from bestrq.recognition.hidden_masks import HiddenMaskSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
+from bestrq.training.averaging import Averages, AveragingSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
 from bestrq.training.export import write_export
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
@@ -24,8 +26,9 @@ from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file
 from data.format.dataset import Dataset, Normalisation
+from data.loading.augment import SupervisedSettings
 from data.loading.cutting import CuttingSettings
-from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, DataState, LoaderSettings
+from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, DataState
 from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
@@ -40,12 +43,18 @@ class FinetuneSettings:
 
     init: str = ""
     """export (or checkpoint) of a pretrained encoder; empty trains from scratch"""
+    drop_top_blocks: NonNegativeInt = 0
+    """top blocks of the pretrained encoder to leave out: encoder.num_layers is that of the export minus these"""
     reinitialise_top_blocks: NonNegativeInt = 0
-    """top blocks of the pretrained encoder to re-initialise; they are specialised in predicting codes"""
+    """top blocks of the (remaining) pretrained encoder to re-initialise; they are specialised in predicting codes"""
     freeze_encoder_steps: NonNegativeInt = 0
-    """number of initial steps in which the encoder is frozen"""
+    """number of initial steps in which the parameters from finetune.init are frozen, while the head and re-initialised
+    blocks train; no effect from scratch (10,000 of 13,000 steps in fairseq's wav2vec 2.0 recipe for 10 minutes)"""
     encoder_learning_rate: NonNegativeFloat = 0.0
-    """learning rate of the encoder; 0 takes optimizer.learning_rate, as for the head"""
+    """learning rate of the parameters from finetune.init; 0 takes optimizer.learning_rate, as for all others"""
+    layer_decay: ClosedUnitInterval = 1.0
+    """factor of the learning rate from one block from finetune.init to the one below it (ELECTRA, BEiT: 0.65 to 0.9);
+    the top one has encoder_learning_rate"""
     tokenizer: Literal["char", "bpe"] = "char"
     """characters, or SentencePiece byte pairs"""
     vocab_size: int = 512
@@ -56,11 +65,14 @@ class FinetuneSettings:
     """minutes of labelled audio for training, chosen at random by data.seed; 0 takes all"""
 
     def __post_init__(self) -> None:
-        if self.reinitialise_top_blocks and not self.init:
-            raise UserError(
-                f"finetune.reinitialise_top_blocks is {self.reinitialise_top_blocks}, but finetune.init is empty: "
-                "training from scratch initialises all blocks, give 0"
-            )
+        for name in ("reinitialise_top_blocks", "drop_top_blocks"):
+            if getattr(self, name) and not self.init:
+                raise UserError(
+                    f"finetune.{name} is {getattr(self, name)}, but finetune.init is empty: "
+                    "training from scratch initialises all blocks, give 0"
+                )
+        if self.layer_decay == 0:
+            raise UserError("finetune.layer_decay is 0, which freezes all blocks but one: give more than 0")
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,8 @@ class FinetuneConfig:
     """folder, length and seed"""
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     """initial weights, tokenizer and labels"""
-    data: LoaderSettings = field(default_factory=LoaderSettings)
-    """dataset, rows and packing"""
+    data: SupervisedSettings = field(default_factory=SupervisedSettings)
+    """dataset, rows, packing and augmentation"""
     curriculum: list[CurriculumStage] = field(default_factory=list)
     """later stages of training, for example with longer rows and crops; data describes the first stage"""
     cutting: CuttingSettings = field(default_factory=CuttingSettings)
@@ -95,8 +107,12 @@ class FinetuneConfig:
     """Conformer; with finetune.init it must match the export, except for dropout"""
     spec_augment: SpecAugmentSettings = field(default_factory=SpecAugmentSettings)
     """masks on training features"""
+    hidden_masks: HiddenMaskSettings = field(default_factory=HiddenMaskSettings)
+    """masks on the outputs of the subsampling"""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """AdamW and its schedule"""
+    averaging: AveragingSettings = field(default_factory=AveragingSettings)
+    """averages of the weights for validation and export"""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     """error rates on held-out recordings"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
@@ -226,13 +242,22 @@ def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, 
     return load_tokenizer(folder)
 
 
+def make_averages(run: FinetuneRun, model: nn.Module) -> Averages:
+    """Averages of the weights, for the validations of the run."""
+    steps, every = run.config.run.steps, run.config.validation.every_steps
+    validations = sorted({*range(every, steps + 1, every), steps})
+    return Averages(run.config.averaging, model, run.folder.path / "averaging", validations, run.world)
+
+
 def save(
-    run: FinetuneRun, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data_state: DataState, best: Best
-) -> None:
+    run: FinetuneRun, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data_state: DataState, best: Best,
+    averages: Averages,
+) -> None:  # fmt: skip
     """Save a checkpoint; delete old ones except the best."""
     state: dict[str, Any] = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
     state |= {"features": run.dataset.features.to_dict(), "precision": run.config.distributed.precision}
-    save_checkpoint(run.folder.checkpoints, step, model, optimizer, state, run.world)
+    state |= {"averaged_updates": averages.updates}
+    save_checkpoint(run.folder.checkpoints, step, model, optimizer, state, run.world, averages.tensors())
     prune_checkpoints(run.folder.checkpoints, run.config.checkpoint.keep_last, best.step, run.world)
 
 

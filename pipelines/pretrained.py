@@ -19,7 +19,7 @@ def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
 
     Raises UserError, which lists the differences, if it does not fit the settings or the dataset.
     """
-    pretrained = read_pretrained_encoder(config.finetune.init, config.encoder)
+    pretrained = read_pretrained_encoder(config.finetune.init, config.encoder, config.finetune.drop_top_blocks)
     stored, normalisation = pretrained.config.get("normalisation"), config.data.normalisation
     differing = difference(dataset.features, FeatureSettings.from_dict(pretrained.config.get("features", {})))
     if stored != normalisation:
@@ -32,26 +32,48 @@ def read_init(config: FinetuneConfig, dataset: Dataset) -> Export:
     return pretrained
 
 
-def read_pretrained_encoder(folder: str, settings: EncoderSettings) -> Export:
+LAYER_SUM = "encoder.layer_sum.weight"
+
+
+def read_pretrained_encoder(folder: str, settings: EncoderSettings, drop_top_blocks: int = 0) -> Export:
     """Read the encoder of an export or a checkpoint, with tensors named `encoder.*`.
 
+    Args:
+        settings: of the encoder to initialise.
+        drop_top_blocks: top blocks of the export that it lacks.
+
+    The weights of a weighted sum of layers are only read if the export has the same layers and such a sum.
+
     Raises:
-        UserError: the folder cannot be read, or its encoder has other settings (`FREE_ENCODER_FIELDS` may differ) or
-            tensors.
+        UserError: the folder cannot be read, or its encoder has other settings (`FREE_ENCODER_FIELDS` and `output` may
+            differ) or tensors.
     """
     pretrained = read_trained(folder)
     # Parsed as EncoderSettings, so that a field that was added after the export was written gets its default.
     stored = to_dict(from_dict(EncoderSettings, pretrained.config.get("encoder", {})))
+    wanted = to_dict(replace(settings, num_layers=settings.num_layers + drop_top_blocks))
     differing = [
         f"encoder.{name} is {value!r}, in the export {stored[name]!r}"
-        for name, value in to_dict(settings).items()
-        if name not in FREE_ENCODER_FIELDS and value != stored[name]
+        for name, value in wanted.items()
+        if name not in (*FREE_ENCODER_FIELDS, "output", "num_layers") and value != stored[name]
     ]
+    if wanted["num_layers"] != stored["num_layers"]:
+        differing.append(
+            f"encoder.num_layers is {settings.num_layers}, in the export {stored['num_layers']}, of which "
+            f"finetune.drop_top_blocks leaves out {drop_top_blocks}"
+        )
     if differing:
         raise UserError(f"{folder} holds another encoder: {'; '.join(differing)}")
     tensors = {name: tensor for name, tensor in pretrained.tensors.items() if name.startswith("encoder.")}
+    num_blocks = sum(stage.num_layers for stage in settings.stages)
+    dropped = tuple(f"encoder.blocks.{number}." for number in range(num_blocks, num_blocks + drop_top_blocks))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(dropped)}
+    if drop_top_blocks or settings.output == "last":
+        tensors.pop(LAYER_SUM, None)
     with torch.device("meta"):
         expected = {f"encoder.{name}": t.shape for name, t in ConformerEncoder(settings).state_dict().items()}
+    if LAYER_SUM not in tensors:
+        expected.pop(LAYER_SUM, None)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:

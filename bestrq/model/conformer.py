@@ -4,15 +4,12 @@ Source: Gulati et al., arXiv 2005.08100; by default with LayerNorm in the convol
 stages of decreasing frame rate it is the Efficient Conformer of Burchi and Vielzeuf, arXiv 2109.01163.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._higher_order_ops.flex_attention import flex_attention
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bestrq.model.attention.module import SelfAttention
 from bestrq.model.convolution import ConvolutionModule
@@ -20,7 +17,7 @@ from bestrq.model.cpu.dropout import Dropout
 from bestrq.model.layout import RowLayout, StageLayout, make_layout
 from bestrq.model.norms import make_norm
 from bestrq.model.positions import FourierPositions
-from bestrq.model.settings import CheckpointingMode, EncoderSettings
+from bestrq.model.settings import EncoderSettings
 from bestrq.model.subsampling import make_subsampling
 from common.segments import Segments
 
@@ -128,6 +125,11 @@ class ConformerEncoder(nn.Module):
         initialise_subsampling(self.subsampling)
         initialise_blocks(blocks)
         self.stage_of_block = [number for number, stage in enumerate(stages) for _ in range(stage.num_layers)]
+        self.layer_sum: nn.Module | None = None
+        if settings.output == "weighted_sum":
+            from bestrq.model.layer_sum import LayerSum  # imported only for this output
+
+            self.layer_sum = LayerSum(settings.num_layers)
 
     def layout(self, segments: Segments, backend: str | None = None) -> RowLayout:
         """Layout of a batch, shared by all layers.
@@ -141,10 +143,16 @@ class ConformerEncoder(nn.Module):
             segments, self.settings, training=self.training, device=weight.device, dtype=weight.dtype, backend=backend
         )
 
-    def forward(self, log_mel: Tensor, layout: RowLayout) -> Tensor:
+    def forward(
+        self, log_mel: Tensor, layout: RowLayout, frozen_blocks: int | None = None, masked: Tensor | None = None
+    ) -> Tensor:
         """Encode log-mel `[R, F, M]` to `[R, T, D]`, zero in gaps, in the dtype of the parameters or of autocast.
 
         T is F / `settings.stride`, rounded up. Rows are padded to a multiple of `settings.row_multiple` internally.
+
+        Args:
+            frozen_blocks: run the subsampling and the first N blocks without a graph; None freezes nothing.
+            masked: bool `[R, ceil(F / subsampling_factor), D]`, outputs of the subsampling that are set to 0.
         """
         num_frames, missing = -(-log_mel.shape[1] // self.settings.stride), layout.valid_mel.shape[1] - log_mel.shape[1]
         if not 0 <= missing < self.settings.row_multiple:
@@ -152,69 +160,25 @@ class ConformerEncoder(nn.Module):
                 f"rows of {log_mel.shape[1]} mel frames do not fit a layout of {layout.valid_mel.shape[1]}: "
                 "compute the layout from these rows"
             )
-        x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
-        if self.fourier is not None:
-            x = x + self.fourier(layout.stages[0].position)
-        x = self.dropout(x)
-        for block, stage in zip(self.blocks, self.stage_of_block, strict=True):
-            x = run_block(block, self.settings.activation_checkpointing, x, layout.stages[stage])
+        mode, trained = self.settings.activation_checkpointing, contextlib.nullcontext()
+        with trained if frozen_blocks is None else torch.no_grad():
+            x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
+            if masked is not None:
+                x = x.masked_fill(F.pad(masked, (0, 0, 0, x.shape[1] - masked.shape[1])), 0.0)
+            if self.fourier is not None:
+                x = x + self.fourier(layout.stages[0].position)
+            x = self.dropout(x)
+        if mode != "none":
+            from bestrq.model.activation_checkpointing import run_block  # imported only for this option
+        total = x if self.layer_sum is None else x.new_zeros(())
+        for number, (block, stage) in enumerate(zip(self.blocks, self.stage_of_block, strict=True)):
+            with trained if number >= (frozen_blocks or 0) else torch.no_grad():
+                inputs = x, layout.stages[stage]
+                x = block(*inputs) if mode == "none" else run_block(block, mode, *inputs)
+            if self.layer_sum is not None:
+                total = total + self.layer_sum(x, number)
+        x = x if self.layer_sum is None else total
         return x.masked_fill(~layout.output.valid[..., None], 0.0)[:, :num_frames]
-
-
-# ---- activation checkpointing
-#
-# A block stores less for the backward pass and recomputes the rest there. Sources: Chen et al., arXiv 1604.06174; the
-# selective mode: Korthikanti et al., arXiv 2205.05198. docs/memory.md lists memory and time of each mode.
-
-MODES: tuple[CheckpointingMode, ...] = ("none", "selective", "full")
-"""'none' stores all activations, 'selective' the outputs of `STORED_OPERATIONS`, 'full' only the input of a block"""
-
-_aten = torch.ops.aten
-STORED_OPERATIONS: list[Any] = [
-    # Products with weights. Not bmm: on the CPU its outputs are attention weights, quadratic in the length.
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.convolution.default,
-    # Attention in one operation, with an output linear in the length.
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    flex_attention,
-]
-"""operations whose outputs 'selective' stores: nearly all FLOPs of a block, but few of its bytes"""
-
-
-def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
-    """Call `block(x, *args)` with activation checkpointing by `mode`. Gradients are bit-identical in all modes.
-
-    Supports blocks sharded by FSDP2 and blocks inside DDP. The recomputation restores the random generators, so that it
-    draws the same dropout. A module with running statistics, such as batch norm, would count each batch twice.
-
-    Args:
-        mode: one of `MODES`; ignored if gradients are disabled.
-        x: input of the block, on the compute device.
-    """
-    if mode not in MODES:
-        raise ValueError(f"activation checkpointing {mode!r}: give one of {', '.join(map(repr, MODES))}")
-    if mode == "none" or not torch.is_grad_enabled():
-        return block(x, *args)
-    if mode == "full":
-        return checkpoint(_call_uncached, block, x, *args, use_reentrant=False)
-    contexts = partial(create_selective_checkpoint_contexts, STORED_OPERATIONS)
-    return checkpoint(_call_uncached, block, x, *args, use_reentrant=False, context_fn=contexts)
-
-
-def _call_uncached(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
-    """Call the block without autocast's cache of cast weights.
-
-    The cache would keep all cast weights until the end of the forward pass. It would also be filled in the forward pass
-    and empty in the recomputation, which would then run a different sequence of operations.
-    """
-    device = x.device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    with torch.autocast(device, dtype, enabled, cache_enabled=False):
-        return block(x, *args)
 
 
 # ---- initialisation

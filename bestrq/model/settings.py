@@ -93,6 +93,8 @@ class EncoderSettings:
     """position 'relative': learned values per head; half per direction, half of those for single distances"""
     relative_max_distance: PositiveInt = 800
     """position 'relative': frames from which on all distances share the last bucket"""
+    output: Literal["last", "weighted_sum"] = "last"
+    """output of the encoder: that of the last block, or a learned weighted sum of all blocks (SUPERB)"""
     dropout: float = 0.1
     """dropout probability on every residual branch and inside the feed-forward modules"""
     attention_dropout: float = 0.1
@@ -182,6 +184,10 @@ class EncoderSettings:
         _require(
             self.mask != "causal" or max(self.group_sizes) == 1,
             "group_size", max(self.group_sizes), "frames of a group attend to each other: give 1 with mask 'causal'",
+        )  # fmt: skip
+        _require(
+            self.output == "last" or not self.earlier_stages,
+            "output", self.output, "stages have different frame rates: give 'last' with earlier_stages",
         )  # fmt: skip
         name = "window" if self.mask == "window" else "chunk_size"
         for stage, group_size in enumerate(self.group_sizes if self.mask in ("window", "chunk") else []):

@@ -80,7 +80,9 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
         phase = rotary_phase(scaled, settings.head_dim, settings.rotary_theta, x.dtype).to(x.device)
     keep = None if settings.left_chunks < 0 else settings.left_chunks * settings.chunk_size
     new_state = StreamState(state.num_frames + x.shape[1], rows[:, -settings.stride :], [], [])
-    for block, keys_values, inputs in zip(encoder.blocks, state.attention, state.convolution, strict=True):
+    total = x.new_zeros(())
+    blocks = zip(encoder.blocks, state.attention, state.convolution, strict=True)
+    for number, (block, keys_values, inputs) in enumerate(blocks):
         assert isinstance(block, ConformerBlock)
 
         def attend(y: Tensor, block: ConformerBlock = block, cache: tuple[Tensor, Tensor] = keys_values) -> Tensor:
@@ -94,7 +96,9 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
             return y
 
         x = block.apply_modules(x, attend, convolve)
-    return x[0], new_state
+        if encoder.layer_sum is not None:
+            total = total + encoder.layer_sum(x, number)
+    return (x if encoder.layer_sum is None else total)[0], new_state
 
 
 def stream_attention(

@@ -108,12 +108,12 @@ class CTCModel(nn.Module):
 
         FSDP2 needs `torch.distributed.fsdp.register_fsdp_forward_method(model, "log_probs")`.
         """
-        return self._log_probs(log_mel, segments, train_encoder=True)
+        return self._log_probs(log_mel, segments)
 
-    def _log_probs(self, log_mel: Tensor, segments: Segments, train_encoder: bool) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
-            hidden = self.encoder(log_mel, self.encoder.layout(segments))
-        return frame_log_probs(self.head, hidden)
+    def _log_probs(
+        self, log_mel: Tensor, segments: Segments, frozen_blocks: int | None = None, masked: Tensor | None = None
+    ) -> Tensor:
+        return frame_log_probs(self.head, self.encoder(log_mel, self.encoder.layout(segments), frozen_blocks, masked))
 
     def forward(
         self,
@@ -122,7 +122,8 @@ class CTCModel(nn.Module):
         labels: Tensor,
         label_lengths: Tensor,
         *,
-        train_encoder: bool = True,
+        frozen_blocks: int | None = None,
+        masked: Tensor | None = None,
     ) -> CTCOutput:
         """CTC loss of N segments, each over its own frames only.
 
@@ -132,10 +133,11 @@ class CTCModel(nn.Module):
             labels: int64 `[N, U]`, of the used segments, ordered by row, then slot; values beyond a length are
                 ignored. No label is 0, the blank.
             label_lengths: int64 `[N]`; 0 for a segment without speech.
-            train_encoder: False freezes the encoder in this step: it runs without a graph and its gradients stay None,
-                so it gets no optimizer state, no weight decay and no share of the gradient norm. DDP then needs
-                `find_unused_parameters=True`.
+            frozen_blocks: freeze the subsampling and this number of blocks in this step: they run without a graph and
+                their gradients stay None, so they get no optimizer state, no weight decay and no share of the gradient
+                norm. DDP then needs `find_unused_parameters=True`. None freezes nothing.
+            masked: outputs of the subsampling to set to 0, see `ConformerEncoder.forward`.
         """
         # Not `log_probs`: as a registered FSDP2 method, it would gather the weights a second time.
-        log_probs = self._log_probs(log_mel, segments, train_encoder)
+        log_probs = self._log_probs(log_mel, segments, frozen_blocks, masked)
         return ctc_loss(log_probs, segments, self.encoder.settings.stride, labels, label_lengths)

@@ -1,8 +1,8 @@
 """SpecAugment: bands of mel bins and spans of time set to zero, drawn independently for every segment.
 
 Sources: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition" (without
-time warping); the number of time masks grows with the length as in Park et al. 2020, "SpecAugment on Large Scale
-Datasets".
+time warping); the number and size of time masks grow with the length as in Park et al. 2020, "SpecAugment on Large
+Scale Datasets", arXiv 1912.05533.
 
 Shapes: R rows, F mel frames per row, M mel bins, S segment slots per row, K masks per segment.
 """
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from common.hashing import INCREMENT, splitmix64
 from common.segments import Segments
+
+MAX_ADAPTIVE_MASKS = 20
+"""largest adaptive number of time masks (Park et al. 2020)"""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,14 @@ class SpecAugmentSettings:
     """Time masks per time_mask_period of a segment, rounded up; 0 for none."""
     time_mask_period: PositiveInt = 1000
     """Mel frames per num_time_masks time masks (1000 frames are 10 s at a hop of 10 ms)."""
+    time_masks_per_frame: ClosedUnitInterval = 0.0
+    """Adaptive number of time masks (p_M of Park et al. 2020): masks per mel frame of a segment, rounded down, at most
+    20, in place of num_time_masks; 0 disables it."""
     max_time_width: NonNegativeInt = 100
     """Largest width of a time mask, in mel frames; widths are uniform from 0."""
     max_time_share: ClosedUnitInterval = 0.2
-    """Largest width of a time mask, as a share of its segment."""
+    """Largest width of a time mask, as a share of its segment. With a large max_time_width, this is the adaptive size
+    (p_S of Park et al. 2020; 0.05 with ten masks in Gulati et al. 2020)."""
 
 
 def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSettings) -> Tensor:
@@ -55,9 +62,13 @@ def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSetti
 
 def _time_masks(num_frames: int, start: Tensor, length: Tensor, seed: Tensor, settings: SpecAugmentSettings) -> Tensor:
     """Masked frames, bool `[R, F]`."""
-    periods = -(-num_frames // settings.time_mask_period)
-    count = settings.num_time_masks * (-(-length // settings.time_mask_period))
-    mask = torch.arange(settings.num_time_masks * periods, device=start.device)
+    if settings.time_masks_per_frame:
+        count = (length.double() * settings.time_masks_per_frame).long().clamp(max=MAX_ADAPTIVE_MASKS)
+        largest = min(MAX_ADAPTIVE_MASKS, int(num_frames * settings.time_masks_per_frame))
+    else:
+        count = settings.num_time_masks * (-(-length // settings.time_mask_period))
+        largest = settings.num_time_masks * (-(-num_frames // settings.time_mask_period))
+    mask = torch.arange(largest, device=start.device)
     limit = (length * settings.max_time_share).long().clamp(max=settings.max_time_width)
     width = _uniform(seed, 2 * mask, limit[..., None] + 1) * (mask < count[..., None])
     first = start[..., None] + _uniform(seed, 2 * mask + 1, length[..., None] - width + 1)

@@ -184,8 +184,10 @@ class TransducerModel(nn.Module):
             return tdt_greedy(self, encoded, lengths, self.settings.durations, max_symbols)
         return greedy_search(self, encoded, lengths, max_symbols)
 
-    def _hidden(self, log_mel: Tensor, segments: Segments) -> Tensor:
-        return self.encoder(log_mel, self.encoder.layout(segments))
+    def _hidden(
+        self, log_mel: Tensor, segments: Segments, frozen_blocks: int | None = None, masked: Tensor | None = None
+    ) -> Tensor:
+        return self.encoder(log_mel, self.encoder.layout(segments), frozen_blocks, masked)
 
     def forward(
         self,
@@ -194,7 +196,8 @@ class TransducerModel(nn.Module):
         labels: Tensor,
         label_lengths: Tensor,
         *,
-        train_encoder: bool = True,
+        frozen_blocks: int | None = None,
+        masked: Tensor | None = None,
     ) -> TransducerOutput:
         """Loss of N segments, each over its own frames and labels only.
 
@@ -204,14 +207,13 @@ class TransducerModel(nn.Module):
             labels: int64 `[N, U]` on the CPU, of the used segments, ordered by row, then slot; values beyond a length
                 are ignored.
             label_lengths: int64 `[N]` on the CPU; 0 for a segment without speech.
-            train_encoder: False runs the encoder without a graph: see `CTCModel.forward`.
+            frozen_blocks, masked: see `CTCModel.forward`.
 
         Raises:
             UserError: a label is outside the vocabulary, or `slice_bytes` is too small for one frame of a segment.
         """
         check_labels(labels, label_lengths, self.vocab_size)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
-            hidden = self._hidden(log_mel, segments)
+        hidden = self._hidden(log_mel, segments, frozen_blocks, masked)
         settings, device, stride = self.settings, hidden.device, self.encoder.settings.stride
         index, lengths = segment_frames(segments, stride, hidden.shape[1])
         used = torch.arange(index.shape[1]) < lengths[:, None]

@@ -120,17 +120,18 @@ def _write(final: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> No
 
 def gather_model(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Unsharded parameters and buffers by name in the plain module, on the CPU of rank 0; {} on the other ranks."""
-    return _gather(dict(unwrap(model).state_dict()), world)
+    return gather_tensors(dict(unwrap(model).state_dict()), world)
 
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
     """Unsharded optimizer state by `STATE/PARAMETER`, on rank 0; parameters without a gradient so far have none."""
     names = _parameter_names(model)
     states = ((names[parameter], values) for parameter, values in optimizer.state.items())
-    return _gather({f"{key}/{name}": value for name, values in states for key, value in values.items()}, world)
+    return gather_tensors({f"{key}/{name}": value for name, values in states for key, value in values.items()}, world)
 
 
-def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+def gather_tensors(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Unsharded copies on the CPU of rank 0; {} on the other ranks."""
     whole = {}
     for name, tensor in sorted(tensors.items()):  # same order on all ranks: full_tensor is a collective
         tensor = tensor.detach()
@@ -157,7 +158,7 @@ def load_checkpoint(
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path / 'state.json'} is not of checkpoint format {FORMAT}")
     if model is not None:
-        _fill(_model_slots(model), read_tensors(path / "model.safetensors"), path / "model.safetensors")
+        fill(model_slots(model), read_tensors(path / "model.safetensors"), path / "model.safetensors")
     if optimizer is not None:
         if model is None:
             raise ValueError("optimizer tensors are identified by the parameter names of the model: pass the model")
@@ -173,12 +174,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _model_slots(model: nn.Module) -> dict[str, Tensor]:
+def model_slots(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name in the plain module, as they are stored: under FSDP2, the shards."""
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in unwrap(model).state_dict().items()}
 
 
 @torch.no_grad()
-def _fill(slots: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+def fill(slots: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
     """Copy unsharded tensors into the slots of the same names, which may be sharded."""
     wrong = [f"{name} is missing" for name in sorted(slots.keys() - tensors.keys())]
     wrong += [f"{name} is not in the model" for name in sorted(tensors.keys() - slots.keys())]

@@ -39,10 +39,13 @@ class OptimizerSettings:
     """decoupled weight decay of matrices; biases and norms have none"""
     warmup_steps: NonNegativeInt = 1000
     """optimizer steps of the linear warm-up from 0"""
-    schedule: Literal["cosine", "noam", "constant"] = "cosine"
-    """schedule after the warm-up: cosine decay to the final fraction, inverse square root (Noam), or constant"""
+    schedule: Literal["cosine", "noam", "constant", "tri_stage", "wsd"] = "cosine"
+    """schedule after the warm-up: cosine decay, inverse square root (Noam), constant, or constant for hold_fraction and
+    then an exponential (tri_stage: fairseq, wav2vec 2.0) or linear decay (wsd: Haegele et al., arXiv 2405.18392)"""
+    hold_fraction: ClosedUnitInterval = 0.4
+    """tri_stage, wsd: fraction of all steps at the peak, after the warm-up (0.4 in fairseq's wav2vec 2.0 recipes)"""
     final_fraction: ClosedUnitInterval = 0.05
-    """fraction of the peak learning rate at the end of the cosine"""
+    """fraction of the peak learning rate at the end of cosine, tri_stage and wsd"""
     clip_norm: NonNegativeFloat = 5.0
     """maximum global norm of the gradient; 0 disables clipping"""
     frozen_steps: NonNegativeInt = 0
@@ -53,6 +56,8 @@ class OptimizerSettings:
             raise UserError(f"optimizer.betas is {self.betas}: give two numbers from 0 to below 1")
         if self.schedule == "noam" and self.warmup_steps == 0:
             raise UserError("optimizer.warmup_steps is 0 with optimizer.schedule 'noam': give 1 or more")
+        if self.schedule == "tri_stage" and self.final_fraction == 0:
+            raise UserError("optimizer.final_fraction is 0 with optimizer.schedule 'tri_stage': give more")
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: int) -> float:
@@ -69,7 +74,13 @@ def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: in
         return math.sqrt(settings.warmup_steps / step)
     if settings.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
+    hold_steps = settings.hold_fraction * total_steps if settings.schedule in ("tri_stage", "wsd") else 0
+    first = settings.warmup_steps + hold_steps
+    progress = min(1.0, max(0.0, step - first) / max(1, total_steps - first))
+    if settings.schedule == "tri_stage":
+        return settings.final_fraction**progress
+    if settings.schedule == "wsd":
+        return 1 - (1 - settings.final_fraction) * progress
     return settings.final_fraction + (1 - settings.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -87,17 +98,9 @@ def build_optimizer(
         for decayed in (True, False):
             chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decayed]
             if chosen:
+                values = {"params": chosen, "settings": settings, "lr": 0.0, "betas": settings.betas}
                 decay = settings.weight_decay if decayed else 0.0
-                param_groups.append(
-                    {
-                        "params": chosen,
-                        "settings": settings,
-                        "lr": 0.0,
-                        "betas": settings.betas,
-                        "eps": settings.eps,
-                        "weight_decay": decay,
-                    }  # fmt: skip
-                )
+                param_groups.append({**values, "eps": settings.eps, "weight_decay": decay})
     if not param_groups:
         raise UserError("the optimizer has no trainable parameter")
     return torch.optim.AdamW(param_groups, fused=True)

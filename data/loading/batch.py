@@ -143,6 +143,7 @@ class RowReader:
         self.shape, self.max_segments, self.draw_mask = shape, max_segments, draw_mask
         self.normalisation, self.verify_checksums, self.buffers = normalisation, verify_checksums, buffers
         self._stored = np.empty(shape[1:], np.float16)
+        self._original = np.empty(shape[1:], np.float32) if crops.augments else None
 
     def __getitem__(self, plan: BatchPlan) -> BatchContent | UserError:
         try:
@@ -161,14 +162,16 @@ class RowReader:
         row_crops: list[list[Crop]] = [[] for _ in values]
         filled = [0] * len(values)
         unreadable: dict[str, str] = {}
-        for row, slot, first_frame, recording, start, stop, seed, item in zip(*plan.crops.tolist(), strict=True):
+        lengths = self.crops.lengths(Crops(*plan.crops[3:])).tolist()
+        for row, slot, first_frame, *wanted, seed, item, length in zip(*plan.crops.tolist(), lengths, strict=True):
             values[row, filled[row] : first_frame] = 0
             filled[row] = first_frame
-            out = values[row, first_frame : first_frame + stop - start]
-            crop = self._read_or_replace(out, (recording, start, stop, item), seed, unreadable)
+            out = values[row, first_frame : first_frame + length]
+            first_choice = (*wanted, item)
+            crop = self._read_or_replace(out, first_choice, seed, unreadable)
             if crop is None:
                 continue
-            num_frames = crop[2] - crop[1]
+            num_frames = length if crop is first_choice else crop[2] - crop[1]
             filled[row] = end = first_frame + num_frames
             segments[:, row, slot] = first_frame, num_frames, seed
             if mask is not None and self.draw_mask is not None:
@@ -181,14 +184,21 @@ class RowReader:
         return BatchContent(log_mel if keep else None, segments, bits, row_crops, unreadable)
 
     def _read_or_replace(self, out: np.ndarray, crop: Crop, seed: int, unreadable: dict[str, str]) -> Crop | None:
-        """Read the crop, or else a replacement, into `out` [frames, M]; return the crop read, or None."""
+        """Read the crop, or else a replacement, into `out` [frames, M]; return the crop read, or None.
+
+        A replacement is not augmented.
+        """
         substitutes = (self.crops.substitute(seed, len(out), attempt) for attempt in range(SUBSTITUTES))
         storage_failures = 0
         for candidate in itertools.chain([crop], substitutes):
             if candidate is not None:
                 recording, start, stop, _ = candidate
                 try:
-                    self._read(out[: stop - start], recording, start, stop)
+                    if candidate is crop and self._original is not None:
+                        self._read(self._original[: stop - start], recording, start, stop)
+                        self.crops.augment(self._original[: stop - start], seed, out)
+                    else:
+                        self._read(out[: stop - start], recording, start, stop)
                     return candidate
                 except UserError as error:
                     storage_failures += isinstance(error.__cause__, StorageError)

@@ -73,6 +73,7 @@ class CropTable(ABC):
         min_frames: minimum length; shorter crops are skipped.
         labelled: crops have transcripts, so they must not be shortened.
         texts: all transcripts; empty for unlabelled crops.
+        augments: crops are changed by `augment` when they are read (`data.loading.augment`).
     """
 
     seed: int
@@ -80,6 +81,7 @@ class CropTable(ABC):
     min_frames: int
     labelled: bool = False
     texts: Sequence[str] = ()
+    augments: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -102,6 +104,14 @@ class CropTable(ABC):
     def settings(self) -> dict[str, int]:
         """Further values that determine the order; a checkpoint is only resumed if they are equal."""
         return {}
+
+    def lengths(self, crops: Crops) -> np.ndarray:
+        """Frames of crops in their rows, int64 [n]: after augmentation."""
+        return crops.stop - crops.start
+
+    def augment(self, frames: np.ndarray, seed: int, out: np.ndarray) -> None:
+        """Write the augmented frames of a crop, float32 [n, M], to `out`, of the length given by `lengths`."""
+        out[:] = frames
 
     def text(self, item: int) -> str:
         """Transcript of an item; "" for unlabelled crops."""

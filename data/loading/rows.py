@@ -18,7 +18,9 @@ from common.errors import UserError
 from common.hashing import mix
 from data.loading.order import Crops, CropTable
 
-_ROWS = 4  # domain of the hash that shuffles rows; data/loading/order.py has the others
+_ROWS, _PLACES = 4, 7  # domains of the hash: order of rows and of placement; data/loading/order.py has the others
+FEW_BLOCKS = 8
+"""below this number of blocks, later epochs place crops in a random order: blocks alone do not vary their neighbours"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ Placement = tuple[int, int]
 
 
 def pack_rows(
-    lengths: Sequence[int] | np.ndarray, row_frames: int, row_gap: int, multiple: int, max_segments: int
-) -> list[list[Placement]]:
+    lengths: Sequence[int] | np.ndarray, row_frames: int, row_gap: int, multiple: int, max_segments: int,
+    priority: np.ndarray | None = None,
+) -> list[list[Placement]]:  # fmt: skip
     """Pack segments into rows by best-fit decreasing: longest first, each into the fullest row with enough space.
 
     Deterministic, O(n log n).
@@ -73,6 +76,7 @@ def pack_rows(
         row_gap: minimum number of frames between two segments.
         multiple: starts are multiples of it; the encoder's `row_multiple`.
         max_segments: maximum number of segments per row.
+        priority: [n]; segments of a greater priority are placed first. By default, longer ones.
 
     Returns:
         The segments of every row, by first frame.
@@ -92,8 +96,8 @@ def pack_rows(
     rows: list[list[Placement]] = []
     # (first frame of the next segment, row) of the rows with a free slot, fullest last.
     space: list[tuple[int, int]] = []
-    longest_first = np.argsort(-sizes, kind="stable")
-    for index, size in zip(longest_first.tolist(), sizes[longest_first].tolist(), strict=True):
+    order = np.argsort(-(sizes if priority is None else priority), kind="stable")
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         fullest = bisect_right(space, (row_frames - size, len(rows))) - 1
         if fullest >= 0:
             start, row = space.pop(fullest)
@@ -139,12 +143,9 @@ class RowStream:
         if block_crops < 1:
             raise UserError(f"block_crops is {block_crops}: must be at least 1")
         self.source = crops
-        self.packing = {
-            "row_frames": row_frames,
-            "row_gap": row_gap,
-            "multiple": multiple,
-            "max_segments": max_segments,
-        }
+        self.packing: dict[str, Any] = {
+            "row_frames": row_frames, "row_gap": row_gap, "multiple": multiple, "max_segments": max_segments
+        }  # fmt: skip
         pack_rows([], **self.packing)  # check the settings before training starts
         self.fingerprint = fingerprint
         self.blocks = max(1, round(len(crops) / block_crops))
@@ -156,6 +157,7 @@ class RowStream:
             "blocks": self.blocks,
             **crops.settings(),
             **self.packing,
+            **({"shuffled": 1} if self.blocks < FEW_BLOCKS else {}),
         }
 
     def start(self, state: DataState | None = None) -> DataState:
@@ -167,6 +169,8 @@ class RowStream:
                 f"the checkpoint's data has the fingerprint {state.dataset[:12]}, this dataset "
                 f"{self.fingerprint[:12]}: a run cannot continue on other recordings; start a new run"
             )
+        if state.order == {name: value for name, value in self.order.items() if name != "shuffled"}:
+            self.order = state.order  # of an earlier version: the run keeps its rows
         if state.order != self.order:
             names = sorted(set(state.order) | set(self.order))
             pairs = [(name, state.order.get(name), self.order.get(name)) for name in names]
@@ -178,9 +182,12 @@ class RowStream:
         """Rows of a block, in stream order."""
         first, last = (len(self.source) * b // self.blocks for b in (block, block + 1))
         crops = self.source.crops(epoch, np.arange(first, last))
-        lengths = crops.stop - crops.start
-        kept = np.flatnonzero(lengths >= self.source.min_frames)
-        rows = pack_rows(lengths[kept], **self.packing)
+        kept = np.flatnonzero(crops.stop - crops.start >= self.source.min_frames)
+        lengths, priority = self.source.lengths(crops)[kept], None
+        if epoch and "shuffled" in self.order:  # by length times 1 to 1.5: rows stay as full, their crops change
+            random = mix(_PLACES, self.source.seed, epoch, block, np.arange(len(kept)))
+            priority = lengths * (1 + (random >> np.uint64(11)) / 2**54)
+        rows = pack_rows(lengths, priority=priority, **self.packing)
         shuffled = np.argsort(mix(_ROWS, self.source.seed, epoch, block, np.arange(len(rows))), kind="stable")
         columns = [getattr(crops, f.name) for f in dataclasses.fields(Crops)]
         stream = []

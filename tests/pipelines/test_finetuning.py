@@ -23,6 +23,13 @@ from pipelines.finetuning import FinetuneConfig
         ("spec_augment.time_mask_period", "0", "an integer above 0"),
         ("spec_augment.max_time_width", "-1", "an integer, 0 or more"),
         ("spec_augment.max_time_share", "1.5", "a number from 0 to 1"),
+        ("spec_augment.time_masks_per_frame", "1.5", "a number from 0 to 1"),
+        ("hidden_masks.time_prob", "1.5", "a number from 0 to 1"),
+        ("hidden_masks.channel_length", "0", "an integer above 0"),
+        ("averaging.ema_decay", "1.5", "a number from 0 to 1"),
+        ("averaging.last", "-1", "an integer, 0 or more"),
+        ("data.augment.speed", "-0.1", "a number from 0 to 1"),
+        ("finetune.layer_decay", "1.5", "a number from 0 to 1"),
     ],
 )
 def test_an_error_of_a_value_out_of_range_names_field_and_range(field: str, value: str, expected: str) -> None:

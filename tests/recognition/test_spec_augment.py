@@ -80,3 +80,18 @@ def test_longer_segments_get_more_time_masks() -> None:
     # 2 and 20 spans, of which 1 in 6 has width 0 and some touch.
     assert 1.5 < mean_spans(100) < 1.7
     assert 14.5 < mean_spans(1000) < 16.7
+
+
+def test_the_adaptive_number_of_time_masks_is_a_share_of_the_frames_and_at_most_20() -> None:
+    """Masks of one frame in long segments hardly ever overlap, so masked frames count the masks."""
+    settings = SpecAugmentSettings(
+        num_freq_masks=0, num_time_masks=0, time_masks_per_frame=0.01, max_time_width=1, max_time_share=1.0
+    )
+
+    def masked_frames(length: int) -> list[int]:
+        log_mel, segments = rows([[(0, length, seed)] for seed in range(200)], length, num_mels=1)
+        return (spec_augment(log_mel, segments, settings) == 0).sum(dim=(1, 2)).tolist()
+
+    assert max(masked_frames(199)) == 1 and max(masked_frames(99)) == 0
+    assert sum(masked_frames(1000)) / 200 == pytest.approx(5, rel=0.1)  # 10 masks, half of them of width 0
+    assert sum(masked_frames(9000)) / 200 == pytest.approx(10, rel=0.1)  # 20 masks, not 90

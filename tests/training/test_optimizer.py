@@ -27,7 +27,7 @@ from common.errors import UserError
 
 
 def test_the_warm_up_is_a_straight_line_to_the_peak_for_every_schedule() -> None:
-    for schedule in ("cosine", "noam", "constant"):
+    for schedule in ("cosine", "noam", "constant", "tri_stage", "wsd"):
         settings = OptimizerSettings(warmup_steps=10, schedule=schedule)
         factors = [learning_rate_factor(settings, step, 100) for step in range(1, 11)]
         assert factors == pytest.approx([step / 10 for step in range(1, 11)])
@@ -41,6 +41,22 @@ def test_schedules_follow_their_closed_forms_after_the_warm_up() -> None:
     noam = OptimizerSettings(warmup_steps=10, schedule="noam")
     assert learning_rate_factor(noam, 40, 100) == pytest.approx(math.sqrt(10 / 40))
     assert learning_rate_factor(OptimizerSettings(warmup_steps=0, schedule="constant"), 1, 100) == 1.0
+
+
+def test_the_peak_is_held_and_then_decays_exponentially_or_linearly_to_the_final_fraction() -> None:
+    """Stages of 0.1, 0.4 and 0.5 of the steps, as in fairseq's recipes of wav2vec 2.0."""
+    for schedule, half_way in (("tri_stage", math.sqrt(0.05)), ("wsd", 0.525)):
+        settings = OptimizerSettings(warmup_steps=100, schedule=schedule, hold_fraction=0.4, final_fraction=0.05)
+        factors = [learning_rate_factor(settings, step, 1000) for step in range(1, 1101)]
+        assert factors[99:500] == [1.0] * 401
+        assert factors[749] == pytest.approx(half_way) and factors[999:] == pytest.approx([0.05] * 101)
+        later = OptimizerSettings(**{**settings.__dict__, "frozen_steps": 50})
+        assert [learning_rate_factor(later, step + 50, 1050) for step in range(1, 1101)] == pytest.approx(factors)
+        decay = factors[499:1000]
+        pairs = list(zip(decay[:-1], decay[1:], strict=True))
+        steps = [b / a if schedule == "tri_stage" else b - a for a, b in pairs]
+        assert max(steps) == pytest.approx(min(steps))
+    assert learning_rate_factor(OptimizerSettings(warmup_steps=0, schedule="wsd", final_fraction=0), 9, 9) == 0
 
 
 def test_weights_decay_and_biases_and_norms_do_not() -> None:
@@ -99,6 +115,8 @@ def test_decay_rates_of_1_and_noam_without_warm_up_are_refused() -> None:
         parse(Config, ["--optimizer.betas=[0.9, 1.0]"])
     with pytest.raises(UserError, match=r"optimizer.warmup_steps is 0 with optimizer.schedule 'noam'"):
         parse(Config, ["--optimizer.warmup_steps=0", "--optimizer.schedule=noam"])
+    with pytest.raises(UserError, match=r"optimizer.final_fraction is 0 with optimizer.schedule 'tri_stage'"):
+        parse(Config, ["--optimizer.final_fraction=0", "--optimizer.schedule=tri_stage"])
 
 
 def test_what_a_step_draws_depends_on_seed_step_and_rank_and_on_nothing_else() -> None:

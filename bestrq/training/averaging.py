@@ -1,0 +1,173 @@
+"""Averages of the weights over training: an exponential moving average, and the mean of the last validated weights.
+
+Both are validated and exported in place of the weights of a step; training itself is not changed by them.
+
+Sources: exponential moving average with a warm-up of the decay: TensorFlow's `ExponentialMovingAverage`
+(`num_updates`); mean of checkpoints: Vaswani et al., arXiv 1706.03762, section 6.1, and Izmailov et al., arXiv
+1803.05407.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bestrq.training.checkpoint import Checkpoint, fill, gather_model, gather_tensors, model_slots
+from bestrq.training.process import World
+from common.errors import UserError
+from common.files import write_file
+
+PREFIX = "average/"
+"""of the names of the moving average among the extra tensors of a checkpoint"""
+
+
+@dataclass
+class AveragingSettings:
+    """Averages of the weights, which are validated and exported in place of the weights themselves."""
+
+    ema_decay: ClosedUnitInterval = 0.0
+    """decay of the exponential moving average per step, such as 0.999; smaller at first: min(decay, (1 + n) / (10 + n))
+    in step n. 0 disables it. It takes 4 bytes per parameter (sharded with fsdp), on the device and in checkpoints"""
+    last: NonNegativeInt = 0
+    """number of validations, the last ones, whose weights are averaged at the end of the run; 0 or 1 disables it. Their
+    weights are kept in RUN_FOLDER/averaging, 4 bytes per parameter each"""
+
+    def __post_init__(self) -> None:
+        if self.ema_decay == 1:
+            raise UserError("averaging.ema_decay is 1, which keeps the initial weights: give less than 1")
+
+
+class Averages:
+    """Moving average of a model's weights, and files with its last validated weights.
+
+    Parameters and floating-point buffers are averaged; other buffers, such as counters, are copied. All ranks must call
+    every method.
+
+    Args:
+        model: wrapped by `parallelise`; its weights are the initial value of the moving average.
+        folder: of the files with validated weights.
+        validations: steps of all validations of the run, ascending.
+    """
+
+    def __init__(
+        self, settings: AveragingSettings, model: nn.Module, folder: Path, validations: list[int], world: World
+    ) -> None:
+        self.settings, self.folder, self.world = settings, folder, world
+        self.updates = 0  # steps in the moving average
+        self.kept = validations[-settings.last :] if settings.last > 1 else []
+        self.average: dict[str, Tensor] = {}
+        if settings.ema_decay:
+            self.average = {name: tensor.detach().clone() for name, tensor in model_slots(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Add the weights after an optimizer step to the moving average: a += (1 - decay) (w - a)."""
+        if not self.average:
+            return
+        self.updates += 1
+        decay = min(self.settings.ema_decay, (1 + self.updates) / (10 + self.updates))
+        slots = model_slots(model)
+        pairs = [(_local(average), _local(slots[name])) for name, average in self.average.items()]
+        floating = [(average, weight) for average, weight in pairs if average.is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floating], [weight for _, weight in floating], 1 - decay)
+        for average, weight in pairs:
+            if not average.is_floating_point():
+                average.copy_(weight)
+
+    def validated(self, model: nn.Module, step: int) -> Iterator[str]:
+        """Yield, for each set of weights to validate, their name in the metrics, while the model holds them.
+
+        "dev": the moving average, or the weights themselves without one. At the last validation also "dev_average": the
+        mean of the last `settings.last` of these. The model has its own weights again afterwards.
+        """
+        with self._held(model, self.average):
+            yield "dev"
+            if step in self.kept:
+                self._store(model, step)
+        if self.kept and step == self.kept[-1]:
+            with self._held(model, self._mean(model)):
+                yield "dev_average"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Unsharded moving average, for the extra tensors of a checkpoint; {} on all ranks but 0."""
+        return {f"{PREFIX}{name}": tensor for name, tensor in gather_tensors(self.average, self.world).items()}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Raises UserError if its moving average does not fit the model."""
+        if self.average:
+            tensors = {
+                name.removeprefix(PREFIX): tensor
+                for name, tensor in checkpoint.extra_tensors.items()
+                if name.startswith(PREFIX)
+            }
+            fill(self.average, tensors, checkpoint.path / "extra.safetensors")
+            self.updates = int(checkpoint.state["averaged_updates"])
+
+    @contextmanager
+    def _held(self, model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Exchange the weights of the model for others within a context; {} changes nothing."""
+        _exchange(model, weights)
+        try:
+            yield
+        finally:
+            _exchange(model, weights)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"
+
+    def _store(self, model: nn.Module, step: int) -> None:
+        weights, problem = gather_model(model, self.world), ""
+        if self.world.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_file(self._path(step), save(weights))
+            except OSError as error:
+                problem = f"cannot write {self._path(step)}: {error}"
+        if problem := self.world.broadcast(problem):
+            raise UserError(problem)
+
+    @torch.no_grad()
+    def _mean(self, model: nn.Module) -> dict[str, Tensor]:
+        """Mean of the stored weights, computed in float64, with the shards of the model."""
+        mean = {}
+        try:
+            with ExitStack() as stack:
+                files = [stack.enter_context(safe_open(self._path(step), "pt")) for step in self.kept]
+                for name in files[-1].keys():  # noqa: SIM118 - not a dict
+                    values = [file.get_tensor(name) for file in files]
+                    mean[name] = values[-1]
+                    if values[-1].is_floating_point():
+                        mean[name] = torch.stack(values).double().mean(dim=0).to(values[-1].dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"averaging.last is {self.settings.last}, but the weights of a validation cannot be read: {error}; "
+                f"restore the files of {self.folder}"
+            ) from error
+        weights = {name: torch.empty_like(slot) for name, slot in model_slots(model).items()}
+        fill(weights, mean, self.folder)
+        return weights
+
+
+@torch.no_grad()
+def _exchange(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Exchange values in place, with temporary memory for one tensor."""
+    slots = model_slots(model) if weights else {}
+    for name, weight in weights.items():
+        ours, other = _local(slots[name]), _local(weight)
+        held = ours.clone()
+        ours.copy_(other)
+        other.copy_(held)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Shard of this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
