@@ -139,29 +139,38 @@ def backward_bytes(settings: EncoderSettings, batch: Rows, device: str, mode: st
     return recomputed + frames * (dim * settings.dim + feedforward * settings.feedforward_dim) + 6.0 * weights
 
 
-def weight_bytes(settings: EncoderSettings, shards: int) -> float:
+def weight_bytes(settings: EncoderSettings, shards: int, num_codes: int = NUM_CODES) -> float:
     """Bytes of float32 weights, gradients and AdamW's two moments, head included, and of gathered weights with FSDP.
 
     FSDP gathers two blocks in bfloat16 (one is prefetched) and the gradients of one, in bfloat16 and float32, and
     subsampling and head in float32, with their gradients. The latter also keep a bfloat16 copy, with and without FSDP.
     """
     blocks = settings.num_layers * block_weights(settings)
-    rest = num_parameters(settings) - blocks + settings.dim * NUM_CODES
+    rest = num_parameters(settings) - blocks + settings.dim * num_codes
     if shards == 1:
         return 16.0 * blocks + 18.0 * rest
     return 16.0 * (blocks + rest) / shards + 10.0 * blocks / settings.num_layers + 14.0 * rest
 
 
-def activation_bytes(settings: EncoderSettings, batch: Rows, mode: str, shards: int = 1, dense: bool = False) -> float:
-    """Peak of BEST-RQ pretraining on one GPU without `weight_bytes`: at the loss, or in the backward pass of a block.
+def activation_bytes(
+    settings: EncoderSettings,
+    batch: Rows,
+    mode: str,
+    shards: int = 1,
+    dense: bool = False,
+    head_logits: float = TARGET_SHARE * NUM_CODES,
+) -> float:
+    """Peak of training on one GPU without `weight_bytes`: at the loss, or in the backward pass of a block.
 
     Args:
         dense: attention by the backend 'sdpa' with a mask of all pairs of frames, instead of flex or a window.
+        head_logits: logits per encoder frame: of BEST-RQ, the share of frames with a target times codes; of CTC, the
+            vocabulary.
     """
     kept = encoder_bytes(settings, batch, "cuda", mode)
     if mode == "none" and shards > 1:  # weights are gathered in bfloat16 and freed: no copy is kept
         kept -= settings.num_layers * KEPT["cuda", "none"].weights * block_weights(settings)
-    head = HEAD * TARGET_SHARE * batch.rows * (batch.frames // settings.stride) * NUM_CODES
+    head = HEAD * head_logits * batch.rows * (batch.frames // settings.stride)
     mask = dense_mask_bytes(settings, batch, mode) if dense else 0.0
     return kept + mask + max(head, backward_bytes(settings, batch, "cuda", mode))
 

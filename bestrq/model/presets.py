@@ -24,6 +24,11 @@ PRESETS: dict[str, EncoderSettings] = {
     "bestrq-94m": EncoderSettings(
         dim=576, num_layers=12, num_heads=8, feedforward_dim=2048, kernel_size=31, subsampling_channels=64
     ),
+    # Slim and deep, with the parameters of the 55 M Zipformer of STREAM-ASR v1.5: see configs/slim-55m.yaml.
+    "slim-55m": EncoderSettings(
+        dim=384, num_layers=16, num_heads=6, feedforward_dim=1536, kernel_size=9, subsampling="striding",
+        subsampling_factor=8, subsampling_channels=256,
+    ),
     # FastConformer Large, XLarge and XXLarge: Rekesh et al., arXiv 2305.05084.
     "fast-115m": EncoderSettings(
         dim=512, num_layers=17, num_heads=8, feedforward_dim=2048, kernel_size=9, subsampling="striding",

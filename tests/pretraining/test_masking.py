@@ -93,6 +93,23 @@ def test_noise_has_the_given_deviation_and_unmasked_frames_stay():
     assert filled[:, :2000].mean().item() == pytest.approx(0.0, abs=2e-3)
 
 
+def test_every_masked_frame_has_noise_of_its_own():
+    """No vector is shared by the frames of a step or of a run, which the encoder could learn as a sign of the mask."""
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    segments = Segments(torch.tensor([[0]]), torch.tensor([[40]]), 40, torch.tensor([[5]]))
+    filled = fill_with_noise(torch.zeros(1, 40, 80), mask, segments, 0.1)[0]
+    assert len(filled.unique(dim=0)) == 40
+    assert torch.corrcoef(filled).fill_diagonal_(0).abs().max() < 0.6
+
+
+def test_every_frame_of_a_segment_is_masked_in_some_draw():
+    """The tail of a long segment too: masks are drawn for the whole of it, not within the shortest of the batch."""
+    generator = np.random.default_rng(2)
+    for frames in (40, 41, 300):
+        masked = sum(draw_span_mask(generator, frames, 40, 0.02).astype(int) for _ in range(3000))
+        assert np.all(masked > 0)
+
+
 def test_num_runs():
     mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]], dtype=torch.bool)
     assert num_runs(mask) == 3
