@@ -30,7 +30,8 @@ from benchmarks import memory_formula as formula
 from benchmarks.live_bytes import LiveBytes, on_gpu, simulated_gpu
 from benchmarks.machine import hardware_autocast, hardware_precision, print_figures
 from benchmarks.memory_formula import Rows
-from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings, run_block
+from bestrq.model.activation_checkpointing import MODES, run_block
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import RowLayout
 from bestrq.model.presets import PRESETS
 from bestrq.training.memory import reset_peak, resident_bytes

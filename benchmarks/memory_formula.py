@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings
+from bestrq.model.activation_checkpointing import MODES
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.cpu.attention import MAX_WEIGHTS
 from bestrq.model.presets import PRESETS
 

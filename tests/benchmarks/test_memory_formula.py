@@ -8,7 +8,8 @@ import torch
 from benchmarks import memory_formula as formula
 from benchmarks.activation_memory import count
 from benchmarks.live_bytes import LiveBytes
-from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings
+from bestrq.model.activation_checkpointing import MODES
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.presets import PRESETS
 from tests.paths import REPOSITORY
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.live_bytes import LiveBytes
-from bestrq.model.conformer import MODES, ConformerEncoder, EncoderSettings, run_block
+from bestrq.model.activation_checkpointing import MODES, run_block
+from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise
 from common.segments import Segments
@@ -150,7 +151,7 @@ def test_full_stores_the_input_and_selective_an_amount_linear_in_the_length() ->
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_gradients_the_block_is_called_directly(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("bestrq.model.conformer.checkpoint")
+    monkeypatch.delattr("bestrq.model.activation_checkpointing.checkpoint")
     with torch.no_grad():
         assert kept_bytes(mode, 100) == 0
 
