@@ -10,6 +10,8 @@ differences of every seed are listed beside it.
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -69,7 +71,7 @@ def effect(seeds: Sequence[Cells], baseline: str, homophones: bool, num_resample
     if baseline not in {name for name, _ in cells}:
         raise UserError(f"--baseline {baseline} was not evaluated; evaluated are {sorted({name for name, _ in cells})}")
     rows = []
-    for (name, seconds), scores in sorted(cells.items(), key=lambda item: (item[0][1] or float("inf"), item[0][0])):
+    for (name, seconds), scores in sorted(cells.items(), key=lambda item: _order(*item[0])):
         total = score_corpus(scores, num_resamples)
         row: dict[str, Any] = {"model": name, "context_seconds": seconds, "num_recordings": len(scores)}
         row |= {"wer": total.words.rate, "wer_interval": total.wer_interval}
@@ -84,6 +86,12 @@ def effect(seeds: Sequence[Cells], baseline: str, homophones: bool, num_resample
             ]
         rows.append(row)
     return {"baseline": baseline, "seeds": len(seeds), "cells": rows}
+
+
+def _order(name: str, seconds: float) -> tuple[float, float, str]:
+    """Sort key: test context, with whole recordings last; then models by the number in their name."""
+    number = re.search(r"\d+", name)
+    return seconds or math.inf, int(number[0]) if number else -1, name
 
 
 def _rate(scores: Sequence[RecordingScore]) -> float:

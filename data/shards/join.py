@@ -103,7 +103,8 @@ def join(dataset: Dataset, out: str | os.PathLike[str], seconds: float, same_spe
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             with DatasetWriter(temporary, dataset.features, name=name or out.name, encoding=dataset.encoding) as writer:
-                for run in neighbours(dataset, int(seconds * rate), same_speaker):
+                # Rounded first, since 4.6 * 100 is slightly less than 460.
+                for run in neighbours(dataset, int(round(seconds * rate, 6)), same_speaker):
                     parts = [stored_recording(dataset, i) for i in run]
                     frames = [int(dataset.frames[i]) for i in run]
                     log_mel = np.concatenate([dataset.read(i) for i in run])
