@@ -69,8 +69,9 @@ def train(config: Config) -> None:
     run = FinetuneRun(folder, config, dataset, world)
     latest = latest_checkpoint(folder.checkpoints, world)
     init = read_init(config, dataset) if config.finetune.init and latest is None else None
-    crops = [labelled_crops(dataset, config, rows) for _, rows in stages_of(config)]
-    texts = [text for stage in crops for text in stage.texts]
+    stages = stages_of(config)
+    crops = [labelled_crops(dataset, config, stage.data) for stage in stages]
+    texts = [text for table in crops for text in table.texts]
     heldout, inference = heldout_recordings(dataset, config), heldout_inference(config, world)
     start_run(run, precision, ["transducer.slice_bytes"])
     tokenizer = run_tokenizer(folder, texts, config.finetune, world)
@@ -112,6 +113,7 @@ def train(config: Config) -> None:
         with throughput.waiting():
             micro_batches = next(batches)
         step += 1
+        model.encoder.settings = stages[loader.stage].encoder  # positions may be interpolated in later stages
         seed_step(config.run.seed, step, world.rank)
         micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
         num_labels = sum(int(lengths.sum()) for _, lengths in micro_labels)

@@ -50,14 +50,30 @@ from bestrq.training.optimizer import (
     set_learning_rates,
 )
 from bestrq.training.precision import resolve_precision, with_precision
-from bestrq.training.process import DistributedSettings, World, autocast, gradient_sync, parallelise, start_world
+from bestrq.training.process import (
+    DistributedSettings,
+    World,
+    autocast,
+    gradient_sync,
+    parallelise,
+    start_world,
+    unwrap,
+)
 from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
 from data.format.dataset import Dataset
 from data.loading.heldout import HeldoutSettings, heldout_batches, split_recordings
-from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, Batch, DataState, LoaderSettings, RowLoader
+from data.loading.loader import (
+    FREE_LOADER_FIELDS,
+    LOADER_PLACES,
+    Batch,
+    CurriculumStage,
+    DataState,
+    LoaderSettings,
+    RowLoader,
+)
 
 
 @dataclass
@@ -68,6 +84,8 @@ class Config:
     """folder, length and seed"""
     data: LoaderSettings = field(default_factory=LoaderSettings)
     """dataset, rows and packing"""
+    curriculum: list[CurriculumStage] = field(default_factory=list)
+    """later stages of training, for example with longer rows and crops; data describes the first stage"""
     accumulation: PositiveInt = 1
     """micro-batches per optimizer step: divides the rows that a process holds at once"""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
@@ -124,6 +142,11 @@ def train(config: Config) -> None:
     precision = resolve_precision(config.distributed, run, world)
     config = with_precision(config, precision)
     training, heldout = split_recordings(dataset, config.data, config.validation)
+    stages = [(config.data, config.encoder)]
+    if config.curriculum:
+        from pipelines.curriculum import CurriculumLoader, stages_of  # imported only for a curriculum
+
+        stages = [(stage.data, stage.encoder) for stage in stages_of(config)]
     run.start(config, world, FREE_FIELDS, dataset.identity(), PLACES, facts={"precision": str(precision)})
 
     # ---- Model, optimizer and targets, resumed from the latest checkpoint ----
@@ -131,8 +154,9 @@ def train(config: Config) -> None:
     model = BestRQ(config.encoder, config.quantizer).to(world.device)
     quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
     quantizer.to(world.device)
-    max_frames, _ = config.data.crop_frames(dataset)
-    row_flops = flops_per_row(model, config.data.row_frames, max_frames, world.device)
+    row_flops = [
+        flops_per_row(model, data.row_frames, data.crop_frames(dataset)[0], world.device) for data, _ in stages
+    ]
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
     optimizer = build_optimizer([(parallel_model.named_parameters(), config.optimizer)])
     shape = config.quantizer.num_codebooks, config.quantizer.codebook_size
@@ -146,8 +170,13 @@ def train(config: Config) -> None:
     packing = {"multiple": config.encoder.row_multiple, "row_gap": config.encoder.row_gap}
     shares = {"rank": world.rank, "world_size": world.size, "accumulation": config.accumulation}
     draw_mask = config.masking.draw_function(dataset.features.hop_ms)
-    crops = config.data.crop_order(dataset, training)
-    loader = RowLoader(dataset, crops, config.data, **packing, **shares, draw_mask=draw_mask, state=state.data)
+    crops = [data.crop_order(dataset, training) for data, _ in stages]
+    loader: RowLoader | CurriculumLoader
+    if config.curriculum:
+        loader = CurriculumLoader(dataset, crops, config, world, state.step, state.data, draw_mask)
+    else:
+        loader = RowLoader(dataset, crops[0], config.data, **packing, **shares, draw_mask=draw_mask, state=state.data)
+    model.encoder.settings = stages[loader.stage][1]
     dev_batches = heldout_batches(
         dataset, heldout, config.data, config.validation, **packing, **shares, draw_mask=draw_mask
     )
@@ -172,6 +201,7 @@ def train(config: Config) -> None:
         with throughput.waiting():
             micro_batches = next(batches)
         state.step += 1
+        model.encoder.settings = stages[loader.stage][1]  # positions may be interpolated in later stages
         seed_step(config.run.seed, state.step, world.rank)
         micro_rows = [masked_rows(batch, quantizer, config, world) for batch in micro_batches]
         num_targets = sum(rows.targets.numel() for rows in micro_rows)
@@ -197,7 +227,7 @@ def train(config: Config) -> None:
             report_skipped_step(state.step, loss_sum, samples, world)
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         num_rows = sum(batch.log_mel.shape[0] for batch in micro_batches)
-        throughput.count(audio_frames / dataset.features.frames_per_second, row_flops * num_rows)
+        throughput.count(audio_frames / dataset.features.frames_per_second, row_flops[loader.stage] * num_rows)
         state.data = micro_batches[-1].state
 
         # ---- Logging ----
@@ -277,7 +307,7 @@ def save(state: RunState, run: RunFolder, config: Config, dataset: Dataset, worl
         description = {
             "kind": "pretrained",
             "step": state.step,
-            "encoder": to_dict(config.encoder),
+            "encoder": to_dict(unwrap(state.model).get_submodule("encoder").settings),
             "quantizer": to_dict(config.quantizer),
             **features,
             "normalisation": config.data.normalisation,

@@ -1,16 +1,19 @@
-"""Labelled training data of fine-tuning, in stages: a curriculum changes the lengths of rows and crops."""
+"""Training in stages: a curriculum changes the lengths of rows and crops; labelled crops of fine-tuning."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from bestrq.model.settings import EncoderSettings
 from bestrq.training.process import World
 from common.errors import UserError
 from data.format.dataset import Dataset
 from data.loading.augment import SupervisedSettings, augmented
-from data.loading.loader import Batch, DataState, RowLoader
+from data.loading.batch import DrawMask
+from data.loading.loader import Batch, CurriculumStage, DataState, LoaderSettings, RowLoader
 from data.loading.order import CropTable
 from data.loading.supervised import supervised_crops
 from pipelines.finetuning import FinetuneConfig
@@ -36,53 +39,94 @@ def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: SupervisedSet
     return augmented(crops, data, dataset.features)
 
 
-def stages_of(config: FinetuneConfig) -> list[tuple[int, SupervisedSettings]]:
-    """Last step before each stage of training, and the loader settings of the stage.
+Data = TypeVar("Data", bound=LoaderSettings)
+
+
+class StagedConfig(Protocol[Data]):
+    """Settings of a training script that a curriculum uses."""
+
+    data: Data
+    encoder: EncoderSettings
+    curriculum: list[CurriculumStage]
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Data]):
+    """Settings of a stage of training."""
+
+    after_step: int
+    """last step before the stage"""
+    data: Data
+    encoder: EncoderSettings
+    """with the positions of the stage; no weight depends on the stage"""
+
+
+def stages_of(config: StagedConfig[Data]) -> list[Stage[Data]]:
+    """Stages of training, the first with `config.data` and `config.encoder`.
 
     Raises:
         UserError: a stage of the curriculum is invalid.
     """
-    stages = [(0, config.data)]
+    stages = [Stage(0, config.data, config.encoder)]
     frames = config.data.rows * config.data.row_frames
     for number, stage in enumerate(config.curriculum):
-        if stage.after_step <= stages[-1][0]:
+        if stage.after_step <= stages[-1].after_step:
             raise UserError(
-                f"curriculum[{number}].after_step is {stage.after_step}: give more than {stages[-1][0]}, the last step "
-                "before the previous stage"
+                f"curriculum[{number}].after_step is {stage.after_step}: give more than {stages[-1].after_step}, the "
+                "last step before the previous stage"
             )
         if stage.row_frames < 1 or frames % stage.row_frames:
             raise UserError(
                 f"curriculum[{number}].row_frames is {stage.row_frames}: a step has data.rows x data.row_frames = "
                 f"{frames} frames, which is not a whole number of such rows; give a divisor of {frames}"
             )
-        rows = replace(
+        if stage.rotary_interpolation is not None and config.encoder.position != "rotary":
+            raise UserError(
+                f"curriculum[{number}].rotary_interpolation is {stage.rotary_interpolation}: encoder.position is "
+                f"{config.encoder.position!r}, which has no angles to interpolate; give null"
+            )
+        data = replace(
             config.data, row_frames=stage.row_frames, rows=frames // stage.row_frames, max_seconds=stage.max_seconds
         )
-        stages.append((stage.after_step, rows))
+        interpolation = stage.rotary_interpolation or stages[-1].encoder.rotary_interpolation
+        stages.append(Stage(stage.after_step, data, replace(config.encoder, rotary_interpolation=interpolation)))
     return stages
 
 
 class CurriculumLoader:
     """Micro-batches of each step, from one `RowLoader` per stage of training.
 
+    The rows of a step depend neither on world size nor on accumulation nor on workers, as in every `RowLoader`.
+
     Args:
         crops: of each stage.
         step: last completed step.
         state: position of the stage's loader after `step`, from a checkpoint; unused if a new stage starts.
+        draw_mask: draws the mask of a segment, for pretraining.
+
+    Raises:
+        UserError: as `RowLoader`, for any stage.
     """
 
     def __init__(
-        self, dataset: Dataset, crops: list[CropTable], config: FinetuneConfig, world: World, step: int,
-        state: DataState | None,
+        self, dataset: Dataset, crops: list[CropTable], config: StagedConfig[Any], world: World, step: int,
+        state: DataState | None, draw_mask: DrawMask | None = None,
     ) -> None:  # fmt: skip
         self.step, self.stages = step, stages_of(config)
         self.quarantined: dict[str, str] = {}
         self._dataset, self._crops, self._config, self._world = dataset, crops, config, world
+        self._draw_mask = draw_mask
         for stage in range(len(self.stages)):
             self._row_loader(stage, None)  # raises now, not hours later, if ranks cannot share the rows
         stage = self._stage_of(step + 1)
         continues = step > 0 and self._stage_of(step) == stage
         self.loader = self._row_loader(stage, state if continues else None)
+
+    @property
+    def stage(self) -> int:
+        """Stage of the last step; of the first step before it."""
+        return self._stage_of(max(self.step, 1))
 
     @property
     def state(self) -> DataState:
@@ -101,17 +145,23 @@ class CurriculumLoader:
             self.loader = self._row_loader(stage + 1, None)
 
     def _stage_of(self, step: int) -> int:
-        return max(stage for stage, (last_step_before, _) in enumerate(self.stages) if step > last_step_before)
+        return max(number for number, stage in enumerate(self.stages) if step > stage.after_step)
 
     def _row_loader(self, stage: int, state: DataState | None) -> RowLoader:
-        return RowLoader(
-            self._dataset,
-            self._crops[stage],
-            self.stages[stage][1],
-            multiple=self._config.encoder.row_multiple,
-            row_gap=self._config.encoder.row_gap,
-            rank=self._world.rank,
-            world_size=self._world.size,
-            accumulation=self._config.accumulation,
-            state=state,
-        )
+        try:
+            return RowLoader(
+                self._dataset,
+                self._crops[stage],
+                self.stages[stage].data,
+                multiple=self._config.encoder.row_multiple,
+                row_gap=self._config.encoder.row_gap,
+                rank=self._world.rank,
+                world_size=self._world.size,
+                accumulation=self._config.accumulation,
+                draw_mask=self._draw_mask,
+                state=state,
+            )
+        except UserError as error:
+            if stage == 0:
+                raise
+            raise UserError(f"curriculum[{stage - 1}]: {error}") from error

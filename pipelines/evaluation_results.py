@@ -128,20 +128,24 @@ def evaluate_recording(
         by_segments = score_by_segments(id, segments, hypothesis.words, language, seconds)
     # Times of errors come from the reference words if they have times, else from the segments, else from the hypothesis
     # words aligned next to an error.
-    reference = [TimedWord(word.word, word.start, word.end) for word in dataset.words(recording) or ()]
+    timed = dataset.words(recording) or ()  # an entry may be a whole utterance: see data/shards/join.py
+    reference = [word for entry in timed for word in spread_words(entry.word, entry.start, entry.end)]
     if " ".join(word.word for word in reference) != text:
-        reference = [word for segment in segments or () if not segment.ignored for word in spread_words(segment)]
+        kept = [segment for segment in segments or () if not segment.ignored]
+        reference = [word for segment in kept for word in spread_words(segment.text, segment.start, segment.end)]
     words = words_outside_ignored(segments or (), hypothesis.words)
     return ScoredRecording(
         hypothesis, score, by_segments, align_timed(reference or text, words, language, seconds), edges
     )
 
 
-def spread_words(segment: ReferenceSegment) -> list[TimedWord]:
-    """Words of a segment, spread evenly over its duration."""
-    words = segment.text.split()
-    width = (segment.end - segment.start) / max(len(words), 1)
-    return [TimedWord(w, segment.start + k * width, segment.start + (k + 1) * width) for k, w in enumerate(words)]
+def spread_words(text: str, start: float, end: float) -> list[TimedWord]:
+    """Words of a text, spread evenly from `start` to `end` (s); one word has exactly these times."""
+    words = text.split()
+    if len(words) == 1:
+        return [TimedWord(words[0], start, end)]
+    width = (end - start) / max(len(words), 1)
+    return [TimedWord(w, start + k * width, start + (k + 1) * width) for k, w in enumerate(words)]
 
 
 def window_edges(num_frames: int, evaluation: Evaluation, stride: int, frames_per_second: float) -> list[float]:

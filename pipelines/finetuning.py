@@ -28,7 +28,7 @@ from common.files import hash_of_file
 from data.format.dataset import Dataset, Normalisation
 from data.loading.augment import SupervisedSettings
 from data.loading.cutting import CuttingSettings
-from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, DataState
+from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, CurriculumStage, DataState
 from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
@@ -73,18 +73,6 @@ class FinetuneSettings:
                 )
         if self.layer_decay == 0:
             raise UserError("finetune.layer_decay is 0, which freezes all blocks but one: give more than 0")
-
-
-@dataclass(frozen=True)
-class CurriculumStage:
-    """Later stage of training with rows and crops of another length."""
-
-    after_step: int = 0
-    """last step of the previous stage; 1 or more, and increasing from stage to stage"""
-    row_frames: int = 2000
-    """frames per row, instead of data.row_frames; the number of rows changes so that frames per step stay constant"""
-    max_seconds: float = 20.0
-    """longest crop, instead of data.max_seconds"""
 
 
 @dataclass
@@ -292,7 +280,7 @@ def export(
         description |= {
             "kind": kind,
             "step": step,
-            "encoder": to_dict(config.encoder),
+            "encoder": to_dict(unwrap(model).get_submodule("encoder").settings),  # positions of the current stage
             "vocab_size": tokenizer.vocab_size,
             "features": dataset.features.to_dict(),
             "feature_hash": dataset.features.hash(),

@@ -50,6 +50,9 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     ),
     "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
     "bash experiments/context_effect.sh": Run("--tiny"),
+    "bash experiments/pretraining_context.sh": Elsewhere(
+        "tests/experiments/test_pretraining_context.py runs it in its tiny form"
+    ),
     "bash launch/test.sh": Elsewhere("runs this test"),
     "python -m data.prepare folder --folder /data/speech --out datasets/train": Run(
         replacements={"/data/speech": SPEECH_FOLDER}

@@ -132,7 +132,8 @@ def flops_per_row(model: BestRQ, row_frames: int, segment_frames: int, device: t
     """
     settings = model.encoder.settings
     segment_frames -= segment_frames % settings.row_multiple
-    starts = torch.arange(0, row_frames - segment_frames + 1, segment_frames).unsqueeze(0)
+    gap = -(-settings.row_gap // settings.row_multiple) * settings.row_multiple
+    starts = torch.arange(0, row_frames - segment_frames + 1, segment_frames + gap).unsqueeze(0)
     segments = Segments(starts, torch.full_like(starts, segment_frames), row_frames)
     log_mel = torch.zeros(1, row_frames, settings.num_mels, device=device)
     target_frames = torch.arange(row_frames // settings.stride // 3, device=device)

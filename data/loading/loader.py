@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -140,6 +140,22 @@ class LoaderSettings:
         return mixed(groups(dataset, recordings, self.language_temperature), self.seed, make)
 
 
+@dataclass(frozen=True)
+class CurriculumStage:
+    """Later stage of training with rows and crops of another length."""
+
+    after_step: int = 0
+    """last step of the previous stage; 1 or more, and increasing from stage to stage"""
+    row_frames: int = 2000
+    """frames per row, instead of data.row_frames; the number of rows changes so that frames per step stay constant"""
+    max_seconds: float = 20.0
+    """longest crop, instead of data.max_seconds"""
+    rotary_interpolation: PositiveFloat | None = None
+    """encoder.rotary_interpolation of this stage: 4 keeps segments of 16 s within the angles of 4 s (Chen et al.,
+    Extending Context Window of LLMs via Positional Interpolation, arXiv 2306.15595); null for that of the stage before
+    """
+
+
 class RowLoader:
     """Endless iterator over optimizer steps; each is a list of `accumulation` batches with this rank's rows.
 
@@ -158,6 +174,8 @@ class RowLoader:
         UserError: rows that are not divisible among the processes, crops longer than a row, a state that belongs to
             other data; during iteration, too many unreadable recordings.
     """
+
+    stage = 0  # of the curriculum: see pipelines/curriculum.py
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from data.format.dataset import open_dataset
 from data.format.schema import LABELS
 from data.shards.inspect import describe, draw, summary, totals
 from data.shards.integrity import find_faults
+from data.shards.join import add_join
 from data.shards.select import add_filter, add_merge, add_split
 from data.shards.stats import csv_text, statistics_table
 
@@ -90,6 +91,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     add_split(add)
     add_filter(add)
     add_merge(add)
+    add_join(add)
     return parser, dict(commands.choices)
 
 

@@ -17,8 +17,8 @@ from common.config import parse
 from tests.paths import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
-# experiments/context_effect.sh has its own encoder.
-OF_PRESETS = [recipe for recipe in RECIPES if recipe.stem != "context-effect-ctc"]
+# The experiments on context have encoders of their own.
+OF_PRESETS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("context-effect", "pretraining-context"))]
 
 
 def script_of(recipe: Path) -> ModuleType:
