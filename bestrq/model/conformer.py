@@ -146,19 +146,39 @@ class ConformerEncoder(nn.Module):
 
         T is F / `settings.stride`, rounded up. Rows are padded to a multiple of `settings.row_multiple` internally.
         """
+        return self.block_outputs(log_mel, layout, [len(self.blocks)])[0]
+
+    def block_outputs(self, log_mel: Tensor, layout: RowLayout, numbers: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks of these numbers, from 1, as those of `forward`, which are the last block's.
+
+        Blocks after the largest number are not computed. Raises ValueError for a block whose frame rate is not that of
+        the output (an earlier stage of an Efficient Conformer).
+        """
         num_frames, missing = -(-log_mel.shape[1] // self.settings.stride), layout.valid_mel.shape[1] - log_mel.shape[1]
         if not 0 <= missing < self.settings.row_multiple:
             raise ValueError(
                 f"rows of {log_mel.shape[1]} mel frames do not fit a layout of {layout.valid_mel.shape[1]}: "
                 "compute the layout from these rows"
             )
+        if min(numbers) < self.first_full_block or max(numbers) > len(self.blocks):
+            raise ValueError(f"outputs of blocks {list(numbers)}: give {self.first_full_block} to {len(self.blocks)}")
         x = self.subsampling(F.pad(log_mel, (0, 0, 0, missing)), layout)
         if self.fourier is not None:
             x = x + self.fourier(layout.stages[0].position)
         x = self.dropout(x)
-        for block, stage in zip(self.blocks, self.stage_of_block, strict=True):
+        outputs = {}
+        for number in range(1, max(numbers) + 1):
+            block, stage = self.blocks[number - 1], self.stage_of_block[number - 1]
             x = run_block(block, self.settings.activation_checkpointing, x, layout.stages[stage])
-        return x.masked_fill(~layout.output.valid[..., None], 0.0)[:, :num_frames]
+            if number in numbers:
+                outputs[number] = x.masked_fill(~layout.output.valid[..., None], 0.0)[:, :num_frames]
+        return [outputs[number] for number in numbers]
+
+    @property
+    def first_full_block(self) -> int:
+        """Number, from 1, of the first block whose output has the frame rate of the encoder's output."""
+        before = self.stage_of_block.count(self.stage_of_block[-1])
+        return max(1, len(self.blocks) - before)
 
 
 # ---- activation checkpointing
