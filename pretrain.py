@@ -155,10 +155,10 @@ def train(config: Config) -> None:
     quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
     quantizer.to(world.device)
     adaptation = None
-    if config.quantizer.adapts:
+    if config.quantizer.adapts or config.targets.distill_steps:
         from bestrq.pretraining.adaptation import Adaptation
 
-        adaptation = Adaptation(quantizer, config.quantizer)
+        adaptation = Adaptation(quantizer, config.quantizer, config.targets.distill_steps)
     max_frames, _ = config.data.crop_frames(dataset)
     from bestrq.pretraining.cost import flops_per_row, peak_flops  # only for the MFU
 
@@ -275,7 +275,7 @@ def train(config: Config) -> None:
                 print(console_line(state.step, config.run.steps, rates), flush=True)
 
         # ---- Estimated projection or codes: from the next step on, counts of codes restart ----
-        if adaptation and (change := adaptation.update(state.step, world)):
+        if adaptation and (change := adaptation.update(state.step, world, model.distilled)):
             code_counts.zero_()
             if world.is_main:
                 print(f"step {state.step}: {change}", flush=True)

@@ -1,19 +1,21 @@
-"""Estimation of projection and codes during a run: principal components, and refinement to cluster means.
+"""Changes of projection and codes during a run: principal components, cluster means, codes distilled from layers.
 
 Source: RWTH, arXiv 2606.30671. The projection is replaced once, after `pca_steps`, by the principal components of the
 stacks so far; at every step of `refine_steps` each code becomes the mean of the projected stacks that had it as target
 in the steps of the window. Statistics are sums in float64 over the stacks with a target, so they depend on neither
-world size nor accumulation beyond the rounding of float64. Imported only if one of the two is set.
+world size nor accumulation beyond the rounding of float64. Imported only if a change is set.
 
 K width of a stack, d codebook_dim, C codebooks, V codes, N stacks.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.pretraining.distillation import DistilledCodebook, replaced_codes
 from bestrq.pretraining.matching import match
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.training.process import World
@@ -31,8 +33,10 @@ class Adaptation:
     The statistics are sums of this rank; `tensors` sums them over ranks, and after `restore` rank 0 continues the sums.
     """
 
-    def __init__(self, quantizer: RandomProjectionQuantizer, settings: QuantizerSettings) -> None:
-        """The quantizer must be the freshly drawn one."""
+    def __init__(
+        self, quantizer: RandomProjectionQuantizer, settings: QuantizerSettings, distill_steps: Sequence[int] = ()
+    ) -> None:
+        """The quantizer must be the freshly drawn one; with `distill_steps`, its last codebook is not refined."""
         codebooks, width, dim = quantizer.projection.shape
         if settings.pca_steps and dim > width:
             raise UserError(f"quantizer.codebook_dim is {dim}, but a stack has only {width} components: give fewer")
@@ -42,7 +46,7 @@ class Adaptation:
                     f"quantizer.refine_steps has {step}: give at least {before + settings.refine_window}, that is "
                     f"refine_window = {settings.refine_window} steps after {before}, or a shorter window"
                 )
-        self.quantizer, self.settings = quantizer, settings
+        self.quantizer, self.settings, self.distill_steps = quantizer, settings, distill_steps
         self.origin = origin(quantizer)
         device = quantizer.projection.device
         exact = {"dtype": torch.float64, "device": device}
@@ -71,8 +75,8 @@ class Adaptation:
             self.statistics["code_sums"].scatter_add_(1, index, projected)
 
     @torch.no_grad()
-    def update(self, step: int, world: World) -> str:
-        """Apply the change that is due after this step; all ranks must call it.
+    def update(self, step: int, world: World, distilled: DistilledCodebook | None = None) -> str:
+        """Apply the change that is due after this step; all ranks must call it. distilled: see `distill_steps`.
 
         Returns a line for the console, or "" if nothing has changed. Raises UserError if there were no stacks.
         """
@@ -91,12 +95,19 @@ class Adaptation:
         if step in self.settings.refine_steps:
             counts, sums = (world.sum(self.statistics[name]).cpu() for name in ("code_counts", "code_sums"))
             codebook = self.quantizer.codebook.cpu()
+            if self.distill_steps:
+                counts[-1] = 0
             if world.is_main:
                 codebook = torch.stack([refined(*book) for book in zip(codebook, counts, sums, strict=True)])
             self._replace(world, codebook=codebook)
             self.statistics["code_counts"].zero_()
             self.statistics["code_sums"].zero_()
             changed = f"codes refined: {int((counts > 0).sum())} of {counts.numel()} moved to the mean of their stacks"
+        if step in self.distill_steps:
+            assert distilled is not None
+            last = replaced_codes(self.quantizer.codebook[-1], distilled, world)
+            self._replace(world, codebook=torch.cat([self.quantizer.codebook[:-1], last[None]]))
+            changed += "; " * bool(changed) + "distilled codes in place of the last codebook"
         return changed
 
     def _replace(self, world: World, **buffers: Tensor) -> None:

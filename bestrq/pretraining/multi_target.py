@@ -6,6 +6,7 @@ Sources: HuBERT (Hsu et al., arXiv 2106.07447) for targets of a model and for th
 R rows, F mel frames, M mel bins, T encoder frames per row, N frames with a target, C codebooks, V teacher's classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.pretraining.distillation import DistilledCodebook, frame_spans
 from bestrq.pretraining.masking import MaskingSettings
 from bestrq.pretraining.objective import MaskedRows, TargetSettings, mask_rows, target_frame_mask
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
@@ -44,8 +46,17 @@ def make_tasks(
     """Tasks in the order of the losses; the first is that of the accuracy. `classes`: of the teacher, 0 without one."""
     num_blocks = encoder.num_layers + sum(stage.num_layers for stage in encoder.earlier_stages)
     first = num_blocks - encoder.num_layers + 1
-    if wrong := [number for number in targets.inner_layers if not first <= number < num_blocks]:
-        raise UserError(f"targets.inner_layers has {wrong[0]}: give blocks from {first} to {num_blocks - 1}")
+    for name in ("inner_layers", "distill_layers"):
+        if wrong := [number for number in getattr(targets, name) if not first <= number < num_blocks]:
+            raise UserError(f"targets.{name} has {wrong[0]}: give blocks from {first} to {num_blocks - 1}")
+    if bool(targets.distill_layers) != bool(targets.distill_steps):
+        raise UserError("targets.distill_layers and distill_steps belong together: give both, or neither")
+    if targets.distill_layers and (quantizer.num_codebooks < 2 or targets.source == "teacher"):
+        raise UserError(
+            "targets.distill_layers replaces the last of several codebooks, but quantizer.num_codebooks is "
+            f"{quantizer.num_codebooks} and targets.source {targets.source!r}: give 2 or more, and 'quantizer' or "
+            "'both'"
+        )
     tasks = []
     for block in (num_blocks, *targets.inner_layers):
         weight, suffix = (1.0, "") if block == num_blocks else (targets.inner_weight, f"_block_{block}")
@@ -69,11 +80,17 @@ class MultiTarget(nn.Module):
         self.encoder = ConformerEncoder(encoder)
         self.heads = nn.ModuleDict({t.name: nn.Linear(encoder.dim, t.codebooks * t.size) for t in self.tasks})
         self.num_codebooks = self.tasks[0].codebooks
-        self.loss_names = tuple(f"loss_{task.name}" for task in self.tasks)
+        self.distilled, self.distill_layers, self.distill_weight = None, targets.distill_layers, targets.distill_weight
+        if targets.distill_layers:
+            first = RandomProjectionQuantizer(quantizer, encoder.stride * encoder.num_mels)
+            self.distilled = DistilledCodebook(first.codebook[-1])
+        names = [task.name for task in self.tasks] + ["distillation"] * bool(targets.distill_layers)
+        self.loss_names = tuple(f"loss_{name}" for name in names)
 
     def forward(
         self, log_mel: Tensor, segments: Segments, target_frames: Tensor, targets: Tensor,
-        teacher: Tensor | None = None, weights: Tensor | None = None,
+        teacher: Tensor | None = None, weights: Tensor | None = None, projected: Tensor | None = None,
+        spans: Sequence[tuple[int, int]] = (),
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Weighted sum of all losses, number of correct predictions of the first task, and the loss of every task.
 
@@ -85,8 +102,9 @@ class MultiTarget(nn.Module):
             teacher: further targets of the teacher: int64 `[N]`, or distributions `[N, V]`, whose loss is the
                 Kullback-Leibler divergence; None: those of `targets`.
             weights: `[N]`; None: 1.
+            projected, spans: see `DistilledCodebook.forward`.
         """
-        blocks = sorted({task.block for task in self.tasks})
+        blocks = sorted({*(task.block for task in self.tasks), *self.distill_layers})
         outputs = self.encoder.block_outputs(log_mel, self.encoder.layout(segments), blocks)
         hidden = {block: x.flatten(0, 1)[target_frames] for block, x in zip(blocks, outputs, strict=True)}
         sums, num_correct = [], torch.zeros((), device=log_mel.device)
@@ -102,7 +120,12 @@ class MultiTarget(nn.Module):
                 with torch.no_grad():
                     correct = (logits.argmax(dim=-1) == targets).double().mean(dim=1)
                     num_correct = (correct if weights is None else correct * weights).sum()
-        total = torch.stack([task.weight * value for task, value in zip(self.tasks, sums, strict=True)]).sum()
+        factors = [task.weight for task in self.tasks]
+        if self.distilled is not None:
+            stacks = torch.zeros(0, device=log_mel.device) if projected is None else projected
+            sums.append(self.distilled(stacks, [hidden[block] for block in self.distill_layers], spans))
+            factors.append(self.distill_weight)
+        total = torch.stack([factor * value for factor, value in zip(factors, sums, strict=True)]).sum()
         return total, num_correct, *(value.detach() for value in sums)
 
 
@@ -133,11 +156,14 @@ def multi_target_rows(
         chosen = torch.where(masked, 1.0, targets.unmasked_weight)[frames]
         weights, num_targets = chosen.to(log_mel.device, non_blocking=True), float(chosen.double().sum())
     rows = mask_rows(log_mel, mask, segments, quantizer, stride, masking.noise_std, frames, received)
-    rows = replace(rows, num_targets=num_targets, more=(None, weights))
+    distilled: tuple = ()
+    if targets.distill_layers:
+        distilled = quantizer.project(rows.stacks)[-1], frame_spans(frames, segments, stride)
+    rows = replace(rows, num_targets=num_targets, more=(None, weights, *distilled))
     if teacher is None:
         return rows
     of_teacher = teacher(log_mel, segments)[rows.target_frames]
     if targets.source == "teacher":
         labels = of_teacher.argmax(dim=-1) if of_teacher.is_floating_point() else of_teacher
         rows = replace(rows, targets=labels[:, None])
-    return replace(rows, more=(of_teacher, weights))
+    return replace(rows, more=(of_teacher, weights, *distilled))

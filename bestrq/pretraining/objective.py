@@ -8,7 +8,7 @@ R rows, F mel frames per row, M mel bins, T encoder frames per row, N targets, C
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,12 @@ class TargetSettings:
     """blocks, from 1, that predict the targets too, each with its own heads (ILS-SSL, arXiv 2112.08778)"""
     inner_weight: PositiveFloat = 1.0
     """weight of the loss of each inner layer; that of the last block has 1"""
+    distill_layers: list[PositiveInt] = field(default_factory=list)
+    """blocks, from 1, from which the last codebook is distilled (RWTH, arXiv 2606.30671)"""
+    distill_steps: list[PositiveInt] = field(default_factory=list)
+    """optimizer steps after which the distilled codes replace it"""
+    distill_weight: PositiveFloat = 1.0
+    """weight of the loss that trains them"""
 
     def __post_init__(self) -> None:
         if (self.source == "quantizer") == bool(self.export):
@@ -64,7 +70,7 @@ class TargetSettings:
     @property
     def extended(self) -> bool:
         """Whether the model needs more than one head on the masked frames (`MultiTarget`)."""
-        return self.source != "quantizer" or bool(self.unmasked_weight or self.inner_layers)
+        return self.source != "quantizer" or bool(self.unmasked_weight or self.inner_layers or self.distill_layers)
 
 
 @dataclass
@@ -85,8 +91,8 @@ class MaskedRows:
     """float32 [N, stride * M], clean stacks of the frames with a target"""
     num_targets: float
     """N x C; with `MultiTarget`, the sum of the weights of the frames"""
-    more: tuple[Tensor | None, ...] = ()
-    """further arguments of `MultiTarget.forward`: teacher's targets and weights"""
+    more: tuple[Any, ...] = ()
+    """further arguments of `MultiTarget.forward`"""
 
     @property
     def inputs(self) -> tuple:
@@ -146,6 +152,8 @@ class BestRQ(nn.Module):
 
     loss_names: tuple[str, ...] = ()
     """further outputs of `forward`, sums by name; none"""
+    distilled = None
+    """codebook of `MultiTarget`; none"""
 
     def __init__(self, encoder: EncoderSettings, quantizer: QuantizerSettings) -> None:
         super().__init__()

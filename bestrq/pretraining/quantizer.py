@@ -88,9 +88,10 @@ class RandomProjectionQuantizer(nn.Module):
         self.offset: Tensor | None
 
     def project(self, stacks: Tensor) -> Tensor:
-        """Projected stacks of unit norm, `[N, stack_dim]` -> `[C, N, codebook_dim]`."""
-        projected = torch.einsum("nk,ckd->cnd", stacks.to(self.projection.dtype), self.projection)
-        return F.normalize(projected if self.offset is None else projected + self.offset[:, None], dim=-1)
+        """Projected stacks of unit norm, `[N, stack_dim]` -> `[C, N, codebook_dim]`, in float32 under any autocast."""
+        with torch.autocast(stacks.device.type, enabled=False):
+            projected = torch.einsum("nk,ckd->cnd", stacks.to(self.projection.dtype), self.projection)
+            return F.normalize(projected if self.offset is None else projected + self.offset[:, None], dim=-1)
 
     @torch.no_grad()
     def forward(self, stacks: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from bestrq.model.conformer import ConformerEncoder
+from bestrq.pretraining import distillation
+from bestrq.pretraining.distillation import DistilledCodebook, frame_spans, replaced_codes
 from bestrq.pretraining.masking import MaskingSettings
 from bestrq.pretraining.multi_target import MultiTarget, frame_losses, make_tasks, multi_target_rows
 from bestrq.pretraining.objective import BestRQ, MaskedRows, TargetSettings, mask_rows
-from bestrq.pretraining.quantizer import RandomProjectionQuantizer
+from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.teacher import Teacher
+from bestrq.training.process import World
 from common.errors import UserError
 from common.segments import Segments
 from tests.pretraining.test_objective import ENCODER, QUANTIZER, random_mel
@@ -169,3 +172,90 @@ def test_settings_that_cannot_work_name_the_field_and_a_fix() -> None:
         make_tasks(DEEP, QUANTIZER, TargetSettings(inner_layers=[3]), 0)
     with pytest.raises(UserError, match=r"inner_layers is \[1, 1\]: give every block once"):
         TargetSettings(inner_layers=[1, 1])
+
+
+# ---- codebook distilled from layers
+
+DISTILL = TargetSettings(distill_layers=[1, 2], distill_steps=[5], distill_weight=0.3)
+
+
+def test_the_distillation_is_the_mean_difference_of_cosines_within_segments() -> None:
+    model = make_model(DISTILL).eval()
+    rows = make_rows(DISTILL, 96, [(1, 4), (2, 52), (0, 72)])
+    projected = rows.more[2]
+    outputs = model.encoder.block_outputs(rows.log_mel, model.encoder.layout(rows.segments), [1, 2])
+    assert model.distilled is not None
+    codes = torch.nn.functional.normalize(model.distilled.codes, dim=-1)
+    expected = 0.0
+    for first, stop in ((1, 12), (13, 17), (18, 24)):
+        members = [n for n, frame in enumerate(rows.target_frames.tolist()) if first <= frame < stop]
+        chosen = [codes[(codes @ projected[n]).argmax()] for n in members]
+        layers = [[output[0, int(rows.target_frames[n])] for n in members] for output in outputs]
+        for i in range(len(members)):
+            for j in range(len(members)):
+                cosine = sum(float(torch.cosine_similarity(x[i], x[j], dim=0)) for x in layers) / 2
+                expected += abs(float(chosen[i] @ chosen[j]) - cosine) / len(members)
+    total, _, quantizer, distillation = model(*rows.inputs)
+    assert float(distillation) == pytest.approx(expected, rel=1e-9) and expected > 0.1
+    assert float(total) == pytest.approx(float(quantizer) + 0.3 * expected)
+
+
+def test_the_distillation_trains_the_codes_only_and_not_across_segments() -> None:
+    model = make_model(DISTILL).eval()
+    rows = make_rows(DISTILL, 96, [(1, 4), (2, 52), (0, 72)])
+    assert model.distilled is not None
+    hidden = model.encoder.block_outputs(rows.log_mel, model.encoder.layout(rows.segments), [1, 2])
+    frames = [x.flatten(0, 1)[rows.target_frames] for x in hidden]
+    model.distilled(rows.more[2], frames, rows.more[3]).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"distilled.codes"} and model.distilled.codes.grad.abs().sum() > 0
+    alone = [make_rows(DISTILL, -(-n // 4) * 4, [(i, 0)]) for i, n in enumerate(LENGTHS)]
+    parts = sum(float(model(*r.inputs)[3]) for r in alone)
+    assert float(model(*rows.inputs)[3]) == pytest.approx(parts, rel=1e-6)
+
+
+def test_training_the_codes_brings_their_similarities_to_those_of_the_layers() -> None:
+    model = make_model(DISTILL).eval()
+    rows = make_rows(DISTILL, 96, [(1, 4), (2, 52), (0, 72)])
+    assert model.distilled is not None
+    optimizer = torch.optim.Adam(model.distilled.parameters(), lr=0.03)
+    losses = []
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = model(*rows.inputs)[0]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(model(*rows.inputs)[3]))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_distilled_codes_keep_the_ids_of_the_codes_that_they_resemble() -> None:
+    generator = torch.Generator().manual_seed(3)
+    old = torch.nn.functional.normalize(torch.randn(20, 8, generator=generator), dim=-1)
+    order = torch.randperm(20, generator=generator)
+    codebook = DistilledCodebook(3 * (old[order] + 0.02 * torch.randn(20, 8, generator=generator)))
+    new = replaced_codes(old, codebook, World())
+    torch.testing.assert_close(new.norm(dim=-1), torch.ones(20))
+    assert ((old * new).sum(dim=-1) > 0.95).all()
+
+
+def test_long_segments_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "MAX_SPAN", 3)
+    frames = torch.zeros(2, 10, dtype=torch.bool)
+    frames[0, 1:8] = frames[1, [0, 5, 6]] = True
+    segments = Segments(torch.tensor([[0, 0], [20, 0]]), torch.tensor([[40, 0], [18, 16]]), 40)
+    assert frame_spans(frames, segments, 4) == [(0, 3), (3, 6), (6, 7), (7, 8), (8, 10)]
+
+
+def test_a_distilled_codebook_needs_an_anchor() -> None:
+    for quantizer, targets, message in (
+        (QuantizerSettings(), DISTILL, r"num_codebooks is 1 .* give 2 or more"),
+        (QUANTIZER, TargetSettings(distill_layers=[1]), r"distill_layers and distill_steps belong together"),
+        (
+            QUANTIZER,
+            TargetSettings(distill_layers=[3], distill_steps=[2]),
+            r"targets.distill_layers has 3: give blocks",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_tasks(DEEP, quantizer, targets, 0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def options_of(case: str, exports: dict[str, Path]) -> list[str]:
         "labels and codes": [ctc, "--targets.source=both", "--targets.kind=ctc_labels", "--targets.teacher_weight=0.5"],
         "posteriors": [ctc, "--targets.source=teacher", "--targets.kind=ctc_posteriors", "--targets.blank=keep"],
         "inner layers": ["--targets.inner_layers=[1,2]", "--targets.unmasked_weight=0.1"],
+        "distilled": ["--targets.distill_layers=[1,2]", "--targets.distill_steps=[3,5]", *ADAPT],
         "corruption": ["--masking.bands=2", "--masking.band_mels=20", "--masking.mix_probability=0.7"],
         "dynamic chunks": ["--encoder.mask=chunk", "--encoder.chunk_size=4", "--encoder.dynamic_chunks=true"],
         "everything": [ctc, *ADAPT, "--targets.source=both", *CLUSTERS, "--targets.inner_layers=[2]",
@@ -67,7 +69,7 @@ def options_of(case: str, exports: dict[str, Path]) -> list[str]:
     }[case]  # fmt: skip
 
 
-CASES = ["pca and refinement", "clusters", "labels and codes", "posteriors", "inner layers", "corruption",
+CASES = ["pca and refinement", "clusters", "labels and codes", "posteriors", "inner layers", "distilled", "corruption",
          "dynamic chunks", "everything"]  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def run_in_world(world, options: list[str]) -> None:
 NO_DROPOUT = ["--encoder.dropout=0", "--encoder.attention_dropout=0"]
 
 
-@pytest.mark.parametrize("case", ["pca and refinement", "labels and codes", "everything"])
+@pytest.mark.parametrize("case", ["pca and refinement", "labels and codes", "distilled", "everything"])
 @pytest.mark.parametrize("spread", ["accumulation", "ddp", "fsdp"])
 def test_the_same_global_batch_gives_the_same_losses_however_it_is_spread(
     case: str, spread: str, dataset: Path, exports: dict[str, Path], tmp_path: Path
@@ -152,6 +154,21 @@ def test_counts_and_alarms_restart_when_the_targets_change(
     assert "step 2: projection replaced by principal components with" in out
     assert "step 5: codes refined:" in out and "of 64 moved" in out
     assert lines(tmp_path / "run")[-1]["perplexity"] > 3
+
+
+def test_the_last_codebook_becomes_the_distilled_one_and_the_others_are_refined(
+    dataset: Path, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    distill = ["--targets.distill_layers=[1,2]", "--targets.distill_steps=[4]", "--checkpoint.every_steps=1"]
+    refine = ["--quantizer.refine_steps=[2]", "--quantizer.refine_window=2"]
+    run(dataset, tmp_path / "run", *distill, *refine)
+    codes = [tensors(tmp_path / "run", step)["extra quantizer.codebook"] for step in range(1, STEPS + 1)]
+    changed = [[not torch.equal(a[book], b[book]) for book in (0, 1)] for a, b in pairwise(codes)]
+    assert changed == [[True, False], [False, False], [False, True], [False, False], [False, False]]
+    trained = tensors(tmp_path / "run", 4)["model distilled.codes"]
+    trained = trained / trained.norm(dim=-1, keepdim=True)
+    distances = torch.cdist(codes[3][1].double(), trained.double()).min(dim=1)
+    assert distances.values.max() < 1e-6 and distances.indices.unique().numel() == 32
 
 
 def test_losses_of_single_heads_are_reported_and_sum_up(
