@@ -30,15 +30,17 @@ class DistilledCodebook(nn.Module):
         super().__init__()
         self.codes = nn.Parameter(codes.clone())
 
-    def forward(self, projected: Tensor, hidden: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, projected: Tensor | None, hidden: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> Tensor:
         """Sum over frames of the mean absolute difference of their cosines from the layers'.
 
         Args:
-            projected: stacks of unit norm, `[N, d]`.
+            projected: stacks of unit norm, `[N, d]`; None without spans.
             hidden: outputs of every layer at the same frames, `[N, D]`.
             spans: frames [first, stop) of every segment.
         """
         codes = F.normalize(self.codes, dim=-1)
+        if projected is None:
+            return codes.sum() * 0
         with torch.autocast(projected.device.type, enabled=False):
             chosen = codes[(projected.to(codes.dtype) @ codes.detach().T).argmax(dim=-1)]
             outputs = [F.normalize(layer.detach().to(codes.dtype), dim=-1) for layer in hidden]

@@ -100,7 +100,7 @@ class MultiTarget(nn.Module):
         Args:
             targets: int64 `[N, C]`, codes of the quantizer, or labels of the teacher with C = 1.
             teacher: further targets of the teacher: int64 `[N]`, or distributions `[N, V]`, whose loss is the
-                Kullback-Leibler divergence; None: those of `targets`.
+                Kullback-Leibler divergence; None (to count FLOPs): the first column of `targets`.
             weights: `[N]`; None: 1.
             projected, spans: see `DistilledCodebook.forward`.
         """
@@ -112,8 +112,9 @@ class MultiTarget(nn.Module):
             logits = self.heads[task.name](hidden[task.block]).unflatten(1, (task.codebooks, task.size))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             labels = targets
-            if task.source == "teacher" and teacher is not None:
-                labels = teacher if teacher.is_floating_point() else teacher[:, None]
+            if task.source == "teacher":
+                labels = targets[:, 0] if teacher is None else teacher
+                labels = labels if labels.is_floating_point() else labels[:, None]
             losses = frame_losses(logits, labels)
             sums.append((losses if weights is None else losses * weights).sum())
             if task is self.tasks[0]:
@@ -122,8 +123,7 @@ class MultiTarget(nn.Module):
                     num_correct = (correct if weights is None else correct * weights).sum()
         factors = [task.weight for task in self.tasks]
         if self.distilled is not None:
-            stacks = torch.zeros(0, device=log_mel.device) if projected is None else projected
-            sums.append(self.distilled(stacks, [hidden[block] for block in self.distill_layers], spans))
+            sums.append(self.distilled(projected, [hidden[block] for block in self.distill_layers], spans))
             factors.append(self.distill_weight)
         total = torch.stack([factor * value for factor, value in zip(factors, sums, strict=True)]).sum()
         return total, num_correct, *(value.detach() for value in sums)
