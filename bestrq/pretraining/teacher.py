@@ -8,7 +8,7 @@ without gradients; its targets do not depend on the packing of the rows.
 R rows, F mel frames, M mel bins, T encoder frames per row, D width of the teacher, V classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +74,10 @@ class Teacher:
         return self.encoder.block_outputs(log_mel, layout, [self.layer])[0].float()
 
     @torch.no_grad()
-    def estimate(self, batches: Iterable[tuple[Tensor, Segments]], seed: int, world: World) -> None:
+    def estimate(self, batches: Sequence[tuple[Tensor, Segments]], seed: int, world: World) -> None:
         """Estimate the clusters from clean rows, on rank 0, and send them to all ranks; all ranks must call it.
+
+        Prints progress.
 
         Raises UserError if the rows have fewer frames than there are clusters.
         """
@@ -85,8 +87,12 @@ class Teacher:
         problem = None
         if world.is_main:
             try:
-                outputs = [self.sample(log_mel.to(device), segments) for log_mel, segments in batches]
-                frames = torch.cat(outputs) if outputs else torch.zeros(0, dim, device=device)
+                outputs = [torch.zeros(0, dim, device=device)]
+                for number, (log_mel, segments) in enumerate(batches, start=1):
+                    outputs.append(self.sample(log_mel.to(device), segments))
+                    if number * 10 // len(batches) > (number - 1) * 10 // len(batches):  # every tenth
+                        print(f"clusters: {number} of {len(batches)} rows through block {self.layer}", flush=True)
+                frames = torch.cat(outputs)
                 exact = frames.double()
                 mean = exact.mean(dim=0).float()
                 inverse_std = exact.std(dim=0, correction=0).clamp(min=SMALLEST_STD).reciprocal().float()
