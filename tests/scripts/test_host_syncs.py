@@ -150,8 +150,8 @@ def test_a_step_with_all_objectives_reads_the_device_once(
     pretrain.train(parse(pretrain.Config, [*options, f"--run.folder={tmp_path / 'first'}", "--run.steps=1"]))
     teacher = [f"--targets.export={tmp_path / 'first/export'}", "--targets.source=both", "--targets.clusters=8",
                "--targets.cluster_seconds=10", "--targets.inner_layers=[1]"]  # fmt: skip
-    changes = ["--targets.unmasked_weight=0.1", "--quantizer.pca_steps=5", "--quantizer.refine_steps=[9]", "--quantizer.refine_window=4",
-               "--targets.distill_layers=[1]", "--targets.distill_steps=[9]", "--masking.bands=1"]  # fmt: skip
+    changes = ["--targets.unmasked_weight=0.1", "--quantizer.pca_steps=5", "--quantizer.refine_steps=[9]",
+               "--quantizer.refine_window=4", "--targets.distill_layers=[1]", "--targets.distill_steps=[9]", "--masking.bands=1"]  # fmt: skip
     watch_steps(pretrain, device, monkeypatch)
     monkeypatch.setattr(multi_target, "multi_target_rows", marked(multi_target.multi_target_rows, device))
     options += [*teacher, *changes, f"--run.folder={tmp_path / 'run'}", f"--run.steps={STEPS}"]
