@@ -148,13 +148,14 @@ def test_a_step_with_all_objectives_reads_the_device_once(
     places = [f"--data.dataset={dataset}", "--data.num_workers=0"]
     options = [*ENCODER, *DATA, *RUN, *places, "--quantizer.num_codebooks=2", "--quantizer.codebook_size=64"]
     pretrain.train(parse(pretrain.Config, [*options, f"--run.folder={tmp_path / 'first'}", "--run.steps=1"]))
-    teacher = [f"--targets.export={tmp_path / 'first/export'}", "--targets.source=both", "--targets.clusters=8",
-               "--targets.cluster_seconds=10", "--targets.inner_layers=[1]"]  # fmt: skip
-    changes = ["--targets.unmasked_weight=0.1", "--quantizer.pca_steps=5", "--quantizer.refine_steps=[9]",
-               "--quantizer.refine_window=4", "--targets.distill_layers=[1]", "--targets.distill_steps=[9]", "--masking.bands=1"]  # fmt: skip
+    more = ["--targets.source=both", "--targets.clusters=8", "--targets.cluster_seconds=10",
+            "--targets.inner_layers=[1]", "--targets.unmasked_weight=0.1", "--targets.distill_layers=[1]",
+            "--targets.distill_steps=[9]", "--quantizer.pca_steps=5", "--quantizer.refine_steps=[9]",
+            "--quantizer.refine_window=4", "--masking.bands=1"]  # fmt: skip
     watch_steps(pretrain, device, monkeypatch)
     monkeypatch.setattr(multi_target, "multi_target_rows", marked(multi_target.multi_target_rows, device))
-    options += [*teacher, *changes, f"--run.folder={tmp_path / 'run'}", f"--run.steps={STEPS}"]
+    options += [f"--targets.export={tmp_path / 'first/export'}", *more]
+    options += [f"--run.folder={tmp_path / 'run'}", f"--run.steps={STEPS}"]
     pretrain.train(parse(pretrain.Config, options))
     assert len(device.kept) > 100 * STEPS, "the tensors of a step are followed"
     assert [read.split(":")[0] for read in device.reads] == ["tolist in optimizer.py"] * STEPS, device.reads
