@@ -315,7 +315,7 @@ def masked_rows(batch: Batch, state: RunState, config: Config, world: World, tra
     from bestrq.pretraining.multi_target import multi_target_rows
 
     with autocast(world, config.distributed):
-        return multi_target_rows(*clean, config.masking, config.targets, state.teacher, received)
+        return multi_target_rows(*clean, config.masking, config.targets, state.teacher, received, training)
 
 
 def resume(state: RunState, checkpoint: Checkpoint, world: World) -> None:

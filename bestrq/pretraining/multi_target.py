@@ -49,6 +49,11 @@ def make_tasks(
     for name in ("inner_layers", "distill_layers"):
         if wrong := [number for number in getattr(targets, name) if not first <= number < num_blocks]:
             raise UserError(f"targets.{name} has {wrong[0]}: give blocks from {first} to {num_blocks - 1}")
+    if targets.source == "teacher" and quantizer.adapts:
+        raise UserError(
+            "quantizer.pca_steps and refine_steps have no effect with targets.source 'teacher', which does not use the "
+            "quantizer: leave them out, or give source 'both'"
+        )
     if bool(targets.distill_layers) != bool(targets.distill_steps):
         raise UserError("targets.distill_layers and distill_steps belong together: give both, or neither")
     if targets.distill_layers and (quantizer.num_codebooks < 2 or targets.source == "teacher"):
@@ -144,14 +149,17 @@ def frame_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def multi_target_rows(
     log_mel: Tensor, mask: Tensor, segments: Segments, quantizer: RandomProjectionQuantizer, stride: int,
     masking: MaskingSettings, targets: TargetSettings, teacher: Teacher | None, received: Tensor | None = None,
+    training: bool = True,
 ) -> MaskedRows:  # fmt: skip
     """`mask_rows` with the targets of the teacher, from the clean features, and with weighted unmasked frames.
 
-    Frames with some masked and some unmasked mel frames have no target. Without waiting for the device.
+    Frames with some masked and some unmasked mel frames have no target. On held-out rows (`training` false), unmasked
+    frames have none either: the rows that pad the last batch are recognised by their empty mask. Without waiting for
+    the device.
     """
     masked = target_frame_mask(mask, segments, stride)
     frames, weights, num_targets = masked, None, float(masked.sum())
-    if targets.unmasked_weight:
+    if targets.unmasked_weight and training:
         frames = masked | target_frame_mask(~mask, segments, stride)
         chosen = torch.where(masked, 1.0, targets.unmasked_weight)[frames]
         weights, num_targets = chosen.to(log_mel.device, non_blocking=True), float(chosen.double().sum())

@@ -196,6 +196,16 @@ def test_validation_uses_clean_input_and_the_default_objective_has_no_further_lo
     assert not [name for name in plain if name.startswith("loss_")]
 
 
+def test_validation_is_on_masked_frames_only(dataset: Path, tmp_path: Path) -> None:
+    """Rows that pad the last batch have no mask, and would otherwise count as unmasked."""
+    still = ["--optimizer.learning_rate=1e-12", "--run.steps=1", "--validation.every_steps=1"]
+    run(dataset, tmp_path / "masked", *still, "--targets.inner_layers=[1]")
+    run(dataset, tmp_path / "both", *still, "--targets.inner_layers=[1]", "--targets.unmasked_weight=0.5")
+    assert lines(tmp_path / "masked", "dev") == lines(tmp_path / "both", "dev")
+    (masked,), (both,) = (lines(tmp_path / name) for name in ("masked", "both"))
+    assert masked["loss"] != both["loss"]
+
+
 def test_checkpoints_of_another_quantizer_are_refused(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run", *ADAPT, "--run.steps=3")
     with pytest.raises(UserError, match=r"quantizer.seed was 142, is 5"):
