@@ -20,14 +20,21 @@ LENGTHS = [23, 41, 16]
 
 
 def make_teacher(kind: str, fill: bool = True) -> Teacher:
-    """With dropout in its settings, which evaluation mode turns off."""
+    """With dropout in its settings, which evaluation mode turns off. Its outputs are centred, so that targets vary."""
     torch.manual_seed(0)
     encoder = ConformerEncoder(ENCODER).eval().requires_grad_(False)
+    log_mel = torch.randn(1, 400, MELS)
+    layer = 2 if kind == "clusters" else 3
+    sample = Teacher(encoder, layer, CLASSES, "").sample(
+        log_mel, Segments(torch.zeros(1, 1).long(), torch.tensor([[400]]), 400)
+    )
+    mean, inverse_std = sample.mean(dim=0), 1 / sample.std(dim=0)
     if kind == "clusters":
-        scale = torch.rand(16) + 0.5
-        return Teacher(encoder, 2, CLASSES, "", mean=torch.randn(16), inverse_std=scale, centroids=torch.randn(7, 16))
-    return Teacher(encoder, 3, CLASSES, "", head=(torch.randn(CLASSES, 16), torch.zeros(CLASSES)), soft=kind == "soft",
-                   fill=fill)  # fmt: skip
+        centroids = torch.randn(CLASSES, 16)
+        return Teacher(encoder, layer, CLASSES, "", mean=mean, inverse_std=inverse_std, centroids=centroids)
+    weight = torch.randn(CLASSES, 16) * inverse_std
+    bias = -weight @ mean + 3 * (torch.arange(CLASSES) == 0)  # the blank is the most probable label
+    return Teacher(encoder, layer, CLASSES, "", head=(weight, bias), soft=kind == "soft", fill=fill)
 
 
 def utterance(number: int) -> torch.Tensor:
