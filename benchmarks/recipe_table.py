@@ -23,7 +23,7 @@ from bestrq.pretraining.mask_shares import masked_share, target_share
 from bestrq.pretraining.masking import MaskingSettings
 from bestrq.pretraining.quantizer import QuantizerSettings
 from bestrq.recognition.transducer import TransducerSettings
-from bestrq.training.meters import GPU_PEAKS, count_flops
+from bestrq.training.flops import GPU_PEAKS, count_flops
 from bestrq.training.process import DistributedSettings
 from bestrq.training.run_folder import RunSettings
 from common.config import from_dict, load_yaml, run_main

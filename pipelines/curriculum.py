@@ -12,7 +12,7 @@ from bestrq.training.process import World
 from common.errors import UserError
 from data.format.dataset import Dataset
 from data.loading.augment import SupervisedSettings, augmented
-from data.loading.batch import DrawMask
+from data.loading.batch import DrawMask, Mix
 from data.loading.loader import Batch, CurriculumStage, DataState, LoaderSettings, RowLoader
 from data.loading.order import CropTable
 from data.loading.supervised import supervised_crops
@@ -103,7 +103,7 @@ class CurriculumLoader:
         crops: of each stage.
         step: last completed step.
         state: position of the stage's loader after `step`, from a checkpoint; unused if a new stage starts.
-        draw_mask: draws the mask of a segment, for pretraining.
+        draw_mask, mix: as for `RowLoader`, for pretraining.
 
     Raises:
         UserError: as `RowLoader`, for any stage.
@@ -111,12 +111,12 @@ class CurriculumLoader:
 
     def __init__(
         self, dataset: Dataset, crops: list[CropTable], config: StagedConfig[Any], world: World, step: int,
-        state: DataState | None, draw_mask: DrawMask | None = None,
+        state: DataState | None, draw_mask: DrawMask | None = None, mix: Mix | None = None,
     ) -> None:  # fmt: skip
         self.step, self.stages = step, stages_of(config)
         self.quarantined: dict[str, str] = {}
         self._dataset, self._crops, self._config, self._world = dataset, crops, config, world
-        self._draw_mask = draw_mask
+        self._draw_mask, self._mix = draw_mask, mix
         for stage in range(len(self.stages)):
             self._row_loader(stage, None)  # raises now, not hours later, if ranks cannot share the rows
         stage = self._stage_of(step + 1)
@@ -159,6 +159,7 @@ class CurriculumLoader:
                 world_size=self._world.size,
                 accumulation=self._config.accumulation,
                 draw_mask=self._draw_mask,
+                mix=self._mix,
                 state=state,
             )
         except UserError as error:

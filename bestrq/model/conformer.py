@@ -154,7 +154,32 @@ class ConformerEncoder(nn.Module):
             frozen_blocks: run the subsampling and the first N blocks without a graph; None freezes nothing.
             masked: bool `[R, ceil(F / subsampling_factor), D]`, outputs of the subsampling that are set to 0.
         """
-        num_frames, missing = -(-log_mel.shape[1] // self.settings.stride), layout.valid_mel.shape[1] - log_mel.shape[1]
+        x, _ = self._run(log_mel, layout, len(self.blocks), (), frozen_blocks, masked)
+        return self._without_gaps(x, log_mel, layout)
+
+    def block_outputs(self, log_mel: Tensor, layout: RowLayout, numbers: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks of these numbers, counted from 1, as `[R, T, D]`.
+
+        Blocks after the largest number are not computed. Raises ValueError for a block whose frame rate is not that of
+        the output (an earlier stage of an Efficient Conformer).
+        """
+        if min(numbers) < self.first_full_block or max(numbers) > len(self.blocks):
+            raise ValueError(f"outputs of blocks {list(numbers)}: give {self.first_full_block} to {len(self.blocks)}")
+        _, outputs = self._run(log_mel, layout, max(numbers), numbers, None, None)
+        return [self._without_gaps(outputs[number], log_mel, layout) for number in numbers]
+
+    @property
+    def first_full_block(self) -> int:
+        """Number, from 1, of the first block whose output has the frame rate of the encoder's output."""
+        before = self.stage_of_block.count(self.stage_of_block[-1])
+        return max(1, len(self.blocks) - before)
+
+    def _run(
+        self, log_mel: Tensor, layout: RowLayout, num_blocks: int, numbers: Sequence[int], frozen_blocks: int | None,
+        masked: Tensor | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """Run the first blocks; return the last output, or the sum of layers, and the outputs of `numbers`."""
+        missing = layout.valid_mel.shape[1] - log_mel.shape[1]
         if not 0 <= missing < self.settings.row_multiple:
             raise ValueError(
                 f"rows of {log_mel.shape[1]} mel frames do not fit a layout of {layout.valid_mel.shape[1]}: "
@@ -170,14 +195,20 @@ class ConformerEncoder(nn.Module):
             x = self.dropout(x)
         if mode != "none":
             from bestrq.model.activation_checkpointing import run_block  # imported only for this option
-        total = x if self.layer_sum is None else x.new_zeros(())
-        for number, (block, stage) in enumerate(zip(self.blocks, self.stage_of_block, strict=True)):
-            with trained if number >= (frozen_blocks or 0) else torch.no_grad():
-                inputs = x, layout.stages[stage]
+        total, outputs = x.new_zeros(()), {}
+        for index in range(num_blocks):
+            with trained if index >= (frozen_blocks or 0) else torch.no_grad():
+                inputs = x, layout.stages[self.stage_of_block[index]]
+                block = self.blocks[index]
                 x = block(*inputs) if mode == "none" else run_block(block, mode, *inputs)
             if self.layer_sum is not None:
-                total = total + self.layer_sum(x, number)
-        x = x if self.layer_sum is None else total
+                total = total + self.layer_sum(x, index)
+            if index + 1 in numbers:
+                outputs[index + 1] = x
+        return x if self.layer_sum is None else total, outputs
+
+    def _without_gaps(self, x: Tensor, log_mel: Tensor, layout: RowLayout) -> Tensor:
+        num_frames = -(-log_mel.shape[1] // self.settings.stride)
         return x.masked_fill(~layout.output.valid[..., None], 0.0)[:, :num_frames]
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 from torch import Tensor
 
 from common.errors import UserError
@@ -29,6 +29,15 @@ class MaskingSettings:
     """probability that a mel frame starts a span"""
     noise_std: NonNegativeFloat = 0.1
     """standard deviation of the noise in masked frames (features have zero mean and unit variance)"""
+    bands: NonNegativeInt = 0
+    """masks over mel bins per segment of the model's input; targets stay clean (SpecAugment, arXiv 1904.08779)"""
+    band_mels: PositiveInt = 10
+    """largest width of such a mask, in mel bins; widths are uniform from 0"""
+    mix_probability: ClosedUnitInterval = 0.0
+    """probability that other speech or noise is added to part of a segment of the model's input; targets stay clean
+    (WavLM, arXiv 2110.13900, section III; 0.2 in its predecessor's code)"""
+    mix_noise_share: ClosedUnitInterval = 0.5
+    """share of coloured noise among these; the rest is speech of another speaker"""
 
     def __post_init__(self) -> None:
         if self.span_ms < 10:

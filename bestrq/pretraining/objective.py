@@ -7,18 +7,70 @@ R rows, F mel frames per row, M mel bins, T encoder frames per row, N targets, C
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.masking import fill_with_noise, num_runs
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
-from bestrq.training.meters import IntervalSums, count_flops
+from bestrq.training.meters import IntervalSums
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
+from common.errors import UserError
 from common.segments import Segments
+
+
+@dataclass
+class TargetSettings:
+    """Targets of the masked frames, and the blocks that predict them; docs/objectives.md compares them."""
+
+    source: Literal["quantizer", "teacher", "both"] = "quantizer"
+    """'quantizer': codes of the clean features; 'teacher': targets from the model of `export`; 'both': two heads"""
+    export: str = ""
+    """teacher: export (or checkpoint) of pretrain.py, finetune_ctc.py or finetune_rnnt.py, of the same stride"""
+    kind: Literal["clusters", "ctc_labels", "ctc_posteriors"] = "clusters"
+    """teacher: 'clusters': k-means clusters of the outputs of a block (HuBERT, arXiv 2106.07447, section 3);
+    'ctc_labels': most probable labels of its CTC head; 'ctc_posteriors': its distributions (Kullback-Leibler loss)"""
+    blank: Literal["fill", "keep"] = "fill"
+    """CTC kinds: 'fill' gives frames of the blank the target of the nearest frame with a label in the segment"""
+    layer: NonNegativeInt = 0
+    """kind 'clusters': block, from 1, whose outputs are clustered; 0: at two thirds of the depth"""
+    clusters: PositiveInt = 500
+    """kind 'clusters': number of clusters (HuBERT's second iteration: 500)"""
+    cluster_seconds: PositiveFloat = 3600.0
+    """kind 'clusters': training audio, from which the clusters are estimated at the first start"""
+    seed: int = 0
+    """kind 'clusters': seed of that sample and of k-means"""
+    teacher_weight: PositiveFloat = 1.0
+    """source 'both': weight of the teacher's loss; that of the quantizer has 1"""
+    unmasked_weight: NonNegativeFloat = 0.0
+    """weight of unmasked frames in the loss, relative to masked ones (HuBERT, equation 2; 0 is best there)"""
+    inner_layers: list[PositiveInt] = field(default_factory=list)
+    """blocks, from 1, that predict the targets too, each with its own heads (ILS-SSL, arXiv 2112.08778)"""
+    inner_weight: PositiveFloat = 1.0
+    """weight of the loss of each inner layer; that of the last block has 1"""
+    distill_layers: list[PositiveInt] = field(default_factory=list)
+    """blocks, from 1, from which the last codebook is distilled (RWTH, arXiv 2606.30671)"""
+    distill_steps: list[PositiveInt] = field(default_factory=list)
+    """optimizer steps after which the distilled codes replace it"""
+    distill_weight: PositiveFloat = 1.0
+    """weight of the loss that trains them"""
+
+    def __post_init__(self) -> None:
+        if (self.source == "quantizer") == bool(self.export):
+            fix = "give an export" if not self.export else "give source 'teacher' or 'both', or no export"
+            raise UserError(f"targets.source is {self.source!r} and targets.export {self.export!r}: {fix}")
+        if len(set(self.inner_layers)) < len(self.inner_layers):
+            raise UserError(f"targets.inner_layers is {self.inner_layers}: give every block once")
+
+    @property
+    def extended(self) -> bool:
+        """Whether the model needs more than one head on the masked frames (`MultiTarget`)."""
+        return self.source != "quantizer" or bool(self.unmasked_weight or self.inner_layers or self.distill_layers)
 
 
 @dataclass
@@ -35,6 +87,17 @@ class MaskedRows:
     """int64 [N], ascending: row * T + t of every encoder frame with a target"""
     targets: Tensor
     """int64 [N, C] codes"""
+    stacks: Tensor
+    """float32 [N, stride * M], clean stacks of the frames with a target"""
+    num_targets: float
+    """N x C; with `MultiTarget`, the sum of the weights of the frames"""
+    more: tuple[Any, ...] = ()
+    """further arguments of `MultiTarget.forward`"""
+
+    @property
+    def inputs(self) -> tuple:
+        """Arguments of the model."""
+        return self.log_mel, self.segments, self.target_frames, self.targets, *self.more
 
 
 def target_frame_mask(mask: Tensor, segments: Segments, stride: int) -> Tensor:
@@ -56,6 +119,8 @@ def mask_rows(
     quantizer: RandomProjectionQuantizer,
     stride: int,
     noise_std: float,
+    frames: Tensor | None = None,
+    received: Tensor | None = None,
 ) -> MaskedRows:
     """Compute the codes of the clean features, and replace masked frames by noise.
 
@@ -63,12 +128,17 @@ def mask_rows(
         log_mel: clean normalised features, float32 `[R, F, M]`, on the device.
         mask: bool `[R, F]`, on the CPU: the number of targets is then known without waiting for the device.
         segments: in mel frames, with seeds.
+        frames: encoder frames with a target, bool `[R, T]`, on the CPU; by default, those of `target_frame_mask`.
+        received: features that the model receives in unmasked frames, `[R, F, M]`; by default the clean ones.
     """
-    target_frames = target_frame_mask(mask, segments, stride).flatten().nonzero().squeeze(1)
+    frames = target_frame_mask(mask, segments, stride) if frames is None else frames
+    target_frames = frames.flatten().nonzero().squeeze(1)
     target_frames = target_frames.to(log_mel.device, non_blocking=True)
     stacks = stack_frames(log_mel, stride).flatten(0, 1)[target_frames]
-    noisy = fill_with_noise(log_mel, mask.to(log_mel.device, non_blocking=True), segments, noise_std)
-    return MaskedRows(noisy, mask, segments, target_frames, quantizer(stacks))
+    received = log_mel if received is None else received
+    noisy = fill_with_noise(received, mask.to(log_mel.device, non_blocking=True), segments, noise_std)
+    codes = quantizer(stacks)
+    return MaskedRows(noisy, mask, segments, target_frames, codes, stacks, codes.numel())
 
 
 def frame_counts(rows: MaskedRows) -> dict[str, int]:
@@ -79,6 +149,11 @@ def frame_counts(rows: MaskedRows) -> dict[str, int]:
 
 class BestRQ(nn.Module):
     """Conformer encoder with one softmax head per codebook, applied to the frames with a target only."""
+
+    loss_names: tuple[str, ...] = ()
+    """further outputs of `forward`, sums by name; none"""
+    distilled = None
+    """codebook of `MultiTarget`; none"""
 
     def __init__(self, encoder: EncoderSettings, quantizer: QuantizerSettings) -> None:
         super().__init__()
@@ -112,33 +187,17 @@ def validate(
 
     All ranks must call it with the same number of batches, because the forward pass of FSDP2 is a collective.
     """
-    sums = IntervalSums(("loss", "correct", "targets"), world.device)
-    plain = unwrap(model)
+    plain = cast(BestRQ, unwrap(model))  # or MultiTarget
+    sums = IntervalSums(("loss", "correct", "targets", *plain.loss_names), world.device)
     plain.eval()
     for rows in batches:
         with autocast(world, settings):
-            loss, num_correct = plain(rows.log_mel, rows.segments, rows.target_frames, rows.targets)
-        sums.add(loss=loss, correct=num_correct, targets=rows.targets.numel())
+            loss, num_correct, *losses = plain(*rows.inputs)
+        sums.add(loss=loss, correct=num_correct, targets=rows.num_targets)
+        sums.add(**dict(zip(plain.loss_names, losses, strict=True)))
     plain.train()
     totals = sums.totals(world)
-    num_targets = max(totals["targets"], 1)
-    return {"dev_loss": totals["loss"] / num_targets, "dev_accuracy": totals["correct"] / num_targets}
-
-
-def flops_per_row(model: BestRQ, row_frames: int, segment_frames: int, device: torch.device) -> int:
-    """FLOPs of a forward and backward pass of a row of `row_frames` filled with segments of `segment_frames` at most.
-
-    A third of the frames have a target.
-    """
-    settings = model.encoder.settings
-    segment_frames -= segment_frames % settings.row_multiple
-    gap = -(-settings.row_gap // settings.row_multiple) * settings.row_multiple
-    starts = torch.arange(0, row_frames - segment_frames + 1, segment_frames + gap).unsqueeze(0)
-    segments = Segments(starts, torch.full_like(starts, segment_frames), row_frames)
-    log_mel = torch.zeros(1, row_frames, settings.num_mels, device=device)
-    target_frames = torch.arange(row_frames // settings.stride // 3, device=device)
-    targets = torch.zeros(len(target_frames), model.num_codebooks, dtype=torch.int64, device=device)
-    model.eval()  # counting must neither draw dropout nor update batch norm statistics
-    flops = count_flops(lambda: model(log_mel, segments, target_frames, targets)[0])
-    model.train()
-    return flops
+    means = {name: value / max(totals["targets"], 1) for name, value in totals.items()}
+    return {"dev_loss": means["loss"], "dev_accuracy": means["correct"]} | {
+        f"dev_{name}": means[name] for name in plain.loss_names
+    }

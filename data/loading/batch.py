@@ -24,6 +24,9 @@ from data.storage.local import StorageError
 DrawMask = Callable[[np.random.Generator, int], np.ndarray]
 """(generator of the segment, number of frames) -> bool [frames], True for masked frames"""
 
+Mix = Callable[[np.ndarray, int, int], np.ndarray | None]
+"""(normalised segment [frames, M], recording, seed) -> what a model receives in its place; None: the segment itself"""
+
 Crop = tuple[int, int, int, int]
 """(recording, first frame, frame after the last, row of the crop table)"""
 
@@ -49,6 +52,8 @@ class Batch:
     """position of the next optimizer step, for checkpoints"""
     dataset: Dataset
     """source of the recordings"""
+    received: Tensor | None = None
+    """float32 [R, F, M], log_mel with other sounds added by the loader's `mix`; None without it"""
 
     @property
     def ids(self) -> list[list[str]]:
@@ -89,6 +94,8 @@ class BatchContent:
     """crop of every used segment of every row"""
     unreadable: dict[str, str]
     """id of every recording that could not be read and was replaced -> error message"""
+    received: Tensor | None = None
+    """float32 [R, F, M], see `Batch`"""
 
 
 class SharedBuffers:
@@ -126,6 +133,7 @@ class RowReader:
         max_segments: S.
         draw_mask: draws the mask of a segment.
         buffers: tensors [R, F, M] in shared memory, indexed by plans.
+        mix: adds other sounds to segments; None leaves `received` out.
     """
 
     def __init__(
@@ -138,10 +146,12 @@ class RowReader:
         normalisation: Normalisation = "recording",
         verify_checksums: bool = False,
         buffers: Sequence[Tensor] = (),
+        mix: Mix | None = None,
     ) -> None:
         self.dataset, self.crops = dataset, crops
         self.shape, self.max_segments, self.draw_mask = shape, max_segments, draw_mask
         self.normalisation, self.verify_checksums, self.buffers = normalisation, verify_checksums, buffers
+        self.mix = mix
         self._stored = np.empty(shape[1:], np.float16)
         self._original = np.empty(shape[1:], np.float32) if crops.augments else None
 
@@ -149,10 +159,12 @@ class RowReader:
         try:
             if plan.buffer is not None:
                 return self._fill(self.buffers[plan.buffer], plan, keep=False)
-            log_mel = torch.empty(self.shape) if get_worker_info() is None else _shared_tensor(self.shape)
-            return self._fill(log_mel, plan, keep=True)
+            return self._fill(self._new_tensor(), plan, keep=True)
         except UserError as error:
             return error  # raised in the main process, without the traceback of a worker
+
+    def _new_tensor(self) -> Tensor:
+        return torch.empty(self.shape) if get_worker_info() is None else _shared_tensor(self.shape)
 
     def _fill(self, log_mel: Tensor, plan: BatchPlan, keep: bool) -> BatchContent:
         # numpy, because slicing a tensor takes ten times as long.
@@ -162,6 +174,7 @@ class RowReader:
         row_crops: list[list[Crop]] = [[] for _ in values]
         filled = [0] * len(values)
         unreadable: dict[str, str] = {}
+        mixed: list[tuple[int, int, np.ndarray]] = []
         lengths = self.crops.lengths(Crops(*plan.crops[3:])).tolist()
         for row, slot, first_frame, *wanted, seed, item, length in zip(*plan.crops.tolist(), lengths, strict=True):
             values[row, filled[row] : first_frame] = 0
@@ -178,10 +191,15 @@ class RowReader:
                 generator = np.random.Generator(np.random.PCG64(seed))
                 mask[row, first_frame:end] = self.draw_mask(generator, num_frames)
             row_crops[row].append(crop)
+            if self.mix is not None and (sounds := self.mix(values[row, first_frame:end], crop[0], seed)) is not None:
+                mixed.append((row, first_frame, sounds))
         for row, end in enumerate(filled):
             values[row, end:] = 0
         bits = None if mask is None else np.packbits(mask)
-        return BatchContent(log_mel if keep else None, segments, bits, row_crops, unreadable)
+        received = None if self.mix is None else self._new_tensor().copy_(log_mel)
+        for row, first_frame, sounds in mixed:
+            received.numpy()[row, first_frame : first_frame + len(sounds)] = sounds  # type: ignore[union-attr]
+        return BatchContent(log_mel if keep else None, segments, bits, row_crops, unreadable, received)
 
     def _read_or_replace(self, out: np.ndarray, crop: Crop, seed: int, unreadable: dict[str, str]) -> Crop | None:
         """Read the crop, or else a replacement, into `out` [frames, M]; return the crop read, or None.

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from common.errors import UserError
 from common.segments import Segments
 from data.format.dataset import Dataset, Normalisation, open_dataset
-from data.loading.batch import Batch, BatchContent, BatchPlan, DrawMask, RowReader, SharedBuffers
+from data.loading.batch import Batch, BatchContent, BatchPlan, DrawMask, Mix, RowReader, SharedBuffers
 from data.loading.order import CropOrder, CropTable
 from data.loading.rows import DataState, Row, RowStream
 from data.storage.local import StorageSettings
@@ -168,6 +168,7 @@ class RowLoader:
         multiple: the encoder's `row_multiple`.
         row_gap: minimum number of frames between two segments of a row, the encoder's `row_gap`.
         draw_mask: draws the mask of a segment; must be picklable unless start_method is 'fork'.
+        mix: adds other sounds to segments, as `Batch.received`; picklable too.
         state: initial position; None is the start of the stream.
 
     Raises:
@@ -189,6 +190,7 @@ class RowLoader:
         world_size: int = 1,
         accumulation: int = 1,
         draw_mask: DrawMask | None = None,
+        mix: Mix | None = None,
         state: DataState | None = None,
     ) -> None:
         shares = world_size * accumulation
@@ -212,7 +214,7 @@ class RowLoader:
             fingerprint=dataset.fingerprint,
         )
         self.state = self.stream.start(state)
-        self.draw_mask = draw_mask
+        self.draw_mask, self.mix = draw_mask, mix
         self.quarantined: dict[str, str] = {}  # id of every recording unreadable in this process -> error message
         if settings.num_workers:
             self._check_shared_memory()
@@ -252,6 +254,7 @@ class RowLoader:
             s.normalisation,
             s.verify_checksums,
             shared.buffers,
+            self.mix,
         )
         pending: deque[tuple[DataState, int | None]] = deque()
 
@@ -272,7 +275,7 @@ class RowLoader:
             segments = Segments(start, length, log_mel.shape[1], seed)
             mask = None if content.mask is None else _unpack_mask(content.mask, log_mel.shape[:2])
             text = [[self.crops.text(item) for *_, item in row] for row in content.crops]
-            yield Batch(log_mel, segments, mask, text, content.crops, state, self.dataset)
+            yield Batch(log_mel, segments, mask, text, content.crops, state, self.dataset, content.received)
 
     def _read(self, reader: RowReader, plans: Iterator[BatchPlan]) -> Iterator[BatchContent | UserError]:
         """Contents in the order of the plans."""

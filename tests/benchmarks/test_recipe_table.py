@@ -8,9 +8,10 @@ import torch
 from benchmarks import memory_formula as formula
 from benchmarks import recipe_table as table
 from benchmarks.recipe_table import Use
-from bestrq.pretraining.objective import BestRQ, flops_per_row
+from bestrq.pretraining.cost import flops_per_row
+from bestrq.pretraining.objective import BestRQ
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
-from bestrq.training.meters import count_flops
+from bestrq.training.flops import count_flops
 from common.config import load_yaml
 from common.errors import UserError
 from common.segments import Segments

@@ -67,3 +67,56 @@ def test_unigram_entropy():
     counts = torch.tensor([[1, 1, 1, 1], [4, 0, 0, 0], [0, 0, 0, 0]])
     expected = torch.tensor([np.log(4.0), 0.0, 0.0], dtype=torch.float64)
     assert torch.allclose(unigram_entropy(counts), expected)
+
+
+# ---- the same labels as other toolkits, for the same projection and codebook: their rules, restated as formulas
+
+
+def nemo_labels(x: torch.Tensor, weight: torch.Tensor, codes: torch.Tensor, distance: str) -> torch.Tensor:
+    """NeMo 2.x, `RandomProjectionVectorQuantizer` (dist_fn 'cosine' or 'l2'), int64 [N, C].
+
+    z_c = W_c x / |W_c x|, with W the weight [C * d, K] of a linear layer. cosine: argmax_v <z_c, e_cv>; l2: argmin_v
+    |z_c - e_cv|. The codes e are normalised once.
+    """
+    projected = (weight @ x.T).T.unflatten(1, (codes.shape[0], codes.shape[2]))
+    projected = projected / projected.norm(dim=-1, keepdim=True)
+    if distance == "cosine":
+        return torch.einsum("ncd,cvd->ncv", projected, codes).argmax(dim=-1)
+    return (projected[:, :, None] - codes[None]).norm(dim=-1).argmin(dim=-1)
+
+
+def wenet_labels(x: torch.Tensor, matrix: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """WeNet, `bestrq_model.py` with global CMVN, int64 [N, C].
+
+    z = x P / (|x P| + 1e-8), normalised over *all* codebooks together; argmin_v |z_c|^2 - 2 <z_c, e_vc> + |e_vc|^2,
+    with embeddings [V, C, d].
+    """
+    projected = x @ matrix
+    projected = projected / (projected.norm(dim=-1, keepdim=True) + 1e-8)
+    projected = projected.unflatten(1, embeddings.shape[1:])
+    products = torch.einsum("ncd,vcd->ncv", projected, embeddings)
+    squares = projected.square().sum(dim=-1, keepdim=True) + embeddings.square().sum(dim=-1).T
+    return (squares - 2 * products).argmin(dim=-1)
+
+
+@pytest.mark.parametrize("books", [1, 3])
+def test_labels_are_those_of_the_rules_of_nemo_and_wenet(books: int) -> None:
+    """WeNet's common norm of all codebooks scales z, which no argmin over unit codes notices."""
+    quantizer = RandomProjectionQuantizer(QuantizerSettings(num_codebooks=books, codebook_size=300), 320).double()
+    stacks = torch.randn(500, 320, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    labels = quantizer(stacks)
+    weight = quantizer.projection.transpose(1, 2).flatten(0, 1)
+    assert torch.equal(labels, nemo_labels(stacks, weight, quantizer.codebook, "cosine"))
+    assert torch.equal(labels, nemo_labels(stacks, weight, quantizer.codebook, "l2"))
+    assert torch.equal(labels, wenet_labels(stacks, weight.T, quantizer.codebook.transpose(0, 1)))
+    assert labels.unique().numel() > 200
+
+
+def test_labels_are_those_of_speechbrain() -> None:
+    quantisers = pytest.importorskip("speechbrain.nnet.quantisers", reason="requirements-benchmarks.txt")
+    quantizer = RandomProjectionQuantizer(QuantizerSettings(codebook_size=300), 320)
+    theirs = quantisers.RandomProjectionQuantizer(320, 16, 300)
+    theirs.P.copy_(quantizer.projection[0])
+    theirs.CB.copy_(quantizer.codebook[0])
+    stacks = torch.randn(4, 100, 320, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(quantizer(stacks.flatten(0, 1))[:, 0], theirs(stacks).flatten())

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import finetune_ctc
 import finetune_rnnt
 import pretrain
+from bestrq.pretraining import multi_target
 from common.config import parse
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
@@ -136,6 +137,26 @@ def test_a_step_reads_the_device_once_in_the_guard(
     places = [f"--data.dataset={dataset}", f"--run.folder={tmp_path / 'run'}", "--data.num_workers=0"]
     options = [*ENCODER, *DATA, *RUN, f"--run.steps={STEPS}", *places, *more]
     script.train(parse(script.Config, options))
+    assert len(device.kept) > 100 * STEPS, "the tensors of a step are followed"
+    assert [read.split(":")[0] for read in device.reads] == ["tolist in optimizer.py"] * STEPS, device.reads
+
+
+def test_a_step_with_all_objectives_reads_the_device_once(
+    dataset: Path, tmp_path: Path, device: DeviceTensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher, inner layers, distillation, and statistics for projection and codes, between two changes of these."""
+    places = [f"--data.dataset={dataset}", "--data.num_workers=0"]
+    options = [*ENCODER, *DATA, *RUN, *places, "--quantizer.num_codebooks=2", "--quantizer.codebook_size=64"]
+    pretrain.train(parse(pretrain.Config, [*options, f"--run.folder={tmp_path / 'first'}", "--run.steps=1"]))
+    more = ["--targets.source=both", "--targets.clusters=8", "--targets.cluster_seconds=10",
+            "--targets.inner_layers=[1]", "--targets.unmasked_weight=0.1", "--targets.distill_layers=[1]",
+            "--targets.distill_steps=[9]", "--quantizer.pca_steps=5", "--quantizer.refine_steps=[9]",
+            "--quantizer.refine_window=4", "--masking.bands=1"]  # fmt: skip
+    watch_steps(pretrain, device, monkeypatch)
+    monkeypatch.setattr(multi_target, "multi_target_rows", marked(multi_target.multi_target_rows, device))
+    options += [f"--targets.export={tmp_path / 'first/export'}", *more]
+    options += [f"--run.folder={tmp_path / 'run'}", f"--run.steps={STEPS}"]
+    pretrain.train(parse(pretrain.Config, options))
     assert len(device.kept) > 100 * STEPS, "the tensors of a step are followed"
     assert [read.split(":")[0] for read in device.reads] == ["tolist in optimizer.py"] * STEPS, device.reads
 

@@ -13,6 +13,7 @@ import finetune_ctc
 import pretrain
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.pretraining import objective
+from bestrq.pretraining.cost import flops_per_row
 from bestrq.training.checkpoint import list_checkpoints
 from bestrq.training.stop import StopRequest
 from common.config import parse
@@ -224,4 +225,4 @@ def test_the_operations_of_a_row_are_counted_for_rows_of_several_segments(row_fr
     """Segments have the gaps of the loader between them, without which the layout refuses the row."""
     config = parse(pretrain.Config, [*ENCODER, "--quantizer.codebook_size=64"])
     model = objective.BestRQ(config.encoder, config.quantizer)
-    assert objective.flops_per_row(model, row_frames, segment_frames, torch.device("cpu")) > 0
+    assert flops_per_row(model, row_frames, segment_frames, torch.device("cpu")) > 0

@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bestrq.training import meters
+from bestrq.training.flops import peak_flops
 from bestrq.training.meters import (
     IntervalSums,
     MetricsLog,
@@ -19,7 +20,6 @@ from bestrq.training.meters import (
     console_line,
     duration,
     memory_gib,
-    peak_flops,
     read_metrics,
     truncate_metrics,
 )

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks import machine
 from bestrq.long_form.inference import InferenceSettings
-from bestrq.training import meters, precision
-from bestrq.training.meters import Throughput, peak_flops
+from bestrq.training import flops, meters, precision
+from bestrq.training.flops import peak_flops
+from bestrq.training.meters import Throughput
 from bestrq.training.precision import has_bfloat16, matmul_rate, processor_name, resolve_precision, with_precision
 from bestrq.training.process import DistributedSettings, World, autocast
 from bestrq.training.run_folder import RunFolder
@@ -134,8 +135,8 @@ def test_ranks_on_different_processors_agree(tmp_path: Path) -> None:
 
 
 def peak_beside(world: World, name: str) -> tuple[float | None, float]:
-    meters.has_bfloat16 = lambda device: world.is_main  # type: ignore[attr-defined]
-    meters.matmul_rate = lambda dtype: 1e11  # type: ignore[attr-defined]
+    flops.has_bfloat16 = lambda device: world.is_main  # type: ignore[attr-defined]
+    flops.matmul_rate = lambda dtype: 1e11  # type: ignore[attr-defined]
     return peak_flops(world, name), world.max(world.rank)  # type: ignore[arg-type]
 
 
@@ -148,7 +149,7 @@ def test_the_peak_is_that_of_the_precision_and_unknown_where_it_is_emulated(
     hardware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = {torch.float32: 1e11, torch.bfloat16: 4e11}
-    monkeypatch.setattr(meters, "matmul_rate", lambda dtype: rates[dtype])
+    monkeypatch.setattr(flops, "matmul_rate", lambda dtype: rates[dtype])
     assert peak_flops(World(), "float32") == 1e11
     assert peak_flops(World(), "bfloat16") == (4e11 if hardware else None)
 
