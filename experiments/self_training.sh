@@ -59,6 +59,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ -n "$dataset" ] || fail "--dataset is missing: give a folder written by data.prepare"
+[[ -n "$unlabelled" || ! "$minutes" =~ ^0*\.?0*$ ]] ||
+    fail "--minutes is '$minutes', which uses the labels of all recordings: give fewer minutes, or --unlabelled DATASET"
 [[ "$rounds" =~ ^[1-9][0-9]*$ ]] || fail "--rounds is '$rounds': give a positive integer"
 case "$config" in
     *-ctc.yaml) script=finetune_ctc.py ;;

@@ -67,6 +67,7 @@ def test_two_rounds_train_on_labels_and_pseudo_labels_of_the_other_recordings(tm
         (["--x"], 2, "unknown argument '--x'"),
         ([], 2, "--dataset is missing"),
         (["--dataset", "d", "--rounds", "0"], 2, "--rounds is '0'"),
+        (["--dataset", "d", "--minutes", "0.0"], 2, "uses the labels of all recordings"),
         (["--dataset", "d", "--config", "x.yaml"], 2, "must end in -ctc.yaml"),
         (["--dataset"], 2, "--dataset needs a value"),
     ],

@@ -13,6 +13,7 @@ from bestrq.long_form.decoders import DecoderSettings
 from bestrq.report.result_files import read_transcripts
 from bestrq.training.process import World
 from common.errors import UserError
+from common.text import label_text
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
 from data.shards.derive import derive, stored_recording
@@ -66,7 +67,7 @@ def test_the_dataset_has_the_hypotheses_of_evaluate_with_word_times_and_linked_s
     expected = {line["id"]: line for line in read_transcripts(results)}
     assert len(dataset) == len(expected) == 16
     for id, (text, words) in content(dataset).items():
-        assert text == expected[id]["text"] == " ".join(word.word for word in words)
+        assert text == label_text(expected[id]["text"], "en") == " ".join(word.word for word in words)
         assert [list(word[:3]) for word in words] == [word[:3] for word in expected[id]["words"]]
         number = source.index.find(id)
         assert np.array_equal(dataset.read(dataset.index.find(id)), source.read(number))
@@ -171,6 +172,10 @@ def test_kept_hypotheses_serve_other_filters(
     lines = hypotheses_of(replace(config, out=str(tmp_path / "half")))
     assert content(half).items() <= everything.items() and len(half) < len(everything)
     assert min(line["word"] for line in lines if line["kept"]) > max(line["word"] for line in lines if not line["kept"])
+    monkeypatch.undo()
+    run(replace(config, out=str(tmp_path / "beam"), decoder=DecoderSettings(beam=2)))
+    logs = list((tmp_path / "hypotheses").glob("*.jsonl"))
+    assert len(logs) == 2, "those of another decoder are not reused"
 
 
 def test_doubtful_words_are_cut_out(setup: script.Config, tmp_path: Path) -> None:
