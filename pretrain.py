@@ -60,7 +60,7 @@ from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
-from data.format.dataset import Dataset
+from data.format.dataset import STD_FLOOR, Dataset
 from data.loading.heldout import HeldoutSettings, heldout_batches, split_recordings
 from data.loading.loader import (
     FREE_LOADER_FIELDS,
@@ -387,6 +387,7 @@ def save(state: RunState, run: RunFolder, config: Config, dataset: Dataset, worl
             "targets": to_dict(config.targets),
             **features,
             "normalisation": config.data.normalisation,
+            "std_floor": STD_FLOOR,
         }
         rows = f"{config.data.rows} rows of\n{config.data.row_frames} mel frames"
         training = f"{rows}, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`)"

@@ -42,7 +42,7 @@ from common.files import hash_of_file, read_json_lines, write_file
 from data.audio.files import AudioFile, list_audio
 from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
-from data.format.dataset import mean_and_std, normalisation_scale, normalise_into
+from data.format.dataset import STD_FLOOR, mean_and_std, normalisation_scale, normalise_into
 from data.names import escaped
 from data.prepare.extraction import Extracted, extract_all
 from data.recording import Recording
@@ -211,7 +211,7 @@ def outcomes(
                 else:
                     for warning in result.warnings:
                         print(f"warning: {escaped(printable(warning))}", file=sys.stderr)
-                    sources[file] = source_of(result.log_mel, recogniser.statistics)
+                    sources[file] = source_of(result.log_mel, recogniser.statistics, recogniser.std_floor)
                 del result  # frees the features, perhaps of hours, before the next are read
             yield from decode(recogniser, decoder, sources, config.inference, world)
             del sources
@@ -255,9 +255,14 @@ def read_features(
         yield from list(extract_all(group, features, 1))
 
 
-def source_of(log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None) -> RecordingSource:
+def source_of(
+    log_mel: np.ndarray, dataset_statistics: tuple[Tensor, Tensor] | None, std_floor: float = STD_FLOOR
+) -> RecordingSource:
     """Decoder input from log-mel, float16 [frames, M], normalised like a recording of a dataset."""
-    mean, inverse_std = dataset_statistics or normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
+    if dataset_statistics is None:
+        mean, std = map(torch.from_numpy, mean_and_std(log_mel))
+        dataset_statistics = normalisation_scale(mean, std, std_floor)
+    mean, inverse_std = dataset_statistics
     return RecordingSource(len(log_mel), partial(read_mel, log_mel, mean, inverse_std))
 
 

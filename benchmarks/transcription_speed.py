@@ -97,7 +97,8 @@ def make_ours(encoder: EncoderSettings, args: argparse.Namespace) -> System:
         sources = []
         for waveform in recordings:
             log_mel = log_mel_of(waveform).to(torch.float16).numpy()
-            mean, inverse_std = normalisation_scale(*map(torch.from_numpy, mean_and_std(log_mel)))
+            own_mean, std = map(torch.from_numpy, mean_and_std(log_mel))
+            mean, inverse_std = normalisation_scale(own_mean, std)
             sources.append(RecordingSource(len(log_mel), partial(read_mel, log_mel, mean, inverse_std)))
         texts = [""] * len(sources)
         rate = features.frames_per_second

@@ -14,6 +14,7 @@ from data.format.dataset import Dataset
 from data.loading.augment import SupervisedSettings, augmented
 from data.loading.batch import DrawMask, Mix
 from data.loading.loader import Batch, CurriculumStage, DataState, LoaderSettings, RowLoader
+from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
 from data.loading.supervised import supervised_crops
 from pipelines.finetuning import FinetuneConfig
@@ -22,7 +23,7 @@ from pipelines.finetuning import FinetuneConfig
 def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: SupervisedSettings) -> CropTable:
     """Training crops with their label texts; `data` gives the crop lengths of a stage.
 
-    With `finetune.label_minutes`, a random choice (by `data.seed`) of whole recordings of that total length.
+    `finetune.label_minutes` limits the recordings as `choose_labelled` does, except those with pseudo-labels.
     """
     recordings = dataset.select(split=config.data.split, language=config.finetune.language or None)
     labelled = np.array([dataset.text(int(i)) is not None for i in recordings])
@@ -30,13 +31,43 @@ def labelled_crops(dataset: Dataset, config: FinetuneConfig, data: SupervisedSet
         print(f"left out: {len(labelled) - labelled.sum()} of {len(labelled)} recordings, which have no transcript")
         recordings = recordings[labelled]
     if config.finetune.label_minutes:
-        shuffled = np.random.default_rng(config.data.seed).permutation(recordings)
-        minutes = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
-        recordings = np.sort(shuffled[: max(1, int((minutes <= config.finetune.label_minutes).sum()))])
+        pseudo = has_pseudo_labels(dataset, recordings, config.data)
+        chosen = choose_labelled(dataset, recordings[~pseudo], config.finetune.label_minutes, config.data.seed)
+        recordings = np.sort(np.concatenate([chosen, recordings[pseudo]]))
     cut = partial(supervised_crops, dataset, cutting=config.cutting)
     lengths = data.crop_frames(dataset)
     crops = config.data.mixed_order(dataset, recordings, lambda group, seed: cut(group, *lengths, seed))
     return augmented(crops, data, dataset.features)
+
+
+def choose_labelled(dataset: Dataset, recordings: np.ndarray, minutes: float, seed: int) -> np.ndarray:
+    """Random choice of whole recordings of this total length, at least one; ascending int `[n]`.
+
+    Args:
+        recordings: those of a split and language that have a transcript.
+        minutes, seed: `finetune.label_minutes` and `data.seed` of the training run.
+    """
+    shuffled = np.random.default_rng(seed).permutation(recordings)
+    total = np.cumsum(dataset.frames[shuffled]) / dataset.features.frames_per_second / 60
+    return np.sort(shuffled[: max(1, int((total <= minutes).sum()))])
+
+
+def has_pseudo_labels(dataset: Dataset, recordings: np.ndarray, data: LoaderSettings) -> np.ndarray:
+    """Mask of the recordings in parts of a mixture with `pseudo_labels`, bool `[n]`.
+
+    Raises:
+        UserError: no other part has any of the recordings.
+    """
+    if not isinstance(dataset, DatasetGroup) or not any(part.pseudo_labels for part in data.mixture):
+        return np.zeros(len(recordings), bool)
+    parts = np.searchsorted(dataset.first, recordings, side="right") - 1
+    pseudo = np.array([part.pseudo_labels for part in data.mixture])[parts]
+    if pseudo.all():
+        raise UserError(
+            "finetune.label_minutes chooses labelled recordings, but data.mixture has none beside pseudo-labels: add "
+            "the labelled dataset, or give 0"
+        )
+    return pseudo
 
 
 Data = TypeVar("Data", bound=LoaderSettings)

@@ -25,7 +25,7 @@ from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file
-from data.format.dataset import Dataset, Normalisation
+from data.format.dataset import STD_FLOOR, Dataset, Normalisation
 from data.loading.augment import SupervisedSettings
 from data.loading.cutting import CuttingSettings
 from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, CurriculumStage, DataState
@@ -62,7 +62,8 @@ class FinetuneSettings:
     language: str = ""
     """language for training and validation; empty takes all"""
     label_minutes: NonNegativeFloat = 0.0
-    """minutes of labelled audio for training, chosen at random by data.seed; 0 takes all"""
+    """minutes of labelled audio for training, chosen at random by data.seed; 0 takes all. Parts of data.mixture with
+    pseudo_labels are not limited"""
 
     def __post_init__(self) -> None:
         for name in ("reinitialise_top_blocks", "drop_top_blocks"):
@@ -285,6 +286,7 @@ def export(
             "features": dataset.features.to_dict(),
             "feature_hash": dataset.features.hash(),
             "normalisation": config.data.normalisation,
+            "std_floor": STD_FLOOR,
             **statistics_of(dataset, config.data.normalisation),
             **rates,
         }

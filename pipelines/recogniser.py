@@ -4,6 +4,7 @@ An export of finetune_ctc.py has a CTC model, one of finetune_rnnt.py a transduc
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -39,7 +40,7 @@ from common.config import from_dict
 from common.errors import UserError
 from common.files import hash_of_file
 from data.features import FeatureSettings, difference
-from data.format.dataset import Dataset, normalise_into
+from data.format.dataset import STD_FLOOR, Dataset, normalise_into
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 
@@ -54,6 +55,8 @@ class Recogniser:
     statistics: tuple[Tensor, Tensor] | None = None
     """normalisation 'dataset': mean and 1 / standard deviation of the training data, float32 [M] each; None if the
     export has none, because it is older or was trained on a mixture, in which each dataset has its own"""
+    std_floor: float = STD_FLOOR
+    """lowest standard deviation in training, as a share of its mean over the bins; 0 if the export does not state it"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,11 @@ def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) 
     except RuntimeError as error:
         raise UserError(f"{export.path / 'model.safetensors'} does not fit its config.json: {error}") from error
     features, normalisation = FeatureSettings.from_dict(config["features"]), config["normalisation"]
-    return Recogniser(model.eval(), tokenizer, features, normalisation, _statistics(export, normalisation, features))
+    std_floor = config.get("std_floor", 0.0)
+    if not isinstance(std_floor, int | float) or not 0 <= std_floor < math.inf:
+        raise UserError(f"{export.path / 'config.json'}: std_floor is {std_floor!r}, not a number: export again")
+    statistics = _statistics(export, normalisation, features)
+    return Recogniser(model.eval(), tokenizer, features, normalisation, statistics, std_floor)
 
 
 def _statistics(export: Export, normalisation: str, features: FeatureSettings) -> tuple[Tensor, Tensor] | None:
@@ -156,8 +163,10 @@ def check_features(features: FeatureSettings, dataset: Dataset) -> None:
 def mel_reader(recogniser: Recogniser, dataset: Dataset, recording: int) -> Callable[[int, int], Tensor]:
     """Function (start, stop) -> normalised log-mel of a recording, float32 `[stop - start, M]`."""
     if recogniser.statistics is None:
-        normalisation = recogniser.normalisation
-        return lambda start, stop: torch.from_numpy(dataset.read_normalised(recording, start, stop, normalisation))
+        normalisation, std_floor = recogniser.normalisation, recogniser.std_floor
+        return lambda start, stop: torch.from_numpy(
+            dataset.read_normalised(recording, start, stop, normalisation, std_floor=std_floor)
+        )
     mean, inverse_std = recogniser.statistics
 
     def read_mel(start: int, stop: int) -> Tensor:

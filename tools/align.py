@@ -25,9 +25,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-import numpy as np
 from jsonargparse.typing import NonNegativeInt
 from tqdm import tqdm
 
@@ -62,6 +61,7 @@ from pipelines.recogniser import (
     share_out,
     start_inference,
 )
+from pipelines.recording_log import RecordingLog, open_log
 
 FORMAT_VERSION = 1
 SUMMARY, UNALIGNED = "alignment.json", "unaligned.jsonl"
@@ -190,42 +190,19 @@ def work_folder(config: Config) -> Path:
 
 
 class Results:
-    """Results that all ranks have logged in this and earlier runs, by recording number; words stay on disk."""
+    """Words of recordings, or the reason for their absence, from the logs of all ranks."""
 
     def __init__(self, work: Path, key: str, num_recordings: int) -> None:
-        self._paths = sorted(work.glob(f"{key[:16]}-*.jsonl"))
-        self._place = np.full((num_recordings, 2), -1, np.int64)  # file, byte
-        for number, path in enumerate(self._paths):
-            offset = 0
-            with open(path, "rb") as file:
-                for line in file:
-                    # An interrupted process may have left an incomplete line.
-                    with suppress(ValueError, TypeError, LookupError):
-                        self._place[json.loads(line)["number"]] = number, offset
-                    offset += len(line)
+        self._log = RecordingLog(work, key[:16], num_recordings)
 
     def has(self, recording: int) -> bool:
-        return bool(self._place[recording, 0] >= 0)
+        return self._log.has(recording)
 
     def __getitem__(self, recording: int) -> dict[str, Any]:
         """`words` (lists of the fields of `Word`) and `cost`, or `reason`."""
         if not self.has(recording):  # recordings without a transcript are not aligned
             return {"reason": "there is no transcript"}
-        number, offset = self._place[recording]
-        with open(self._paths[number], "rb") as file:
-            file.seek(offset)
-            result: dict[str, Any] = json.loads(file.readline())
-        return result
-
-
-def open_log(path: Path) -> BinaryIO:
-    """Open an unbuffered log file for appending, and terminate an incomplete last line."""
-    file = open(path, "ab+", buffering=0)  # noqa: SIM115 - the caller closes it
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
+        return self._log[recording]
 
 
 def align_recordings(

@@ -107,15 +107,16 @@ def cost_section(systems: Results, title: str = "Context and cost") -> Section:
 def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]]) -> Section:
     """Differences of the other systems from the first; `comparisons` is the result of `compare_systems`."""
     baseline = next(iter(systems))
-    columns = [Column("System", "wrap"), Column("WER, points", "rate"), Column("95 % interval", "range"),
-               Column("P(better)"), Column("CER, points", "rate"), Column("95 % interval", "range"),
+    columns = [Column("System", "wrap"), *(column for rate in ("WER", "CER") for column in (
+                   Column(f"{rate}, points", "rate"), Column("95 % interval", "range"), Column("P(better)"),
+                   Column(f"{rate} reduction, %", "rate"), Column("95 % interval", "range"))),
                Column("MAPSSWE"), Column("Segments"), Column("p")]  # fmt: skip
     rows: list[list[Cell | str]] = []
     for comparison in comparisons:
         wer, cer, matched = comparison["wer"] or {}, comparison["cer"] or {}, comparison["matched_pairs"]
         rows.append([
-            comparison["system"], *_difference_cells(wer), _number_cell(wer.get("probability_first_better"), 3),
-            *_difference_cells(cer), _number_cell(matched["mean_difference"], 3),
+            comparison["system"], *_difference_cells(wer), *_difference_cells(cer),
+            _number_cell(matched["mean_difference"], 3),
             _number_cell(matched["num_segments"], 0), Cell(p_text(matched["p_value"]), matched["p_value"]),
         ])  # fmt: skip
     figures = []
@@ -125,7 +126,7 @@ def comparison_section(systems: Results, comparisons: Sequence[Mapping[str, Any]
             heading = f"{comparison['system']} minus {baseline}"
             picture = charts.differences_chart(f"WER of {heading}", differences, "WER, points")
             figures.append(figure(heading, picture))
-    sentences = [difference_sentence(comparison) for comparison in comparisons[:3]]
+    sentences = [difference_sentence(comparison, rate) for comparison in comparisons[:3] for rate in ("wer", "cer")]
     body = render(
         "differences.html", baseline=baseline, sentences=sentences, columns=columns, rows=rows, figures=figures
     )
@@ -336,8 +337,13 @@ def _interval_cell(bounds: Sequence[float] | None, signed: bool = False) -> Cell
 
 
 def _difference_cells(compared: Mapping[str, Any]) -> list[Cell]:
+    """Difference, probability and relative reduction of a `PairedBootstrap`, or dashes."""
     difference = compared.get("difference")
-    return [Cell(points(difference), difference), _interval_cell(compared.get("interval"), signed=True)]
+    return [
+        Cell(points(difference), difference), _interval_cell(compared.get("interval"), signed=True),
+        _number_cell(compared.get("probability_first_better"), 3),
+        _rate_cell(compared.get("reduction")), _interval_cell(compared.get("reduction_interval")),
+    ]  # fmt: skip
 
 
 def _bin_cells(bin: Bin) -> list[Cell | str]:

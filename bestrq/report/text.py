@@ -1,7 +1,7 @@
 """Results as text: numbers, sentences, and tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from bestrq.report.comparison import setting_of
 from common.languages import language_code, language_name
@@ -49,19 +49,21 @@ def language_text(language: str) -> str:
     return name if language in (*_GROUPS, name, language_code(language)) else f"{name} ({language})"
 
 
-def difference_sentence(comparison: Mapping[str, Any]) -> str:
-    """Sentence on the difference in WER of an entry of `compare_systems`, and whether it is significant."""
-    start = f"WER of {comparison['system']} minus WER of {comparison['baseline']}"
-    wer = comparison["wer"]
-    if wer is None:
+def difference_sentence(comparison: Mapping[str, Any], rate: Literal["wer", "cer"] = "wer") -> str:
+    """Sentence on the difference of an entry of `compare_systems` in WER or CER, and whether it is significant."""
+    name, compared = rate.upper(), comparison[rate]
+    start = f"{name} of {comparison['system']} minus {name} of {comparison['baseline']}"
+    if compared is None:
         return f"{start}: no reference words."
-    text, bounds = f"{start}: {points(wer['difference'])} points", wer["interval"]
+    text, bounds = f"{start}: {points(compared['difference'])} points", compared["interval"]
     if bounds is None:
         return f"{text}; too few recordings for an interval."
     # If one recording has most of the words, the studentised and the plain bootstrap may disagree: both must be clear.
-    significant = (bounds[0] > 0 or bounds[1] < 0) and not 0.025 <= wer["probability_first_better"] <= 0.975
+    significant = (bounds[0] > 0 or bounds[1] < 0) and not 0.025 <= compared["probability_first_better"] <= 0.975
     verdict = "" if significant else ", not significant"
-    return f"{text} (95 % interval {interval(bounds, signed=True)}{verdict})."
+    reduction = compared.get("reduction_interval")
+    relative = f"; relative reduction {percent(compared['reduction'])} ({interval(reduction)})" if reduction else ""
+    return f"{text} (95 % interval {interval(bounds, signed=True)}{verdict}){relative}."
 
 
 def few_recordings_warning(results: Mapping[str, Any]) -> str:
@@ -92,7 +94,8 @@ def rates_table(results: Mapping[str, Any]) -> str:
 
 
 def comparison_table(numbers: Mapping[str, Any]) -> str:
-    """Terminal table of several evaluations: rates, difference from the first, cost.
+    """Terminal table of several evaluations: rates, difference from the first in WER, cost; below it, the paired
+    differences and relative reductions of WER and CER.
 
     Args:
         numbers: content of report.json.
@@ -116,4 +119,24 @@ def comparison_table(numbers: Mapping[str, Any]) -> str:
         speed = f"{'-' if factor is None else f'{factor:.4f}':>9}{'-' if megabytes is None else f'{megabytes:,.0f}':>9}"
         setting = "" if named_by_setting else f"  {setting_of(system)}"
         lines.append(f"{system['system']:<{width}}{rates}{difference}{speed}{setting}")
+    if comparisons:
+        heading = f"minus {next(iter(comparisons.values()))['baseline']}"
+        width = max(width, len(heading))
+        columns = "".join(
+            f"{f'{rate}, points':>13}{'95 %':>16}{'reduction':>11}{'95 %':>16}" for rate in ("WER", "CER")
+        )
+        lines += ["", f"{heading:<{width}}{columns}"]
+        lines += [
+            f"{name:<{width}}{_paired(entry, 'wer')}{_paired(entry, 'cer')}" for name, entry in comparisons.items()
+        ]
     return "\n".join(lines)
+
+
+def _paired(comparison: Mapping[str, Any], rate: str) -> str:
+    """Difference and relative reduction of a rate with their 95 % intervals, as columns of a table."""
+    compared = comparison[rate] or {}
+    difference, reduction = compared.get("difference"), compared.get("reduction")
+    return (
+        f"{points(difference):>13}{interval(compared.get('interval'), signed=True):>16}"
+        f"{percent(reduction):>11}{interval(compared.get('reduction_interval')):>16}"
+    )

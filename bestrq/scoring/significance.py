@@ -34,6 +34,11 @@ class PairedBootstrap:
     """95 %; None for fewer than three recordings"""
     probability_first_better: float
     """share of resamples in which the first system has fewer errors; ties count half"""
+    reduction: float | None = None
+    """relative reduction, 1 - first rate / second rate: positive if the first system is better; None if the second
+    system has no errors"""
+    reduction_interval: tuple[float, float] | None = None
+    """95 %; None for fewer than three recordings"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,12 @@ def paired_bootstrap(
     sums = np.concatenate([draws @ differences for draws in _resamples(len(differences), num_resamples, seed)])
     better = np.mean(sums < 0) + np.mean(sums == 0) / 2
     interval = bootstrap_interval(differences, lengths, num_resamples, seed)
-    return PairedBootstrap(float(differences.sum() / total), interval, float(better))
+    reduction, reduction_interval = None, None
+    if second.any():  # the ratio of the two rates is one of sums over recordings too: first errors per second error
+        reduction = float(1 - first.sum() / second.sum())
+        low, high = ratio_intervals(first[:, None], second[:, None], num_resamples, seed, logarithmic=True)
+        reduction_interval = _finite(1 - high.item(), 1 - low.item())
+    return PairedBootstrap(float(differences.sum() / total), interval, float(better), reduction, reduction_interval)
 
 
 def ratio_intervals(

@@ -43,8 +43,9 @@ from data.transcripts import Word
 
 Normalisation = Literal["recording", "dataset"]
 DAMAGED = "`python -m data.shards verify` lists all damage; restore the file or prepare the dataset again"
-# A bin with nearly constant values (silence, a band missing from telephone speech) is centred, not amplified.
-SMALLEST_STD = 0.01
+# A bin that hardly varies (silence, a band that 8 or 11 kHz audio lacks) is centred, not amplified to unit variance. A
+# standard deviation counts as at least this share of its mean over the bins, and SMALLEST_STD. See docs/datasets.md.
+STD_FLOOR, SMALLEST_STD = 0.25, 0.01
 _REQUIRED = {"layout", "features", "feature_hash", "fingerprint", "recordings", "frames", "mean", "std"}
 
 
@@ -212,11 +213,14 @@ class Dataset:
             raise UserError(f"{self.location}: statistics of {self.id(recording)!r} are invalid; {DAMAGED}")
         return values
 
-    def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
+    def statistics(
+        self, recording: int, normalisation: Normalisation, std_floor: float = STD_FLOOR
+    ) -> tuple[Tensor, Tensor]:
         """(mean, 1 / std), float32 [M] each: a frame is normalised as `(x - mean) * inverse_std`."""
         if normalisation == "dataset":
-            return normalisation_scale(self._mean, self._std)
-        return normalisation_scale(*map(torch.from_numpy, self.mean_std(recording)))
+            return normalisation_scale(self._mean, self._std, std_floor)
+        mean, std = torch.from_numpy(self.mean_std(recording))
+        return normalisation_scale(mean, std, std_floor)
 
     def read_normalised(
         self,
@@ -225,6 +229,7 @@ class Dataset:
         stop: int | None = None,
         normalisation: Normalisation = "recording",
         verify: bool = False,
+        std_floor: float = STD_FLOOR,
     ) -> np.ndarray:
         """Frames [start, stop) as float32 [stop - start, M], zero mean and unit variance over the recording or dataset.
 
@@ -232,14 +237,15 @@ class Dataset:
         """
         values = self.read(recording, start, stop, verify)
         out = torch.empty(values.shape)
-        self.normalise_into(out, values, recording, normalisation)
+        self.normalise_into(out, values, recording, normalisation, std_floor)
         return out.numpy()
 
     def normalise_into(
-        self, out: Tensor, values: np.ndarray, recording: int, normalisation: Normalisation = "recording"
-    ) -> None:
+        self, out: Tensor, values: np.ndarray, recording: int, normalisation: Normalisation = "recording",
+        std_floor: float = STD_FLOOR,
+    ) -> None:  # fmt: skip
         """Normalise float16 [n, M] of a recording into contiguous float32 [n, M]; UserError for non-finite values."""
-        mean, inverse_std = self.statistics(recording, normalisation)
+        mean, inverse_std = self.statistics(recording, normalisation, std_floor)
         try:
             normalise_into(out, values, mean, inverse_std)
         except UserError as error:
@@ -333,9 +339,9 @@ def mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(squares / len(values)).astype(np.float32)
 
 
-def normalisation_scale(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / std) for `normalise_into`, from statistics, float32 [M] each."""
-    return mean, std.clamp(min=SMALLEST_STD).reciprocal_()
+def normalisation_scale(mean: Tensor, std: Tensor, std_floor: float = STD_FLOOR) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / std) for `normalise_into`, from statistics, float32 [M] each; a floor of 0 leaves SMALLEST_STD."""
+    return mean, std.clamp(min=max(SMALLEST_STD, std_floor * float(std.mean()))).reciprocal_()
 
 
 def normalise_into(out: Tensor, values: np.ndarray, mean: Tensor, inverse_std: Tensor) -> None:

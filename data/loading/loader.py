@@ -48,6 +48,8 @@ class MixturePart:
     """Folder or URL of the dataset."""
     weight: NonNegativeFloat = 0.0
     """Share of the training audio relative to the weights of the other parts; 0 in all parts: proportional to hours."""
+    pseudo_labels: bool = False
+    """The transcripts are those of tools/pseudo_label.py: finetune.label_minutes does not limit them."""
 
     def __post_init__(self) -> None:
         if not self.dataset:

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.hashing import mix
 from data.features import difference
-from data.format.dataset import Dataset, Normalisation
+from data.format.dataset import STD_FLOOR, Dataset, Normalisation
 from data.loading.order import Crops, CropTable, NoCrops, permute
 from data.transcripts import Word
 
@@ -130,10 +130,12 @@ class DatasetGroup(Dataset):
         dataset, number = self._locate(recording)
         dataset.forget(number, start, stop)
 
-    def statistics(self, recording: int, normalisation: Normalisation) -> tuple[Tensor, Tensor]:
+    def statistics(
+        self, recording: int, normalisation: Normalisation, std_floor: float = STD_FLOOR
+    ) -> tuple[Tensor, Tensor]:
         """Statistics of the recording, or of its own dataset."""
         dataset, number = self._locate(recording)
-        return dataset.statistics(number, normalisation)
+        return dataset.statistics(number, normalisation, std_floor)
 
 
 @dataclass(frozen=True)

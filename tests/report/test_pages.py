@@ -279,7 +279,7 @@ def test_the_script_names_evaluations_by_the_parts_of_their_paths_that_differ(
     script.main(arguments)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:4]] == ["a", "sweep/x", "sweep/y"]
-    assert p_text(0.5) == "0.500" and "report.json" in printed[4] and "curve.svg" not in printed[4]
+    assert p_text(0.5) == "0.500" and "report.json" in printed[-1] and "curve.svg" not in printed[-1]
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "rec-03.wav").touch()
     script.main([*arguments, "--names", "one", "two", "three", "--audio", str(tmp_path / "audio")])

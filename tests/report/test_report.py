@@ -13,7 +13,7 @@ from markupsafe import Markup
 from safetensors.numpy import save_file
 
 from bestrq.report import charts, page
-from bestrq.report.comparison import Point, compare_systems
+from bestrq.report.comparison import Point, compare_systems, describe_systems
 from bestrq.report.page import SCRIPT
 from bestrq.report.result_files import SCORING
 from bestrq.report.sections import (
@@ -25,7 +25,13 @@ from bestrq.report.sections import (
     provenance_section,
     results_section,
 )
-from bestrq.report.text import difference_sentence, few_recordings_warning
+from bestrq.report.text import (
+    comparison_table,
+    difference_sentence,
+    few_recordings_warning,
+    interval,
+    rate_text,
+)
 from bestrq.scoring.normalisers import RULES_VERSION
 from bestrq.scoring.word_errors import RecordingScore, edit_alignment, score_recording
 from common.errors import UserError
@@ -206,6 +212,27 @@ def test_a_significant_difference_is_distinguished_from_an_insignificant_one() -
     (clear,), (doubtful,) = (compare_systems({"good": good, "other": other}, 200) for other in (bad, good))
     assert "not significant" not in difference_sentence(clear) and clear["wer"]["difference"] > 0
     assert "not significant" in difference_sentence(doubtful)
+
+
+def test_differences_and_reductions_of_wer_and_cer_are_in_numbers_sentences_table_and_page() -> None:
+    systems = {"bad": results("bad", recordings(2)), "good": results("good", recordings(100))}
+    comparisons = compare_systems(systems, 200)
+    (comparison,) = comparisons
+    totals = [systems[name]["scores"]["all"] for name in ("good", "bad")]
+    for rate in ("wer", "cer"):
+        first, second = (total[rate] for total in totals)
+        compared = comparison[rate]
+        assert compared["difference"] == pytest.approx(first - second)
+        assert compared["reduction"] == pytest.approx(1 - first / second)
+        assert compared["reduction_interval"][0] <= compared["reduction"] <= compared["reduction_interval"][1]
+        shown = f"{rate_text(compared['reduction'])} %"
+        sentence = difference_sentence(comparison, rate)
+        assert sentence.startswith(f"{rate.upper()} of good minus") and f"relative reduction {shown}" in sentence
+        table = comparison_table({"systems": describe_systems(systems), "comparisons": comparisons})
+        assert interval(compared["reduction_interval"]) in table and shown in table.splitlines()[-1]
+        body = comparison_section(systems, comparisons).body
+        assert f"{rate.upper()} reduction, %" in body and interval(compared["reduction_interval"]) in body
+    assert table.splitlines()[-2].startswith("minus bad")
 
 
 def test_the_rules_of_each_normaliser_are_listed() -> None:

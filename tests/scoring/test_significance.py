@@ -60,6 +60,32 @@ def test_intervals_of_differences_cover_the_truth_in_93_to_97_percent_of_1000_ex
     assert 0.93 <= np.mean((low <= 0) & (high >= 0)) <= 0.97
 
 
+@pytest.mark.parametrize("situation", ["six calls", "eleven talks", "125 calls", "sixty utterances"])
+def test_intervals_of_relative_reductions_cover_the_truth_in_92_to_98_percent_of_600_experiments(
+    situation: str,
+) -> None:
+    """The first system makes 80 % of the errors of the second one, on average."""
+    (first, second), lengths = simulate(situation, seed=3, count=600)
+    first = np.random.default_rng(4).binomial(first, 0.8)
+    ends = [
+        paired_bootstrap(*columns, num_resamples=500).reduction_interval
+        for columns in zip(first.T, second.T, lengths.T, strict=True)
+    ]
+    covered = np.mean([low <= 0.2 <= high for low, high in ends])
+    assert 0.92 <= covered <= 0.98
+
+
+def test_a_reduction_is_of_the_rates_and_is_none_if_the_second_system_has_no_errors() -> None:
+    first, second, lengths = np.array([3, 1, 0, 5]), np.array([4, 2, 4, 8]), np.array([10, 20, 30, 40])
+    compared = paired_bootstrap(first, second, lengths)
+    assert compared.reduction == pytest.approx(0.5) and compared.difference == pytest.approx(-0.09)
+    low, high = compared.reduction_interval
+    assert low < 0.5 < high < 1
+    without = paired_bootstrap(first, np.zeros(4, np.int64), lengths)
+    assert without.reduction is None and without.reduction_interval is None and without.difference == 0.09
+    assert paired_bootstrap(first[:2], second[:2], lengths[:2]).reduction_interval is None, "too few recordings"
+
+
 def test_studentised_interval_equals_that_of_a_plain_loop() -> None:
     generator = np.random.default_rng(3)
     lengths = generator.integers(5, 50, size=40)

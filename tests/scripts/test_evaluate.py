@@ -39,6 +39,7 @@ from pipelines.recogniser import hash_of_export, load_recogniser, mel_reader, sh
 from tests.gloo import run_distributed
 from tests.report.test_report import check_page
 from tests.tiny import make_dataset
+from transcribe import source_of
 
 
 def make_export(folder: Path, features: FeatureSettings, kind: str = "ctc") -> Path:
@@ -176,6 +177,31 @@ def test_other_data_is_normalised_with_the_statistics_of_the_model(tmp_path: Pat
     torch.testing.assert_close(with_statistics_of_data, torch.from_numpy(dataset.read_normalised(3, 10, 50, "dataset")))
     export.config["statistics"] = {"mean": [0.0], "inverse_std": [1.0]}
     with pytest.raises(UserError, match="statistics do not have 80 mel bins"):
+        load_recogniser(export)
+
+
+@pytest.mark.parametrize(("stated", "floor"), [({}, 0.0), ({"std_floor": 0.25}, 0.25), ({"std_floor": 0.5}, 0.5)])
+def test_features_have_the_floor_of_the_standard_deviation_that_the_export_was_trained_with(
+    tmp_path: Path, stated: dict[str, float], floor: float
+) -> None:
+    """Exports that do not state it are older, and were trained without. Audio files are normalised in the same way."""
+    features = FeatureSettings()
+    values = np.random.default_rng(0).normal(size=(300, 80)).astype(np.float16)
+    values[:, :10] *= np.float16(0.02)  # far below the mean standard deviation
+    with DatasetWriter(tmp_path / "data", features) as writer:
+        writer.add(Recording("a"), values)
+        writer.finish()
+    export = read_export(make_export(tmp_path / "export", features))
+    export.config.update(stated)
+    recogniser = load_recogniser(export)
+    dataset = open_dataset(tmp_path / "data")
+    read = mel_reader(recogniser, dataset, 0)(0, 300)
+    std = dataset.mean_std(0)[1]
+    assert read[:, :10].std() == pytest.approx(0.02 / max(0.02, floor * float(std.mean())), rel=0.05)
+    of_a_file = source_of(values, recogniser.statistics, recogniser.std_floor).read_mel(0, 300)
+    assert torch.equal(of_a_file, read)
+    export.config["std_floor"] = "high"
+    with pytest.raises(UserError, match="std_floor is 'high', not a number"):
         load_recogniser(export)
 
 

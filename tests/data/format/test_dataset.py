@@ -24,7 +24,7 @@ from common.errors import UserError
 from data.features import FeatureSettings
 from data.format import schema
 from data.format import writer as writer_module
-from data.format.dataset import Dataset, open_dataset
+from data.format.dataset import STD_FLOOR, Dataset, open_dataset
 from data.format.writer import DatasetWriter
 from data.recording import Recording
 from data.shards.__main__ import main
@@ -139,6 +139,24 @@ def test_a_constant_bin_becomes_zero_and_not_noise(tmp_path: Path) -> None:
         writer.add(Recording("a"), values)
         writer.finish()
     assert np.abs(open_dataset(tmp_path).read_normalised(0)[:, 3]).max() < 1e-3
+
+
+def test_a_band_that_hardly_varies_is_not_amplified_and_other_bins_keep_their_bits(tmp_path: Path) -> None:
+    """Bins 60 on are those of 11 kHz audio: constant but for one click."""
+    values = noise(2000) * 3.0
+    values[:, 60:] = -13.8
+    values[1000:1003, 60:] += 6.0
+    with DatasetWriter(tmp_path, FEATURES) as writer:
+        writer.add(Recording("a"), values)
+        writer.finish()
+    dataset = open_dataset(tmp_path)
+    mean, std = dataset.mean_std(0)
+    floored, before = dataset.read_normalised(0), dataset.read_normalised(0, std_floor=0.0)
+    assert np.array_equal(floored[:, :60], before[:, :60]), "ordinary bins do not change"
+    assert before[:, 60:].max() > 20
+    expected = (dataset.read(0).astype(np.float64) - mean) / np.maximum(std, STD_FLOOR * std.astype(np.float64).mean())
+    np.testing.assert_allclose(floored, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(floored[:, 60:]).max() < 12
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
