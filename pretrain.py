@@ -21,13 +21,13 @@ from bestrq.pretraining.objective import BestRQ, MaskedRows, flops_per_row, fram
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.reporting import (
     COUNTERS,
+    ProbeSettings,
     codebook_figures,
     count_codes,
     interval_means,
     model_card,
     save_codebook_usage,
     save_pictures,
-    warn_of_collapse,
 )
 from bestrq.training.checkpoint import (
     Checkpoint,
@@ -80,6 +80,8 @@ class Config:
     """AdamW and its schedule"""
     validation: HeldoutSettings = field(default_factory=HeldoutSettings)
     """masked loss and accuracy on held-out audio"""
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    """probe of the frozen features on labelled recordings"""
     guard: GuardSettings = field(default_factory=GuardSettings)
     """non-finite losses and gradient spikes"""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -95,6 +97,7 @@ FREE_FIELDS = (
     "encoder.backend",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "validation.every_steps",
+    "probe",
 )
 # Fields that may name another location if the fingerprint of the data is the same.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
@@ -124,6 +127,7 @@ def train(config: Config) -> None:
     precision = resolve_precision(config.distributed, run, world)
     config = with_precision(config, precision)
     training, heldout = split_recordings(dataset, config.data, config.validation)
+    probe = make_probe(config, dataset, world)
     run.start(config, world, FREE_FIELDS, dataset.identity(), PLACES, facts={"precision": str(precision)})
 
     # ---- Model, optimizer and targets, resumed from the latest checkpoint ----
@@ -152,6 +156,9 @@ def train(config: Config) -> None:
         dataset, heldout, config.data, config.validation, **packing, **shares, draw_mask=draw_mask
     )
 
+    from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read it
+
+    alarms = Alarms(config.quantizer.codebook_size, config.optimizer.warmup_steps)
     guard = StepGuard(config.guard)
     metrics = MetricsLog(run, state.step, world)
     throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
@@ -211,7 +218,7 @@ def train(config: Config) -> None:
             metrics.write(state.step, values)
             if world.is_main:
                 print(console_line(state.step, config.run.steps, values), flush=True)
-                warn_of_collapse(values, config.quantizer.codebook_size)
+                alarms.report(state.step, values, micro_batches[0].log_mel, micro_batches[0].segments)
         if state.step == 1 or is_checkpoint:
             counts, row = world.sum(code_counts), (micro_batches[0].log_mel[0], micro_rows[0].mask[0])
             save_pictures(run.pictures, metrics, state.step, *row, counts, dataset.features.hop_ms)
@@ -224,6 +231,10 @@ def train(config: Config) -> None:
             metrics.write(state.step, rates, kind="dev")
             if world.is_main:
                 print(console_line(state.step, config.run.steps, rates), flush=True)
+
+        if probe and (is_last or state.step % config.probe.every_steps == 0):
+            with throughput.paused():
+                probe.run(state.step, config.run.steps, parallel_model, metrics, alarms)
 
         # ---- Checkpoint ----
         if is_checkpoint and not is_last:
@@ -243,6 +254,15 @@ def train(config: Config) -> None:
         print(f"done: {run.export}", flush=True)
     metrics.close()
     world.close()
+
+
+def make_probe(config: Config, dataset: Dataset, world: World) -> Any:
+    """`TrainingProbe` of the settings, or None. Raises UserError without labelled recordings."""
+    if not config.probe.every_steps:
+        return None
+    from pipelines.training_probe import TrainingProbe
+
+    return TrainingProbe(config.probe, dataset, config.data, config.encoder, config.run.seed, world)
 
 
 def masked_rows(batch: Batch, quantizer: RandomProjectionQuantizer, config: Config, world: World) -> MaskedRows:

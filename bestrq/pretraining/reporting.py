@@ -1,28 +1,40 @@
-"""Reports of pretraining: means of a log interval, codebook usage and collapse, pictures, model card."""
+"""Reports of pretraining: means of a log interval, codebook usage, pictures, model card; settings of the probe."""
 
-import io
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import save
 from torch import Tensor
 
 from bestrq.training.meters import MetricsLog
 from common.files import write_file
 
-matplotlib.use("Agg")  # cluster nodes have no display
-from matplotlib.figure import Figure
-
-MASK_EXAMPLE = "mask_example.safetensors"
 CODEBOOK_USAGE = "codebook_usage.safetensors"
 MAX_PICTURE_FRAMES = 1500
 # Counters of a log interval, for `interval_means`.
 COUNTERS = ("loss", "correct", "targets", "masked_frames", "masked_runs", "frames", "row_frames", "quarantined")
+
+
+@dataclass
+class ProbeSettings:
+    """Probe of the frozen features during pretraining; training is the same bit for bit with and without it."""
+
+    every_steps: NonNegativeInt = 0
+    """optimizer steps between probes, whose labelled recordings are those of the dataset; 0 disables them"""
+    minutes: PositiveFloat = 10.0
+    """labelled audio that a probe is trained on"""
+    evaluation_minutes: PositiveFloat = 4.0
+    """labelled audio that it is evaluated on, with other texts: of split dev, or else a fifth of the texts"""
+    steps: PositiveInt = 150
+    """optimizer steps of a probe"""
+    language: str = ""
+    """language of the labelled recordings; empty takes all"""
+    alarm_after: NonNegativeInt = 5000
+    """optimizer steps of pretraining after which features must be better than log-mel and the random encoder"""
 
 
 def interval_means(totals: dict[str, float]) -> dict[str, float]:
@@ -55,26 +67,19 @@ def unigram_entropy(counts: Tensor) -> Tensor:
 
 
 def codebook_figures(code_counts: Tensor) -> dict[str, float | list[float]]:
-    """Entropy, perplexity and usage of the targets since the start of the run; lists have one entry per codebook."""
+    """Entropy, perplexity and usage of the targets since the start of the run; lists have one entry per codebook.
+
+    unigram_accuracy is that of always predicting the most frequent code.
+    """
     entropy = unigram_entropy(code_counts)
     return {
         "unigram_entropy": float(entropy.mean()),
+        "unigram_accuracy": float((code_counts.amax(dim=1) / code_counts.sum(dim=1).clamp(min=1)).mean()),
         "perplexity": float(entropy.exp().min()),
         "codebook_perplexity": entropy.exp().tolist(),
         "codebook_usage": (code_counts > 0).double().mean(dim=1).tolist(),
         "targets_seen": int(code_counts[0].sum()),
     }
-
-
-def warn_of_collapse(values: dict, codebook_size: int) -> None:
-    """Print an alarm if the perplexity of a codebook is below 1 % of its size: the targets carry no information."""
-    if values["targets_seen"] >= codebook_size and values["perplexity"] < codebook_size / 100:
-        print(
-            f"ALARM: a codebook has collapsed: perplexity {values['perplexity']:.1f} of {codebook_size} codes. Check "
-            "that the features are normalised (data.normalisation) and that the audio is not silent",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def save_pictures(
@@ -85,6 +90,8 @@ def save_pictures(
     log_mel: `[F, M]`; mask: bool `[F]`; code_counts: int64 `[C, V]`.
     """
     if metrics.active:
+        from bestrq.pretraining.pictures import draw_codebook_usage, draw_mask, save_mask_example  # slow: matplotlib
+
         log_mel, mask = log_mel[:MAX_PICTURE_FRAMES], mask[:MAX_PICTURE_FRAMES]
         save_mask_example(folder, log_mel, mask)
         save_codebook_usage(folder, code_counts)
@@ -92,50 +99,10 @@ def save_pictures(
         metrics.picture(step, "codebook_usage", draw_codebook_usage(code_counts.cpu()))
 
 
-def save_mask_example(folder: Path, log_mel: Tensor, mask: Tensor) -> None:
-    """Store a row, `[F, M]` and bool `[F]`, for the report, as float16 and uint8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"log_mel": log_mel.detach().cpu().half().contiguous(), "mask": mask.detach().cpu().byte().contiguous()}
-    write_file(folder / MASK_EXAMPLE, save(tensors))
-
-
 def save_codebook_usage(folder: Path, counts: Tensor) -> None:
     """Store the counts of every code as a target so far, int64 `[C, V]`, for the report."""
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / CODEBOOK_USAGE, save({"counts": counts.detach().cpu().contiguous()}))
-
-
-def draw_mask(log_mel: Tensor, mask: Tensor, hop_ms: float) -> np.ndarray:
-    """Draw the spectrogram of a row with white masked frames, uint8 `[height, width, 3]`."""
-    figure = Figure(figsize=(10, 2.6), layout="constrained")
-    axes = figure.subplots()
-    seconds = log_mel.shape[0] * hop_ms / 1000
-    axes.imshow(
-        log_mel.float().cpu().T.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, log_mel.shape[1])
-    )
-    time = np.arange(len(mask)) * hop_ms / 1000
-    axes.fill_between(time, 0, log_mel.shape[1], where=mask.cpu().numpy(), step="post", color="white", alpha=0.65)
-    axes.set(xlabel="seconds", ylabel="mel bin", title="input of the encoder: white frames are masked")
-    return render(figure)
-
-
-def draw_codebook_usage(counts: Tensor) -> np.ndarray:
-    """Draw the share of every code, most frequent first, one line per codebook, uint8 `[height, width, 3]`."""
-    figure = Figure(figsize=(10, 2.6), layout="constrained")
-    axes = figure.subplots()
-    share = counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    for codebook in share.sort(dim=1, descending=True).values:
-        axes.plot(np.arange(1, len(codebook) + 1), codebook.numpy())
-    axes.set(xlabel="code, most frequent first", ylabel="share of targets", xscale="log", yscale="log")
-    return render(figure)
-
-
-def render(figure: Figure) -> np.ndarray:
-    """Pixels of a figure, uint8 `[height, width, 3]`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="rgba", dpi=100)
-    width, height = (int(v) for v in figure.get_size_inches() * 100)
-    return np.frombuffer(buffer.getvalue(), dtype=np.uint8).reshape(height, width, 4)[..., :3]
 
 
 def model_card(config: Mapping[str, Any], training: str) -> str:
