@@ -218,7 +218,7 @@ def train(config: Config) -> None:
             metrics.write(state.step, values)
             if world.is_main:
                 print(console_line(state.step, config.run.steps, values), flush=True)
-                alarms.report(state.step, values, micro_batches[0].log_mel, micro_batches[0].segments)
+                alarms.report(state.step, values, micro_batches[0].log_mel, micro_batches[0].segments, parallel_model)
         if state.step == 1 or is_checkpoint:
             counts, row = world.sum(code_counts), (micro_batches[0].log_mel[0], micro_rows[0].mask[0])
             save_pictures(run.pictures, metrics, state.step, *row, counts, dataset.features.hop_ms)

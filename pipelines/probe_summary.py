@@ -66,7 +66,7 @@ def summarise_layers(layers: Results) -> dict[str, dict[str, Any]]:
         summary[layer] = {name: _finite(result[name]) for name in FIGURES if name in result}
         for name in PROBES:
             if name in result:
-                ends = bootstrap_interval(*(np.array(result[name][key], np.float64) for key in ("errors", "sizes")))
+                ends = bootstrap_interval(np.array(result[name]["errors"]), np.array(result[name]["sizes"]))
                 summary[layer][name] = {"rate": _finite(rate(result[name])), "interval": ends}
         summary[layer]["train_nats"] = result["train_nats"]
         if layer == WEIGHTED:

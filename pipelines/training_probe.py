@@ -4,6 +4,7 @@ Rank 0 probes a copy of the encoder while the others wait. Training is the same 
 copy has its own batch norm statistics, and the probes leave the random state unchanged.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,9 +93,7 @@ class TrainingProbe:
             described = describe_frames(layers[number], self.dataset.features.hop_ms)
             figures |= {f"{name}_layer_{number}": value for name, value in described.items()}
         figures |= {f"probe_nats_{name}": rate(result["nats"]) for name, result in results.items()}
-        best = min(
-            results.values(), key=lambda result: (rate(result["nats"]) != rate(result["nats"]), rate(result["nats"]))
-        )
+        best = min(results.values(), key=lambda result: (math.isnan(rate(result["nats"])), rate(result["nats"])))
         figures |= {"probe_nats_per_character": rate(best["nats"]), "probe_cer": rate(best["cer"])}
         return figures | {name: figures[f"{name}_layer_{last}"] for name in ("effective_rank", "frame_correlation")}
 

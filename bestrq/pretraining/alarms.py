@@ -14,21 +14,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.segments import Segments
 
+MAX_ROWS = 4
+"""rows of a batch whose features are checked"""
 MIN_FEATURE_STD = 0.05
 """features are normalised to 1; below this, they are constant"""
-MIN_ADJACENT_CORRELATION = 0.6
-"""of frames 10 ms apart, whose windows overlap: 0.92 on speech (99 % of recordings above 0.83), 0.3 with mel and time
-exchanged (99 % below 0.61), measured on 300 recordings of Debian's voices"""
+MIN_ADJACENT_CORRELATION = 0.5
+"""of frames 10 ms apart, whose windows overlap: 0.92 on speech (99 % of recordings above 0.83), 0.30 with mel and time
+exchanged (99 % below 0.61), measured on 300 recordings of Debian's voices; a row has several recordings"""
 MAX_MASK_SHARE = 0.9
 MIN_PERPLEXITY_SHARE = 0.01
 MAX_ABOVE_UNIFORM = 1.0
 """nats per target above the loss of guessing, ln V; freshly initialised heads are about 0.2 above it"""
 LEARNING_STEPS = 1000
 """steps after the warm-up until which a loss below the unigram entropy is not expected"""
+MAX_RELATIVE_STEP = 0.2
+"""learning rate over the size of the weights: AdamW moves a weight by about the rate. 0.04 in the recipes"""
 MIN_RANK, MIN_RANK_SHARE = 2.0, 0.25
 """effective rank of the probed features, absolute and relative to the random encoder's"""
 MAX_FRAME_CORRELATION = 0.95
@@ -56,15 +61,19 @@ class Alarms:
     checks: dict[str, int] = field(default_factory=dict)
     """checks in a row that each alarm has fired, by name"""
 
-    def report(self, step: int, values: Mapping[str, Any], log_mel: Tensor, segments: Segments) -> list[Alarm]:
+    def report(
+        self, step: int, values: Mapping[str, Any], log_mel: Tensor, segments: Segments, model: nn.Module
+    ) -> list[Alarm]:
         """Print the alarms of a log interval to stderr, and return them.
 
         Args:
-            values: figures of the interval (`interval_means`, `codebook_figures`).
-            log_mel: clean features of a batch, float32 `[R, F, M]`, on the CPU; only the first row is used.
+            values: figures of the interval (`interval_means`, `codebook_figures`), and `learning_rate`.
+            log_mel: clean features of a batch, float32 `[R, F, M]`, on the CPU; only the first rows are used.
             segments: of these rows, in mel frames.
+            model: its weights, or this rank's shard of them.
         """
-        alarms = [*feature_alarms(log_mel, segments), *self._loss_alarms(step, values)]
+        step_size = relative_step(model, values["learning_rate"])
+        alarms = [*feature_alarms(log_mel, segments), *self._loss_alarms(step, values), *_rate_alarm(step_size, values)]
         self.targets_seen = values["targets_seen"]
         return self.print_alarms(step, alarms, ("features", "masks", "targets", "loss"))
 
@@ -104,8 +113,8 @@ class Alarms:
             yield Alarm(
                 "targets: collapse",
                 f"a codebook has collapsed: perplexity {values['perplexity']:.1f} of {size} codes. Its targets "
-                "carry no information. Check that the features are normalised (data.normalisation), that the audio is not "
-                "silent, and try another quantizer.seed or a larger quantizer.codebook_dim",
+                "carry no information. Check that the features are normalised (data.normalisation) and the audio is "
+                "not silent, and try another quantizer.seed or a larger quantizer.codebook_dim",
             )
         uniform = math.log(size)
         if values["loss"] > uniform + MAX_ABOVE_UNIFORM:
@@ -126,9 +135,27 @@ class Alarms:
             )
 
 
+@torch.no_grad()
+def relative_step(model: nn.Module, learning_rate: float) -> float:
+    """Learning rate over the root mean square of a weight matrix, median over the matrices."""
+    weights = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.ndim > 1]
+    sizes = [weight.float().square().mean().sqrt() for weight in weights if weight.numel()]
+    return learning_rate / max(float(torch.stack(sizes).median()), 1e-30)
+
+
+def _rate_alarm(step_size: float, values: Mapping[str, Any]) -> Iterator[Alarm]:
+    if step_size > MAX_RELATIVE_STEP:
+        yield Alarm(
+            "loss: rate",
+            f"the learning rate {values['learning_rate']:.2g} is {step_size:.0%} of the size of the weights, which an "
+            "optimizer step changes by about as much: features collapse even if the loss stays finite. Divide "
+            "optimizer.learning_rate by 10 or more, and start again",
+        )
+
+
 def feature_alarms(log_mel: Tensor, segments: Segments) -> Iterator[Alarm]:
-    """Constant features, and features whose neighbouring frames are unrelated, in the first row of a batch."""
-    parts = [log_mel[0, start:stop].double() for row, _, start, stop in segments.used() if row == 0]
+    """Constant features, and features whose neighbouring frames are unrelated, in the first rows of a batch."""
+    parts = [log_mel[row, start:stop].double() for row, _, start, stop in segments.used() if row < MAX_ROWS]
     if sum(map(len, parts)) < 100:
         return
     frames = torch.cat(parts)

@@ -212,9 +212,10 @@ def best_layer(values: np.ndarray) -> BestLayer:
     layer the values are unchanged.
 
     Args:
-        values: float64 `[L, N]`, errors or nats of every layer and recording; lower is better, NaN is worst.
+        values: float64 `[L, N]`, errors or nats of every layer and recording; lower is better, a layer with
+            NaN is the worst.
     """
-    values = np.where(np.isfinite(values), values, np.inf)
+    values = np.where(np.isfinite(values).all(axis=1, keepdims=True), values, np.inf)
     odd = np.arange(values.shape[1]) % 2 == 1
     fitted = np.empty(values.shape[1])
     for half in (odd, ~odd):
