@@ -89,6 +89,7 @@ def _abx_triples(
     kept = [
         (symbol, place, start, end)
         for place, unit in enumerate(units)
+        if dataset.speaker(recordings[place])  # unknown speakers are not one speaker
         for symbol, start, end in unit
         if shortest <= end - start <= longest
     ]

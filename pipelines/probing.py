@@ -136,7 +136,7 @@ def climb(
         folder: results, one JSON file per layer, in a subfolder named by a key of source, dataset and settings.
         read: reads the features of the recordings; called only if a layer is missing.
     """
-    place = folder / _key(source, dataset, data, ctc)
+    place = folder / _key(source, dataset, material, data, ctc)
     place.mkdir(parents=True, exist_ok=True)
     missing = [layer for layer in source.layers if not (place / f"{layer}.json").exists()]
     if missing:
@@ -157,9 +157,11 @@ def climb(
     return {layer: read_json_object(place / f"{layer}.json") for layer in source.layers}
 
 
-def _key(source: Source, dataset: Dataset, data: ProbeDataSettings, ctc: CTCProbeSettings) -> str:
-    """Key of the results of a source: they are reused only for the same weights, data and settings."""
+def _key(source: Source, dataset: Dataset, material: Material, data: ProbeDataSettings, ctc: CTCProbeSettings) -> str:
+    """Key of the results of a source: they are reused only for the same weights, recordings and settings."""
     values = to_dict(data) | {"dataset": dataset.fingerprint}
+    # The recordings also depend on the largest stride of all sources.
+    values["recordings"] = [material.labelled, len(material.ctc.train.recordings)]
     if data.phones:
         values["phones"] = hash_of_file(data.phones)
     content = json.dumps([FORMAT, source.fingerprint, values, to_dict(ctc)], sort_keys=True)

@@ -27,6 +27,8 @@ MIN_ADJACENT_CORRELATION = 0.5
 """of frames 10 ms apart, whose windows overlap: 0.92 on speech (99 % of recordings above 0.83), 0.30 with mel and time
 exchanged (99 % below 0.61), measured on 300 recordings of Debian's voices; a row has several recordings"""
 MAX_MASK_SHARE = 0.9
+MAX_LINES_WITHOUT_TARGETS = 3
+"""log lines; a single small step may have no masked frame by chance"""
 MIN_PERPLEXITY_SHARE = 0.01
 MAX_ABOVE_UNIFORM = 1.0
 """nats per target above the loss of guessing, ln V; freshly initialised heads are about 0.2 above it"""
@@ -58,6 +60,8 @@ class Alarms:
     """of the learning rate"""
     targets_seen: int = -1
     """at the previous check; -1 before the first"""
+    lines_without_targets: int = 0
+    """successive checks without a new target"""
     checks: dict[str, int] = field(default_factory=dict)
     """checks in a row that each alarm has fired, by name"""
 
@@ -101,12 +105,16 @@ class Alarms:
                 f"{values['mask_share']:.0%} of the frames are masked: nothing is left to predict them from. Lower "
                 "masking.start_probability or masking.span_ms; a third to two thirds is usual",
             )
-        if values["targets_seen"] == max(self.targets_seen, 0):
+        without = values["targets_seen"] == max(self.targets_seen, 0)
+        self.lines_without_targets = self.lines_without_targets + 1 if without else 0
+        if self.lines_without_targets >= MAX_LINES_WITHOUT_TARGETS:
             yield Alarm(
                 "masks: none",
-                "no frame had a target since the last line: all segments are shorter than masking.span_ms, or spans "
-                "are shorter than the stride of the encoder. Raise data.min_seconds, or change masking.span_ms",
+                f"no frame had a target in the last {MAX_LINES_WITHOUT_TARGETS} lines: all segments are shorter than "
+                "masking.span_ms, or spans are shorter than the stride of the encoder. Raise data.min_seconds, or "
+                "change masking.span_ms",
             )
+        if without:
             return
         size = self.codebook_size
         if values["targets_seen"] >= size and values["perplexity"] < size * MIN_PERPLEXITY_SHARE:
