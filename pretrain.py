@@ -8,140 +8,44 @@ The same command resumes an interrupted run, bit for bit on a CPU. A file named 
 Ctrl-C saves a checkpoint and exits after the current step. RUN_FOLDER/export holds the encoder for fine-tuning.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
-from torch import nn
 
-from bestrq.model.conformer import EncoderSettings
-from bestrq.pretraining.masking import MaskingSettings
-from bestrq.pretraining.objective import BestRQ, MaskedRows, TargetSettings, frame_counts, mask_rows, validate
-from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
+from bestrq.pretraining.objective import frame_counts, validate
+from bestrq.pretraining.quantizer import RandomProjectionQuantizer
 from bestrq.pretraining.reporting import (
     COUNTERS,
     codebook_figures,
     count_codes,
     interval_means,
     save_codebook_usage,
-    warn_of_collapse,
 )
-from bestrq.training.checkpoint import (
-    Checkpoint,
-    CheckpointSettings,
-    gather_model,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line, start_line
-from bestrq.training.optimizer import (
-    GuardSettings,
-    OptimizerSettings,
-    StepGuard,
-    build_optimizer,
-    report_skipped_step,
-    seed_step,
-    set_learning_rates,
-)
+from bestrq.training.optimizer import StepGuard, build_optimizer, report_skipped_step, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
-from bestrq.training.process import (
-    DistributedSettings,
-    World,
-    autocast,
-    gradient_sync,
-    parallelise,
-    start_world,
-    unwrap,
-)
-from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
+from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
+from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
-from common.config import parse, run_main, to_dict
-from common.errors import UserError
-from data.format.dataset import STD_FLOOR, Dataset
-from data.loading.heldout import HeldoutSettings, heldout_batches, split_recordings
-from data.loading.loader import (
-    FREE_LOADER_FIELDS,
-    LOADER_PLACES,
-    Batch,
-    CurriculumStage,
-    DataState,
-    LoaderSettings,
-    RowLoader,
+from common.config import parse, run_main
+from data.loading.heldout import split_recordings
+from pipelines.pretraining import (
+    FREE_FIELDS,
+    PLACES,
+    Config,
+    RunState,
+    estimate_clusters,
+    make_adaptation,
+    make_loaders,
+    make_model,
+    make_probe,
+    masked_rows,
+    open_teacher,
+    resume,
+    save,
+    stages_of_run,
 )
-
-if TYPE_CHECKING:
-    from bestrq.pretraining.adaptation import Adaptation
-    from bestrq.pretraining.multi_target import MultiTarget
-    from bestrq.pretraining.teacher import Teacher
-
-    Model = BestRQ | MultiTarget
-
-
-@dataclass
-class Config:
-    """BEST-RQ pretraining."""
-
-    run: RunSettings = field(default_factory=RunSettings)
-    """folder, length and seed"""
-    data: LoaderSettings = field(default_factory=LoaderSettings)
-    """dataset, rows and packing"""
-    curriculum: list[CurriculumStage] = field(default_factory=list)
-    """later stages of training, for example with longer rows and crops; data describes the first stage"""
-    accumulation: PositiveInt = 1
-    """micro-batches per optimizer step: divides the rows that a process holds at once"""
-    encoder: EncoderSettings = field(default_factory=EncoderSettings)
-    """the Conformer"""
-    quantizer: QuantizerSettings = field(default_factory=QuantizerSettings)
-    """codes of the clean features"""
-    targets: TargetSettings = field(default_factory=TargetSettings)
-    """targets other than the quantizer's, and blocks that predict them"""
-    masking: MaskingSettings = field(default_factory=MaskingSettings)
-    """masks, noise and other sounds in the model's input"""
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    """AdamW and its schedule"""
-    validation: HeldoutSettings = field(default_factory=HeldoutSettings)
-    """masked loss and accuracy on held-out audio"""
-    guard: GuardSettings = field(default_factory=GuardSettings)
-    """non-finite losses and gradient spikes"""
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    """frequency and retention of checkpoints"""
-    distributed: DistributedSettings = field(default_factory=DistributedSettings)
-    """processes, devices and precision"""
-
-
-# Fields that may change when a run is resumed, because they do not affect the optimizer steps.
-FREE_FIELDS = (
-    *FREE_RUN_FIELDS,
-    "encoder.activation_checkpointing",
-    "encoder.backend",
-    *(f"data.{name}" for name in FREE_LOADER_FIELDS),
-    "validation.every_steps",
-)
-# Fields that may name another location if the fingerprint of the data is the same.
-PLACES = {**{f"data.{name}": "dataset" for name in LOADER_PLACES}, "targets.export": "targets.export"}
-
-
-@dataclass
-class RunState:
-    """Everything that a checkpoint holds. Random generators have no state to save: see `seed_step`."""
-
-    model: nn.Module
-    """wrapped by `parallelise`"""
-    optimizer: torch.optim.Optimizer
-    quantizer: RandomProjectionQuantizer
-    code_counts: torch.Tensor
-    """int64 [C, V], counts of the targets since they last changed; their sum over ranks is saved"""
-    adaptation: "Adaptation | None" = None
-    """estimates projection and codes; None if they are fixed"""
-    teacher: "Teacher | None" = None
-    """model that gives further targets"""
-    step: int = 0
-    """optimizer steps done"""
-    data: DataState | None = None
-    """position in the stream of rows after `step`; None before the first step"""
 
 
 def train(config: Config) -> None:
@@ -152,36 +56,17 @@ def train(config: Config) -> None:
     precision = resolve_precision(config.distributed, run, world)
     config = with_precision(config, precision)
     training, heldout = split_recordings(dataset, config.data, config.validation)
-    stages = [(config.data, config.encoder)]
-    if config.curriculum:
-        from pipelines.curriculum import CurriculumLoader, stages_of  # imported only for a curriculum
-
-        stages = [(stage.data, stage.encoder) for stage in stages_of(config)]
-    teacher = None
-    if config.targets.export:
-        from pipelines.teacher import open_teacher
-
-        teacher = open_teacher(config.targets, config.encoder, config.data, dataset, world)
+    stages, teacher = stages_of_run(config), open_teacher(config, dataset, world)
     fingerprints = dataset.identity() | ({"targets.export": teacher.fingerprint} if teacher else {})
+    probe = make_probe(config, dataset, world)
     run.start(config, world, FREE_FIELDS, fingerprints, PLACES, facts={"precision": str(precision)})
 
     # ---- Model, optimizer and targets, resumed from the latest checkpoint ----
     torch.manual_seed(config.run.seed)  # the same initial weights for any world size
-    if config.targets.extended:
-        from bestrq.pretraining import multi_target
-
-        classes = teacher.classes if teacher else 0
-        model: Model = multi_target.MultiTarget(config.encoder, config.quantizer, config.targets, classes)
-    else:
-        model = BestRQ(config.encoder, config.quantizer)
-    model.to(world.device)
+    model = make_model(config, teacher).to(world.device)
     quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
     quantizer.to(world.device)
-    adaptation = None
-    if config.quantizer.adapts or config.targets.distill_steps:
-        from bestrq.pretraining.adaptation import Adaptation
-
-        adaptation = Adaptation(quantizer, config.quantizer, config.targets.distill_steps)
+    adaptation = make_adaptation(config, quantizer)
     from bestrq.pretraining.cost import flops_per_row, peak_flops  # only for the MFU
 
     row_flops = [
@@ -197,36 +82,16 @@ def train(config: Config) -> None:
     latest = latest_checkpoint(run.checkpoints, world)
     if latest is not None:
         resume(state, load_checkpoint(latest, parallel_model, optimizer, world), world)
-    elif teacher and config.targets.kind == "clusters":
-        from pipelines.teacher import sample_rows
-
-        with autocast(world, config.distributed):
-            sample = sample_rows(config.targets, config.data, dataset, training, config.encoder, world)
-            teacher.estimate(sample, config.targets.seed, world)
+    else:
+        estimate_clusters(state, config, dataset, training, world)
 
     # ---- Loader. The rows of a step depend neither on world size nor on accumulation nor on workers ----
-    packing = {"multiple": config.encoder.row_multiple, "row_gap": config.encoder.row_gap}
-    shares = {"rank": world.rank, "world_size": world.size, "accumulation": config.accumulation}
-    draw_mask = config.masking.draw_function(dataset.features.hop_ms)
-    crops = [data.crop_order(dataset, training) for data, _ in stages]
-    mix = None
-    if config.masking.mix_probability:
-        from data.loading.mixing import Mixer
-
-        masking = config.masking
-        mix = Mixer(dataset, crops[0], config.data.normalisation, masking.mix_probability, masking.mix_noise_share)
-    loader: RowLoader | CurriculumLoader
-    if config.curriculum:
-        loader = CurriculumLoader(dataset, crops, config, world, state.step, state.data, draw_mask, mix)
-    else:
-        loader = RowLoader(
-            dataset, crops[0], config.data, **packing, **shares, draw_mask=draw_mask, mix=mix, state=state.data
-        )
+    loader, dev_batches = make_loaders(config, dataset, training, heldout, state, world)
     model.encoder.settings = stages[loader.stage][1]
-    dev_batches = heldout_batches(
-        dataset, heldout, config.data, config.validation, **packing, **shares, draw_mask=draw_mask
-    )
+    from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read it
 
+    main_loss = next(iter(model.loss_names), "loss")
+    alarms = Alarms(code_counts.shape[1], config.optimizer.warmup_steps)
     guard = StepGuard(config.guard)
     metrics = MetricsLog(run, state.step, world)
     throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
@@ -290,7 +155,10 @@ def train(config: Config) -> None:
             metrics.write(state.step, values)
             if world.is_main:
                 print(console_line(state.step, config.run.steps, values), flush=True)
-                warn_of_collapse(values, code_counts.shape[1])
+                first = micro_batches[0]
+                alarms.report(
+                    state.step, values | {"loss": values[main_loss]}, first.log_mel, first.segments, parallel_model
+                )
         if state.step == 1 or is_checkpoint:
             from bestrq.pretraining.pictures import save_pictures  # matplotlib is slow to import
 
@@ -305,6 +173,10 @@ def train(config: Config) -> None:
             metrics.write(state.step, rates, kind="dev")
             if world.is_main:
                 print(console_line(state.step, config.run.steps, rates), flush=True)
+
+        if probe and (is_last or state.step % config.probe.every_steps == 0):
+            with throughput.paused():
+                probe.run(state.step, config.run.steps, parallel_model, metrics, alarms)
 
         # ---- Estimated projection or codes: from the next step on, counts of codes restart ----
         if adaptation and (change := adaptation.update(state.step, world, model.distilled)):
@@ -330,69 +202,6 @@ def train(config: Config) -> None:
         print(f"done: {run.export}", flush=True)
     metrics.close()
     world.close()
-
-
-def masked_rows(batch: Batch, state: RunState, config: Config, world: World, training: bool = False) -> MaskedRows:
-    """Masked features and targets of a batch, on the device; with other sounds and masked bands only in training."""
-    assert batch.mask is not None
-    log_mel = batch.log_mel.to(world.device, non_blocking=True)
-    clean = log_mel, batch.mask, batch.segments, state.quantizer, config.encoder.stride
-    received = None
-    if training and (config.masking.bands or batch.received is not None):
-        from pipelines.corruption import corrupted
-
-        received = corrupted(log_mel, batch, config.masking)
-    if not config.targets.extended:
-        return mask_rows(*clean, config.masking.noise_std, None, received)
-    from bestrq.pretraining.multi_target import multi_target_rows
-
-    with autocast(world, config.distributed):
-        return multi_target_rows(*clean, config.masking, config.targets, state.teacher, received, training)
-
-
-def resume(state: RunState, checkpoint: Checkpoint, world: World) -> None:
-    """Restore step, data, targets and code counts. Raises UserError if the checkpoint has another quantizer."""
-    if state.teacher:
-        state.teacher.restore(checkpoint.extra_tensors, world.device)
-    if state.adaptation:
-        state.adaptation.restore(checkpoint.extra_tensors, checkpoint.path, world)
-    for name, tensor in state.quantizer.state_dict().items():
-        if not torch.equal(checkpoint.extra_tensors[f"quantizer.{name}"], tensor.cpu()):
-            raise UserError(f"{checkpoint.path} has another quantizer: its {name} differs from that of quantizer.seed")
-    state.step, state.data = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
-    if world.is_main:  # the saved counts are a sum over ranks, so only one rank continues them
-        state.code_counts += checkpoint.extra_tensors["code_counts"].to(world.device)
-
-
-def save(state: RunState, run: RunFolder, config: Config, dataset: Dataset, world: World) -> None:
-    """Save a checkpoint and export the encoder; all ranks must call it."""
-    assert state.data is not None
-    features = {"features": dataset.features.to_dict(), "feature_hash": dataset.features.hash()}
-    values = {"data": state.data.to_dict(), **features, "precision": config.distributed.precision}
-    targets = {f"quantizer.{name}": tensor for name, tensor in state.quantizer.state_dict().items()}
-    targets |= state.teacher.tensors() if state.teacher else {}
-    tensors = targets | (state.adaptation.tensors(world) if state.adaptation else {})
-    tensors["code_counts"] = world.sum(state.code_counts)
-    save_checkpoint(run.checkpoints, state.step, state.model, state.optimizer, values, world, tensors)
-    prune_checkpoints(run.checkpoints, config.checkpoint.keep_last, None, world)
-    weights = gather_model(state.model, world)
-    if world.is_main:
-        from bestrq.pretraining.export import export_encoder  # only the main process exports
-
-        description = {
-            "kind": "pretrained",
-            "step": state.step,
-            "encoder": to_dict(unwrap(state.model).get_submodule("encoder").settings),
-            "quantizer": to_dict(config.quantizer),
-            "targets": to_dict(config.targets),
-            **features,
-            "normalisation": config.data.normalisation,
-            "std_floor": STD_FLOOR,
-        }
-        rows = f"{config.data.rows} rows of\n{config.data.row_frames} mel frames"
-        training = f"{rows}, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`)"
-        export_encoder(run.export, weights, targets, description, training)
-    world.barrier()
 
 
 def main() -> None:

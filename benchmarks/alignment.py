@@ -33,9 +33,10 @@ import numpy as np
 
 from benchmarks.machine import print_figures
 from data.corpora.synthetic import SyntheticSource
-from data.features import FeatureSettings, LogMel
+from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
 from data.format.writer import DatasetWriter
+from data.log_mel import LogMel
 from data.recording import Recording
 from data.transcripts import Word
 

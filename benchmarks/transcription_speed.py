@@ -47,8 +47,9 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.model.presets import PRESETS
 from bestrq.recognition.ctc import CTCModel
 from bestrq.transcripts.words import timed_words
-from data.features import FeatureSettings, LogMel
+from data.features import FeatureSettings
 from data.format.dataset import mean_and_std, normalisation_scale, normalise_into
+from data.log_mel import LogMel
 from data.tokenizer import CharTokenizer
 
 RATE = 16000

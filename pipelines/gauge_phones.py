@@ -20,8 +20,8 @@ from common.text import label_text
 from data.audio.reading import resample
 from data.corpora.espeak import Phone
 from data.corpora.phones import ExactPhones, is_synthetic, phones_in_words, speak_transcript
-from data.features import LogMel
 from data.format.dataset import Dataset
+from data.log_mel import LogMel
 from data.transcripts import Word
 from pipelines.gauge_exports import CTCOutputs
 from pipelines.gauge_sample import Piece, frame_energy, read_log_mel

@@ -6,8 +6,8 @@ Source: Vaswani et al., arXiv 1706.03762, section 3.2.1.
 import torch
 from torch import Tensor
 
-from bestrq.model.attention.backends import AttentionLayout
 from bestrq.model.attention.draw_mask import dense_mask
+from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.positions import rotate
 

@@ -11,8 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bestrq.model.attention.backends import AttentionLayout, choose_backend, make_backend_mask
-from bestrq.model.attention.masks import AttentionMask, CausalMask, ChunkMask, SegmentMask, WindowMask, draw_chunk_size
+from bestrq.model.attention.backends import choose_backend, make_backend_mask
+from bestrq.model.attention.masks import (
+    AttentionLayout,
+    AttentionMask,
+    CausalMask,
+    ChunkMask,
+    SegmentMask,
+    WindowMask,
+    draw_chunk_size,
+)
 from bestrq.model.positions import rotary_phase
 from bestrq.model.settings import EncoderSettings
 from common.segments import Segments

@@ -1,9 +1,10 @@
-"""Reports of pretraining: means of a log interval, codebook usage and collapse, pictures."""
+"""Reports of pretraining: means of a log interval, codebook usage; settings of the probe."""
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import save
 from torch import Tensor
 
@@ -12,6 +13,24 @@ from common.files import write_file
 CODEBOOK_USAGE = "codebook_usage.safetensors"
 # Counters of a log interval, for `interval_means`.
 COUNTERS = ("loss", "correct", "targets", "masked_frames", "masked_runs", "frames", "row_frames", "quarantined")
+
+
+@dataclass
+class ProbeSettings:
+    """Probe of the frozen features during pretraining; training is the same bit for bit with and without it."""
+
+    every_steps: NonNegativeInt = 0
+    """optimizer steps between probes, whose labelled recordings are those of the dataset; 0 disables them"""
+    minutes: PositiveFloat = 10.0
+    """labelled audio that a probe is trained on"""
+    evaluation_minutes: PositiveFloat = 4.0
+    """labelled audio that it is evaluated on, with other texts: of split dev, or else a fifth of the texts"""
+    steps: PositiveInt = 300
+    """optimizer steps of a probe; with fewer, log-mel is still on CTC's plateau"""
+    language: str = ""
+    """language of the labelled recordings; empty takes all"""
+    alarm_after: NonNegativeInt = 2000
+    """optimizer steps of pretraining after which alarms judge the features: text, rank, slowness"""
 
 
 def interval_means(totals: dict[str, float]) -> dict[str, float]:
@@ -48,26 +67,19 @@ def unigram_entropy(counts: Tensor) -> Tensor:
 
 
 def codebook_figures(code_counts: Tensor) -> dict[str, float | list[float]]:
-    """Entropy, perplexity and usage of the targets since they last changed; lists have one entry per codebook."""
+    """Entropy, perplexity and usage of the targets since they last changed; lists have one entry per codebook.
+
+    unigram_accuracy is that of always predicting the most frequent code.
+    """
     entropy = unigram_entropy(code_counts)
     return {
         "unigram_entropy": float(entropy.mean()),
+        "unigram_accuracy": float((code_counts.amax(dim=1) / code_counts.sum(dim=1).clamp(min=1)).mean()),
         "perplexity": float(entropy.exp().min()),
         "codebook_perplexity": entropy.exp().tolist(),
         "codebook_usage": (code_counts > 0).double().mean(dim=1).tolist(),
         "targets_seen": int(code_counts[0].sum()),
     }
-
-
-def warn_of_collapse(values: dict, codebook_size: int) -> None:
-    """Print an alarm if the perplexity of a codebook is below 1 % of its size: the targets carry no information."""
-    if values["targets_seen"] >= codebook_size and values["perplexity"] < codebook_size / 100:
-        print(
-            f"ALARM: a codebook has collapsed: perplexity {values['perplexity']:.1f} of {codebook_size} codes. Check "
-            "that the features are normalised (data.normalisation) and that the audio is not silent",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def save_codebook_usage(folder: Path, counts: Tensor) -> None:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from common.errors import AudioWarning, UserError
 from data.corpora.base import FeatureUtterance, Source, Unreadable
-from data.features import FeatureSettings, LogMel
+from data.features import FeatureSettings
+from data.log_mel import LogMel
 from data.recording import Recording
 from data.skipped import NO_WORD_TIMES, Skipped
 from data.word_times.base import check_word_times

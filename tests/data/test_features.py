@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.audio.reading import READ_SECONDS, resample
 from data.corpora.audio_files import FileSource
-from data.features import BLOCK_FRAMES, FeatureSettings, LogMel, difference
+from data.features import FeatureSettings, difference
+from data.log_mel import BLOCK_FRAMES, LogMel
 from data.prepare.extraction import Extracted, extract
 from data.recording import Recording
 from tests.decoded_audio import read_audio

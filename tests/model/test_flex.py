@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
 from bestrq.model.attention import backends
-from bestrq.model.attention.backends import BLOCK, attend_flex, choose_backend, compiled_flex_attention, make_block_mask
+from bestrq.model.attention.backends import choose_backend
 from bestrq.model.attention.draw_mask import dense_mask
+from bestrq.model.attention.flex import BLOCK, attend_flex, compiled_flex_attention, make_block_mask
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings

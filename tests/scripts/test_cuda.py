@@ -23,7 +23,7 @@ import finetune_rnnt
 import pretrain
 import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
 from bestrq.model import norms
-from bestrq.model.attention import backends
+from bestrq.model.attention import flex
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import StageLayout, make_layout
@@ -49,9 +49,7 @@ def on(device: str, *values: Any) -> Any:
 def flex_runs_on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cpu":
         monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-        monkeypatch.setattr(
-            backends, "compiled_flex_attention", partial(backends.compiled_flex_attention, backend="aot_eager")
-        )
+        monkeypatch.setattr(flex, "compiled_flex_attention", partial(flex.compiled_flex_attention, backend="aot_eager"))
 
 
 def layout_on(

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 Frames = TypeVar("Frames", int, Tensor)
 
@@ -106,3 +107,26 @@ def draw_chunk_size(largest: int, multiple: int) -> int | None:
     """
     coin, share = torch.rand(2).tolist()
     return None if coin < 0.5 else multiple * (1 + int(share * (largest // multiple)))
+
+
+BackendMask = Tensor | BlockMask | None
+Reach = tuple[int | None, int | None]
+
+
+@dataclass
+class AttentionLayout:
+    """Keys of every query in a batch, in frames of attention (groups of frames if `group_size` is above 1)."""
+
+    segments: list[tuple[int, int]]
+    """(start, stop) of every segment in the flattened frames [R * T], as ints for the loop on the CPU"""
+    mask: AttentionMask
+    first_key: Tensor
+    """int64 [R, T]: first key of every query, as a frame of its row; a padding frame attends to itself"""
+    stop_key: Tensor
+    """int64 [R, T]: end of the keys, exclusive; neither bound decreases along a row"""
+    rotary_phase: Tensor | None
+    """complex [R, T, d / 2]: `positions.rotary_phase`, counted from the start of the segment, or None"""
+    backend: str
+    """key of `attention.module.ATTEND`"""
+    backend_mask: BackendMask
+    """mask in the format of the backend; None for 'segments'"""

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from bestrq.model.attention.backends import AttentionLayout, attend_bands, attend_dense, attend_flex
+from bestrq.model.attention.backends import attend_bands, attend_dense
+from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.layout import StageLayout
 from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings
@@ -17,7 +18,14 @@ def attend_segments(
     return attend_in_segments(qkv, num_heads, layout, bias, dropout)
 
 
-ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_flex}
+def attend_blocks(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
+    """Compiled FlexAttention. Its module is imported on first use."""
+    from bestrq.model.attention.flex import attend_flex
+
+    return attend_flex(qkv, num_heads, layout, bias, dropout)
+
+
+ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_blocks}
 """attention function of each backend (see `attention.backends`)"""
 
 

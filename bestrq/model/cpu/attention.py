@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestrq.model.attention.backends import AttentionLayout
-from bestrq.model.attention.masks import AttentionMask
+from bestrq.model.attention.masks import AttentionLayout, AttentionMask
 from bestrq.model.cpu.dropout import draw_kept, draw_seed, drop_threshold, keep_scale
 from bestrq.model.positions import rotate
 
