@@ -1,4 +1,4 @@
-"""Does pretraining help? Recognisers from few labels, with and without unlabelled speech, at equal steps and equal cost.
+"""Experiment on pretraining: recognisers from few labels, with and without unlabelled speech, at equal cost.
 
     bash experiments/does_pretraining_help.sh --size hour     about an hour on two cores
     bash experiments/does_pretraining_help.sh --size night    all systems, amounts of labels and seeds
@@ -44,6 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--minutes", type=_numbers, help="minutes of labels, such as 10,30,60")
     add("--seeds", type=_seeds, help="seeds, such as 0,1,2")
     add("--systems", type=_names, help=f"systems to compare: {','.join(SYSTEMS)}")
+    add("--pretraining-steps", type=int, help="optimizer steps of the pretraining, in place of those of the size")
+    add("--finetuning-steps", type=int, help="optimizer steps of every fine-tuning, in place of those of the size")
     add("--pretrain-only", action="store_true", help="only the dataset and the self-supervised pretraining")
     add("--pretrained", default="", help="export of a pretraining made elsewhere, in place of this pretraining")
     add("--pretrained-seconds", type=float, help="processor seconds that it took, for the comparison at equal cost")
@@ -89,6 +91,9 @@ def main() -> int:
     options = make_parser().parse_args()
     size_name = "tiny" if options.tiny else options.size
     size = SIZES[size_name]
+    for name in ("pretraining_steps", "finetuning_steps"):
+        if steps := getattr(options, name):
+            size = replace(size, **{name: steps})
     folder = Path(options.out or f"runs/learning-{size_name}").resolve()
     systems = tuple(options.systems or size.systems)
     for system in systems:
@@ -121,7 +126,7 @@ def main() -> int:
         languages=(),
         size=size,
         minutes=minutes,
-        seeds=tuple(options.seeds or size.seeds) if options.seeds is None else options.seeds,
+        seeds=options.seeds or size.seeds,
         systems=systems,
         pretrained=Path(options.pretrained).resolve() if options.pretrained else None,
         pretrained_seconds=options.pretrained_seconds or 0.0,

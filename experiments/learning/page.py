@@ -1,6 +1,7 @@
 """Tables and figure of the experiment on pretraining, from its numbers.
 
-    python -m experiments.learning.page --results results/learning.json --page docs/learning.md --figure docs/learning.svg
+    python -m experiments.learning.page --results results/learning.json --page docs/learning.md \\
+        --figure docs/learning.svg
 
 replaces the part of the page between the lines `<!-- results -->` and `<!-- end of results -->`.
 """

@@ -30,6 +30,8 @@ from experiments.learning.stages import PRETRAINED, PRETRAINING, SCRATCH, SYNTHE
 FORMAT_VERSION = 1
 Decoding = Literal["greedy", "ngram"]
 Unit = Literal["characters", "words"]
+DECODINGS: tuple[Decoding, ...] = ("greedy", "ngram")
+RATES: tuple[tuple[Unit, str], ...] = (("characters", "cer"), ("words", "wer"))
 Scores = dict[tuple[str, float, str, str], dict[int, dict[str, RecordingScore]]]
 """(system, minutes, decoding, language) -> seed -> recording id -> score on test"""
 
@@ -48,7 +50,9 @@ def collect(plan: Plan, facts: Mapping[str, Any], command: str, num_resamples: i
     for minutes in setup.minutes:
         suffix = "" if minutes == setup.main_minutes else f"_{minutes:g}min"
         document |= reductions(plan, rows, scores, minutes, suffix, num_resamples, pending)
+    seeds = [value for key, value in document.items() if key.endswith("_seeds")]
     document |= {
+        "seeds": min(seeds, default=0),
         "pending": pending,
         "main_minutes": setup.main_minutes,
         "command": command,
@@ -82,7 +86,7 @@ def cell_row(plan: Plan, system: str, cell: Cell, scores: Scores) -> dict[str, A
         "processor_seconds": plan.records.processor_seconds(job),
         "total_processor_seconds": plan.records.cost(job, plan.jobs),
     }
-    for decoding in ("greedy", "ngram"):
+    for decoding in DECODINGS:
         evaluation = plan.jobs.get(f"{name}-{decoding}")
         if evaluation is None or not plan.records.is_done(evaluation):
             continue
@@ -132,11 +136,11 @@ def reductions(
     """Keys cer_reduction_* with intervals, for one amount of labels. Systems are chosen by dev CER, never by test."""
     setup = plan.setup
     unlabelled = best_on_dev(rows, [s for s in setup.systems if fine_tuning(s).role == "unlabelled"], minutes)
-    cheapest = best_on_dev(rows, [s for s in setup.systems if fine_tuning(s).role == "scratch"], minutes)
+    best_scratch = best_on_dev(rows, [s for s in setup.systems if fine_tuning(s).role == "scratch"], minutes)
     comparisons = {
         "pretrained": (SCRATCH, PRETRAINED),
         "unlabelled": (SCRATCH, unlabelled),
-        "equal_compute": (cheapest, unlabelled),
+        "equal_compute": (best_scratch, unlabelled),
         "synthetic_supervision": (SCRATCH, SYNTHETIC),
     }
     values: dict[str, Any] = {}
@@ -147,7 +151,7 @@ def reductions(
         if not baseline or not system or system not in setup.systems:
             pending.append(f"{key}: no results yet")
             continue
-        for decoding in ("greedy", "ngram"):
+        for decoding in DECODINGS:
             name = key if decoding == "greedy" else f"{key}_ngram"
             found = errors_of(scores, [baseline, system], minutes, decoding, setup.languages, "characters")
             planned = len(setup.seeds)
@@ -200,8 +204,8 @@ def means(
             if own:
                 for key in ("dev_cer", "processor_seconds", "total_processor_seconds"):
                     entry[key] = mean(row[key] for row in own)
-            for decoding in ("greedy", "ngram"):
-                for unit, rate in (("characters", "cer"), ("words", "wer")):
+            for decoding in DECODINGS:
+                for unit, rate in RATES:
                     found = errors_of(scores, [system], minutes, decoding, setup.languages, unit)
                     if found is not None:
                         value, low, high = rate_with_interval(found[0][0], num_resamples)

@@ -190,7 +190,7 @@ SIZES = {
         (0, 1),
         (SCRATCH, PRETRAINED, SCRATCH_LONG),
         2,
-        language_models=(_beam(0.3), _beam(0.6)),
+        language_models=(_beam(0.3),),
         curve=(0.5,),
         synthetic_hours=0.02,
         longest=2.0,

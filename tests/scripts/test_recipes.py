@@ -17,8 +17,9 @@ from common.config import parse
 from tests.paths import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
-# experiments/context_effect.sh has its own encoder.
-OF_PRESETS = [recipe for recipe in RECIPES if recipe.stem != "context-effect-ctc"]
+# Experiments have their own encoders.
+EXPERIMENTS = ("context-effect", "learning-")
+OF_PRESETS = [recipe for recipe in RECIPES if not recipe.stem.startswith(EXPERIMENTS)]
 
 
 def script_of(recipe: Path) -> ModuleType:
