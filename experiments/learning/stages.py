@@ -111,7 +111,7 @@ STAGES: tuple[Stage, ...] = (
         pseudo="pretrained-labels",
         tuned_as=PRETRAINED,
     ),
-    Pretraining("guided-encoder", teacher=SCRATCH),
+    Pretraining("guided-encoder", teacher=SCRATCH, steps=0.25),  # a run per cell: the labels of a cell are its own
     FineTuning(
         "guided",
         "masked prediction of clusters of scratch's hidden layer, then labels",
