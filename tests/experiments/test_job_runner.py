@@ -57,13 +57,21 @@ def starts(folder: Path, name: str) -> list[str]:
 
 
 def test_jobs_run_after_those_they_need_and_only_once(tmp_path: Path) -> None:
-    jobs = [training(tmp_path, "a"), training(tmp_path, "b", needs=("a",)), training(tmp_path, "c", needs=("b",))]
+    """Three workers are free, and every job fails without the output of the one that it needs."""
+    code = "import pathlib, sys\nbefore, own = map(pathlib.Path, sys.argv[1:])\n"
+    code += "own.write_text(before.read_text() + own.name)"
+    (tmp_path / "start").write_text("")
+    names = ["start", "a", "b", "c"]
+    jobs = [
+        Job(name, python(code, tmp_path / before, tmp_path / name), tmp_path / name, (before,) if name != "a" else ())
+        for before, name in zip(names, names[1:], strict=False)
+    ]
     finished: list[str] = []
     for _ in range(2):
-        runner = Runner(jobs, tmp_path, Options(workers=2), lambda job: finished.append(job.name))
+        runner = Runner(jobs, tmp_path, Options(workers=3), lambda job: finished.append(job.name))
         assert runner.run() == 0
-    assert finished == ["a", "b", "c"]
-    assert [starts(tmp_path, name) for name in "abc"] == [["0"], ["0"], ["0"]]
+    assert finished == ["a", "b", "c"] and (tmp_path / "c").read_text() == "abc"
+    assert [Records(tmp_path).read(job).attempts for job in jobs] == [1, 1, 1]
 
 
 def test_several_jobs_run_at_a_time_up_to_the_number_of_workers(tmp_path: Path) -> None:
@@ -71,6 +79,7 @@ def test_several_jobs_run_at_a_time_up_to_the_number_of_workers(tmp_path: Path) 
     code = (
         "import pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\n(folder / f'started-{sys.argv[2]}').touch()\n"
         "while len(list(folder.glob('started-*'))) < 2: time.sleep(0.01)\n"
+        "time.sleep(1)  # in which further jobs would start\n"
         "running = len(list(folder.glob('started-*'))) - len(list(folder.glob('ended-*')))\n"
         "(folder / f'ended-{sys.argv[2]}').write_text(str(running))"
     )
