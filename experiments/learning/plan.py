@@ -213,11 +213,13 @@ class Plan:
             self._decide(name, [run for trials in runs for run in trials], candidates, action)
         return name, {}
 
-    def beam(self, system: str) -> str:
-        """Job that chooses the settings of the beam search of a system."""
+    def beam(self, system: str) -> tuple[str, Settings]:
+        """Job that chooses the settings of the beam search of a system, or "" and the settings without a trial."""
+        candidates = self.size.language_models
+        if len(candidates) < 2:
+            return "", candidates[0]
         name = f"choice-beam-{system}"
         if name not in self.jobs:
-            candidates = self.size.language_models
             jobs = [
                 [self._evaluation(system, cell, f"dev-beam-{k}", "dev", candidate) for cell in self.setup.trial_cells]
                 for k, candidate in enumerate(candidates)
@@ -225,7 +227,7 @@ class Plan:
             rates = [[self.jobs[job].output for job in trials] for trials in jobs]
             action = partial(choose, candidates, rates, cer_of_results, self.choice_file(name))
             self._decide(name, [job for trials in jobs for job in trials], candidates, action)
-        return name
+        return name, {}
 
     def budget(self) -> str:
         """Job that computes the steps of scratch at the cost of the best unlabelled system, by dev CER."""
@@ -264,7 +266,8 @@ class Plan:
         """Name of the only evaluation of a system on test, greedy or with the n-gram."""
         if not with_language_model:
             return self._evaluation(system, cell, "greedy", "test", {})
-        return self._evaluation(system, cell, "ngram", "test", {}, self.beam(system))
+        choice, beam = self.beam(system)
+        return self._evaluation(system, cell, "ngram", "test", beam, choice)
 
     def _evaluation(self, system: str, cell: Cell, decoding: str, split: str, beam: Settings, choice: str = "") -> str:
         name = f"{system}/{cell}-{decoding}"

@@ -234,6 +234,13 @@ def test_the_time_of_running_jobs_is_recorded(tmp_path: Path, monkeypatch: pytes
     assert max(seen) > 0.1 and seen[-1] == 0
 
 
+def test_a_part_runs_only_its_jobs(tmp_path: Path) -> None:
+    jobs = [training(tmp_path, name) for name in "abc"]
+    for part, done in ((1, "b"), (0, "abc")):
+        assert Runner(jobs, tmp_path, Options(workers=3, part=(part, 2))).run() == 0
+        assert [job.name for job in jobs if Records(tmp_path).is_done(job)] == list(done)
+
+
 def test_parts_run_all_jobs_once_and_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Part 1 has b and d, which need jobs of part 0."""
     body = (
