@@ -146,8 +146,9 @@ def check_texts(dataset: Dataset, language: str) -> None:
     for split in ("dev", "test"):
         if "" in texts[split]:
             raise UserError(
-                f"{dataset.location}: recording {dataset.id(texts[split][''])!r} of {split} has no transcript: keep it "
-                "in train, or remove such recordings with `python -m data.shards filter DIR --has-text --out NEW`"
+                f"{dataset.location}: recording {dataset.id(texts[split][''])!r} of {split} has no transcript: keep "
+                'such recordings in train ("split": "train" in a manifest), or remove all recordings without a transcript '
+                "with `python -m data.shards filter DIR --has-text --out NEW`"
             )
     for first, second in (("train", "test"), ("dev", "test"), ("train", "dev")):
         if shared := (texts[first].keys() & texts[second].keys()) - {""}:
