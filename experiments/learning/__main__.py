@@ -156,7 +156,7 @@ def main() -> int:
     def write_results(job: Job | None) -> None:
         if options.pretrain_only or (job is not None and job.kind not in ("decode", "beam", "finetune")):
             return
-        document = collect(plan, facts, shlex.join([make_parser().prog, *sys.argv[1:]]))
+        document = collect(plan, facts, f"{make_parser().prog} {shlex.join(sys.argv[1:])}")
         write_outputs(document, folder, Path(options.results) if options.results else None)
 
     status = Runner(jobs, folder, run_options, write_results).run()

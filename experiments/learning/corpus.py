@@ -147,8 +147,8 @@ def check_texts(dataset: Dataset, language: str) -> None:
         if "" in texts[split]:
             raise UserError(
                 f"{dataset.location}: recording {dataset.id(texts[split][''])!r} of {split} has no transcript: keep "
-                'such recordings in train ("split": "train" in a manifest), or remove all recordings without a transcript '
-                "with `python -m data.shards filter DIR --has-text --out NEW`"
+                'such recordings in train ("split": "train" in a manifest), or remove all without a transcript with '
+                "`python -m data.shards filter DIR --has-text --out NEW`"
             )
     for first, second in (("train", "test"), ("dev", "test"), ("train", "dev")):
         if shared := (texts[first].keys() & texts[second].keys()) - {""}:

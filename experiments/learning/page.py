@@ -65,7 +65,7 @@ def reduction_cell(document: Mapping[str, Any], key: str) -> str:
 
 def system_table(document: Mapping[str, Any]) -> str:
     """A row per system and amount of labels: means over languages and seeds."""
-    header = ["labels", "system", "dev CER", "test CER", "test WER", "CER, n-gram", "WER, n-gram"]
+    header = ["labels", "system", "runs", "dev CER", "test CER", "test WER", "CER, n-gram", "WER, n-gram"]
     header += ["processor min: fine-tuning", "with all it needs"]
     rows = []
     for entry in document["means"]:
@@ -73,8 +73,8 @@ def system_table(document: Mapping[str, Any]) -> str:
             continue
         rates = [with_bounds(entry.get(key)) for key in ("greedy_cer", "greedy_wer", "ngram_cer", "ngram_wer")]
         costs = [number(entry[key] / 60) for key in ("processor_seconds", "total_processor_seconds")]
-        name = f"{entry['system']} ({entry['runs']} runs): {entry['summary']}"
-        rows.append([f"{entry['minutes']:g} min", name, percent(entry["dev_cer"]), *rates, *costs])
+        name = f"{entry['system']}: {entry['summary']}"
+        rows.append([f"{entry['minutes']:g} min", name, str(entry["runs"]), percent(entry["dev_cer"]), *rates, *costs])
     return markdown(header, rows) if rows else ""
 
 
