@@ -58,8 +58,8 @@ def starts(folder: Path, name: str) -> list[str]:
 
 def test_jobs_run_after_those_they_need_and_only_once(tmp_path: Path) -> None:
     """Three workers are free, and every job fails without the output of the one that it needs."""
-    code = "import pathlib, sys\nbefore, own = map(pathlib.Path, sys.argv[1:])\n"
-    code += "own.write_text(before.read_text() + own.name)"
+    code = "import pathlib, sys, time\nbefore, own = map(pathlib.Path, sys.argv[1:])\n"
+    code += "text = before.read_text()\ntime.sleep(0.5)\nown.write_text(text + own.name)"
     (tmp_path / "start").write_text("")
     names = ["start", "a", "b", "c"]
     jobs = [
