@@ -17,8 +17,9 @@ from common.config import parse
 from tests.paths import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
-# The experiments on context have encoders of their own.
-OF_PRESETS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("context-effect", "pretraining-context"))]
+# Experiments have their own encoders.
+EXPERIMENTS = ("context-effect", "learning-", "pretraining-context")
+OF_PRESETS = [recipe for recipe in RECIPES if not recipe.stem.startswith(EXPERIMENTS)]
 
 
 def script_of(recipe: Path) -> ModuleType:
