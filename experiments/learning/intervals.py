@@ -1,8 +1,8 @@
-"""Hierarchical paired bootstrap of error rates over seeds and test recordings.
+"""Interval of a mean error rate by a bootstrap over seeds and test recordings.
 
-A resample draws seeds and, independently, recordings, with replacement and in every language separately; all systems
-have the same draws, so the spread that they share cancels in a comparison (Bisani and Ney 2004; Davison and Hinkley
-1997, section 3.8, for several levels). With three seeds the percentiles are approximate.
+A resample draws seeds and, independently, recordings, with replacement and in every language separately (Bisani and Ney
+2004; Davison and Hinkley 1997, section 3.8, for several levels). With three seeds the percentiles are approximate.
+Reductions between systems have intervals of their own: `bestrq/scoring/seeds.py`.
 
 L languages, S seeds, n recordings of a language, B resamples.
 """
@@ -28,38 +28,22 @@ def mean_rate(languages: Sequence[Errors]) -> float:
     return float(np.mean([e.errors.sum() / (len(e.errors) * e.lengths.sum()) for e in languages]))
 
 
-def resampled_rates(systems: Sequence[Sequence[Errors]], num_resamples: int, seed: int = 0) -> np.ndarray:
-    """Mean rates of resamples, float64 `[systems, B]`; each system has the same languages, seeds and recordings."""
+def resampled_rates(languages: Sequence[Errors], num_resamples: int, seed: int = 0) -> np.ndarray:
+    """Mean rates of resamples, float64 `[B]`."""
     generator = np.random.default_rng(seed)
-    rates = np.zeros((len(systems), num_resamples))
-    for entries in zip(*systems, strict=True):  # of one language
-        num_seeds, num_recordings = entries[0].errors.shape
+    rates = np.zeros(num_resamples)
+    for entry in languages:
+        num_seeds, num_recordings = entry.errors.shape
         seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples) / num_seeds
         uniform = np.full(num_recordings, 1 / num_recordings)
         recordings = generator.multinomial(num_recordings, uniform, num_resamples).astype(np.float64)
-        lengths = recordings @ entries[0].lengths
+        lengths = recordings @ entry.lengths
         lengths[lengths == 0] = np.nan  # a resample without reference units has no rate
-        for system, entry in enumerate(entries):
-            rates[system] += (seeds * (recordings @ entry.errors.T)).sum(axis=1) / lengths / len(systems[0])
+        rates += (seeds * (recordings @ entry.errors.T)).sum(axis=1) / lengths / len(languages)
     return rates
 
 
 def rate_with_interval(languages: Sequence[Errors], num_resamples: int) -> tuple[float, float, float]:
     """Mean rate, and the ends of its 95 % interval."""
-    low, high = np.nanquantile(resampled_rates([languages], num_resamples)[0], [0.025, 0.975]).tolist()
+    low, high = np.nanquantile(resampled_rates(languages, num_resamples), [0.025, 0.975]).tolist()
     return mean_rate(languages), low, high
-
-
-def reduction_with_interval(
-    baseline: Sequence[Errors], system: Sequence[Errors], num_resamples: int
-) -> tuple[float, float, float]:
-    """Relative reduction of the mean rate, 1 - system / baseline, and the ends of its 95 % interval.
-
-    Positive if the system is better. NaN if the baseline has no errors.
-    """
-    first, second = resampled_rates([baseline, system], num_resamples)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        reductions = np.where(first > 0, 1 - second / first, np.nan)
-    rate = mean_rate(baseline)
-    low, high = np.nanquantile(reductions, [0.025, 0.975]).tolist()
-    return (1 - mean_rate(system) / rate if rate else float("nan")), low, high

@@ -59,7 +59,8 @@ def reduction_cell(document: Mapping[str, Any], key: str) -> str:
     if key not in document:
         return ""
     baseline, system = document[f"{key}_systems"]
-    bounds = interval((document[f"{key}_low"], document[f"{key}_high"]))
+    low, high = document[f"{key}_low"], document[f"{key}_high"]
+    bounds = "no interval" if low is None or high is None else interval((low, high))
     return f"{percent(document[key])} ({bounds}), {document[f'{key}_seeds']} seeds: {system} against {baseline}"
 
 

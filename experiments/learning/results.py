@@ -5,7 +5,6 @@ Results are collected from what is finished; keys without enough results are abs
 
 from __future__ import annotations
 
-import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,12 @@ import numpy as np
 
 from bestrq.report.comparison import recording_score
 from bestrq.report.result_files import read_results
+from bestrq.scoring.seeds import SeedErrors, relative_reduction
 from bestrq.scoring.word_errors import RecordingScore
 from common.errors import UserError
 from common.files import read_json_object, write_file, write_json
 from experiments.learning.choices import mean
-from experiments.learning.intervals import Errors, rate_with_interval, reduction_with_interval
+from experiments.learning.intervals import Errors, rate_with_interval
 from experiments.learning.page import figure, tables
 from experiments.learning.plan import Plan, curve_jobs
 from experiments.learning.setup import REPOSITORY, Cell
@@ -160,10 +160,12 @@ def reductions(
                     pending.append(f"{name}: results of fewer than {min(2, planned)} seeds in a language")
                 continue
             (first, second), seeds = found
-            value, low, high = reduction_with_interval(first, second, num_resamples)
-            if math.isnan(value):
-                continue
-            values |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_seeds": seeds}
+            if not any(errors.errors.any() for errors in first):
+                continue  # a relative reduction is undefined
+            groups = [SeedErrors(a.errors, b.errors, a.lengths) for a, b in zip(first, second, strict=True)]
+            numbers = relative_reduction(groups, num_resamples).summary()
+            values |= {name: numbers["value"], f"{name}_low": numbers["low"], f"{name}_high": numbers["high"]}
+            values[f"{name}_seeds"] = seeds
             values |= {f"{name}_systems": [baseline, system]}
             if seeds < planned:
                 pending.append(f"{name}: {seeds} of {planned} seeds")

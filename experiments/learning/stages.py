@@ -74,16 +74,16 @@ Stage = Speech | Pretraining | PseudoLabels | FineTuning
 
 # The grids have the same number of candidates, over learning rate, dropout and masks.
 SCRATCH_GRID: tuple[Settings, ...] = (
+    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.0},
+    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.0},
+    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1, "data.augment.frequency_warp": 0.1},
     {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1},
-    {"optimizer.learning_rate": 1e-3, "encoder.dropout": 0.1},
-    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1},
-    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.2},
 )
 PRETRAINED_GRID: tuple[Settings, ...] = (
-    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1},
-    {"optimizer.learning_rate": 1e-3, "encoder.dropout": 0.1},
-    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 2},
-    {"optimizer.learning_rate": 1e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 2},
+    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.0, "finetune.reinitialise_top_blocks": 4},
+    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 4},
+    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 2},
+    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1, "finetune.encoder_learning_rate": 1e-3},
 )
 
 PRETRAINING = "bestrq"
@@ -196,7 +196,7 @@ SIZES = {
         longest=2.0,
         settings={
             "encoder.dim": 16,
-            "encoder.num_layers": 2,
+            "encoder.num_layers": 4,
             "encoder.num_heads": 2,
             "encoder.feedforward_dim": 24,
             "encoder.kernel_size": 5,

@@ -27,7 +27,7 @@ from data.recording import Recording
 from experiments.jobs import Record
 from experiments.learning.choices import choose, dev_cer_of_export, write_overlay
 from experiments.learning.corpus import check_texts, choose_languages, preparation, usable_minutes
-from experiments.learning.intervals import Errors, mean_rate, rate_with_interval, reduction_with_interval
+from experiments.learning.intervals import Errors, mean_rate, rate_with_interval
 from experiments.learning.label_texts import label_texts
 from experiments.learning.pack import pack, packing_order
 from experiments.learning.page import END, START, figure, replace_results, tables
@@ -53,22 +53,9 @@ def test_rates_are_means_over_languages_not_over_characters() -> None:
 
 
 def test_the_interval_is_that_of_the_enumerated_resamples() -> None:
-    """Two recordings have the draws (2, 0), (1, 1), (0, 2) with reductions 1, 1/2 and 0; so have two seeds."""
-    for first, second, lengths in (([[10, 10]], [[0, 10]], [10, 10]), ([[10], [10]], [[0], [10]], [10])):
-        value, low, high = reduction_with_interval([errors(first, lengths)], [errors(second, lengths)], 2000)
-        assert (value, low, high) == (0.5, 0.0, 1.0)
-
-
-def test_systems_are_compared_on_the_same_draws() -> None:
-    """The system has half of the baseline's errors in every recording and seed: each resample has the same ratio."""
-    generator = np.random.default_rng(0)
-    baseline = generator.integers(1, 20, (3, 40)) * 2
-    lengths = generator.integers(40, 90, 40)
-    value, low, high = reduction_with_interval(
-        [Errors(baseline, lengths)], [Errors(baseline // 2, lengths)], 500
-    )  # fmt: skip
-    assert [value, low, high] == pytest.approx([0.5, 0.5, 0.5])
-    assert rate_with_interval([Errors(baseline, lengths)], 500)[1] < mean_rate([Errors(baseline, lengths)])
+    """Two recordings have the draws (2, 0), (1, 1), (0, 2) with rates 0, 1/2 and 1; so have two seeds."""
+    for rows, lengths in (([[0, 10]], [10, 10]), ([[0], [10]], [10])):
+        assert rate_with_interval([errors(rows, lengths)], 2000) == (0.5, 0.0, 1.0)
 
 
 def test_languages_are_resampled_separately() -> None:
@@ -168,7 +155,7 @@ def test_without_trials_the_first_candidate_is_taken(tmp_path: Path) -> None:
     )
     assert not [name for name in plan.jobs if "choice" in name or "grid" in name]
     values = settings_of(plan.jobs["scratch/cs-30min-s0"].command)
-    assert values["optimizer.learning_rate"] == "0.002" and "finetune.reinitialise_top_blocks" not in values
+    assert values["optimizer.learning_rate"] == "0.003" and "finetune.reinitialise_top_blocks" not in values
 
 
 def test_a_given_pretraining_replaces_the_own_one_with_its_cost(tmp_path: Path) -> None:
@@ -403,7 +390,7 @@ def test_a_tiny_experiment_runs_end_to_end_and_is_not_repeated(tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "out/learning.json").read_text())
     assert json.loads((tmp_path / "published/learning.json").read_text()) == document
-    assert document["cer_reduction_pretrained_low"] <= document["cer_reduction_pretrained_high"]
+    assert document["cer_reduction_pretrained_low"] is None, "one seed has no interval"
     assert document["cer_reduction_pretrained_seeds"] == 1
     assert {row["system"] for row in document["runs"]} == {"scratch", "pretrained"}
     for row in document["runs"]:
