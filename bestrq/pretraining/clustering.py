@@ -57,8 +57,8 @@ def estimate_clusters(points: Tensor, num_clusters: int, seed: int) -> Tensor:
 def seed_centroids(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     """Initial centroids `[V, D]`, among the points (greedy k-means++).
 
-    Points are drawn with probabilities proportional to the squared distance from the nearest centroid so far. Of several
-    draws, the one that reduces the sum of these distances most is kept.
+    Points are drawn with probabilities proportional to the squared distance from the nearest centroid so far. Of
+    several draws, the one that reduces the sum of these distances most is kept.
     """
     trials = 2 + int(math.log(num_clusters))
     squares = points.square().sum(dim=1)
