@@ -44,13 +44,18 @@ def estimate_clusters(points: Tensor, num_clusters: int, seed: int) -> Tensor:
         if previous - error <= TOLERANCE * error:
             break
         previous = error
-        counts = torch.bincount(labels, minlength=num_clusters)
-        sums = torch.zeros(centroids.shape, dtype=torch.float64, device=points.device)
-        sums.index_add_(0, labels, points.double())
-        centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], 0).float()
-        empty = (counts == 0).nonzero().squeeze(1)
-        if len(empty):
-            centroids[empty] = points[distances.topk(len(empty)).indices]
+        centroids = updated_centroids(points, labels, distances, num_clusters)
+    return centroids
+
+
+def updated_centroids(points: Tensor, labels: Tensor, distances: Tensor, num_clusters: int) -> Tensor:
+    """Means of the points `[N, D]` of every cluster, `[V, D]`; for an empty one, a point far from its centroid."""
+    counts = torch.bincount(labels, minlength=num_clusters)
+    sums = torch.zeros(num_clusters, points.shape[1], dtype=torch.float64, device=points.device)
+    sums.index_add_(0, labels, points.double())
+    centroids = (sums / counts.clamp(min=1)[:, None]).float()
+    empty = (counts == 0).nonzero().squeeze(1)
+    centroids[empty] = points[distances.topk(len(empty)).indices]
     return centroids
 
 
