@@ -1,5 +1,7 @@
 """k-means clustering of frames: k-means++ seeds (Arthur and Vassilvitskii 2007), then Lloyd's iterations."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,25 +44,44 @@ def estimate_clusters(points: Tensor, num_clusters: int, seed: int) -> Tensor:
         if previous - error <= TOLERANCE * error:
             break
         previous = error
-        counts = torch.bincount(labels, minlength=num_clusters)
-        sums = torch.zeros(centroids.shape, dtype=torch.float64, device=points.device)
-        sums.index_add_(0, labels, points.double())
-        centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], 0).float()
-        empty = (counts == 0).nonzero().squeeze(1)
-        if len(empty):
-            centroids[empty] = points[distances.topk(len(empty)).indices]
+        centroids = updated_centroids(points, labels, distances, num_clusters)
+    return centroids
+
+
+def updated_centroids(points: Tensor, labels: Tensor, distances: Tensor, num_clusters: int) -> Tensor:
+    """Means of the points `[N, D]` of every cluster, `[V, D]`; for an empty one, a point far from its centroid."""
+    counts = torch.bincount(labels, minlength=num_clusters)
+    sums = torch.zeros(num_clusters, points.shape[1], dtype=torch.float64, device=points.device)
+    sums.index_add_(0, labels, points.double())
+    centroids = (sums / counts.clamp(min=1)[:, None]).float()
+    empty = (counts == 0).nonzero().squeeze(1)
+    centroids[empty] = points[distances.topk(len(empty)).indices]
     return centroids
 
 
 def seed_centroids(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Initial centroids `[V, D]`: points, each drawn with a probability proportional to its squared distance from the
-    nearest one drawn before (k-means++)."""
+    """Initial centroids `[V, D]`, among the points (greedy k-means++).
+
+    Points are drawn with probabilities proportional to the squared distance from the nearest centroid so far. Of
+    several draws, the one that reduces the sum of these distances most is kept.
+    """
+    trials = 2 + int(math.log(num_clusters))
+    squares = points.square().sum(dim=1)
     chosen = [int(torch.randint(len(points), (), generator=generator))]
-    distances = torch.full((len(points),), float("inf"), dtype=torch.float64)
+    nearest = squared_distances(points, squares, chosen)[:, 0]
     for _ in range(num_clusters - 1):
-        new = (points - points[chosen[-1]]).square().sum(dim=1).double().cpu()
-        distances = torch.minimum(distances, new)
-        total = distances.cumsum(dim=0)
-        threshold = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-        chosen.append(min(int(torch.searchsorted(total, threshold, right=True)), len(points) - 1))
+        total = nearest.cumsum(dim=0, dtype=torch.float64)
+        thresholds = torch.rand(trials, generator=generator, dtype=torch.float64).to(points.device) * total[-1]
+        drawn = torch.searchsorted(total, thresholds, right=True).clamp(max=len(points) - 1).tolist()
+        reduced = torch.minimum(squared_distances(points, squares, drawn), nearest[:, None])
+        best = int(reduced.sum(dim=0, dtype=torch.float64).argmin())
+        chosen.append(drawn[best])
+        nearest = reduced[:, best].contiguous()
     return points[torch.tensor(chosen, device=points.device)].clone()
+
+
+def squared_distances(points: Tensor, squares: Tensor, chosen: list[int]) -> Tensor:
+    """Squared distances `[N, L]` of the points `[N, D]`, with squared norms `[N]`, from those of indices `chosen`."""
+    with torch.autocast(points.device.type, enabled=False):
+        products = points @ points[chosen].T
+    return (squares[:, None] - 2 * products + squares[chosen]).clamp(min=0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.pretraining.clustering import estimate_clusters, nearest_cluster
+from bestrq.pretraining.clustering import estimate_clusters, nearest_cluster, updated_centroids
 from bestrq.pretraining.teacher import Teacher, nearest_label
 from bestrq.training.process import World
 from common.errors import UserError
@@ -131,6 +131,13 @@ def test_the_error_of_k_means_falls_and_no_cluster_stays_empty(capsys: pytest.Ca
     assert nearest_cluster(points, centroids).unique().numel() > 55
     assert torch.equal(centroids, estimate_clusters(points, 60, seed=3))
     assert not torch.equal(centroids, estimate_clusters(points, 60, seed=4))
+
+
+def test_an_empty_cluster_restarts_at_the_point_that_is_farthest_from_its_centroid() -> None:
+    points = torch.tensor([[0.0, 0], [2, 0], [10, 0], [20, 0]])
+    labels, distances = torch.tensor([0, 0, 3, 3]), torch.tensor([1.0, 1, 30, 20])
+    centroids = updated_centroids(points, labels, distances, 4)
+    assert centroids.tolist() == [[1, 0], [10, 0], [20, 0], [15, 0]]
 
 
 def estimate(world: World) -> list[torch.Tensor]:
