@@ -4,14 +4,15 @@
         --baseline context-4 --out effect.json --figure effect.svg
 
 --results are output folders of tools/sweep.py, one per seed. A model is named by its run folder. Errors of a recording
-are summed over the seeds before the bootstrap over recordings, so that an interval covers recordings, not seeds: the
-differences of every seed are listed beside it.
+are summed over the seeds before the bootstrap over recordings. That interval does not cover the choice of the seed: the
+difference of every seed is listed beside it, with a t-interval of their mean.
 """
 
 import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -30,6 +31,9 @@ from common.config import run_main
 from common.errors import UserError
 from common.files import write_file
 from experiments.context_effect_table import Cell, bounds, read_cells, score_homophones
+
+# Quantile 0.975 of Student's t by degrees of freedom, for 2 to 7 seeds.
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 
 Cells = Mapping[Cell, list[RecordingScore]]
 
@@ -81,9 +85,11 @@ def effect(seeds: Sequence[Cells], baseline: str, homophones: bool, num_resample
             row |= {kind: by_kind[kind] for kind in ("homophone_errors", "other_errors")}
         if name != baseline and (baseline, seconds) in cells:
             row["difference"] = compare(scores, cells[baseline, seconds], num_resamples).summary()
-            row["cer_difference_by_seed"] = [
-                _rate(of_seed[name, seconds]) - _rate(of_seed[baseline, seconds]) for of_seed in seeds
-            ]
+            for unit in ("words", "characters"):
+                pairs = [(of_seed[name, seconds], of_seed[baseline, seconds]) for of_seed in seeds]
+                by_seed = [_rate(own, unit) - _rate(other, unit) for own, other in pairs]
+                row[f"difference_of_{unit}_by_seed"] = by_seed
+                row[f"difference_of_{unit}_over_seeds"] = interval_over_seeds(by_seed)
         rows.append(row)
     return {"baseline": baseline, "seeds": len(seeds), "cells": rows}
 
@@ -94,25 +100,37 @@ def _order(name: str, seconds: float) -> tuple[float, float, str]:
     return seconds or math.inf, int(number[0]) if number else -1, name
 
 
-def _rate(scores: Sequence[RecordingScore]) -> float:
-    """Character error rate; 0 without reference characters."""
-    return reduce(add, (score.characters for score in scores)).rate or 0.0
+def _rate(scores: Sequence[RecordingScore], unit: str) -> float:
+    """Error rate of `words` or `characters`; 0 without any in the references."""
+    return reduce(add, (getattr(score, unit) for score in scores)).rate or 0.0
+
+
+def interval_over_seeds(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t; None for one seed, and for more than 7."""
+    if len(differences) - 1 not in _STUDENT:
+        return None
+    mean = statistics.mean(differences)
+    width = _STUDENT[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean - width, mean + width
 
 
 def table(numbers: Mapping[str, Any]) -> str:
     """Markdown table: a row per test context and model."""
     baseline = numbers["baseline"]
-    lines = [f"| test context | model | WER | CER | CER minus {baseline} | by seed |", "|" + "---|" * 6]
+    columns = f"WER | CER | CER minus {baseline}: over recordings | by seed | over seeds"
+    lines = [f"| test context | model | {columns} |", "|" + "---|" * 7]
     for cell in numbers["cells"]:
-        difference, seeds = "", ""
+        difference, seeds, over_seeds = "", "", ""
         if "difference" in cell:
             cer = cell["difference"]["cer"]
             low_high = f" ({interval(cer['interval'], signed=True)})" if cer["interval"] else ""
             difference = f"{points(cer['difference'])}{low_high}"
-            seeds = ", ".join(points(value) for value in cell["cer_difference_by_seed"])
+            seeds = ", ".join(points(value) for value in cell["difference_of_characters_by_seed"])
+            ends = cell["difference_of_characters_over_seeds"]
+            over_seeds = interval(ends, signed=True) if ends else ""
         context = f"{cell['context_seconds']:g} s" if cell["context_seconds"] else "whole recording"
         rates = [f"{percent(cell[unit])}{bounds(cell[f'{unit}_interval'])}" for unit in ("wer", "cer")]
-        lines.append(f"| {context} | {cell['model']} | {' | '.join(rates)} | {difference} | {seeds} |")
+        lines.append(f"| {context} | {cell['model']} | {' | '.join(rates)} | {difference} | {seeds} | {over_seeds} |")
     return "\n".join(lines)
 
 

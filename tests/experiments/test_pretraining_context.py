@@ -92,8 +92,15 @@ def test_the_errors_of_a_recording_are_summed_over_the_seeds() -> None:
     assert base["cer"] == pytest.approx(21 / (2 * length)) and long["cer"] == pytest.approx(6 / length)
     assert base["num_recordings"] == 3 and numbers["seeds"] == 2
     assert long["difference"]["cer"]["difference"] == pytest.approx((12 - 21) / (2 * length))
-    assert long["cer_difference_by_seed"] == pytest.approx([-15 / length, 6 / length])
+    assert long["difference_of_characters_by_seed"] == pytest.approx([-15 / length, 6 / length])
+    assert long["difference_of_words_by_seed"] == pytest.approx([-3 / 18, 1 / 18])
     assert "difference" not in base
+
+
+def test_the_interval_over_seeds_is_that_of_students_t() -> None:
+    """By hand: mean 2, standard deviation 1 of three values, quantile 4.303."""
+    assert script.interval_over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert script.interval_over_seeds([1.0]) is None and script.interval_over_seeds([0.0] * 8) is None
 
 
 def test_the_table_is_ordered_by_test_context_and_pretraining_context() -> None:
