@@ -17,13 +17,8 @@ from common.errors import UserError
 from common.segments import Segments
 from tests.paths import REPOSITORY
 
-CLUSTER = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} - {
-    "quickstart-pretrain",
-    "quickstart-ctc",
-    "quickstart-rnnt",
-    "context-effect-ctc",
-    "fast-115m-long-context-ctc",
-}
+NOT_FOR_CLUSTERS = ("quickstart-", "context-effect-", "pretraining-context", "learning-", "fast-115m-long-context-")
+CLUSTER = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml") if not path.stem.startswith(NOT_FOR_CLUSTERS)}
 
 
 def small(name: str) -> table.Recipe:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
-from bestrq.model.attention import backends
+from bestrq.model.attention import flex
 from bestrq.model.attention.backends import choose_backend
 from bestrq.model.attention.draw_mask import dense_mask
 from bestrq.model.attention.flex import BLOCK, attend_flex, compiled_flex_attention, make_block_mask
@@ -191,7 +191,7 @@ def test_recordings_of_any_length_and_number_compile_for_few_shapes() -> None:
 
 
 def test_too_many_kernels_are_an_error_not_a_fallback_that_stores_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "MAX_KERNELS", 2)
+    monkeypatch.setattr(flex, "MAX_KERNELS", 2)
     compiled = compiled_flex_attention(True, counting([]))
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for length in (20, 130, 300):
@@ -230,7 +230,7 @@ def encode(encoder: nn.Module, layout_of: ConformerEncoder, backend: str) -> Ten
 def test_encoder_with_flex_equals_the_encoder_with_the_definition(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "compiled_flex_attention", lambda training: torch_flex.flex_attention)
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda training: torch_flex.flex_attention)
     encoder = make_encoder(**ENCODERS[variant]).double().eval()
     with torch.no_grad():
         actual, exact = (encode(encoder, encoder, backend) for backend in ("flex", "reference"))
@@ -251,7 +251,7 @@ def test_gradients_through_compiled_flex_hold_under_checkpointing_ddp_and_fsdp(
 ) -> None:
     calls: list[str] = []
     compiled = compiled_flex_attention(True, counting(calls))
-    monkeypatch.setattr(backends, "compiled_flex_attention", lambda training: compiled)
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda training: compiled)
     mode = wrapped if wrapped in ("selective", "full") else "none"
     exact = make_encoder(position="relative").double()
     encode(exact, exact, "reference")[..., 0].sin().sum().backward()

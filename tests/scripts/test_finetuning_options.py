@@ -204,12 +204,13 @@ def test_blocks_left_out_must_add_up_to_those_of_the_export(dataset: Path, pretr
 def test_masks_and_augmentation_reach_the_model(script: str, dataset: Path, tmp_path: Path) -> None:
     """Each option changes the loss of the first step, in which all other random numbers are equal."""
     options = {
-        "none": "--data.augment.speed=0", "time": "--hidden_masks.time_prob=0.5",
-        "channel": "--hidden_masks.channel_prob=0.5", "speed": "--data.augment.speed=0.3",
-        "frequency": "--data.augment.frequency_warp=0.3", "spec": "--spec_augment.time_masks_per_frame=0.05",
+        "none": ["--data.augment.speed=0"], "time": ["--hidden_masks.time_prob=0.5"],
+        "channel": ["--hidden_masks.channel_prob=0.5", "--hidden_masks.channel_length=4"],
+        "speed": ["--data.augment.speed=0.3"], "frequency": ["--data.augment.frequency_warp=0.3"],
+        "spec": ["--spec_augment.time_masks_per_frame=0.05"],
     }  # fmt: skip
     losses = {}
     for name, option in options.items():
-        run(script, dataset, tmp_path / name, *CALM, "--run.steps=1", option)
+        run(script, dataset, tmp_path / name, *CALM, "--run.steps=1", *option)
         losses[name] = lines(tmp_path / name)[0]["loss"]
     assert len(set(losses.values())) == len(options), losses

@@ -22,6 +22,7 @@ import finetune_rnnt
 import pretrain
 from bestrq.pretraining import multi_target
 from common.config import parse
+from pipelines import pretraining
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
 SYNCS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "_unique2", "unique_dim"}
@@ -133,7 +134,8 @@ def test_a_step_reads_the_device_once_in_the_guard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     watch_steps(script, device, monkeypatch)
-    monkeypatch.setattr(script, entry, marked(getattr(script, entry), device))
+    owner = pretraining if script is pretrain else script
+    monkeypatch.setattr(owner, entry, marked(getattr(owner, entry), device))
     places = [f"--data.dataset={dataset}", f"--run.folder={tmp_path / 'run'}", "--data.num_workers=0"]
     options = [*ENCODER, *DATA, *RUN, f"--run.steps={STEPS}", *places, *more]
     script.train(parse(script.Config, options))

@@ -69,6 +69,8 @@ def test_recipe_trains(recipe: Path, dataset: Path, tmp_path: Path, signals: Non
     small = [*ENCODER, *DATA, *RUN, "--run.steps=2", "--data.num_workers=0"]
     if script.__name__ != "pretrain":
         small.append("--finetune.tokenizer=char")  # a few words do not make a thousand byte pairs
+    if yaml.safe_load(recipe.read_text()).get("curriculum"):
+        small.append("--curriculum=[{after_step: 1, row_frames: 400, max_seconds: 4}]")
     places = [f"--data.dataset={dataset}", f"--run.folder={tmp_path / 'run'}"]
     script.train(parse(script.Config, ["--config", str(recipe), *small, *places]))
     assert (tmp_path / "run/export/model.safetensors").is_file()

@@ -23,7 +23,7 @@ from bestrq.training.stop import StopRequest
 from common.config import parse
 from common.errors import UserError
 from data.tokenizer import CharTokenizer
-from pipelines import curriculum
+from pipelines import curriculum, pretraining
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
@@ -268,7 +268,7 @@ def test_other_features_are_refused_by_name(script, undisturbed, tmp_path):
 
 def test_non_finite_losses_update_nothing_name_the_samples_and_end_the_run(dataset, tmp_path, monkeypatch, capfd):
     with pytest.raises(RuntimeError, match="5 steps in a row"):
-        monkeypatch.setattr(pretrain, "mask_rows", poisoned_rows)
+        monkeypatch.setattr(pretraining, "mask_rows", poisoned_rows)
         run("pretrain", dataset, tmp_path / "run", "--run.steps=9")
     assert "step 1 skipped on all ranks" in capfd.readouterr().err
     saved = [load_file(path / "model.safetensors") for _, path in list_checkpoints(tmp_path / "run/checkpoints")]

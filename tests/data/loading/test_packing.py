@@ -89,7 +89,7 @@ def test_crops_of_a_small_set_have_other_neighbours_in_every_epoch_and_rows_stay
     for number, (pairs, fill) in enumerate(epochs):
         assert fill > epochs[0][1] - 0.05  # epoch 0 is packed by length alone; a row of 100 crops is 3.5 %
         for others, _ in epochs[:number]:
-            assert len(pairs & others) / len(pairs) < 0.2
+            assert len(pairs & others) / len(pairs) < 0.25
 
 
 def test_a_run_of_an_earlier_version_keeps_its_rows() -> None:
