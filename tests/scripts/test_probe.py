@@ -14,11 +14,13 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.pretraining.probing import CTCProbeSettings
 from common.config import parse
 from common.errors import UserError
+from data.corpora.espeak import Phone
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
 from data.format.writer import DatasetWriter
 from data.recording import Recording
 from data.transcripts import Word
+from pipelines import gauge_phones
 from pipelines.probe_data import ProbeDataSettings, letters, read_times, select_classes, select_labelled
 from pipelines.probe_layers import read_material
 from pipelines.probing import Source, _key
@@ -170,6 +172,13 @@ def test_phones_of_espeak_replace_the_letters_of_words(dataset: Path) -> None:
     source = Source("x", "log-mel", EncoderSettings(), "recording", "", None)
     keys = {_key(source, data, material, each, CTCProbeSettings()) for each in (settings, replace(settings, phones=""))}
     assert len(keys) == 2
+
+
+def test_pauses_and_unknown_phones_are_no_phones_of_the_probe(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [[Phone("a", 0.0, 0.1), Phone("", 0.1, 0.2), Phone("?", 0.2, 0.3), Phone("b", 0.3, 0.4)], None]
+    monkeypatch.setattr(gauge_phones, "find_phones", lambda *_: (found, "exact"))
+    times = read_times(open_dataset(dataset), ProbeDataSettings(phones="exact"), [1, 2])
+    assert times == [[("a", 0.0, 0.1), ("b", 0.3, 0.4)], []]
 
 
 def test_phones_come_from_a_file_or_from_the_letters_of_words(dataset: Path, tmp_path: Path) -> None:
