@@ -1,22 +1,35 @@
-"""Outputs of exports for the gauge: hidden states of a layer, CTC log-probabilities."""
+"""Outputs of exports for the gauge: codes of teachers, CTC log-probabilities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.training.export_reading import Export, read_export, read_trained
-from common.config import from_dict
-from common.errors import UserError
+from bestrq.pretraining import gauge_targets, objective
+from bestrq.pretraining.layer_features import pad_rows, similar_lengths
+from bestrq.training.export_reading import read_export, read_trained
+from bestrq.training.process import World
 from common.segments import Segments
-from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset
 from data.tokenizer import Tokenizer
-from pipelines.gauge_sample import Piece, batches, read_log_mel
-from pipelines.recogniser import ctc_outputs, load_recogniser, mel_reader
+from pipelines.gauge_sample import Piece, read_log_mel
+from pipelines.recogniser import check_features, ctc_outputs, load_recogniser, mel_reader
+from pipelines.teacher import read_teacher
 
 Reader = Callable[[Piece], Tensor]
+
+
+def rows_of_pieces(
+    read: Reader, pieces: Sequence[Piece], multiple: int
+) -> Iterator[tuple[list[int], tuple[Tensor, Segments]]]:
+    """Batches of pieces of similar length: their numbers, and features `[R, F, M]` with segments, a piece a row.
+
+    Args:
+        read: normalised features of a piece.
+        multiple: of the length of a row, in mel frames.
+    """
+    for numbers in similar_lengths([piece.stop - piece.start for piece in pieces]):
+        yield numbers, pad_rows([read(pieces[number]) for number in numbers], multiple)
 
 
 def run_pieces(
@@ -25,85 +38,63 @@ def run_pieces(
     """Outputs of a model for every piece, and mel frames per output frame.
 
     Args:
-        outputs: log-mel `[R, F, M]` and segments -> `[R, T, K]`.
-        read: normalised features of a piece.
-        multiple: of the length of a row, in mel frames.
+        outputs: log-mel `[R, F, M]` and segments -> `[R, T, ...]`.
+        read, multiple: see `rows_of_pieces`.
 
     Returns:
-        float32 `[frames // stride, K]` per piece: an incomplete last frame is dropped, as in pretraining.
+        `[frames // stride, ...]` per piece: an incomplete last frame is dropped, as in pretraining.
     """
-    results: dict[int, Tensor] = {}
+    results = [torch.empty(0)] * len(pieces)
     stride = 1
-    for group in batches(pieces):
-        mels = [read(pieces[place]) for place in group]
-        longest = -(-max(map(len, mels)) // multiple) * multiple
-        rows = torch.zeros(len(mels), longest, mels[0].shape[1])
-        for row, mel in zip(rows, mels, strict=True):
-            row[: len(mel)] = mel
-        length = torch.tensor([[len(mel)] for mel in mels])
+    for numbers, (rows, segments) in rows_of_pieces(read, pieces, multiple):
         with torch.inference_mode():
-            values = outputs(rows, Segments(torch.zeros_like(length), length, longest))
-        stride = longest // values.shape[1]
-        for place, mel, row in zip(group, mels, values, strict=True):
-            results[place] = row[: len(mel) // stride].float().clone()
-    return [results[place] for place in range(len(pieces))], stride
+            values = outputs(rows, segments)
+        stride = rows.shape[1] // values.shape[1]
+        for number, row in zip(numbers, values, strict=True):
+            results[number] = row[: (pieces[number].stop - pieces[number].start) // stride].clone()
+    return results, stride
 
 
-def check_features(export: Export, dataset: Dataset) -> None:
-    """Raise UserError if the dataset has other features than the export."""
-    differing = difference(dataset.features, FeatureSettings.from_dict(export.config.get("features", {})))
-    if differing:
-        raise UserError(f"{export.path} does not fit the dataset (dataset != export): {'; '.join(differing)}")
+class TeacherCodes:
+    """Codes of pretraining's teacher of a target of kind 'clusters' or 'ctc_labels'.
 
-
-class LayerOutputs:
-    """Hidden states of a layer of an export or checkpoint.
-
-    Args:
-        layer: block from 1; 0 is the output of the subsampling, negative numbers count from the last block.
-
-    Raises UserError: damaged export, other features than the dataset, no such layer.
+    The features have the normalisation of the export. Raises UserError: damaged export, other features than the
+    dataset, no such layer, no CTC head.
     """
 
-    def __init__(self, folder: str, layer: int, dataset: Dataset) -> None:
-        export = read_trained(folder)
-        check_features(export, dataset)
-        self.encoder = ConformerEncoder(from_dict(EncoderSettings, export.config.get("encoder", {}))).eval()
-        weights = {
-            name.removeprefix("encoder."): tensor
-            for name, tensor in export.tensors.items()
-            if name.startswith("encoder.")
-        }
-        try:
-            self.encoder.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"{folder}: the encoder does not fit its settings: {error}") from error
-        count = len(self.encoder.blocks)
-        if not -count <= layer <= count:
-            raise UserError(f"layer is {layer}, but the encoder of {folder} has {count} blocks: give 0 to {count}")
-        number = layer if layer >= 0 else count + 1 + layer
-        self.module = self.encoder.subsampling if number == 0 else self.encoder.blocks[number - 1]
-        self.dataset = dataset
-        self.normalisation = export.config.get("normalisation", "recording")
+    def __init__(self, settings: gauge_targets.TargetSettings, dataset: Dataset) -> None:
+        settings = settings.with_defaults()
+        assert settings.kind in ("clusters", "ctc_labels")
+        targets = objective.TargetSettings(
+            source="teacher",
+            export=settings.export,
+            kind=settings.kind,
+            blank=settings.blank,
+            layer=settings.layer,
+            clusters=settings.clusters or 1,
+            seed=settings.seed or 0,
+        )
+        export = read_trained(settings.export)
+        normalisation = export.config.get("normalisation", "recording")
+        self.teacher = read_teacher(targets, export, dataset, normalisation, World())
+        self.seed = targets.seed
+        self.read: Reader = lambda piece: read_log_mel(dataset, piece, normalisation)
+
+    def estimate(self, pieces: Sequence[Piece]) -> None:
+        """Estimate the clusters, if the codes are clusters. Raises UserError with too few frames."""
+        if self.teacher.head is None:
+            rows = [batch for _, batch in rows_of_pieces(self.read, pieces, self._multiple)]
+            self.teacher.estimate(rows, self.seed, World())
 
     def __call__(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], int]:
-        """Hidden states `[T, D]` of every piece, and mel frames per hidden frame."""
-
-        def outputs(rows: Tensor, segments: Segments) -> Tensor:
-            kept: list[Tensor] = []
-            hook = self.module.register_forward_hook(lambda module, args, output: kept.append(output))
-            try:
-                self.encoder(rows, self.encoder.layout(segments))
-            finally:
-                hook.remove()
-            return kept[0]
-
+        """Codes of every piece, int64 `[T]`, and mel frames per code."""
         return run_pieces(
-            outputs,
-            lambda piece: read_log_mel(self.dataset, piece, self.normalisation),
-            pieces,
-            self.encoder.settings.row_multiple,
+            lambda rows, segments: self.teacher(rows, segments).view(len(rows), -1), self.read, pieces, self._multiple
         )
+
+    @property
+    def _multiple(self) -> int:
+        return self.teacher.encoder.settings.row_multiple
 
 
 class CTCOutputs:
@@ -113,9 +104,8 @@ class CTCOutputs:
     """
 
     def __init__(self, folder: str, dataset: Dataset) -> None:
-        export = read_export(folder)
-        self.recogniser = load_recogniser(export)
-        check_features(export, dataset)
+        self.recogniser = load_recogniser(read_export(folder))
+        check_features(self.recogniser.features, dataset)
         self.log_probs = ctc_outputs(self.recogniser, folder)
         self.dataset = dataset
 

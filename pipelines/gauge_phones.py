@@ -14,8 +14,10 @@ from torchaudio.functional import forced_align
 
 from bestrq.decoding.tokens import BLANK
 from bestrq.pretraining.gauge import silent_frames
-from bestrq.pretraining.gauge_targets import cepstra, fill_blanks
+from bestrq.pretraining.gauge_targets import cepstra
+from bestrq.pretraining.teacher import nearest_label
 from common.errors import UserError
+from common.segments import Segments
 from common.text import label_text
 from data.audio.reading import resample
 from data.corpora.espeak import Phone
@@ -180,7 +182,9 @@ def _align(dataset: Dataset, piece: Piece, log_probs: Tensor, model: CTCOutputs,
         return None
     names = model.tokenizer.pieces
     separators = torch.tensor([k for k, name in enumerate(names) if not name.strip(" \u2581")], dtype=torch.int64)
-    path = fill_blanks(torch.where(torch.isin(path, separators), BLANK, path))
+    path = torch.where(torch.isin(path, separators), BLANK, path)
+    whole = Segments(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[len(path)]]), len(path))
+    path = path[nearest_label(path[None], whole, 1)[0]]
     energy = frame_energy(dataset, piece)[: len(path) * stride].reshape(len(path), stride).mean(axis=1)
     hop = dataset.features.hop_ms / 1000
     symbols = [names[label] if label != BLANK else "" for label in path.tolist()]

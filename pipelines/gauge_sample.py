@@ -1,6 +1,6 @@
 """Pieces of recordings for the gauge: choice, features, labels per target frame."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bestrq.pretraining.gauge import UNKNOWN, FrameLabels, Ints, silent_frames
+from bestrq.pretraining.quantizer import stack_frames
 from common.errors import UserError
 from common.hashing import hash_share
 from data.corpora.espeak import Phone
@@ -108,7 +109,7 @@ def read_log_mel(dataset: Dataset, piece: Piece, normalisation: Literal["recordi
 def mel_stacks(log_mel: Tensor, stride: int) -> Tensor:
     """Stacks `[F // stride, stride * M]` of features `[F, M]`; an incomplete last stack is dropped."""
     count = len(log_mel) // stride
-    return log_mel[: count * stride].reshape(count, stride * log_mel.shape[1])
+    return stack_frames(log_mel[None, : count * stride], stride)[0]
 
 
 def frame_energy(dataset: Dataset, piece: Piece) -> NDArray[np.float64]:
@@ -181,16 +182,3 @@ def _recording_label(
     names, codes = dataset.labels(name)
     values = np.array([codes[piece.recording] if names[codes[piece.recording]] else UNKNOWN for piece in pieces])
     return np.repeat(values.astype(np.int64), counts) if (values != UNKNOWN).any() else None
-
-
-def batches(pieces: Sequence[Piece], max_frames: int = 24_000) -> Iterator[list[int]]:
-    """Places of pieces of similar length, in groups of at most `max_frames` mel frames with padding, or one piece."""
-    group: list[int] = []
-    for place in sorted(range(len(pieces)), key=lambda k: pieces[k].stop - pieces[k].start):
-        frames = pieces[place].stop - pieces[place].start
-        if group and (len(group) + 1) * frames > max_frames:
-            yield group
-            group = []
-        group.append(place)
-    if group:
-        yield group

@@ -7,7 +7,7 @@ probe look perfect.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from data.tokenizer import CharTokenizer
 EVALUATION_SHARE = 0.2
 """share of the texts for the evaluation, if no split is given for it"""
 MIN_SECONDS = 0.5
+PhoneSource = Literal["exact", "words", "synthesis"]
+PHONE_SOURCES: tuple[PhoneSource, ...] = get_args(PhoneSource)
 Times = list[tuple[str, float, float]]
 """symbol, start and end in seconds"""
 
@@ -51,8 +53,9 @@ class ProbeDataSettings:
     max_classes: PositiveInt = 20
     """speakers and languages: those with the most recordings"""
     phones: str = ""
-    """file with JSON lines {"id": ..., "phones": [[symbol, start, end], ...]}, in seconds, for the phone probe and ABX;
-    empty takes the words of the dataset, whose letters have equal shares of their word's time"""
+    """for the phone probe and ABX: 'exact', 'words' or 'synthesis', sources of the phones of tools/gauge.py, or a file
+    with JSON lines {"id": ..., "phones": [[symbol, start, end], ...]}, in seconds; empty takes the words of the
+    dataset, whose letters have equal shares of their word's time"""
     seed: int = 0
     """seed of the choice of recordings"""
 
@@ -194,10 +197,12 @@ def select_classes(
 def read_times(dataset: Dataset, settings: ProbeDataSettings, recordings: Sequence[int]) -> list[Times]:
     """Phones, or else letters, of the recordings with their times; an empty list for a recording without times.
 
-    Raises UserError if the file of phones cannot be read.
+    Raises UserError if the file of phones cannot be read, or their source does not fit the dataset.
     """
     if not settings.phones:
         return [letters(dataset, recording) for recording in recordings]
+    if settings.phones in PHONE_SOURCES:
+        return _spoken_phones(dataset, settings.phones, recordings)
     try:
         rows = {row["id"]: row["phones"] for row in read_json_lines(Path(settings.phones))}
         return [
@@ -209,6 +214,17 @@ def read_times(dataset: Dataset, settings: ProbeDataSettings, recordings: Sequen
             f'phones = {settings.phones}: cannot be read ({error!r}); give lines {{"id": ..., "phones": [[symbol, '
             "start, end], ...]}"
         ) from error
+
+
+def _spoken_phones(dataset: Dataset, source: PhoneSource, recordings: Sequence[int]) -> list[Times]:
+    """Phones of the gauge, without pauses and unknown phones."""
+    from data.corpora.phones import UNKNOWN_PHONE
+    from pipelines.gauge_phones import PhoneSettings, find_phones
+    from pipelines.gauge_sample import Piece
+
+    pieces = [Piece(recording, 0, int(dataset.frames[recording])) for recording in recordings]
+    found, _ = find_phones(dataset, pieces, PhoneSettings(source))
+    return [[phone for phone in phones or [] if phone.symbol not in ("", UNKNOWN_PHONE)] for phones in found or []]
 
 
 def read_words(dataset: Dataset, recordings: Sequence[int]) -> list[Times]:

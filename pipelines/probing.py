@@ -26,7 +26,7 @@ from common.files import hash_of_file, read_json_object, write_json
 from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset, Normalisation
 from pipelines.pretrained import read_pretrained_encoder
-from pipelines.probe_data import ProbeDataSettings
+from pipelines.probe_data import PHONE_SOURCES, ProbeDataSettings
 from pipelines.probe_layers import (
     LogMel,
     Material,
@@ -162,7 +162,7 @@ def _key(source: Source, dataset: Dataset, material: Material, data: ProbeDataSe
     values = to_dict(data) | {"dataset": dataset.fingerprint}
     # The recordings also depend on the largest stride of all sources.
     values["recordings"] = [material.labelled, len(material.ctc.train.recordings)]
-    if data.phones:
+    if data.phones and data.phones not in PHONE_SOURCES:
         values["phones"] = hash_of_file(data.phones)
     content = json.dumps([FORMAT, source.fingerprint, values, to_dict(ctc)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import hash_of_file
 from common.segments import Segments
 from data.features import FeatureSettings, difference
-from data.format.dataset import Dataset
+from data.format.dataset import Dataset, Normalisation
 from data.loading.heldout import HeldoutSettings, heldout_batches
 from data.loading.loader import LoaderSettings
 
@@ -29,14 +29,9 @@ def open_teacher(
     Raises UserError if it does not fit the student's rows, the features or `targets`.
     """
     export = read_trained(targets.export)
+    teacher = read_teacher(targets, export, dataset, data.normalisation, world)
+    settings = teacher.encoder.settings
     place = f"targets.export {targets.export}"
-    differing = difference(dataset.features, FeatureSettings.from_dict(export.config.get("features", {})))
-    stored = export.config.get("normalisation")
-    if stored != data.normalisation:
-        differing.append(f"data.normalisation: {data.normalisation!r} != {stored!r}")
-    if differing:
-        raise UserError(f"{place} does not fit the dataset and settings (this run != the export): {differing}")
-    settings = replace(from_dict(EncoderSettings, export.config.get("encoder", {})), activation_checkpointing="none")
     if settings.stride != student.stride:
         raise UserError(
             f"{place} has a stride of {settings.stride} mel frames, the encoder of this run {student.stride}: a target "
@@ -48,6 +43,24 @@ def open_teacher(
             f"{settings.subsampling_factor // 2}; the rows of this encoder have {student.row_multiple} and "
             f"{student.row_gap}: change encoder.subsampling or group_size, or give another teacher"
         )
+    return teacher
+
+
+def read_teacher(
+    targets: TargetSettings, export: Export, dataset: Dataset, normalisation: Normalisation, world: World
+) -> Teacher:
+    """Teacher of an export, on the device, without clusters. The global random state is unchanged.
+
+    Raises UserError if it does not fit the features, their normalisation or `targets`.
+    """
+    place = f"targets.export {targets.export}"
+    differing = difference(dataset.features, FeatureSettings.from_dict(export.config.get("features", {})))
+    stored = export.config.get("normalisation")
+    if stored != normalisation:
+        differing.append(f"data.normalisation: {normalisation!r} != {stored!r}")
+    if differing:
+        raise UserError(f"{place} does not fit the dataset and settings (this run != the export): {differing}")
+    settings = replace(from_dict(EncoderSettings, export.config.get("encoder", {})), activation_checkpointing="none")
     with torch.random.fork_rng(devices=[]):
         encoder = ConformerEncoder(settings)
     tensors = {
@@ -71,6 +84,7 @@ def open_teacher(
         head=(weight, bias),
         soft=targets.kind == "ctc_posteriors",
         fill=targets.blank == "fill",
+        exclude_blank=targets.blank == "without",
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.gauge --data.dataset datasets/speech --out results/targets
     python -m tools.gauge datasets/speech --targets random pca refined,codebook_size=2048 mfcc \\
-        layer,export=runs/pretrain/export,layer=4 ctc,export=runs/ctc/export
+        clusters,export=runs/pretrain/export,layer=4 ctc_labels,export=runs/ctc/export
 
 A target is written KIND or KIND,field=value,...; the kinds and fields are those of `TargetSettings`
 (docs/targets.md). Clusters and projections are fitted on the train split and judged on the dev split. Phones are exact
@@ -25,14 +25,14 @@ from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 
 from bestrq.pretraining.gauge import FrameLabels, Ints, judge
-from bestrq.pretraining.gauge_targets import CodeFunction, TargetSettings, cepstra, fill_blanks, fit
+from bestrq.pretraining.gauge_targets import TargetSettings, cepstra, fit
 from bestrq.report.gauge_charts import Example
 from bestrq.report.gauge_page import JudgedCodes, gauge_table, write_gauge
 from common.config import from_dict, parse, run_main, to_dict
 from common.errors import UserError
 from data.corpora.espeak import Phone
 from data.format.dataset import Dataset, open_dataset
-from pipelines.gauge_exports import CTCOutputs, LayerOutputs
+from pipelines.gauge_exports import TeacherCodes
 from pipelines.gauge_phones import PhoneSettings, find_phones
 from pipelines.gauge_sample import (
     Piece,
@@ -97,14 +97,13 @@ def read_targets(texts: Sequence[str]) -> dict[str, TargetSettings]:
 
 
 def check_sizes(targets: Mapping[str, TargetSettings], fitting: Sequence[Piece], stride: int) -> None:
-    """Raise UserError if a target has more codes than frames to fit them; `fit` checks the layers of exports."""
+    """Raise UserError if a target has more codes than frames to fit them; `Teacher` checks its own frames."""
     frames = sum((piece.stop - piece.start) // stride for piece in fitting)
     for name, settings in targets.items():
-        size = settings.with_size().codebook_size
-        if settings.kind in ("refined", "kmeans", "mfcc") and size > frames:
+        if settings.num_fitted > frames and not settings.export:
             raise UserError(
-                f"targets: {name!r} has {size} codes, but is fitted on {frames} frames: give fewer codes or more "
-                "data.fit_minutes"
+                f"targets: {name!r} has {settings.num_fitted} codes, but is fitted on {frames} frames: give fewer "
+                "codes or more data.fit_minutes"
             )
 
 
@@ -132,42 +131,19 @@ def mel_rows(dataset: Dataset, pieces: Sequence[Piece], settings: TargetSettings
     return torch.cat(rows)
 
 
-Model = LayerOutputs | CTCOutputs | None
-
-
-def load_model(settings: TargetSettings, dataset: Dataset) -> Model:
-    """Model of a target, None if it has none. Raises UserError if the export does not fit."""
-    if settings.kind == "ctc":
-        return CTCOutputs(settings.export, dataset)
-    return LayerOutputs(settings.export, settings.layer, dataset) if settings.kind == "layer" else None
-
-
 def compute_codes(
-    settings: TargetSettings, model: Model, dataset: Dataset, data: SampleSettings, fitting: Sequence[Piece],
-    sample: Sequence[Piece],
+    settings: TargetSettings, teacher: TeacherCodes | None, dataset: Dataset, data: SampleSettings,
+    fitting: Sequence[Piece], sample: Sequence[Piece],
 ) -> Codes:  # fmt: skip
-    """Fit a target on some pieces and return its codes on others."""
-    if isinstance(model, CTCOutputs):
-        return ctc_codes(settings, model, sample)
-    if isinstance(model, LayerOutputs):
-        fit_rows = torch.cat(model(fitting)[0])
-        hidden, stride = model(sample)
-        rows = torch.cat(hidden)
-    else:
-        fit_rows, stride = mel_rows(dataset, fitting, settings, data), data.stride
-        rows = mel_rows(dataset, sample, settings, data)
-    function: CodeFunction = fit(settings, fit_rows)
-    return Codes(function(rows).numpy(), settings.with_size().codebook_size, stride)
-
-
-def ctc_codes(settings: TargetSettings, outputs: CTCOutputs, sample: Sequence[Piece]) -> Codes:
-    """Most probable label of every frame, with blanks as in `settings.blank`."""
-    log_probs, stride = outputs(sample)
-    labels = []
-    for piece in log_probs:
-        best = (piece[:, 1:].argmax(dim=1) + 1) if settings.blank == "without" else piece.argmax(dim=1)
-        labels.append(fill_blanks(best) if settings.blank == "nearest" else best)
-    return Codes(torch.cat(labels)[:, None].numpy(), outputs.tokenizer.vocab_size, stride)
+    """Fit a target on some pieces and return its codes on others. teacher: that of a target with an export."""
+    if teacher:
+        teacher.estimate(fitting)
+        codes, stride = teacher(sample)
+        return Codes(torch.cat(codes)[:, None].numpy(), teacher.teacher.classes, stride)
+    function = fit(settings, mel_rows(dataset, fitting, settings, data))
+    full = settings.with_defaults()
+    values = function(mel_rows(dataset, sample, settings, data)).numpy()
+    return Codes(values, full.clusters or full.codebook_size, data.stride)
 
 
 def make_example(
@@ -202,7 +178,7 @@ def gauge(config: Config) -> dict[str, Any]:
     dataset = open_dataset(config.data.dataset)
     sample, fitting = draw_samples(dataset, config.data, config.seed)
     # Errors in targets are raised here, before any work.
-    models = {name: load_model(settings, dataset) for name, settings in targets.items()}
+    teachers = {name: TeacherCodes(settings, dataset) for name, settings in targets.items() if settings.export}
     check_sizes(targets, fitting, config.data.stride)
     phones, origin = find_phones(dataset, sample, config.phones)
     print(f"phones: {origin}; {time.perf_counter() - started:.0f} s", flush=True)
@@ -211,12 +187,17 @@ def gauge(config: Config) -> dict[str, Any]:
     codes: dict[str, Codes] = {}
     for name, settings in targets.items():
         begun = time.perf_counter()
-        found = codes[name] = compute_codes(settings, models[name], dataset, config.data, fitting, sample)
+        found = codes[name] = compute_codes(settings, teachers.get(name), dataset, config.data, fitting, sample)
         if found.stride not in labels:
             labels[found.stride] = frame_labels(dataset, sample, phones, found.stride)
         row = judge(found.values, found.num_codes, labels[found.stride][0])
         seconds = time.perf_counter() - begun
-        figures[name] = {"settings": to_dict(settings), "stride": found.stride, "seconds": seconds, **row}
+        figures[name] = {
+            "settings": to_dict(settings.with_defaults()),
+            "stride": found.stride,
+            "seconds": seconds,
+            **row,
+        }
         print(f"{name}: {seconds:.0f} s", flush=True)
     results = {
         "dataset": {

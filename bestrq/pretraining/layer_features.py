@@ -81,7 +81,7 @@ def encode_layers(
     strides = layer_strides(encoder)
     parts: list[list[Tensor]] = [[torch.empty(0)] * len(log_mel) for _ in strides]
     done = 0
-    for numbers in _batches([len(frames) for frames in log_mel]):
+    for numbers in similar_lengths([len(frames) for frames in log_mel]):
         outputs = _layer_outputs(encoder, [log_mel[number] for number in numbers])
         for stride, output, layer in zip(strides, outputs, parts, strict=True):
             output = output.float().clamp(-65504, 65504).half().cpu()
@@ -93,7 +93,7 @@ def encode_layers(
     return [Frames.of(layer, stride) for layer, stride in zip(parts, strides, strict=True)]
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+def similar_lengths(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Numbers of the recordings of every batch: similar lengths, at most `BATCH_FRAMES` frames with padding."""
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
@@ -105,19 +105,24 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _layer_outputs(encoder: ConformerEncoder, log_mel: Sequence[Tensor]) -> list[Tensor]:
-    """Output `[N, T, D]` of the subsampling and of every block, for one batch with one recording per row."""
-    device = next(encoder.parameters()).device
+def pad_rows(log_mel: Sequence[Tensor], multiple: int) -> tuple[Tensor, Segments]:
+    """Recordings `[F, M]` as rows of one segment, float32 `[N, longest F, M]`, padded to a multiple of mel frames."""
     lengths = torch.tensor([[len(frames)] for frames in log_mel])
-    multiple = encoder.settings.row_multiple
     rows = torch.zeros(len(log_mel), -(-int(lengths.max()) // multiple) * multiple, log_mel[0].shape[1])
     for row, frames in zip(rows, log_mel, strict=True):
         row[: len(frames)] = frames
+    return rows, Segments(torch.zeros_like(lengths), lengths, rows.shape[1])
+
+
+def _layer_outputs(encoder: ConformerEncoder, log_mel: Sequence[Tensor]) -> list[Tensor]:
+    """Output `[N, T, D]` of the subsampling and of every block, for one batch with one recording per row."""
+    device = next(encoder.parameters()).device
+    rows, segments = pad_rows(log_mel, encoder.settings.row_multiple)
     outputs: list[Tensor] = []
     modules = [encoder.subsampling, *encoder.blocks]
     hooks = [module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules]
     try:
-        encoder(rows.to(device), encoder.layout(Segments(torch.zeros_like(lengths), lengths, rows.shape[1])))
+        encoder(rows.to(device), encoder.layout(segments))
     finally:
         for hook in hooks:
             hook.remove()

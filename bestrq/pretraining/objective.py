@@ -35,8 +35,9 @@ class TargetSettings:
     kind: Literal["clusters", "ctc_labels", "ctc_posteriors"] = "clusters"
     """teacher: 'clusters': k-means clusters of the outputs of a block (HuBERT, arXiv 2106.07447, section 3);
     'ctc_labels': most probable labels of its CTC head; 'ctc_posteriors': its distributions (Kullback-Leibler loss)"""
-    blank: Literal["fill", "keep"] = "fill"
-    """CTC kinds: 'fill' gives frames of the blank the target of the nearest frame with a label in the segment"""
+    blank: Literal["fill", "keep", "without"] = "fill"
+    """CTC kinds: 'fill' gives frames of the blank the target of the nearest frame with a label in the segment;
+    'without' sets the probability of the blank to 0"""
     layer: NonNegativeInt = 0
     """kind 'clusters': block, from 1, whose outputs are clustered; 0: at two thirds of the depth"""
     clusters: PositiveInt = 500

@@ -42,6 +42,8 @@ class Teacher:
     """CTC: distributions instead of labels"""
     fill: bool = True
     """CTC: frames of the blank get the target of the nearest frame with a label"""
+    exclude_blank: bool = False
+    """CTC: the blank has no probability, so that every frame has a label"""
     mean: Tensor | None = None
     """clusters: mean of the outputs, float32 [D]"""
     inverse_std: Tensor | None = None
@@ -60,7 +62,10 @@ class Teacher:
             assert self.mean is not None and self.inverse_std is not None and self.centroids is not None
             return nearest_cluster((hidden.flatten(0, 1) - self.mean) * self.inverse_std, self.centroids)
         with torch.autocast(hidden.device.type, enabled=False):
-            probabilities = F.linear(hidden, *self.head).softmax(dim=-1)
+            logits = F.linear(hidden, *self.head)
+            if self.exclude_blank:
+                logits[..., 0] = -torch.inf
+            probabilities = logits.softmax(dim=-1)
         labels = probabilities.argmax(dim=-1)
         if self.fill:
             nearest = nearest_label(labels, segments, self.encoder.settings.stride)

@@ -98,6 +98,17 @@ def test_with_fill_no_frame_of_a_segment_with_labels_keeps_the_blank() -> None:
     assert torch.equal(soft_filled.argmax(dim=1)[1:12], filled[1:12])
 
 
+def test_without_the_blank_every_frame_has_its_most_probable_label() -> None:
+    rows = row(96, [(1, 4), (2, 52), (0, 72)])
+    kept, soft = make_teacher("hard", fill=False), make_teacher("soft", fill=False)
+    distributions = soft(*rows)
+    kept.exclude_blank = soft.exclude_blank = True
+    assert torch.equal(kept(*rows), distributions[:, 1:].argmax(dim=1) + 1)
+    expected = distributions[:, 1:] / distributions[:, 1:].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(soft(*rows)[:, 1:], expected)
+    assert not soft(*rows)[:, 0].any()
+
+
 def blobs(per_cluster: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     centres = 10 * torch.randn(CLASSES, 16, generator=generator)

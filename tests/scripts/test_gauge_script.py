@@ -1,6 +1,7 @@
 """tools/gauge.py and tools/gauge_correlation.py on small datasets and exports."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,15 +12,19 @@ import torch
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.gauge import UNKNOWN
+from bestrq.pretraining.gauge_targets import TargetSettings
+from bestrq.pretraining.layer_features import pad_rows
+from bestrq.pretraining.objective import MaskedRows, mask_rows
+from bestrq.pretraining.quantizer import RandomProjectionQuantizer
 from bestrq.training.export import write_export
-from common.config import to_dict
+from bestrq.training.process import World
+from common.config import parse, to_dict
 from common.errors import UserError
-from common.segments import Segments
 from common.text import label_text
 from data.corpora.espeak import Phone
 from data.format.dataset import Dataset, open_dataset
 from data.tokenizer import CharTokenizer
-from pipelines.gauge_exports import CTCOutputs, LayerOutputs
+from pipelines.gauge_exports import CTCOutputs, TeacherCodes
 from pipelines.gauge_phones import PhoneSettings, _align, find_phones, intervals, warp
 from pipelines.gauge_sample import (
     Piece,
@@ -30,6 +35,9 @@ from pipelines.gauge_sample import (
     phone_ids,
     read_log_mel,
 )
+from pipelines.pretraining import Config as PretrainConfig
+from pipelines.pretraining import make_adaptation, open_teacher
+from pipelines.probe_data import ProbeDataSettings, read_times
 from tests.scripts.test_evaluate import make_export
 from tests.tiny import make_dataset
 from tools import gauge, gauge_correlation
@@ -196,6 +204,9 @@ def test_phones_of_synthetic_speech_are_found_by_dynamic_time_warping(tmp_path: 
     pieces = whole(dataset, *range(3))
     exact, origin = find_phones(dataset, pieces, PhoneSettings())
     assert origin.startswith("exact")
+    times = read_times(dataset, ProbeDataSettings(phones="exact"), range(3))
+    assert exact is not None and times == [[p for p in phones or [] if p.symbol not in ("", "?")] for phones in exact]
+    assert times != read_times(dataset, ProbeDataSettings(), range(3)) and all(times)
     warped, _ = find_phones(dataset, pieces, PhoneSettings("synthesis"))
     assert exact is not None and warped is not None
     names: dict[str, int] = {"": 0}
@@ -221,46 +232,83 @@ def test_phone_settings_that_do_not_fit_are_errors(settings: dict[str, Any], mes
 # ---- exports
 
 
-def test_layers_equal_a_forward_pass_of_each_recording_alone(dataset: Dataset, pretrained: Path) -> None:
-    encoder = LayerOutputs(str(pretrained), -1, dataset).encoder
-    pieces = whole(dataset, 5, 1, 2)
-    for layer, same in ((-1, 3), (0, 0), (2, 2)):
-        outputs, stride = LayerOutputs(str(pretrained), layer, dataset)(pieces)
-        assert stride == 4
-        for piece, output in zip(pieces, outputs, strict=True):
-            mel = read_log_mel(dataset, piece, "recording")
-            rows = torch.zeros(1, -(-len(mel) // 4) * 4, 80)
-            rows[0, : len(mel)] = mel
-            length = torch.tensor([[len(mel)]])
-            layout = encoder.layout(Segments(torch.zeros_like(length), length, rows.shape[1]))
-            with torch.no_grad():
-                x = encoder.subsampling(rows, layout)
-                for block in list(encoder.blocks)[:same]:
-                    x = block(x, layout.stages[0])
-            torch.testing.assert_close(output, x[0, : len(mel) // 4], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("spec, options", [
+    ("random,codebook_size=64,num_codebooks=2", ["--quantizer.codebook_size=64", "--quantizer.num_codebooks=2"]),
+    ("pca,codebook_size=64,whitening=0.5,seed=3",
+     ["--quantizer.codebook_size=64", "--quantizer.whitening=0.5", "--quantizer.seed=3", "--quantizer.pca_steps=1"]),
+    ("refined,codebook_size=32,refinements=2", ["--quantizer.codebook_size=32", "--quantizer.pca_steps=1",
+     "--quantizer.refine_steps=[2,3]", "--quantizer.refine_window=1"]),
+    ("refined,codebook_size=32,refinements=2,projection=random",
+     ["--quantizer.codebook_size=32", "--quantizer.refine_steps=[1,2]", "--quantizer.refine_window=1"]),
+])  # fmt: skip
+def test_codes_are_those_of_the_quantizer_of_pretraining(spec: str, options: list[str], dataset: Dataset) -> None:
+    """The reference is the code of the training loop, every step with all frames of the fitting pieces as targets."""
+    fitting, sample = whole(dataset, *range(20)), whole(dataset, *range(20, 30))
+    data = SampleSettings(dataset="x")
+    (settings,) = gauge.read_targets([spec]).values()
+    found = gauge.compute_codes(settings, None, dataset, data, fitting, sample)
+
+    config = parse(PretrainConfig, [f"--data.dataset={dataset.location}", "--run.folder=unused", *options])
+    quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
+    adaptation = make_adaptation(config, quantizer)
+
+    def rows_of(pieces: list[Piece]) -> MaskedRows:
+        rows, segments = pad_rows([read_log_mel(dataset, piece, "recording") for piece in pieces], 4)
+        mask = torch.ones(rows.shape[:2], dtype=torch.bool)
+        segments = replace(segments, seed=torch.zeros_like(segments.start))
+        return mask_rows(rows, mask, segments, quantizer, 4, noise_std=0.1)
+
+    for step in range(1, 4):
+        if adaptation:
+            rows = rows_of(fitting)
+            adaptation.observe(step, rows.stacks, rows.targets)
+            adaptation.update(step, World())
+    expected = rows_of(sample).targets.numpy()
+    np.testing.assert_array_equal(found.values, expected)
+    assert found.num_codes == config.quantizer.codebook_size and len(np.unique(expected)) > 10
+
+
+@pytest.mark.parametrize("spec, options", [
+    ("clusters,layer=2,clusters=20", ["--targets.kind=clusters", "--targets.layer=2", "--targets.clusters=20"]),
+    ("clusters,clusters=20,seed=6", ["--targets.kind=clusters", "--targets.clusters=20", "--targets.seed=6"]),
+    ("ctc_labels", ["--targets.kind=ctc_labels"]),
+    ("ctc_labels,blank=keep", ["--targets.kind=ctc_labels", "--targets.blank=keep"]),
+    ("ctc_labels,blank=without", ["--targets.kind=ctc_labels", "--targets.blank=without"]),
+])  # fmt: skip
+def test_codes_are_those_of_the_teacher_of_pretraining(
+    spec: str, options: list[str], dataset: Dataset, pretrained: Path, tmp_path: Path
+) -> None:
+    fitting, sample = whole(dataset, *range(20)), whole(dataset, *range(20, 30))
+    export = make_export(tmp_path / "ctc", dataset.features) if spec.startswith("ctc") else pretrained
+    (settings,) = gauge.read_targets([f"{spec},export={export}"]).values()
+    data = SampleSettings(dataset="x")
+    found = gauge.compute_codes(settings, TeacherCodes(settings, dataset), dataset, data, fitting, sample)
+
+    required = [f"--data.dataset={dataset.location}", "--run.folder=unused", "--targets.source=teacher"]
+    config = parse(PretrainConfig, [*required, f"--targets.export={export}", *options])
+    teacher = open_teacher(config, dataset, World())
+    assert teacher is not None
+    if config.targets.kind == "clusters":
+        longest_first = sorted(fitting, key=lambda piece: -piece.stop)  # the order of the frames determines the start
+        rows = [pad_rows([read_log_mel(dataset, piece, "recording") for piece in longest_first], 4)]
+        teacher.estimate(rows, config.targets.seed, World())
+    expected = np.concatenate([
+        teacher(*pad_rows([read_log_mel(dataset, piece, "recording")], 4))[: (piece.stop - piece.start) // 4].numpy()
+        for piece in sample
+    ])  # fmt: skip
+    # Rows of another shape differ in rounding.
+    assert len(found.values) == len(expected) and (found.values[:, 0] == expected).mean() > 0.998
+    assert found.num_codes == teacher.classes and len(np.unique(expected)) > 2
 
 
 def test_missing_layers_and_other_features_are_errors(dataset: Dataset, pretrained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="layer is 4, but the encoder of .* has 3 blocks: give 0 to 3"):
-        LayerOutputs(str(pretrained), 4, dataset)
+    with pytest.raises(UserError, match="targets.layer is 4: the blocks .* are 1 to 3"):
+        TeacherCodes(TargetSettings(kind="clusters", export=str(pretrained), layer=4), dataset)
+    with pytest.raises(UserError, match="has no CTC head"):
+        TeacherCodes(TargetSettings(kind="ctc_labels", export=str(pretrained)), dataset)
     other = open_dataset(make_dataset(tmp_path / "other", recordings=10, high_hz=4000.0))
     with pytest.raises(UserError, match="high_hz"):
-        LayerOutputs(str(pretrained), 1, other)
-
-
-def test_ctc_targets_are_the_most_probable_labels(dataset: Dataset, tmp_path: Path) -> None:
-    export = make_export(tmp_path / "ctc", dataset.features)
-    outputs = CTCOutputs(str(export), dataset)
-    pieces = whole(dataset, 1, 2)
-    log_probs = torch.cat(outputs(pieces)[0])
-    codes = {}
-    for blank in ("keep", "without", "nearest"):
-        (settings,) = gauge.read_targets([f"ctc,export={export},blank={blank}"]).values()
-        codes[blank] = gauge.ctc_codes(settings, outputs, pieces).values[:, 0]
-    assert codes["keep"].tolist() == log_probs.argmax(dim=1).tolist()
-    assert codes["without"].min() > 0
-    assert (codes["without"] == codes["keep"])[codes["keep"] > 0].all()
-    assert (codes["nearest"] == codes["keep"])[codes["keep"] > 0].all()
+        TeacherCodes(TargetSettings(kind="clusters", export=str(pretrained)), other)
 
 
 # ---- command
@@ -272,9 +320,9 @@ def test_one_command_compares_all_kinds_and_writes_the_report(
     ctc = make_export(tmp_path / "ctc", dataset.features)
     gauge.main([
         dataset.location, "--data.split=", "--data.minutes=1", "--data.fit_minutes=1", f"--out={tmp_path / 'out'}",
-        "--targets", "random,codebook_size=64,num_codebooks=2,name=random 2", "pca,codebook_size=64,whiten=0.5",
-        "refined,codebook_size=32,name=refined", "kmeans,codebook_size=32", "mfcc,codebook_size=20",
-        f"layer,export={pretrained},layer=2,codebook_size=20,name=layer 2", f"ctc,export={ctc},name=ctc",
+        "--targets", "random,codebook_size=64,num_codebooks=2,name=random 2", "pca,codebook_size=64,whitening=0.5",
+        "refined,codebook_size=32,name=refined", "kmeans,clusters=32", "mfcc,clusters=20",
+        f"clusters,export={pretrained},layer=2,clusters=20,name=layer 2", f"ctc_labels,export={ctc},name=ctc",
     ])  # fmt: skip
     results = json.loads((tmp_path / "out/gauge.json").read_text())
     names = list(results["targets"])
@@ -282,7 +330,7 @@ def test_one_command_compares_all_kinds_and_writes_the_report(
     for name, row in results["targets"].items():
         assert 0 <= row["usage"] <= 1 and row["pnmi"] > row["pnmi_adjusted"] - 1e-9, name
     # The words of this dataset are spectra in noise: clusters find their phones, weights at random find less.
-    assert results["targets"]["kmeans,codebook_size=32"]["pnmi_adjusted_low"] > 0.1
+    assert results["targets"]["kmeans,clusters=32"]["pnmi_adjusted_low"] > 0.1
     page = (tmp_path / "out/gauge.html").read_text()
     assert "http://" not in page and "https://" not in page.replace("http: https: data:", "")
     assert all(name in page for name in ("random 2", "layer 2", "Predicted trouble"))
@@ -294,11 +342,11 @@ def test_one_command_compares_all_kinds_and_writes_the_report(
 
 @pytest.mark.parametrize("texts, message", [
     (["pca", "pca"], "given twice"),
-    (["pca,whiten"], "write KIND,field=value"),
-    (["pca,whiten=2"], "whiten is 2"),
+    (["pca,whitening"], "write KIND,field=value"),
+    (["pca,whitening=2"], "whitening is 2"),
     (["pac"], "expected one of random, pca"),
     (["pca,size=3"], "unknown field"),
-    (["layer"], "lacks its export"),
+    (["clusters"], "lacks its export"),
 ])  # fmt: skip
 def test_wrong_targets_are_quoted(texts: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -310,10 +358,10 @@ def test_targets_that_do_not_fit_are_errors_before_any_work(
 ) -> None:
     monkeypatch.setattr(gauge, "find_phones", lambda *_: pytest.fail("work has started"))
     start = [dataset.location, "--data.split=", "--data.minutes=0.5", "--data.fit_minutes=0.1", "--targets", "random"]
-    with pytest.raises(UserError, match="'mfcc,codebook_size=5000' has 5000 codes, but is fitted on"):
-        gauge.main([*start, "mfcc,codebook_size=5000"])
+    with pytest.raises(UserError, match="'mfcc,clusters=5000' has 5000 codes, but is fitted on"):
+        gauge.main([*start, "mfcc,clusters=5000"])
     with pytest.raises(UserError, match="no export"):
-        gauge.main([*start, f"layer,export={tmp_path / 'missing'}"])
+        gauge.main([*start, f"clusters,export={tmp_path / 'missing'}"])
 
 
 def test_a_missing_dataset_is_an_error() -> None:

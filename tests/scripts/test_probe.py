@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 
 import pretrain
+from bestrq.model.conformer import EncoderSettings
+from bestrq.pretraining.probing import CTCProbeSettings
 from common.config import parse
 from common.errors import UserError
+from data.corpora.espeak import Phone
 from data.features import FeatureSettings
 from data.format.dataset import Dataset, open_dataset
 from data.format.writer import DatasetWriter
 from data.recording import Recording
 from data.transcripts import Word
+from pipelines import gauge_phones
 from pipelines.probe_data import ProbeDataSettings, letters, read_times, select_classes, select_labelled
+from pipelines.probe_layers import read_material
+from pipelines.probing import Source, _key
 from tests.tiny import DATA, ENCODER, RUN, WORDS
 from tools import probe
 
@@ -153,6 +160,25 @@ def test_labels_must_fit_the_frames_of_the_slowest_layer(dataset: Path) -> None:
     assert len(select_labelled(data, ProbeDataSettings(), 4).train.texts) > 50
     with pytest.raises(UserError, match="0 recordings to train"):
         select_labelled(data, ProbeDataSettings(), 16)  # 160 mel frames, 10 encoder frames, 15 characters or more
+
+
+def test_phones_of_espeak_replace_the_letters_of_words(dataset: Path) -> None:
+    data, encoder_stride = open_dataset(dataset), 4
+    settings = ProbeDataSettings(phones="words", language="en")
+    material = read_material(data, settings, encoder_stride)
+    assert all(material.times) and "phone" not in material.skipped
+    symbols = {symbol for times in material.times for symbol, _, _ in times}
+    assert symbols - set("".join(WORDS)) and "" not in symbols
+    source = Source("x", "log-mel", EncoderSettings(), "recording", "", None)
+    keys = {_key(source, data, material, each, CTCProbeSettings()) for each in (settings, replace(settings, phones=""))}
+    assert len(keys) == 2
+
+
+def test_pauses_and_unknown_phones_are_no_phones_of_the_probe(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [[Phone("a", 0.0, 0.1), Phone("", 0.1, 0.2), Phone("?", 0.2, 0.3), Phone("b", 0.3, 0.4)], None]
+    monkeypatch.setattr(gauge_phones, "find_phones", lambda *_: (found, "exact"))
+    times = read_times(open_dataset(dataset), ProbeDataSettings(phones="exact"), [1, 2])
+    assert times == [[("a", 0.0, 0.1), ("b", 0.3, 0.4)], []]
 
 
 def test_phones_come_from_a_file_or_from_the_letters_of_words(dataset: Path, tmp_path: Path) -> None:
