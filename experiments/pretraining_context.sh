@@ -76,6 +76,7 @@ pretrain() { # CONTEXT more arguments
     train "Seed $seed: pretraining on segments of $1 s" pretrain.py --config configs/pretraining-context.yaml \
         --run.folder "$runs/pretrained-$1" --run.steps "$pretraining_steps" "${@:2}"
 }
+# Short segments first: CTC learns to align them sooner.
 finetune() { # NAME more arguments
     train "Seed $seed: fine-tuning, $1" finetune_ctc.py --config configs/pretraining-context-ctc.yaml \
         --run.folder "$runs/$1" --run.steps "$fine_tuning_steps" --finetune.label_minutes "$label_minutes" \

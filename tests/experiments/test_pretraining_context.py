@@ -28,17 +28,17 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def stopped(folder: Path, run: str) -> str:
-    """Start the script, and stop it as by Ctrl-C in the given run. Returns the output."""
+def stopped(folder: Path, file: str) -> str:
+    """Start the script, and stop it when a file of a run exists. Returns the output."""
     process = subprocess.Popen(
         [*COMMAND, "--tiny", "--folder", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
-    while not (folder / run).exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (folder / file).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)  # Ctrl-C is ignored below a background job
     return process.communicate(timeout=PATIENCE)[0]
 
 
