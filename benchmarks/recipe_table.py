@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory_formula as formula
+from benchmarks.machine import print_figures
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.mask_shares import masked_share, target_share
 from bestrq.pretraining.masking import MaskingSettings
@@ -349,6 +350,8 @@ def main() -> None:
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation is {arguments.utilisation}: give a share above 0, at most 1")
     print(tables(arguments.utilisation))
+    flops = {use.recipe: run_flops(use.recipe) for use in USES}
+    print_figures({"utilisation": arguments.utilisation, "flops": flops}, "bfloat16")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ MIN_FEATURE_STD = 0.05
 """features are normalised to 1; below this, they are constant"""
 MIN_ADJACENT_CORRELATION = 0.5
 """of frames 10 ms apart, whose windows overlap: 0.92 on speech (99 % of recordings above 0.83), 0.30 with mel and time
-exchanged (99 % below 0.61), measured on 300 recordings of Debian's voices; a row has several recordings"""
+exchanged (99 % below 0.61), measured on up to 300 recordings of Debian's voices; a row has several recordings"""
 MAX_MASK_SHARE = 0.9
 MAX_LINES_WITHOUT_TARGETS = 3
 """log lines; a single small step may have no masked frame by chance"""
@@ -195,7 +195,7 @@ def probe_alarms(figures: Mapping[str, float], judge: bool) -> Iterator[Alarm]:
         figures: `probe_nats_per_character`, `probe_nats_log_mel`, `probe_nats_random`, `effective_rank`,
             `effective_rank_random`, `frame_correlation`. NaN counts as a failure.
         judge: whether enough steps are done to expect useful features. Before, there is no alarm: while the loss is
-            still on the plateau of the unigram entropy, features of healthy runs have a rank of 2 too.
+            still on the plateau of the unigram entropy, the rank can be 2 too (one run on real speech).
     """
     if not judge:
         return

@@ -31,7 +31,7 @@ def small(name: str) -> table.Recipe:
 
 
 def test_the_page_shows_the_tables_of_the_recipes() -> None:
-    """If this fails, copy the output of `python -m benchmarks.recipe_table` into docs/recipes.md."""
+    """If this fails, copy the tables that `python -m benchmarks.recipe_table` prints into docs/recipes.md."""
     assert table.tables() in (REPOSITORY / "docs/recipes.md").read_text(encoding="utf-8")
 
 

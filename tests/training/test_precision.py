@@ -193,9 +193,7 @@ def test_a_figure_names_processor_precision_and_threads(capsys: pytest.CaptureFi
 
 
 def test_every_benchmark_ends_with_such_a_line() -> None:
-    """All but recipe_table.py, which measures nothing: it prints a part of docs/recipes.md."""
     programs = [path for path in Path("benchmarks").glob("*.py") if "__main__" in path.read_text()]
-    programs.remove(Path("benchmarks/recipe_table.py"))
     assert len(programs) > 10
     assert [path.name for path in programs if "print_figures(" not in path.read_text()] == []
     assert [path.name for path in programs if "print(json.dumps(" in path.read_text()] == []
