@@ -121,7 +121,8 @@ class Plan:
             return name
         needs: list[str] = []
         configs: list[Path] = []
-        values: dict[str, Any] = {"run.folder": self.run(name), "run.steps": self.size.finetuning_steps}
+        steps = max(1, round(stage.steps * self.size.finetuning_steps))
+        values: dict[str, Any] = {"run.folder": self.run(name), "run.steps": steps}
         values |= {**stage.settings, **self.size.settings}
         if stage.speech:
             speech = self.speech()
@@ -150,7 +151,7 @@ class Plan:
             if choice:
                 needs.append(choice)
                 configs.append(self.choice_file(choice))
-        size = float(self.size.finetuning_steps)
+        size = float(steps)
         if stage.equal_cost:
             budget = self.budget()
             needs.append(budget)

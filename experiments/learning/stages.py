@@ -66,6 +66,8 @@ class FineTuning:
     """candidates, the most plausible first: a small size tries fewer of them"""
     tuned_as: str = ""
     """stage whose chosen candidate applies; empty: its own"""
+    steps: float = 1.0
+    """optimizer steps, as a multiple of those of the size"""
     equal_cost: bool = False
     """as many steps as the processor time of the best unlabelled system allows"""
 
@@ -86,6 +88,8 @@ PRETRAINED_GRID: tuple[Settings, ...] = (
     {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1, "finetune.encoder_learning_rate": 1e-3},
 )
 
+STUDENT_STEPS = 2.0
+"""of self-training: pseudo-labels add audio, so that overfitting starts later"""
 PRETRAINING = "bestrq"
 """stage of the shared self-supervised pretraining; --pretrained replaces it"""
 SCRATCH, SCRATCH_LONG, PRETRAINED, SYNTHETIC = "scratch", "scratch-long", "pretrained", "synthetic"
@@ -100,6 +104,7 @@ STAGES: tuple[Stage, ...] = (
         "labels and pseudo-labels of scratch",
         "unlabelled",
         pseudo="scratch-labels",
+        steps=STUDENT_STEPS,
         tuned_as=SCRATCH,
     ),
     PseudoLabels("pretrained-labels", teacher=PRETRAINED),
@@ -109,6 +114,7 @@ STAGES: tuple[Stage, ...] = (
         "unlabelled",
         init=PRETRAINING,
         pseudo="pretrained-labels",
+        steps=STUDENT_STEPS,
         tuned_as=PRETRAINED,
     ),
     Pretraining("guided-encoder", teacher=SCRATCH, steps=0.25),  # a run per cell: the labels of a cell are its own
