@@ -103,9 +103,17 @@ class Synthesizer:
     def __enter__(self) -> Synthesizer:
         import espeakng_loader
 
-        self._library = library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        try:
+            self._start(self._library, espeakng_loader.get_data_path())
+        except BaseException:  # a library that stays loaded keeps its state for all later synthesizers
+            self._unload()
+            raise
+        return self
+
+    def _start(self, library: ctypes.CDLL, data: str) -> None:
         self.sample_rate: int = library.espeak_Initialize(
-            _SYNCHRONOUS, _BUFFER_MS, espeakng_loader.get_data_path().encode(),
+            _SYNCHRONOUS, _BUFFER_MS, data.encode(),
             _PHONEME_EVENTS_IN_IPA if self.with_phones else 0,
         )  # fmt: skip
         if self.sample_rate <= 0:
@@ -123,11 +131,13 @@ class Synthesizer:
             library.espeak_SetParameter(parameter, value, 0)
         library.espeak_ng_SetRandSeed(ctypes.c_long(self._seed))
         _libc().srand(ctypes.c_uint(self._seed))  # the breath noise comes from libc
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._unload()
+
+    def _unload(self) -> None:
         self._library.espeak_Terminate()
         _libc().dlclose(ctypes.c_void_p(self._library._handle))
         del self._library

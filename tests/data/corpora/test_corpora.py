@@ -90,6 +90,17 @@ def test_every_word_of_the_lists_can_be_synthesised_as_one_word(language: str) -
         assert all(voice.phonemes(word) for word in words)
 
 
+def test_an_unknown_voice_leaves_no_state_for_later_voices() -> None:
+    def speak() -> bytes:
+        with Synthesizer("en-us", seed=3) as voice:
+            return voice.speak(["hello", "world"])[0].tobytes()
+
+    before = speak()
+    with pytest.raises(RuntimeError, match="no voice"), Synthesizer("xx-unknown"):
+        pytest.fail("an unknown voice started")
+    assert [speak() for _ in range(3)] == [before] * 3
+
+
 def test_a_word_of_another_language_is_refused() -> None:
     with Synthesizer("fr") as voice, pytest.raises(UnspeakableWord, match="plugline"):
         voice.phonemes("plugline")
