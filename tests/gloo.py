@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,18 @@ from tests.patience import PATIENCE
 from tests.ports import free_port
 
 
+def forkserver() -> ForkServerContext:
+    """Start method whose children come from a process without threads.
+
+    A direct fork of a test process can hang or fail: locks of other threads stay taken in the child, and autograd
+    refuses to run there once it has used threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Preloaded modules are imported once, instead of in every process of every test.
+    context.set_forkserver_preload(["pretrain", "finetune_ctc", "finetune_rnnt", "evaluate", "pytest"])
+    return context
+
+
 def run_distributed(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = PATIENCE
 ) -> list[Any]:
@@ -28,9 +41,7 @@ def run_distributed(
     a process. Raises AssertionError with the tracebacks by rank if a process fails or does not return within `timeout`
     seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    # Preloaded modules are imported once, instead of in every process of every test.
-    context.set_forkserver_preload(["pretrain", "finetune_ctc", "finetune_rnnt", "evaluate", "pytest"])
+    context = forkserver()
     port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):

@@ -27,7 +27,7 @@ from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_le
 from bestrq.training.process import DistributedSettings, World, parallelise
 from common.errors import UserError
 from common.files import crc32_of
-from tests.gloo import run_distributed
+from tests.gloo import forkserver, run_distributed
 
 Parts = tuple[nn.Module, torch.optim.Optimizer]
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "extra.safetensors")
@@ -135,7 +135,7 @@ def test_training_on_from_a_checkpoint_equals_training_through_bit_for_bit(tmp_p
 
 
 def die_at(point: int, folder: Path) -> None:
-    """In a forked child: save step 2 and die at the given write to the folder, counted from 0."""
+    """In a child process: save step 2 and die at the given write to the folder, counted from 0."""
     count = 0
     writing = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
@@ -175,14 +175,10 @@ def test_a_kill_at_any_write_of_a_save_leaves_the_step_before_or_the_whole_new_o
     for point in range(200):
         folder = tmp_path / f"kill-{point}"
         shutil.copytree(tmp_path / "first", folder)
-        child = os.fork()
-        if child == 0:
-            try:
-                die_at(point, folder)
-            finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, 77)
+        child = forkserver().Process(target=die_at, args=(point, folder))
+        child.start()
+        child.join()
+        assert child.exitcode in (0, 77)
         chosen = latest_checkpoint(folder, World())
         assert chosen is not None and verify_checkpoint(chosen) is None
         outcomes.append(chosen.name)
@@ -191,9 +187,9 @@ def test_a_kill_at_any_write_of_a_save_leaves_the_step_before_or_the_whole_new_o
         # The continued run reaches the same step again, and this time gets through.
         again = save(folder, 2, parts)
         assert latest_checkpoint(folder, World()) == again
-        if status == 0:
+        if child.exitcode == 0:
             break
-    assert status == 0 and len(outcomes) > 15
+    assert child.exitcode == 0 and len(outcomes) > 15
     assert outcomes == ["step-00000001"] * (len(outcomes) - 1) + ["step-00000002"]
 
 
