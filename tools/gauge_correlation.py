@@ -2,20 +2,24 @@
 
     python -m tools.gauge_correlation --gauge results/targets/gauge.json --cer cer.json
     python -m tools.gauge_correlation --gauge a/gauge.json b/gauge.json --cer cer.json --figures pnmi_adjusted
+    python -m tools.gauge_correlation --gauge gauge.json --results random=runs/a,runs/b pca=runs/c,runs/d
 
-cer.json is an object {target: CER}, with the names of the targets in gauge.json. Targets without an error rate are left
-out; at least eight are needed. Prints Spearman's rho of every figure with a 95 % bootstrap interval over targets; a
-good figure of information has a rho near -1. An interval that does not contain 0 shows a relation, but many figures are
-tried: choose the figure before the experiment.
+cer.json is an object {target: CER}, with the names of the targets in gauge.json; --results takes the mean CER of
+evaluations, such as one per seed. Targets without an error rate are left out; at least eight are needed. Prints
+Spearman's rho of every figure with a 95 % bootstrap interval over targets; a good figure of information has a rho near
+-1. An interval that does not contain 0 shows a relation, but many figures are tried: choose the figure before the
+experiment.
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bestrq.report.result_files import read_results
 from bestrq.scoring.rank_correlation import spearman, spearman_interval
 from common.config import parse, run_main
 from common.errors import UserError
@@ -33,6 +37,8 @@ class Config:
     """gauge.json files; a target in several files is taken from the last one"""
     cer: str = ""
     """JSON object {target: CER}"""
+    results: list[str] = field(default_factory=list)
+    """in place of cer: TARGET=FOLDER[,FOLDER...], folders of evaluate.py"""
     figures: list[str] = field(default_factory=list)
     """figures of gauge.json; empty takes all numbers that all targets have"""
     out: str = ""
@@ -41,8 +47,10 @@ class Config:
     """bootstrap resamples, at least 100"""
 
     def __post_init__(self) -> None:
-        if not self.gauge or not self.cer:
-            raise UserError("gauge or cer is missing: give --gauge FOLDER/gauge.json and --cer FILE.json")
+        if not self.gauge:
+            raise UserError("gauge is missing: give --gauge FOLDER/gauge.json")
+        if bool(self.cer) == bool(self.results):
+            raise UserError("error rates: give one of --cer FILE.json and --results TARGET=FOLDER ...")
         if self.resamples < 100:
             raise UserError(f"resamples = {self.resamples}: give at least 100, or the intervals are meaningless")
 
@@ -55,18 +63,32 @@ def read_inputs(config: Config) -> tuple[dict[str, Mapping[str, Any]], dict[str,
         if not isinstance(found, dict):
             raise UserError(f"{path}: has no targets: give a gauge.json of tools/gauge.py")
         targets |= found
-    rates = read_json_object(Path(config.cer))
-    for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
-            raise UserError(f"{config.cer}: the error rate of {name!r} is {rate!r}: give a number")
+    rates = read_rates(Path(config.cer)) if config.cer else dict(map(read_cer, config.results))
     names = [name for name in targets if name in rates]
     if len(names) < MIN_TARGETS:
         unknown = sorted(set(rates) - set(targets))
         raise UserError(
-            f"{config.cer}: {len(names)} targets have figures and an error rate, at least {MIN_TARGETS} are needed"
-            + (f"; not in the gauge: {', '.join(unknown)}" if unknown else "")
+            f"{config.cer or 'results'}: {len(names)} targets have figures and an error rate, at least {MIN_TARGETS} "
+            "are needed" + (f"; not in the gauge: {', '.join(unknown)}" if unknown else "")
         )
-    return {name: targets[name] for name in names}, {name: float(rates[name]) for name in names}
+    return {name: targets[name] for name in names}, {name: rates[name] for name in names}
+
+
+def read_rates(path: Path) -> dict[str, float]:
+    """Error rates by target. Raises UserError for anything but finite numbers."""
+    rates = read_json_object(path)
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
+            raise UserError(f"{path}: the error rate of {name!r} is {rate!r}: give a number")
+    return {name: float(rate) for name, rate in rates.items()}
+
+
+def read_cer(option: str) -> tuple[str, float]:
+    """Target and mean CER of `TARGET=FOLDER[,FOLDER...]`. Raises UserError for a folder without results."""
+    name, _, folders = option.partition("=")
+    if not name or not folders:
+        raise UserError(f"results {option!r}: write TARGET=FOLDER[,FOLDER...], with folders of evaluate.py")
+    return name, statistics.fmean(float(read_results(folder)["scores"]["all"]["cer"]) for folder in folders.split(","))
 
 
 def correlations(
@@ -93,7 +115,7 @@ def correlations(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = join_lists(sys.argv[1:] if argv is None else argv, ("--gauge", "--figures"))
+    words = join_lists(sys.argv[1:] if argv is None else argv, ("--gauge", "--figures", "--results"))
     config = parse(Config, words, description=__doc__)
     targets, rates = read_inputs(config)
     rows = correlations(targets, rates, config.figures, config.resamples)

@@ -16,6 +16,7 @@ from bestrq.pretraining.gauge_targets import TargetSettings
 from bestrq.pretraining.layer_features import pad_rows
 from bestrq.pretraining.objective import MaskedRows, mask_rows
 from bestrq.pretraining.quantizer import RandomProjectionQuantizer
+from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.training.export import write_export
 from bestrq.training.process import World
 from common.config import parse, to_dict
@@ -392,6 +393,26 @@ def test_the_correlation_of_a_planted_figure_is_found(tmp_path: Path, capsys: py
     assert row["rho"] == pytest.approx(-1.0) and row["high"] <= -0.99
     assert abs(found["spearman"]["entropy"]["rho"]) < 0.8 and len(found["targets"]) == 9
     assert capsys.readouterr().out.splitlines()[1].startswith("pnmi_adjusted")
+
+
+def test_error_rates_are_means_over_evaluations(tmp_path: Path) -> None:
+    gauge_option = planted(tmp_path)[:2]
+    pairs = []
+    for k in range(8):
+        for seed, cer in enumerate((0.1 + 0.01 * k, 0.3)):
+            folder = tmp_path / f"{k}-{seed}"
+            folder.mkdir()
+            results = {"format_version": FORMAT_VERSION, "recordings": [], "scores": {"all": {"cer": cer}}}
+            (folder / "results.json").write_text(json.dumps(results))
+        pairs.append(f"t{k}={tmp_path / f'{k}-0'},{tmp_path / f'{k}-1'}")
+    gauge_correlation.main([*gauge_option, "--results", *pairs, "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["cer"] == {f"t{k}": pytest.approx(0.2 + 0.005 * k) for k in range(8)}
+    assert found["spearman"]["pnmi_adjusted"]["rho"] == pytest.approx(1.0)
+    with pytest.raises(UserError, match="'t1': write TARGET=FOLDER"):
+        gauge_correlation.main([*gauge_option, "--results", "t1"])
+    with pytest.raises(UserError, match="give one of --cer FILE.json and --results"):
+        gauge_correlation.main([*planted(tmp_path), "--results", *pairs])
 
 
 def test_too_few_targets_and_wrong_rates_are_errors(tmp_path: Path) -> None:
