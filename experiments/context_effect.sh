@@ -69,6 +69,6 @@ $python -m tools.sweep --export "$folder/short/export" --grid.exports "[$folder/
     --out "$folder/results/contexts" "${resamples[@]}"
 
 headline "Table"
-$python experiments/context_effect_table.py --results "$folder/results/contexts" --own short=4 long=32 \
+$python -m experiments.context_effect_table --results "$folder/results/contexts" --own short=4 long=32 \
     --out "$folder/results/context_effect.json" "${resamples[@]}"
 printf 'report: %s\ncurve: %s\n' "$folder/results/contexts/report.html" "$folder/results/contexts/curve.svg"

@@ -1,6 +1,6 @@
 """Table of experiments/context_effect.sh: error rates of two models by test context, on homophones and other words.
 
-    python experiments/context_effect_table.py --results runs/context-effect/results/contexts \\
+    python -m experiments.context_effect_table --results runs/context-effect/results/contexts \\
         --own short=4 long=32 --out effect.json
 
 --results is the output folder of tools/sweep.py for two exports and several contexts. A model is named by its run
@@ -10,13 +10,10 @@ folder; --own gives the names of the two models, each with its training context 
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.report.comparison import check_same_rules, recording_score
 from bestrq.report.result_files import find_results, read_results

@@ -1,7 +1,7 @@
 """Relative reduction of CER or WER between two systems trained with several seeds, with a 95 % interval over both seeds
 and recordings.
 
-    python experiments/learning_intervals.py --baseline results/scratch-* --system results/pretrained-* --out gain.json
+    python -m experiments.learning_intervals --baseline results/scratch-* --system results/pretrained-* --out gain.json
 
 Folders are those of evaluate.py, one per seed and system; seed s of the system is paired with seed s of the baseline,
 in the order given. Recordings are grouped by language, in the same or in different folders, and languages have equal
@@ -10,14 +10,11 @@ low, high and seeds, among others.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.report.comparison import check_same_rules, recording_score
 from bestrq.report.result_files import read_results

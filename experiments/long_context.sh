@@ -336,7 +336,7 @@ table() {
         fi
     done
     headline "Table"
-    "$PYTHON" experiments/long_context_table.py --folder "$folder"
+    "$PYTHON" -m experiments.long_context_table --folder "$folder"
 }
 
 seed_export=${seed:-$models/seed/export}

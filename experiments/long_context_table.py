@@ -1,6 +1,6 @@
 """Tables of the long-context recipe, from the available results of experiments/long_context.sh.
 
-    python experiments/long_context_table.py --folder runs/long-context
+    python -m experiments.long_context_table --folder runs/long-context
 
 FOLDER/results/SET/MODEL holds the evaluation of a model with its training context, FOLDER/cross/SET those of all models
 with all contexts. Prints and writes FOLDER/table.md, and writes FOLDER/table.csv with one row per evaluation.
@@ -11,13 +11,10 @@ import csv
 import io
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.report.comparison import check_same_rules
 from bestrq.report.result_files import find_results, read_results

@@ -102,5 +102,5 @@ for seed in $seeds; do
 done
 
 headline "Table"
-$python experiments/pretraining_context_table.py --results "${results[@]}" --baseline context-4 "${homophones[@]}" \
+$python -m experiments.pretraining_context_table --results "${results[@]}" --baseline context-4 "${homophones[@]}" \
     --out "$folder/pretraining_context.json" --figure "$folder/pretraining_context.svg" "${resamples[@]}"

@@ -1,6 +1,6 @@
 """Table of experiments/pretraining_context.sh: error rates by pretraining and test context, with paired differences.
 
-    python experiments/pretraining_context_table.py --results runs/pretraining-context/seed-0/results/contexts \\
+    python -m experiments.pretraining_context_table --results runs/pretraining-context/seed-0/results/contexts \\
         --baseline context-4 --out effect.json --figure effect.svg
 
 --results are output folders of tools/sweep.py, one per seed. A model is named by its run folder. Errors of a recording
@@ -13,15 +13,12 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bestrq.report.charts import context_svg
 from bestrq.report.comparison import Point

@@ -1,32 +1,18 @@
 """Table of experiments/context_effect.sh from constructed results, and arguments of the script."""
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_recording
 from common.errors import UserError
+from experiments import context_effect_table as script
 from tests.paths import REPOSITORY
 
 REFERENCES = ["peter finds the flour", "the leek is old and the dough", "peter finds the pear and the tea"]
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "context_effect_table", REPOSITORY / "experiments/context_effect_table.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def write_results(folder: Path, model: str, seconds: float, hypotheses: list[str]) -> None:

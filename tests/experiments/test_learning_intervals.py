@@ -1,31 +1,18 @@
 """Reductions over seeds from constructed results folders."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from common.errors import UserError
+from experiments import learning_intervals as script
 from tests.made_results import score_all, write_evaluation
 from tests.paths import REPOSITORY
 
 TEXTS = ["ahojte svete jak je", "dneska prsi a fouka", "klicenka od domu", "rybicka plave ve vode"]
-
-
-def load_script() -> ModuleType:
-    path = REPOSITORY / "experiments/learning_intervals.py"
-    spec = importlib.util.spec_from_file_location("learning_intervals", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def write(folder: Path, language: str, errors: int, seed: int) -> Path:
@@ -60,10 +47,10 @@ def test_the_command_prints_and_writes_the_numbers(tmp_path: Path) -> None:
     }
     done = subprocess.run(
         [
-            sys.executable, REPOSITORY / "experiments/learning_intervals.py", "--baseline", *folders["a"],
+            sys.executable, "-m", "experiments.learning_intervals", "--baseline", *folders["a"],
             "--system", *folders["b"], "--resamples", "100", "--out", tmp_path / "x.json",
         ],
-        capture_output=True, encoding="utf-8", check=True,
+        cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=True,
     )  # fmt: skip
     numbers = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert numbers["value"] == pytest.approx(1 - 5 / 13) and "relative reduction 61.5 %" in done.stdout

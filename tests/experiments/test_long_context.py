@@ -26,7 +26,7 @@ from tests.patience import wait_until
 from tests.quick_python import quick_python
 
 CONTEXTS, EVALUATE = "experiments/long_context.sbatch", "launch/evaluate.sbatch"
-FINISH = ("experiments/long_context_table.py", "-m tools.compare")
+FINISH = ("-m experiments.long_context_table", "-m tools.compare")
 STM = """\
 {0} 1 inter_segment_gap 0 0.50 <o,,unknown> ignore_time_segment_in_scoring
 {0} 1 {0} 0.50 4.00 <o,f0,female> i share with you
@@ -135,7 +135,9 @@ def test_tables_are_in_the_order_of_contexts_with_blanks_for_missing_results(tmp
     for frames, context, errors in ((2048, 20.48, 4), (2048, 0.0, 30), (16384, 20.48, 5)):
         put_results(tmp_path / "cross/tedlium", f"context-{frames}", context, errors)
     done = subprocess.run(
-        [sys.executable, "experiments/long_context_table.py", "--folder", tmp_path], cwd=REPOSITORY, capture_output=True
+        [sys.executable, "-m", "experiments.long_context_table", "--folder", tmp_path],
+        cwd=REPOSITORY,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr
     own = """\
