@@ -27,6 +27,7 @@ from bestrq.training.process import autocast, gradient_sync, parallelise, start_
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main, to_dict
+from common.segments import to_device
 from data.loading.loader import DataState
 from pipelines.curriculum import CurriculumLoader, labelled_crops, stages_of
 from pipelines.finetuning import (
@@ -118,13 +119,13 @@ def train(config: Config) -> None:
         micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
         num_labels = sum(int(lengths.sum()) for _, lengths in micro_labels)
         # The loss is divided by the labels of all ranks, and gradients are summed over ranks: see process.py.
-        global_labels = world.sum(torch.tensor(num_labels, device=world.device)).clamp(min=1)
+        global_labels = world.sum(torch.full((), num_labels, device=world.device)).clamp(min=1)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         rates = set_learning_rates(optimizer, step, config.run.steps)
         loss_sum = torch.zeros((), device=world.device)
         for i, (batch, (labels, label_lengths)) in enumerate(zip(micro_batches, micro_labels, strict=True)):
-            log_mel = batch.log_mel.to(world.device, non_blocking=True)
+            log_mel = to_device(batch.log_mel, world.device)
             log_mel = spec_augment(log_mel, batch.segments, config.spec_augment)
             masked = draw_hidden_masks(batch.segments, config.encoder, config.hidden_masks, world.device)
             with gradient_sync(parallel_model, i == len(micro_batches) - 1):

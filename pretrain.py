@@ -117,7 +117,7 @@ def train(config: Config) -> None:
         micro_rows = [masked_rows(batch, state, config, world, training=True) for batch in micro_batches]
         num_targets = sum(rows.num_targets for rows in micro_rows)
         # The loss is divided by the targets of all ranks, and gradients are summed over ranks: see process.py.
-        global_targets = world.sum(torch.tensor(num_targets, device=world.device)).clamp(min=1)
+        global_targets = world.sum(torch.full((), num_targets, device=world.device)).clamp(min=1)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         (learning_rate,) = set_learning_rates(optimizer, state.step, config.run.steps)

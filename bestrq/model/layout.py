@@ -93,9 +93,9 @@ def make_layout(
     if bool((segments.start + segments.length > segments.num_frames).any()):
         raise ValueError(f"a segment ends after its row of {segments.num_frames} mel frames")
     segments = replace(segments, num_frames=-(-segments.num_frames // multiple) * multiple)
-    ordered = _order(segments)
+    ordered = order_segments(segments)
     _check_gaps(ordered, settings.subsampling_factor // 2)
-    placed = _to_device(ordered, device)
+    placed = ordered.to(device)
 
     mask_settings = settings
     if training and settings.dynamic_chunks:
@@ -107,10 +107,9 @@ def make_layout(
     for number, stage in enumerate(settings.stages):
         stride = settings.subsampling_factor << number
         mask = make_attention_mask(mask_settings, stage.group_size << number)
-        stages.append(
-            _stage_layout(segments.subsampled(stride), placed.subsampled(stride), stage, mask, dtype, backend)
-        )
-    return RowLayout(_locate_frames(placed)[0], stages)
+        of_stage = segments.subsampled(stride), placed.subsampled(stride)
+        stages.append(_stage_layout(*of_stage, stage, mask, dtype, backend))
+    return RowLayout(locate_frames(placed)[0], stages)
 
 
 def make_attention_mask(settings: EncoderSettings, unit: int) -> AttentionMask:
@@ -122,11 +121,11 @@ def make_attention_mask(settings: EncoderSettings, unit: int) -> AttentionMask:
     return CausalMask() if settings.mask == "causal" else SegmentMask()
 
 
-def _order(segments: Segments) -> Segments:
+def order_segments(segments: Segments) -> Segments:
     """Slots in the order of their start; unused ones last, at the end of the row."""
-    start = segments.start.masked_fill(segments.length == 0, segments.num_frames)
-    start, order = start.sort(dim=1, stable=True)
-    return Segments(start, segments.length.gather(1, order), segments.num_frames)
+    start, order = segments.start.masked_fill(segments.length == 0, segments.num_frames).sort(dim=1, stable=True)
+    seed = None if segments.seed is None else segments.seed.gather(1, order)
+    return Segments(start, segments.length.gather(1, order), segments.num_frames, seed)
 
 
 def _check_gaps(ordered: Segments, reach: int) -> None:
@@ -137,15 +136,7 @@ def _check_gaps(ordered: Segments, reach: int) -> None:
         raise ValueError(f"two segments of a row are less than {reach} mel frames apart: use gaps of settings.row_gap")
 
 
-def _to_device(segments: Segments, device: torch.device) -> Segments:
-    """Copy to the device in one transfer, without waiting for it."""
-    if device.type == "cpu":
-        return segments
-    both = torch.stack((segments.start, segments.length)).pin_memory().to(device, non_blocking=True)
-    return Segments(both[0], both[1], segments.num_frames)
-
-
-def _locate_frames(ordered: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def locate_frames(ordered: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """Validity (bool), rank of the last segment that has started, and position in it (0 in gaps), each `[R, T]`.
 
     The rank counts from 0; before the first segment of a row it is 0 as well.
@@ -162,7 +153,7 @@ def _stage_layout(
     backend: str | None,
 ) -> StageLayout:  # fmt: skip
     """Layout of a stage from its segments on the CPU, and from the ordered ones on the device of the encoder."""
-    valid, rank, position = _locate_frames(ordered)
+    valid, rank, position = locate_frames(ordered)
     reach = stage.kernel_size - 1 if stage.causal_convolution else stage.kernel_size // 2
     return StageLayout(
         segments=segments,
@@ -181,7 +172,7 @@ def _convolution_layout(ordered: Segments, valid: Tensor, rank: Tensor, reach: i
     num_places = num_frames + (num_segments - 1) * reach
     device = ordered.start.device
     moved = torch.arange(num_segments, device=device) * reach
-    occupied, rank_of_place, position = _locate_frames(Segments(ordered.start + moved, ordered.length, num_places))
+    occupied, rank_of_place, position = locate_frames(Segments(ordered.start + moved, ordered.length, num_places))
     frame = position + ordered.start.gather(1, rank_of_place) + torch.arange(rows, device=device)[:, None] * num_frames
     place = torch.arange(num_frames, device=device) + rank * reach
     place = place + torch.arange(rows, device=device)[:, None] * num_places
@@ -197,7 +188,7 @@ def _attention_layout(
     segments: Segments, ordered: Segments, stage: EncoderSettings, mask: AttentionMask, dtype: torch.dtype,
     backend: str | None,
 ) -> AttentionLayout:  # fmt: skip
-    valid, rank, position = _locate_frames(ordered)
+    valid, rank, position = locate_frames(ordered)
     num_frames, device = segments.num_frames, valid.device
     frame = torch.arange(num_frames, device=device)
     start, length = ordered.start.gather(1, rank), ordered.length.gather(1, rank)

@@ -85,6 +85,13 @@ class RelativeBias(nn.Module):
         return self.weight[:, self.bucket]
 
 
+def add_bias(mask: Tensor, bias: Tensor, distance: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[..., H, queries, keys]`: the bias at each distance, minus infinity at masked keys."""
+    reach = bias.shape[1] // 2
+    scores = bias[:, distance.clamp(-reach, reach) + reach].to(dtype)
+    return torch.where(mask, scores, torch.tensor(-torch.inf, dtype=dtype, device=scores.device))
+
+
 class FourierPositions(nn.Module):
     """Learned Fourier features of positions, `[R, T] -> [R, T, D]`, added to the input of the first block.
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from bestrq.model.attention.backends import attend_bands, attend_dense
+from bestrq.model.attention.backends import attend_dense
 from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.layout import StageLayout
 from bestrq.model.positions import RelativeBias
@@ -18,6 +18,13 @@ def attend_segments(
     return attend_in_segments(qkv, num_heads, layout, bias, dropout)
 
 
+def attend_windows(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
+    """Attention by bands. Its module is imported on first use."""
+    from bestrq.model.attention.bands import attend_bands
+
+    return attend_bands(qkv, num_heads, layout, bias, dropout)
+
+
 def attend_blocks(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
     """Compiled FlexAttention. Its module is imported on first use."""
     from bestrq.model.attention.flex import attend_flex
@@ -25,7 +32,7 @@ def attend_blocks(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Te
     return attend_flex(qkv, num_heads, layout, bias, dropout)
 
 
-ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_blocks}
+ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_windows, "flex": attend_blocks}
 """attention function of each backend (see `attention.backends`)"""
 
 
