@@ -21,7 +21,7 @@ from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
-from bestrq.training.optimizer import StepGuard, build_optimizer, report_skipped_step, seed_step, set_learning_rates
+from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
@@ -109,7 +109,8 @@ def train(config: Config) -> None:
         print(describe(run, precision, model, crops[0], step), flush=True)
 
     batches = iter(loader)
-    while step < config.run.steps and not stop.agreed(world):
+    stopping = stop.agreed(world)
+    while step < config.run.steps and not stopping:
         # ---- Data ----
         with throughput.waiting():
             micro_batches = next(batches)
@@ -143,11 +144,11 @@ def train(config: Config) -> None:
             )
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
-        result = guard.apply(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
-        if not result.applied:
-            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
-            report_skipped_step(step, loss_sum, samples, world)
-        else:
+        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+        clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
+        result = guard.apply(step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
+        stopping = result.stop
+        if result.applied:
             averages.update(parallel_model)
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)

@@ -23,7 +23,7 @@ from bestrq.pretraining.reporting import (
 )
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line, start_line
-from bestrq.training.optimizer import StepGuard, build_optimizer, report_skipped_step, seed_step, set_learning_rates
+from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
@@ -107,7 +107,8 @@ def train(config: Config) -> None:
         )
 
     batches = iter(loader)
-    while state.step < config.run.steps and not stop.agreed(world):
+    stopping = stop.agreed(world)
+    while state.step < config.run.steps and not stopping:
         # ---- Data: targets from the clean features, noise in place of the masked frames ----
         with throughput.waiting():
             micro_batches = next(batches)
@@ -135,10 +136,10 @@ def train(config: Config) -> None:
                 adaptation.observe(state.step, rows.stacks, rows.targets)
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
-        result = guard.apply(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
-        if not result.applied:
-            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
-            report_skipped_step(state.step, loss_sum, samples, world)
+        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+        clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
+        result = guard.apply(state.step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
+        stopping = result.stop
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         num_rows = sum(batch.log_mel.shape[0] for batch in micro_batches)
         throughput.count(audio_frames / dataset.features.frames_per_second, row_flops[loader.stage] * num_rows)

@@ -16,7 +16,6 @@ from bestrq.model.convolution import ConvolutionModule
 from bestrq.model.cpu.dropout import Dropout
 from bestrq.model.layout import RowLayout, StageLayout, make_layout
 from bestrq.model.norms import make_norm
-from bestrq.model.positions import FourierPositions
 from bestrq.model.settings import EncoderSettings
 from bestrq.model.subsampling import make_subsampling
 from common.segments import Segments
@@ -115,7 +114,11 @@ class ConformerEncoder(nn.Module):
         self.settings = settings
         stages = settings.stages
         self.subsampling = make_subsampling(stages[0])
-        self.fourier = FourierPositions(stages[0].dim, 1e5) if settings.position == "fourier" else None
+        self.fourier: nn.Module | None = None
+        if settings.position == "fourier":
+            from bestrq.model.learned_positions import FourierPositions
+
+            self.fourier = FourierPositions(stages[0].dim, 1e5)
         self.dropout = Dropout(settings.dropout)
         blocks = []
         for stage, following in zip(stages, [*stages[1:], None], strict=True):

@@ -184,6 +184,23 @@ class World:
             dist.destroy_process_group()
 
 
+class LaterRead:
+    """Copy of a small tensor on the host, read once it has arrived, without waiting for what was queued after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 def start_world(settings: DistributedSettings) -> World:
     """Join the launcher's process group (none for a single process) and select the device.
 

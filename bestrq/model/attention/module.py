@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from bestrq.model.attention.backends import attend_dense
 from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.layout import StageLayout
-from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings
 
 
@@ -53,11 +52,12 @@ class SelfAttention(nn.Module):
         head_dim = settings.dim // settings.num_heads
         self.qkv = nn.Linear(settings.dim, (self.num_heads + 2 * self.num_kv_heads) * head_dim)
         self.out = nn.Linear(settings.dim, settings.dim)
-        self.relative_bias = (
-            RelativeBias(settings.num_heads, settings.relative_buckets, settings.relative_max_distance)
-            if settings.position == "relative"
-            else None
-        )
+        self.relative_bias: nn.Module | None = None
+        if settings.position == "relative":
+            from bestrq.model.learned_positions import RelativeBias
+
+            reach = settings.relative_buckets, settings.relative_max_distance
+            self.relative_bias = RelativeBias(settings.num_heads, *reach)
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
