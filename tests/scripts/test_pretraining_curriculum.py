@@ -77,7 +77,7 @@ def exported_interpolation(folder: Path) -> float:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     answers = iter([False] * steps)
-    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(answers, True))
+    monkeypatch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
 
 
 @pytest.fixture(scope="module")
