@@ -50,6 +50,9 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     ),
     "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
     "bash experiments/context_effect.sh": Run("--tiny"),
+    "python pretrain.py --config configs/quickstart-pretrain.yaml --data.dataset datasets/train": Run(TINY_RUN),
+    "python finetune_ctc.py --config configs/quickstart-ctc.yaml --data.dataset datasets/train "
+    "--finetune.init runs/quickstart/pretrain/export --finetune.reinitialise_top_blocks 2": Run(TINY_RUN),
     "bash experiments/pretraining_context.sh": Elsewhere(
         "tests/experiments/test_pretraining_context.py runs it in its tiny form"
     ),
