@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Do the figures of the target laboratory predict error rates? Encoders are pretrained on twelve targets with equal
+# Correlation of the target laboratory's figures with error rates: encoders are pretrained on twelve targets with equal
 # steps, fine-tuned with equal settings, and evaluated; tools/gauge.py judges the same targets without training.
 #
 #   bash experiments/gauge_correlation.sh                   synthetic speech with exact phones; about 25 minutes on 2 cores
