@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ablation of pretraining objectives (docs/objectives.md): encoders are pretrained on twelve targets and with other
 # changes of the objective, with equal steps, fine-tuned with equal settings, and evaluated. tools/gauge.py judges the
-# twelve targets without training: do its figures predict error rates?
+# twelve targets without training, and its figures are correlated with the error rates.
 #
 #   bash experiments/objectives.sh                   synthetic speech with exact phones; about an hour on 2 cores
 #   bash experiments/objectives.sh --seeds "0 1 2"   seeds of the fine-tuning (default: 0 1)
