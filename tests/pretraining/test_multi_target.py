@@ -172,6 +172,8 @@ def test_settings_that_cannot_work_name_the_field_and_a_fix() -> None:
         make_tasks(DEEP, QUANTIZER, TargetSettings(inner_layers=[3]), 0)
     with pytest.raises(UserError, match=r"pca_steps and refine_steps have no effect with targets.source 'teacher'"):
         make_tasks(DEEP, QuantizerSettings(pca_steps=5), TargetSettings(source="teacher", export="x"), 9)
+    with pytest.raises(UserError, match=r"encoder.output is 'weighted_sum', .*: give 'last'"):
+        make_tasks(replace(DEEP, output="weighted_sum"), QUANTIZER, TargetSettings(inner_layers=[1]), 0)
     with pytest.raises(UserError, match=r"inner_layers is \[1, 1\]: give every block once"):
         TargetSettings(inner_layers=[1, 1])
 
