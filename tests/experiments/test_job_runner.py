@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,17 @@ def test_a_finished_job_with_another_command_is_refused(tmp_path: Path) -> None:
     assert Runner([training(tmp_path, "a")], tmp_path, Options(workers=1)).run() == 0
     with pytest.raises(UserError, match="a was done with another command"):
         Runner([training(tmp_path, "a", steps=2)], tmp_path, Options(workers=1))
+
+
+def test_a_finished_job_is_not_repeated_for_another_number_of_kept_checkpoints(tmp_path: Path) -> None:
+    job = training(tmp_path, "a")
+    assert Runner([replace(job, command=(*job.command, "--checkpoint.keep_last=8"))], tmp_path, Options(1)).run() == 0
+    records = Records(tmp_path)
+    assert records.is_done(replace(job, command=(*job.command, "--checkpoint.keep_last=32")))
+    record = records.read(job)  # of an earlier version, whose keys had the number
+    record.key = record.key.removesuffix("]") + ', "--checkpoint.keep_last=8"]'
+    records.write(job, record)
+    assert records.is_done(job)
 
 
 def test_a_moved_experiment_is_still_finished(tmp_path: Path) -> None:
