@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does pretraining help? Recognisers from 10 to 60 minutes of labels, with and without unlabelled speech, at equal
-# fine-tuning steps and at equal processor time, with seeds and intervals:
+# fine-tuning steps (self-training: twice the steps) and at equal processor time, with seeds and intervals:
 #
 #   bash experiments/does_pretraining_help.sh --size hour      about an hour on 2 cores
 #   bash experiments/does_pretraining_help.sh --size night     all systems, amounts of labels and seeds
