@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,7 @@ from pipelines.pseudo_labels import (
     threshold_of,
 )
 from pipelines.recogniser import (
+    DataSettings,
     EncoderChanges,
     Recogniser,
     check_features,
@@ -75,18 +77,6 @@ from pipelines.recording_log import RecordingLog, open_log
 
 FORMAT_VERSION = 1
 SUMMARY, HYPOTHESES, PICTURE = "pseudo_labels.json", "hypotheses.jsonl", "precision.svg"
-
-
-@dataclass
-class DataSettings:
-    """Recordings to decode."""
-
-    dataset: str = ""
-    """dataset folder, made by `python -m data.prepare`"""
-    split: str = "train"
-    """only this split; empty takes all"""
-    language: str = ""
-    """only recordings of this language; empty takes all"""
 
 
 @dataclass
@@ -113,8 +103,8 @@ class Config:
     """folder of the new dataset; must not exist"""
     hypotheses: str = ""
     """folder that keeps the hypotheses, for other filters of the same ones; empty deletes them at the end"""
-    data: DataSettings = field(default_factory=DataSettings)
-    """recordings"""
+    data: DataSettings = field(default_factory=partial(DataSettings, split="train"))
+    """recordings to decode"""
     labels: LabelSettings = field(default_factory=LabelSettings)
     """labelled recordings, which are left out"""
     filter: FilterSettings = field(default_factory=FilterSettings)

@@ -34,7 +34,7 @@ def setup(tmp_path: Path) -> script.Config:
     make_dataset(tmp_path / "data", recordings=20)
     (tmp_path / "run").mkdir()
     export = make_export(tmp_path / "run/export", FeatureSettings())
-    data = script.DataSettings(str(tmp_path / "data"))
+    data = script.DataSettings(str(tmp_path / "data"), "train")
     return script.Config(export=str(export), out=str(tmp_path / "pseudo"), data=data, device="cpu")
 
 
@@ -105,10 +105,8 @@ def without_references(dataset: str, out: Path) -> str:
 
 def test_references_do_not_influence_the_choice(setup: script.Config, tmp_path: Path) -> None:
     first = run(replace(setup, filter=FilterSettings(keep=0.5)))
-    unlabelled = without_references(setup.data.dataset, tmp_path / "unlabelled")
-    other = replace(
-        setup, out=str(tmp_path / "other"), data=script.DataSettings(unlabelled), filter=FilterSettings(keep=0.5)
-    )
+    data = replace(setup.data, dataset=without_references(setup.data.dataset, tmp_path / "unlabelled"))
+    other = replace(setup, out=str(tmp_path / "other"), data=data, filter=FilterSettings(keep=0.5))
     assert content(run(other)) == content(first)
     assert summary_of(other)["precision"] is None and not (tmp_path / "other" / script.PICTURE).exists()
 
@@ -126,7 +124,7 @@ def test_the_recordings_of_the_labels_are_left_out(setup: script.Config) -> None
 
 def test_labels_without_transcripts_are_refused(setup: script.Config, tmp_path: Path) -> None:
     unlabelled = without_references(setup.data.dataset, tmp_path / "unlabelled")
-    config = replace(setup, data=script.DataSettings(unlabelled), labels=script.LabelSettings(minutes=1))
+    config = replace(setup, data=replace(setup.data, dataset=unlabelled), labels=script.LabelSettings(minutes=1))
     with pytest.raises(UserError, match="labels.minutes is 1, but split 'train' .* has no transcripts"):
         run(config)
     assert not Path(setup.out).exists()
