@@ -87,8 +87,8 @@ class LabelSettings:
     """finetune.label_minutes of that run; 0 leaves out no recordings"""
     seed: int = 0
     """data.seed of that run"""
-    language: str = ""
-    """finetune.language of that run; empty takes data.language"""
+    language: str | None = None
+    """finetune.language of that run, empty for all; null takes data.language"""
     split: str = "train"
     """data.split of that run"""
 
@@ -175,7 +175,7 @@ def unlabelled_recordings(dataset: Dataset, config: Config) -> list[int]:
     labels = config.labels
     if not labels.minutes:
         return [int(i) for i in selected]
-    language = labels.language or config.data.language
+    language = config.data.language if labels.language is None else labels.language
     with_text = [i for i in dataset.select(labels.split, language or None) if dataset.text(int(i)) is not None]
     if not with_text:
         raise UserError(

@@ -122,6 +122,22 @@ def test_the_recordings_of_the_labels_are_left_out(setup: script.Config) -> None
         script.unlabelled_recordings(source, replace(setup, labels=script.LabelSettings(minutes=1000)))
 
 
+def test_labels_of_a_run_on_all_languages_are_left_out_of_one_language(setup: script.Config, tmp_path: Path) -> None:
+    source = open_dataset(setup.data.dataset)
+    languages = (
+        (source, i, replace(stored_recording(source, i), language="en" if i % 2 else "cs")) for i in range(len(source))
+    )
+    dataset = derive(tmp_path / "two", languages)
+    labels = script.LabelSettings(minutes=0.2, seed=7)
+    left = {}
+    for language in (None, "", "cs"):
+        config = replace(setup, data=replace(setup.data, language="cs"), labels=replace(labels, language=language))
+        left[language] = set(script.unlabelled_recordings(dataset, config))
+    labelled = choose_labelled(dataset, dataset.select("train"), 0.2, 7)
+    assert left[""] == set(dataset.select("train", "cs").tolist()) - set(labelled.tolist())
+    assert left[None] == left["cs"] != left[""]
+
+
 def test_labels_without_transcripts_are_refused(setup: script.Config, tmp_path: Path) -> None:
     unlabelled = without_references(setup.data.dataset, tmp_path / "unlabelled")
     config = replace(setup, data=replace(setup.data, dataset=unlabelled), labels=script.LabelSettings(minutes=1))
