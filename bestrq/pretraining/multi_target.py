@@ -59,8 +59,6 @@ def make_tasks(
             "quantizer.pca_steps and refine_steps have no effect with targets.source 'teacher', which does not use the "
             "quantizer: leave them out, or give source 'both'"
         )
-    if bool(targets.distill_layers) != bool(targets.distill_steps):
-        raise UserError("targets.distill_layers and distill_steps belong together: give both, or neither")
     if targets.distill_layers and (quantizer.num_codebooks < 2 or targets.source == "teacher"):
         raise UserError(
             "targets.distill_layers replaces the last of several codebooks, but quantizer.num_codebooks is "

@@ -254,7 +254,6 @@ def test_long_segments_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_distilled_codebook_needs_an_anchor() -> None:
     for quantizer, targets, message in (
         (QuantizerSettings(), DISTILL, r"num_codebooks is 1 .* give 2 or more"),
-        (QUANTIZER, TargetSettings(distill_layers=[1]), r"distill_layers and distill_steps belong together"),
         (
             QUANTIZER,
             TargetSettings(distill_layers=[3], distill_steps=[2]),
@@ -263,3 +262,6 @@ def test_a_distilled_codebook_needs_an_anchor() -> None:
     ):
         with pytest.raises(UserError, match=message):
             make_tasks(DEEP, quantizer, targets, 0)
+    for alone in ({"distill_layers": [1]}, {"distill_steps": [2]}):
+        with pytest.raises(UserError, match=r"targets.distill_layers is .* and distill_steps .* belong together"):
+            TargetSettings(**alone)
