@@ -252,9 +252,12 @@ def finish(
     mask = is_kept(confidence, threshold)
     kept = np.array(recordings)[mask].tolist()
 
+    minimum = config.filter.min_word_confidence
+    if not any(cut_words(Hypothesis.from_dict(log[i]).words, minimum, 0.0)[0] for i in kept):
+        raise UserError(f"filter.min_word_confidence is {minimum}, which leaves no word: give a lower one")
     folder = Path(f"{config.out}.unfinished")  # beside --out, so that the rename is atomic
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was interrupted here
-    derived = derive(folder, entries(dataset, kept, log, config.filter.min_word_confidence), Path(config.out).name)
+    derived = derive(folder, entries(dataset, kept, log, minimum), Path(config.out).name)
     counts = {
         "decoded": {"recordings": len(recordings), "seconds": int(frames.sum()) / rate},
         "without_words": int((confidence == 0).sum()),
@@ -278,7 +281,8 @@ def finish(
         write_file(folder / PICTURE, precision_svg(summary["precision"]["rows"], summary["precision"]["filter"]))
         print(f"precision on the {len(scored):,} recordings with a reference, which the filter does not use:")
         print(precision_text(rows, chosen))
-    write_hypotheses(folder / HYPOTHESES, dataset, recordings, log, set(kept))
+    ids = {derived.id(number) for number in range(len(derived))}  # of the kept ones, those with a word left
+    write_hypotheses(folder / HYPOTHESES, dataset, recordings, log, ids)
     write_json(folder / SUMMARY, summary)
     os.replace(folder, config.out)
     print(f"dataset: {config.out}; numbers: {Path(config.out) / SUMMARY}")
@@ -311,15 +315,15 @@ def score_all(
     return scored if any(item.score.words.reference_length for item in scored) else []
 
 
-def write_hypotheses(path: Path, dataset: Dataset, recordings: list[int], log: RecordingLog, kept: set[int]) -> None:
-    """Write one JSON line per decoded recording: id, text, both confidences, and whether it was kept."""
+def write_hypotheses(path: Path, dataset: Dataset, recordings: list[int], log: RecordingLog, kept: set[str]) -> None:
+    """Write one JSON line per decoded recording: id, text, both confidences, and whether its id was kept."""
     with replace_file(path) as file:
         for i in recordings:
             result = log[i]
             line = {
                 "id": dataset.id(i),
                 **{name: result[name] for name in ("text", "label", "word")},
-                "kept": i in kept,
+                "kept": dataset.id(i) in kept,
             }
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 

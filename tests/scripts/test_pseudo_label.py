@@ -204,6 +204,14 @@ def test_doubtful_words_are_cut_out(setup: script.Config, tmp_path: Path) -> Non
         assert words == [word for word in before if word.confidence >= minimum]
         assert text == " ".join(word.word for word in words)
         assert bool(cut.excluded(cut.index.find(id))) == (len(words) < len(before))
+    high = FilterSettings(min_word_confidence=float(np.quantile(confidences, 0.97)))
+    config = replace(setup, out=str(tmp_path / "few"), filter=high)
+    few = run(config)
+    assert {line["id"] for line in hypotheses_of(config) if line["kept"]} == set(content(few))
+    assert 0 < len(few) < len(whole), "recordings without a word left are not kept"
+    with pytest.raises(UserError, match=r"filter.min_word_confidence is 1.0, .* give a lower one"):
+        run(replace(setup, out=str(tmp_path / "none"), filter=FilterSettings(min_word_confidence=1.0)))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_beam_with_a_language_model_decodes_and_is_recorded(setup: script.Config, tmp_path: Path) -> None:
