@@ -138,9 +138,10 @@ class Records:
         if record.state != "done" or not job.output.exists():
             return False
         if _KEPT.sub("", record.key) != self.key(job):
+            own = job.output.is_relative_to(self.folder)  # not the weights of a pretraining made elsewhere
             raise UserError(
                 f"{job.name} was done with another command; give the earlier settings, another --out, or delete "
-                f"{self.path(job)} and {job.output}.\n  then: {record.key}\n  now:  {self.key(job)}"
+                f"{self.path(job)}{f' and {job.output}' if own else ''}.\n  then: {record.key}\n  now:  {self.key(job)}"
             )
         return True
 

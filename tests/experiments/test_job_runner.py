@@ -136,8 +136,18 @@ def test_an_action_runs_in_the_runner_and_its_user_errors_are_failures(
 
 def test_a_finished_job_with_another_command_is_refused(tmp_path: Path) -> None:
     assert Runner([training(tmp_path, "a")], tmp_path, Options(workers=1)).run() == 0
-    with pytest.raises(UserError, match="a was done with another command"):
+    with pytest.raises(UserError, match=r"a was done with another command; .* or delete \S+/jobs/a.json and \S+/done"):
         Runner([training(tmp_path, "a", steps=2)], tmp_path, Options(workers=1))
+
+
+def test_the_output_of_a_job_outside_the_experiment_is_not_to_be_deleted(tmp_path: Path) -> None:
+    given = tmp_path / "elsewhere/model.safetensors"
+    given.parent.mkdir()
+    given.touch()
+    job = Job("given", ("given", "1"), given, action=given.stat)
+    assert Runner([job], tmp_path / "out", Options(workers=1)).run() == 0
+    with pytest.raises(UserError, match=r"or delete \S+/jobs/given.json\.\n"):
+        Runner([replace(job, command=("given", "2"))], tmp_path / "out", Options(workers=1))
 
 
 def test_a_finished_job_is_not_repeated_for_another_number_of_kept_checkpoints(tmp_path: Path) -> None:
