@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Does pretraining help? Recognisers from 10 to 60 minutes of labels, with and without unlabelled speech, at equal
-# fine-tuning steps and at equal processor time, with seeds and intervals:
+# Effect of pretraining: recognisers from few labels, with and without unlabelled speech, with seeds and intervals:
 #
-#   bash experiments/does_pretraining_help.sh --size hour      about an hour on 2 cores
-#   bash experiments/does_pretraining_help.sh --size night     all systems, amounts of labels and seeds
+#   bash experiments/does_pretraining_help.sh --size hour      about an hour on 2 cores: 30 minutes of labels, three
+#                                                              systems, equal fine-tuning steps
+#   bash experiments/does_pretraining_help.sh --size night     10, 30 and 60 minutes of labels, all systems, also at equal
+#                                                              processor time
 #   bash experiments/does_pretraining_help.sh --help           all options
 #
 # Makes .venv and installs requirements.txt first. Finished jobs are skipped and interrupted ones continue: after Ctrl-C,

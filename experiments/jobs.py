@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from common.errors import UserError
 from common.files import read_json_object, write_json
 
 TAIL_LINES = 15
+_KEPT = re.compile(r', "--checkpoint\.keep_last=\d+"')  # may change when a run is resumed
 
 State = Literal["pending", "running", "stopped", "failed", "done"]
 
@@ -112,8 +114,8 @@ class Records:
         return self.folder / "logs" / f"{job.name}.log"
 
     def key(self, job: Job) -> str:
-        """Command, independent of the location of the experiment and of the interpreter."""
-        text = json.dumps(job.command)
+        """Command, independent of the location of the experiment, of the interpreter and of the checkpoints kept."""
+        text = _KEPT.sub("", json.dumps(job.command))
         return text.replace(json.dumps(sys.executable)[1:-1], "python").replace(str(self.folder), "FOLDER")
 
     def read(self, job: Job) -> Record:
@@ -135,10 +137,11 @@ class Records:
         record = self.read(job)
         if record.state != "done" or not job.output.exists():
             return False
-        if record.key != self.key(job):
+        if _KEPT.sub("", record.key) != self.key(job):
+            own = job.output.is_relative_to(self.folder)  # not the weights of a pretraining made elsewhere
             raise UserError(
                 f"{job.name} was done with another command; give the earlier settings, another --out, or delete "
-                f"{self.path(job)} and {job.output}.\n  then: {record.key}\n  now:  {self.key(job)}"
+                f"{self.path(job)}{f' and {job.output}' if own else ''}.\n  then: {record.key}\n  now:  {self.key(job)}"
             )
         return True
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Ablation of pretraining objectives (docs/objectives.md): encoders are pretrained on twelve targets and with other
 # changes of the objective, with equal steps, fine-tuned with equal settings, and evaluated. tools/gauge.py judges the
-# twelve targets without training: do its figures predict error rates?
+# twelve targets without training, and its figures are correlated with the error rates.
 #
 #   bash experiments/objectives.sh                   synthetic speech with exact phones; about an hour on 2 cores
-#   bash experiments/objectives.sh --seeds "0 1 2"   seeds of the fine-tuning (default: 0 1)
+#   bash experiments/objectives.sh --seeds "0 1 2"   seeds of the fine-tuning, all with the same labels (default: 0 1)
 #   bash experiments/objectives.sh --folder DIR      keep everything in DIR (default: runs/objectives)
 #   further options: --pretraining-steps N (1200), --fine-tuning-steps N (400), --label-minutes N (15)
 #
@@ -51,7 +51,7 @@ train() {
 }
 fine_tune() { # NAME SEED more arguments
     train finetune_ctc.py --config configs/quickstart-ctc.yaml --run.folder "$folder/$1" --run.steps "$fine_tuning_steps" \
-        --finetune.language es --finetune.label_minutes "$label_minutes" --run.seed "$2" --data.seed "$2" "${@:3}"
+        --finetune.language es --finetune.label_minutes "$label_minutes" --run.seed "$2" "${@:3}"
 }
 
 headline "Speech with exact phones"

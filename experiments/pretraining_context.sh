@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does context help in pretraining? Encoders are pretrained on segments of 4, 16 and 64 s (the last one with a
+# Effect of context in pretraining: encoders are pretrained on segments of 4, 16 and 64 s (the last one with a
 # curriculum from 4 over 16 to 64 s), with equal steps and frames per step. All are fine-tuned with the same settings,
 # as is an encoder from scratch, and evaluated on whole recordings with contexts of 4, 16 and 64 s.
 #

@@ -23,14 +23,12 @@ from typing import Any
 from bestrq.report.charts import context_svg
 from bestrq.report.comparison import Point
 from bestrq.report.text import interval, percent, points
+from bestrq.scoring.student import student_quantile
 from bestrq.scoring.word_errors import RecordingScore, compare, score_corpus
 from common.config import run_main
 from common.errors import UserError
 from common.files import write_file
 from experiments.context_effect_table import Cell, bounds, read_cells, score_homophones
-
-# Quantile 0.975 of Student's t by degrees of freedom, for 2 to 7 seeds.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 
 Cells = Mapping[Cell, list[RecordingScore]]
 
@@ -103,11 +101,11 @@ def _rate(scores: Sequence[RecordingScore], unit: str) -> float:
 
 
 def interval_over_seeds(differences: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean by Student's t; None for one seed, and for more than 7."""
-    if len(differences) - 1 not in _STUDENT:
+    """95 % interval of the mean by Student's t; None for one seed."""
+    if len(differences) < 2:
         return None
     mean = statistics.mean(differences)
-    width = _STUDENT[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    width = student_quantile(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
     return mean - width, mean + width
 
 

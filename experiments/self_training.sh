@@ -6,7 +6,8 @@
 #
 #   --dataset DATASET      labels, development and test set (splits train, dev, test)
 #   --language CODE        language of labels, pseudo-labels and evaluation (default: all)
-#   --minutes N            minutes of labels, chosen by the seed; the rest of the split is unlabelled (default: 30)
+#   --minutes N            minutes of labels, chosen by the seed; the rest of the split is unlabelled (default: 30). With
+#                          --unlabelled, 0 takes all labels
 #   --unlabelled DATASET   recordings to transcribe instead of the rest; several rounds use the same ones
 #   --init EXPORT          pretrained encoder of every model, the export of pretrain.py (default: none)
 #   --config FILE          recipe; its name ends in -ctc.yaml or -rnnt.yaml (default: configs/quickstart-ctc.yaml)

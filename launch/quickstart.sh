@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Full pipeline on a laptop: speech -> shards -> BEST-RQ pretraining -> fine-tuning -> word error rate -> report.
 #
-#   bash launch/quickstart.sh                    synthetic speech (about 2 minutes on 2 cores; prints an estimate first)
+#   bash launch/quickstart.sh                    synthetic speech (2 to 3 minutes on 2 cores; prints an estimate first)
 #   bash launch/quickstart.sh --corpus fillets   real speech: the Fish Fillets voices of Debian, Czech and Dutch
 #   bash launch/quickstart.sh --head rnnt        RNN-T against CTC, both from the pretrained encoder, several decoders
 #   bash launch/quickstart.sh --folder DIR       keep all files in DIR (default: runs/quickstart-CORPUS)

@@ -44,6 +44,18 @@ from data.format.dataset import STD_FLOOR, Dataset, normalise_into
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 
+@dataclass
+class DataSettings:
+    """Recordings of a dataset to process."""
+
+    dataset: str = ""
+    """dataset folder, made by `python -m data.prepare`"""
+    split: str = ""
+    """only this split; empty takes all"""
+    language: str = ""
+    """only recordings of this language; empty takes all"""
+
+
 @dataclass(frozen=True)
 class Recogniser:
     """Model in evaluation mode, with its tokenizer, features and their normalisation."""

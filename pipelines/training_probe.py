@@ -6,7 +6,7 @@ copy has its own batch norm statistics, and the probes leave the random state un
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from bestrq.pretraining.probing import CTCProbeSettings
 from bestrq.pretraining.reporting import ProbeSettings
 from bestrq.training.checkpoint import gather_model
 from bestrq.training.meters import MetricsLog
-from bestrq.training.process import World
+from bestrq.training.process import World, unwrap
 from common.errors import UserError
 from data.format.dataset import Dataset
 from data.loading.loader import LoaderSettings
@@ -58,14 +58,18 @@ class TrainingProbe:
         """Probe the encoder of a `BestRQ` model after `step`, and log the figures; all ranks must call it."""
         weights = gather_model(model, self.world)
         if self.world.is_main:
-            figures = self.measure(weights)
+            encoder = cast(ConformerEncoder, unwrap(model).get_submodule("encoder"))
+            figures = self.measure(weights, encoder.settings)
             metrics.write(step, figures, kind="probe")
             print(console_line(step, total_steps, figures), flush=True)
             alarms.report_probe(step, figures, judge=step >= self.settings.alarm_after)
         self.world.barrier()
 
-    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of an encoder with these weights, named `encoder.*`, and of the baselines."""
+    def measure(self, weights: Mapping[str, Tensor], settings: EncoderSettings) -> dict[str, float]:
+        """Figures of an encoder with these weights, named `encoder.*`, and of the baselines.
+
+        settings: of the encoder in the current stage of training, which may interpolate its positions.
+        """
         if not self._baselines:
             numbers = [*self.recordings.train.recordings, *self.recordings.evaluation.recordings]
             self._log_mel = read_log_mel(self.dataset, numbers, self.normalisation)
@@ -78,7 +82,7 @@ class TrainingProbe:
                 "frame_correlation_random": random["frame_correlation"],
             }
         with torch.random.fork_rng(devices=[]):  # the initialisation draws random numbers
-            encoder = ConformerEncoder(self.encoder)
+            encoder = ConformerEncoder(settings)
         prefix = "encoder."
         encoder.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)})
         return {**self._measure_encoder(encoder.eval()), **self._baselines}

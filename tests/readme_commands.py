@@ -50,6 +50,9 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     ),
     "bash launch/quickstart.sh --head rnnt": Run("--tiny"),
     "bash experiments/context_effect.sh": Run("--tiny"),
+    "python pretrain.py --config configs/quickstart-pretrain.yaml --data.dataset datasets/train": Run(TINY_RUN),
+    "python finetune_ctc.py --config configs/quickstart-ctc.yaml --data.dataset datasets/train "
+    "--finetune.init runs/quickstart/pretrain/export --finetune.reinitialise_top_blocks 2": Run(TINY_RUN),
     "bash experiments/pretraining_context.sh": Elsewhere(
         "tests/experiments/test_pretraining_context.py runs it in its tiny form"
     ),
@@ -76,13 +79,14 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "bash experiments/long_context.sh prepare --tedlium DIR --earnings22 DIR": Elsewhere(LONG_CONTEXT),
     "bash experiments/long_context.sh train": Elsewhere(LONG_CONTEXT),
     "bash experiments/long_context.sh evaluate": Elsewhere(LONG_CONTEXT),
-    "python -m tools.pseudo_label --export runs/base-120m-ctc/export --data.dataset datasets/train "
+    "python -m data.prepare folder --folder /data/unlabelled --text none --dev_share 0 --test_share 0 "
+    "--out datasets/unlabelled": Run(replacements={"/data/unlabelled": SPEECH_FOLDER}),
+    "python -m tools.pseudo_label --export runs/base-120m-ctc/export --data.dataset datasets/unlabelled "
     "--filter.keep 0.7 --out datasets/pseudo": Elsewhere(
         "tests/scripts/test_pseudo_label.py runs it: a model of two steps may have no hypotheses to keep"
     ),
-    "bash experiments/self_training.sh --dataset datasets/train --language cs --minutes 30 --rounds 2": Elsewhere(
-        "tests/experiments/test_self_training.py runs it"
-    ),
+    "bash experiments/self_training.sh --dataset datasets/train --minutes 0 --unlabelled datasets/unlabelled "
+    "--rounds 2": Elsewhere("tests/experiments/test_self_training.py runs it, with the rest of one dataset"),
     "python transcribe.py --export runs/base-120m-rnnt/export --audio talks --out transcripts "
     "--formats txt,json,srt": Run("--device cpu", {"talks": SPEECH_FOLDER}),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(

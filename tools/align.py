@@ -52,6 +52,7 @@ from data.shards.derive import Entry, derive, stored_recording
 from data.tokenizer import Tokenizer
 from data.transcripts import Word
 from pipelines.recogniser import (
+    DataSettings,
     Recogniser,
     check_features,
     ctc_outputs,
@@ -68,18 +69,6 @@ SUMMARY, UNALIGNED = "alignment.json", "unaligned.jsonl"
 
 
 @dataclass
-class DataSettings:
-    """Recordings to align; the others stay unchanged."""
-
-    dataset: str = ""
-    """dataset folder, made by `python -m data.prepare`"""
-    split: str = ""
-    """only this split; empty takes all"""
-    language: str = ""
-    """only recordings of this language; empty takes all"""
-
-
-@dataclass
 class Config:
     """Word times from an exported CTC recogniser."""
 
@@ -92,7 +81,7 @@ class Config:
     realign: bool = False
     """also align recordings that already have word times"""
     data: DataSettings = field(default_factory=DataSettings)
-    """recordings"""
+    """recordings to align; the others stay unchanged"""
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     """placement of words, and limits for refusing a transcript"""
     inference: InferenceSettings = field(default_factory=InferenceSettings)

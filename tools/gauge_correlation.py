@@ -27,6 +27,8 @@ from common.files import read_json_object, write_json
 from tools.compare import join_lists
 
 MIN_TARGETS = 8
+NO_FIGURES = ("seconds",)
+"""numbers in gauge.json that describe the machine, not the target"""
 
 
 @dataclass
@@ -98,7 +100,9 @@ def correlations(
     common = [
         name
         for name, value in next(iter(targets.values())).items()
-        if isinstance(value, (int, float)) and all(isinstance(row.get(name), (int, float)) for row in targets.values())
+        if name not in NO_FIGURES
+        and isinstance(value, (int, float))
+        and all(isinstance(row.get(name), (int, float)) for row in targets.values())
     ]
     unknown = [name for name in figures if name not in common]
     if unknown:

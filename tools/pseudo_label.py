@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,7 @@ from pipelines.pseudo_labels import (
     threshold_of,
 )
 from pipelines.recogniser import (
+    DataSettings,
     EncoderChanges,
     Recogniser,
     check_features,
@@ -78,18 +80,6 @@ SUMMARY, HYPOTHESES, PICTURE = "pseudo_labels.json", "hypotheses.jsonl", "precis
 
 
 @dataclass
-class DataSettings:
-    """Recordings to decode."""
-
-    dataset: str = ""
-    """dataset folder, made by `python -m data.prepare`"""
-    split: str = "train"
-    """only this split; empty takes all"""
-    language: str = ""
-    """only recordings of this language; empty takes all"""
-
-
-@dataclass
 class LabelSettings:
     """Recordings to leave out because a fine-tuning run used their labels: settings of that run, on this dataset."""
 
@@ -97,8 +87,8 @@ class LabelSettings:
     """finetune.label_minutes of that run; 0 leaves out no recordings"""
     seed: int = 0
     """data.seed of that run"""
-    language: str = ""
-    """finetune.language of that run; empty takes data.language"""
+    language: str | None = None
+    """finetune.language of that run, empty for all; null takes data.language"""
     split: str = "train"
     """data.split of that run"""
 
@@ -113,8 +103,8 @@ class Config:
     """folder of the new dataset; must not exist"""
     hypotheses: str = ""
     """folder that keeps the hypotheses, for other filters of the same ones; empty deletes them at the end"""
-    data: DataSettings = field(default_factory=DataSettings)
-    """recordings"""
+    data: DataSettings = field(default_factory=partial(DataSettings, split="train"))
+    """recordings to decode"""
     labels: LabelSettings = field(default_factory=LabelSettings)
     """labelled recordings, which are left out"""
     filter: FilterSettings = field(default_factory=FilterSettings)
@@ -185,7 +175,7 @@ def unlabelled_recordings(dataset: Dataset, config: Config) -> list[int]:
     labels = config.labels
     if not labels.minutes:
         return [int(i) for i in selected]
-    language = labels.language or config.data.language
+    language = config.data.language if labels.language is None else labels.language
     with_text = [i for i in dataset.select(labels.split, language or None) if dataset.text(int(i)) is not None]
     if not with_text:
         raise UserError(
@@ -262,9 +252,12 @@ def finish(
     mask = is_kept(confidence, threshold)
     kept = np.array(recordings)[mask].tolist()
 
+    minimum = config.filter.min_word_confidence
+    if not any(cut_words(Hypothesis.from_dict(log[i]).words, minimum, 0.0)[0] for i in kept):
+        raise UserError(f"filter.min_word_confidence is {minimum}, which leaves no word: give a lower one")
     folder = Path(f"{config.out}.unfinished")  # beside --out, so that the rename is atomic
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was interrupted here
-    derived = derive(folder, entries(dataset, kept, log, config.filter.min_word_confidence), Path(config.out).name)
+    derived = derive(folder, entries(dataset, kept, log, minimum), Path(config.out).name)
     counts = {
         "decoded": {"recordings": len(recordings), "seconds": int(frames.sum()) / rate},
         "without_words": int((confidence == 0).sum()),
@@ -288,7 +281,8 @@ def finish(
         write_file(folder / PICTURE, precision_svg(summary["precision"]["rows"], summary["precision"]["filter"]))
         print(f"precision on the {len(scored):,} recordings with a reference, which the filter does not use:")
         print(precision_text(rows, chosen))
-    write_hypotheses(folder / HYPOTHESES, dataset, recordings, log, set(kept))
+    ids = {derived.id(number) for number in range(len(derived))}  # of the kept ones, those with a word left
+    write_hypotheses(folder / HYPOTHESES, dataset, recordings, log, ids)
     write_json(folder / SUMMARY, summary)
     os.replace(folder, config.out)
     print(f"dataset: {config.out}; numbers: {Path(config.out) / SUMMARY}")
@@ -321,15 +315,15 @@ def score_all(
     return scored if any(item.score.words.reference_length for item in scored) else []
 
 
-def write_hypotheses(path: Path, dataset: Dataset, recordings: list[int], log: RecordingLog, kept: set[int]) -> None:
-    """Write one JSON line per decoded recording: id, text, both confidences, and whether it was kept."""
+def write_hypotheses(path: Path, dataset: Dataset, recordings: list[int], log: RecordingLog, kept: set[str]) -> None:
+    """Write one JSON line per decoded recording: id, text, both confidences, and whether its id was kept."""
     with replace_file(path) as file:
         for i in recordings:
             result = log[i]
             line = {
                 "id": dataset.id(i),
                 **{name: result[name] for name in ("text", "label", "word")},
-                "kept": i in kept,
+                "kept": dataset.id(i) in kept,
             }
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 

@@ -29,7 +29,9 @@ exchanged (99 % below 0.61), measured on up to 300 recordings of Debian's voices
 MAX_MASK_SHARE = 0.9
 MAX_LINES_WITHOUT_TARGETS = 3
 """log lines; a single small step may have no masked frame by chance"""
-MIN_PERPLEXITY_SHARE = 0.01
+MIN_PERPLEXITY, MIN_PERPLEXITY_SHARE = 2.0, 0.01
+"""of the targets, absolute and relative to the number of codes. A constant target has 1, which is not below 1 % of 100
+codes or fewer, such as the labels of a CTC model"""
 MAX_ABOVE_UNIFORM = 1.0
 """nats per target above the loss of guessing, ln V; freshly initialised heads are about 0.2 above it"""
 LEARNING_STEPS = 1000
@@ -118,7 +120,8 @@ class Alarms:
         if without:
             return
         size = self.codebook_size
-        if values["targets_seen"] >= size and values["perplexity"] < size * MIN_PERPLEXITY_SHARE:
+        lowest = max(MIN_PERPLEXITY, size * MIN_PERPLEXITY_SHARE)
+        if values["targets_seen"] >= size and values["perplexity"] < lowest:
             yield Alarm(
                 "targets: collapse",
                 f"a codebook has collapsed: perplexity {values['perplexity']:.1f} of {size} codes. Its targets "

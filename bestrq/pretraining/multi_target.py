@@ -44,6 +44,11 @@ def make_tasks(
     encoder: EncoderSettings, quantizer: QuantizerSettings, targets: TargetSettings, classes: int
 ) -> list[Task]:
     """Tasks in the order of the losses; the first is that of the accuracy. `classes`: of the teacher, 0 without one."""
+    if encoder.output != "last":
+        raise UserError(
+            f"encoder.output is {encoder.output!r}, but the heads of these targets are on single blocks: give 'last', "
+            "or leave out targets.export, inner_layers, distill_layers and unmasked_weight"
+        )
     num_blocks = encoder.num_layers + sum(stage.num_layers for stage in encoder.earlier_stages)
     first = num_blocks - encoder.num_layers + 1
     for name in ("inner_layers", "distill_layers"):
@@ -54,8 +59,6 @@ def make_tasks(
             "quantizer.pca_steps and refine_steps have no effect with targets.source 'teacher', which does not use the "
             "quantizer: leave them out, or give source 'both'"
         )
-    if bool(targets.distill_layers) != bool(targets.distill_steps):
-        raise UserError("targets.distill_layers and distill_steps belong together: give both, or neither")
     if targets.distill_layers and (quantizer.num_codebooks < 2 or targets.source == "teacher"):
         raise UserError(
             "targets.distill_layers replaces the last of several codebooks, but quantizer.num_codebooks is "

@@ -67,6 +67,11 @@ class TargetSettings:
             raise UserError(f"targets.source is {self.source!r} and targets.export {self.export!r}: {fix}")
         if len(set(self.inner_layers)) < len(self.inner_layers):
             raise UserError(f"targets.inner_layers is {self.inner_layers}: give every block once")
+        if bool(self.distill_layers) != bool(self.distill_steps):
+            raise UserError(
+                f"targets.distill_layers is {self.distill_layers} and distill_steps {self.distill_steps}: they belong "
+                "together, give both, or neither"
+            )
 
     @property
     def extended(self) -> bool:

@@ -31,7 +31,7 @@ class Teacher:
     encoder: ConformerEncoder
     """in evaluation mode, on the device"""
     layer: int
-    """block, from 1, whose outputs are used"""
+    """clusters: block, from 1, whose outputs are clustered"""
     classes: int
     """V"""
     fingerprint: str
@@ -57,10 +57,12 @@ class Teacher:
 
         Frames of gaps have arbitrary targets.
         """
-        hidden = self.outputs(log_mel, segments)
         if self.head is None:
+            hidden = self.outputs(log_mel, segments)
             assert self.mean is not None and self.inverse_std is not None and self.centroids is not None
             return nearest_cluster((hidden.flatten(0, 1) - self.mean) * self.inverse_std, self.centroids)
+        # Not the last block: the output of the encoder may be a weighted sum of all.
+        hidden = self.encoder(log_mel, self.encoder.layout(segments)).float()
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden, *self.head)
             if self.exclude_blank:

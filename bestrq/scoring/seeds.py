@@ -21,11 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from bestrq.scoring.student import NORMAL, student_quantile
 from common.errors import UserError
-
-_NORMAL = 1.959964
-# Quantile 0.975 of Student's t by degrees of freedom; from 5 on, `_student` has an expansion.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,8 @@ def relative_reduction(groups: Sequence[SeedErrors], num_resamples: int = 10_000
         recording_variance += by_recording / effects.size
     seed_variance = sum(seed_variances)
     half = math.hypot(
-        _student(_welch(seed_variances, seed_freedom)) * math.sqrt(seed_variance),
-        _NORMAL * math.sqrt(recording_variance),
+        student_quantile(_welch(seed_variances, seed_freedom)) * math.sqrt(seed_variance),
+        NORMAL * math.sqrt(recording_variance),
     )
     ratio = system / baseline
     low, high = 1 - ratio * math.exp(half), 1 - ratio * math.exp(-half)
@@ -160,11 +157,3 @@ def _welch(variances: Sequence[float], freedom: Sequence[int]) -> float:
     """Degrees of freedom of a sum of variances (Welch 1947); infinite if all are 0."""
     denominator = sum(variance**2 / max(count, 1) for variance, count in zip(variances, freedom, strict=True))
     return sum(variances) ** 2 / denominator if denominator else math.inf
-
-
-def _student(freedom: float) -> float:
-    """Quantile 0.975 of Student's t; degrees of freedom below 5 are rounded down."""
-    if math.isnan(freedom) or freedom < 5:
-        return math.nan if math.isnan(freedom) else _STUDENT[max(int(freedom + 1e-9), 1)]
-    z = _NORMAL  # Abramowitz and Stegun 1964, 26.7.5
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

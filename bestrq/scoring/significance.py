@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import jiwer
 import numpy as np
 
+from bestrq.scoring.student import student_quantile
+
 MIN_BOOTSTRAP = 8
 """minimum number of recordings for bootstrap intervals"""
-# Quantile 0.975 of Student's t by degrees of freedom, for 3 to MIN_BOOTSTRAP - 1 recordings.
-_STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 # Bound on t: a resample whose recordings all have the same rate has a standard error of zero.
 _LARGEST_T = 6.0
 
@@ -153,7 +153,7 @@ def _ends(errors: np.ndarray, lengths: np.ndarray, num_resamples: int, seed: int
         if n >= MIN_BOOTSTRAP:
             return _studentised(errors, lengths, rates, num_resamples, seed)
         left_out = (errors.sum(axis=0) - errors) / (lengths.sum(axis=0) - lengths)  # rates without each recording
-        spread = _STUDENT[n - 1] * np.sqrt((n - 1) / n * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0))
+        spread = student_quantile(n - 1) * np.sqrt((n - 1) / n * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0))
         if not logarithmic:
             return np.stack([rates - spread, rates + spread])
         factor = np.exp(np.where(spread > 0, spread / rates, 0.0))

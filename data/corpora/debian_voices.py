@@ -40,7 +40,7 @@ class DebianVoicesSettings:
 
     parts: list[Part] = field(default_factory=lambda: ["fillets-cs", "fillets-nl", "tuxpaint"])
     """Parts to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
-    in 12 languages, 3 h; always in the train split)."""
+    in 13 languages, 3 h; always in the train split)."""
     folder: str = ""
     """Folder of the .deb files, or of their content unpacked by `dpkg-deb -x`; empty: download them with apt-get."""
     cache: str = "~/.cache/bestrq"
@@ -67,7 +67,7 @@ class FilletsSettings(DebianVoicesSettings):
 
     parts: list[Part] = field(default_factory=lambda: ["fillets-cs", "fillets-nl"])
     """Parts to use: fillets-cs (Czech actors, 106 min), fillets-nl (Dutch actors, 96 min), tuxpaint (short descriptions
-    in 12 languages, 3 h; always in the train split)."""
+    in 13 languages, 3 h; always in the train split)."""
 
 
 def sources(settings: DebianVoicesSettings) -> list[FileSource]:

@@ -36,7 +36,7 @@ CORPORA: dict[str, Corpus] = {
         debian_voices.sources,
     ),
     "debian_voices": Corpus(
-        "real speech: Fish Fillets and descriptions from Tux Paint in 11 languages, 6.3 h; from Debian packages",
+        "real speech: Fish Fillets and descriptions from Tux Paint in 13 languages, 6.3 h; from Debian packages",
         debian_voices.DebianVoicesSettings,
         debian_voices.sources,
     ),

@@ -1,7 +1,7 @@
 """Experiment on pretraining: recognisers from few labels, with and without unlabelled speech, at equal cost.
 
     bash experiments/does_pretraining_help.sh --size hour     about an hour on two cores
-    bash experiments/does_pretraining_help.sh --size night    all systems, amounts of labels and seeds
+    bash experiments/does_pretraining_help.sh --size night    all systems and amounts of labels
     bash experiments/does_pretraining_help.sh --folder DATASET_OR_MANIFEST --languages de,it
 
 The same command continues after an interruption. Writes into --out: learning.json (all numbers so far), learning.svg,

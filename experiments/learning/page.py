@@ -24,7 +24,7 @@ from common.files import read_json_object, write_file
 START, END = "<!-- results -->", "<!-- end of results -->"
 REDUCTIONS = {
     "pretrained": "pretraining, equal fine-tuning steps",
-    "unlabelled": "best use of unlabelled speech, equal fine-tuning steps",
+    "unlabelled": "best use of unlabelled speech, twice the fine-tuning steps with pseudo-labels",
     "equal_compute": "best use of unlabelled speech, equal processor time",
     "synthetic_supervision": "labelled synthetic speech (the rival)",
 }

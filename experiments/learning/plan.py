@@ -40,7 +40,9 @@ from experiments.learning.stages import (
 )
 
 CHECKPOINTS = 8
-"""checkpoints kept of the pretraining, at equal distances"""
+"""checkpoints of the pretraining, at equal distances"""
+KEPT_CHECKPOINTS = 4 * CHECKPOINTS
+"""checkpoints kept: the curve needs the first ones, and every stop adds one, as do steps that 8 does not divide"""
 SYNTHETIC_LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "cs")
 """languages of `data.prepare synthetic`"""
 TEXT_ORDER = 5
@@ -86,7 +88,7 @@ class Plan:
             values = {"targets.source": "teacher", "targets.export": self.run(teacher) / "export"}
         steps = max(1, round(stage.steps * self.size.pretraining_steps))
         values |= {"run.folder": self.run(name), "run.steps": steps, "data.dataset": self.setup.dataset}
-        values |= {"checkpoint.every_steps": max(1, steps // CHECKPOINTS), "checkpoint.keep_last": CHECKPOINTS}
+        values |= {"checkpoint.every_steps": max(1, steps // CHECKPOINTS), "checkpoint.keep_last": KEPT_CHECKPOINTS}
         values |= {**stage.settings, **self.size.settings, **self.setup.settings}
         command = script("pretrain.py", "configs/learning-pretrain.yaml", [], values)
         share = 1 if stage.teacher else len(self.setup.languages)

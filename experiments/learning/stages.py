@@ -74,7 +74,7 @@ class FineTuning:
 
 Stage = Speech | Pretraining | PseudoLabels | FineTuning
 
-# The grids have the same number of candidates, over learning rate, dropout and masks.
+# The grids have the same number of candidates, over learning rates, dropout, frequency warp and kept blocks.
 SCRATCH_GRID: tuple[Settings, ...] = (
     {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.0},
     {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.0},

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,29 @@ def test_an_action_runs_in_the_runner_and_its_user_errors_are_failures(
 
 def test_a_finished_job_with_another_command_is_refused(tmp_path: Path) -> None:
     assert Runner([training(tmp_path, "a")], tmp_path, Options(workers=1)).run() == 0
-    with pytest.raises(UserError, match="a was done with another command"):
+    with pytest.raises(UserError, match=r"a was done with another command; .* or delete \S+/jobs/a.json and \S+/done"):
         Runner([training(tmp_path, "a", steps=2)], tmp_path, Options(workers=1))
+
+
+def test_the_output_of_a_job_outside_the_experiment_is_not_to_be_deleted(tmp_path: Path) -> None:
+    given = tmp_path / "elsewhere/model.safetensors"
+    given.parent.mkdir()
+    given.touch()
+    job = Job("given", ("given", "1"), given, action=given.stat)
+    assert Runner([job], tmp_path / "out", Options(workers=1)).run() == 0
+    with pytest.raises(UserError, match=r"or delete \S+/jobs/given.json\.\n"):
+        Runner([replace(job, command=("given", "2"))], tmp_path / "out", Options(workers=1))
+
+
+def test_a_finished_job_is_not_repeated_for_another_number_of_kept_checkpoints(tmp_path: Path) -> None:
+    job = training(tmp_path, "a")
+    assert Runner([replace(job, command=(*job.command, "--checkpoint.keep_last=8"))], tmp_path, Options(1)).run() == 0
+    records = Records(tmp_path)
+    assert records.is_done(replace(job, command=(*job.command, "--checkpoint.keep_last=32")))
+    record = records.read(job)  # of an earlier version, whose keys had the number
+    record.key = record.key.removesuffix("]") + ', "--checkpoint.keep_last=8"]'
+    records.write(job, record)
+    assert records.is_done(job)
 
 
 def test_a_moved_experiment_is_still_finished(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_corpus, score_recording
+from bestrq.training.checkpoint import prune_checkpoints, save_checkpoint
+from bestrq.training.process import World
 from common.config import parse
 from common.errors import UserError
 from common.files import write_json
@@ -170,9 +173,24 @@ def test_a_given_pretraining_replaces_the_own_one_with_its_cost(tmp_path: Path) 
 def test_curve_points_start_from_kept_checkpoints(tmp_path: Path) -> None:
     plan = make_plan(setup_of(tmp_path, size={"pretraining_steps": 800, "curve": (0.125, 0.5)}))
     values = settings_of(plan.jobs["bestrq"].command)
-    assert values["checkpoint.every_steps"] == "100" and values["checkpoint.keep_last"] == "8"
+    assert values["checkpoint.every_steps"] == "100"
     init = settings_of(plan.jobs["pretrained-curve/400/cs-30min-s0"].command)["finetune.init"]
     assert init == str(plan.run("bestrq") / "checkpoints/step-00000400")
+
+
+def test_checkpoints_of_the_curve_survive_stops_and_steps_that_8_does_not_divide(tmp_path: Path) -> None:
+    """A stop saves a checkpoint too, which would push out the first one if just 8 were kept."""
+    plan = make_plan(setup_of(tmp_path, size={"pretraining_steps": 801, "curve": (0.125, 0.5)}))
+    values = settings_of(plan.jobs["bestrq"].command)
+    stops = {150, 333, 710}
+    folder, model = plan.run("bestrq") / "checkpoints", torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    for step in range(1, 802):
+        if step % int(values["checkpoint.every_steps"]) == 0 or step in stops or step == 801:
+            save_checkpoint(folder, step, model, optimizer, {}, World())
+            prune_checkpoints(folder, int(values["checkpoint.keep_last"]), None, World())
+    curve = [job for name, job in plan.jobs.items() if name.startswith("pretrained-curve/")]
+    assert len(curve) == 4 and all(Path(settings_of(job.command)["finetune.init"]).is_dir() for job in curve)
 
 
 # ---- Collected numbers ----

@@ -99,8 +99,8 @@ VALUES = {
 }  # fmt: skip
 
 
-def fired(step: int = 5000, **changed: float) -> list[str]:
-    alarms = Alarms(codebook_size=1000, warmup_steps=1000)
+def fired(step: int = 5000, codebook_size: int = 1000, **changed: float) -> list[str]:
+    alarms = Alarms(codebook_size, warmup_steps=1000)
     log_mel = torch.from_numpy(speech_like(np.random.default_rng(0), 300))[None]
     model = nn.Linear(100, 100)  # weights of 0.058
     return [alarm.name for alarm in alarms.report(step, VALUES | changed, log_mel, segments_of(300), model)]
@@ -109,6 +109,8 @@ def fired(step: int = 5000, **changed: float) -> list[str]:
 def test_loss_alarms_have_the_limits_that_they_state() -> None:
     assert fired() == []
     assert fired(perplexity=9.0) == ["targets: collapse"] and fired(perplexity=9.0, targets_seen=999) == []
+    small = {"codebook_size": 30, "loss": 0.1, "accuracy": 0.99, "unigram_entropy": 0.2}
+    assert fired(**small, perplexity=1.2) == ["targets: collapse"] and fired(**small, perplexity=9.0) == []
     assert fired(loss=8.0) == ["loss: divergence"] and fired(loss=7.8, step=10) == []
     assert fired(learning_rate=0.02) == ["loss: rate"] and fired(learning_rate=0.01) == []
     worse = {"loss": 6.6, "accuracy": 0.009}

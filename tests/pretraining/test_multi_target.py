@@ -172,6 +172,8 @@ def test_settings_that_cannot_work_name_the_field_and_a_fix() -> None:
         make_tasks(DEEP, QUANTIZER, TargetSettings(inner_layers=[3]), 0)
     with pytest.raises(UserError, match=r"pca_steps and refine_steps have no effect with targets.source 'teacher'"):
         make_tasks(DEEP, QuantizerSettings(pca_steps=5), TargetSettings(source="teacher", export="x"), 9)
+    with pytest.raises(UserError, match=r"encoder.output is 'weighted_sum', .*: give 'last'"):
+        make_tasks(replace(DEEP, output="weighted_sum"), QUANTIZER, TargetSettings(inner_layers=[1]), 0)
     with pytest.raises(UserError, match=r"inner_layers is \[1, 1\]: give every block once"):
         TargetSettings(inner_layers=[1, 1])
 
@@ -252,7 +254,6 @@ def test_long_segments_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_distilled_codebook_needs_an_anchor() -> None:
     for quantizer, targets, message in (
         (QuantizerSettings(), DISTILL, r"num_codebooks is 1 .* give 2 or more"),
-        (QUANTIZER, TargetSettings(distill_layers=[1]), r"distill_layers and distill_steps belong together"),
         (
             QUANTIZER,
             TargetSettings(distill_layers=[3], distill_steps=[2]),
@@ -261,3 +262,6 @@ def test_a_distilled_codebook_needs_an_anchor() -> None:
     ):
         with pytest.raises(UserError, match=message):
             make_tasks(DEEP, quantizer, targets, 0)
+    for alone in ({"distill_layers": [1]}, {"distill_steps": [2]}):
+        with pytest.raises(UserError, match=r"targets.distill_layers is .* and distill_steps .* belong together"):
+            TargetSettings(**alone)

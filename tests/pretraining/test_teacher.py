@@ -1,5 +1,8 @@
 """Targets of a trained model: clusters, CTC labels and distributions, whatever shares their row."""
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.clustering import estimate_clusters, nearest_cluster, updated_centroids
 from bestrq.pretraining.teacher import Teacher, nearest_label
+from bestrq.recognition.ctc import CTCModel
 from bestrq.training.process import World
 from common.errors import UserError
 from common.segments import Segments
@@ -86,6 +90,17 @@ def test_blanks_are_filled_from_the_nearest_label_of_their_own_segment() -> None
             expected = [[20 * r + t for t in naive_nearest(labels[r].tolist(), places[r])] for r in range(2)]
             segments = Segments(starts, lengths, 80)
             assert nearest_label(torch.from_numpy(labels), segments, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("output", ["last", "weighted_sum"])
+def test_distributions_are_those_of_the_ctc_model_for_every_output_of_its_encoder(
+    output: Literal["last", "weighted_sum"],
+) -> None:
+    model = CTCModel(replace(ENCODER, output=output), CLASSES).eval().requires_grad_(False)
+    head = model.head.weight, model.head.bias
+    teacher = Teacher(model.encoder, len(model.encoder.blocks), CLASSES, "", head=head, soft=True, fill=False)
+    rows = row(96, [(1, 4), (2, 52), (0, 72)])
+    torch.testing.assert_close(teacher(*rows), model.log_probs(*rows).exp().flatten(0, 1))
 
 
 def test_with_fill_no_frame_of_a_segment_with_labels_keeps_the_blank() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bestrq.scoring.seeds import SeedErrors, mean_squares, relative_reduction
+from bestrq.scoring.student import student_quantile
 from common.errors import UserError
 
 # Seeds, recordings, deviation of the logarithm of a seed's rate.
@@ -109,6 +110,12 @@ def test_a_shared_seed_effect_cancels_and_one_seed_has_no_interval() -> None:
     assert widths[1] > 5 * widths[0]
     single = relative_reduction([SeedErrors(errors.baseline[:1], errors.system[:1], errors.lengths)])
     assert math.isnan(single.low) and single.summary()["low"] is None and single.seeds == 1
+
+
+def test_quantiles_of_student_are_those_of_published_tables() -> None:
+    for freedom, quantile in {1: 12.706, 2.9: 4.303, 6: 2.447, 7: 2.365, 10: 2.228, 30: 2.042, math.inf: 1.960}.items():
+        assert student_quantile(freedom) == pytest.approx(quantile, rel=4e-3), freedom
+    assert math.isnan(student_quantile(math.nan))
 
 
 def test_systems_with_other_seeds_or_recordings_are_refused() -> None:

@@ -377,7 +377,7 @@ def planted(tmp_path: Path, count: int = 9) -> list[str]:
     rng = np.random.default_rng(0)
     cer = {f"t{k}": 0.5 - 0.03 * k for k in range(count)}
     targets = {
-        f"t{k}": {"pnmi_adjusted": 0.1 * k, "entropy": float(rng.normal()), "warnings": [], "frames": 5}
+        f"t{k}": {"pnmi_adjusted": 0.1 * k, "entropy": float(rng.normal()), "warnings": [], "frames": 5, "seconds": k}
         for k in range(count + 1)
     }
     (tmp_path / "gauge.json").write_text(json.dumps({"targets": targets}))
@@ -388,7 +388,8 @@ def planted(tmp_path: Path, count: int = 9) -> list[str]:
 def test_the_correlation_of_a_planted_figure_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gauge_correlation.main([*planted(tmp_path), "--out", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    assert set(found["spearman"]) == {"pnmi_adjusted", "entropy"}  # a constant has no correlation
+    # A constant has no correlation, and processing time is no property of a target.
+    assert set(found["spearman"]) == {"pnmi_adjusted", "entropy"}
     row = found["spearman"]["pnmi_adjusted"]
     assert row["rho"] == pytest.approx(-1.0) and row["high"] <= -0.99
     assert abs(found["spearman"]["entropy"]["rho"]) < 0.8 and len(found["targets"]) == 9

@@ -34,7 +34,7 @@ def setup(tmp_path: Path) -> script.Config:
     make_dataset(tmp_path / "data", recordings=20)
     (tmp_path / "run").mkdir()
     export = make_export(tmp_path / "run/export", FeatureSettings())
-    data = script.DataSettings(str(tmp_path / "data"))
+    data = script.DataSettings(str(tmp_path / "data"), "train")
     return script.Config(export=str(export), out=str(tmp_path / "pseudo"), data=data, device="cpu")
 
 
@@ -105,10 +105,8 @@ def without_references(dataset: str, out: Path) -> str:
 
 def test_references_do_not_influence_the_choice(setup: script.Config, tmp_path: Path) -> None:
     first = run(replace(setup, filter=FilterSettings(keep=0.5)))
-    unlabelled = without_references(setup.data.dataset, tmp_path / "unlabelled")
-    other = replace(
-        setup, out=str(tmp_path / "other"), data=script.DataSettings(unlabelled), filter=FilterSettings(keep=0.5)
-    )
+    data = replace(setup.data, dataset=without_references(setup.data.dataset, tmp_path / "unlabelled"))
+    other = replace(setup, out=str(tmp_path / "other"), data=data, filter=FilterSettings(keep=0.5))
     assert content(run(other)) == content(first)
     assert summary_of(other)["precision"] is None and not (tmp_path / "other" / script.PICTURE).exists()
 
@@ -124,9 +122,25 @@ def test_the_recordings_of_the_labels_are_left_out(setup: script.Config) -> None
         script.unlabelled_recordings(source, replace(setup, labels=script.LabelSettings(minutes=1000)))
 
 
+def test_labels_of_a_run_on_all_languages_are_left_out_of_one_language(setup: script.Config, tmp_path: Path) -> None:
+    source = open_dataset(setup.data.dataset)
+    languages = (
+        (source, i, replace(stored_recording(source, i), language="en" if i % 2 else "cs")) for i in range(len(source))
+    )
+    dataset = derive(tmp_path / "two", languages)
+    labels = script.LabelSettings(minutes=0.2, seed=7)
+    left = {}
+    for language in (None, "", "cs"):
+        config = replace(setup, data=replace(setup.data, language="cs"), labels=replace(labels, language=language))
+        left[language] = set(script.unlabelled_recordings(dataset, config))
+    labelled = choose_labelled(dataset, dataset.select("train"), 0.2, 7)
+    assert left[""] == set(dataset.select("train", "cs").tolist()) - set(labelled.tolist())
+    assert left[None] == left["cs"] != left[""]
+
+
 def test_labels_without_transcripts_are_refused(setup: script.Config, tmp_path: Path) -> None:
     unlabelled = without_references(setup.data.dataset, tmp_path / "unlabelled")
-    config = replace(setup, data=script.DataSettings(unlabelled), labels=script.LabelSettings(minutes=1))
+    config = replace(setup, data=replace(setup.data, dataset=unlabelled), labels=script.LabelSettings(minutes=1))
     with pytest.raises(UserError, match="labels.minutes is 1, but split 'train' .* has no transcripts"):
         run(config)
     assert not Path(setup.out).exists()
@@ -190,6 +204,14 @@ def test_doubtful_words_are_cut_out(setup: script.Config, tmp_path: Path) -> Non
         assert words == [word for word in before if word.confidence >= minimum]
         assert text == " ".join(word.word for word in words)
         assert bool(cut.excluded(cut.index.find(id))) == (len(words) < len(before))
+    high = FilterSettings(min_word_confidence=float(np.quantile(confidences, 0.97)))
+    config = replace(setup, out=str(tmp_path / "few"), filter=high)
+    few = run(config)
+    assert {line["id"] for line in hypotheses_of(config) if line["kept"]} == set(content(few))
+    assert 0 < len(few) < len(whole), "recordings without a word left are not kept"
+    with pytest.raises(UserError, match=r"filter.min_word_confidence is 1.0, .* give a lower one"):
+        run(replace(setup, out=str(tmp_path / "none"), filter=FilterSettings(min_word_confidence=1.0)))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_beam_with_a_language_model_decodes_and_is_recorded(setup: script.Config, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Probe during pretraining: it changes nothing in training, and is logged the same however the run is spread."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain
+from bestrq.model.conformer import ConformerEncoder
+from bestrq.pretraining.layer_features import Frames
 from bestrq.training.stop import StopRequest
 from common.config import parse
 from common.errors import UserError
@@ -96,6 +99,20 @@ def test_figures_do_not_depend_on_the_number_of_processes_and_equal_the_random_e
         assert line["frame_correlation"] == pytest.approx(line["frame_correlation_random"], rel=1e-3)
         assert line["probe_nats_log_mel"] != line["probe_nats_random"]
     assert "step 2/5  probe" in console and "log-mel" in console
+
+
+def test_the_probed_copy_has_the_positions_of_the_current_stage(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, interpolations = training_probe.encode_layers, []
+
+    def noted(encoder: ConformerEncoder, log_mel: Sequence[torch.Tensor]) -> list[Frames]:
+        interpolations.append(encoder.settings.rotary_interpolation)
+        return encode(encoder, log_mel)
+
+    monkeypatch.setattr(training_probe, "encode_layers", noted)
+    run(dataset, tmp_path / "run", *PROBE, "--curriculum=[{after_step: 2, row_frames: 400, rotary_interpolation: 4}]")
+    assert interpolations == [1, 1, 4, 4], "the initial encoder, then steps 2, 4 and 5"
 
 
 def test_a_resumed_run_logs_the_same_figures(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
