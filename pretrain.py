@@ -51,6 +51,9 @@ from pipelines.pretraining import (
 def train(config: Config) -> None:
     # ---- Run folder and data: configuration errors end the run here, before any training ----
     world = start_world(config.distributed)
+    from pipelines.kernels import check_kernels  # not at the top: a reader of the loop need not read it
+
+    check_kernels(config.encoder, world.device)
     dataset = config.data.open()
     run = RunFolder(config.run.folder)
     precision = resolve_precision(config.distributed, run, world)

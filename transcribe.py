@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
@@ -53,6 +53,7 @@ from pipelines.recogniser import (
     hash_of_export,
     load_recogniser,
     make_decoder,
+    resolve_inference,
     share_out,
     start_inference,
     timed_transcript,
@@ -129,6 +130,7 @@ def transcribe(config: Config, world: World) -> int:
     has printed the failures.
     """
     # Errors in the settings are raised here, before any work.
+    config = replace(config, inference=resolve_inference(config.inference, world))
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
     decoder = make_decoder(recogniser, config.decoder, config.export)

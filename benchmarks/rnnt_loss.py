@@ -45,8 +45,8 @@ from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.pruning import SimpleJoint
 from bestrq.recognition.losses.transducer import transducer_loss
 from bestrq.recognition.transducer import TransducerSettings
+from bestrq.training.machine import keep_freed_memory
 from bestrq.training.memory import reset_peak, resident_bytes
-from bestrq.training.process import keep_freed_memory
 
 OURS = ["ours", "ours_all_cells", "ours_pruned"]
 OUT_OF_MEMORY = ["memory", "aten::empty", "aten::zeros", "aten::new_"]
