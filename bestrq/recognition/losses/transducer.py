@@ -2,7 +2,8 @@
 
 Of the V outputs at a cell (t, u) of the lattice, the loss needs two: the log-probabilities of the blank and of the next
 label. They are computed over slices of time, as many frames as a byte budget allows, and again in the backward pass, so
-that no `[T, U, V]` tensor exists. The sum over all alignments is then torchaudio's `rnnt_loss` for a vocabulary of two.
+that no `[T, U, V]` tensor exists. The sum over all alignments is then torchaudio's `rnnt_loss` for a vocabulary of two,
+or on a GPU a kernel of our own (`kernels.py`).
 The joint network is never computed for padding, neither in time nor in labels.
 
 Sources: Graves 2012, arXiv 1211.3711; FastEmit: Yu et al. 2021, arXiv 2010.11148.
@@ -19,13 +20,12 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bestrq.decoding.tokens import BLANK
-from bestrq.recognition.losses.lattices import Lattices
+from bestrq.recognition.losses.backend import use_kernels
+from bestrq.recognition.losses.lattices import IMPOSSIBLE, Lattices, to_device
 from common.errors import UserError
-
-IMPOSSIBLE = -1e30
-"""log-probability of an arc outside a band; with minus infinity, gradients would be NaN"""
 
 CPU_SLICE_BYTES = 64 * 2**20
 """maximum bytes of a slice on the CPU. Slices of 8 MiB, which fit into the cache, take 6 % less processor time, but
@@ -216,12 +216,30 @@ def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0
     if fast_emit and arcs.requires_grad:
         arcs = arcs.view_as(arcs)  # the hook must not affect other uses of the tensor
         arcs.register_hook(lambda grad: grad * grad.new_tensor([1.0, 1.0 + fast_emit]))
+    if use_kernels(arcs):
+        from bestrq.recognition.losses.kernels import Alignments
+
+        return Alignments.apply(arcs, lattices)
     parts = [_full_lattice(part, lattices, segment) for segment, part in enumerate(arcs.split(lattices.cells))]
     losses = [arcs[:0, 0]]  # keeps the graph of a batch without segments, which DDP needs
-    order = sorted(range(len(parts)), key=lambda segment: parts[segment].shape)
-    for group in padding_groups([parts[segment].shape for segment in order]):
-        losses.append(_sum_over_alignments([parts[segment] for segment in order[group]]))
-    return torch.cat(losses)[torch.tensor(order, dtype=torch.int64).argsort().to(arcs.device)]
+    order = [segment for segment, part in enumerate(parts) if min(part.shape[:2]) == 1]
+    if order:
+        losses.append(_single_alignments([parts[segment] for segment in order]))
+    others = sorted(set(range(len(parts))) - set(order), key=lambda segment: parts[segment].shape)
+    for group in padding_groups([parts[segment].shape for segment in others]):
+        losses.append(_sum_over_alignments([parts[segment] for segment in others[group]]))
+    order += others
+    return torch.cat(losses)[to_device(sorted(range(len(order)), key=order.__getitem__), arcs.device)]
+
+
+def _single_alignments(parts: Sequence[Tensor]) -> Tensor:
+    """Losses `[n]` of lattices `[T, U + 1, 2]` with U = 0 or T = 1: all labels at the first frame, then all blanks.
+
+    torchaudio's CUDA kernel returns before it writes the costs of such lattices, whose values are then arbitrary
+    (2.11, `ComputeBetasCosts` in rnnt/gpu/gpu_kernels.cuh: only threads with t <= T - 2 and u <= U - 1 work).
+    """
+    paths = [torch.cat((part[0, :-1, 1], part[:, -1, BLANK])) for part in parts]
+    return -pad_sequence(paths, batch_first=True).sum(dim=1)
 
 
 def _full_lattice(part: Tensor, lattices: Lattices, segment: int) -> Tensor:
@@ -255,7 +273,7 @@ def _sum_over_alignments(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) > 1:
         missing = [(most[1] - part.shape[1], most[0] - part.shape[0]) for part in parts]
         padded = torch.stack([F.pad(part, (0, 0, 0, u, 0, t)) for part, (u, t) in zip(parts, missing, strict=True)])
-    sizes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int32).to(padded.device)
+    sizes = to_device([part.shape[:2] for part in parts], padded.device, torch.int32)
     targets = torch.ones(len(parts), most[1] - 1, dtype=torch.int32, device=padded.device)
     return _RNNTLoss.apply(padded, targets, sizes[:, 0].contiguous(), sizes[:, 1] - 1)
 
