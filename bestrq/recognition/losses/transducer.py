@@ -160,7 +160,7 @@ class ArcScores(torch.autograd.Function):
             grad, part = grad[:, first:stop], part.select_states(first, stop)
             hidden = part.hidden(encoded, predicted)
             grad_logits = F.linear(hidden, weight, bias).to(wide)
-            _log_softmax_backward_(grad_logits, grad, part.labels, ctx.num_tokens)
+            log_softmax_backward_(grad_logits, grad, part.labels, ctx.num_tokens)
             grad_bias += grad_logits.sum(dim=(0, 1))
             flat = grad_logits.flatten(0, 1).to(hidden.dtype)
             grad_weight += flat.mT @ hidden.flatten(0, 1)
@@ -174,13 +174,13 @@ class ArcScores(torch.autograd.Function):
         return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None, None
 
 
-def _log_softmax_backward_(logits: Tensor, grad: Tensor, labels: Tensor, num_tokens: int) -> None:
+def log_softmax_backward_(logits: Tensor, grad: Tensor, labels: Tensor, num_tokens: int, blank: int = BLANK) -> None:
     """Overwrite logits `[t, W, V + D]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
     # d log p(k) / d logits = onehot(k) - softmax
     tokens, durations = logits.split((num_tokens, logits.shape[-1] - num_tokens), dim=-1)
-    grad_label = grad[..., 1:2] * (labels != BLANK)[..., None]
+    grad_label = grad[..., 1:2] * (labels != blank)[..., None]
     torch.mul(tokens.softmax(dim=-1), -(grad[..., :1] + grad_label), out=tokens)
-    tokens[..., :1] += grad[..., :1]  # BLANK
+    tokens[..., blank : blank + 1] += grad[..., :1]
     tokens.scatter_add_(-1, labels.expand(grad.shape[:2])[..., None], grad_label)
     if durations.shape[-1]:
         torch.mul(durations.softmax(dim=-1), -grad[..., 2:].sum(dim=-1, keepdim=True), out=durations)
