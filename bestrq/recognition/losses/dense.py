@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.tdt import check_durations, sum_over_durations
-from bestrq.recognition.losses.transducer import CPU_SLICE_BYTES, log_softmax_backward_, sum_over_alignments
+from bestrq.recognition.losses.transducer import log_softmax_backward_, sum_over_alignments
 from common.errors import UserError
 
+SLICE_BYTES = 16 * 2**20
+"""bytes of a slice of token outputs in float32; a pass has two of them"""
 REDUCTIONS = ("mean_volume", "mean_batch", "mean", "sum", "none")
 
 
@@ -160,12 +162,12 @@ class _Slice:
 
 
 def _slices(lattices: Lattices, num_outputs: int, blank: int) -> Iterator[_Slice]:
-    """Slices whose outputs take at most `CPU_SLICE_BYTES` in float32, or one frame each."""
+    """Slices whose outputs take at most `SLICE_BYTES` in float32, or one frame each."""
     cell = 0
     for segment, frames in enumerate(lattices.num_frames):
         states = lattices.num_states(segment)
         labels = F.pad(lattices.labels[segment], (0, 1), value=blank)
-        step = max(1, CPU_SLICE_BYTES // (4 * states * num_outputs))
+        step = max(1, SLICE_BYTES // (4 * states * num_outputs))
         for first in range(0, frames, step):
             stop = min(first + step, frames)
             cells = slice(cell + first * states, cell + stop * states)
@@ -195,17 +197,24 @@ class _DenseArcs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tokens, *durations = ctx.saved_tensors
-        grad_tokens, grad_durations = torch.zeros_like(tokens), [torch.zeros_like(x) for x in durations]
+        results = [torch.empty_like(outputs) for outputs in ctx.saved_tensors]
+        for result in results:
+            for segment, frames in enumerate(ctx.lattices.num_frames):
+                result[segment, frames:].zero_()  # padding
+                result[segment, :frames, ctx.lattices.num_states(segment) :].zero_()
         for part in _slices(ctx.lattices, tokens.shape[-1], ctx.blank):
-            grad = part.arcs(grads[0])
-            logits = tokens[part.logits].to(grad.dtype, copy=True)
-            log_softmax_backward_(logits, grad, part.labels, tokens.shape[-1], ctx.blank)
-            grad_tokens[part.logits] = logits.to(tokens.dtype)
-            for outputs, result in zip(durations, grad_durations, strict=True):
-                spans = grad[..., 2:]
-                softmax = outputs[part.logits].to(grad.dtype).softmax(dim=-1)
+            grad, result = part.arcs(grads[0]), results[0][part.logits]
+            if tokens.dtype == grad.dtype:
+                result.copy_(tokens[part.logits])
+                log_softmax_backward_(result, grad, part.labels, tokens.shape[-1], ctx.blank)
+            else:
+                wide = tokens[part.logits].to(grad.dtype)
+                log_softmax_backward_(wide, grad, part.labels, tokens.shape[-1], ctx.blank)
+                result.copy_(wide)
+            for outputs, result in zip(durations, results[1:], strict=True):
+                softmax, spans = outputs[part.logits].to(grad.dtype).softmax(dim=-1), grad[..., 2:]
                 result[part.logits] = (spans - softmax * spans.sum(dim=-1, keepdim=True)).to(outputs.dtype)
-        return grad_tokens, (grad_durations[0] if durations else None), None, None
+        return *results, *([None] * (4 - len(results)))
 
 
 def _reduce(losses: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:

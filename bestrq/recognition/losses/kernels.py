@@ -202,6 +202,21 @@ def _layout(lattices: Lattices, device: torch.device) -> tuple[Tensor, Tensor]:
     return to_device(rows, device), first
 
 
+def launch_options(lattices: Lattices, durations: tuple[int, ...] | None, sigma: float) -> dict[str, Any]:
+    """Constants of both kernels; they are compiled once per combination."""
+    states = [len(labels) + 1 for labels in lattices.labels]
+    longest = max((min(size) for size in zip(lattices.num_frames, states, strict=True)), default=1)
+    block = min(max(triton.next_power_of_2(longest), 32), LARGEST_BLOCK)  # cells of a diagonal
+    return {
+        "DURATIONS": durations or PLAIN,
+        "SIGMA": sigma,
+        "A": 2 + len(durations or ()),
+        "BANDED": lattices.first_state is not None,
+        "BLOCK": block,
+        "num_warps": max(block // 64, 1),
+    }
+
+
 class Alignments(torch.autograd.Function):
     """Negative log of the total probability of all alignments, `[N]`, from arcs `[cells, A]`.
 
@@ -214,22 +229,12 @@ class Alignments(torch.autograd.Function):
         ctx: Any, arcs: Tensor, lattices: Lattices, durations: tuple[int, ...] | None = None, sigma: float = 0.0
     ) -> Tensor:
         arcs, (layouts, first_state) = arcs.contiguous(), _layout(lattices, arcs.device)
-        states = [len(labels) + 1 for labels in lattices.labels]
-        longest = max((min(row) for row in zip(lattices.num_frames, states, strict=True)), default=1)
-        block = min(max(triton.next_power_of_2(longest), 32), LARGEST_BLOCK)  # cells of a diagonal
-        ctx.launch = {
-            "DURATIONS": durations or PLAIN,
-            "SIGMA": sigma,
-            "A": arcs.shape[1],
-            "BANDED": lattices.first_state is not None,
-            "BLOCK": block,
-            "num_warps": max(block // 64, 1),
-        }
+        ctx.options = launch_options(lattices, durations, sigma)
         scores, residuals = arcs.new_empty(2, len(arcs))
         losses = arcs.new_empty(len(lattices.labels))
         if len(losses):
             with torch.cuda.device_of(arcs):
-                scores_kernel[len(losses),](arcs, first_state, layouts, scores, residuals, losses, **ctx.launch)
+                scores_kernel[len(losses),](arcs, first_state, layouts, scores, residuals, losses, **ctx.options)
         ctx.save_for_backward(arcs, first_state, layouts, scores, residuals)
         return losses
 
@@ -240,6 +245,6 @@ class Alignments(torch.autograd.Function):
         if len(scale):
             with torch.cuda.device_of(arcs):
                 posteriors_kernel[len(scale),](
-                    arcs, first_state, layouts, scores, residuals, scale, posteriors, grad_arcs, **ctx.launch
+                    arcs, first_state, layouts, scores, residuals, scale, posteriors, grad_arcs, **ctx.options
                 )
         return grad_arcs, None, None, None
