@@ -270,7 +270,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="memory per slice of ours"
     )
-    parser.add_argument("--tdt-slice-bytes", type=int, default=32 * 2**20, help="the same for TDT")
+    parser.add_argument("--tdt-slice-bytes", type=int, default=16 * 2**20, help="the same for TDT")
     parser.add_argument("--budget-gb", type=float, default=12.0, help="memory limit of a pass, for every system")
     parser.add_argument("--repeats", type=int, default=2, help="passes per system and round")
     parser.add_argument("--rounds", type=int, default=2)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.tdt import check_durations, sum_over_durations
-from bestrq.recognition.losses.transducer import log_softmax_backward_, sum_over_alignments
+from bestrq.recognition.losses.transducer import duration_backward_, sum_over_alignments, token_backward_
 from common.errors import UserError
 
 SLICE_BYTES = 16 * 2**20
@@ -196,24 +196,23 @@ class _DenseArcs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, *durations = ctx.saved_tensors
-        results = [torch.empty_like(outputs) for outputs in ctx.saved_tensors]
+        inputs = ctx.saved_tensors
+        results = [torch.empty_like(outputs) for outputs in inputs]
         for result in results:
             for segment, frames in enumerate(ctx.lattices.num_frames):
                 result[segment, frames:].zero_()  # padding
                 result[segment, :frames, ctx.lattices.num_states(segment) :].zero_()
-        for part in _slices(ctx.lattices, tokens.shape[-1], ctx.blank):
-            grad, result = part.arcs(grads[0]), results[0][part.logits]
-            if tokens.dtype == grad.dtype:
-                result.copy_(tokens[part.logits])
-                log_softmax_backward_(result, grad, part.labels, tokens.shape[-1], ctx.blank)
-            else:
-                wide = tokens[part.logits].to(grad.dtype)
-                log_softmax_backward_(wide, grad, part.labels, tokens.shape[-1], ctx.blank)
-                result.copy_(wide)
-            for outputs, result in zip(durations, results[1:], strict=True):
-                softmax, spans = outputs[part.logits].to(grad.dtype).softmax(dim=-1), grad[..., 2:]
-                result[part.logits] = (spans - softmax * spans.sum(dim=-1, keepdim=True)).to(outputs.dtype)
+        for part in _slices(ctx.lattices, inputs[0].shape[-1], ctx.blank):
+            grad = part.arcs(grads[0])
+            for outputs, result in zip(inputs, results, strict=True):
+                view = result[part.logits].copy_(outputs[part.logits])
+                wide = view if view.dtype == grad.dtype else view.to(grad.dtype)
+                if outputs is inputs[0]:
+                    token_backward_(wide, grad, part.labels, ctx.blank)
+                else:
+                    duration_backward_(wide, grad)
+                if wide is not view:
+                    view.copy_(wide)
         return *results, *([None] * (4 - len(results)))
 
 

@@ -14,6 +14,7 @@ durations (`tdt`; 0 here), t frames of a slice, W states per frame. Label 0 is t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -131,18 +132,20 @@ class ArcScores(torch.autograd.Function):
         num_durations: int = 0,
     ) -> Tensor:  # fmt: skip
         """`[cells, 2 + D]`, at least float32."""
-        ctx.lattices, ctx.budget, ctx.num_tokens = lattices, budget, len(weight) - num_durations
+        num_tokens = len(weight) - num_durations
+        ctx.lattices, ctx.budget, ctx.num_tokens = lattices, budget, num_tokens
         wide = torch.promote_types(encoded.dtype, torch.float32)
         arcs = encoded.new_empty(sum(lattices.cells), 2 + num_durations, dtype=wide)
         for part in _slices(lattices, weight, budget):
-            logits = F.linear(part.hidden(encoded, predicted), weight, bias).to(wide)
+            hidden = part.hidden(encoded, predicted)
             if num_durations:
-                arcs[part.cells, 2:] = logits[..., ctx.num_tokens :].log_softmax(dim=-1).flatten(0, 1)
-            log_probs = logits[..., : ctx.num_tokens].log_softmax(dim=-1)
+                spans = F.linear(hidden, weight[num_tokens:], bias[num_tokens:]).to(wide)
+                arcs[part.cells, 2:] = spans.log_softmax(dim=-1).flatten(0, 1)
+            log_probs = F.linear(hidden, weight[:num_tokens], bias[:num_tokens]).to(wide).log_softmax(dim=-1)
             arcs[part.cells, 0] = log_probs[..., BLANK].flatten()
             # The last state has no next label: its arc is never used, but must be finite.
             arcs[part.cells, 1] = log_probs.gather(-1, part.labels.expand(log_probs.shape[:2])[..., None]).flatten()
-            del logits, log_probs  # before the next slice is allocated
+            del hidden, log_probs  # before the next slice is allocated
         ctx.save_for_backward(encoded, predicted, weight, bias)
         return arcs
 
@@ -151,6 +154,8 @@ class ArcScores(torch.autograd.Function):
         (encoded, predicted, weight, bias), wide = ctx.saved_tensors, grads[0].dtype
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in ctx.saved_tensors]
         grad_encoded, grad_predicted, grad_weight, grad_bias = totals
+        # Tokens and durations apart: a softmax of a part of the outputs would copy it.
+        groups = [slice(ctx.num_tokens), *([slice(ctx.num_tokens, None)] if ctx.num_tokens < len(weight) else [])]
         parts = list(_slices(ctx.lattices, weight, ctx.budget))
         grad_parts = [grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1]) for part in parts]
         # One transfer from the device for all slices: each transfer waits for the device.
@@ -159,32 +164,41 @@ class ArcScores(torch.autograd.Function):
         for part, grad, (first, stop) in zip(parts, grad_parts, spans, strict=True):
             grad, part = grad[:, first:stop], part.select_states(first, stop)
             hidden = part.hidden(encoded, predicted)
-            grad_logits = F.linear(hidden, weight, bias).to(wide)
-            log_softmax_backward_(grad_logits, grad, part.labels, ctx.num_tokens)
-            grad_bias += grad_logits.sum(dim=(0, 1))
-            flat = grad_logits.flatten(0, 1).to(hidden.dtype)
-            grad_weight += flat.mT @ hidden.flatten(0, 1)
-            grad_hidden = torch.ops.aten.tanh_backward((flat @ weight).view_as(hidden), hidden)
+            flat_hidden, products = hidden.flatten(0, 1), []
+            for outputs in groups:
+                grad_logits = F.linear(hidden, weight[outputs], bias[outputs]).to(wide)
+                if outputs is groups[0]:
+                    token_backward_(grad_logits, grad, part.labels)
+                else:
+                    duration_backward_(grad_logits, grad)
+                grad_bias[outputs] += grad_logits.sum(dim=(0, 1))
+                flat = grad_logits.flatten(0, 1).to(hidden.dtype)
+                grad_weight[outputs] += flat.mT @ flat_hidden
+                products.append(flat @ weight[outputs])
+                del grad_logits, flat
+            grad_hidden = torch.ops.aten.tanh_backward(reduce(Tensor.add_, products).view_as(hidden), hidden)
             grad_encoded[part.frames] += grad_hidden.sum(dim=1, dtype=wide)
             if part.band is None:
                 grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
             else:
                 grad_predicted[part.states].index_add_(0, part.band.flatten(), grad_hidden.flatten(0, 1).to(wide))
-            del hidden, grad_logits, flat, grad_hidden  # before the next slice is allocated
+            del hidden, flat_hidden, products, grad_hidden  # before the next slice is allocated
         return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None, None
 
 
-def log_softmax_backward_(logits: Tensor, grad: Tensor, labels: Tensor, num_tokens: int, blank: int = BLANK) -> None:
-    """Overwrite logits `[t, W, V + D]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
+def token_backward_(logits: Tensor, grad: Tensor, labels: Tensor, blank: int = BLANK) -> None:
+    """Overwrite token logits `[t, W, V]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
     # d log p(k) / d logits = onehot(k) - softmax
-    tokens, durations = logits.split((num_tokens, logits.shape[-1] - num_tokens), dim=-1)
     grad_label = grad[..., 1:2] * (labels != blank)[..., None]
-    torch.mul(tokens.softmax(dim=-1), -(grad[..., :1] + grad_label), out=tokens)
-    tokens[..., blank : blank + 1] += grad[..., :1]
-    tokens.scatter_add_(-1, labels.expand(grad.shape[:2])[..., None], grad_label)
-    if durations.shape[-1]:
-        torch.mul(durations.softmax(dim=-1), -grad[..., 2:].sum(dim=-1, keepdim=True), out=durations)
-        durations += grad[..., 2:]
+    torch.mul(logits.softmax(dim=-1), -(grad[..., :1] + grad_label), out=logits)
+    logits[..., blank : blank + 1] += grad[..., :1]
+    logits.scatter_add_(-1, labels.expand(grad.shape[:2])[..., None], grad_label)
+
+
+def duration_backward_(logits: Tensor, grad: Tensor) -> None:
+    """Overwrite duration logits `[t, W, D]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
+    torch.mul(logits.softmax(dim=-1), -grad[..., 2:].sum(dim=-1, keepdim=True), out=logits)
+    logits += grad[..., 2:]
 
 
 def transducer_loss(
