@@ -176,13 +176,15 @@ class ArcScores(torch.autograd.Function):
                 grad_weight[outputs] += flat.mT @ flat_hidden
                 products.append(flat @ weight[outputs])
                 del grad_logits, flat
-            grad_hidden = torch.ops.aten.tanh_backward(reduce(Tensor.add_, products).view_as(hidden), hidden)
+            grad_hidden = reduce(Tensor.add_, products)
+            del products  # or the product would be kept until the next slice
+            grad_hidden = torch.ops.aten.tanh_backward(grad_hidden.view_as(hidden), hidden)
             grad_encoded[part.frames] += grad_hidden.sum(dim=1, dtype=wide)
             if part.band is None:
                 grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
             else:
                 grad_predicted[part.states].index_add_(0, part.band.flatten(), grad_hidden.flatten(0, 1).to(wide))
-            del hidden, flat_hidden, products, grad_hidden  # before the next slice is allocated
+            del hidden, flat_hidden, grad_hidden  # before the next slice is allocated
         return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None, None
 
 
