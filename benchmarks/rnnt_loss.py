@@ -164,11 +164,14 @@ def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
         all_cells.start()
     one_pass(cell, 2, 2)
     resource.setrlimit(resource.RLIMIT_AS, (resident_bytes("VmSize") + budget, resource.RLIM_INFINITY))
+    costs: list[Cost] = []
     try:
-        costs = [one_pass(cell, cell.frames, cell.labels) for _ in range(repeats)]
+        while len(costs) < repeats:
+            costs.append(one_pass(cell, cell.frames, cell.labels))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in OUT_OF_MEMORY):
             raise
+    if not costs:  # a later pass may not fit between the remains of the first
         return None
     # Later passes reuse memory that the first left to the allocator, so the first pass has the real peak.
     seconds, processor = min(cost.seconds for cost in costs), min(cost.processor for cost in costs)
