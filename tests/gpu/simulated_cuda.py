@@ -1,0 +1,411 @@
+"""CUDA device that does not exist: tensors report device `cuda`, and their operators run on the CPU.
+
+    with simulated_cuda() as gpu:
+        pretrain.train(config)  # torch.cuda.is_available() is True, distributed.device=auto selects it
+    print(gpu.waits.most_common())  # waits of the host by (reason, "file:line function")
+
+Operators on a `CudaTensor` follow CUDA's rules of placement: a CPU tensor beside it raises, except a scalar (0-dim) in a
+pointwise operator and the cases in which CUDA copies. A wait is an operation after which the host has waited for all
+kernels in flight: a read of a value, an output whose shape depends on values, a copy in either direction that is not
+`non_blocking`. Copies from pageable memory with `non_blocking` are counted apart: the driver copies them to a staging
+buffer first, which takes the time of the host but does not wait for kernels.
+
+Not simulated: speed, memory, streams (every kernel has finished at once, so a race is not found), compiled code (Dynamo
+skips frames under a dispatch mode), FlexAttention, cuDNN (its LSTM and CTC loss are replaced by torch's own kernels),
+CUDA's random numbers (the CPU's generators are used, so that a run on the device equals one on the CPU), NCCL.
+
+Waits inside kernels of torch 2.14 and torchaudio 2.11 were read in their sources; `HIDDEN_WAITS` lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.gpu.cuda_kernels import KERNELS, attention
+from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+
+HIDDEN_WAITS = {
+    "_local_scalar_dense": (1, "read of a value"),
+    "nonzero": (1, "shape depends on values"),
+    "masked_select": (1, "shape depends on values"),
+    "_unique2": (1, "shape depends on values"),
+    "unique_dim": (1, "shape depends on values"),
+    "unique_consecutive": (1, "shape depends on values"),
+    "bincount": (2, "bincount reads minimum and maximum"),
+    "equal": (1, "read of a comparison"),
+    "_ctc_loss": (3, "ctc_loss copies lengths and offsets to the device"),
+    "_ctc_loss_backward": (3, "ctc_loss copies lengths and offsets to the device"),
+    "rnnt_loss_forward": (2, "rnnt_loss reads the largest lengths"),
+    "_linalg_eigh": (1, "status of a decomposition"),
+    "_linalg_svd": (1, "status of a decomposition"),
+    "linalg_cholesky_ex": (1, "status of a decomposition"),
+}
+"""name of an operator -> number of waits, reason"""
+
+INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+TAKES_CPU_SCALARS = {*INDEXING, aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_}
+"""operators besides the pointwise ones that take a 0-dim CPU tensor"""
+TAKES_CPU_TENSORS = {aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss, aten._ctc_loss, aten._ctc_loss_backward}
+"""operators that copy lengths from either device"""
+
+
+class CudaTensor(torch.Tensor):
+    """Tensor that reports device `cuda:0`, with its values in a CPU tensor."""
+
+    values: Tensor
+    gpu: SimulatedCuda
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: Tensor, gpu: SimulatedCuda) -> CudaTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, values.size(), strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
+            layout=values.layout, device=CUDA,
+        )  # fmt: skip
+        tensor.values, tensor.gpu = values, gpu
+        return tensor
+
+    def __init__(self, values: Tensor, gpu: SimulatedCuda) -> None:
+        """Attributes are set in `__new__`."""
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"CudaTensor({self.values!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Reached outside the mode only, for example in another thread.
+        gpu = next(leaf.gpu for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, CudaTensor))
+        return gpu.run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        self.gpu.wait("tolist")
+        return self.values.tolist()
+
+    # torch would build the index tensor of a list without calling the dispatch mode.
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_lists_as_tensors(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_lists_as_tensors(index), value)
+
+
+def _lists_as_tensors(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_lists_as_tensors, index))
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
+class SimulatedCuda(TorchDispatchMode):
+    """The device: runs operators on the CPU, checks their placement and counts waits of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[tuple[str, str]] = Counter()
+        """waits of the host by (reason, place)"""
+        self.pageable: Counter[str] = Counter()
+        """`non_blocking` copies from pageable memory by place, which do not wait"""
+        self.kernels = 0
+        """operators that launch at least one kernel"""
+        self.host_seconds: Counter[str] | None = None
+        """processor time of this thread between operators on the device, by place; None: not measured"""
+        self._left = time.thread_time()
+        self._pinned: dict[int, StorageWeakRef] = {}
+
+    @property
+    def num_waits(self) -> int:
+        return sum(self.waits.values())
+
+    def wait(self, reason: str, count: int = 1) -> None:
+        """Count waits of the host at the current place."""
+        if count:
+            self.waits[reason, place()] += count
+
+    def wrap(self, value: Any) -> Any:
+        """A CPU tensor as a tensor on the device; other values unchanged."""
+        return CudaTensor(value, self) if isinstance(value, Tensor) and not isinstance(value, CudaTensor) else value
+
+    # ---- Pinned memory: a property of the storage ----
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """The CPU tensor itself, whose storage counts as pinned from now on."""
+        self._pinned[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage())
+        return tensor
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        reference = self._pinned.get(tensor.untyped_storage()._cdata)
+        return reference is not None and not reference.expired()
+
+    # ---- Operators ----
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator; on the device if a tensor or the argument `device` says so."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        to_cuda = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
+        if not to_cuda and not any(isinstance(tensor, CudaTensor) for tensor in tensors):
+            return self._run_on_cpu(func, args, kwargs)
+        if self.host_seconds is not None:
+            self.host_seconds[place()] += time.thread_time() - self._left
+        try:
+            return self._run_on_device(func, args, kwargs, tensors, to_cuda)
+        finally:
+            self._left = time.thread_time()
+
+    def _run_on_cpu(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func.overloadpacket is aten.is_pinned:
+            return self.is_pinned(args[0])
+        if func.overloadpacket is aten._pin_memory:
+            return self.pin(args[0].clone())
+        if kwargs.get("pin_memory"):
+            return self.pin(func(*args, **{**kwargs, "pin_memory": False}))
+        return func(*args, **kwargs)
+
+    def _run_on_device(
+        self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], to_cuda: bool
+    ) -> Any:  # fmt: skip
+        operator = func.overloadpacket
+        if operator is aten._to_copy:
+            return self._copy(args[0], kwargs, to_cuda)
+        if operator is aten.copy_:
+            return self._copy_into(*args, **kwargs)
+        if operator not in TAKES_CPU_TENSORS:
+            self._check_placement(func, args, tensors)
+        if operator in INDEXING:
+            self._count_indexing(args)
+        self._count_hidden_waits(operator, args, kwargs)
+        if not _is_view(func):
+            self.kernels += 1
+        cpu_args, cpu_kwargs = tree_map(_values, args), tree_map(_values, kwargs)
+        if to_cuda:
+            cpu_kwargs |= {"device": torch.device("cpu")}
+        cpu_kwargs.pop("pin_memory", None)
+        out = tree_map(self.wrap, KERNELS.get(operator, func)(*cpu_args, **cpu_kwargs))
+        with_tensors = any(isinstance(tensor, CudaTensor) for tensor in tensors)
+        return return_and_correct_aliasing(func, args, kwargs, out) if with_tensors else out
+
+    def _check_placement(self, func: Any, args: Any, tensors: list[Tensor]) -> None:
+        """Raise RuntimeError if CUDA would refuse the CPU tensors among the operands."""
+        operator = func.overloadpacket
+        on_cpu = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
+        if operator in INDEXING:
+            if not isinstance(args[0], CudaTensor):
+                raise RuntimeError(f"{func}: indices should be either on cpu or on the device of the indexed tensor (cpu)")
+            on_cpu = [value for value in args[2:3] if isinstance(value, Tensor) and not isinstance(value, CudaTensor)]
+        takes_scalars = torch.Tag.pointwise in func.tags or operator in TAKES_CPU_SCALARS
+        written = func._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], CudaTensor)
+        if written or any(tensor.dim() > 0 or not takes_scalars for tensor in on_cpu):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in on_cpu)
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu: {func} "
+                f"got CPU tensors of shape {shapes} at {place()}"
+            )
+
+    def _count_indexing(self, args: Any) -> None:
+        indices = [index for index in args[1] if index is not None]
+        is_mask = len(indices) == 1 and indices[0].dtype in (torch.bool, torch.uint8)
+        value = args[2] if len(args) > 2 else None
+        # torch writes a scalar of the CPU by masked_fill.
+        if is_mask and isinstance(value, Tensor) and value.numel() == 1 and not isinstance(value, CudaTensor):
+            self.wait("copy of a CPU mask", int(not isinstance(indices[0], CudaTensor)))
+            return
+        for index in indices:
+            if index.dtype in (torch.bool, torch.uint8):
+                on_cpu = not isinstance(index, CudaTensor)
+                # The positions of a CPU mask are found on the CPU and copied, one tensor per dimension.
+                self.wait("index by a CPU mask" if on_cpu else "index by a mask", index.dim() if on_cpu else 1)
+            elif not isinstance(index, CudaTensor):
+                self.wait("index by a CPU tensor")
+
+    def _count_hidden_waits(self, operator: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        name = operator.__name__
+        if name == "repeat_interleave" and kwargs.get("output_size") is None:
+            self.wait("repeat_interleave reads size and sign", 2)
+        count, reason = HIDDEN_WAITS.get(name, (0, ""))
+        self.wait(reason, count)
+
+    def _copy(self, source: Tensor, kwargs: dict[str, Any], to_cuda: bool) -> Tensor:
+        """`_to_copy`: a copy with another device or dtype."""
+        options = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
+        from_cuda = isinstance(source, CudaTensor)
+        to_cuda = to_cuda or (from_cuda and kwargs.get("device") is None)
+        self._count_copy(source, from_cuda, to_cuda, bool(kwargs.get("non_blocking")))
+        self.kernels += 1
+        # The dtype may be the same: the device's memory is not that of the CPU tensor.
+        out = aten._to_copy.default(_values(source), **options)
+        if to_cuda:
+            return CudaTensor(out, self)
+        return self.pin(out) if kwargs.get("non_blocking") else out  # torch allocates pinned memory for it
+
+    def _copy_into(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        """`copy_`."""
+        to_cuda = isinstance(target, CudaTensor)
+        asynchronous = non_blocking and (to_cuda or self.is_pinned(target))
+        self._count_copy(source, isinstance(source, CudaTensor), to_cuda, asynchronous)
+        self.kernels += 1
+        _values(target).copy_(_values(source))
+        return target
+
+    def _count_copy(self, source: Tensor, from_cuda: bool, to_cuda: bool, asynchronous: bool) -> None:
+        if from_cuda == to_cuda:
+            return
+        if not asynchronous:
+            pageable = "" if from_cuda or self.is_pinned(source) else ", from pageable memory"
+            self.wait(f"blocking copy to the {'device' if to_cuda else 'host'}{pageable}")
+        elif to_cuda and not self.is_pinned(source):
+            self.pageable[place()] += 1
+
+
+def _values(value: Any) -> Any:
+    return value.values if isinstance(value, CudaTensor) else value
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator returns a view and writes nothing."""
+    returns = func._schema.returns
+    aliases = [value.alias_info for value in returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def place() -> str:
+    """`file:line function` of the innermost frame of the repository's own code outside tests/gpu; or `torch`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if (relative := _relative(name)) is not None:
+            return f"{relative}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "torch"
+
+
+_RELATIVE: dict[str, str | None] = {}
+
+
+def _relative(name: str) -> str | None:
+    """Path of a source file in the repository; None for other files and for the simulation."""
+    if name not in _RELATIVE:
+        path = Path(name)
+        own = path.is_relative_to(REPOSITORY) and not {".venv", "site-packages"} & set(path.parts)
+        parts = path.relative_to(REPOSITORY) if own else None
+        simulation = parts is not None and parts.name in ("simulated_cuda.py", "cuda_kernels.py", "cuda_runtime.py")
+        _RELATIVE[name] = None if parts is None or simulation else str(parts)
+    return _RELATIVE[name]
+
+
+# ---- torch.cuda ----
+
+
+class Generator(torch._C.Generator):
+    """`torch.Generator`, which for the simulated device draws the CPU's numbers."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> Generator:
+        return super().__new__(cls, device="cpu")
+
+
+class Event:
+    """`torch.cuda.Event`: every kernel has finished at once, and the host waits in `synchronize`."""
+
+    def __init__(self, gpu: SimulatedCuda) -> None:
+        self.gpu = gpu
+
+    def record(self, stream: object = None) -> None:
+        """Nothing to record."""
+
+    def wait(self, stream: object = None) -> None:
+        """Streams wait for nothing."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.gpu.wait("Event.synchronize")
+
+    def elapsed_time(self, end: Event) -> float:
+        return 0.0
+
+
+def _replacements(gpu: SimulatedCuda) -> dict[str, Callable[..., Any]]:
+    """Functions of `torch.cuda` on a machine with one H100."""
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+    )
+    nothing = ("_lazy_init", "init", "set_device", "manual_seed", "manual_seed_all", "empty_cache",
+               "reset_peak_memory_stats")  # fmt: skip
+    zero = ("current_device", "max_memory_allocated", "memory_allocated", "memory_reserved", "max_memory_reserved")
+    stream = SimpleNamespace(
+        synchronize=lambda: gpu.wait("Stream.synchronize"), wait_stream=lambda other: None,
+        wait_event=lambda event: None, record_event=lambda event=None: event or Event(gpu), query=lambda: True,
+    )  # fmt: skip
+    return {
+        **{name: lambda *args, **kwargs: None for name in nothing},
+        **{name: lambda *args, **kwargs: 0 for name in zero},
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_name": lambda *args: properties.name,
+        "get_device_properties": lambda *args: properties,
+        "get_device_capability": lambda *args: (9, 0),
+        "is_bf16_supported": lambda *args, **kwargs: True,
+        "synchronize": lambda *args: gpu.wait("torch.cuda.synchronize"),
+        "Event": lambda *args, **kwargs: Event(gpu),
+        "Stream": lambda *args, **kwargs: stream,
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+    }
+
+
+@contextlib.contextmanager
+def simulated_cuda() -> Iterator[SimulatedCuda]:
+    """Context with a simulated GPU, in this thread. Backward passes run in this thread too.
+
+    Raises RuntimeError if torch has a real GPU, or is a build without CUDA.
+    """
+    allow_backward_without_a_gpu()
+    gpu = SimulatedCuda()
+    lift_on_cpu = torch._C._only_lift_cpu_tensors()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    with contextlib.ExitStack() as stack:
+        for name, replacement in _replacements(gpu).items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
+        # Methods of the class, as a loader's thread calls them outside the mode.
+        for name, method in {
+            "pin_memory": lambda self, *device: self if gpu.is_pinned(self) else gpu.pin(self.clone()),
+            "is_pinned": lambda self, *device: gpu.is_pinned(self),
+            "record_stream": lambda self, stream: None,
+        }.items():
+            stack.enter_context(mock.patch.object(torch.Tensor, name, method))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        # `torch.tensor(..., device="cuda")` copies through the dispatch mode instead of torch's real CUDA.
+        torch._C._set_only_lift_cpu_tensors(True)
+        # `module.to("cuda")` replaces the parameters, as a CudaTensor does not fit into one of the CPU.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            with gpu:
+                yield gpu
+        finally:
+            torch._C._set_only_lift_cpu_tensors(lift_on_cpu)
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
