@@ -60,7 +60,9 @@ def rnnt_loss(logits: Tensor, targets: Tensor, num_frames: Tensor, num_labels: T
     leaves their costs and gradients as allocated; here they are NaN."""
     costs, gradients = torch.ops.torchaudio.rnnt_loss_forward.default(logits, targets, num_frames, num_labels, *more)
     unwritten = (num_frames < 2) | (num_labels < 1)
-    return costs.masked_fill(unwritten, float("nan")), gradients.masked_fill(unwritten[:, None, None, None], float("nan"))
+    return costs.masked_fill(unwritten, float("nan")), gradients.masked_fill(
+        unwritten[:, None, None, None], float("nan")
+    )
 
 
 def no_cudnn(*args: Any, **kwargs: Any) -> bool:

@@ -4,8 +4,8 @@
         pretrain.train(config)  # torch.cuda.is_available() is True, distributed.device=auto selects it
     print(gpu.waits.most_common())  # waits of the host by (reason, "file:line function")
 
-Operators on a `CudaTensor` follow CUDA's rules of placement: a CPU tensor beside it raises, except a scalar (0-dim) in a
-pointwise operator and the cases in which CUDA copies. A wait is an operation after which the host has waited for all
+Operators on a `CudaTensor` follow CUDA's rules of placement: a CPU tensor beside it raises, except a scalar (0-dim) in
+a pointwise operator and the cases in which CUDA copies. A wait is an operation after which the host has waited for all
 kernels in flight: a read of a value, an output whose shape depends on values, a copy in either direction that is not
 `non_blocking`. Copies from pageable memory with `non_blocking` are counted apart: the driver copies them to a staging
 buffer first, which takes the time of the host but does not wait for kernels.
@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from tests.gpu.cuda_kernels import KERNELS, attention
 from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
@@ -139,8 +140,10 @@ class SimulatedCuda(TorchDispatchMode):
             self.waits[reason, place()] += count
 
     def wrap(self, value: Any) -> Any:
-        """A CPU tensor as a tensor on the device; other values unchanged."""
-        return CudaTensor(value, self) if isinstance(value, Tensor) and not isinstance(value, CudaTensor) else value
+        """The results of an operator with tensors on the device in place of CPU tensors."""
+        if isinstance(value, list | tuple):
+            return type(value)(map(self.wrap, value))
+        return CudaTensor(value, self) if isinstance(value, Tensor) else value
 
     # ---- Pinned memory: a property of the storage ----
 
@@ -160,7 +163,9 @@ class SimulatedCuda(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operator; on the device if a tensor or the argument `device` says so."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors: list[Tensor] = []
+        _add_tensors(args, tensors)
+        _add_tensors(kwargs.values(), tensors)
         to_cuda = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
         if not to_cuda and not any(isinstance(tensor, CudaTensor) for tensor in tensors):
             return self._run_on_cpu(func, args, kwargs)
@@ -188,36 +193,37 @@ class SimulatedCuda(TorchDispatchMode):
             return self._copy(args[0], kwargs, to_cuda)
         if operator is aten.copy_:
             return self._copy_into(*args, **kwargs)
-        if operator not in TAKES_CPU_TENSORS:
-            self._check_placement(func, args, tensors)
+        on_cpu = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
+        if on_cpu and operator not in TAKES_CPU_TENSORS:
+            self._check_placement(func, args, on_cpu)
         if operator in INDEXING:
             self._count_indexing(args)
         self._count_hidden_waits(operator, args, kwargs)
-        if not _is_view(func):
-            self.kernels += 1
-        cpu_args, cpu_kwargs = tree_map(_values, args), tree_map(_values, kwargs)
+        aliases = _aliases(func)
+        self.kernels += aliases != "view"
+        cpu_args, cpu_kwargs = [_values(value) for value in args], {k: _values(value) for k, value in kwargs.items()}
         if to_cuda:
             cpu_kwargs |= {"device": torch.device("cpu")}
         cpu_kwargs.pop("pin_memory", None)
-        out = tree_map(self.wrap, KERNELS.get(operator, func)(*cpu_args, **cpu_kwargs))
-        with_tensors = any(isinstance(tensor, CudaTensor) for tensor in tensors)
-        return return_and_correct_aliasing(func, args, kwargs, out) if with_tensors else out
+        out = self.wrap(KERNELS.get(operator, func)(*cpu_args, **cpu_kwargs))
+        return return_and_correct_aliasing(func, args, kwargs, out) if aliases else out
 
-    def _check_placement(self, func: Any, args: Any, tensors: list[Tensor]) -> None:
-        """Raise RuntimeError if CUDA would refuse the CPU tensors among the operands."""
+    def _check_placement(self, func: Any, args: Any, on_cpu: list[Tensor]) -> None:
+        """Raise RuntimeError if CUDA would refuse these CPU tensors among the operands."""
         operator = func.overloadpacket
-        on_cpu = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
         if operator in INDEXING:
             if not isinstance(args[0], CudaTensor):
-                raise RuntimeError(f"{func}: indices should be either on cpu or on the device of the indexed tensor (cpu)")
+                raise RuntimeError(
+                    f"{func}: indices should be either on cpu or on the device of the indexed tensor (cpu)"
+                )
             on_cpu = [value for value in args[2:3] if isinstance(value, Tensor) and not isinstance(value, CudaTensor)]
         takes_scalars = torch.Tag.pointwise in func.tags or operator in TAKES_CPU_SCALARS
         written = func._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], CudaTensor)
         if written or any(tensor.dim() > 0 or not takes_scalars for tensor in on_cpu):
             shapes = ", ".join(str(list(tensor.shape)) for tensor in on_cpu)
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu: {func} "
-                f"got CPU tensors of shape {shapes} at {place()}"
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu: "
+                f"{func} got CPU tensors of shape {shapes} at {place()}"
             )
 
     def _count_indexing(self, args: Any) -> None:
@@ -240,6 +246,8 @@ class SimulatedCuda(TorchDispatchMode):
         name = operator.__name__
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait("repeat_interleave reads size and sign", 2)
+        if name == "_ctc_loss":
+            self.wait("ctc_loss reads lengths", sum(isinstance(lengths, CudaTensor) for lengths in args[2:4]))
         count, reason = HIDDEN_WAITS.get(name, (0, ""))
         self.wait(reason, count)
 
@@ -275,15 +283,29 @@ class SimulatedCuda(TorchDispatchMode):
             self.pageable[place()] += 1
 
 
+# torch's tree functions would take most of the time of a run.
+def _add_tensors(values: Any, tensors: list[Tensor]) -> None:
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            _add_tensors(value, tensors)
+
+
 def _values(value: Any) -> Any:
-    return value.values if isinstance(value, CudaTensor) else value
+    """An argument with the CPU's tensors in place of those of the device."""
+    if isinstance(value, CudaTensor):
+        return value.values
+    return [_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _is_view(func: Any) -> bool:
-    """Whether an operator returns a view and writes nothing."""
-    returns = func._schema.returns
-    aliases = [value.alias_info for value in returns]
-    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+@cache
+def _aliases(func: Any) -> str:
+    """'view' or 'write' if an operator returns memory of its arguments; empty if it returns new tensors."""
+    aliases = [value.alias_info for value in func._schema.returns if value.alias_info is not None]
+    if not aliases:
+        return ""
+    return "write" if any(alias.is_write for alias in aliases) else "view"
 
 
 def place() -> str:

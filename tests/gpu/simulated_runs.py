@@ -53,6 +53,8 @@ def arguments(script: str, dataset: Path, folder: Path, device: str, *more: str)
     """Command line of a tiny run of 3 steps in float32 without dropout and loader processes, logged at every step."""
     places = [f"--data.dataset={dataset}", f"--run.folder={folder}", f"--distributed.device={device}"]
     run = ["--run.steps=3", "--run.log_every=1", "--distributed.precision=float32", "--data.num_workers=0"]
+    if script != "pretrain":
+        run.append("--validation.max_recordings=1")  # an untrained transducer emits many labels per frame
     return [*ENCODER, *DATA, *SMALL[script], *NO_DROPOUT, *run, *places, *more]
 
 
@@ -63,9 +65,7 @@ def train_on_cpu(script: str, dataset: Path, folder: Path, *more: str) -> Run:
     return Run(read_metrics(folder))
 
 
-def train_on_simulated_cuda(
-    script: str, dataset: Path, folder: Path, *more: str, measure_host: bool = False
-) -> Run:
+def train_on_simulated_cuda(script: str, dataset: Path, folder: Path, *more: str, measure_host: bool = False) -> Run:
     """Run a training script on the simulated GPU, which `distributed.device=auto` selects.
 
     With `measure_host`, `gpu.host_seconds` holds the processor time between operators, from the third step on.
@@ -118,3 +118,20 @@ def waits_of_a_step(runs: Sequence[Run] | Run) -> Counter[tuple[str, str]]:
     runs = [runs] if isinstance(runs, Run) else runs
     steps = [step for run in runs for step in run.step_waits[1:]]
     return max(steps, key=lambda step: sum(step.values()))
+
+
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("pretrain",),
+    "four codebooks": ("pretrain", "--quantizer.num_codebooks=4"),
+    "ctc": ("finetune_ctc",),
+    "rnnt": ("finetune_rnnt",),
+    "pruned rnnt and ctc": ("finetune_rnnt", "--transducer.prune_range=6", "--transducer.ctc_weight=0.3"),
+    "tdt": ("finetune_rnnt", "--transducer.durations=[0,1,2]"),
+    "lstm prediction": ("finetune_rnnt", "--transducer.prediction=lstm"),
+    "batch norm": ("pretrain", "--encoder.convolution_norm=batch_norm"),
+    "chunk masks, accumulation": (
+        "pretrain", "--encoder.mask=chunk", "--encoder.chunk_size=6", "--encoder.dynamic_chunks=true",
+        "--accumulation=2",
+    ),
+}  # fmt: skip
+"""name -> script and settings of a run"""
