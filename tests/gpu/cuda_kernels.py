@@ -65,6 +65,19 @@ def rnnt_loss(logits: Tensor, targets: Tensor, num_frames: Tensor, num_labels: T
     )
 
 
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, shape: list[int], inverse_rms: Tensor, weight: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_fused_rms_norm_backward`: gradients of the input and the weight."""
+    axes = tuple(range(-len(shape), 0))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normalised = x.to(wide) * inverse_rms
+    scaled = grad.to(wide) if weight is None else grad.to(wide) * weight
+    of_input = (scaled - normalised * (scaled * normalised).mean(axes, keepdim=True)) * inverse_rms
+    of_weight = (grad * normalised).sum(tuple(range(x.dim() - len(shape))))
+    return of_input.to(x.dtype), of_weight.to(weight.dtype) if weight is not None else None
+
+
 def no_cudnn(*args: Any, **kwargs: Any) -> bool:
     """`_use_cudnn_ctc_loss`: False, as cuDNN takes int32 labels of one dimension only."""
     return False
@@ -73,6 +86,7 @@ def no_cudnn(*args: Any, **kwargs: Any) -> bool:
 KERNELS: dict[Any, Any] = {
     aten._thnn_fused_lstm_cell: lstm_cell,
     aten._thnn_fused_lstm_cell_backward_impl: lstm_cell_backward,
+    aten._fused_rms_norm_backward: rms_norm_backward,
     aten._use_cudnn_ctc_loss: no_cudnn,
     torch.ops.torchaudio.rnnt_loss_forward: rnnt_loss,
     aten._use_miopen_ctc_loss: no_cudnn,

@@ -33,7 +33,7 @@ def allow_backward_without_a_gpu() -> None:
         raise RuntimeError("simulated CUDA tensors need a machine without a GPU: set CUDA_VISIBLE_DEVICES= (empty)")
     if torch.version.cuda is None:
         raise RuntimeError(f"simulated CUDA tensors need a CUDA build of torch, and this is {torch.__version__}")
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()
     libraries = Path(torch.__file__).parent / "lib"
     get_hooks = ctypes.CDLL(str(libraries / "libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
     get_hooks.restype = ctypes.c_void_p
@@ -65,9 +65,9 @@ def _implementation(library: Path) -> int:
     return ctypes.c_void_p.from_address(variable).value or -1
 
 
-def _jump_target(address: int) -> int:
+def _jump_target(address: int | None) -> int:
     """Function to which CUDAHooks::hasPrimaryContext passes its argument: `movsbl %sil, %edi; jmp offset`."""
-    code = ctypes.string_at(address, 9)
-    if code[:5] != bytes.fromhex("400fbefee9"):
+    code = b"" if address is None else ctypes.string_at(address, 9)
+    if address is None or code[:5] != bytes.fromhex("400fbefee9"):
         return -2
     return address + 9 + int.from_bytes(code[5:], "little", signed=True)

@@ -20,13 +20,10 @@ Waits inside kernels of torch 2.14 and torchaudio 2.11 were read in their source
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -38,8 +35,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.gpu.cuda_kernels import KERNELS, attention
 from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
+from tests.gpu.host_clock import HostClock
+from tests.gpu.places import place
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 
@@ -71,34 +69,35 @@ TAKES_CPU_TENSORS = {aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss, aten._
 class CudaTensor(torch.Tensor):
     """Tensor that reports device `cuda:0`, with its values in a CPU tensor."""
 
-    values: Tensor
+    content: Tensor
+    """the values, on the CPU"""
     gpu: SimulatedCuda
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, values: Tensor, gpu: SimulatedCuda) -> CudaTensor:
+    def __new__(cls, content: Tensor, gpu: SimulatedCuda) -> CudaTensor:
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, values.size(), strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
-            layout=values.layout, device=CUDA,
+            cls, content.size(), strides=content.stride(), storage_offset=content.storage_offset(), dtype=content.dtype,
+            layout=content.layout, device=CUDA,
         )  # fmt: skip
-        tensor.values, tensor.gpu = values, gpu
+        tensor.content, tensor.gpu = content, gpu
         return tensor
 
-    def __init__(self, values: Tensor, gpu: SimulatedCuda) -> None:
+    def __init__(self, content: Tensor, gpu: SimulatedCuda) -> None:
         """Attributes are set in `__new__`."""
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"CudaTensor({self.values!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"CudaTensor({self.content!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached outside the mode only, for example in another thread.
         gpu = next(leaf.gpu for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, CudaTensor))
         return gpu.run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
         self.gpu.wait("tolist")
-        return self.values.tolist()
+        return self.content.tolist()
 
     # torch would build the index tensor of a list without calling the dispatch mode.
     def __getitem__(self, index: Any) -> Any:
@@ -125,9 +124,8 @@ class SimulatedCuda(TorchDispatchMode):
         """`non_blocking` copies from pageable memory by place, which do not wait"""
         self.kernels = 0
         """operators that launch at least one kernel"""
-        self.host_seconds: Counter[str] | None = None
-        """processor time of this thread between operators on the device, by place; None: not measured"""
-        self._left = time.thread_time()
+        self.clock: HostClock | None = None
+        """measures the host's time between operators on the device; None: not measured"""
         self._pinned: dict[int, StorageWeakRef] = {}
 
     @property
@@ -169,14 +167,17 @@ class SimulatedCuda(TorchDispatchMode):
         to_cuda = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
         if not to_cuda and not any(isinstance(tensor, CudaTensor) for tensor in tensors):
             return self._run_on_cpu(func, args, kwargs)
-        if self.host_seconds is not None:
-            self.host_seconds[place()] += time.thread_time() - self._left
+        if self.clock is None:
+            return self._run_on_device(func, args, kwargs, tensors, to_cuda)
+        self.clock.stop()
         try:
             return self._run_on_device(func, args, kwargs, tensors, to_cuda)
         finally:
-            self._left = time.thread_time()
+            self.clock.start()
 
     def _run_on_cpu(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.clock is not None:
+            self.clock.cpu_operators += 1
         if func.overloadpacket is aten.is_pinned:
             return self.is_pinned(args[0])
         if func.overloadpacket is aten._pin_memory:
@@ -295,7 +296,7 @@ def _add_tensors(values: Any, tensors: list[Tensor]) -> None:
 def _values(value: Any) -> Any:
     """An argument with the CPU's tensors in place of those of the device."""
     if isinstance(value, CudaTensor):
-        return value.values
+        return value.content
     return [_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -308,31 +309,6 @@ def _aliases(func: Any) -> str:
     return "write" if any(alias.is_write for alias in aliases) else "view"
 
 
-def place() -> str:
-    """`file:line function` of the innermost frame of the repository's own code outside tests/gpu; or `torch`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if (relative := _relative(name)) is not None:
-            return f"{relative}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "torch"
-
-
-_RELATIVE: dict[str, str | None] = {}
-
-
-def _relative(name: str) -> str | None:
-    """Path of a source file in the repository; None for other files and for the simulation."""
-    if name not in _RELATIVE:
-        path = Path(name)
-        own = path.is_relative_to(REPOSITORY) and not {".venv", "site-packages"} & set(path.parts)
-        parts = path.relative_to(REPOSITORY) if own else None
-        simulation = parts is not None and parts.name in ("simulated_cuda.py", "cuda_kernels.py", "cuda_runtime.py")
-        _RELATIVE[name] = None if parts is None or simulation else str(parts)
-    return _RELATIVE[name]
-
-
 # ---- torch.cuda ----
 
 
@@ -340,7 +316,7 @@ class Generator(torch._C.Generator):
     """`torch.Generator`, which for the simulated device draws the CPU's numbers."""
 
     def __new__(cls, device: torch.device | str = "cpu") -> Generator:
-        return super().__new__(cls, device="cpu")
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
 
 
 class Event:
@@ -411,11 +387,12 @@ def simulated_cuda() -> Iterator[SimulatedCuda]:
         for name, replacement in _replacements(gpu).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         # Methods of the class, as a loader's thread calls them outside the mode.
-        for name, method in {
+        methods: dict[str, Callable[..., Any]] = {
             "pin_memory": lambda self, *device: self if gpu.is_pinned(self) else gpu.pin(self.clone()),
             "is_pinned": lambda self, *device: gpu.is_pinned(self),
             "record_stream": lambda self, stream: None,
-        }.items():
+        }
+        for name, method in methods.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, method))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))

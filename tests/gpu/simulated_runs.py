@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import evaluate
 import finetune_ctc
 import finetune_rnnt
 import pretrain
+from bestrq.training.meters import Throughput
 from bestrq.training.process import World
 from common.config import parse
 from pipelines.recogniser import start_inference
+from tests.gpu.host_clock import HostClock, measure_overheads
 from tests.gpu.simulated_cuda import SimulatedCuda, simulated_cuda
 from tests.tiny import DATA, ENCODER
 
@@ -39,6 +41,8 @@ class Run:
     """lines of metrics.jsonl"""
     step_waits: list[Counter[tuple[str, str]]] = field(default_factory=list)
     """waits from the start of every step but the last to that of the next one, by (reason, place)"""
+    clocks: list[HostClock] = field(default_factory=list)
+    """host's time in the same steps, if measured"""
     gpu: SimulatedCuda | None = None
     """None on the CPU"""
 
@@ -68,23 +72,33 @@ def train_on_cpu(script: str, dataset: Path, folder: Path, *more: str) -> Run:
 def train_on_simulated_cuda(script: str, dataset: Path, folder: Path, *more: str, measure_host: bool = False) -> Run:
     """Run a training script on the simulated GPU, which `distributed.device=auto` selects.
 
-    With `measure_host`, `gpu.host_seconds` holds the processor time between operators, from the third step on.
+    With `measure_host`, the host's time is measured from the start of every step to the end of its bookkeeping.
     """
     module = SCRIPTS[script]
     with simulated_cuda() as gpu:
         config = parse(module.Config, arguments(script, dataset, folder, "auto", *more))
-        seed_step, totals = module.seed_step, []
+        overheads = measure_overheads(lambda clock: setattr(gpu, "clock", clock)) if measure_host else (0.0, 0.0)
+        seed_step, waiting = module.seed_step, module.Throughput.waiting
+        totals: list[Counter[tuple[str, str]]] = []
+        clocks: list[HostClock] = []
 
         def start_step(*args: Any) -> None:
             totals.append(Counter(gpu.waits))
-            if measure_host and len(totals) == 3:
-                gpu.host_seconds = Counter()
+            if measure_host:
+                clocks.append(HostClock(*overheads))
+                gpu.clock = clocks[-1]
             seed_step(*args)
 
-        with mock.patch.object(module, "seed_step", start_step):
+        def end_step(*args: Any) -> AbstractContextManager[None]:
+            if gpu.clock is not None:  # the loader's time is not the step's
+                gpu.clock.stop()
+                gpu.clock = None
+            return waiting(*args)
+
+        with mock.patch.multiple(module, seed_step=start_step), mock.patch.object(Throughput, "waiting", end_step):
             module.train(config)
     steps = [after - before for before, after in zip(totals, totals[1:], strict=False)]
-    return Run(read_metrics(folder), steps, gpu)
+    return Run(read_metrics(folder), steps, clocks[:-1], gpu)
 
 
 def evaluate_export(export: Path, dataset: Path, folder: Path, device: str, *more: str) -> dict[str, Any]:
@@ -113,25 +127,6 @@ def differences(cpu: Run, cuda: Run, tolerance: float = 1e-5) -> list[str]:
     ]
 
 
-def waits_of_a_step(runs: Sequence[Run] | Run) -> Counter[tuple[str, str]]:
+def waits_of_a_step(run: Run) -> Counter[tuple[str, str]]:
     """Waits of the step with the most of them, except the first step, which saves pictures."""
-    runs = [runs] if isinstance(runs, Run) else runs
-    steps = [step for run in runs for step in run.step_waits[1:]]
-    return max(steps, key=lambda step: sum(step.values()))
-
-
-COMBINATIONS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("pretrain",),
-    "four codebooks": ("pretrain", "--quantizer.num_codebooks=4"),
-    "ctc": ("finetune_ctc",),
-    "rnnt": ("finetune_rnnt",),
-    "pruned rnnt and ctc": ("finetune_rnnt", "--transducer.prune_range=6", "--transducer.ctc_weight=0.3"),
-    "tdt": ("finetune_rnnt", "--transducer.durations=[0,1,2]"),
-    "lstm prediction": ("finetune_rnnt", "--transducer.prediction=lstm"),
-    "batch norm": ("pretrain", "--encoder.convolution_norm=batch_norm"),
-    "chunk masks, accumulation": (
-        "pretrain", "--encoder.mask=chunk", "--encoder.chunk_size=6", "--encoder.dynamic_chunks=true",
-        "--accumulation=2",
-    ),
-}  # fmt: skip
-"""name -> script and settings of a run"""
+    return max(run.step_waits[1:], key=lambda step: sum(step.values()))

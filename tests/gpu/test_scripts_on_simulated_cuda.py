@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu.combinations import COMBINATIONS
 from tests.gpu.simulated_cuda import simulated_cuda
 from tests.gpu.simulated_runs import (
-    COMBINATIONS,
     differences,
     evaluate_export,
     train_on_cpu,

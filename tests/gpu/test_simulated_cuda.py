@@ -273,7 +273,7 @@ def test_autocast_of_cuda_applies(gpu: SimulatedCuda) -> None:
 
 def test_dropout_is_drawn_on_the_device(gpu: SimulatedCuda) -> None:
     kept = F.dropout(torch.ones(1000, device="cuda"), 0.25)
-    assert isinstance(kept, CudaTensor) and 0.7 < (kept.values > 0).float().mean() < 0.8
+    assert isinstance(kept, CudaTensor) and 0.7 < (kept.content > 0).float().mean() < 0.8
 
 
 def test_generators_of_the_device_draw_the_numbers_of_the_cpu(gpu: SimulatedCuda) -> None:
