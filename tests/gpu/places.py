@@ -11,6 +11,7 @@ from types import FrameType
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SIMULATION = (
     "simulated_cuda.py",
+    "cuda_api.py",
     "cuda_kernels.py",
     "cuda_runtime.py",
     "host_clock.py",

@@ -23,7 +23,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,6 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
 
+from tests.gpu.cuda_api import Generator, replacements
 from tests.gpu.cuda_kernels import KERNELS, attention
 from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
 from tests.gpu.host_clock import HostClock
@@ -309,70 +309,6 @@ def _aliases(func: Any) -> str:
     return "write" if any(alias.is_write for alias in aliases) else "view"
 
 
-# ---- torch.cuda ----
-
-
-class Generator(torch._C.Generator):
-    """`torch.Generator`, which for the simulated device draws the CPU's numbers."""
-
-    def __new__(cls, device: torch.device | str = "cpu") -> Generator:
-        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
-
-
-class Event:
-    """`torch.cuda.Event`: every kernel has finished at once, and the host waits in `synchronize`."""
-
-    def __init__(self, gpu: SimulatedCuda) -> None:
-        self.gpu = gpu
-
-    def record(self, stream: object = None) -> None:
-        """Nothing to record."""
-
-    def wait(self, stream: object = None) -> None:
-        """Streams wait for nothing."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        self.gpu.wait("Event.synchronize")
-
-    def elapsed_time(self, end: Event) -> float:
-        return 0.0
-
-
-def _replacements(gpu: SimulatedCuda) -> dict[str, Callable[..., Any]]:
-    """Functions of `torch.cuda` on a machine with one H100."""
-    properties = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
-    )
-    nothing = ("_lazy_init", "init", "set_device", "manual_seed", "manual_seed_all", "empty_cache",
-               "reset_peak_memory_stats")  # fmt: skip
-    zero = ("current_device", "max_memory_allocated", "memory_allocated", "memory_reserved", "max_memory_reserved")
-    stream = SimpleNamespace(
-        synchronize=lambda: gpu.wait("Stream.synchronize"), wait_stream=lambda other: None,
-        wait_event=lambda event: None, record_event=lambda event=None: event or Event(gpu), query=lambda: True,
-    )  # fmt: skip
-    return {
-        **{name: lambda *args, **kwargs: None for name in nothing},
-        **{name: lambda *args, **kwargs: 0 for name in zero},
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "get_device_name": lambda *args: properties.name,
-        "get_device_properties": lambda *args: properties,
-        "get_device_capability": lambda *args: (9, 0),
-        "is_bf16_supported": lambda *args, **kwargs: True,
-        "synchronize": lambda *args: gpu.wait("torch.cuda.synchronize"),
-        "Event": lambda *args, **kwargs: Event(gpu),
-        "Stream": lambda *args, **kwargs: stream,
-        "current_stream": lambda *args: stream,
-        "default_stream": lambda *args: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "device": lambda device: contextlib.nullcontext(),
-    }
-
-
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[SimulatedCuda]:
     """Context with a simulated GPU, in this thread. Backward passes run in this thread too.
@@ -384,7 +320,7 @@ def simulated_cuda() -> Iterator[SimulatedCuda]:
     lift_on_cpu = torch._C._only_lift_cpu_tensors()
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
-        for name, replacement in _replacements(gpu).items():
+        for name, replacement in replacements(gpu).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         # Methods of the class, as a loader's thread calls them outside the mode.
         methods: dict[str, Callable[..., Any]] = {
