@@ -64,8 +64,12 @@ HIDDEN_WAITS = {
 INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 TAKES_CPU_SCALARS = {*INDEXING, aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_}
 """operators besides the pointwise ones that take a 0-dim CPU tensor"""
-TAKES_CPU_TENSORS = {aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss, aten._ctc_loss, aten._ctc_loss_backward}
-"""operators that copy lengths from either device"""
+TAKES_CPU_TENSORS = {
+    *(aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss, aten._ctc_loss, aten._ctc_loss_backward),
+    *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like),
+    *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
+}
+"""operators that copy lengths from either device, or take only the shape or dtype of a tensor"""
 
 
 class CudaTensor(torch.Tensor):

@@ -74,8 +74,9 @@ def test_ctc_losses_and_gradients_of_the_kernels_equal_those_of_torch(interprete
 
 
 def test_a_large_ctc_loss_does_not_drift(interpreted: dict[str, Any]) -> None:
+    """A log-probability of -200, the mean here, has a rounding error of 1e-5 itself."""
     loss_error, grad_error, loss = interpreted["ctc drift"]
-    assert loss > 10_000 and loss_error < 1e-7 and grad_error < 1e-5
+    assert loss > 10_000 and loss_error < 1e-7 and grad_error < 3e-5
 
 
 def test_a_log_probability_that_is_not_a_number_is_found_in_the_ctc_loss_of_its_segment(
@@ -110,7 +111,7 @@ def check_resources(kernel: Any, capability: int, num_warps: int, folder: Path) 
     assert registers(kernel.asm["cubin"], folder) * 32 * num_warps <= 65_536
     # Scores are read by other threads: a barrier, and no load through the cache of constants. Sums in a fixed order: no
     # atomic operation.
-    assert "bar.sync" in ptx and "ld.global.nc" not in ptx and "atom." not in ptx and "red." not in ptx
+    assert "bar.sync" in ptx and "ld.global.nc" not in ptx and not re.search(r"\b(atom|red)\.", ptx)
 
 
 def registers(cubin: bytes, folder: Path) -> int:

@@ -107,8 +107,9 @@ def ctc_scores_kernel(log_probs, plan, scores, losses, vocab, BLOCK: tl.constexp
 
     if is_reversed == 0:  # a path ends with the last label or a blank
         last = exists & (s >= states - 2)
-        largest = tl.max(tl.where(last, score, _LOWEST), axis=0)
-        total = tl.sum(tl.where(last, tl.exp(score - largest), 0.0), axis=0)
+        score = tl.where(last, score, _LOWEST)
+        largest = tl.max(score, axis=0)
+        total = tl.sum(tl.exp(score - largest), axis=0)
         loss = -(offset + largest.to(tl.float64) + tl.log(total).to(tl.float64))
         tl.store(losses + segment, loss.to(log_probs.dtype.element_ty))
 
