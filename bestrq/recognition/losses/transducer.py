@@ -158,7 +158,7 @@ class ArcScores(torch.autograd.Function):
         groups = [slice(ctx.num_tokens), *([slice(ctx.num_tokens, None)] if ctx.num_tokens < len(weight) else [])]
         parts = list(_slices(ctx.lattices, weight, ctx.budget))
         grad_parts = [grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1]) for part in parts]
-        spans = [(0, part.labels.shape[-1]) for part in parts]
+        spans = [[0, part.labels.shape[-1]] for part in parts]
         if weight.device.type == "cpu":  # a GPU's slices are too long to leave out many states, and the host would wait
             spans = [_visited_states(grad[..., :2].abs().sum(dim=-1)).tolist() for grad in grad_parts]
         for part, grad, (first, stop) in zip(parts, grad_parts, spans, strict=True):
