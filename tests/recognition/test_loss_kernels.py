@@ -111,6 +111,7 @@ def check_resources(kernel: Any, capability: int, num_warps: int, folder: Path) 
     assert registers(kernel.asm["cubin"], folder) * 32 * num_warps <= 65_536
     # Scores are read by other threads: a barrier, and no load through the cache of constants. Sums in a fixed order: no
     # atomic operation.
+    assert "barrier" in kernel.asm["ttir"]  # written, not that of a sum over threads
     assert "bar.sync" in ptx and "ld.global.nc" not in ptx and not re.search(r"\b(atom|red)\.", ptx)
 
 

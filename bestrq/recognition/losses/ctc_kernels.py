@@ -51,10 +51,10 @@ def _read_row(plan, segment):
 
 
 @triton.jit
-def _read_log_probs(log_probs, frame, vocab, symbol, exists):
-    value = tl.load(log_probs + frame * vocab + symbol, mask=exists, other=0.0)
-    # Not a maximum, which would drop a NaN: the training step checks for it.
-    return tl.where(value < _IMPOSSIBLE, _IMPOSSIBLE, value)
+def _bound(score):
+    """Score of at least that of an impossible path. Not a maximum, which would drop a NaN: the training step checks for
+    it."""
+    return tl.where(score < _IMPOSSIBLE, _IMPOSSIBLE, score)
 
 
 @triton.jit
@@ -82,12 +82,17 @@ def ctc_scores_kernel(log_probs, plan, scores, losses, vocab, BLOCK: tl.constexp
     skips = is_label & (s >= 3)
     skips = skips & (symbol != tl.load(plan + labels + 3 * (state // 2 - step), mask=skips, other=_BLANK))
 
+    of_symbols = log_probs + first_frame * vocab + symbol
+    upcoming = tl.load(
+        of_symbols + tl.where(is_reversed == 1, frames - 1, 0).to(tl.int64) * vocab, mask=exists, other=0.0
+    )
     offset = tl.full([], 0.0, tl.float64)
     score = tl.full([BLOCK], _LOWEST, log_probs.dtype.element_ty)
     for t in range(frames):
-        frame = tl.where(is_reversed == 1, frames - 1 - t, t)
-        log_prob = _read_log_probs(log_probs, first_frame + frame, vocab, symbol, exists)
-        here = scores + cell + frame.to(tl.int64) * states + state
+        frame = tl.where(is_reversed == 1, frames - 1 - t, t).to(tl.int64)
+        log_prob = _bound(upcoming)
+        upcoming = tl.load(of_symbols + (frame + step) * vocab, mask=exists & (t < frames - 1), other=0.0)  # early
+        here = scores + cell + frame * states + state
         before = here - step * states
         follows = exists & (t > 0)
         highest = tl.load(before, mask=follows, other=_IMPOSSIBLE)
@@ -97,8 +102,7 @@ def ctc_scores_kernel(log_probs, plan, scores, losses, vocab, BLOCK: tl.constexp
         highest, total = _add(highest, total, move)
         skip = tl.load(before - 2 * step, mask=follows & skips, other=_IMPOSSIBLE)
         highest, total = _add(highest, total, skip)
-        score = highest + tl.log(total) + log_prob
-        score = tl.where(score < _IMPOSSIBLE, _IMPOSSIBLE, score)
+        score = _bound(highest + tl.log(total) + log_prob)
         largest = tl.max(tl.where(exists, score, _LOWEST), axis=0)
         offset += largest.to(tl.float64)
         score = score - largest
@@ -128,7 +132,8 @@ def ctc_posteriors_kernel(log_probs, plan, scores, scale, posteriors, grads, voc
         symbol = tl.load(plan + labels + 3 * (s // 2), mask=exists & (s % 2 == 1), other=_BLANK)
         score = tl.load(scores + forward_cell + cell + s, mask=exists, other=_LOWEST)
         score += tl.load(scores + reversed_cell + cell + s, mask=exists, other=0.0)
-        score -= _read_log_probs(log_probs, frame, vocab, symbol, exists)  # is in both scores
+        # The log-probability of the frame is in both scores.
+        score -= _bound(tl.load(log_probs + frame * vocab + symbol, mask=exists, other=0.0))
         largest = tl.max(score, axis=0)
         posterior = tl.where(exists, tl.exp(score - largest), 0.0)
         posterior = posterior * (-tl.load(scale + segment) / tl.sum(posterior, axis=0))
