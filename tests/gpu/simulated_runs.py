@@ -122,8 +122,9 @@ def train_on_simulated_cuda(script: str, dataset: Path, folder: Path, *more: str
 
 
 def evaluate_export(export: Path, dataset: Path, folder: Path, device: str, *more: str) -> dict[str, Any]:
-    """Results of evaluate.py for an export; device 'auto' in `simulated_cuda()` is the simulated GPU."""
+    """Results of evaluate.py in float32 for an export; device 'auto' in `simulated_cuda()` is the simulated GPU."""
     places = [f"--export={export}", f"--data.dataset={dataset}", f"--out={folder}", f"--device={device}"]
+    places.append("--inference.precision=float32")
     config = parse(evaluate.Config, [*places, "--resamples=100", "--data.split=dev", *more])
     world: World = start_inference(config.device, config.threads, config.inference)
     evaluate.evaluate(config, world)
