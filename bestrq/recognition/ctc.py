@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.decoding.tokens import BLANK
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from common.segments import Segments, to_device
+from bestrq.recognition.losses.ctc import ctc_losses
+from common.segments import Segments
 
 
 @dataclass
@@ -81,19 +81,9 @@ def ctc_loss(log_probs: Tensor, segments: Segments, stride: int, labels: Tensor,
         labels, label_lengths: on the CPU, see `CTCModel.forward`.
     """
     index, lengths = segment_frames(segments, stride, log_probs.shape[1])
-    device = log_probs.device
     possible = lengths >= frames_needed(labels, label_lengths)
-    frames = log_probs.flatten(0, 1).index_select(0, to_device(index.flatten(), device)).unflatten(0, index.shape)
-    # The lengths stay on the CPU, where torch reads them. The loss of an impossible segment is infinite; zero_infinity
-    # removes it and its gradients. F.ctc_loss rejects an empty batch; an empty sum keeps the graph, which DDP needs.
-    loss_sum = (
-        F.ctc_loss(
-            frames.transpose(0, 1), to_device(labels, device), lengths, label_lengths, BLANK,
-            reduction="sum", zero_infinity=True,
-        )
-        if len(lengths)
-        else frames.sum()
-    )  # fmt: skip
+    starts = index[:, :1].flatten()
+    loss_sum = ctc_losses(log_probs.flatten(0, 1), starts, lengths, labels, label_lengths).sum()
     return CTCOutput(loss_sum=loss_sum, num_impossible=int((~possible).sum()))
 
 

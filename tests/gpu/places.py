@@ -13,6 +13,7 @@ SIMULATION = (
     "simulated_cuda.py",
     "cuda_api.py",
     "cuda_kernels.py",
+    "cuda_losses.py",
     "cuda_runtime.py",
     "host_clock.py",
     "places.py",

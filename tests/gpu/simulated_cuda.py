@@ -11,8 +11,9 @@ kernels in flight: a read of a value, an output whose shape depends on values, a
 buffer first, which takes the time of the host but does not wait for kernels.
 
 Not simulated: speed, memory, streams (every kernel has finished at once, so a race is not found), compiled code (Dynamo
-skips frames under a dispatch mode), FlexAttention, cuDNN (its LSTM and CTC loss are replaced by torch's own kernels),
-CUDA's random numbers (the CPU's generators are used, so that a run on the device equals one on the CPU), NCCL.
+skips frames under a dispatch mode), FlexAttention, Triton's losses (the CPU's are computed, see cuda_losses.py), cuDNN
+(its LSTM and CTC loss are replaced by torch's own kernels), CUDA's random numbers (the CPU's generators are used, so
+that a run on the device equals one on the CPU), NCCL.
 
 Waits inside kernels of torch 2.14 and torchaudio 2.11 were read in their sources; `HIDDEN_WAITS` lists them.
 """
@@ -32,6 +33,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
 
+from tests.gpu import cuda_losses
 from tests.gpu.cuda_api import Generator, replacements
 from tests.gpu.cuda_kernels import KERNELS, attention
 from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
@@ -62,8 +64,12 @@ HIDDEN_WAITS = {
 INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 TAKES_CPU_SCALARS = {*INDEXING, aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_}
 """operators besides the pointwise ones that take a 0-dim CPU tensor"""
-TAKES_CPU_TENSORS = {aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss, aten._ctc_loss, aten._ctc_loss_backward}
-"""operators that copy lengths from either device"""
+TAKES_CPU_TENSORS = {
+    *(aten._use_cudnn_ctc_loss, aten._use_miopen_ctc_loss, aten._ctc_loss, aten._ctc_loss_backward),
+    *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like),
+    *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
+}
+"""operators that copy lengths from either device, or take only the shape or dtype of a tensor"""
 
 
 class CudaTensor(torch.Tensor):
@@ -330,6 +336,8 @@ def simulated_cuda() -> Iterator[SimulatedCuda]:
         }
         for name, method in methods.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, method))
+        for module, name, loss in cuda_losses.REPLACEMENTS:
+            stack.enter_context(mock.patch.object(module, name, loss))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))

@@ -44,6 +44,15 @@ def test_a_script_computes_on_the_device_what_it_computes_on_a_cpu(name: str, da
     assert len(cuda.step_waits) == 2 and sum(waits_of_a_step(cuda).values()) > 0
 
 
+@pytest.mark.parametrize("name", ["ctc", "pruned rnnt and ctc", "tdt", "fast emit"])
+def test_the_host_waits_at_most_once_in_a_step_of_two_micro_batches(name: str, dataset: Path, tmp_path: Path) -> None:
+    """In a step that neither logs nor saves; the read of the last step's outcome is the one wait."""
+    script, *more = COMBINATIONS[name]
+    quiet = ["--run.steps=4", "--run.log_every=1000", "--accumulation=2"]
+    waits = waits_of_a_step(train_on_simulated_cuda(script, dataset, tmp_path, *more, *quiet))
+    assert sum(waits.values()) <= 1, waits
+
+
 def test_a_difference_is_found(dataset: Path, tmp_path: Path) -> None:
     cpu = train_on_cpu("finetune_ctc", dataset, tmp_path / "cpu", "--run.steps=1")
     other = train_on_cpu("finetune_ctc", dataset, tmp_path / "other", "--run.steps=1", "--run.seed=1")

@@ -31,6 +31,11 @@ def on_device(*shape: int) -> Tensor:
 # ---- Placement ----
 
 
+def test_a_new_tensor_takes_the_shape_of_one_of_the_cpu(gpu: SimulatedCuda) -> None:
+    made = [torch.zeros_like(torch.ones(2), device="cuda"), torch.ones(2).new_zeros(2, device="cuda")]
+    assert all(tensor.is_cuda and tensor.tolist() == [0, 0] for tensor in made)
+
+
 def test_tensors_report_the_device(gpu: SimulatedCuda) -> None:
     made = [torch.zeros(2, device="cuda"), torch.arange(3, device="cuda"), torch.tensor([1, 2], device="cuda"),
             torch.randn(2, 3).to("cuda"), torch.randn(2).cuda(), nn.Linear(2, 2).to("cuda").weight]  # fmt: skip

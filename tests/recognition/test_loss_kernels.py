@@ -1,4 +1,4 @@
-"""Triton kernels of the transducer losses: in the interpreter, compiled without a GPU, and on one."""
+"""Triton kernels of the transducer and CTC losses: in the interpreter, compiled without a GPU, and on one."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bestrq.recognition.losses import backend
+from bestrq.recognition.losses.ctc import ctc_losses
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.tdt import sum_over_durations
 from bestrq.recognition.losses.transducer import sum_over_alignments
@@ -65,21 +66,53 @@ def test_the_loss_of_an_arc_that_is_not_a_number_is_not_a_number(interpreted: di
     assert interpreted["not a number"] == [True, False]
 
 
-def compiled(name: str, capability: int, dtype: str, options: dict[str, Any]) -> Any:
-    """A kernel, built by Triton for a GPU that need not exist."""
+def test_ctc_losses_and_gradients_of_the_kernels_equal_those_of_torch(interpreted: dict[str, Any]) -> None:
+    assert interpreted["ctc"] < 1e-12
+    assert interpreted["ctc without labels"] < 1e-12
+    assert interpreted["ctc float32"] < 1e-5
+    assert interpreted["ctc without gradients"] < 1e-12
+
+
+def test_a_large_ctc_loss_does_not_drift(interpreted: dict[str, Any]) -> None:
+    """A log-probability of -200, the mean here, has a rounding error of 1e-5 itself."""
+    loss_error, grad_error, loss = interpreted["ctc drift"]
+    assert loss > 10_000 and loss_error < 1e-7 and grad_error < 3e-5
+
+
+def test_a_log_probability_that_is_not_a_number_is_found_in_the_ctc_loss_of_its_segment(
+    interpreted: dict[str, Any],
+) -> None:
+    assert interpreted["ctc not a number"] == [[True, False], [True, False]]
+
+
+def test_labels_that_do_not_fit_their_frames_have_no_ctc_loss_and_no_gradients(interpreted: dict[str, Any]) -> None:
+    *impossible, possible = interpreted["ctc impossible"]
+    assert impossible == [0.0] * 4 and possible > 0
+
+
+def compiled(function: Any, capability: int, types: dict[str, str], options: dict[str, Any]) -> Any:
+    """A kernel, built by Triton for a GPU that need not exist. `types` are those of its arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bestrq.recognition.losses import kernels
-
-    function = getattr(kernels, name)
     constants = {key: value for key, value in options.items() if key != "num_warps"}
-    signature = dict.fromkeys(function.arg_names, f"*{dtype}")
-    signature |= {"first_state": "*i64", "layouts": "*i64", **dict.fromkeys(constants, "constexpr")}
+    signature = types | dict.fromkeys(constants, "constexpr")
     indexed = {(function.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(function, signature, constexprs=indexed)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": options["num_warps"]})
+
+
+def check_resources(kernel: Any, capability: int, num_warps: int, folder: Path) -> None:
+    """Assert that a built kernel fits a GPU and has the barrier and the loads that its results need."""
+    ptx = kernel.asm["ptx"]
+    assert re.search(rf"\.target sm_{capability}a?\n", ptx.replace(",", "\n"))
+    assert kernel.metadata.shared <= SHARED_BYTES[capability]
+    assert registers(kernel.asm["cubin"], folder) * 32 * num_warps <= 65_536
+    # Scores are read by other threads: a barrier, and no load through the cache of constants. Sums in a fixed order: no
+    # atomic operation.
+    assert "barrier" in kernel.asm["ttir"]  # written, not that of a sum over threads
+    assert "bar.sync" in ptx and "ld.global.nc" not in ptx and not re.search(r"\b(atom|red)\.", ptx)
 
 
 def registers(cubin: bytes, folder: Path) -> int:
@@ -114,14 +147,26 @@ def test_kernels_compile_for_a_gpu_within_its_registers_and_with_a_barrier(
     bands = [torch.zeros(size[0], dtype=torch.int64)] if banded else None
     lattices = Lattices([size[0]], [torch.ones(size[1], dtype=torch.int64)], bands, [5] if banded else None)
     options = kernels.launch_options(lattices, durations, 0.05)
-    kernel = compiled(name, capability, dtype, options)
-    ptx = kernel.asm["ptx"]
-    assert re.search(rf"\.target sm_{capability}a?\n", ptx.replace(",", "\n"))
-    assert kernel.metadata.shared <= SHARED_BYTES[capability]
-    assert registers(kernel.asm["cubin"], tmp_path) * 32 * options["num_warps"] <= 65_536
-    # Cells of a diagonal are read by other threads: a barrier, and no load through the cache of constants. Sums in a
-    # fixed order: no atomic operation.
-    assert "bar.sync" in ptx and "ld.global.nc" not in ptx and "atom." not in ptx and "red." not in ptx
+    function = getattr(kernels, name)
+    types = dict.fromkeys(function.arg_names, f"*{dtype}") | {"first_state": "*i64", "layouts": "*i64"}
+    check_resources(compiled(function, capability, types, options), capability, options["num_warps"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ctc_scores_kernel", "ctc_posteriors_kernel"])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "most_labels"), [(90, "fp32", 100), (90, "fp32", 2000), (90, "fp64", 0), (80, "fp32", 400)]
+)
+def test_ctc_kernels_compile_for_a_gpu_within_its_registers_and_with_a_barrier(
+    name: str, capability: int, dtype: str, most_labels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bestrq.recognition.losses import ctc_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    options = ctc_kernels.launch_options(most_labels)
+    assert options["BLOCK"] >= 2 * most_labels + 1
+    function = getattr(ctc_kernels, name)
+    types = dict.fromkeys(function.arg_names, f"*{dtype}") | {"plan": "*i64", "vocab": "i32"}
+    check_resources(compiled(function, capability, types, options), capability, options["num_warps"], tmp_path)
 
 
 def test_kernels_are_chosen_on_a_gpu_with_a_compiler_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,5 +213,26 @@ def test_kernels_on_a_gpu_equal_the_cpu_and_repeat_every_bit(
         results.append([losses.detach().cpu(), torch.autograd.grad(losses.sum(), arcs)[0].cpu()])
     for again in results[2:]:
         assert all(torch.equal(*pair) for pair in zip(results[1], again, strict=True))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=max(tolerance / 100, 1e-12), atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_ctc_kernels_on_a_gpu_equal_the_cpu_and_repeat_every_bit(dtype: torch.dtype, tolerance: float) -> None:
+    generator, vocab = torch.Generator().manual_seed(0), 40
+    lengths, sizes = torch.tensor([750, 1, 90, 20, 1500, 3000]), torch.tensor([120, 1, 0, 30, 700, 1200])
+    labels = torch.randint(1, vocab, (len(sizes), 1200), generator=generator)
+    segments = (lengths.cumsum(0) - lengths, lengths, labels, sizes)
+    outputs = torch.randn(int(lengths.sum()), vocab, generator=generator, dtype=torch.float64)
+    results = []
+    for device in ["cpu", *["cuda"] * 5]:
+        leaf = outputs.to(device, torch.float64 if device == "cpu" else dtype).requires_grad_()
+        losses = ctc_losses(leaf.log_softmax(dim=-1), *segments)
+        results.append([losses.detach().cpu().double(), torch.autograd.grad(losses.sum(), leaf)[0].cpu().double()])
+    for again in results[2:]:
+        assert all(torch.equal(*pair) for pair in zip(results[1], again, strict=True))
+    assert results[0][0].count_nonzero() == len(sizes) - 1  # 30 labels do not fit 20 frames
     torch.testing.assert_close(results[1][0], results[0][0], rtol=max(tolerance / 100, 1e-12), atol=0)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=tolerance)

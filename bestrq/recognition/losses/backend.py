@@ -1,4 +1,4 @@
-"""Choice between Triton's kernels and the reference for the sum over all alignments."""
+"""Choice between Triton's kernels and the reference for the losses that sum over all alignments."""
 
 import importlib.util
 import os
@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 
-def use_kernels(arcs: Tensor) -> bool:
-    """True if the sum over alignments of these arcs is computed by `kernels.py`: on a GPU, if Triton can build them."""
-    if not arcs.is_cuda:
+def use_kernels(log_probs: Tensor) -> bool:
+    """True if the sum over alignments of these log-probabilities is computed by `kernels.py` or `ctc_kernels.py`: on a
+    GPU, if Triton can build them."""
+    if not log_probs.is_cuda:
         return False
     missing = missing_for_triton()
     if missing is not None:
@@ -34,7 +35,7 @@ def missing_for_triton() -> str | None:
 @cache
 def _warn_slow(missing: str) -> None:
     warnings.warn(
-        f"Triton cannot build the transducer's loss for the GPU without {missing}: a slower loss of many small "
+        f"Triton cannot build the losses of recognition for the GPU without {missing}: a slower loss of many small "
         f"operations is used; install it and start again",
         stacklevel=3,
     )

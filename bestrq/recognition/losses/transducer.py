@@ -158,9 +158,9 @@ class ArcScores(torch.autograd.Function):
         groups = [slice(ctx.num_tokens), *([slice(ctx.num_tokens, None)] if ctx.num_tokens < len(weight) else [])]
         parts = list(_slices(ctx.lattices, weight, ctx.budget))
         grad_parts = [grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1]) for part in parts]
-        # One transfer from the device for all slices: each transfer waits for the device.
-        visited = [_visited_states(grad[..., :2].abs().sum(dim=-1)) for grad in grad_parts]
-        spans = torch.stack(visited).tolist() if visited else []
+        spans = [[0, part.labels.shape[-1]] for part in parts]
+        if weight.device.type == "cpu":  # a GPU's slices are too long to leave out many states, and the host would wait
+            spans = [_visited_states(grad[..., :2].abs().sum(dim=-1)).tolist() for grad in grad_parts]
         for part, grad, (first, stop) in zip(parts, grad_parts, spans, strict=True):
             grad, part = grad[:, first:stop], part.select_states(first, stop)
             hidden = part.hidden(encoded, predicted)
@@ -231,7 +231,7 @@ def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0
     all cells, `[cells, 2]`; see `transducer_loss`."""
     if fast_emit and arcs.requires_grad:
         arcs = arcs.view_as(arcs)  # the hook must not affect other uses of the tensor
-        arcs.register_hook(lambda grad: grad * grad.new_tensor([1.0, 1.0 + fast_emit]))
+        arcs.register_hook(lambda grad: grad * to_device([1.0, 1.0 + fast_emit], grad.device, grad.dtype))
     if use_kernels(arcs):
         from bestrq.recognition.losses.kernels import Alignments
 
