@@ -106,8 +106,9 @@ def environment(check: Check) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torch_cuda": torch.version.cuda}
     check.record(
         **versions, driver=driver_version(), cudnn=torch.backends.cudnn.version(), triton=_version("triton"),
-        compiler=missing_compiler() or "found", torchaudio=_version("torchaudio"), apex=_version("apex") or "not installed",
-        cpus=len(os.sched_getaffinity(0)), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS"),
+        compiler=missing_compiler() or "found", torchaudio=_version("torchaudio"),
+        apex=_version("apex") or "not installed", cpus=len(os.sched_getaffinity(0)),
+        OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS"),
     )  # fmt: skip
     if check.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(0)
