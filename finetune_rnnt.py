@@ -127,7 +127,8 @@ def train(config: Config) -> None:
         loss_sum = torch.zeros((), device=world.device)
         for i, (batch, (labels, label_lengths)) in enumerate(zip(micro_batches, micro_labels, strict=True)):
             log_mel = to_device(batch.log_mel, world.device)
-            log_mel = spec_augment(log_mel, batch.segments, config.spec_augment)
+            if step > config.spec_augment.start_step:
+                log_mel = spec_augment(log_mel, batch.segments, config.spec_augment)
             masked = draw_hidden_masks(batch.segments, config.encoder, config.hidden_masks, world.device)
             with gradient_sync(parallel_model, i == len(micro_batches) - 1):
                 with autocast(world, config.distributed):

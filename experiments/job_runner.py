@@ -202,11 +202,11 @@ class Runner:
                 continue
             self.running.remove(entry)
             entry.process.returncode = code = os.waitstatus_to_exitcode(status)  # Popen must not wait again
-            os.close(entry.lock)
             entry.record.unfinished_seconds = 0.0
             entry.record.processor_seconds += usage.ru_utime + usage.ru_stime
             entry.record.wall_seconds += now - entry.start
             self._finish(entry.job, entry.record, *self._outcome(entry.job, code))
+            os.close(entry.lock)  # after the record: another runner that locks the job must find it done
 
     def _outcome(self, job: Job, code: int) -> tuple[State, str]:
         requeued = job.run_folder is not None and (job.run_folder / REQUEUE).exists()

@@ -3,15 +3,14 @@
 # changes of the objective, with equal steps, fine-tuned with equal settings, and evaluated. tools/gauge.py judges the
 # twelve targets without training, and its figures are correlated with the error rates.
 #
-#   bash experiments/objectives.sh                   synthetic speech with exact phones; about an hour on 2 cores
+#   bash experiments/objectives.sh                   synthetic speech with exact phones; 20 pretraining runs
 #   bash experiments/objectives.sh --seeds "0 1 2"   seeds of the fine-tuning, all with the same labels (default: 0 1)
 #   bash experiments/objectives.sh --folder DIR      keep everything in DIR (default: runs/objectives)
 #   further options: --pretraining-steps N (1200), --fine-tuning-steps N (400), --label-minutes N (15)
 #
 # Prints a table of CERs against one random codebook of 1,024 codes, and Spearman's rank correlation of every figure of
 # the gauge with the CER; writes DIR/objectives.json and DIR/correlation.json. Makes .venv and installs requirements.txt
-# first. Finished steps are skipped and interrupted ones continue: after Ctrl-C, run the same command again. Measured
-# results: docs/objectives.md and docs/targets.md.
+# first. Finished steps are skipped and interrupted ones continue: after Ctrl-C, run the same command again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -12,22 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bestrq.report.result_files import folders_by_name
 from bestrq.report.text import interval, percent
 from common.config import run_main
 from common.errors import UserError
 from common.files import write_json
 from experiments.learning_intervals import reduction
-
-
-def read_pairs(pairs: Sequence[str]) -> dict[str, list[str]]:
-    """Folders by objective, from NAME=FOLDER,FOLDER... Raises UserError for another form or a name given twice."""
-    folders: dict[str, list[str]] = {}
-    for pair in pairs:
-        name, _, paths = pair.partition("=")
-        if not name or not paths or name in folders:
-            raise UserError(f"--results {pair!r}: write NAME=FOLDER[,FOLDER...], with each name once")
-        folders[name] = paths.split(",")
-    return folders
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
@@ -46,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--baseline", required=True, metavar="NAME", help="objective to compare with")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args(argv)
-    folders = read_pairs(arguments.results)
+    folders = folders_by_name("--results", arguments.results)
     if arguments.baseline not in folders:
         raise UserError(f"--baseline {arguments.baseline}: give one of {', '.join(folders)}")
     rows = {name: reduction(folders[arguments.baseline], system) for name, system in folders.items()}

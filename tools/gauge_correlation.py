@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bestrq.report.result_files import read_results
+from bestrq.report.result_files import folders_by_name, read_results
 from bestrq.scoring.rank_correlation import spearman, spearman_interval
 from common.config import parse, run_main
 from common.errors import UserError
@@ -65,7 +65,7 @@ def read_inputs(config: Config) -> tuple[dict[str, Mapping[str, Any]], dict[str,
         if not isinstance(found, dict):
             raise UserError(f"{path}: has no targets: give a gauge.json of tools/gauge.py")
         targets |= found
-    rates = read_rates(Path(config.cer)) if config.cer else dict(map(read_cer, config.results))
+    rates = read_rates(Path(config.cer)) if config.cer else read_cers(config.results)
     names = [name for name in targets if name in rates]
     if len(names) < MIN_TARGETS:
         unknown = sorted(set(rates) - set(targets))
@@ -85,12 +85,12 @@ def read_rates(path: Path) -> dict[str, float]:
     return {name: float(rate) for name, rate in rates.items()}
 
 
-def read_cer(option: str) -> tuple[str, float]:
-    """Target and mean CER of `TARGET=FOLDER[,FOLDER...]`. Raises UserError for a folder without results."""
-    name, _, folders = option.partition("=")
-    if not name or not folders:
-        raise UserError(f"results {option!r}: write TARGET=FOLDER[,FOLDER...], with folders of evaluate.py")
-    return name, statistics.fmean(float(read_results(folder)["scores"]["all"]["cer"]) for folder in folders.split(","))
+def read_cers(pairs: Sequence[str]) -> dict[str, float]:
+    """Mean CER by target, from `TARGET=FOLDER[,FOLDER...]`. Raises UserError for a folder without results."""
+    return {
+        name: statistics.fmean(float(read_results(folder)["scores"]["all"]["cer"]) for folder in folders)
+        for name, folders in folders_by_name("results", pairs).items()
+    }
 
 
 def correlations(

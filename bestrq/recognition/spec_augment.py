@@ -40,6 +40,9 @@ class SpecAugmentSettings:
     max_time_share: ClosedUnitInterval = 0.2
     """Largest width of a time mask, as a share of its segment. With a large max_time_width, this is the adaptive size
     (p_S of Park et al. 2020; 0.05 with ten masks in Gulati et al. 2020)."""
+    start_step: NonNegativeInt = 0
+    """Steps of the run before the first masks. With few labels, a model from scratch may never align speech and text if
+    its input is masked from the beginning (docs/learning.md)."""
 
 
 def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSettings) -> Tensor:

@@ -1,7 +1,7 @@
 """Files of an evaluation: `results.json` (all numbers) and `transcripts.jsonl` (words with times, and alignments)."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,21 @@ def read_results(folder: str | Path) -> dict[str, Any]:
             "evaluate again"
         )
     return results
+
+
+def folders_by_name(option: str, pairs: Sequence[str]) -> dict[str, list[str]]:
+    """Folders by name, from NAME=FOLDER[,FOLDER...]. Raises UserError for another form or a name given twice.
+
+    Args:
+        option: name of the option, for messages.
+    """
+    folders: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, _, paths = pair.partition("=")
+        if not name or not paths or name in folders:
+            raise UserError(f"{option} {pair!r}: write NAME=FOLDER[,FOLDER...], with each name once")
+        folders[name] = paths.split(",")
+    return folders
 
 
 def read_transcripts(folder: str | Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -287,6 +288,32 @@ def test_a_part_ends_if_a_job_of_another_part_fails(tmp_path: Path, monkeypatch:
     runner = Runner([bad, training(tmp_path, "after", needs=("bad",))], tmp_path, Options(workers=1, part=(1, 2)))
     Records(tmp_path).write(bad, Record("failed", finished=time.time() + 1))
     assert runner.run() == 1
+
+
+@pytest.mark.parametrize("action", [False, True])
+def test_a_job_stays_locked_until_its_end_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: bool
+) -> None:
+    """Otherwise another runner could lock it in between, find it unfinished and start it again."""
+    locked: dict[str, bool] = {}
+    original = Records.write
+
+    def write(records: Records, job: Job, record: Record) -> None:
+        with open(records.path(job).with_suffix(".lock"), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked[record.state] = False
+            except BlockingIOError:
+                locked[record.state] = True
+        original(records, job, record)
+
+    monkeypatch.setattr(Records, "write", write)
+    job = training(tmp_path, "a")
+    if action:
+        output = tmp_path / "table"
+        job = Job("a", (), output, action=lambda: output.write_text("table"))
+    assert Runner([job], tmp_path, Options(workers=1)).run() == 0
+    assert locked == {"running": True, "done": True}
 
 
 def test_a_locked_job_is_left_to_its_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,3 +214,19 @@ def test_masks_and_augmentation_reach_the_model(script: str, dataset: Path, tmp_
         run(script, dataset, tmp_path / name, *CALM, "--run.steps=1", *option)
         losses[name] = lines(tmp_path / name)[0]["loss"]
     assert len(set(losses.values())) == len(options), losses
+
+
+@pytest.mark.parametrize("script", ["finetune_ctc", "finetune_rnnt"])
+def test_spec_augment_begins_after_its_start_step(script: str, dataset: Path, tmp_path: Path) -> None:
+    masks = ["--spec_augment.time_masks_per_frame=0.05"]
+    options = {
+        "never": ["--spec_augment.num_freq_masks=0", "--spec_augment.num_time_masks=0"],
+        "late": [*masks, "--spec_augment.start_step=1"],
+        "now": masks,
+    }
+    losses = {}
+    for name, option in options.items():
+        run(script, dataset, tmp_path / name, *CALM, "--run.steps=2", "--run.log_every=1", *option)
+        losses[name] = [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+    assert losses["late"][0] == losses["never"][0] != losses["now"][0]
+    assert losses["late"][1] != losses["never"][1]

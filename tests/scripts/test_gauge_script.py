@@ -410,7 +410,7 @@ def test_error_rates_are_means_over_evaluations(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["cer"] == {f"t{k}": pytest.approx(0.2 + 0.005 * k) for k in range(8)}
     assert found["spearman"]["pnmi_adjusted"]["rho"] == pytest.approx(1.0)
-    with pytest.raises(UserError, match="'t1': write TARGET=FOLDER"):
+    with pytest.raises(UserError, match="results 't1': write NAME=FOLDER"):
         gauge_correlation.main([*gauge_option, "--results", "t1"])
     with pytest.raises(UserError, match="give one of --cer FILE.json and --results"):
         gauge_correlation.main([*planted(tmp_path), "--results", *pairs])

@@ -28,6 +28,7 @@ from bestrq.training.process import DistributedSettings, World, parallelise
 from common.errors import UserError
 from common.files import crc32_of
 from tests.gloo import forkserver, run_distributed
+from tests.patience import PATIENCE
 
 Parts = tuple[nn.Module, torch.optim.Optimizer]
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "extra.safetensors")
@@ -177,7 +178,7 @@ def test_a_kill_at_any_write_of_a_save_leaves_the_step_before_or_the_whole_new_o
         shutil.copytree(tmp_path / "first", folder)
         child = forkserver().Process(target=die_at, args=(point, folder))
         child.start()
-        child.join()
+        child.join(PATIENCE)
         assert child.exitcode in (0, 77)
         chosen = latest_checkpoint(folder, World())
         assert chosen is not None and verify_checkpoint(chosen) is None

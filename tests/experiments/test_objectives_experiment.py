@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bestrq.report.result_files import folders_by_name
 from common.config import parse
 from common.errors import UserError
 from experiments import objectives_table
-from experiments.objectives_table import read_pairs
 from pipelines.pretraining import Config
 from tests.experiments.test_learning_intervals import write
 from tests.paths import REPOSITORY
@@ -102,7 +102,7 @@ def test_every_evaluation_is_made_once_and_enters_table_and_correlation(programs
     for module in ("experiments.objectives_table", "tools.gauge_correlation"):
         (words,) = of(programs, module)
         last = min(words.index(name) for name in ("--out", "--baseline") if name in words)
-        pairs[module] = read_pairs(words[words.index("--results") + 1 : last])
+        pairs[module] = folders_by_name("--results", words[words.index("--results") + 1 : last])
     table, correlated = pairs.values()
     assert [folder for folders in table.values() for folder in folders] == evaluated
     assert list(table)[:12] == list(correlated) and all(table[name] == correlated[name] for name in correlated)
