@@ -94,7 +94,8 @@ def train(config: Config) -> None:
     from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read it
 
     main_loss = next(iter(model.loss_names), "loss")
-    alarms = Alarms(code_counts.shape[1], config.optimizer.warmup_steps)
+    new_targets_at = (config.quantizer.pca_steps, *config.quantizer.refine_steps)
+    alarms = Alarms(code_counts.shape[1], config.optimizer.warmup_steps, new_targets_at)
     guard = StepGuard(config.guard)
     metrics = MetricsLog(run, state.step, world)
     throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))

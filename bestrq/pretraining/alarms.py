@@ -9,7 +9,7 @@ R rows, F mel frames per row, M mel bins.
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ MIN_PERPLEXITY, MIN_PERPLEXITY_SHARE = 2.0, 0.01
 codes or fewer, such as the labels of a CTC model"""
 MAX_ABOVE_UNIFORM = 1.0
 """nats per target above the loss of guessing, ln V; freshly initialised heads are about 0.2 above it"""
+RELEARNING_STEPS = 100
+"""steps after new targets in which the loss may be above that of guessing: the head still predicts the earlier ones"""
 LEARNING_STEPS = 1000
 """steps after the warm-up until which a loss below the unigram entropy is not expected"""
 MAX_RELATIVE_STEP = 0.2
@@ -60,6 +62,8 @@ class Alarms:
     codebook_size: int
     warmup_steps: int
     """of the learning rate"""
+    new_targets_at: Sequence[int] = ()
+    """steps at which the targets change (`quantizer.pca_steps`, `quantizer.refine_steps`); 0 for no change"""
     targets_seen: int = -1
     """at the previous check; -1 before the first"""
     lines_without_targets: int = 0
@@ -129,7 +133,8 @@ class Alarms:
                 "not silent, and try another quantizer.seed or a larger quantizer.codebook_dim",
             )
         uniform = math.log(size)
-        if values["loss"] > uniform + MAX_ABOVE_UNIFORM:
+        relearning = any(0 < change < step <= change + RELEARNING_STEPS for change in self.new_targets_at)
+        if values["loss"] > uniform + MAX_ABOVE_UNIFORM and not relearning:
             yield Alarm(
                 "loss: divergence",
                 f"the loss is {values['loss']:.2f} nats, but guessing gives {uniform:.2f}: training diverges. Lower "

@@ -76,16 +76,14 @@ Stage = Speech | Pretraining | PseudoLabels | FineTuning
 
 # The grids have the same number of candidates, over learning rates, dropout, frequency warp and kept blocks.
 SCRATCH_GRID: tuple[Settings, ...] = (
-    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.0},
     {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.0},
-    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1, "data.augment.frequency_warp": 0.1},
-    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1},
+    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1, "data.augment.frequency_warp": 0.1},
+    {"optimizer.learning_rate": 1e-3, "encoder.dropout": 0.0},
 )
 PRETRAINED_GRID: tuple[Settings, ...] = (
-    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.0, "finetune.reinitialise_top_blocks": 4},
-    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 4},
-    {"optimizer.learning_rate": 3e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 2},
-    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1, "finetune.encoder_learning_rate": 1e-3},
+    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.0, "finetune.reinitialise_top_blocks": 4},
+    {"optimizer.learning_rate": 2e-3, "encoder.dropout": 0.1, "finetune.reinitialise_top_blocks": 2},
+    {"optimizer.learning_rate": 1e-3, "encoder.dropout": 0.0, "finetune.reinitialise_top_blocks": 2},
 )
 
 STUDENT_STEPS = 2.0
@@ -180,13 +178,13 @@ def _beam(weight: float) -> Settings:
 SIZES = {
     "hour": Size(3000, 1000, (30.0,), (0, 1, 2), (SCRATCH, PRETRAINED, "pretrained+self-training"), 1),
     "night": Size(
-        12000,
+        6000,
         2000,
         (10.0, 30.0, 60.0),
         (0, 1, 2),
         SYSTEMS,
-        4,
-        language_models=(_beam(0.3), _beam(0.6), _beam(0.9)),
+        3,
+        language_models=(_beam(0.3), _beam(0.6)),
         curve=(0.125, 0.25, 0.5),
     ),
     "tiny": Size(

@@ -119,6 +119,14 @@ def test_loss_alarms_have_the_limits_that_they_state() -> None:
     assert fired(loss=6.6) == [] and fired(accuracy=0.009) == [], "one of both shows that the context is used"
 
 
+def test_a_high_loss_directly_after_new_targets_is_no_divergence() -> None:
+    """In a run with quantizer.pca_steps 200, the loss was 7.7 nats at step 201, and 6.2 are those of guessing."""
+    alarms = Alarms(500, warmup_steps=200, new_targets_at=(0, 200, 400))
+    steps = (1, 100, 200, 201, 300, 301, 401, 500, 501)
+    fired = [step for step in steps if any(alarms.loss_alarms(step, VALUES | {"loss": 7.7, "targets_seen": step}))]
+    assert fired == [1, 100, 200, 301, 501]
+
+
 PROBE = {
     "effective_rank": 8.0, "effective_rank_random": 12.0, "frame_correlation": 0.7, "probe_nats_per_character": 2.5,
     "probe_nats_log_mel": 2.6, "probe_nats_random": 2.59,
