@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from benchmarks.live_bytes import on_gpu
+from benchmarks.live_bytes import LiveBytes, on_gpu
 from bestrq.model import layout as layouts
 from bestrq.model.layout import RowLayout, order_segments
 from bestrq.model.settings import EncoderSettings
@@ -161,3 +162,35 @@ class FakeStep:
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of tensors in a step, besides weights, gradients and moments; without workspaces inside kernels."""
+
+    kept: int
+    """after the forward pass"""
+    peak: int
+    """in the forward or backward pass"""
+    update: int
+    """peak of clipping and AdamW"""
+    parameters: int
+    """number of parameters of encoder and heads; their weights, gradients and moments have 16 bytes each"""
+
+
+def count_step(settings: EncoderSettings, quantizer: QuantizerSettings, segments: Segments) -> StepBytes:
+    """Count a step with gradients allocated, as under accumulation and DDP."""
+    with fake_gpu():
+        step = FakeStep(settings, quantizer, segments)
+        step.initialise_optimizer()
+        for parameter in step.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with LiveBytes() as live:
+            step.prepare()
+            step.forward()
+            kept = live.now
+            step.backward()
+            peak, live.peak = live.peak, 0
+            before = live.now
+            step.update()
+    return StepBytes(kept, peak, max(0, live.peak - before), sum(p.numel() for p in step.model.parameters()))

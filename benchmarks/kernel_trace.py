@@ -305,9 +305,9 @@ def fuse(operators: Sequence[Operator], region: Callable[[Operator], str]) -> li
         reads = [access for operator in chosen for access in operator.reads if access.value[1] not in inside]
         writes = [access for operator in chosen for access in operator.writes if readers[access.value] - {group}]
         kind = "fused norms" if any(operator.kind == "norms" for operator in chosen) else "fused elementwise"
-        kind = chosen[0].kind if chosen[0].over_frames else kind
-        launches = 1 + any(operator.over_frames for operator in chosen)  # partial sums, and their sum
-        kernels.append(Kernel(kind, chosen, _distinct(reads) + _distinct(writes), launches))
+        sums = [operator.kind for operator in chosen if operator.over_frames]
+        launches = 2 if sums else 1  # partial sums, and their sum
+        kernels.append(Kernel(sums[0] if sums else kind, chosen, _distinct(reads) + _distinct(writes), launches))
     return kernels
 
 

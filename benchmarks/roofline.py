@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ ROWS, FRAMES, SEGMENTS, CODEBOOKS = 4, 6000, 4, 4
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a GPU, and the parts of them that kernels reach. Assumptions are on the safe side of published figures."""
+    """Rates of a GPU, and the parts of them that kernels reach; no part was measured."""
 
     peak: float = gpu_peak("NVIDIA H100 80GB HBM3") or 0.0
     """FLOP/s of dense bfloat16 products (data sheet of the H100 SXM)"""
@@ -59,7 +59,7 @@ class Gpu:
     vector: float = 0.7
     """of the vector peak, in float32 products; assumption"""
     depthwise: float = 0.05
-    """of the vector peak, in torch's or cuDNN's depthwise convolutions: about ten instructions per product; assumption"""
+    """of the vector peak, in depthwise convolutions of torch and cuDNN: ten instructions per product; assumption"""
     memory: float = 0.8
     """of the bandwidth; assumption"""
     gap: float = 2e-6
@@ -178,7 +178,8 @@ def without_weight_casts(operators: Sequence[Operator]) -> list[Operator]:
         else o
         for o in operators
     ]  # fmt: skip
-    cast = sum(access.size for old, new in zip(operators, found, strict=True) if old is not new for access in old.writes)
+    removed = [old for old, new in zip(operators, found, strict=True) if old is not new]
+    cast = sum(access.size for operator in removed for access in operator.writes)
     update = max((o for o in found if o.name == "_fused_adamw_"), key=lambda o: len(o.writes))
     return [replace(o, extra_bytes=cast) if o is update else o for o in found]
 
@@ -189,7 +190,7 @@ def with_epilogues(kernels: Sequence[Kernel]) -> list[Kernel]:
 
     def remains(kernel: Kernel) -> bool:
         activation = kernel.kind == "fused elementwise" and any("silu" in o.name for o in kernel.operators)
-        return not (activation or kernel.operators[0].over_frames)
+        return not (activation or any(o.over_frames for o in kernel.operators))
 
     return [kernel for kernel in kernels if remains(kernel)]
 
@@ -295,7 +296,7 @@ def measure_roofline() -> dict[str, Any]:
     """Print the table of `base-120m`, and return the estimated MFU of every state."""
     found = estimates(PRESETS["base-120m"])
     model_flops = found["compiled"].model_flops
-    print(f"\nbase-120m, {ROWS} rows of {FRAMES:,} mel frames on an H100: {model_flops / 1e12:.2f} TFLOP by the MFU's count")
+    print(f"\nbase-120m, {ROWS} rows of {FRAMES:,} mel frames, H100, {model_flops / 1e12:.2f} TFLOP for the MFU; ms:")
     print(table(found))
     for name in ("compiled", list(found)[-1]):
         print(f"MFU of '{name}' under other assumptions:", *sensitivity(found[name]), sep="\n  ", flush=True)
