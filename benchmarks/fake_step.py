@@ -29,6 +29,7 @@ from bestrq.pretraining.masking import fill_with_noise
 from bestrq.pretraining.objective import BestRQ
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
 from bestrq.pretraining.reporting import count_codes
+from bestrq.training.optimizer import OptimizerSettings, build_optimizer
 from common.segments import Segments
 from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
 
@@ -68,13 +69,14 @@ def norm_in_input_dtype(x: Tensor, weight: Tensor, bias: Tensor, shape: Any, eps
 def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool = False) -> Iterator[FakeTensorMode]:
     """Fake tensors with the choices that torch makes on an H100: cuDNN for convolutions, fused norms of gradients."""
     allow_backward_without_a_gpu()
+    cudnn = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
     norm = "bestrq.model.norms.fused_layer_norm_affine"
     with contextlib.ExitStack() as stack:
         for target, replacement in (
             ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             ("torch.cuda.is_bf16_supported", lambda *_, **__: True),
             ("torch.nn.functional.scaled_dot_product_attention", attention),
-            ("torch._C._select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn),
+            ("torch._C._select_conv_backend", lambda *_, **__: cudnn),
             ("torch._C._conv_determine_backend_memory_format", _convolution_format),
             ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, FakeTensor]),
             (norm, norm_in_input_dtype if bfloat16_residual else None),
@@ -111,9 +113,7 @@ class FakeStep:
             number = int(rows * (frames // settings.stride) * TARGET_SHARE)
             self.target_frames = torch.zeros(number, dtype=torch.int64)
             self.code_counts = torch.zeros(quantizer.num_codebooks, quantizer.codebook_size, dtype=torch.int64)
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        rest = [p for p in self.model.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], fused=True)
+        self.optimizer = build_optimizer([(self.model.named_parameters(), OptimizerSettings())])
         self.loss = torch.zeros((), device="cuda")
 
     def initialise_optimizer(self) -> None:
@@ -126,8 +126,7 @@ class FakeStep:
     def prepare(self) -> None:
         """Targets, noise in the masked frames, and the layout."""
         stacks = stack_frames(self.clean, self.settings.stride).flatten(0, 1)[self.target_frames]
-        on_device = Segments(*(on_gpu(x) for x in (self.segments.start, self.segments.length)),
-                             self.segments.num_frames, on_gpu(self.segments.seed))  # fmt: skip
+        on_device = on_gpu(self.segments)
         self.log_mel = fill_with_noise(self.clean, self.mask, on_device, 0.1)
         self.targets = self.quantizer(stacks)
         count_codes(self.code_counts, self.targets)

@@ -270,7 +270,8 @@ def sensitivity(estimate: Estimate) -> list[str]:
     lines = []
     for changes in [*FAVOURABLE, everything_favourable]:
         names = ", ".join(f"{name} {value:g}" for name, value in changes.items())
-        lines.append(f"{replace(estimate, gpu=replace(estimate.gpu, **changes)).mfu:.3f}  with {names}")
+        other = replace(estimate.gpu, **changes)  # type: ignore[arg-type] # no change of an integer
+        lines.append(f"{replace(estimate, gpu=other).mfu:.3f}  with {names}")
     return lines
 
 
