@@ -36,6 +36,8 @@ def test_products_take_whole_waves_of_tiles() -> None:
     for rows, columns, waves in ((512, 128, 1), (128, 512, 1), (513, 128, 2), (1024, 128, 2), (100, 3, 1)):
         assert product_seconds((1, rows, columns, 64), 1e12, ROUND) == pytest.approx(4 * waves * one_tile)
     assert product_seconds((4, 128, 128, 64), 1e12, ROUND) == pytest.approx(4 * one_tile)
+    for edge in ((5, 100, 128, 64), (5, 128, 100, 64)):  # five tiles, whose elements would fill four
+        assert product_seconds(edge, 1e12, ROUND) == pytest.approx(2 * 4 * one_tile)
 
 
 def test_long_sums_are_split_to_fill_a_wave() -> None:
