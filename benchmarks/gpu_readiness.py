@@ -1,7 +1,7 @@
 """Readiness of the training and evaluation scripts for a GPU, measured on a CPU with simulated CUDA tensors.
 
-    python -m benchmarks.gpu_readiness                       # everything, about 4 minutes of one core
-    python -m benchmarks.gpu_readiness --parts waits host    # single parts: waits, host, combinations
+    python -m benchmarks.gpu_readiness                       # everything, about 5 minutes of one core
+    python -m benchmarks.gpu_readiness --parts waits host    # single parts: see below
 
 Parts, printed as tables; the last line is JSON:
 
@@ -12,6 +12,8 @@ Parts, printed as tables; the last line is JSON:
                   calls of operators by modules, the backward pass and the optimizer: host_milliseconds_per_step
     combinations  settings that run on the device and on the CPU: simulated_cuda_failures is the number of those that
                   raise an error, or whose losses and gradient norms differ in the first 5 digits
+    roofline      counted kernels of a pretraining step of base-120m, and their time on an H100 by a model:
+                  estimated_mfu_base_120m with compiled blocks, and estimated_mfu_base_120m_STATE (docs/gpu.md)
 
 tests/gpu/simulated_cuda.py describes the simulation and its limits.
 """
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import print_figures
+from benchmarks.roofline import measure_roofline
 from tests.gpu.combinations import COMBINATIONS, all_checks, problems
 from tests.gpu.host_clock import HostClock
 from tests.gpu.simulated_runs import Run, train_on_simulated_cuda, waits_of_a_step
@@ -120,7 +123,7 @@ def count_failures(dataset: Path, folder: Path, only: Collection[str] = ()) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("waits", "host", "combinations")
+    names = ("waits", "host", "combinations", "roofline")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="parts to run")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="combinations to run, such as pretrain")
     args = parser.parse_args()
@@ -138,6 +141,8 @@ def main() -> None:
             figures |= measure_host(folder)
         if "combinations" in args.parts:
             figures |= count_failures(dataset, folder / "combinations", args.only)
+        if "roofline" in args.parts:
+            figures |= measure_roofline()
     print_figures(figures, "float32")
 
 
