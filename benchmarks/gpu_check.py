@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -35,6 +34,7 @@ import torch
 
 from benchmarks import gpu_parts, gpu_script_parts
 from benchmarks.gpu_parts import ROOT, Check
+from benchmarks.machine import print_figures
 from bestrq.report.page import ELEMENTS, Column, Section, paragraph, write_page
 from bestrq.training.machine import unusable_gpu
 from common.files import read_json, write_json
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, meaning in looked:
         print(f"  {name}: {meaning}")
     statuses = {name: result["status"] for name, result in results.items()}
-    print(json.dumps({"parts": statuses, "to_look_at": len(looked), **_headline(results)}))
+    print_figures({"parts": statuses, "to_look_at": len(looked), **_headline(results)}, "bfloat16")
     return 1 if looked else 0
 
 
