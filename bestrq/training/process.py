@@ -80,19 +80,9 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 port=int(environment.get("MASTER_PORT", "29500")),
             )
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            from bestrq.training.slurm import first_host, tasks_of_node  # imported only under SLURM
+            from bestrq.training.slurm import read_step  # imported only under SLURM
 
-            nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-            # The port depends on job and step, so that two steps of a job, or two jobs on a node, do not collide.
-            spread = 97 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-            return Launch(
-                rank=int(environment["SLURM_PROCID"]),
-                local_rank=int(environment["SLURM_LOCALID"]),
-                size=int(environment["SLURM_STEP_NUM_TASKS"]),
-                local_size=tasks_of_node(environment),
-                address=environment.get("MASTER_ADDR") or first_host(nodes),
-                port=int(environment.get("MASTER_PORT", 20000 + spread % 10000)),
-            )
+            return Launch(**read_step(environment))
     except KeyError as error:
         raise UserError(f"{error.args[0]} is missing from the environment of a distributed launch") from error
     except ValueError as error:

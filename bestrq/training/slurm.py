@@ -2,8 +2,24 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from common.errors import UserError
+
+
+def read_step(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of `process.Launch` for a task of a step. Raises KeyError for a missing variable."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    # The port depends on job and step, so that two steps of a job, or two jobs on a node, do not collide.
+    spread = 97 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
+    return {
+        "rank": int(environment["SLURM_PROCID"]),
+        "local_rank": int(environment["SLURM_LOCALID"]),
+        "size": int(environment["SLURM_STEP_NUM_TASKS"]),
+        "local_size": tasks_of_node(environment),
+        "address": environment.get("MASTER_ADDR") or first_host(nodes),
+        "port": int(environment.get("MASTER_PORT", 20000 + spread % 10000)),
+    }
 
 
 def first_host(nodes: str) -> str:

@@ -16,9 +16,7 @@ from bestrq.model.attention.masks import AttentionLayout, BackendMask, Reach
 from bestrq.model.positions import add_bias, split_heads
 
 
-def choose_backend(
-    setting: str, device: torch.device, num_frames: int, reach: Reach, compiled: bool = False
-) -> str:
+def choose_backend(setting: str, device: torch.device, num_frames: int, reach: Reach, compiled: bool = False) -> str:
     """Choose the backend by `EncoderSettings.backend`, the device, the frames per row and the reach of the mask.
 
     Args:
