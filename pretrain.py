@@ -51,7 +51,10 @@ from pipelines.pretraining import (
 def train(config: Config) -> None:
     # ---- Run folder and data: configuration errors end the run here, before any training ----
     world = start_world(config.distributed)
-    from pipelines.kernels import check_kernels, compile_encoder  # not at the top: a reader of the loop need not read it
+    from pipelines.kernels import (  # not at the top: a reader of the loop need not read it
+        check_kernels,
+        compile_encoder,
+    )
 
     check_kernels(config.encoder, world.device)
     dataset = config.data.open()
