@@ -36,9 +36,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from bestrq.model.attention.flex import make_block_mask
+from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.compilation import run_checkpointed
 from bestrq.model.conformer import ConformerBlock
-from bestrq.model.layout import StageLayout, make_layout
+from bestrq.model.layout import ConvolutionLayout, StageLayout, make_layout
 from bestrq.model.settings import CheckpointingMode, EncoderSettings
 from common.config import from_dict, load_yaml
 from common.segments import Segments
@@ -81,7 +82,7 @@ def lower_recipe(name: str, backend: str) -> dict[str, Any]:
     Raises RuntimeError if that process fails.
     """
     command = [sys.executable, "-m", "benchmarks.lowered_kernels", name, "--backend", backend]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=CONFIGS.parent)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=CONFIGS.parent)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {result.returncode}: {result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -166,7 +167,7 @@ def _fake_layout(fake: FakeTensorMode, settings: EncoderSettings, rows: int, fra
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return torch.empty(value.shape, dtype=value.dtype, device="cuda")
-        if dataclasses.is_dataclass(value) and not isinstance(value, Segments) and hasattr(value, "__dict__"):
+        if isinstance(value, StageLayout | ConvolutionLayout | AttentionLayout):
             fields = {field.name: moved(getattr(value, field.name)) for field in dataclasses.fields(value)}
             return replace(value, **fields)
         return value

@@ -39,7 +39,7 @@ def test_all_kernels_of_a_recipe_compile_for_an_h100(name: str, backend: str) ->
 @slow
 def test_kernels_over_the_limit_of_shared_memory_are_counted() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", TINY, "20000"], capture_output=True, text=True, cwd=REPOSITORY, check=True
+        [sys.executable, "-c", TINY, "20000"], capture_output=True, encoding="utf-8", cwd=REPOSITORY, check=True
     )
     found = json.loads(result.stdout.splitlines()[-1])
     assert 0 < found["kernels_not_compiled"] < found["kernels"] and found["largest_shared_bytes"] > 20000
