@@ -42,6 +42,7 @@ from pipelines.finetuning import (
     save,
     start_run,
 )
+from pipelines.kernels import compile_encoder
 from pipelines.parameter_groups import frozen_blocks, parameter_groups
 from pipelines.pretrained import read_init, reinitialise_top_blocks
 from pipelines.validation import validate
@@ -81,6 +82,7 @@ def train(config: Config) -> None:
         model.load_state_dict(init.tensors, strict=False)  # `read_init` has checked that only the head is missing
         reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
     freezes = frozen_blocks(config, 1) is not None
+    compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed, find_unused_parameters=freezes)
     register_fsdp_forward_method(model, "log_probs")  # called by validation; no effect without FSDP2
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), config))

@@ -51,7 +51,10 @@ from pipelines.pretraining import (
 def train(config: Config) -> None:
     # ---- Run folder and data: configuration errors end the run here, before any training ----
     world = start_world(config.distributed)
-    from pipelines.kernels import check_kernels  # not at the top: a reader of the loop need not read it
+    from pipelines.kernels import (  # not at the top: a reader of the loop need not read it
+        check_kernels,
+        compile_encoder,
+    )
 
     check_kernels(config.encoder, world.device)
     dataset = config.data.open()
@@ -75,6 +78,7 @@ def train(config: Config) -> None:
     row_flops = [
         flops_per_row(model, data.row_frames, data.crop_frames(dataset)[0], world.device) for data, _ in stages
     ]
+    compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
     optimizer = build_optimizer([(parallel_model.named_parameters(), config.optimizer)])
     shape = config.quantizer.num_codebooks, config.quantizer.codebook_size

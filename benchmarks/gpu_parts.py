@@ -265,6 +265,10 @@ def _encoder(check: Check, preset: str, changes: dict[str, Any]) -> dict[str, An
     start = torch.arange(0, frames, frames // 4).expand(4, 4)
     segments = Segments(start, torch.full_like(start, frames // 4 - settings.row_gap), frames)
     encoder = ConformerEncoder(settings).to(check.device).train()
+    if "compile" in changes:
+        from bestrq.model.compilation import compile_blocks
+
+        compile_blocks(encoder.blocks, settings.activation_checkpointing)
     log_mel = torch.randn(4, frames, settings.num_mels, device=check.device)
 
     def step() -> None:

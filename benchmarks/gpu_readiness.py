@@ -1,6 +1,6 @@
 """Readiness of the training and evaluation scripts for a GPU, measured on a CPU with simulated CUDA tensors.
 
-    python -m benchmarks.gpu_readiness                       # everything, about 5 minutes of one core
+    python -m benchmarks.gpu_readiness                       # all but kernels, about 5 minutes of one core
     python -m benchmarks.gpu_readiness --parts waits host    # single parts: see below
 
 Parts, printed as tables; the last line is JSON:
@@ -14,6 +14,8 @@ Parts, printed as tables; the last line is JSON:
                   raise an error, or whose losses and gradient norms differ in the first 5 digits
     roofline      counted kernels of a pretraining step of base-120m, and their time on an H100 by a model:
                   estimated_mfu_base_120m with compiled blocks, and estimated_mfu_base_120m_STATE (docs/gpu.md)
+    kernels       compiled blocks of shipped recipes, lowered to cubins of an H100 (12 minutes, not run by default):
+                  kernels_not_compiled, and the largest shared memory of a kernel
 
 tests/gpu/simulated_cuda.py describes the simulation and its limits.
 """
@@ -33,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.lowered_kernels import RECIPES, lower_recipe
 from benchmarks.machine import print_figures
 from benchmarks.roofline import measure_roofline
 from tests.gpu.combinations import COMBINATIONS, all_checks, problems
@@ -121,10 +124,22 @@ def count_failures(dataset: Path, folder: Path, only: Collection[str] = ()) -> d
     return {"simulated_cuda_failures": len(failed), "combinations": len(checks), "failed": sorted(failed)}
 
 
+def count_kernels() -> dict[str, Any]:
+    """Lower the blocks of all recipes; print and return the kernels that fail and the largest shared memory."""
+    total: dict[str, Any] = {"kernels": 0, "kernels_not_compiled": 0, "largest_shared_bytes": 0}
+    for name, backend in RECIPES:
+        figures = lower_recipe(name, backend)
+        for key in ("kernels", "kernels_not_compiled"):
+            total[key] += figures[key]
+        total["largest_shared_bytes"] = max(total["largest_shared_bytes"], figures["largest_shared_bytes"])
+        print(f"{name} {backend}: {figures}", flush=True)
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("waits", "host", "combinations", "roofline")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="parts to run")
+    parser.add_argument("--parts", nargs="+", choices=(*names, "kernels"), default=names, help="parts to run")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="combinations to run, such as pretrain")
     args = parser.parse_args()
     if torch.cuda.is_available():
@@ -143,6 +158,8 @@ def main() -> None:
             figures |= count_failures(dataset, folder / "combinations", args.only)
         if "roofline" in args.parts:
             figures |= measure_roofline()
+    if "kernels" in args.parts:
+        figures |= count_kernels()
     print_figures(figures, "float32")
 
 

@@ -122,6 +122,7 @@ FREE_FIELDS = (
     *FREE_RUN_FIELDS,
     "encoder.activation_checkpointing",
     "encoder.backend",
+    "encoder.compile",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "inference.batch_seconds",
     "inference.precision",

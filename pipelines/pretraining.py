@@ -89,6 +89,7 @@ FREE_FIELDS = (
     *FREE_RUN_FIELDS,
     "encoder.activation_checkpointing",
     "encoder.backend",
+    "encoder.compile",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "validation.every_steps",
     "probe",

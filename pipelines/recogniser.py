@@ -240,7 +240,7 @@ def try_decoding(
 ) -> None:
     """Decode two encoder frames of noise. Raises UserError if model, decoder and settings are incompatible, or kernels
     cannot be compiled."""
-    check_kernels(recogniser.model.encoder.settings, device)
+    check_kernels(recogniser.model.encoder.settings, device, training=False)
     stride, rate = recogniser.model.encoder.settings.stride, recogniser.features.frames_per_second
     noise = torch.randn(2 * stride, recogniser.features.num_mels, generator=torch.Generator().manual_seed(0))
     source = RecordingSource(len(noise), lambda start, stop: noise[start:stop], name="noise")

@@ -84,9 +84,16 @@ class ConformerBlock(nn.Module):
         self.norm = make_norm(settings.norm, dim_out)
         self.dropout = Dropout(settings.dropout)
         self.layer_drop = settings.layer_drop if stride == 1 else 0.0
+        self.compiled: Callable[..., Tensor] | None = None  # set by `compilation.compile_blocks`
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
         """Return `[R, T, D]`, or `[R, T / 2, dim_out]`. Outputs at padding frames are unused."""
+        if self.compiled is not None and self.training:
+            return self.compiled(self, x, layout)
+        return self.compute(x, layout)
+
+    def compute(self, x: Tensor, layout: StageLayout) -> Tensor:
+        """`forward` without compilation."""
         y = self.apply_modules(x, lambda x: self.attention(x, layout), lambda x: self.convolution(x, layout))
         if self.training and self.layer_drop > 0:
             # Single rows skip the block: DDP and FSDP need every process to run every block.

@@ -86,6 +86,8 @@ def make_layout(
         ValueError: a segment does not start at a multiple of `row_multiple`, ends after its row, or is too close to the
             previous one.
     """
+    if settings.compile is True and not training:  # evaluation runs uncompiled
+        settings = replace(settings, compile=False)
     multiple = settings.row_multiple
     segments = Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
     if bool((segments.start % multiple).any()):
@@ -199,7 +201,7 @@ def _attention_layout(
     if stage.position == "rotary":
         scaled = frame.double() / stage.rotary_interpolation
         phase = rotary_phase(scaled, stage.head_dim, stage.rotary_theta, dtype)[position]
-    backend = backend or choose_backend(stage.backend, device, num_frames, mask.reach)
+    backend = backend or choose_backend(stage.backend, device, num_frames, mask.reach, stage.compile is True)
     spans = []
     if device.type == "cpu":
         spans = [(row * num_frames + start, row * num_frames + stop) for row, _, start, stop in segments.used()]

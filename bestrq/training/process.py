@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,40 +80,14 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 port=int(environment.get("MASTER_PORT", "29500")),
             )
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-            # The port depends on job and step, so that two steps of a job, or two jobs on a node, do not collide.
-            spread = 97 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-            return Launch(
-                rank=int(environment["SLURM_PROCID"]),
-                local_rank=int(environment["SLURM_LOCALID"]),
-                size=int(environment["SLURM_STEP_NUM_TASKS"]),
-                local_size=_tasks_of_node(environment),
-                address=environment.get("MASTER_ADDR") or first_host(nodes),
-                port=int(environment.get("MASTER_PORT", 20000 + spread % 10000)),
-            )
+            from bestrq.training.slurm import read_step  # imported only under SLURM
+
+            return Launch(**read_step(environment))
     except KeyError as error:
         raise UserError(f"{error.args[0]} is missing from the environment of a distributed launch") from error
     except ValueError as error:
         raise UserError(f"an environment variable of a distributed launch is not a number: {error}") from error
     return Launch()
-
-
-def first_host(nodes: str) -> str:
-    """First host of a SLURM node list: `node[07-09,12],other` gives `node07`."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
-    if match is None:
-        raise UserError(f"cannot parse the SLURM node list {nodes!r}: set MASTER_ADDR")
-    return match[1] + (match[2] or "") + match[3]
-
-
-def _tasks_of_node(environment: Mapping[str, str]) -> int:
-    """Number of tasks on this node: entry SLURM_NODEID of a list such as `2(x3),1`."""
-    counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or "1")
-    node = int(environment.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else counts[0]
 
 
 @dataclass(frozen=True)
@@ -236,6 +209,9 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
             raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count} processes")
         device = torch.device("cuda", launch.local_rank % count)
         torch.cuda.set_device(device)
+        # cuDNN's attention returns NaN gradients with a mask if the number of keys is 64 modulo 128 (pytorch issue
+        # 196678), and builds a plan for every new shape. Flash and memory-efficient attention remain.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if launch.size > 1:
         names = {"RANK": launch.rank, "WORLD_SIZE": launch.size, "MASTER_ADDR": launch.address,
                  "MASTER_PORT": launch.port, "LOCAL_RANK": launch.local_rank}  # fmt: skip

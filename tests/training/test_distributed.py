@@ -25,12 +25,12 @@ from bestrq.training.process import (
     Launch,
     World,
     autocast,
-    first_host,
     gradient_sync,
     parallelise,
     read_launch,
     start_world,
 )
+from bestrq.training.slurm import first_host
 from bestrq.training.stop import STOP, StopRequest
 from common.errors import UserError
 from tests.gloo import run_distributed

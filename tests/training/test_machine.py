@@ -149,7 +149,7 @@ def test_the_compiler_of_this_machine_is_the_one_that_triton_finds(monkeypatch: 
 
 
 def test_every_script_checks_the_compiler_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(settings: EncoderSettings, device: object) -> None:
+    def refuse(settings: EncoderSettings, device: object, training: bool = True) -> None:
         raise UserError(f"checked on {device}")
 
     run = SimpleNamespace(config=SimpleNamespace(encoder=EncoderSettings()), world=World())

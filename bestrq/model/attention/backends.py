@@ -16,12 +16,16 @@ from bestrq.model.attention.masks import AttentionLayout, BackendMask, Reach
 from bestrq.model.positions import add_bias, split_heads
 
 
-def choose_backend(setting: str, device: torch.device, num_frames: int, reach: Reach) -> str:
-    """Choose the backend by `EncoderSettings.backend`, the device, the frames per row and the reach of the mask."""
-    if device.type == "cpu":
+def choose_backend(setting: str, device: torch.device, num_frames: int, reach: Reach, compiled: bool = False) -> str:
+    """Choose the backend by `EncoderSettings.backend`, the device, the frames per row and the reach of the mask.
+
+    Args:
+        compiled: blocks are compiled on a CPU as well; a loop over the segments of a batch cannot be.
+    """
+    if device.type == "cpu" and not compiled:
         return "segments"
     # Compiled kernels do not run under a dispatch mode, such as torch's FLOP counter.
-    if setting == "flex" and _get_current_dispatch_mode() is None:
+    if setting == "flex" and device.type != "cpu" and _get_current_dispatch_mode() is None:
         return "flex"
     before, after = reach
     return "dense" if before is None or after is None or 2 * (before + after) >= num_frames else "bands"
