@@ -20,12 +20,13 @@ from bestrq.recognition.hidden_masks import draw_hidden_masks
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
-from bestrq.training.optimizer import StepGuard, build_optimizer, report_skipped_step, seed_step, set_learning_rates
+from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main
+from common.segments import to_device
 from data.loading.loader import DataState
 from pipelines.curriculum import CurriculumLoader, labelled_crops, stages_of
 from pipelines.finetuning import (
@@ -41,6 +42,7 @@ from pipelines.finetuning import (
     save,
     start_run,
 )
+from pipelines.kernels import compile_encoder
 from pipelines.parameter_groups import frozen_blocks, parameter_groups
 from pipelines.pretrained import read_init, reinitialise_top_blocks
 from pipelines.validation import validate
@@ -80,6 +82,7 @@ def train(config: Config) -> None:
         model.load_state_dict(init.tensors, strict=False)  # `read_init` has checked that only the head is missing
         reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
     freezes = frozen_blocks(config, 1) is not None
+    compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed, find_unused_parameters=freezes)
     register_fsdp_forward_method(model, "log_probs")  # called by validation; no effect without FSDP2
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), config))
@@ -101,7 +104,8 @@ def train(config: Config) -> None:
         print(describe(run, precision, model, crops[0], step), flush=True)
 
     batches = iter(loader)
-    while step < config.run.steps and not stop.agreed(world):
+    stopping = stop.agreed(world)
+    while step < config.run.steps and not stopping:
         # ---- Data ----
         with throughput.waiting():
             micro_batches = next(batches)
@@ -111,13 +115,13 @@ def train(config: Config) -> None:
         micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
         num_labels = sum(int(lengths.sum()) for _, lengths in micro_labels)
         # The loss is divided by the labels of all ranks, and gradients are summed over ranks: see process.py.
-        global_labels = world.sum(torch.tensor(num_labels, device=world.device)).clamp(min=1)
+        global_labels = world.sum(torch.full((), num_labels, device=world.device)).clamp(min=1)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         rates = set_learning_rates(optimizer, step, config.run.steps)
         loss_sum = torch.zeros((), device=world.device)
         for i, (batch, (labels, label_lengths)) in enumerate(zip(micro_batches, micro_labels, strict=True)):
-            log_mel = batch.log_mel.to(world.device, non_blocking=True)
+            log_mel = to_device(batch.log_mel, world.device)
             if step > config.spec_augment.start_step:
                 log_mel = spec_augment(log_mel, batch.segments, config.spec_augment)
             masked = draw_hidden_masks(batch.segments, config.encoder, config.hidden_masks, world.device)
@@ -135,11 +139,11 @@ def train(config: Config) -> None:
             )
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
-        result = guard.apply(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
-        if not result.applied:
-            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
-            report_skipped_step(step, loss_sum, samples, world)
-        else:
+        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+        clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
+        result = guard.apply(step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
+        stopping = result.stop
+        if result.applied:
             averages.update(parallel_model)
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)

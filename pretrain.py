@@ -23,7 +23,7 @@ from bestrq.pretraining.reporting import (
 )
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line, start_line
-from bestrq.training.optimizer import StepGuard, build_optimizer, report_skipped_step, seed_step, set_learning_rates
+from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
@@ -51,6 +51,12 @@ from pipelines.pretraining import (
 def train(config: Config) -> None:
     # ---- Run folder and data: configuration errors end the run here, before any training ----
     world = start_world(config.distributed)
+    from pipelines.kernels import (  # not at the top: a reader of the loop need not read it
+        check_kernels,
+        compile_encoder,
+    )
+
+    check_kernels(config.encoder, world.device)
     dataset = config.data.open()
     run = RunFolder(config.run.folder)
     precision = resolve_precision(config.distributed, run, world)
@@ -72,6 +78,7 @@ def train(config: Config) -> None:
     row_flops = [
         flops_per_row(model, data.row_frames, data.crop_frames(dataset)[0], world.device) for data, _ in stages
     ]
+    compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed)
     optimizer = build_optimizer([(parallel_model.named_parameters(), config.optimizer)])
     shape = config.quantizer.num_codebooks, config.quantizer.codebook_size
@@ -108,7 +115,8 @@ def train(config: Config) -> None:
         )
 
     batches = iter(loader)
-    while state.step < config.run.steps and not stop.agreed(world):
+    stopping = stop.agreed(world)
+    while state.step < config.run.steps and not stopping:
         # ---- Data: targets from the clean features, noise in place of the masked frames ----
         with throughput.waiting():
             micro_batches = next(batches)
@@ -118,7 +126,7 @@ def train(config: Config) -> None:
         micro_rows = [masked_rows(batch, state, config, world, training=True) for batch in micro_batches]
         num_targets = sum(rows.num_targets for rows in micro_rows)
         # The loss is divided by the targets of all ranks, and gradients are summed over ranks: see process.py.
-        global_targets = world.sum(torch.tensor(num_targets, device=world.device)).clamp(min=1)
+        global_targets = world.sum(torch.full((), num_targets, device=world.device)).clamp(min=1)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         (learning_rate,) = set_learning_rates(optimizer, state.step, config.run.steps)
@@ -136,10 +144,10 @@ def train(config: Config) -> None:
                 adaptation.observe(state.step, rows.stacks, rows.targets)
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
-        result = guard.apply(parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world)
-        if not result.applied:
-            samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
-            report_skipped_step(state.step, loss_sum, samples, world)
+        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+        clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
+        result = guard.apply(state.step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
+        stopping = result.stop
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         num_rows = sum(batch.log_mel.shape[0] for batch in micro_batches)
         throughput.count(audio_frames / dataset.features.frames_per_second, row_flops[loader.stage] * num_rows)

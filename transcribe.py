@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
@@ -53,6 +53,7 @@ from pipelines.recogniser import (
     hash_of_export,
     load_recogniser,
     make_decoder,
+    resolve_inference,
     share_out,
     start_inference,
     timed_transcript,
@@ -135,6 +136,7 @@ def transcribe(config: Config, world: World) -> int:
     check_statistics(recogniser, export)
     if world.size > 1 and not config.out:
         raise UserError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
+    config = replace(config, inference=resolve_inference(config.inference, world))
     # Only rank 0 lists the folder: on a network file system, other ranks may get an outdated list.
     listed = list_audio(config.audio, key_of(config, hash_of_export(export))) if world.is_main else []
     fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])

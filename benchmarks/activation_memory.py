@@ -4,6 +4,7 @@
     python -m benchmarks.activation_memory --table      # batches that fit on a GPU of 80 GB, by the formula
     python -m benchmarks.activation_memory --fit        # coefficients of the formula, from counts at several sizes
     python -m benchmarks.activation_memory --inventory  # tensors that one block keeps
+    python -m benchmarks.activation_memory --step       # whole steps on a simulated GPU against the formula, 1 minute
 
 Bytes are those of tensors under bfloat16 autocast, counted operation by operation (`LiveBytes`): alive after the
 forward pass, and at the peak. Each mode is counted in a separate process; the growth of its resident memory after a
@@ -32,7 +33,7 @@ from benchmarks.machine import hardware_autocast, hardware_precision, print_figu
 from benchmarks.memory_formula import Rows
 from bestrq.model.activation_checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.model.layout import RowLayout
+from bestrq.model.layout import RowLayout, make_layout
 from bestrq.model.presets import PRESETS
 from bestrq.training.memory import reset_peak, resident_bytes
 from common.segments import Segments
@@ -40,8 +41,13 @@ from common.segments import Segments
 
 def one_segment_rows(encoder: ConformerEncoder, batch: Rows) -> RowLayout:
     """Layout of rows with a single segment each."""
+    return encoder.layout(one_segment(batch))
+
+
+def one_segment(batch: Rows) -> Segments:
+    """Rows with a single segment each."""
     start = torch.zeros(batch.rows, 1, dtype=torch.int64)
-    return encoder.layout(Segments(start, torch.full_like(start, batch.frames), batch.frames))
+    return Segments(start, torch.full_like(start, batch.frames), batch.frames)
 
 
 def count(part: str, settings: EncoderSettings, batch: Rows, device: str, mode: str = "none") -> LiveBytes:
@@ -53,9 +59,9 @@ def count(part: str, settings: EncoderSettings, batch: Rows, device: str, mode: 
     if device == "cpu":
         encoder = ConformerEncoder(settings)
         return _count(part, encoder, batch, one_segment_rows(encoder, batch), device, mode)
-    with torch.device("meta"):
-        meta_encoder = ConformerEncoder(settings)
-    layout = one_segment_rows(meta_encoder, batch)
+    layout = make_layout(
+        one_segment(batch), settings, training=True, device=torch.device("cpu"), dtype=torch.float32, backend="dense"
+    )
     with simulated_gpu(), torch.device("cuda"):
         return _count(part, ConformerEncoder(settings), batch, on_gpu(layout), device, mode)
 
@@ -158,6 +164,7 @@ def main() -> None:
         "--inventory", choices=["cpu", "cuda"], help="print the tensors that one block keeps on a device"
     )
     parser.add_argument("--table", action="store_true", help="print the batches that fit on a GPU")
+    parser.add_argument("--step", action="store_true", help="print counts of steps at full size on a simulated GPU")
     args = parser.parse_args()
     settings = replace(PRESETS[args.preset], num_layers=args.layers)
     if args.fit:
@@ -166,6 +173,8 @@ def main() -> None:
         inventory(settings, args.inventory)
     elif args.table:
         print(formula.tables())
+    elif args.step:
+        print(step_table())
     else:
         shapes = [(int(rows), float(seconds)) for rows, _, seconds in (shape.partition("x") for shape in args.shapes)]
         multiple = settings.row_multiple
@@ -180,6 +189,26 @@ def inventory(settings: EncoderSettings, device: str) -> None:
         print(f"{mode}: {live.now / 400:.0f} bytes per frame")
         for size, number, origin in live.inventory():
             print(f"  {size / 400:10.1f}  {number} x {origin}")
+
+
+def step_table(rows: int = 4, frames: int = 6000, num_segments: int = 4) -> str:
+    """Markdown table of steps of BEST-RQ on a simulated GPU: counted peak and formula in GB. Masks are dense."""
+    # tests/gpu/cuda_runtime.py needs a machine without a GPU, and the other options do not.
+    from benchmarks.fake_step import QuantizerSettings, count_step, filled_rows
+
+    lines = ["| Encoder | Mode | Peak | Formula | Ratio |", "|---|---|---|---|---|"]
+    for preset in ("base-120m", "fast-115m", "large-600m"):
+        for mode in MODES:
+            settings = replace(PRESETS[preset], activation_checkpointing=mode)
+            segments = filled_rows(rows, frames, num_segments, settings)
+            counted = count_step(settings, QuantizerSettings(num_codebooks=4), segments)
+            peak = 16 * counted.parameters + counted.peak
+            predicted = formula.weight_bytes(settings, 1) + formula.activation_bytes(
+                settings, Rows(rows, frames), mode, dense=True
+            )
+            cells = f"{peak / 1e9:.2f} | {predicted / 1e9:.2f} | {predicted / peak:.3f}"
+            lines.append(f"| `{preset}` | `{mode}` | {cells} |")
+    return "\n".join(lines)
 
 
 def compare(settings: EncoderSettings, batches: list[Rows], repeats: int) -> dict[str, float]:

@@ -41,8 +41,8 @@ from benchmarks.machine import hardware_autocast, hardware_precision, print_figu
 from bestrq.model.conformer import ConformerEncoder
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
+from bestrq.training.machine import keep_freed_memory
 from bestrq.training.memory import reset_peak, resident_bytes
-from bestrq.training.process import keep_freed_memory
 from common.segments import Segments
 
 OURS = ["window", "full"]

@@ -43,8 +43,8 @@ from bestrq.long_form.inference import InferenceSettings, Mode, RecordingSource,
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
+from bestrq.training.machine import keep_freed_memory
 from bestrq.training.memory import reset_peak, resident_bytes
-from bestrq.training.process import keep_freed_memory
 
 FRAMES_PER_SECOND = 100
 BLOCK = 1000

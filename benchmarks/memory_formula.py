@@ -53,12 +53,13 @@ SUBSAMPLING = {
 }
 """bytes per encoder frame, by device, kind and factor: times channels x mel bins, times D, times mel bins"""
 
-WORKING = {"cpu": (8.0, 2.0), "cuda": (16.0, 4.0)}
-"""gradients and copies held by the backward pass of a block: bytes per frame, times D and feed-forward width. From the
-peaks counted on the CPU; the simulated GPU has no backward pass and gets twice the values, for float32 in norms"""
+WORKING = {"cpu": (8.0, 2.0, 0.0), "cuda": (8.0, 0.0, 6.0)}
+"""gradients and copies held by the backward pass of a block: bytes per frame, times D and feed-forward width, and bytes
+per element of a feed-forward matrix, for its gradient in bfloat16 and float32. From counted peaks. On CUDA the count
+has at most 5 bytes per D; the fused kernels of attention sum a gradient in float32, in memory that is not counted"""
 
-HEAD = 10.0
-"""bytes per logit at the loss: float32 logits, their log-softmax and its bfloat16 gradient"""
+HEAD = 12.0
+"""bytes per logit in the backward pass of the loss: log-softmax, its gradient and that of the logits, in float32"""
 
 BUDGET = 72e9
 """bytes for tensors on a GPU of 80 GB: a tenth is left for CUDA, its libraries and fragmentation"""
@@ -134,9 +135,10 @@ def backward_bytes(settings: EncoderSettings, batch: Rows, device: str, mode: st
     """Bytes that the backward pass adds: the recomputed tensors of a block, and its gradients."""
     frames = batch.rows * (batch.frames // settings.stride)
     recomputed = block_bytes(settings, batch, device, "none") - block_bytes(settings, batch, device, mode)
-    dim, feedforward = WORKING[device]
+    dim, feedforward, matrix = WORKING[device]
     weights = min(MAX_WEIGHTS, settings.num_heads * (batch.frames // settings.stride) ** 2) if device == "cpu" else 0
-    return recomputed + frames * (dim * settings.dim + feedforward * settings.feedforward_dim) + 6.0 * weights
+    gradients = frames * (dim * settings.dim + feedforward * settings.feedforward_dim)
+    return recomputed + gradients + matrix * settings.dim * settings.feedforward_dim + 6.0 * weights
 
 
 def weight_bytes(settings: EncoderSettings, shards: int, num_codes: int = NUM_CODES) -> float:

@@ -16,11 +16,19 @@ Every system runs in a separate process; systems alternate in every round. Memor
 first pass (after a warm-up on a small problem), minus that before it, which includes inputs and weights. The fastest
 pass counts, and the highest peak. The address space of a system may grow by at most `--budget-gb`; otherwise it "does
 not fit". At vocabulary sizes after the first only ours and torchaudio run, in float32. `warprnnt_numba` takes minutes
-at the full size and runs only if --systems names it. The last line is JSON:
+at the full size and runs only if --systems names it.
+
+The systems with `tdt` in their names compute the token-and-duration transducer, in float32: `transformers_tdt` as in
+its Parakeet models, `ours_tdt` in slices of `--tdt-slice-bytes`, and `ours_tdt_outputs` from the outputs of the whole
+lattice by `losses.dense`, which has the arguments of transformers. The last line is JSON:
 
     memory_ratio_to_torchaudio         peak memory, ours / torchaudio, at the first vocabulary size in float32
     time_ratio_to_torchaudio           the same for time; processor_ratio_to_torchaudio for processor time, which
                                        depends less on other programs on the machine (use --threads 1)
+    memory_ratio_to_transformers_tdt   the same of ours_tdt / transformers_tdt; also time_ratio and processor_ratio, and
+                                       outputs_..._ratio of ours_tdt_outputs
+    tdt_matmul_share                   lower bound of the processor time of the products that ours_tdt needs (all cells
+                                       forward, ours_tdt_states_share of them backward) as a share of its own
     pruned_gain                        processor time of ours / that of ours_pruned, same size
     matmul_share                       lower bound of the processor time of the matrix products (4 per cell, at the rate
                                        of plain products of the same shapes) as a share of ours_all_cells, same size
@@ -32,23 +40,31 @@ import multiprocessing
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import hardware_precision, print_figures
-from benchmarks.rnnt_loss_peers import PEERS, Problem, unavailable_reason
+from benchmarks.rnnt_loss_peers import DURATIONS, PEERS, Problem, unavailable_reason
+from bestrq.recognition.losses import dense
 from bestrq.recognition.losses import transducer as ours
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.pruning import SimpleJoint
+from bestrq.recognition.losses.tdt import tdt_loss
 from bestrq.recognition.losses.transducer import transducer_loss
 from bestrq.recognition.transducer import TransducerSettings
+from bestrq.training.machine import keep_freed_memory
 from bestrq.training.memory import reset_peak, resident_bytes
-from bestrq.training.process import keep_freed_memory
 
-OURS = ["ours", "ours_all_cells", "ours_pruned"]
+OURS = ["ours", "ours_all_cells", "ours_pruned", "ours_tdt", "ours_tdt_outputs"]
+COMPARISONS = [
+    ("", "ours", "torchaudio"),
+    ("", "ours_tdt", "transformers_tdt"),
+    ("outputs_", "ours_tdt_outputs", "transformers_tdt"),
+]
+"""prefix of the ratios' names, our system, the other one"""
 OUT_OF_MEMORY = ["memory", "aten::empty", "aten::zeros", "aten::new_"]
 """words in the errors of torch, and of torchaudio, which names the failed allocation call"""
 FRAMES_PER_SECOND = 25
@@ -99,11 +115,14 @@ def draw_problem(cell: Cell, frames: int, labels: int) -> Problem:
     encoded = torch.randn(cell.segments, frames, cell.joint_dim, requires_grad=True)
     predicted = torch.randn(cell.segments, labels + 1, cell.joint_dim, requires_grad=True)
     drawn = torch.randint(1, cell.vocab_size, (cell.segments, labels))
-    return Problem(encoded, predicted, drawn, output, acoustic, language, cell.band)
+    durations = nn.Linear(cell.joint_dim, len(DURATIONS))
+    return Problem(encoded, predicted, drawn, output, acoustic, language, cell.band, durations)
 
 
 def our_loss(problem: Problem, cell: Cell) -> Tensor:
-    """Loss as in `TransducerModel`."""
+    """Loss as in `TransducerModel`, or of the outputs of the joint network."""
+    if cell.system == "ours_tdt_outputs":
+        return dense.tdt_loss(**problem.tdt_arguments())
     frames, states = problem.encoded.flatten(0, 1), problem.predicted.flatten(0, 1)
     lattices = Lattices([problem.encoded.shape[1]] * len(problem.labels), list(problem.labels))
     simple_sum = frames.new_zeros(())
@@ -114,6 +133,11 @@ def our_loss(problem: Problem, cell: Cell) -> Tensor:
         simple_sum = losses.sum()
     dtype = getattr(torch, cell.dtype)
     weight, bias = problem.output.weight.to(dtype), problem.output.bias.to(dtype)
+    if cell.system == "ours_tdt":
+        weight = torch.cat((weight, problem.durations.weight.to(dtype)))
+        bias = torch.cat((bias, problem.durations.bias.to(dtype)))
+        joint = (frames.to(dtype), states.to(dtype), weight, bias, lattices)
+        return tdt_loss(*joint, DURATIONS, cell.slice_bytes).sum()
     losses = transducer_loss(frames.to(dtype), states.to(dtype), weight, bias, lattices, cell.slice_bytes)
     return losses.sum() + simple_sum
 
@@ -140,11 +164,14 @@ def measure(cell: Cell, repeats: int, threads: int, budget: int) -> Cost | None:
         all_cells.start()
     one_pass(cell, 2, 2)
     resource.setrlimit(resource.RLIMIT_AS, (resident_bytes("VmSize") + budget, resource.RLIM_INFINITY))
+    costs: list[Cost] = []
     try:
-        costs = [one_pass(cell, cell.frames, cell.labels) for _ in range(repeats)]
+        while len(costs) < repeats:
+            costs.append(one_pass(cell, cell.frames, cell.labels))
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in OUT_OF_MEMORY):
             raise
+    if not costs:  # a later pass may not fit between the remains of the first
         return None
     # Later passes reuse memory that the first left to the allocator, so the first pass has the real peak.
     seconds, processor = min(cost.seconds for cost in costs), min(cost.processor for cost in costs)
@@ -166,26 +193,27 @@ def states_share(cell: Cell) -> float:
     return sum(share for share, _ in shares) / sum(total for _, total in shares)
 
 
-def matmul_seconds(cell: Cell, rows: int = 1024) -> float:
-    """Lower bound of the time of the matrix products of a pass: forward, recomputed in backward, and two gradients."""
+def matmul_seconds(cell: Cell, rows: int = 1024) -> list[float]:
+    """Lower bound of the time of the matrix products of a pass over all cells: outputs, computed forward and again in
+    backward, and two gradients."""
     dtype = getattr(torch, cell.dtype)
     hidden, weight = (
         torch.randn(rows, cell.joint_dim, dtype=dtype),
         torch.randn(cell.vocab_size, cell.joint_dim).to(dtype),
     )
-    logits, seconds = hidden @ weight.mT, 0.0
-    for times, product in (
-        (2, lambda: hidden @ weight.mT),
-        (1, lambda: logits @ weight),
-        (1, lambda: logits.mT @ hidden),
-    ):
+    logits, seconds = hidden @ weight.mT, []
+
+    def outputs() -> Tensor:
+        return hidden @ weight.mT
+
+    for product in (outputs, outputs, lambda: logits @ weight, lambda: logits.mT @ hidden):
         best = float("inf")
         for _ in range(10):
             start = time.process_time()
             product()
             best = min(best, time.process_time() - start)
-        seconds += times * best
-    return seconds / rows * cell.segments * cell.frames * (cell.labels + 1)
+        seconds.append(best / rows * cell.segments * cell.frames * (cell.labels + 1))
+    return seconds
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:
@@ -194,9 +222,11 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     for number, vocab_size in enumerate(args.vocab_sizes):
         for dtype in args.dtypes[: None if number == 0 else 1]:
             for system in args.systems:
-                if number == 0 or system in ("ours", "torchaudio"):
+                first = number == 0 and (dtype == args.dtypes[0] or "tdt" not in system)
+                if first or system in ("ours", "torchaudio"):
                     sizes = (args.segments, args.frames, args.labels, args.joint_dim, args.band)
-                    cells.append(Cell(system, dtype, vocab_size, *sizes, args.slice_bytes))
+                    slice_bytes = args.tdt_slice_bytes if "tdt" in system else args.slice_bytes
+                    cells.append(Cell(system, dtype, vocab_size, *sizes, slice_bytes))
     return cells
 
 
@@ -207,16 +237,23 @@ def ratios(args: argparse.Namespace, costs: dict[str, Cost | None]) -> dict[str,
         return costs.get(f"{args.dtypes[0]}_{args.vocab_sizes[0]}_{system}")
 
     result: dict[str, float] = {}
-    own, torchaudio, pruned, whole = map(cost, ("ours", "torchaudio", "ours_pruned", "ours_all_cells"))
-    if own and torchaudio:
-        result["memory_ratio_to_torchaudio"] = own.megabytes / torchaudio.megabytes
-        result["time_ratio_to_torchaudio"] = own.seconds / torchaudio.seconds
-        result["processor_ratio_to_torchaudio"] = own.processor / torchaudio.processor
+    own, pruned, whole, tdt = map(cost, ("ours", "ours_pruned", "ours_all_cells", "ours_tdt"))
+    for prefix, name, peer in COMPARISONS:
+        ours_cost, theirs = cost(name), cost(peer)
+        if ours_cost and theirs:
+            result[f"{prefix}memory_ratio_to_{peer}"] = ours_cost.megabytes / theirs.megabytes
+            result[f"{prefix}time_ratio_to_{peer}"] = ours_cost.seconds / theirs.seconds
+            result[f"{prefix}processor_ratio_to_{peer}"] = ours_cost.processor / theirs.processor
     if own and pruned:
         result["pruned_gain"] = own.processor / pruned.processor
-    first = plan(args)[0]
+    first = replace(plan(args)[0], system="ours")
     if whole:
-        result["matmul_share"] = matmul_seconds(first) / whole.processor
+        result["matmul_share"] = sum(matmul_seconds(first)) / whole.processor
+    if tdt:
+        forward, *backward = matmul_seconds(first)
+        share = states_share(replace(first, system="ours_tdt", slice_bytes=args.tdt_slice_bytes))
+        result["tdt_matmul_share"] = (forward + share * sum(backward)) / tdt.processor
+        result["ours_tdt_states_share"] = share
     result["ours_states_share"] = states_share(first)
     return result
 
@@ -236,6 +273,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--slice-bytes", type=int, default=TransducerSettings.slice_bytes, help="memory per slice of ours"
     )
+    parser.add_argument("--tdt-slice-bytes", type=int, default=16 * 2**20, help="the same for TDT")
     parser.add_argument("--budget-gb", type=float, default=12.0, help="memory limit of a pass, for every system")
     parser.add_argument("--repeats", type=int, default=2, help="passes per system and round")
     parser.add_argument("--rounds", type=int, default=2)
@@ -278,7 +316,8 @@ def check_losses(costs: dict[str, Cost | None]) -> None:
     groups: dict[str, list[float]] = {}
     for name, cost in costs.items():
         if cost and not name.endswith("_pruned"):
-            groups.setdefault("_".join(name.split("_")[:2]), []).append(cost.loss)
+            kind = "tdt" if "tdt" in name else "rnnt"
+            groups.setdefault("_".join([*name.split("_")[:2], kind]), []).append(cost.loss)
     for name, losses in groups.items():
         if max(losses) > 1.01 * min(losses):
             raise RuntimeError(f"{name}: the losses differ: {losses}")

@@ -1,9 +1,9 @@
 """Other systems of benchmarks.rnnt_loss: widely used transducer losses, on padded batches.
 
 All except the pruned one take the outputs of the joint network `[B, T, U + 1, V]` of the whole batch, as in normal use.
-Packages are imported only if a system is selected. torchaudio is a requirement of this project; warprnnt_numba is in
-requirements-benchmarks.txt; the build of fast_rnnt downloads pybind11 and sets a C++ standard that is too old for the
-headers of torch, so `pip install fast_rnnt` needs a network and
+Packages are imported only if a system is selected. torchaudio is a requirement of this project; warprnnt_numba and
+transformers are in requirements-benchmarks.txt; the build of fast_rnnt downloads pybind11 and sets a C++ standard that
+is too old for the headers of torch, so `pip install fast_rnnt` needs a network and
 `FT_CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DFT_BUILD_TESTS=OFF -DCMAKE_CXX_STANDARD=20"`.
 """
 
@@ -11,9 +11,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+DURATIONS = [0, 1, 2, 3, 4]
+"""frames of the duration outputs of TDT"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Problem:
     """from a state to the V outputs of the small joint network, for pruning"""
     band: int
     """states per frame, for pruning"""
+    durations: nn.Linear
+    """from the hidden units of a cell to the outputs of `DURATIONS`"""
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """Frames and labels of every segment, int32 `[B]`."""
@@ -42,7 +48,25 @@ class Problem:
 
     def joint(self) -> Tensor:
         """Outputs of the joint network, float32 `[B, T, U + 1, V]`."""
-        return self.output(torch.tanh(self.encoded[:, :, None] + self.predicted[:, None])).float()
+        return self.output(self.hidden()).float()
+
+    def hidden(self) -> Tensor:
+        """Hidden units of all cells, `[B, T, U + 1, J]`."""
+        return torch.tanh(self.encoded[:, :, None] + self.predicted[:, None])
+
+    def tdt_arguments(self) -> dict[str, Any]:
+        """Arguments of a TDT loss of outputs of the joint network, `[B, T, U + 1, V]` and `[B, T, U + 1, 5]`."""
+        hidden, (frames, labels) = self.hidden(), self.lengths()
+        return {
+            "token_logits": self.output(hidden).float(),
+            "duration_logits": self.durations(hidden).float(),
+            "targets": self.labels,
+            "logit_lengths": frames.long(),
+            "target_lengths": labels.long(),
+            "blank_token_id": 0,
+            "durations": DURATIONS,
+            "reduction": "sum",
+        }
 
 
 def torchaudio_loss(problem: Problem) -> Tensor:
@@ -93,15 +117,21 @@ def fast_rnnt_pruned_loss(problem: Problem) -> Tensor:
     return pruned + simple
 
 
+def transformers_tdt_loss(problem: Problem) -> Tensor:
+    """TDT loss of transformers, of its Parakeet models."""
+    return importlib.import_module("transformers.loss.loss_tdt").tdt_loss(**problem.tdt_arguments())
+
+
 PEERS: dict[str, Callable[[Problem], Tensor]] = {
     "torchaudio": torchaudio_loss,
     "fast_rnnt": fast_rnnt_loss,
     "fast_rnnt_pruned": fast_rnnt_pruned_loss,
     "warprnnt_numba": warprnnt_numba_loss,
+    "transformers_tdt": transformers_tdt_loss,
 }
 """name -> summed loss of a problem"""
 
-PACKAGES = {name: name.removesuffix("_pruned") for name in PEERS}
+PACKAGES = {name: name.removesuffix("_pruned").removesuffix("_tdt") for name in PEERS}
 """required package by system"""
 
 

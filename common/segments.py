@@ -1,15 +1,29 @@
-"""Segments of packed rows: the description of a batch, shared by loader and models."""
+"""Segments of packed rows: the description of a batch, shared by loader and models; transfers to a device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it; a tensor that is there already is returned as it is.
+
+    CUDA copies asynchronously from page-locked memory only. torch keeps such memory until the copy has finished.
+    """
+    if tensor.device.type != "cpu" or device.type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Positions of the segments of a batch, R rows of S slots, at one frame rate. Tensors are on the CPU."""
+    """Positions of the segments of a batch, R rows of S slots, at one frame rate.
+
+    Loader and models have them on the CPU, where their values can be read without waiting for a device.
+    """
 
     start: Tensor
     """int64 [R, S], first frame of every segment; 0 in unused slots. In mel frames a multiple of the encoder's
@@ -24,6 +38,14 @@ class Segments:
     def subsampled(self, stride: int) -> Segments:
         """Segments at 1 / stride of the frame rate; the last frame of a segment may cover fewer frames."""
         return Segments(self.start // stride, -(-self.length // stride), self.num_frames // stride, self.seed)
+
+    def to(self, device: torch.device) -> Segments:
+        """Copy to a device in one transfer, without waiting for it."""
+        if device.type == "cpu":
+            return self
+        numbers = [self.start, self.length] + ([] if self.seed is None else [self.seed])
+        start, length, *seed = to_device(torch.stack(numbers), device)
+        return Segments(start, length, self.num_frames, *seed)
 
     def used(self) -> list[tuple[int, int, int, int]]:
         """(row, slot, start, stop) of every used slot, by row, then slot."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ from pipelines.recogniser import (
     load_recogniser,
     make_decoder,
     mel_reader,
+    resolve_inference,
     share_out,
     timed_transcript,
     try_decoding,
@@ -111,7 +112,7 @@ def check_evaluations(
 
     Raises UserError if mode, decoder and attention mask are incompatible: each combination is tried on noise.
     """
-    evaluations = list(evaluations)
+    evaluations = [replace(e, inference=resolve_inference(e.inference, world)) for e in evaluations]
     combinations = {(e.inference.mode, e.decoder, e.encoder.mask): e for e in evaluations}
     for evaluation in combinations.values():
         changed = recogniser if evaluation.encoder == EncoderChanges() else load_recogniser(export, evaluation.encoder)

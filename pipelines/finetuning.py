@@ -18,6 +18,8 @@ from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.averaging import Averages, AveragingSettings
 from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
 from bestrq.training.export import write_export
+from bestrq.training.inference_precision import inference_precision
+from bestrq.training.meters import start_line
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, unwrap
@@ -32,6 +34,7 @@ from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, CurriculumSta
 from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
+from pipelines.kernels import check_kernels
 from pipelines.validation import Heldout, ValidationSettings
 
 # ---- Settings ----
@@ -119,8 +122,10 @@ FREE_FIELDS = (
     *FREE_RUN_FIELDS,
     "encoder.activation_checkpointing",
     "encoder.backend",
+    "encoder.compile",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "inference.batch_seconds",
+    "inference.precision",
 )
 # Fields that may name another location of the same data, which is checked by its fingerprint.
 PLACES = {f"data.{name}": "dataset" for name in LOADER_PLACES}
@@ -153,7 +158,10 @@ def read_mel(dataset: Dataset, normalisation: Normalisation, recording: int, sta
 
 
 def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings:
-    """`config.inference`, in bfloat16 if FSDP2 gathers the weights in bfloat16: float32 inputs would not match them.
+    """`config.inference`, with its precision resolved.
+
+    It is bfloat16 if FSDP2 gathers the weights in bfloat16, as float32 inputs would not match them. 'auto' is bfloat16
+    for training in bfloat16 on GPUs that multiply it in hardware, else float32.
 
     Raises:
         UserError: validation does not support the inference mode.
@@ -165,9 +173,10 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
         )
     warn_of_emulation("inference.precision", config.inference.precision, world)
     sharded = world.size > 1 and config.distributed.strategy == "fsdp"
-    if sharded and config.distributed.precision == "bfloat16":
-        return replace(config.inference, precision="bfloat16")
-    return config.inference
+    if config.inference.precision == "auto" and config.distributed.precision != "bfloat16":
+        return replace(config.inference, precision="float32")
+    precision = "bfloat16" if sharded else inference_precision(config.inference.precision, world)
+    return replace(config.inference, precision=precision)
 
 
 # ---- Run folder ----
@@ -197,6 +206,7 @@ def start_run(run: FinetuneRun, precision: Precision, also_free: Sequence[str] =
     A resumed run reads its weights from a checkpoint. finetune.init is therefore checked only if the path has changed:
     it must then hold the same weights.
     """
+    check_kernels(run.config.encoder, run.world.device)
     init = run.config.finetune.init
     origins = {"finetune.init": partial(weights_fingerprint, init)} if init else {}
     free, facts = (*FREE_FIELDS, *also_free), {"precision": str(precision)}
@@ -306,11 +316,8 @@ CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate
 def describe(run: FinetuneRun, precision: Precision, model: nn.Module, crops: CropTable, step: int) -> str:
     """First line of the console output."""
     config, dataset, world = run.config, run.dataset, run.world
-    millions = sum(parameter.numel() for parameter in unwrap(model).parameters()) / 1e6
     hours = crops.mean_frames * len(crops) / dataset.features.frames_per_second / 3600
-    start = f"continuing after step {step}" if step else "starting"
     return (
-        f"{start}: {millions:.1f} M parameters from {config.finetune.init or 'scratch'}, {world.size} process(es) on "
-        f"{world.device.type} in {precision}, {hours:.2f} h of labelled audio in {dataset.location}, "
-        f"run {config.run.folder}"
+        f"{start_line(unwrap(model), config.finetune.init or 'scratch', precision, world, step)}, "
+        f"{hours:.2f} h of labelled audio in {dataset.location}, run {config.run.folder}"
     )

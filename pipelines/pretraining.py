@@ -28,6 +28,7 @@ from bestrq.training.process import DistributedSettings, World, autocast, unwrap
 from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from common.config import to_dict
 from common.errors import UserError
+from common.segments import to_device
 from data.format.dataset import STD_FLOOR, Dataset
 from data.loading.heldout import HeldoutSettings, heldout_batches
 from data.loading.loader import (
@@ -88,6 +89,7 @@ FREE_FIELDS = (
     *FREE_RUN_FIELDS,
     "encoder.activation_checkpointing",
     "encoder.backend",
+    "encoder.compile",
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "validation.every_steps",
     "probe",
@@ -210,7 +212,7 @@ def make_probe(config: Config, dataset: Dataset, world: World) -> Any:
 def masked_rows(batch: Batch, state: RunState, config: Config, world: World, training: bool = False) -> MaskedRows:
     """Masked features and targets of a batch, on the device; with other sounds and masked bands only in training."""
     assert batch.mask is not None
-    log_mel = batch.log_mel.to(world.device, non_blocking=True)
+    log_mel = to_device(batch.log_mel, world.device)
     clean = log_mel, batch.mask, batch.segments, state.quantizer, config.encoder.stride
     received = None
     if training and (config.masking.bands or batch.received is not None):

@@ -32,6 +32,7 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export_reading import Export
+from bestrq.training.inference_precision import inference_precision
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
 from bestrq.transcripts.formats import TimedTranscript
@@ -42,6 +43,7 @@ from common.files import hash_of_file
 from data.features import FeatureSettings, difference
 from data.format.dataset import STD_FLOOR, Dataset, normalise_into
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from pipelines.kernels import check_kernels
 
 
 @dataclass
@@ -101,12 +103,20 @@ class EncoderChanges:
 
 
 def start_inference(device: Literal["auto", "cpu", "cuda"], threads: int, inference: InferenceSettings) -> World:
-    """Start the process group of a script that decodes, and warn if the device only emulates the precision."""
+    """Start the process group of a script that decodes, and warn if the device only emulates the precision.
+
+    device: value of the script's setting of this name.
+    """
     # Ranks that finish early wait for the others, perhaps for hours.
     settings = DistributedSettings(device=device, threads=threads, precision="float32", timeout_minutes=24 * 60)
-    world = start_world(settings)
+    world = start_world(settings, field="device")
     warn_of_emulation("inference.precision", inference.precision, world)
     return world
+
+
+def resolve_inference(inference: InferenceSettings, world: World) -> InferenceSettings:
+    """Settings with their precision resolved, before they enter a key or a result. All ranks must call it."""
+    return replace(inference, precision=inference_precision(inference.precision, world))
 
 
 def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) -> Recogniser:
@@ -228,7 +238,9 @@ def make_decoder(recogniser: Recogniser, settings: DecoderSettings, export: str)
 def try_decoding(
     recogniser: Recogniser, decoder: Decoder, settings: InferenceSettings, device: torch.device | str = "cpu"
 ) -> None:
-    """Decode two encoder frames of noise. Raises UserError if model, decoder and settings are incompatible."""
+    """Decode two encoder frames of noise. Raises UserError if model, decoder and settings are incompatible, or kernels
+    cannot be compiled."""
+    check_kernels(recogniser.model.encoder.settings, device, training=False)
     stride, rate = recogniser.model.encoder.settings.stride, recogniser.features.frames_per_second
     noise = torch.randn(2 * stride, recogniser.features.num_mels, generator=torch.Generator().manual_seed(0))
     source = RecordingSource(len(noise), lambda start, stop: noise[start:stop], name="noise")

@@ -9,7 +9,6 @@ from torch import Tensor
 from bestrq.model.attention.draw_mask import dense_mask
 from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.attention.module import ATTEND
-from bestrq.model.positions import rotate
 
 
 def attend_reference(
@@ -21,14 +20,17 @@ def attend_reference(
     """
     assert dropout == 0.0
     out = torch.zeros_like(qkv[:, :, :num_heads]).flatten(0, 1)
-    phases = None if layout.rotary_phase is None else layout.rotary_phase.flatten(0, 1)
+    phases = None if layout.rotary_phase is None else torch.view_as_complex(layout.rotary_phase).flatten(0, 1)
     num_kv_heads = (qkv.shape[2] - num_heads) // 2
     for start, stop in layout.segments:
         segment = qkv.flatten(0, 1)[start:stop].double()
         q, k, v = segment.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
         if phases is not None:
             phase = phases[start:stop, None].to(torch.complex128)
-            q, k = rotate(q, phase), rotate(k, phase)
+            q, k = (
+                torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * phase).flatten(-2)
+                for x in (q, k)
+            )
         allowed = dense_mask(layout.mask, stop - start)
         heads = []
         for head in range(num_heads):

@@ -7,7 +7,7 @@ import numpy as np
 
 from data.features import FeatureSettings
 from data.format.writer import DatasetWriter
-from data.recording import Recording
+from data.recording import Recording, Word
 
 WORDS = "ana bela cid dora eva fabio gil hugo ida jan".split()
 
@@ -46,7 +46,7 @@ def make_dataset(
                 Recording(
                     f"rec-{number:03d}",
                     " ".join(WORDS[w] for w in spoken),
-                    [(WORDS[w], float(edges[i]), float(edges[i + 1])) for i, w in enumerate(spoken)],
+                    [Word(WORDS[w], float(edges[i]), float(edges[i + 1])) for i, w in enumerate(spoken)],
                     language="en",
                     split=split,
                 ),

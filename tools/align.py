@@ -59,6 +59,7 @@ from pipelines.recogniser import (
     hash_of_export,
     load_recogniser,
     mel_reader,
+    resolve_inference,
     share_out,
     start_inference,
 )
@@ -102,6 +103,7 @@ class Config:
 def align(config: Config, world: World) -> None:
     """Align all recordings and write the outputs. All processes call it."""
     # Errors in the settings are raised here, before any work.
+    config = replace(config, inference=resolve_inference(config.inference, world))
     export = read_export(config.model)
     recogniser = load_recogniser(export)
     ctc_outputs(recogniser, config.model)  # raises if there is no CTC head

@@ -68,6 +68,7 @@ from pipelines.recogniser import (
     load_recogniser,
     make_decoder,
     mel_reader,
+    resolve_inference,
     share_out,
     start_inference,
     timed_transcript,
@@ -129,6 +130,7 @@ class Config:
 def pseudo_label(config: Config, world: World) -> None:
     """Decode the recordings and write the dataset. All processes call it."""
     # Errors in the settings are raised here, before any work.
+    config = replace(config, inference=resolve_inference(config.inference, world))
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
     dataset = open_dataset(config.data.dataset)

@@ -20,9 +20,10 @@ from bestrq.decoding.transducer_search import (
     Transducer,
     append_tokens,
     check_search,
-    concatenate_steps,
+    indices_of,
     predict_rows,
     start_greedy,
+    transfer_indices,
 )
 from common.errors import UserError
 
@@ -61,10 +62,12 @@ def tdt_greedy(
         UserError: `max_symbols` is below 1, or the durations are invalid.
         ValueError: `lengths` or the state do not match `encoded`.
     """
+    lengths = lengths.cpu()
     check_search(encoded, lengths, max_symbols)
     check_durations(durations)
     state = start_greedy(model, encoded, state)
     prediction, predicted = state.prediction, state.predicted
+    num_frames = state.num_frames + lengths
     lengths, frames = lengths.to(encoded.device), torch.tensor(durations, device=encoded.device)
     frame = state.skipped.clone()  # current frame of each sequence
     symbols = torch.zeros_like(lengths)  # labels that this frame has emitted
@@ -80,13 +83,12 @@ def tdt_greedy(
         frame[rows] = here + duration.clamp(min=1).masked_fill(stays, 0)
         symbols[rows] = count.masked_fill(~stays, 0)
         # The only transfer of a step to the host: the shapes of all later tensors follow from it.
-        emits_here, continues = torch.stack((emits, frame[rows] < lengths[rows])).cpu()
-        if emits_here.any():
-            emitting, label = rows[emits_here], label[emits_here]
-            last = here + duration.clamp(min=1) - 1
-            probability = tokens.softmax(dim=-1)[emits_here].amax(dim=-1)
-            steps.append((emitting, label, here[emits_here], last[emits_here], probability))
-            prediction, predicted = predict_rows(model, label, emitting, prediction, predicted)
-        rows = rows[continues]
-    emitted = append_tokens(state, *concatenate_steps(steps)) if steps else state.emitted
-    return GreedyState(prediction, predicted, state.num_frames + lengths, frame - lengths, emitted)
+        flags = torch.stack((emits, frame[rows] < lengths[rows])).tolist()
+        emitting, continuing = transfer_indices(rows.device, *map(indices_of, flags))
+        if len(emitting):
+            label, last = label[emitting], here + duration.clamp(min=1) - 1
+            probability = tokens.softmax(dim=-1)[emitting].amax(dim=-1)
+            steps.append((rows[emitting], label, here[emitting], last[emitting], probability))
+            prediction, predicted = predict_rows(model, label, rows[emitting], prediction, predicted)
+        rows = rows[continuing]
+    return GreedyState(prediction, predicted, num_frames, frame - lengths, append_tokens(state, steps))

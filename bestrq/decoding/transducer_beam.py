@@ -7,6 +7,10 @@ unlimited beam, a score is the sum over all alignments.
 
 Scores may include an external language model, a length bonus and hot words (`Fusion`).
 
+The labels of hypotheses are kept on the host, everything else on the device. A round has one transfer to the host, the
+chosen outputs, and one back, all indices (`transfer_indices`); fusion adds one, of its scores. For this, the device
+follows the choice of a round (`_Choice`) at the start of the next one.
+
 Source: Graves 2012, arXiv 1211.3711; time-synchronous: Saon et al., "Alignment-Length Synchronous Decoding for RNN
 Transducer", ICASSP 2020, section 2.
 
@@ -22,7 +26,13 @@ from torch import Tensor
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.hypotheses import Hypothesis, LabelSequence, SequenceTable, sort_hypotheses
 from bestrq.decoding.tokens import BLANK, TimedTokens
-from bestrq.decoding.transducer_search import PredictionState, Transducer, check_search, predict_rows
+from bestrq.decoding.transducer_search import (
+    PredictionState,
+    Transducer,
+    check_search,
+    predict_rows,
+    transfer_indices,
+)
 from common.errors import UserError
 
 
@@ -81,6 +91,18 @@ class BeamState:
         )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Hypotheses chosen in a round, which the prediction network has yet to follow."""
+
+    source: list[int]
+    """row that each of the N * W rows continues"""
+    rows: list[int]
+    """rows that got a label, which stay active"""
+    labels: list[int]
+    """their labels"""
+
+
 @torch.no_grad()
 def beam_search(
     model: Transducer,
@@ -108,6 +130,7 @@ def beam_search(
         UserError: `width` or `max_symbols` is below 1.
         ValueError: `lengths` do not match `encoded`, or the state has another shape or fusion.
     """
+    lengths = lengths.cpu()
     check_search(encoded, lengths, max_symbols)
     if width < 1:
         raise UserError(f"decoder.beam is {width}: give 1 or more hypotheses")
@@ -119,15 +142,18 @@ def beam_search(
     if state.sequences.fusion is not fusion:
         raise ValueError("the state belongs to a search with another fusion")
     ends = lengths.tolist()
+    choice = _Choice(list(range(len(state.paths))), [], [])
     for frame in range(max(ends, default=0)):
         is_running = [frame < end for end in ends]
         rows = [row for row, path in enumerate(state.paths) if path and is_running[row // width]]
         for labels_left in range(max_symbols, -1, -1):
             if rows:
-                scores, chosen = _prune(model, encoded[:, frame], state, rows, labels_left > 0)
-                state, rows = _extend(model, state, scores, chosen)
+                state, active, numbers = _follow(model, state, choice, rows)
+                scores, chosen = _prune(model, encoded[:, frame], state, rows, active, numbers, labels_left > 0)
+                state, choice = _choose(state, scores, chosen, model.vocab_size)
+                rows = choice.rows
         state = replace(state, num_frames=[n + ran for n, ran in zip(state.num_frames, is_running, strict=True)])
-    return state
+    return _follow(model, state, choice, [])[0]
 
 
 def _start(model: Transducer, encoded: Tensor, width: int, fusion: Fusion | None) -> BeamState:
@@ -143,14 +169,42 @@ def _start(model: Transducer, encoded: Tensor, width: int, fusion: Fusion | None
     return BeamState(prediction, predicted, scores, [0] * num_sequences, paths, sequences)
 
 
+def _follow(
+    model: Transducer, state: BeamState, choice: _Choice, active: list[int]
+) -> tuple[BeamState, Tensor, Tensor]:
+    """Advance the prediction network by the last choice, and transfer all indices of a round to the device.
+
+    Returns:
+        the state; the indices of the active hypotheses, int64; and numbers that are equal for equal labels, int64
+        `[N * W]`.
+    """
+    numbers = [path.labels.number if path else 0 for path in state.paths]
+    source, rows, label, active_index, number = transfer_indices(
+        state.scores.device, choice.source, choice.rows, choice.labels, active, numbers
+    )
+    prediction, predicted = state.prediction, state.predicted
+    if choice.source != list(range(len(choice.source))):
+        prediction, predicted = tuple(part[source] for part in prediction), predicted[source]
+    if choice.rows:
+        prediction, predicted = predict_rows(model, label, rows, prediction, predicted)
+    return replace(state, prediction=prediction, predicted=predicted), active_index, number
+
+
 def _prune(
-    model: Transducer, frames: Tensor, state: BeamState, rows: list[int], may_emit: bool
+    model: Transducer,
+    frames: Tensor,
+    state: BeamState,
+    rows: list[int],
+    active: Tensor,
+    numbers: Tensor,
+    may_emit: bool,
 ) -> tuple[Tensor, Tensor]:
     """Select the best of the waiting hypotheses and of the extensions of the active ones.
 
     Args:
         frames: `[N, J]`.
-        rows: active hypotheses.
+        rows, active: active hypotheses, on the host and on the device.
+        numbers: equal for equal labels, int64 `[N * W]`.
         may_emit: whether labels are allowed, besides the blank.
 
     Returns:
@@ -161,20 +215,18 @@ def _prune(
     num_sequences, width = state.scores.shape
     device = state.scores.device
     before = state.scores.flatten()
-    active = torch.tensor(rows, device=device)
     log_probs = model.joint(frames[active // width], state.predicted[active]).double()
     increments = log_probs
     fusion = state.sequences.fusion
     if may_emit and fusion:
         contexts = [path.labels.context for path in (state.paths[row] for row in rows) if path]
-        increments = increments + fusion.scores(contexts).to(device)
+        increments = increments + fusion.scores(contexts).to(device, non_blocking=True)
     candidates = before.new_full((len(before), model.vocab_size), -torch.inf)
     candidates[:, BLANK] = before
     outputs = slice(None) if may_emit else slice(BLANK, BLANK + 1)
     candidates[active, outputs] = before[active, None] + increments[:, outputs]
     # Merge before pruning, so that no sequence takes two places. Active extensions need no merging: they have the same
     # number of new labels, after sequences that differed at the start of the frame.
-    numbers = torch.tensor([path.labels.number if path else 0 for path in state.paths], device=device)
     waiting = candidates[:, BLANK].view(num_sequences, width)
     candidates[:, BLANK] = _merge(waiting, numbers.view(num_sequences, width)).flatten()
     scores, chosen = candidates.view(num_sequences, -1).topk(width)
@@ -193,27 +245,21 @@ def _merge(scores: Tensor, numbers: Tensor) -> Tensor:
     return groups.logsumexp(dim=2).masked_fill(~is_best, -torch.inf)
 
 
-def _extend(model: Transducer, state: BeamState, scores: Tensor, chosen: Tensor) -> tuple[BeamState, list[int]]:
-    """Return the state after the chosen outputs, and the rows that got a label and stay active."""
+def _choose(state: BeamState, scores: Tensor, chosen: Tensor, vocab_size: int) -> tuple[BeamState, _Choice]:
+    """Return the state with the labels of the chosen outputs, and the choice. Arguments: see `_prune`."""
     width = scores.shape[1]
-    source, rows, labels = [], [], []
+    choice = _Choice([], [], [])
     paths: list[_Path | None] = []
     # The only transfer of a round to the host.
-    for row, (choice, probability) in enumerate(chosen.flatten(0, 1).tolist()):
-        hypothesis, output = divmod(int(max(choice, 0)), model.vocab_size)
+    for row, (number, probability) in enumerate(chosen.flatten(0, 1).tolist()):
+        hypothesis, output = divmod(int(max(number, 0)), vocab_size)
         sequence = row // width
-        source.append(sequence * width + hypothesis)
-        path = state.paths[source[-1]] if choice >= 0 else None
+        source = sequence * width + hypothesis
+        path = state.paths[source] if number >= 0 else None
         if path and output != BLANK:
             path = _Path(state.sequences.extend(path.labels, output), state.num_frames[sequence], probability, path)
-            rows.append(row)
-            labels.append(output)
+            choice.rows.append(row)
+            choice.labels.append(output)
+        choice.source.append(source)
         paths.append(path)
-    prediction, predicted = state.prediction, state.predicted
-    if source != list(range(len(source))):
-        index = torch.tensor(source, device=scores.device)
-        prediction, predicted = tuple(part[index] for part in prediction), predicted[index]
-    if rows:
-        index, label = (torch.tensor(values, device=scores.device) for values in (rows, labels))
-        prediction, predicted = predict_rows(model, label, index, prediction, predicted)
-    return replace(state, prediction=prediction, predicted=predicted, scores=scores, paths=paths), rows
+    return replace(state, scores=scores, paths=paths), choice

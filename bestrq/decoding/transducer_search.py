@@ -7,6 +7,9 @@ Sequences advance independently of each other. The prediction network's state ch
 evaluates a block of frames per sequence and advances to the first one that has a label. The number of steps is thus
 about the number of labels of the longest output, not the number of frames and labels.
 
+Waits of the host would limit the speed on a GPU, so a step has one transfer to the host, the flags that later shapes
+depend on, and one back, the indices that follow from them (`transfer_indices`).
+
 Source: Graves 2012, arXiv 1211.3711; looping over labels: Bataev et al. 2024, "Label-looping", arXiv 2406.06220.
 
 N sequences, T encoder frames, J joint width, V vocabulary.
@@ -58,7 +61,7 @@ class GreedyState:
     predicted: Tensor
     """last output of the prediction network, [N, J]"""
     num_frames: Tensor
-    """int64 [N]: encoder frames so far, on the model's device"""
+    """int64 [N]: encoder frames so far, on the CPU"""
     skipped: Tensor
     """int64 [N]: frames of the next chunk that the last duration skips; 0 for a transducer without durations"""
     emitted: list[TimedTokens]
@@ -96,32 +99,50 @@ def start_greedy(model: Transducer, encoded: Tensor, state: GreedyState | None) 
         ValueError: the state has another number of sequences.
     """
     if state is None:
-        zeros = torch.zeros(len(encoded), dtype=torch.int64, device=encoded.device)
-        predicted, prediction = model.predict(zeros + BLANK, model.start(len(encoded)))
-        return GreedyState(prediction, predicted, zeros, zeros, [TimedTokens([], [], []) for _ in encoded])
+        zeros = torch.zeros(len(encoded), dtype=torch.int64)
+        on_device = torch.zeros_like(zeros, device=encoded.device)
+        predicted, prediction = model.predict(on_device + BLANK, model.start(len(encoded)))
+        return GreedyState(prediction, predicted, zeros, on_device, [TimedTokens([], [], []) for _ in encoded])
     if len(state.emitted) != len(encoded):
         raise ValueError(f"the state has {len(state.emitted)} sequences, the input {len(encoded)}")
     return state
 
 
-def append_tokens(
-    state: GreedyState, rows: Tensor, labels: Tensor, first: Tensor, last: Tensor, probabilities: Tensor
-) -> list[TimedTokens]:
-    """Return the tokens of `state.emitted` and those of a new chunk.
+def transfer_indices(device: torch.device, *indices: Sequence[int]) -> tuple[Tensor, ...]:
+    """Move lists of indices to the device in one transfer, as int64 tensors.
+
+    Indexing a CUDA tensor with a tensor of the CPU would move each of them alone, and the host would wait each time.
+    """
+    joined = torch.tensor([index for part in indices for index in part], dtype=torch.int64)
+    return joined.to(device, non_blocking=True).split([len(part) for part in indices])
+
+
+def indices_of(flags: Sequence[bool]) -> list[int]:
+    """Indices of the flags that are set."""
+    return [index for index, flag in enumerate(flags) if flag]
+
+
+def append_tokens(state: GreedyState, steps: Sequence[tuple[Tensor, ...]]) -> list[TimedTokens]:
+    """Return the tokens of `state.emitted` and those of a new chunk, with one transfer to the host.
 
     Args:
-        rows, labels, first, last, probabilities: `[n]`, in the order of emission; frames are relative to the chunk.
+        steps: sequences, labels, first and last frames, probabilities, `[n]` each, in the order of emission; frames are
+            relative to the chunk.
     """
     emitted = [
         TimedTokens(tokens.ids[:], tokens.first_frame[:], tokens.last_frame[:], tokens.confidence[:])
         for tokens in state.emitted
     ]
-    offset = state.num_frames[rows]
-    entries = torch.stack((rows, labels, first + offset, last + offset)).tolist()
-    for row, label, first_frame, last_frame, probability in zip(*entries, probabilities.tolist(), strict=True):
+    if not steps:
+        return emitted
+    # float64 is exact for all fields: integers are below 2^53.
+    fields = torch.stack([torch.cat(parts).double() for parts in zip(*steps, strict=True)]).cpu()
+    entries = fields[:4].long().tolist()
+    offsets = state.num_frames.tolist()
+    for row, label, first, last, probability in zip(*entries, fields[4].tolist(), strict=True):
         emitted[row].ids.append(label)
-        emitted[row].first_frame.append(first_frame)
-        emitted[row].last_frame.append(last_frame)
+        emitted[row].first_frame.append(first + offsets[row])
+        emitted[row].last_frame.append(last + offsets[row])
         emitted[row].confidence.append(probability)
     return emitted
 
@@ -144,11 +165,6 @@ def predict_rows(
     return prediction, predicted.index_copy(0, rows, row_predicted)
 
 
-def concatenate_steps(steps: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Concatenate the tensors of all steps, field by field."""
-    return tuple(torch.cat(parts) for parts in zip(*steps, strict=True))
-
-
 @torch.no_grad()
 def greedy_search(
     model: Transducer, encoded: Tensor, lengths: Tensor, max_symbols: int, state: GreedyState | None = None
@@ -166,14 +182,15 @@ def greedy_search(
         UserError: `max_symbols` is below 1.
         ValueError: `lengths` or the state do not match `encoded`.
     """
+    lengths = lengths.cpu()
     check_search(encoded, lengths, max_symbols)
     state = start_greedy(model, encoded, state)
     prediction, predicted = state.prediction, state.predicted
-    lengths = lengths.to(encoded.device)
+    num_frames = state.num_frames + lengths
+    lengths, rows = lengths.to(encoded.device), lengths.nonzero().squeeze(1).to(encoded.device)
     block = torch.arange(BLOCK, device=encoded.device)
     frame = torch.zeros_like(lengths)  # current frame of each sequence
     symbols = torch.zeros_like(lengths)  # labels that this frame has emitted
-    rows = lengths.nonzero().squeeze(1)
     steps: list[tuple[Tensor, ...]] = []
     while len(rows):
         block_frames = frame[rows, None] + block
@@ -189,15 +206,12 @@ def greedy_search(
         frame[rows] = here + is_full
         symbols[rows] = torch.where(emits & ~is_full, count, 0)
         # The only transfer of a step to the host: the shapes of all later tensors follow from it.
-        emits_here, continues = torch.stack((emits, frame[rows] < lengths[rows])).cpu()
-        if emits_here.any():
-            emitting = rows[emits_here]
-            label, log_prob = (part.gather(1, first[:, None]).squeeze(1)[emits_here] for part in (best, log_probs))
-            steps.append((emitting, label, here[emits_here], log_prob))
+        flags = torch.stack((emits, frame[rows] < lengths[rows])).tolist()
+        emitting, continuing = transfer_indices(rows.device, *map(indices_of, flags))
+        if len(emitting):
+            label, log_prob = (part.gather(1, first[:, None]).squeeze(1)[emitting] for part in (best, log_probs))
+            place, emitting = here[emitting], rows[emitting]
+            steps.append((emitting, label, place, place, log_prob.exp()))
             prediction, predicted = predict_rows(model, label, emitting, prediction, predicted)
-        rows = rows[continues]
-    emitted = state.emitted
-    if steps:
-        emitting, labels, places, log_prob = concatenate_steps(steps)
-        emitted = append_tokens(state, emitting, labels, places, places, log_prob.exp())
-    return GreedyState(prediction, predicted, state.num_frames + lengths, state.skipped, emitted)
+        rows = rows[continuing]
+    return GreedyState(prediction, predicted, num_frames, state.skipped, append_tokens(state, steps))

@@ -211,9 +211,9 @@ class TransducerDecoder:
     def search(self, outputs: Sequence[Tensor], excluded: Sequence[Tensor]) -> list[TimedTokens]:
         kept = [(~mask).nonzero().squeeze(1) for mask in excluded]
         device = next(self.model.parameters()).device
-        sequences = [frames[indices].to(device) for frames, indices in zip(outputs, kept, strict=True)]
-        encoded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        sequences = [frames[indices] for frames, indices in zip(outputs, kept, strict=True)]
+        encoded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
         settings = self.settings
         if settings.beam == 1:
             greedy = self.model.greedy(encoded, lengths, settings.max_symbols)

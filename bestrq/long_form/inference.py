@@ -41,8 +41,9 @@ class InferenceSettings:
     1 / (1 - overlap); 0 is plain chunking"""
     batch_seconds: PositiveFloat = 120.0
     """audio per batch, including padding; a longer window forms a batch alone"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """precision of the encoder, by autocast; log-probabilities are always float32"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the encoder, by autocast; log-probabilities are always float32. auto: bfloat16 on GPUs that multiply
+    it in hardware, else float32; in validation only if training is in bfloat16"""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.overlap < 1.0:

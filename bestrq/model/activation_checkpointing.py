@@ -45,7 +45,8 @@ def run_block(block: nn.Module, mode: str, x: Tensor, *args: Any) -> Tensor:
     """
     if mode not in MODES:
         raise ValueError(f"activation checkpointing {mode!r}: give one of {', '.join(map(repr, MODES))}")
-    if mode == "none" or not torch.is_grad_enabled():
+    compiled = getattr(block, "compiled", None) is not None  # has the mode inside its compiled function
+    if mode == "none" or compiled or not torch.is_grad_enabled():
         return block(x, *args)
     if mode == "full":
         return checkpoint(_call_uncached, block, x, *args, use_reentrant=False)

@@ -16,7 +16,6 @@ from bestrq.model.convolution import ConvolutionModule
 from bestrq.model.cpu.dropout import Dropout
 from bestrq.model.layout import RowLayout, StageLayout, make_layout
 from bestrq.model.norms import make_norm
-from bestrq.model.positions import FourierPositions
 from bestrq.model.settings import EncoderSettings
 from bestrq.model.subsampling import make_subsampling
 from common.segments import Segments
@@ -85,9 +84,16 @@ class ConformerBlock(nn.Module):
         self.norm = make_norm(settings.norm, dim_out)
         self.dropout = Dropout(settings.dropout)
         self.layer_drop = settings.layer_drop if stride == 1 else 0.0
+        self.compiled: Callable[..., Tensor] | None = None  # set by `compilation.compile_blocks`
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
         """Return `[R, T, D]`, or `[R, T / 2, dim_out]`. Outputs at padding frames are unused."""
+        if self.compiled is not None and self.training:
+            return self.compiled(self, x, layout)
+        return self.compute(x, layout)
+
+    def compute(self, x: Tensor, layout: StageLayout) -> Tensor:
+        """`forward` without compilation."""
         y = self.apply_modules(x, lambda x: self.attention(x, layout), lambda x: self.convolution(x, layout))
         if self.training and self.layer_drop > 0:
             # Single rows skip the block: DDP and FSDP need every process to run every block.
@@ -115,7 +121,11 @@ class ConformerEncoder(nn.Module):
         self.settings = settings
         stages = settings.stages
         self.subsampling = make_subsampling(stages[0])
-        self.fourier = FourierPositions(stages[0].dim, 1e5) if settings.position == "fourier" else None
+        self.fourier: nn.Module | None = None
+        if settings.position == "fourier":
+            from bestrq.model.learned_positions import FourierPositions
+
+            self.fourier = FourierPositions(stages[0].dim, 1e5)
         self.dropout = Dropout(settings.dropout)
         blocks = []
         for stage, following in zip(stages, [*stages[1:], None], strict=True):

@@ -67,14 +67,17 @@ def convolve_in_segments(x: Tensor, weight: Tensor, bias: Tensor, layout: Convol
         layout: with a reach of at least K - 1 - ahead.
         ahead: later frames that an output depends on, at most (K - 1) / 2; it depends on K - 1 - ahead earlier ones.
     """
-    rows, frames, dim = x.shape
+    rows, frames, _ = x.shape
+    place, num_places = layout.place, len(layout.frame) // rows
+    moved = _Gather.apply(x.flatten(0, 1), layout.frame, layout.occupied, place, layout.valid)
+    spread = moved.unflatten(0, (rows, num_places))
     # A kernel that reaches further back than ahead gives the output of a centred kernel `shift` frames earlier.
     shift = weight.shape[-1] // 2 - ahead
-    length = layout.spread_frames + shift
-    place = layout.place + layout.place // layout.spread_frames * shift if shift else layout.place
-    spread = _Move.apply(x.flatten(0, 1), layout.frame, place + shift, rows * length).unflatten(0, (rows, length))
-    convolved = depthwise(spread, weight.to(x.dtype), bias.to(x.dtype), weight.shape[-1] // 2)
-    return _Move.apply(convolved.flatten(0, 1), place, layout.frame, rows * frames).unflatten(0, (rows, frames))
+    if shift:
+        spread = F.pad(spread, (0, 0, shift, 0))
+    convolved = depthwise(spread, weight.to(x.dtype), bias.to(x.dtype), weight.shape[-1] // 2)[:, :num_places]
+    out = _Gather.apply(convolved.flatten(0, 1), place, layout.valid, layout.frame, layout.occupied)
+    return out.unflatten(0, (rows, frames))
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
@@ -84,20 +87,19 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     return F.conv1d(x.mT, weight, bias, padding=padding, groups=len(weight)).mT
 
 
-class _Move(torch.autograd.Function):
-    """Copy the rows `source` of `[n, D]` to the rows `target` of zeros `[size, D]`; both int64 `[N]`, without repeats.
+class _Gather(torch.autograd.Function):
+    """Rows `source` of `[n, D]`, zero where not `used`, bool `[m, 1]`: `[m, D]`.
 
-    The gradient is the reverse copy; as indices do not repeat, it is deterministic.
+    `inverse` and `inverse_used` are those of the reverse copy, which is the gradient: deterministic, as no row is used
+    twice, and of fixed shapes, which a list of the valid frames is not.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.size = len(x)
-        return x.new_zeros(size, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
+    def forward(ctx: Any, x: Tensor, source: Tensor, used: Tensor, inverse: Tensor, inverse_used: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse, inverse_used)
+        return x.index_select(0, source).mul_(used.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (source, target) = grads, ctx.saved_tensors
-        moved = grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, source, grad.index_select(0, target))
-        return moved, None, None, None
+        (grad,), (inverse, inverse_used) = grads, ctx.saved_tensors
+        return grad.index_select(0, inverse).mul_(inverse_used.to(grad.dtype)), None, None, None, None

@@ -28,14 +28,16 @@ from common.segments import Segments
 
 @dataclass
 class ConvolutionLayout:
-    """Places of the frames of a stage after segments are moved apart, in rows of `spread_frames`."""
+    """Places of the frames of a stage after segments are moved apart, in rows of P frames. All shapes are fixed."""
 
-    frame: Tensor
-    """int64 [N]: index row * T + t of every valid frame, ascending"""
     place: Tensor
-    """int64 [N]: index row * spread_frames + t of the same frames, with t in the row of separated segments"""
-    spread_frames: int
-    """length of a row of separated segments, T + (S - 1) * reach"""
+    """int64 [R * T]: index row * P + t of every frame; one in a gap moves with the segment before it"""
+    frame: Tensor
+    """int64 [R * P]: index row * T + t of the frame at every place; 0 at places without a valid frame"""
+    valid: Tensor
+    """bool [R * T, 1]: frames of segments"""
+    occupied: Tensor
+    """bool [R * P, 1]: places of valid frames"""
 
 
 @dataclass
@@ -84,14 +86,18 @@ def make_layout(
         ValueError: a segment does not start at a multiple of `row_multiple`, ends after its row, or is too close to the
             previous one.
     """
+    if settings.compile is True and not training:  # evaluation runs uncompiled
+        settings = replace(settings, compile=False)
     multiple = settings.row_multiple
     segments = Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
     if bool((segments.start % multiple).any()):
         raise ValueError(f"segments must start at multiples of {multiple} mel frames")
     if bool((segments.start + segments.length > segments.num_frames).any()):
         raise ValueError(f"a segment ends after its row of {segments.num_frames} mel frames")
-    _check_gaps(segments, settings.subsampling_factor // 2)
     segments = replace(segments, num_frames=-(-segments.num_frames // multiple) * multiple)
+    ordered = order_segments(segments)
+    _check_gaps(ordered, settings.subsampling_factor // 2)
+    placed = ordered.to(device)
 
     mask_settings = settings
     if training and settings.dynamic_chunks:
@@ -101,10 +107,11 @@ def make_layout(
         mask_settings = replace(settings, dynamic_chunks=False, **drawn)
     stages = []
     for number, stage in enumerate(settings.stages):
-        stage_segments = segments.subsampled(settings.subsampling_factor << number)
+        stride = settings.subsampling_factor << number
         mask = make_attention_mask(mask_settings, stage.group_size << number)
-        stages.append(_stage_layout(stage_segments, stage, mask, device, dtype, backend))
-    return RowLayout(_locate_frames(segments)[0].to(device), stages)
+        of_stage = segments.subsampled(stride), placed.subsampled(stride)
+        stages.append(_stage_layout(*of_stage, stage, mask, dtype, backend))
+    return RowLayout(locate_frames(placed)[0], stages)
 
 
 def make_attention_mask(settings: EncoderSettings, unit: int) -> AttentionMask:
@@ -116,69 +123,88 @@ def make_attention_mask(settings: EncoderSettings, unit: int) -> AttentionMask:
     return CausalMask() if settings.mask == "causal" else SegmentMask()
 
 
-def _check_gaps(segments: Segments, reach: int) -> None:
+def order_segments(segments: Segments) -> Segments:
+    """Slots in the order of their start; unused ones last, at the end of the row."""
+    start, order = segments.start.masked_fill(segments.length == 0, segments.num_frames).sort(dim=1, stable=True)
+    seed = None if segments.seed is None else segments.seed.gather(1, order)
+    return Segments(start, segments.length.gather(1, order), segments.num_frames, seed)
+
+
+def _check_gaps(ordered: Segments, reach: int) -> None:
     """Raise ValueError if the subsampling would mix two segments, which no loss would reveal."""
-    unused = segments.length == 0
-    start, order = segments.start.masked_fill(unused, segments.num_frames + reach).sort(dim=1)
-    stop = start + segments.length.gather(1, order)
-    if bool(((start[:, 1:] < stop[:, :-1] + reach) & ~unused.gather(1, order)[:, 1:]).any()):
+    stop = ordered.start + ordered.length
+    used = ordered.length[:, 1:] > 0
+    if bool(((ordered.start[:, 1:] < stop[:, :-1] + reach) & used).any()):
         raise ValueError(f"two segments of a row are less than {reach} mel frames apart: use gaps of settings.row_gap")
 
 
-def _locate_frames(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    """Validity (bool), slot, and position in the segment (int64) of every frame, each `[R, T]`."""
-    frame = torch.arange(segments.num_frames)
-    start, stop = segments.start[..., None], (segments.start + segments.length)[..., None]
-    inside = (frame >= start) & (frame < stop)  # [R, S, T]
-    valid, slot = inside.any(dim=1), inside.to(torch.uint8).argmax(dim=1)
-    return valid, slot, torch.where(valid, frame - segments.start.gather(1, slot), 0)
+def locate_frames(ordered: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Validity (bool), rank of the last segment that has started, and position in it (0 in gaps), each `[R, T]`.
+
+    The rank counts from 0; before the first segment of a row it is 0 as well.
+    """
+    frame = torch.arange(ordered.num_frames, device=ordered.start.device).expand(len(ordered.start), -1).contiguous()
+    rank = torch.searchsorted(ordered.start, frame, right=True).sub_(1).clamp_(min=0)
+    position = frame - ordered.start.gather(1, rank)
+    valid = (position >= 0) & (position < ordered.length.gather(1, rank))
+    return valid, rank, position * valid
 
 
 def _stage_layout(
-    segments: Segments, stage: EncoderSettings, mask: AttentionMask, device: torch.device, dtype: torch.dtype,
+    segments: Segments, ordered: Segments, stage: EncoderSettings, mask: AttentionMask, dtype: torch.dtype,
     backend: str | None,
 ) -> StageLayout:  # fmt: skip
-    valid, slot, position = _locate_frames(segments)
+    """Layout of a stage from its segments on the CPU, and from the ordered ones on the device of the encoder."""
+    valid, rank, position = locate_frames(ordered)
     reach = stage.kernel_size - 1 if stage.causal_convolution else stage.kernel_size // 2
     return StageLayout(
         segments=segments,
-        valid=valid.to(device),
-        position=position.to(device),
-        convolution=_convolution_layout(segments, valid, slot, reach, device),
-        attention=_attention_layout(segments.subsampled(stage.group_size), stage, mask, device, dtype, backend),
+        valid=valid,
+        position=position,
+        convolution=_convolution_layout(ordered, valid, rank, reach),
+        attention=_attention_layout(
+            segments.subsampled(stage.group_size), ordered.subsampled(stage.group_size), stage, mask, dtype, backend
+        ),
     )
 
 
-def _convolution_layout(
-    segments: Segments, valid: Tensor, slot: Tensor, reach: int, device: torch.device
-) -> ConvolutionLayout:
-    num_segments, num_frames = segments.start.shape[1], segments.num_frames
-    spread_frames = num_frames + (num_segments - 1) * reach
-    # Segments are ranked by start, not by slot; each is moved by `reach` times its rank.
-    rank = torch.where(segments.length > 0, segments.start, num_frames).argsort(dim=1, stable=True)
-    rank = rank.argsort(dim=1, stable=True)
-    row, time = valid.nonzero(as_tuple=True)
-    place = row * spread_frames + time + rank[row, slot[row, time]] * reach
-    return ConvolutionLayout((row * num_frames + time).to(device), place.to(device), spread_frames)
+def _convolution_layout(ordered: Segments, valid: Tensor, rank: Tensor, reach: int) -> ConvolutionLayout:
+    rows, num_segments = ordered.start.shape
+    num_frames = ordered.num_frames
+    num_places = num_frames + (num_segments - 1) * reach
+    device = ordered.start.device
+    moved = torch.arange(num_segments, device=device) * reach
+    occupied, rank_of_place, position = locate_frames(Segments(ordered.start + moved, ordered.length, num_places))
+    frame = position + ordered.start.gather(1, rank_of_place) + torch.arange(rows, device=device)[:, None] * num_frames
+    place = torch.arange(num_frames, device=device) + rank * reach
+    place = place + torch.arange(rows, device=device)[:, None] * num_places
+    return ConvolutionLayout(
+        place=place.flatten(),
+        frame=(frame * occupied).flatten(),
+        valid=valid.view(-1, 1),
+        occupied=occupied.view(-1, 1),
+    )
 
 
 def _attention_layout(
-    segments: Segments, stage: EncoderSettings, mask: AttentionMask, device: torch.device, dtype: torch.dtype,
+    segments: Segments, ordered: Segments, stage: EncoderSettings, mask: AttentionMask, dtype: torch.dtype,
     backend: str | None,
 ) -> AttentionLayout:  # fmt: skip
-    valid, slot, position = _locate_frames(segments)
-    num_frames = segments.num_frames
-    frame = torch.arange(num_frames)
-    start, length = segments.start.gather(1, slot), segments.length.gather(1, slot)
+    valid, rank, position = locate_frames(ordered)
+    num_frames, device = segments.num_frames, valid.device
+    frame = torch.arange(num_frames, device=device)
+    start, length = ordered.start.gather(1, rank), ordered.length.gather(1, rank)
     first, stop = mask(position)
-    first_key = torch.where(valid, start + first.clamp(min=0), frame).to(device)
-    stop_key = torch.where(valid, start + stop.minimum(length), frame + 1).to(device)
+    first_key = torch.where(valid, start + first.clamp(min=0), frame)
+    stop_key = torch.where(valid, start + stop.minimum(length), frame + 1)
     phase = None
     if stage.position == "rotary":
-        scaled = position.double() / stage.rotary_interpolation
-        phase = rotary_phase(scaled, stage.head_dim, stage.rotary_theta, dtype).to(device)
-    spans = [(row * num_frames + start, row * num_frames + stop) for row, _, start, stop in segments.used()]
-    backend = backend or choose_backend(stage.backend, device, num_frames, mask.reach)
-    single_segment = valid.to(device) if segments.start.shape[1] == 1 else None
+        scaled = frame.double() / stage.rotary_interpolation
+        phase = rotary_phase(scaled, stage.head_dim, stage.rotary_theta, dtype)[position]
+    backend = backend or choose_backend(stage.backend, device, num_frames, mask.reach, stage.compile is True)
+    spans = []
+    if device.type == "cpu":
+        spans = [(row * num_frames + start, row * num_frames + stop) for row, _, start, stop in segments.used()]
+    single_segment = valid if segments.start.shape[1] == 1 else None
     backend_mask = make_backend_mask(backend, first_key, stop_key, mask.reach, single_segment)
     return AttentionLayout(spans, mask, first_key, stop_key, phase, backend, backend_mask)

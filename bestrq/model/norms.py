@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused_layer_norm_affine is not None and x.is_cuda:
+        if fused_layer_norm_affine is not None and x.is_cuda and not torch.compiler.is_compiling():
             with torch.autocast("cuda", enabled=False):
                 weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
                 return fused_layer_norm_affine(x, weight, bias, self.normalized_shape, self.eps)
@@ -38,7 +38,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)  # torch has a fused kernel for equal dtypes only
-        if fused_rms_norm_affine is not None and x.is_cuda:
+        if fused_rms_norm_affine is not None and x.is_cuda and not torch.compiler.is_compiling():
             with torch.autocast("cuda", enabled=False):
                 return fused_rms_norm_affine(x, weight, self.normalized_shape, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)

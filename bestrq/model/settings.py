@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from common.errors import UserError
 
 FREE_ENCODER_FIELDS = (
-    *("dropout", "attention_dropout", "layer_drop", "activation_checkpointing", "backend"),
+    *("dropout", "attention_dropout", "layer_drop", "activation_checkpointing", "backend", "compile"),
     *("mask", "window", "chunk_size", "left_chunks", "dynamic_chunks", "rotary_interpolation"),
 )
 """fields that may change between pretraining and fine-tuning, as no weight depends on them"""
@@ -106,6 +106,9 @@ class EncoderSettings:
     backend: Literal["sdpa", "flex"] = "sdpa"
     """attention on CUDA: scaled_dot_product_attention, or compiled FlexAttention (without attention_dropout). A CPU
     always loops over segments, as FlexAttention has no backward pass there"""
+    compile: Literal["auto", True, False] = "auto"
+    """compilation of the blocks for training; auto: on CUDA, where Triton's C compiler is there and convolution_norm is
+    not 'batch_norm'; true: on a CPU as well, by g++ and with 'sdpa', for tests"""
 
     @property
     def stages(self) -> list["EncoderSettings"]:

@@ -76,8 +76,8 @@ def encode_chunk(encoder: ConformerEncoder, log_mel: Tensor, state: StreamState)
         x = x + encoder.fourier(position)
     phase = None
     if settings.position == "rotary":
-        scaled = position.cpu().double() / settings.rotary_interpolation
-        phase = rotary_phase(scaled, settings.head_dim, settings.rotary_theta, x.dtype).to(x.device)
+        scaled = position.double() / settings.rotary_interpolation
+        phase = rotary_phase(scaled, settings.head_dim, settings.rotary_theta, x.dtype)
     keep = None if settings.left_chunks < 0 else settings.left_chunks * settings.chunk_size
     new_state = StreamState(state.num_frames + x.shape[1], rows[:, -settings.stride :], [], [])
     total = x.new_zeros(())
@@ -107,7 +107,7 @@ def stream_attention(
     """Attention of a chunk `[R, n, D]` to itself and the cached frames. Return `[R, n, D]` and the new cache.
 
     Args:
-        phase: complex `[R, n, d / 2]`, positions from the start of the stream, or None.
+        phase: `[R, n, d / 2, 2]` of `rotary_phase`, positions from the start of the stream, or None.
         cache: rotated keys and values `[R, KV, m, d]` of earlier frames.
         keep: frames in the new cache; None for all.
     """

@@ -73,10 +73,14 @@ def num_runs(mask: Tensor) -> int:
 def fill_with_noise(log_mel: Tensor, mask: Tensor, segments: Segments, noise_std: float) -> Tensor:
     """Copy of `[R, F, M]` with N(0, noise_std) noise in the masked frames.
 
-    The noise of a segment is a pure function of its seed, so it is independent of row, rank, and resumed steps. The
-    segments must have seeds.
+    The noise of a segment is a pure function of its seed and the kind of device, so it is independent of row, rank, and
+    resumed steps. The segments must have seeds.
     """
     assert segments.seed is not None
+    if log_mel.device.type != "cpu":  # a loop over the segments would launch a kernel for each
+        from bestrq.pretraining.hashed_noise import hashed_noise  # imported only for devices
+
+        return torch.where(mask.unsqueeze(-1), noise_std * hashed_noise(segments, log_mel), log_mel)
     noise = torch.zeros_like(log_mel)
     generator = torch.Generator(log_mel.device)
     for row, slot, start, stop in segments.used():

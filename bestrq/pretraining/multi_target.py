@@ -20,7 +20,7 @@ from bestrq.pretraining.objective import MaskedRows, TargetSettings, mask_rows, 
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.teacher import Teacher
 from common.errors import UserError
-from common.segments import Segments
+from common.segments import Segments, to_device
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def multi_target_rows(
     if targets.unmasked_weight and training:
         frames = masked | target_frame_mask(~mask, segments, stride)
         chosen = torch.where(masked, 1.0, targets.unmasked_weight)[frames]
-        weights, num_targets = chosen.to(log_mel.device, non_blocking=True), float(chosen.double().sum())
+        weights, num_targets = to_device(chosen, log_mel.device), float(chosen.double().sum())
     rows = mask_rows(log_mel, mask, segments, quantizer, stride, masking.noise_std, frames, received)
     distilled: tuple = ()
     if targets.distill_layers:

@@ -21,7 +21,7 @@ from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuan
 from bestrq.training.meters import IntervalSums
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
 from common.errors import UserError
-from common.segments import Segments
+from common.segments import Segments, to_device
 
 
 @dataclass
@@ -139,10 +139,10 @@ def mask_rows(
     """
     frames = target_frame_mask(mask, segments, stride) if frames is None else frames
     target_frames = frames.flatten().nonzero().squeeze(1)
-    target_frames = target_frames.to(log_mel.device, non_blocking=True)
+    target_frames = to_device(target_frames, log_mel.device)
     stacks = stack_frames(log_mel, stride).flatten(0, 1)[target_frames]
     received = log_mel if received is None else received
-    noisy = fill_with_noise(received, mask.to(log_mel.device, non_blocking=True), segments, noise_std)
+    noisy = fill_with_noise(received, to_device(mask, log_mel.device), segments, noise_std)
     codes = quantizer(stacks)
     return MaskedRows(noisy, mask, segments, target_frames, codes, stacks, codes.numel())
 

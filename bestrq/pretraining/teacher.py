@@ -19,7 +19,7 @@ from bestrq.model.conformer import ConformerEncoder
 from bestrq.pretraining.clustering import estimate_clusters, nearest_cluster
 from bestrq.training.process import World
 from common.errors import UserError
-from common.segments import Segments
+from common.segments import Segments, to_device
 
 SMALLEST_STD = 1e-3
 
@@ -146,7 +146,7 @@ def nearest_label(labels: Tensor, segments: Segments, stride: int) -> Tensor:
     bounds = torch.zeros(2, rows, frames, dtype=torch.int64)  # first frame of the segment, and frame after its last
     for row, _, start, stop in segments.subsampled(stride).used():
         bounds[0, row, start:stop], bounds[1, row, start:stop] = start, stop
-    first, stop = bounds.to(labels.device, non_blocking=True)
+    first, stop = to_device(bounds, labels.device)
     time = torch.arange(frames, device=labels.device)
     has_label = labels != 0
     before = torch.where(has_label, time, -1).cummax(dim=1).values

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bestrq.decoding.tokens import BLANK
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.recognition.losses.ctc import ctc_losses
 from common.segments import Segments
 
 
@@ -24,8 +24,8 @@ class CTCOutput:
 
     loss_sum: Tensor
     """float32 scalar in nats (float64 for a float64 model); impossible segments contribute 0"""
-    num_impossible: Tensor
-    """int64 scalar: segments whose labels need more frames than the segment has"""
+    num_impossible: int
+    """segments whose labels need more frames than the segment has"""
 
 
 def pad_labels(labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -78,21 +78,13 @@ def ctc_loss(log_probs: Tensor, segments: Segments, stride: int, labels: Tensor,
         log_probs: `[R, T, V]`.
         segments: in mel frames.
         stride: mel frames per encoder frame.
-        labels, label_lengths: see `CTCModel.forward`.
+        labels, label_lengths: on the CPU, see `CTCModel.forward`.
     """
     index, lengths = segment_frames(segments, stride, log_probs.shape[1])
-    device = log_probs.device
-    lengths, labels, label_lengths = (tensor.to(device) for tensor in (lengths, labels, label_lengths))
-    frames = log_probs.flatten(0, 1).index_select(0, index.flatten().to(device)).unflatten(0, index.shape)
     possible = lengths >= frames_needed(labels, label_lengths)
-    # The loss of an impossible segment is infinite; zero_infinity removes it and its gradients.
-    # F.ctc_loss rejects an empty batch; an empty sum keeps the graph, which DDP needs.
-    loss_sum = (
-        F.ctc_loss(frames.transpose(0, 1), labels, lengths, label_lengths, BLANK, reduction="sum", zero_infinity=True)
-        if len(lengths)
-        else frames.sum()
-    )
-    return CTCOutput(loss_sum=loss_sum, num_impossible=(~possible).sum())
+    starts = index[:, :1].flatten()
+    loss_sum = ctc_losses(log_probs.flatten(0, 1), starts, lengths, labels, label_lengths).sum()
+    return CTCOutput(loss_sum=loss_sum, num_impossible=int((~possible).sum()))
 
 
 class CTCModel(nn.Module):
@@ -130,9 +122,9 @@ class CTCModel(nn.Module):
         Args:
             log_mel: normalised features, float32 `[R, F, M]`.
             segments: in mel frames.
-            labels: int64 `[N, U]`, of the used segments, ordered by row, then slot; values beyond a length are
-                ignored. No label is 0, the blank.
-            label_lengths: int64 `[N]`; 0 for a segment without speech.
+            labels: int64 `[N, U]` on the CPU, of the used segments, ordered by row, then slot; values beyond a length
+                are ignored. No label is 0, the blank.
+            label_lengths: int64 `[N]` on the CPU; 0 for a segment without speech.
             frozen_blocks: freeze the subsampling and this number of blocks in this step: they run without a graph and
                 their gradients stay None, so they get no optimizer state, no weight decay and no share of the gradient
                 norm. DDP then needs `find_unused_parameters=True`. None freezes nothing.

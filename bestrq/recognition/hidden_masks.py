@@ -50,10 +50,10 @@ def draw_hidden_masks(
     """
     if not settings.time_prob and not settings.channel_prob:
         return None
-    assert segments.seed is not None
     num_frames, dim = -(-segments.num_frames // encoder.subsampling_factor), encoder.stages[0].dim
-    parts = segments.subsampled(encoder.subsampling_factor)
-    start, length, seed = (tensor.to(device) for tensor in (parts.start, parts.length, segments.seed))
+    parts = segments.subsampled(encoder.subsampling_factor).to(device)
+    start, length, seed = parts.start, parts.length, parts.seed
+    assert seed is not None
     channels = torch.full_like(length, dim)
     bands = _spans(channels, dim, settings.channel_prob, settings.channel_length, seed, 0x5BED)  # [R, S, D]
     spans = _spans(length, num_frames, settings.time_prob, settings.time_length, seed, 0x5BEE)  # [R, S, T]

@@ -56,8 +56,9 @@ def spec_augment(log_mel: Tensor, segments: Segments, settings: SpecAugmentSetti
         segments: in mel frames, with seeds; the segments of a row do not overlap.
     """
     device = log_mel.device
-    assert segments.seed is not None
-    start, length, seed = (tensor.to(device) for tensor in (segments.start, segments.length, segments.seed))
+    placed = segments.to(device)
+    start, length, seed = placed.start, placed.length, placed.seed
+    assert seed is not None
     masked = _time_masks(log_mel.shape[1], start, length, seed, settings)[:, :, None]
     masked = masked | _freq_masks(log_mel.shape[1], log_mel.shape[2], start, length, seed, settings)
     return log_mel.masked_fill(masked, 0.0)
@@ -83,7 +84,7 @@ def _freq_masks(
 ) -> Tensor:
     """Masked bins of every frame, bool `[R, F, M]`."""
     draws = -1 - torch.arange(2 * settings.num_freq_masks, device=start.device)  # time masks use draws from 0 on
-    width = _uniform(seed, draws[::2], torch.tensor(min(settings.max_freq_width, num_mels) + 1, device=start.device))
+    width = _uniform(seed, draws[::2], torch.full((), min(settings.max_freq_width, num_mels) + 1, device=start.device))
     first = _uniform(seed, draws[1::2], num_mels - width + 1)
     bins = torch.arange(num_mels, device=start.device)
     bands = ((bins >= first[..., None]) & (bins < (first + width)[..., None])).any(dim=2)  # [R, S, M]

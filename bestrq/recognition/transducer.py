@@ -26,7 +26,7 @@ from bestrq.recognition.losses.tdt import tdt_loss
 from bestrq.recognition.losses.transducer import frames_per_slice, transducer_loss
 from bestrq.recognition.prediction import LSTMPrediction, StatelessPrediction
 from common.errors import UserError
-from common.segments import Segments
+from common.segments import Segments, to_device
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,10 @@ class TransducerModel(nn.Module):
         settings, device, stride = self.settings, hidden.device, self.encoder.settings.stride
         index, lengths = segment_frames(segments, stride, hidden.shape[1])
         used = torch.arange(index.shape[1]) < lengths[:, None]
-        frames = hidden.flatten(0, 1).index_select(0, index[used].to(device))  # [sum T_s, D]
-        sequences = [row[:n] for row, n in zip(labels.to(device), label_lengths.tolist(), strict=True)]  # one transfer
+        frames = hidden.flatten(0, 1).index_select(0, to_device(index[used], device))  # [sum T_s, D]
+        sequences = [
+            row[:n] for row, n in zip(to_device(labels, device), label_lengths.tolist(), strict=True)
+        ]  # one transfer
         # A batch without segments runs an empty sequence and drops its output: the graph is kept, which DDP needs.
         predicted = self.prediction(sequences or [index.new_zeros(0, device=device)])
         predicted = predicted[: sum(len(sequence) + 1 for sequence in sequences)]

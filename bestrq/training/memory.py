@@ -34,7 +34,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
-        # Scripts keep freed memory (`process.keep_freed_memory`), which would hide the peak of what follows.
+        # Scripts keep freed memory (`machine.keep_freed_memory`), which would hide the peak of what follows.
         release_freed_memory()
         try:
             reset_peak()

@@ -185,13 +185,12 @@ def memory_gib(world: World) -> float:
 
 
 def start_line(model: nn.Module, source: str, precision: Precision, world: World, step: int) -> str:
-    """Start of the first console line: resumed step, size and source of the model, processes, device and precision."""
+    """Start of the first console line: resumed step, size and source of the model, processes, device, precision."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     start = f"continuing after step {step}" if step else "starting"
     origin = f" from {source}" if source else ""
-    return (
-        f"{start}: {millions:.1f} M parameters{origin}, {world.size} process(es) on {world.device.type} in {precision}"
-    )
+    processes = f"{world.size} process(es) of {torch.get_num_threads()} thread(s) on {world.device.type}"
+    return f"{start}: {millions:.1f} M parameters{origin}, {processes} in {precision}"
 
 
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:

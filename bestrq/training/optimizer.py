@@ -19,7 +19,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bestrq.training.process import World
+from bestrq.training.process import LaterRead, World
 from common.errors import UserError
 
 MIN_SPIKE_HISTORY = 8  # norms required before a spike is reported
@@ -126,16 +126,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def report_skipped_step(step: int, loss: Tensor, samples: Iterable[str], world: World) -> None:
-    """Print loss and sample ids of every rank to stderr; a non-finite loss identifies the rank with bad samples."""
-    print(
-        f"step {step} skipped on all ranks: a loss or the gradient is not finite (loss of rank {world.rank}: "
-        f"{float(loss):g}). Samples of rank {world.rank}: {', '.join(samples)}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
 @dataclass
 class GuardSettings:
     """Handling of non-finite losses and of gradient spikes."""
@@ -156,35 +146,65 @@ class GuardSettings:
 class StepResult:
     """Outcome of an optimizer step."""
 
-    grad_norm: float
+    grad_norm: float = math.nan
     """global norm of the gradient before clipping"""
-    applied: bool
+    applied: bool = True
     """False if a loss or gradient was not finite on some rank: no rank has changed weights or optimizer state"""
-    spike: bool
+    spike: bool = False
     """the norm is far above the recent ones; the step was applied"""
+    stop: bool = False
+    """some rank has a request to stop"""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Step whose outcome the host has not read yet."""
+
+    step: int
+    numbers: LaterRead
+    samples: Sequence[str]
 
 
 class StepGuard:
     """Gradient clipping and the optimizer step, skipped on all ranks if a loss or gradient is not finite.
 
-    Recent norms and the count of skipped steps are not checkpointed: they affect logging and the error only.
+    The decision stays on the device, where the fused optimizer reads it (`found_inf`, as for torch's gradient scaler),
+    so that the host can prepare the next step meanwhile. Recent norms and the count of skipped steps are not
+    checkpointed: they affect logging and the error only.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
         self.skipped_in_a_row = 0
         self.norms: deque[float] = deque(maxlen=settings.spike_window)
+        self._pending: _Pending | None = None
 
     def apply(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float, world: World
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Tensor,
+        clip_norm: float,
+        world: World,
+        stop: bool = False,
+        samples: Sequence[str] = (),
     ) -> StepResult:
         """Apply the accumulated gradients on all ranks, or skip the step on all ranks; gradients are cleared.
 
-        All ranks must call it. It synchronises host and device once, because the host must know the decision.
+        All ranks must call it. Its only collective also carries the requests to stop. A skipped step is reported on
+        stderr by every rank, with its loss and samples: a non-finite loss identifies the rank with bad samples.
 
         Args:
+            step: optimizer step, for the report.
             loss: this rank's detached sum over micro-batches, a scalar.
             clip_norm: maximum gradient norm; 0 disables clipping.
+            stop: this rank has a request to stop.
+            samples: ids of this rank's samples.
+
+        Returns:
+            the outcome of this step on a CPU; on other devices that of the step before, which is known by then, and a
+            default at the first call.
 
         Raises:
             RuntimeError: on all ranks, after `max_bad_updates` consecutive skipped steps.
@@ -193,23 +213,37 @@ class StepGuard:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss.device)
         is_bad = ~(norm.isfinite() & loss.isfinite().all())
-        num_bad_ranks = world.sum(is_bad.double())
-        grad_norm, any_bad = torch.stack((norm.double(), num_bad_ranks)).tolist()
-        if any_bad:
-            optimizer.zero_grad(set_to_none=True)
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= self.settings.max_bad_updates:
-                raise RuntimeError(
-                    f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
-                    "older; lower the learning rate, or inspect the samples logged with the skipped steps"
-                )
-            return StepResult(grad_norm, applied=False, spike=False)
-        self.skipped_in_a_row = 0
+        flags = world.sum(torch.stack((is_bad, torch.full_like(is_bad, stop))).double())
         if clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        optimizer.found_inf = (flags[0] > 0).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, applied=True, spike=self._is_spike(grad_norm))
+        numbers = LaterRead(torch.cat((torch.stack((norm.double(), loss.double())), flags)))
+        pending, self._pending = self._pending, _Pending(step, numbers, samples)
+        if loss.device.type == "cpu":
+            pending, self._pending = self._pending, None
+        return StepResult() if pending is None else self._finish(pending, world)
+
+    def _finish(self, pending: _Pending, world: World) -> StepResult:
+        """Outcome of a step, and the report if it was skipped."""
+        norm, loss, bad_ranks, stop = pending.numbers.tolist()
+        if not bad_ranks:
+            self.skipped_in_a_row = 0
+            return StepResult(norm, spike=self._is_spike(norm), stop=stop > 0)
+        print(
+            f"step {pending.step} skipped on all ranks: a loss or the gradient is not finite (loss of rank "
+            f"{world.rank}: {loss:g}). Samples of rank {world.rank}: {', '.join(pending.samples)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.settings.max_bad_updates:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
+                "older; lower the learning rate, or inspect the samples logged with the skipped steps"
+            )
+        return StepResult(norm, applied=False, stop=stop > 0)
 
     def _is_spike(self, norm: float) -> bool:
         count = len(self.norms)

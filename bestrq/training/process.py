@@ -9,11 +9,9 @@ process with the whole batch, for any world size and any distribution of targets
 """
 
 import contextlib
-import ctypes
 import datetime
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,10 +24,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cores import available_cores
 from common.errors import UserError
 
-FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "timeout_minutes")  # may change when a run is resumed
+# Fields that may change when a run is resumed.
+FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "bind_cpus", "timeout_minutes")
 
 
 @dataclass
@@ -39,11 +37,15 @@ class DistributedSettings:
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp replicates the model in every process; fsdp shards weights, gradients and optimizer state (FSDP2)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA if torch finds a GPU, else the CPU"""
+    """auto: CUDA, or the CPU of a machine without a GPU; a GPU that torch cannot use is an error"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; weights stay float32. auto: bfloat16 if the hardware supports it, else float32"""
     threads: NonNegativeInt = 0
-    """CPU threads per process; 0: OMP_NUM_THREADS if set, else the cores divided by the processes of the machine"""
+    """CPU threads per process; 0: OMP_NUM_THREADS if set (other than by torchrun, to 1), else the cores divided by the
+    processes of the machine"""
+    bind_cpus: bool = False
+    """bind each process to its own cores, in the NUMA node of its GPU if Linux shows it; not under srun, which binds
+    its tasks itself (--cpu-bind)"""
     timeout_minutes: PositiveFloat = 30.0
     """maximum time that a collective waits for the other processes"""
 
@@ -78,40 +80,14 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 port=int(environment.get("MASTER_PORT", "29500")),
             )
         if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-            # The port depends on job and step, so that two steps of a job, or two jobs on a node, do not collide.
-            spread = 97 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-            return Launch(
-                rank=int(environment["SLURM_PROCID"]),
-                local_rank=int(environment["SLURM_LOCALID"]),
-                size=int(environment["SLURM_STEP_NUM_TASKS"]),
-                local_size=_tasks_of_node(environment),
-                address=environment.get("MASTER_ADDR") or first_host(nodes),
-                port=int(environment.get("MASTER_PORT", 20000 + spread % 10000)),
-            )
+            from bestrq.training.slurm import read_step  # imported only under SLURM
+
+            return Launch(**read_step(environment))
     except KeyError as error:
         raise UserError(f"{error.args[0]} is missing from the environment of a distributed launch") from error
     except ValueError as error:
         raise UserError(f"an environment variable of a distributed launch is not a number: {error}") from error
     return Launch()
-
-
-def first_host(nodes: str) -> str:
-    """First host of a SLURM node list: `node[07-09,12],other` gives `node07`."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
-    if match is None:
-        raise UserError(f"cannot parse the SLURM node list {nodes!r}: set MASTER_ADDR")
-    return match[1] + (match[2] or "") + match[3]
-
-
-def _tasks_of_node(environment: Mapping[str, str]) -> int:
-    """Number of tasks on this node: entry SLURM_NODEID of a list such as `2(x3),1`."""
-    counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or "1")
-    node = int(environment.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else counts[0]
 
 
 @dataclass(frozen=True)
@@ -184,26 +160,58 @@ class World:
             dist.destroy_process_group()
 
 
-def start_world(settings: DistributedSettings) -> World:
+class LaterRead:
+    """Copy of a small tensor on the host, read once it has arrived, without waiting for what was queued after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+def start_world(settings: DistributedSettings, field: str = "distributed.device") -> World:
     """Join the launcher's process group (none for a single process) and select the device.
 
-    Raises UserError if CUDA is requested but unavailable, or if a machine has fewer GPUs than processes.
+    Args:
+        field: name of the setting of the device, for messages.
+
+    Raises:
+        UserError: CUDA is requested but unavailable, torch cannot use the GPU of the machine, a machine has fewer GPUs
+            than processes, or the cores of a task of srun are to be bound.
     """
+    from bestrq.training import machine  # not at the top: a reader of the loop need not read it
+
     launch = read_launch(os.environ)
     cuda = settings.device != "cpu" and torch.cuda.is_available()
-    if settings.device == "cuda" and not cuda:
-        raise UserError("distributed.device is 'cuda', but torch finds no CUDA GPU: use 'auto' or 'cpu'")
-    if threads := _threads(settings, launch):
+    if settings.device != "cpu" and not cuda:
+        machine.check_absent_gpu(settings.device, field)
+    sharers = launch.local_size
+    if settings.bind_cpus:
+        if launch.size > 1 and "RANK" not in os.environ:
+            raise UserError("distributed.bind_cpus is true, but srun binds its tasks: give false, and srun --cpu-bind")
+        sharers = machine.bind_cpus(launch.local_rank, launch.local_size, torch.cuda.device_count() if cuda else 0)
+    if threads := machine.choose_threads(settings.threads, launch.size, sharers):
         torch.set_num_threads(threads)
     device = torch.device("cpu")
     if not cuda:
-        keep_freed_memory()
+        machine.keep_freed_memory()
     else:
         count = torch.cuda.device_count()  # 1 if the scheduler restricts every task to one GPU
         if count > 1 and launch.local_rank >= count:
             raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count} processes")
         device = torch.device("cuda", launch.local_rank % count)
         torch.cuda.set_device(device)
+        # cuDNN's attention returns NaN gradients with a mask if the number of keys is 64 modulo 128 (pytorch issue
+        # 196678), and builds a plan for every new shape. Flash and memory-efficient attention remain.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if launch.size > 1:
         names = {"RANK": launch.rank, "WORLD_SIZE": launch.size, "MASTER_ADDR": launch.address,
                  "MASTER_PORT": launch.port, "LOCAL_RANK": launch.local_rank}  # fmt: skip
@@ -214,26 +222,6 @@ def start_world(settings: DistributedSettings) -> World:
             device_id=device if cuda else None,
         )
     return World(launch.rank, launch.local_rank, launch.size, device)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for later tensors; no effect with other C libraries.
-
-    By default glibc maps new pages for every tensor above 32 MB, and the kernel zeroes them: a quarter of the time of
-    an encoder on an hour of audio. The price is a higher resident size (`python -m benchmarks.context_cost`).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # option numbers of malloc.h
-        mallopt(trim_threshold, -1)  # disabled
-        mallopt(mmap_max, 0)
-
-
-def _threads(settings: DistributedSettings, launch: Launch) -> int:
-    """Number of threads to set, or 0 for torch's default."""
-    if settings.threads or launch.size == 1 or "OMP_NUM_THREADS" in os.environ:
-        return settings.threads
-    return max(1, available_cores() // launch.local_size)
 
 
 def parallelise(

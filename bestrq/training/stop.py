@@ -1,8 +1,8 @@
 """Requests to stop a run between two optimizer steps: SIGTERM, Ctrl-C, or a file named STOP in the run folder.
 
-The training loop calls `agreed` after every step. If it returns True, the script saves a checkpoint, calls
-`leave_requeue_marker` and exits with status 0; the batch script then finds the marker and requeues the job
-(launch/*.sbatch).
+The training loop calls `agreed` at its start, and passes `noticed` to the guard of every step, which asks all ranks. At
+a stop, the script saves a checkpoint, calls `leave_requeue_marker` and exits with status 0; the batch script then
+finds the marker and requeues the job (launch/*.sbatch).
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ class StopRequest:
             os.write(2, b"stopping after this step; press Ctrl-C again to exit at once\n")
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank has a request to stop; the same result on all ranks. All ranks must call it.
+        """Whether any rank has a request to stop; the same result on all ranks. All ranks must call it."""
+        return world.any(self.noticed(world))
+
+    def noticed(self, world: World) -> bool:
+        """Whether this rank has a request to stop.
 
         Only rank 0 looks for the STOP file: one access per step to a shared file system, not one per rank.
         """
         if world.is_main and not self.requested and (self.run_folder / STOP).exists():
             self.requested, self.reason = True, f"the file {STOP}"
-        return world.any(self.requested)
+        return self.requested
 
     def leave_requeue_marker(self, world: World) -> None:
         """Write REQUEUE and remove STOP (rank 0), after the checkpoint; otherwise the resumed run would stop again."""

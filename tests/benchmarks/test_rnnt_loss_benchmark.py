@@ -33,12 +33,38 @@ def test_ours_and_torchaudio_have_the_same_loss_and_gradients() -> None:
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_both_tdt_losses_have_the_same_loss_and_gradients() -> None:
+    problems, losses = [], []
+    for system in ("ours_tdt", "ours_tdt_outputs"):
+        problems.append(benchmark.draw_problem(cell(system), 30, 6))
+        losses.append(benchmark.our_loss(problems[-1], cell(system)))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    parts = ([p.encoded, p.predicted, *p.output.parameters(), *p.durations.parameters()] for p in problems)
+    for own, other in zip(*parts, strict=True):
+        assert own.grad is not None and own.grad.abs().max() > 0
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_compare_each_system_with_its_peer() -> None:
+    args = benchmark.parse_arguments([*TINY.split(), "--vocab-sizes", "20", "--dtypes", "float32"])
+    costs = {"ours": 1.0, "torchaudio": 2.0, "ours_tdt": 3.0, "ours_tdt_outputs": 6.0, "transformers_tdt": 12.0}
+    made = {f"float32_20_{name}": benchmark.Cost(x, 10 * x, 100 * x, 1.0) for name, x in costs.items()}
+    result = benchmark.ratios(args, dict(made))
+    for measure in ("memory", "time", "processor"):
+        assert result[f"{measure}_ratio_to_torchaudio"] == 0.5
+        assert result[f"{measure}_ratio_to_transformers_tdt"] == 0.25
+        assert result[f"outputs_{measure}_ratio_to_transformers_tdt"] == 0.5
+    assert result["tdt_matmul_share"] > 0 and 0 < result["ours_tdt_states_share"] <= 1
+
+
 def test_different_losses_are_an_error() -> None:
     cost = {
         "float32_20_ours": benchmark.Cost(1.0, 1.0, 1.0, 100.0),
         "float32_20_ours_pruned": benchmark.Cost(1.0, 1.0, 1.0, 300.0),
     }
     benchmark.check_losses({**cost, "float32_20_torchaudio": benchmark.Cost(1.0, 1.0, 1.0, 100.01)})
+    benchmark.check_losses({**cost, "float32_20_ours_tdt": benchmark.Cost(1.0, 1.0, 1.0, 40.0)})  # another model
     with pytest.raises(RuntimeError, match="differ"):
         benchmark.check_losses({**cost, "float32_20_torchaudio": benchmark.Cost(1.0, 1.0, 1.0, 120.0)})
 

@@ -159,7 +159,7 @@ def test_without_trials_the_first_candidate_is_taken(tmp_path: Path) -> None:
     )
     assert not [name for name in plan.jobs if "choice" in name or "grid" in name]
     values = settings_of(plan.jobs["scratch/cs-30min-s0"].command)
-    assert values["optimizer.learning_rate"] == "0.003" and "finetune.reinitialise_top_blocks" not in values
+    assert values["optimizer.learning_rate"] == "0.002" and "finetune.reinitialise_top_blocks" not in values
 
 
 def test_a_given_pretraining_replaces_the_own_one_with_its_cost(tmp_path: Path) -> None:

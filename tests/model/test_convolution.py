@@ -23,15 +23,19 @@ FRAMES = 24
 
 def make_layout(rows: Rows, frames: int, reach: int) -> Any:
     """`valid` and `convolution` of a `StageLayout`, built segment by segment."""
-    spread_frames = frames + (len(rows[0]) - 1) * reach
-    valid = torch.zeros(len(rows), frames, dtype=torch.bool)
-    frame, place = [], []
+    places = frames + (len(rows[0]) - 1) * reach
+    valid, occupied = (torch.zeros(len(rows), n, dtype=torch.bool) for n in (frames, places))
+    place, frame = (torch.zeros(len(rows), n, dtype=torch.int64) for n in (frames, places))
     for number, row in enumerate(rows):
         for order, (start, length) in enumerate(sorted(part for part in row if part[1])):
-            valid[number, start : start + length] = True
-            frame += [number * frames + t for t in range(start, start + length)]
-            place += [number * spread_frames + t + order * reach for t in range(start, start + length)]
-    spread = SimpleNamespace(frame=torch.tensor(frame), place=torch.tensor(place), spread_frames=spread_frames)
+            for t in range(start, start + length):
+                valid[number, t] = occupied[number, t + order * reach] = True
+                place[number, t] = number * places + t + order * reach
+                frame[number, t + order * reach] = number * frames + t
+    # Places of gaps and frames of empty places are arbitrary.
+    spread = SimpleNamespace(
+        frame=frame.flatten(), place=place.flatten(), valid=valid.view(-1, 1), occupied=occupied.view(-1, 1)
+    )
     return SimpleNamespace(valid=valid, convolution=spread)
 
 

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bestrq.model import conformer
+from bestrq.model import conformer, positions
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.cpu import dropout as dropout_module
 from bestrq.model.cpu.dropout import Dropout, drop_threshold, keep_scale, random_words
 from bestrq.model.norms import LayerNorm, make_norm
+from bestrq.model.positions import rotary_phase, rotate
 from bestrq.model.settings import StageSettings
 from common.segments import Segments
 from tests.layouts import row_layout
@@ -114,18 +115,22 @@ def test_segments_are_moved_apart_by_the_reach_for_any_order_of_the_slots(rows, 
     layout = row_layout(starts, lengths, frames, kernel_size=2 * reach + 1)
     stage = layout.output
     spread = stage.convolution
-    assert int(stage.valid.sum()) == sum(-(-n // 4) for row in rows for n in row) == len(spread.frame)
+    assert int(stage.valid.sum()) == sum(-(-n // 4) for row in rows for n in row) == int(spread.occupied.sum())
     assert int(layout.valid_mel.sum()) == sum(n for row in rows for n in row)
-    assert torch.equal(stage.valid.flatten().nonzero().squeeze(1), spread.frame)
-    segment_of = torch.full((stage.valid.numel(),), -1)
-    for number, (start, stop) in enumerate(stage.attention.segments):
-        segment_of[start:stop] = number
-    row_index, place = spread.place // spread.spread_frames, spread.place % spread.spread_frames
-    assert torch.equal(row_index, spread.frame // 100)
-    previous, current = segment_of[spread.frame[:-1]], segment_of[spread.frame[1:]]
-    distance, same_row = place.diff(), row_index.diff() == 0
-    assert (distance[previous == current] == 1).all()
-    assert (distance[(previous != current) & same_row] > reach).all()
+    assert torch.equal(stage.valid.flatten(), spread.valid[:, 0])
+    # Naive: the segments of a row in the order of their start, each `reach` places further right than in the row.
+    num_places = len(spread.frame) // len(rows)
+    expected = {}
+    for number, (row_starts, row_lengths) in enumerate(zip(starts, lengths, strict=True)):
+        used = sorted((start, length) for start, length in zip(row_starts, row_lengths, strict=True) if length)
+        for order, (start, length) in enumerate(used):
+            for t in range(start // 4, start // 4 - (-length // 4)):
+                expected[number * 100 + t] = number * num_places + t + order * reach
+    frames_in_order = sorted(expected)
+    assert spread.place[spread.valid[:, 0]].tolist() == [expected[frame] for frame in frames_in_order]
+    assert spread.frame[spread.occupied[:, 0]].tolist() == frames_in_order
+    assert spread.occupied[:, 0].nonzero().flatten().tolist() == [expected[frame] for frame in frames_in_order]
+    assert spread.place.max() < len(spread.frame) and len(set(spread.place.tolist())) == len(spread.place)
 
 
 @pytest.mark.parametrize("interpolation", [1.0, 4.0])
@@ -137,7 +142,7 @@ def test_positions_start_at_each_segment(interpolation: float) -> None:
         position = torch.arange(stop - start)
         assert torch.equal(stage.position[0, start:stop], position)
         expected = position.double() / interpolation * 1e4**-0.5
-        torch.testing.assert_close(phase[0, start:stop, 1].angle(), expected)
+        torch.testing.assert_close(torch.view_as_complex(phase)[0, start:stop, 1].angle(), expected)
 
 
 def test_stages_of_an_efficient_conformer_halve_the_frames_of_every_segment() -> None:
@@ -147,6 +152,19 @@ def test_stages_of_an_efficient_conformer_halve_the_frames_of_every_segment() ->
     assert [stage.segments.start[0].tolist() for stage in layout.stages] == [[0, 24], [0, 12], [0, 6]]
     assert [stage.segments.length[0].tolist() for stage in layout.stages] == [[23, 14], [12, 7], [6, 4]]
     assert layout.stages[0].attention.segments == [(0, 8), (8, 13)]  # in groups of three frames
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_real_rotations_of_devices_are_the_complex_ones_of_the_cpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 7, 2, 8).to(dtype)
+    phase = rotary_phase(torch.arange(7) * 1000, 8, 1e4, dtype)[:, None]
+    expected = rotate(x, phase)
+    assert expected.dtype == phase.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(positions, "rotate_complex", lambda *_: pytest.fail("complex numbers do not compile"))
+    torch.testing.assert_close(rotate(x, phase), expected)
 
 
 @pytest.mark.parametrize("start, length, frames, message", [(6, 8, 40, "multiples"), (36, 8, 40, "ends after")])

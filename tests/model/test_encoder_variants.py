@@ -13,7 +13,7 @@ from bestrq.model.attention.masks import ChunkMask, SegmentMask
 from bestrq.model.attention.module import ATTEND
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.layout import RowLayout
-from bestrq.model.positions import RelativeBias, distance_bucket
+from bestrq.model.learned_positions import RelativeBias, distance_bucket
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings, StageSettings
 from common.segments import Segments

@@ -1,11 +1,13 @@
 """Span masks and noise: shares, lengths, borders, and their dependence on the segment's seed only."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 
+from bestrq.pretraining.hashed_noise import hashed_noise
 from bestrq.pretraining.masking import (
     MaskingSettings,
     draw_span_mask,
@@ -72,34 +74,59 @@ def test_a_single_span_is_exactly_400_ms():
     assert np.flatnonzero(mask).tolist() == list(range(17, 57))
 
 
-def test_noise_depends_on_the_segments_seed_only():
+def fill_with_hashed_noise(log_mel, mask, segments, noise_std):
+    """`fill_with_noise` as on a GPU."""
+    return torch.where(mask[..., None], noise_std * hashed_noise(segments, log_mel), log_mel)
+
+
+FILLS = pytest.mark.parametrize("fill", [fill_with_noise, fill_with_hashed_noise])
+
+
+@FILLS
+def test_noise_depends_on_the_segments_seed_only(fill):
     """The same segment in another row, at another position, beside another segment, gets the same noise."""
     log_mel = torch.ones(2, 40, 5)
     mask = torch.ones(2, 40, dtype=torch.bool)
     starts, lengths = torch.tensor([[0, 16], [8, 0]]), torch.tensor([[10, 12], [12, 0]])
     seeds = torch.tensor([[3, 11], [11, 0]])
-    filled = fill_with_noise(log_mel, mask, Segments(starts, lengths, 40, seeds), 0.1)
+    filled = fill(log_mel, mask, Segments(starts, lengths, 40, seeds), 0.1)
     assert torch.equal(filled[0, 16:28], filled[1, 8:20])
     assert not torch.equal(filled[0, :10], filled[0, 16:26])
 
 
-def test_noise_has_the_given_deviation_and_unmasked_frames_stay():
+@FILLS
+def test_noise_has_the_given_deviation_and_unmasked_frames_stay(fill):
     log_mel = torch.full((1, 4000, 80), 3.0)
     mask = torch.arange(4000).unsqueeze(0) < 2000
     segments = Segments(torch.tensor([[0]]), torch.tensor([[4000]]), 4000, torch.tensor([[5]]))
-    filled = fill_with_noise(log_mel, mask, segments, 0.1)
+    filled = fill(log_mel, mask, segments, 0.1)
     assert torch.equal(filled[:, 2000:], log_mel[:, 2000:])
     assert filled[:, :2000].std().item() == pytest.approx(0.1, rel=0.02)
     assert filled[:, :2000].mean().item() == pytest.approx(0.0, abs=2e-3)
 
 
-def test_every_masked_frame_has_noise_of_its_own():
+@FILLS
+def test_every_masked_frame_has_noise_of_its_own(fill):
     """No vector is shared by the frames of a step or of a run, which the encoder could learn as a sign of the mask."""
     mask = torch.ones(1, 40, dtype=torch.bool)
     segments = Segments(torch.tensor([[0]]), torch.tensor([[40]]), 40, torch.tensor([[5]]))
-    filled = fill_with_noise(torch.zeros(1, 40, 80), mask, segments, 0.1)[0]
+    filled = fill(torch.zeros(1, 40, 80), mask, segments, 0.1)[0]
     assert len(filled.unique(dim=0)) == 40
     assert torch.corrcoef(filled).fill_diagonal_(0).abs().max() < 0.6
+
+
+def test_hashed_noise_is_normal_and_independent_between_frames_bins_and_segments():
+    segments = Segments(torch.tensor([[0, 2000]]), torch.tensor([[2000, 2000]]), 4000, torch.tensor([[5, 6]]))
+    noise = hashed_noise(segments, torch.zeros(1, 4000, 80))[0].double()
+    assert noise.isfinite().all()
+    for value in (-3.0, -1.0, 0.0, 0.5, 2.0):
+        expected = 0.5 * (1 + math.erf(value / math.sqrt(2)))
+        error = math.sqrt(expected * (1 - expected) / noise.numel())
+        assert abs((noise < value).double().mean() - expected) < 5 * error
+    for first, second in (
+        (noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[:2000], noise[2000:]), (noise**2, noise)
+    ):  # fmt: skip
+        assert abs(torch.corrcoef(torch.stack((first.flatten(), second.flatten())))[0, 1]) < 0.012
 
 
 def test_every_frame_of_a_segment_is_masked_in_some_draw():

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -72,6 +73,23 @@ def test_the_loss_of_a_single_segment_equals_enumeration_in_float64_and_float32(
     actual = loss_and_gradients(low, lattices)
     assert all(tensor.dtype == torch.float32 for tensor in actual)
     assert_same([tensor.double() for tensor in actual], brute_force(tensors, lattices), 1e-5)
+
+
+def test_lattices_with_one_alignment_do_not_depend_on_torchaudio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CUDA kernel leaves their costs unwritten, which NaN stands for here, and their gradients too."""
+
+    def loss_of_cuda(logits: Tensor, targets: Tensor, frames: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        losses, unwritten = rnnt_loss(logits, targets, frames, labels, **options).clone(), (frames == 1) | (labels == 0)
+        losses[unwritten] = losses[unwritten] * torch.nan
+        return losses
+
+    rnnt_loss = torchaudio.functional.rnnt_loss
+    monkeypatch.setattr(torchaudio.functional, "rnnt_loss", loss_of_cuda)
+    for sizes in (SIZES, [(5, 0), (1, 4), (1, 0)], [(3, 2)]):
+        tensors, lattices = made_lattices(sizes)
+        low = [tensor.detach().float().requires_grad_() for tensor in tensors]
+        actual = loss_and_gradients(low, lattices)
+        assert_same([tensor.double() for tensor in actual], brute_force(tensors, lattices), 1e-5)
 
 
 def test_the_sum_by_diagonals_equals_that_of_all_alignments_with_its_gradients() -> None:

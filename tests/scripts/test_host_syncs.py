@@ -140,7 +140,7 @@ def test_a_step_reads_the_device_once_in_the_guard(
     options = [*ENCODER, *DATA, *RUN, f"--run.steps={STEPS}", *places, *more]
     script.train(parse(script.Config, options))
     assert len(device.kept) > 100 * STEPS, "the tensors of a step are followed"
-    assert [read.split(":")[0] for read in device.reads] == ["tolist in optimizer.py"] * STEPS, device.reads
+    assert [read.split(":")[0] for read in device.reads] == ["tolist in process.py"] * STEPS, device.reads
 
 
 def test_a_step_with_all_objectives_reads_the_device_once(
@@ -160,7 +160,7 @@ def test_a_step_with_all_objectives_reads_the_device_once(
     options += [f"--run.folder={tmp_path / 'run'}", f"--run.steps={STEPS}"]
     pretrain.train(parse(pretrain.Config, options))
     assert len(device.kept) > 100 * STEPS, "the tensors of a step are followed"
-    assert [read.split(":")[0] for read in device.reads] == ["tolist in optimizer.py"] * STEPS, device.reads
+    assert [read.split(":")[0] for read in device.reads] == ["tolist in process.py"] * STEPS, device.reads
 
 
 def test_reads_are_noticed(device: DeviceTensors) -> None:

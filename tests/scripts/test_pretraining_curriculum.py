@@ -77,7 +77,7 @@ def exported_interpolation(folder: Path) -> float:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     answers = iter([False] * steps)
-    monkeypatch.setattr(StopRequest, "agreed", lambda self, world: next(answers, True))
+    monkeypatch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_every_stage_has_its_rows_crops_and_positions_and_as_many_frames_per_ste
         made = layout_of(self, segments, backend)
         if self.training:
             used = made.output.position == 40  # frame 40 of a segment
-            phases.append(float(made.output.attention.rotary_phase[used][0, 0].angle()))
+            phases.append(float(torch.view_as_complex(made.output.attention.rotary_phase)[used][0, 0].angle()))
         return made
 
     monkeypatch.setattr(curriculum.CurriculumLoader, "__iter__", noted)

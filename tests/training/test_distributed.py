@@ -25,12 +25,12 @@ from bestrq.training.process import (
     Launch,
     World,
     autocast,
-    first_host,
     gradient_sync,
     parallelise,
     read_launch,
     start_world,
 )
+from bestrq.training.slurm import first_host
 from bestrq.training.stop import STOP, StopRequest
 from common.errors import UserError
 from tests.gloo import run_distributed
@@ -102,7 +102,7 @@ def train(world: World, settings: DistributedSettings, accumulation: int) -> Cur
         if step == 1:
             first = {name.removeprefix("module."): whole(p.grad).clone() for name, p in model.named_parameters()}
         set_learning_rates(optimizer, step, STEPS)
-        norms.append(guard.apply(model, optimizer, loss, 0.1, world).grad_norm)
+        norms.append(guard.apply(step, model, optimizer, loss, 0.1, world).grad_norm)
         losses.append(float(world.sum(loss)))
     return losses, norms, first
 
@@ -156,7 +156,7 @@ def bad_number_on_rank_1(world: World, strategy: str, where: str) -> tuple[list[
         bad_here = step == 1 and world.rank == 1
         (loss * math.nan if bad_here and where == "gradient" else loss).backward()
         reported = loss.detach() * math.nan if bad_here else loss.detach()
-        applied.append(guard.apply(model, optimizer, reported, 1.0, world).applied)
+        applied.append(guard.apply(step, model, optimizer, reported, 1.0, world).applied)
         now = [whole(parameter.detach()) for parameter in model.parameters()]
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, now, strict=True)))
     return applied, changed == applied, all(bool(p.detach().isfinite().all()) for p in now)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bestrq.training.machine import keep_freed_memory
 from bestrq.training.memory import PeakMemory
-from bestrq.training.process import World, keep_freed_memory
+from bestrq.training.process import World
 from tests.gloo import run_distributed
 
 

@@ -143,7 +143,7 @@ def update(parts: tuple[nn.Module, torch.optim.Optimizer, StepGuard], scale: flo
     model, optimizer, guard = parts
     loss = scale * model(torch.ones(1, 3)).sum()
     loss.backward()
-    return guard.apply(model, optimizer, loss.detach(), 0.0, World())
+    return guard.apply(1, model, optimizer, loss.detach(), 0.0, World())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -161,7 +161,7 @@ def test_a_bad_update_changes_no_weight_and_no_optimizer_state(bad: float) -> No
 def test_a_non_finite_loss_with_finite_gradients_is_bad_too() -> None:
     model, optimizer, guard = guarded()
     model(torch.ones(1, 3)).sum().backward()
-    assert not guard.apply(model, optimizer, torch.tensor(math.inf), 0.0, World()).applied
+    assert not guard.apply(1, model, optimizer, torch.tensor(math.inf), 0.0, World()).applied
 
 
 def test_bad_updates_in_a_row_end_the_run_and_a_good_one_between_starts_the_count_again() -> None:
@@ -174,12 +174,12 @@ def test_bad_updates_in_a_row_end_the_run_and_a_good_one_between_starts_the_coun
 
 def test_clipping_scales_the_whole_gradient_to_the_norm_and_reports_the_norm_before() -> None:
     model, _, guard = guarded()
-    plain = torch.optim.SGD(model.parameters(), lr=1.0)
+    plain = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loss = 100 * model(torch.ones(1, 3)).sum()
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
-    result = guard.apply(model, plain, loss.detach(), 0.5, World())
+    result = guard.apply(1, model, plain, loss.detach(), 0.5, World())
     moves = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
     moved = math.sqrt(sum(float(move.square().sum()) for move in moves))
     assert result.grad_norm == pytest.approx(norm) and moved == pytest.approx(0.5, rel=1e-4)

@@ -112,6 +112,8 @@ def attend_flex(
         def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + table[head, (key - query).clamp(-reach, reach) + reach]
 
+    if attention is None and torch.compiler.is_compiling():  # part of the graph of a compiled block
+        attention = flex_attention
     attention = attention or compiled_flex_attention(torch.is_grad_enabled())
     mask, grouped = layout.backend_mask, q.shape[1] != k.shape[1]
     out = attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=head_dim**-0.5, enable_gqa=grouped)

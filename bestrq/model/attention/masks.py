@@ -118,14 +118,14 @@ class AttentionLayout:
     """Keys of every query in a batch, in frames of attention (groups of frames if `group_size` is above 1)."""
 
     segments: list[tuple[int, int]]
-    """(start, stop) of every segment in the flattened frames [R * T], as ints for the loop on the CPU"""
+    """(start, stop) of every segment in the flattened frames [R * T], as ints for loops; empty if not on the CPU"""
     mask: AttentionMask
     first_key: Tensor
     """int64 [R, T]: first key of every query, as a frame of its row; a padding frame attends to itself"""
     stop_key: Tensor
     """int64 [R, T]: end of the keys, exclusive; neither bound decreases along a row"""
     rotary_phase: Tensor | None
-    """complex [R, T, d / 2]: `positions.rotary_phase`, counted from the start of the segment, or None"""
+    """[R, T, d / 2, 2]: `positions.rotary_phase`, counted from the start of the segment, or None"""
     backend: str
     """key of `attention.module.ATTEND`"""
     backend_mask: BackendMask

@@ -2,10 +2,9 @@
 
 from torch import Tensor, nn
 
-from bestrq.model.attention.backends import attend_bands, attend_dense
+from bestrq.model.attention.backends import attend_dense
 from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.layout import StageLayout
-from bestrq.model.positions import RelativeBias
 from bestrq.model.settings import EncoderSettings
 
 
@@ -18,6 +17,13 @@ def attend_segments(
     return attend_in_segments(qkv, num_heads, layout, bias, dropout)
 
 
+def attend_windows(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
+    """Attention by bands. Its module is imported on first use."""
+    from bestrq.model.attention.bands import attend_bands
+
+    return attend_bands(qkv, num_heads, layout, bias, dropout)
+
+
 def attend_blocks(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
     """Compiled FlexAttention. Its module is imported on first use."""
     from bestrq.model.attention.flex import attend_flex
@@ -25,7 +31,7 @@ def attend_blocks(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Te
     return attend_flex(qkv, num_heads, layout, bias, dropout)
 
 
-ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_bands, "flex": attend_blocks}
+ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_windows, "flex": attend_blocks}
 """attention function of each backend (see `attention.backends`)"""
 
 
@@ -46,11 +52,12 @@ class SelfAttention(nn.Module):
         head_dim = settings.dim // settings.num_heads
         self.qkv = nn.Linear(settings.dim, (self.num_heads + 2 * self.num_kv_heads) * head_dim)
         self.out = nn.Linear(settings.dim, settings.dim)
-        self.relative_bias = (
-            RelativeBias(settings.num_heads, settings.relative_buckets, settings.relative_max_distance)
-            if settings.position == "relative"
-            else None
-        )
+        self.relative_bias: nn.Module | None = None
+        if settings.position == "relative":
+            from bestrq.model.learned_positions import RelativeBias
+
+            reach = settings.relative_buckets, settings.relative_max_distance
+            self.relative_bias = RelativeBias(settings.num_heads, *reach)
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bestrq.model.attention.masks import AttentionLayout, AttentionMask
 from bestrq.model.cpu.dropout import draw_kept, draw_seed, drop_threshold, keep_scale
-from bestrq.model.positions import rotate
+from bestrq.model.positions import rotate_complex
 
 MAX_WEIGHTS = 1 << 23
 """maximum number of attention weights (heads x queries x keys) in memory at once"""
@@ -37,7 +37,7 @@ def attend_in_segments(
     Args:
         bias: `[H, 2 * D + 1]`, added to the score of query i and key j at `clamp(j - i, -D, D) + D`, or None.
     """
-    phase = None if layout.rotary_phase is None else layout.rotary_phase.flatten(0, 1)
+    phase = None if layout.rotary_phase is None else torch.view_as_complex(layout.rotary_phase.flatten(0, 1))
     out = _SegmentAttention.apply(
         qkv.flatten(0, 1), phase, bias, num_heads, layout.segments, layout.mask, drop_threshold(dropout)
     )
@@ -45,7 +45,7 @@ def attend_in_segments(
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """Attention by segment, `[N, H + 2 * KV, d] -> [N, H, d]`, with phases `[N, d / 2]` or None.
+    """Attention by segment, `[N, H + 2 * KV, d] -> [N, H, d]`, with complex phases `[N, d / 2]` or None.
 
     The weights of a segment are kept for the backward pass if there are at most `MAX_WEIGHTS`. Otherwise they are
     recomputed block by block, dropout included.
@@ -248,7 +248,11 @@ def _rotate_heads(parts: tuple[Tensor, ...], phase: Tensor | None) -> tuple[Tens
     scale = q.shape[-1] ** -0.5
     if phase is None:
         return q * scale, k, v
-    return rotate(q, phase[:, None] * scale), rotate(k, phase[:, None]), v
+    return _rotate(q, phase[:, None] * scale), _rotate(k, phase[:, None]), v
+
+
+def _rotate(x: Tensor, phase: Tensor) -> Tensor:
+    return rotate_complex(x.to(phase.real.dtype).unflatten(-1, (-1, 2)), phase)
 
 
 def _slices(length: int) -> list[slice]:

@@ -92,12 +92,13 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.probability)
         return _DropoutFunction.apply(x, drop_threshold(self.probability))
 
     def add(self, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
         """Add a residual branch: `x + alpha * dropout(y)`."""
-        if self.training and self.probability > 0 and y.device.type == "cpu":
+        masked = self.training and self.probability > 0 and y.device.type == "cpu"
+        if masked and not torch.compiler.is_compiling():
             return _AddDropoutFunction.apply(x, y, alpha, drop_threshold(self.probability))
         return torch.add(x, self(y), alpha=alpha)

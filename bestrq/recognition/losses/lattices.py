@@ -5,6 +5,7 @@ Shapes: N segments, T_s frames and U_s labels of segment s, W states of a band. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from bestrq.decoding.tokens import BLANK
 from common.errors import UserError
 
 ALL_FRAMES = slice(None)
+IMPOSSIBLE = -1e30
+"""log-probability of an arc outside a band; with minus infinity, gradients would be NaN"""
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,9 @@ def check_labels(labels: Tensor, label_lengths: Tensor, vocab_size: int) -> None
             f"label {int(labels[segment, position])} at position {position} of segment {segment}: the vocabulary has "
             f"labels 1 to {vocab_size - 1}, and 0 is the blank; use the tokenizer of the model"
         )
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Tensor of numbers from nested lists. The copy to a GPU does not make the host wait."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

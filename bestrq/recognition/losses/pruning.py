@@ -91,5 +91,5 @@ def choose_band(passed: Tensor, width: int) -> Tensor:
     climb = step * torch.arange(num_frames, device=passed.device)
     # Raise late frames until the last state can be reached, then lower those further ahead than the steps allow.
     first = torch.maximum(best, highest - (climb[-1] - climb)).clamp(min=0, max=highest).cummax(dim=0).values
-    first[0] = 0
+    first[:1].zero_()  # an assigned number would be copied from the host
     return climb + (first - climb).cummin(dim=0).values

@@ -7,7 +7,7 @@ leads to (t + d, u). An alignment ends with a blank from (t, U) to t + d = T exa
 The loss needs 2 + D numbers per cell: the log-probabilities of the blank, of the next label, and of the durations. They
 are computed over slices of time and again in the backward pass, as for `transducer_loss`. The sum over all alignments
 proceeds along the lattice's diagonals t + u, since every arc leads to a later diagonal. A diagonal is computed at once
-for all segments of similar size.
+for all segments of similar size. On a GPU, `kernels.py` does the same in two kernels.
 
 Source: Xu et al. 2023, arXiv 2304.06795, sections 3.1 (the lattice) and 3.3 (under-normalised tokens).
 
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bestrq.decoding.tdt_search import check_durations
-from bestrq.recognition.losses.lattices import Lattices
-from bestrq.recognition.losses.transducer import IMPOSSIBLE, ArcScores, padding_groups
+from bestrq.recognition.losses.backend import use_kernels
+from bestrq.recognition.losses.lattices import IMPOSSIBLE, Lattices
+from bestrq.recognition.losses.transducer import ArcScores, padding_groups
 
 TOKENS = 2
 """arcs of a cell before its durations: blank, next label"""
@@ -59,6 +60,10 @@ def tdt_loss(
 def sum_over_durations(arcs: Tensor, lattices: Lattices, durations: Sequence[int], sigma: float = 0.0) -> Tensor:
     """Negative log of the total probability of all alignments, `[N]`, from the log-probabilities (blank, next label,
     durations) of all cells, `[cells, 2 + D]`; see `tdt_loss`."""
+    if use_kernels(arcs):
+        from bestrq.recognition.losses.kernels import Alignments
+
+        return Alignments.apply(arcs, lattices, tuple(durations), sigma)
     return _Alignments.apply(arcs, lattices, tuple(durations), sigma)
 
 

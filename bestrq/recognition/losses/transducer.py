@@ -2,7 +2,8 @@
 
 Of the V outputs at a cell (t, u) of the lattice, the loss needs two: the log-probabilities of the blank and of the next
 label. They are computed over slices of time, as many frames as a byte budget allows, and again in the backward pass, so
-that no `[T, U, V]` tensor exists. The sum over all alignments is then torchaudio's `rnnt_loss` for a vocabulary of two.
+that no `[T, U, V]` tensor exists. The sum over all alignments is then torchaudio's `rnnt_loss` for a vocabulary of two,
+or on a GPU a kernel of our own (`kernels.py`).
 The joint network is never computed for padding, neither in time nor in labels.
 
 Sources: Graves 2012, arXiv 1211.3711; FastEmit: Yu et al. 2021, arXiv 2010.11148.
@@ -13,19 +14,19 @@ durations (`tdt`; 0 here), t frames of a slice, W states per frame. Label 0 is t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bestrq.decoding.tokens import BLANK
-from bestrq.recognition.losses.lattices import Lattices
+from bestrq.recognition.losses.backend import use_kernels
+from bestrq.recognition.losses.lattices import IMPOSSIBLE, Lattices, to_device
 from common.errors import UserError
-
-IMPOSSIBLE = -1e30
-"""log-probability of an arc outside a band; with minus infinity, gradients would be NaN"""
 
 CPU_SLICE_BYTES = 64 * 2**20
 """maximum bytes of a slice on the CPU. Slices of 8 MiB, which fit into the cache, take 6 % less processor time, but
@@ -131,18 +132,20 @@ class ArcScores(torch.autograd.Function):
         num_durations: int = 0,
     ) -> Tensor:  # fmt: skip
         """`[cells, 2 + D]`, at least float32."""
-        ctx.lattices, ctx.budget, ctx.num_tokens = lattices, budget, len(weight) - num_durations
+        num_tokens = len(weight) - num_durations
+        ctx.lattices, ctx.budget, ctx.num_tokens = lattices, budget, num_tokens
         wide = torch.promote_types(encoded.dtype, torch.float32)
         arcs = encoded.new_empty(sum(lattices.cells), 2 + num_durations, dtype=wide)
         for part in _slices(lattices, weight, budget):
-            logits = F.linear(part.hidden(encoded, predicted), weight, bias).to(wide)
+            hidden = part.hidden(encoded, predicted)
             if num_durations:
-                arcs[part.cells, 2:] = logits[..., ctx.num_tokens :].log_softmax(dim=-1).flatten(0, 1)
-            log_probs = logits[..., : ctx.num_tokens].log_softmax(dim=-1)
+                spans = F.linear(hidden, weight[num_tokens:], bias[num_tokens:]).to(wide)
+                arcs[part.cells, 2:] = spans.log_softmax(dim=-1).flatten(0, 1)
+            log_probs = F.linear(hidden, weight[:num_tokens], bias[:num_tokens]).to(wide).log_softmax(dim=-1)
             arcs[part.cells, 0] = log_probs[..., BLANK].flatten()
             # The last state has no next label: its arc is never used, but must be finite.
             arcs[part.cells, 1] = log_probs.gather(-1, part.labels.expand(log_probs.shape[:2])[..., None]).flatten()
-            del logits, log_probs  # before the next slice is allocated
+            del hidden, log_probs  # before the next slice is allocated
         ctx.save_for_backward(encoded, predicted, weight, bias)
         return arcs
 
@@ -151,40 +154,53 @@ class ArcScores(torch.autograd.Function):
         (encoded, predicted, weight, bias), wide = ctx.saved_tensors, grads[0].dtype
         totals = [torch.zeros_like(tensor, dtype=wide) for tensor in ctx.saved_tensors]
         grad_encoded, grad_predicted, grad_weight, grad_bias = totals
+        # Tokens and durations apart: a softmax of a part of the outputs would copy it.
+        groups = [slice(ctx.num_tokens), *([slice(ctx.num_tokens, None)] if ctx.num_tokens < len(weight) else [])]
         parts = list(_slices(ctx.lattices, weight, ctx.budget))
         grad_parts = [grads[0][part.cells].view(-1, part.labels.shape[-1], grads[0].shape[1]) for part in parts]
-        # One transfer from the device for all slices: each transfer waits for the device.
-        visited = [_visited_states(grad[..., :2].abs().sum(dim=-1)) for grad in grad_parts]
-        spans = torch.stack(visited).tolist() if visited else []
+        spans = [[0, part.labels.shape[-1]] for part in parts]
+        if weight.device.type == "cpu":  # a GPU's slices are too long to leave out many states, and the host would wait
+            spans = [_visited_states(grad[..., :2].abs().sum(dim=-1)).tolist() for grad in grad_parts]
         for part, grad, (first, stop) in zip(parts, grad_parts, spans, strict=True):
             grad, part = grad[:, first:stop], part.select_states(first, stop)
             hidden = part.hidden(encoded, predicted)
-            grad_logits = F.linear(hidden, weight, bias).to(wide)
-            _log_softmax_backward_(grad_logits, grad, part.labels, ctx.num_tokens)
-            grad_bias += grad_logits.sum(dim=(0, 1))
-            flat = grad_logits.flatten(0, 1).to(hidden.dtype)
-            grad_weight += flat.mT @ hidden.flatten(0, 1)
-            grad_hidden = torch.ops.aten.tanh_backward((flat @ weight).view_as(hidden), hidden)
+            flat_hidden, products = hidden.flatten(0, 1), []
+            for outputs in groups:
+                grad_logits = F.linear(hidden, weight[outputs], bias[outputs]).to(wide)
+                if outputs is groups[0]:
+                    token_backward_(grad_logits, grad, part.labels)
+                else:
+                    duration_backward_(grad_logits, grad)
+                grad_bias[outputs] += grad_logits.sum(dim=(0, 1))
+                flat = grad_logits.flatten(0, 1).to(hidden.dtype)
+                grad_weight[outputs] += flat.mT @ flat_hidden
+                products.append(flat @ weight[outputs])
+                del grad_logits, flat
+            grad_hidden = reduce(Tensor.add_, products)
+            del products  # or the product would be kept until the next slice
+            grad_hidden = torch.ops.aten.tanh_backward(grad_hidden.view_as(hidden), hidden)
             grad_encoded[part.frames] += grad_hidden.sum(dim=1, dtype=wide)
             if part.band is None:
                 grad_predicted[part.states] += grad_hidden.sum(dim=0, dtype=wide)
             else:
                 grad_predicted[part.states].index_add_(0, part.band.flatten(), grad_hidden.flatten(0, 1).to(wide))
-            del hidden, grad_logits, flat, grad_hidden  # before the next slice is allocated
+            del hidden, flat_hidden, grad_hidden  # before the next slice is allocated
         return *(total.to(x.dtype) for total, x in zip(totals, ctx.saved_tensors, strict=True)), None, None, None
 
 
-def _log_softmax_backward_(logits: Tensor, grad: Tensor, labels: Tensor, num_tokens: int) -> None:
-    """Overwrite logits `[t, W, V + D]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
+def token_backward_(logits: Tensor, grad: Tensor, labels: Tensor, blank: int = BLANK) -> None:
+    """Overwrite token logits `[t, W, V]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
     # d log p(k) / d logits = onehot(k) - softmax
-    tokens, durations = logits.split((num_tokens, logits.shape[-1] - num_tokens), dim=-1)
-    grad_label = grad[..., 1:2] * (labels != BLANK)[..., None]
-    torch.mul(tokens.softmax(dim=-1), -(grad[..., :1] + grad_label), out=tokens)
-    tokens[..., :1] += grad[..., :1]  # BLANK
-    tokens.scatter_add_(-1, labels.expand(grad.shape[:2])[..., None], grad_label)
-    if durations.shape[-1]:
-        torch.mul(durations.softmax(dim=-1), -grad[..., 2:].sum(dim=-1, keepdim=True), out=durations)
-        durations += grad[..., 2:]
+    grad_label = grad[..., 1:2] * (labels != blank)[..., None]
+    torch.mul(logits.softmax(dim=-1), -(grad[..., :1] + grad_label), out=logits)
+    logits[..., blank : blank + 1] += grad[..., :1]
+    logits.scatter_add_(-1, labels.expand(grad.shape[:2])[..., None], grad_label)
+
+
+def duration_backward_(logits: Tensor, grad: Tensor) -> None:
+    """Overwrite duration logits `[t, W, D]` with their gradients, from the gradients of arcs `[t, W, 2 + D]`."""
+    torch.mul(logits.softmax(dim=-1), -grad[..., 2:].sum(dim=-1, keepdim=True), out=logits)
+    logits += grad[..., 2:]
 
 
 def transducer_loss(
@@ -215,13 +231,31 @@ def sum_over_alignments(arcs: Tensor, lattices: Lattices, fast_emit: float = 0.0
     all cells, `[cells, 2]`; see `transducer_loss`."""
     if fast_emit and arcs.requires_grad:
         arcs = arcs.view_as(arcs)  # the hook must not affect other uses of the tensor
-        arcs.register_hook(lambda grad: grad * grad.new_tensor([1.0, 1.0 + fast_emit]))
+        arcs.register_hook(lambda grad: grad * to_device([1.0, 1.0 + fast_emit], grad.device, grad.dtype))
+    if use_kernels(arcs):
+        from bestrq.recognition.losses.kernels import Alignments
+
+        return Alignments.apply(arcs, lattices)
     parts = [_full_lattice(part, lattices, segment) for segment, part in enumerate(arcs.split(lattices.cells))]
     losses = [arcs[:0, 0]]  # keeps the graph of a batch without segments, which DDP needs
-    order = sorted(range(len(parts)), key=lambda segment: parts[segment].shape)
-    for group in padding_groups([parts[segment].shape for segment in order]):
-        losses.append(_sum_over_alignments([parts[segment] for segment in order[group]]))
-    return torch.cat(losses)[torch.tensor(order, dtype=torch.int64).argsort().to(arcs.device)]
+    order = [segment for segment, part in enumerate(parts) if min(part.shape[:2]) == 1]
+    if order:
+        losses.append(_single_alignments([parts[segment] for segment in order]))
+    others = sorted(set(range(len(parts))) - set(order), key=lambda segment: parts[segment].shape)
+    for group in padding_groups([parts[segment].shape for segment in others]):
+        losses.append(_sum_over_alignments([parts[segment] for segment in others[group]]))
+    order += others
+    return torch.cat(losses)[to_device(sorted(range(len(order)), key=order.__getitem__), arcs.device)]
+
+
+def _single_alignments(parts: Sequence[Tensor]) -> Tensor:
+    """Losses `[n]` of lattices `[T, U + 1, 2]` with U = 0 or T = 1: all labels at the first frame, then all blanks.
+
+    torchaudio's CUDA kernel returns before it writes the costs of such lattices, whose values are then arbitrary
+    (2.11, `ComputeBetasCosts` in rnnt/gpu/gpu_kernels.cuh: only threads with t <= T - 2 and u <= U - 1 work).
+    """
+    paths = [torch.cat((part[0, :-1, 1], part[:, -1, BLANK])) for part in parts]
+    return -pad_sequence(paths, batch_first=True).sum(dim=1)
 
 
 def _full_lattice(part: Tensor, lattices: Lattices, segment: int) -> Tensor:
@@ -255,7 +289,7 @@ def _sum_over_alignments(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) > 1:
         missing = [(most[1] - part.shape[1], most[0] - part.shape[0]) for part in parts]
         padded = torch.stack([F.pad(part, (0, 0, 0, u, 0, t)) for part, (u, t) in zip(parts, missing, strict=True)])
-    sizes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int32).to(padded.device)
+    sizes = to_device([part.shape[:2] for part in parts], padded.device, torch.int32)
     targets = torch.ones(len(parts), most[1] - 1, dtype=torch.int32, device=padded.device)
     return _RNNTLoss.apply(padded, targets, sizes[:, 0].contiguous(), sizes[:, 1] - 1)
 

@@ -1,0 +1,195 @@
+"""Step of BEST-RQ pretraining on a GPU that is not there: fake tensors of device `cuda`, backward pass included.
+
+    with fake_gpu():
+        step = FakeStep(PRESETS["base-120m"], QuantizerSettings(num_codebooks=4), segments)
+        step.prepare(), step.forward(), step.backward(), step.update()
+
+Operators compute shapes, dtypes and strides only, so that a model of any size runs in seconds without memory. Dispatch
+modes around the calls count bytes or kernels. It needs a CUDA build of torch without a GPU (`cuda_runtime.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from benchmarks.live_bytes import LiveBytes, on_gpu
+from bestrq.model import layout as layouts
+from bestrq.model.layout import RowLayout, order_segments
+from bestrq.model.settings import EncoderSettings
+from bestrq.pretraining.masking import fill_with_noise
+from bestrq.pretraining.objective import BestRQ
+from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
+from bestrq.pretraining.reporting import count_codes
+from bestrq.training.optimizer import OptimizerSettings, build_optimizer
+from common.segments import Segments
+from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
+
+aten = torch.ops.aten
+TARGET_SHARE = 1 / 3
+"""of the encoder frames have a target, as in `flops_per_row`"""
+
+Attention = Callable[..., Tensor]
+
+
+def efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, **_: Any
+) -> Tensor:
+    """`scaled_dot_product_attention` with a mask on CUDA: an additive mask whose rows are padded to a multiple of 8
+    (`convert_boolean_attn_mask`, `pad_bias` in attention.cpp of torch 2.14), then the memory-efficient kernel."""
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, q.new_zeros(()), q.new_full((), -torch.inf))
+        missing = -mask.shape[-1] % 8
+        mask = F.pad(mask, (0, missing))[..., : mask.shape[-1]] if missing else mask
+        mask = mask.expand(len(q), q.shape[1], q.shape[2], k.shape[2])
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout)[0]
+
+
+def unmasked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Flash attention without mask and dropout: tensors and kernels of `varlen_attn`, which computes only the pairs of
+    frames of a segment and needs no copies, as it reads `[frames, heads, width]` with any stride."""
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def norm_in_input_dtype(x: Tensor, weight: Tensor, bias: Tensor, shape: Any, eps: float) -> Tensor:
+    """Norm in the dtype of its input with float32 statistics, in place of Apex's: keeps a bfloat16 residual stream."""
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+@contextlib.contextmanager
+def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool = False) -> Iterator[FakeTensorMode]:
+    """Fake tensors with the choices that torch makes on an H100: cuDNN for convolutions, fused norms of gradients."""
+    allow_backward_without_a_gpu()
+    cudnn = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
+    norm = "bestrq.model.norms.fused_layer_norm_affine"
+    with contextlib.ExitStack() as stack:
+        for target, replacement in (
+            ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+            ("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+            ("torch.nn.functional.scaled_dot_product_attention", attention),
+            ("torch._C._select_conv_backend", lambda *_, **__: cudnn),
+            ("torch._C._conv_determine_backend_memory_format", _convolution_format),
+            ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, FakeTensor]),
+            (norm, norm_in_input_dtype if bfloat16_residual else None),
+        ):
+            stack.enter_context(mock.patch(target, replacement))
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def _convolution_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """Format of the output of a convolution: channels last if the input has it, as cuDNN does."""
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def filled_rows(rows: int, frames: int, num_segments: int, settings: EncoderSettings) -> Segments:
+    """Rows of equal segments with the gaps that they need, as long as possible, with seeds."""
+    place = frames // num_segments // settings.row_multiple * settings.row_multiple
+    gap = settings.row_gap if num_segments > 1 else 0
+    start = (torch.arange(num_segments) * place).expand(rows, -1).contiguous()
+    return Segments(start, torch.full_like(start, place - gap), frames, torch.zeros_like(start))
+
+
+class FakeStep:
+    """Model, optimizer and batch of a step; make it inside `fake_gpu`, and call the four parts in their order."""
+
+    def __init__(self, settings: EncoderSettings, quantizer: QuantizerSettings, segments: Segments) -> None:
+        self.settings, self.segments = settings, segments
+        rows, frames = len(segments.start), segments.num_frames
+        with torch.device("cuda"):
+            self.model = BestRQ(settings, quantizer)
+            self.quantizer = RandomProjectionQuantizer(quantizer, settings.stride * settings.num_mels)
+            self.clean = torch.empty(rows, frames, settings.num_mels)
+            self.mask = torch.zeros(rows, frames, dtype=torch.bool)
+            number = int(rows * (frames // settings.stride) * TARGET_SHARE)
+            self.target_frames = torch.zeros(number, dtype=torch.int64)
+            self.code_counts = torch.zeros(quantizer.num_codebooks, quantizer.codebook_size, dtype=torch.int64)
+        self.optimizer = build_optimizer([(self.model.named_parameters(), OptimizerSettings())])
+        self.loss = torch.zeros((), device="cuda")
+
+    def initialise_optimizer(self) -> None:
+        """Allocate the moments, as the first step does."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def prepare(self) -> None:
+        """Targets, noise in the masked frames, and the layout."""
+        stacks = stack_frames(self.clean, self.settings.stride).flatten(0, 1)[self.target_frames]
+        on_device = on_gpu(self.segments)
+        self.log_mel = fill_with_noise(self.clean, self.mask, on_device, 0.1)
+        self.targets = self.quantizer(stacks)
+        count_codes(self.code_counts, self.targets)
+        layout = self._layout(on_device)
+        self.model.encoder.layout = lambda *_, **__: layout  # type: ignore[method-assign]
+
+    def _layout(self, segments: Segments) -> RowLayout:
+        """`make_layout` without its checks, which read values."""
+        ordered = order_segments(segments)
+        settings = self.settings
+        stages = []
+        for number, stage in enumerate(settings.stages):
+            stride = settings.subsampling_factor << number
+            mask = layouts.make_attention_mask(settings, stage.group_size << number)
+            of_stage = ordered.subsampled(stride)
+            stages.append(layouts._stage_layout(of_stage, of_stage, stage, mask, torch.float32, "dense"))
+        return RowLayout(layouts.locate_frames(ordered)[0], stages)
+
+    def forward(self) -> None:
+        """Loss under bfloat16 autocast."""
+        with torch.autocast("cuda", torch.bfloat16):
+            self.loss, _ = self.model(self.log_mel, self.segments, self.target_frames, self.targets)
+
+    def backward(self) -> None:
+        (self.loss / len(self.targets)).backward()
+
+    def update(self) -> None:
+        """Clipping and AdamW, skipped on the device if a gradient is not finite (`StepGuard`)."""
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of tensors in a step, besides weights, gradients and moments; without workspaces inside kernels."""
+
+    kept: int
+    """after the forward pass"""
+    peak: int
+    """in the forward or backward pass"""
+    update: int
+    """peak of clipping and AdamW"""
+    parameters: int
+    """number of parameters of encoder and heads; their weights, gradients and moments have 16 bytes each"""
+
+
+def count_step(settings: EncoderSettings, quantizer: QuantizerSettings, segments: Segments) -> StepBytes:
+    """Count a step with gradients allocated, as under accumulation and DDP."""
+    with fake_gpu():
+        step = FakeStep(settings, quantizer, segments)
+        step.initialise_optimizer()
+        for parameter in step.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with LiveBytes() as live:
+            step.prepare()
+            step.forward()
+            kept = live.now
+            step.backward()
+            peak, live.peak = live.peak, 0
+            before = live.now
+            step.update()
+    return StepBytes(kept, peak, max(0, live.peak - before), sum(p.numel() for p in step.model.parameters()))
