@@ -130,13 +130,13 @@ def transcribe(config: Config, world: World) -> int:
     has printed the failures.
     """
     # Errors in the settings are raised here, before any work.
+    if world.size > 1 and not config.out:
+        raise UserError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
+    config = replace(config, inference=resolve_inference(config.inference, world))
     export = read_export(config.export)
     recogniser = load_recogniser(export, config.encoder)
     decoder = make_decoder(recogniser, config.decoder, config.export)
     check_statistics(recogniser, export)
-    if world.size > 1 and not config.out:
-        raise UserError(f"out is missing: {world.size} processes cannot share stdout, give --out FOLDER")
-    config = replace(config, inference=resolve_inference(config.inference, world))
     # Only rank 0 lists the folder: on a network file system, other ranks may get an outdated list.
     listed = list_audio(config.audio, key_of(config, hash_of_export(export))) if world.is_main else []
     fields = world.broadcast([{**vars(file), "path": str(file.path)} for file in listed])

@@ -82,6 +82,8 @@ def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool
             (norm, norm_in_input_dtype if bfloat16_residual else None),
         ):
             stack.enter_context(mock.patch(target, replacement))
+        # The engine's threads of devices are counted at the first backward pass of the process, perhaps a real one.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 

@@ -35,6 +35,7 @@ from torch._inductor.runtime import triton_heuristics
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.machine import print_figures
 from bestrq.model.attention.flex import make_block_mask
 from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.compilation import run_checkpointed
@@ -313,7 +314,8 @@ def main() -> None:
     for kernel in kernels:
         status = "" if kernel.runs else f" NOT COMPILED {kernel.error}"
         print(f"{kernel.shared:8d} bytes, {kernel.warps} warps, {kernel.stages} stages  {kernel.name[:90]}{status}")
-    print(json.dumps(figures(kernels)), flush=True)
+    print_figures(figures(kernels), "bfloat16")
+    sys.stdout.flush()
     # torch's threads of the device that is not there crash at the end of the interpreter.
     os._exit(0)
 
