@@ -23,8 +23,8 @@ def flops_per_row(model: nn.Module, row_frames: int, segment_frames: int, device
     settings = encoder.settings
     segment_frames -= segment_frames % settings.row_multiple
     gap = -(-settings.row_gap // settings.row_multiple) * settings.row_multiple
-    starts = torch.arange(0, row_frames - segment_frames + 1, segment_frames + gap).unsqueeze(0)
-    segments = Segments(starts, torch.full_like(starts, segment_frames), row_frames)
+    starts = torch.arange(0, row_frames, segment_frames + gap).unsqueeze(0)
+    segments = Segments(starts, (row_frames - starts).clamp(max=segment_frames), row_frames)  # the last may be shorter
     log_mel = torch.zeros(1, row_frames, settings.num_mels, device=device)
     target_frames = torch.arange(row_frames // settings.stride // 3, device=device)
     targets = torch.zeros(len(target_frames), model.num_codebooks, dtype=torch.int64, device=device)  # type: ignore[call-overload]

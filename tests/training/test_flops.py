@@ -39,15 +39,23 @@ def test_every_peak_is_found_by_its_own_name() -> None:
     assert {name: gpu_peak(f"NVIDIA {name}") for name in GPU_PEAKS} == GPU_PEAKS
 
 
-def count(changes: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """FLOPs of rows of three segments with a backend, whose attention operators are counted as on a GPU."""
-    model = BestRQ(replace(SETTINGS, **changes), QuantizerSettings(num_codebooks=1, codebook_size=8))
+def count_as_on_a_gpu(
+    model: BestRQ, row_frames: int, segment_frames: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """FLOPs of a row with a backend, whose attention operators are counted as on a GPU."""
     monkeypatch.setattr(layout, "choose_backend", lambda *_: backend)
     on_gpu, on_cpu = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_for_cpu
     monkeypatch.setitem(flop_registry, on_cpu, flop_registry[on_gpu])
+    return flops_per_row(model, row_frames, segment_frames, torch.device("cpu"))
+
+
+def count(changes: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """FLOPs of a row of three equal segments."""
+    model = BestRQ(replace(SETTINGS, **changes), QuantizerSettings(num_codebooks=1, codebook_size=8))
     # Segments of 96 or 192 frames in every stage: the CPU rounds keys up to a multiple of 32.
     length = 4 * 192 * changes.get("group_size", 1)
-    return flops_per_row(model, 3 * length + 100, length, torch.device("cpu"))
+    row_frames = 3 * length + 2 * model.encoder.settings.row_multiple
+    return count_as_on_a_gpu(model, row_frames, length, backend, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +67,15 @@ def count(changes: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 def test_attention_between_segments_is_not_counted(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU computes no products between segments; 'dense' stands for compiled kernels while FLOPs are counted."""
     assert count(changes, "dense", monkeypatch) == count(changes, "segments", monkeypatch)
+
+
+def test_a_row_is_filled_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gap between segments leaves less than half a row for the second half, which counts too."""
+    model = BestRQ(SETTINGS, QuantizerSettings(num_codebooks=1, codebook_size=8))
+    whole, halves = (count_as_on_a_gpu(model, 800, length, "dense", monkeypatch) for length in (800, 400))
+    per_pair = 3 * 4 * SETTINGS.num_layers * SETTINGS.dim
+    # The depthwise convolutions of two segments, with zeros between them, have slightly more FLOPs than those of one.
+    assert whole - halves == pytest.approx(per_pair * (200**2 - 100**2 - 99**2), rel=0.01)
 
 
 def test_attention_counts_the_pairs_that_the_mask_allows() -> None:
