@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from benchmarks.live_bytes import LiveBytes, on_gpu
+from benchmarks.live_bytes import LiveBytes, on_gpu, simulated_gpu
 from bestrq.model import layout as layouts
 from bestrq.model.layout import RowLayout, order_segments
 from bestrq.model.settings import EncoderSettings
@@ -67,15 +67,13 @@ def norm_in_input_dtype(x: Tensor, weight: Tensor, bias: Tensor, shape: Any, eps
 
 @contextlib.contextmanager
 def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool = False) -> Iterator[FakeTensorMode]:
-    """Fake tensors with the choices that torch makes on an H100: cuDNN for convolutions, fused norms of gradients."""
+    """`simulated_gpu` with a backward pass and the choices of torch on an H100: cuDNN for convolutions, fused norms of
+    gradients."""
     allow_backward_without_a_gpu()
     cudnn = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
     norm = "bestrq.model.norms.fused_layer_norm_affine"
     with contextlib.ExitStack() as stack:
         for target, replacement in (
-            ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-            ("torch.cuda.is_bf16_supported", lambda *_, **__: True),
-            ("torch.nn.functional.scaled_dot_product_attention", attention),
             ("torch._C._select_conv_backend", lambda *_, **__: cudnn),
             ("torch._C._conv_determine_backend_memory_format", _convolution_format),
             ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, FakeTensor]),
@@ -84,7 +82,7 @@ def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool
             stack.enter_context(mock.patch(target, replacement))
         # The engine's threads of devices are counted at the first backward pass of the process, perhaps a real one.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(simulated_gpu(attention))
 
 
 def _convolution_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -53,18 +53,19 @@ class LiveBytes(TorchDispatchMode):
         return sorted(((size * n, n, origin) for (size, origin), n in count.items()), reverse=True)
 
 
+def unbiased_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, **_: Any
+) -> Tensor:
+    """Fused kernel that a GPU uses for attention with a mask, without its additive mask."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout)[0]
+
+
 @contextlib.contextmanager
-def simulated_gpu() -> Iterator[FakeTensorMode]:
+def simulated_gpu(attention: Callable[..., Tensor] = unbiased_attention) -> Iterator[FakeTensorMode]:
     """Simulate a GPU by fake tensors on the device 'cuda': the CUDA path runs, but operations compute only shapes.
 
-    Forward only. Attention uses the fused kernel that a GPU would use, without its additive mask.
+    Forward only; `fake_step.fake_gpu` adds the backward pass. attention: in place of `scaled_dot_product_attention`.
     """
-
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, **_: Any
-    ) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout)[0]
-
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
