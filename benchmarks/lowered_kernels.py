@@ -162,8 +162,8 @@ def _fake_layout(fake: FakeTensorMode, settings: EncoderSettings, rows: int, fra
     """Layout of rows of four segments, on the fake device."""
     start = torch.arange(0, frames, frames // 4 // settings.row_multiple * settings.row_multiple)[:4].expand(rows, 4)
     segments = Segments(start, torch.full_like(start, frames // 4 - 2 * settings.row_multiple), frames)
-    cpu = torch.device("cpu")
-    real = make_layout(segments, settings, training=True, device=cpu, dtype=torch.float32, backend="dense").output
+    cpu, backend = torch.device("cpu"), "varlen" if settings.backend == "varlen" else "dense"
+    real = make_layout(segments, settings, training=True, device=cpu, dtype=torch.float32, backend=backend).output
 
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -304,7 +304,7 @@ def _compile_once(autotuner: Any, config: Any, name: str) -> Kernel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name of a file in configs/, such as base-120m")
-    parser.add_argument("--backend", choices=("sdpa", "flex"), default="sdpa", help="attention")
+    parser.add_argument("--backend", choices=("sdpa", "flex", "varlen"), default="sdpa", help="attention")
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = load_yaml(CONFIGS / f"{args.recipe}.yaml")

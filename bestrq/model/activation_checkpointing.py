@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.flex_attention import flex_attention
+from torch.nn.attention import varlen  # noqa: F401 - defines `torch_attn._varlen_attn`
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bestrq.model.settings import CheckpointingMode
@@ -29,6 +30,7 @@ STORED_OPERATIONS: list[Any] = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     flex_attention,
+    torch.ops.torch_attn._varlen_attn.default,
 ]
 """operations whose outputs 'selective' stores: nearly all FLOPs of a block, but few of its bytes"""
 

@@ -206,5 +206,5 @@ def _attention_layout(
     if device.type == "cpu":
         spans = [(row * num_frames + start, row * num_frames + stop) for row, _, start, stop in segments.used()]
     single_segment = valid if segments.start.shape[1] == 1 else None
-    backend_mask = make_backend_mask(backend, first_key, stop_key, mask.reach, single_segment)
+    backend_mask = make_backend_mask(backend, ordered, first_key, stop_key, mask.reach, single_segment)
     return AttentionLayout(spans, mask, first_key, stop_key, phase, backend, backend_mask)

@@ -103,9 +103,10 @@ class EncoderSettings:
     """probability that a row skips a block in training; saves no time, as all processes must run the same blocks"""
     activation_checkpointing: CheckpointingMode = "none"
     """recomputation in the backward pass: 'selective' of cheap operations, 'full' of everything inside a block"""
-    backend: Literal["sdpa", "flex"] = "sdpa"
-    """attention on CUDA: scaled_dot_product_attention, or compiled FlexAttention (without attention_dropout). A CPU
-    always loops over segments, as FlexAttention has no backward pass there"""
+    backend: Literal["sdpa", "flex", "varlen"] = "sdpa"
+    """attention on CUDA: scaled_dot_product_attention, compiled FlexAttention, or flash attention by segment; the last
+    two without attention_dropout. 'varlen' needs mask 'segment', 'window' or 'causal' without relative positions, and
+    is 'sdpa' in float32. A CPU always loops over segments"""
     compile: Literal["auto", True, False] = "auto"
     """compilation of the blocks for training; auto: on CUDA, where Triton's C compiler is there and convolution_norm is
     not 'batch_norm'; true: on a CPU as well, by g++ and with 'sdpa', for tests"""
@@ -172,9 +173,17 @@ class EncoderSettings:
             f"give more than relative_buckets / 4 = {self.relative_buckets // 4}",
         )  # fmt: skip
         _require(
-            self.backend != "flex" or self.attention_dropout == 0,
-            "attention_dropout", self.attention_dropout, "FlexAttention has no dropout: give 0 with backend 'flex'",
+            self.backend == "sdpa" or self.attention_dropout == 0,
+            "attention_dropout", self.attention_dropout, f"backend {self.backend!r} has no dropout: give 0",
         )  # fmt: skip
+        if self.backend == "varlen":
+            fix = "give another value, or backend 'flex'"
+            _require(self.mask != "chunk", "mask", self.mask, f"backend 'varlen' has no chunks: {fix}")
+            _require(self.position != "relative", "position", self.position, f"backend 'varlen' has no bias: {fix}")
+            _require(
+                self.head_dim % 8 == 0 and self.head_dim <= 256, "num_heads", self.num_heads,
+                f"backend 'varlen' needs heads of a multiple of 8 and at most 256, not {self.head_dim}: {fix}",
+            )  # fmt: skip
         _require(
             self.convolution_norm != "batch_norm" or self.activation_checkpointing == "none",
             "activation_checkpointing", self.activation_checkpointing,

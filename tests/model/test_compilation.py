@@ -24,6 +24,7 @@ from bestrq.model.settings import CheckpointingMode, EncoderSettings, StageSetti
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise
 from common.segments import Segments
 from tests.gloo import run_distributed
+from tests.varlen_on_a_cpu import varlen_on_a_cpu
 
 TINY = EncoderSettings(
     num_mels=16, dim=32, num_layers=3, num_heads=2, feedforward_dim=48, kernel_size=7, subsampling_channels=4,
@@ -154,6 +155,23 @@ def test_flex_is_part_of_the_graph_of_a_block(monkeypatch: pytest.MonkeyPatch) -
         encode(eager, seed).sum().backward()
     for parameter, grad in zip(eager.parameters(), flex, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_varlen_is_part_of_the_graph_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = "varlen"
+    monkeypatch.setattr("bestrq.model.layout.choose_backend", lambda *args: backend)
+    eager, compiled = encoders(replace(TINY, mask="window", window=8, num_layers=2))
+    with varlen_on_a_cpu():
+        encode(compiled).sum().backward()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed in range(1, 10):
+                encode(compiled, seed).sum().backward()
+    assert graphs() == 1
+    backend = "dense"
+    for seed in range(10):
+        encode(eager, seed).sum().backward()
+    for parameter, exact in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, exact.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_blocks_and_their_release_compile_once_each() -> None:

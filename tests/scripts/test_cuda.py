@@ -1,7 +1,7 @@
 """Tests that need a GPU: `pytest -m cuda` runs them on a machine with one.
 
 If possible, some of their cases also run on the CPU, which shows that the test itself works; FlexAttention then runs
-uncompiled, without its check against gradients on a CPU.
+uncompiled, without its check against gradients on a CPU, and varlen attention by tests/varlen_on_a_cpu.py.
 """
 
 import json
@@ -33,6 +33,7 @@ from common.config import parse
 from common.segments import Segments
 from tests.model.test_encoder_attention import BOUNDED, HEADS, LENGTHS, MASKS, LargestTensor, attend_eagerly
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
+from tests.varlen_on_a_cpu import varlen_on_a_cpu
 
 ON_CUDA = [
     pytest.mark.cuda,
@@ -46,10 +47,14 @@ def on(device: str, *values: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def flex_runs_on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cpu":
-        monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-        monkeypatch.setattr(flex, "compiled_flex_attention", partial(flex.compiled_flex_attention, backend="aot_eager"))
+def attention_runs_on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if getattr(request.node, "callspec", None) is None or request.node.callspec.params.get("device") != "cpu":
+        yield
+        return
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "compiled_flex_attention", partial(flex.compiled_flex_attention, backend="aot_eager"))
+    with varlen_on_a_cpu():
+        yield
 
 
 def layout_on(
@@ -139,8 +144,24 @@ def test_flex_in_bfloat16_is_as_exact_as_plain_products_and_softmax(
 
 
 @pytest.mark.parametrize(
+    ("device", "mask", "head_dim", "num_kv_heads"),
+    [*(on("cuda", *case) for case in product(("segment", "window", "causal"), (40, 64, 128), (4, 1))),
+     on("cpu", "window", 40, 1)],
+)  # fmt: skip
+def test_varlen_in_bfloat16_is_the_definition(device: str, mask: str, head_dim: int, num_kv_heads: int) -> None:
+    """Forward and backward, against float64, with rotary positions."""
+    settings = {"dim": HEADS * head_dim, **MASKS[mask]}
+    exact_layout = layout_on("cpu", "reference", torch.float64, **settings)
+    qkv, _ = inputs(num_kv_heads, "rotary", head_dim, exact_layout.valid.shape[1])
+    exact = attend(exact_layout, qkv, None, "reference", torch.float64)
+    layout = layout_on(device, "varlen", torch.float32, **settings)
+    for ours, truth in zip(attend(layout, qkv, None, "varlen", torch.bfloat16), exact, strict=True):
+        assert (ours - truth).norm() <= 0.03 * truth.norm()
+
+
+@pytest.mark.parametrize(
     ("device", "backend", "frames"),
-    [on("cuda", "bands", 45_000), on("cuda", "flex", 45_000), on("cpu", "bands", 3_000)],
+    [*(on("cuda", backend, 45_000) for backend in ("bands", "flex", "varlen")), on("cpu", "bands", 3_000)],
 )  # 45,000 frames are half an hour
 def test_memory_of_a_window_is_linear_in_the_length_of_the_row(device: str, backend: str, frames: int) -> None:
     peaks = []
@@ -207,7 +228,7 @@ def losses_of(encoder: ConformerEncoder, device: str, backend: str | None, bfloa
     [*(on("cuda", name, "none") for name in PRESETS), *(on("cuda", "base-120m", m) for m in ("selective", "full")),
      on("cpu", "quickstart", "full"), on("cpu", "efficient-13m", "none")],
 )  # fmt: skip
-def test_presets_train_in_bfloat16_by_sdpa_and_flex_as_in_float32_on_the_cpu(
+def test_presets_train_in_bfloat16_by_every_backend_as_in_float32_on_the_cpu(
     device: str, preset: str, mode: str
 ) -> None:
     """One block per stage, at full width."""
@@ -218,7 +239,8 @@ def test_presets_train_in_bfloat16_by_sdpa_and_flex_as_in_float32_on_the_cpu(
     )
     encoder = make_encoder(settings)
     loss, grads = losses_of(encoder, "cpu", "segments", False)
-    for backend in ("dense", "flex"):
+    varlen = settings.position == "rotary" and settings.head_dim % 8 == 0
+    for backend in ("dense", "flex", *(["varlen"] if varlen else [])):
         ours, our_grads = losses_of(encoder, device, backend, True)
         assert float(ours) == pytest.approx(float(loss), rel=3e-2)
         assert bool(((our_grads - grads).abs() <= 0.2 * grads + 1e-5 * grads.max()).all())

@@ -1,38 +1,56 @@
 """Multi-head self-attention within the segments of packed rows."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from bestrq.model.attention.backends import attend_dense
-from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.layout import StageLayout
 from bestrq.model.settings import EncoderSettings
 
 
-def attend_segments(
-    qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float
-) -> Tensor:
-    """Attention by a loop over segments, for the CPU. Its module is imported on first use."""
+def attend_segments(*inputs: Any) -> Tensor:
+    """A loop over segments, for the CPU. The module of every backend is imported on first use."""
     from bestrq.model.cpu.attention import attend_in_segments
 
-    return attend_in_segments(qkv, num_heads, layout, bias, dropout)
+    return attend_in_segments(*inputs)
 
 
-def attend_windows(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
-    """Attention by bands. Its module is imported on first use."""
+def attend_all_pairs(*inputs: Any) -> Tensor:
+    """`scaled_dot_product_attention`."""
+    from bestrq.model.attention.dense import attend_dense
+
+    return attend_dense(*inputs)
+
+
+def attend_windows(*inputs: Any) -> Tensor:
+    """The same by bands."""
     from bestrq.model.attention.bands import attend_bands
 
-    return attend_bands(qkv, num_heads, layout, bias, dropout)
+    return attend_bands(*inputs)
 
 
-def attend_blocks(qkv: Tensor, num_heads: int, layout: AttentionLayout, bias: Tensor | None, dropout: float) -> Tensor:
-    """Compiled FlexAttention. Its module is imported on first use."""
+def attend_blocks(*inputs: Any) -> Tensor:
+    """Compiled FlexAttention."""
     from bestrq.model.attention.flex import attend_flex
 
-    return attend_flex(qkv, num_heads, layout, bias, dropout)
+    return attend_flex(*inputs)
 
 
-ATTEND = {"segments": attend_segments, "dense": attend_dense, "bands": attend_windows, "flex": attend_blocks}
-"""attention function of each backend (see `attention.backends`)"""
+def attend_sequences(*inputs: Any) -> Tensor:
+    """Flash attention by segment."""
+    from bestrq.model.attention.varlen import attend_varlen
+
+    return attend_varlen(*inputs)
+
+
+ATTEND = {
+    "segments": attend_segments,
+    "dense": attend_all_pairs,
+    "bands": attend_windows,
+    "flex": attend_blocks,
+    "varlen": attend_sequences,
+}
+"""attention of each backend (see `attention.backends`): `(qkv, num_heads, layout, bias, dropout)`, as `attend_dense`"""
 
 
 class SelfAttention(nn.Module):
