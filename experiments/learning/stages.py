@@ -115,7 +115,12 @@ STAGES: tuple[Stage, ...] = (
         steps=STUDENT_STEPS,
         tuned_as=PRETRAINED,
     ),
-    Pretraining("guided-encoder", teacher=SCRATCH, steps=0.25),  # a run per cell: the labels of a cell are its own
+    Pretraining(
+        "guided-encoder",
+        teacher=SCRATCH,
+        steps=0.25,  # a run per cell: the labels of a cell are its own
+        settings={"quantizer.pca_steps": 0, "quantizer.whitening": 0.0, "quantizer.refine_steps": []},  # not used
+    ),
     FineTuning(
         "guided",
         "masked prediction of clusters of scratch's hidden layer, then labels",

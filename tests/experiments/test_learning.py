@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from bestrq.pretraining.multi_target import make_tasks
 from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_corpus, score_recording
 from bestrq.training.checkpoint import prune_checkpoints, save_checkpoint
@@ -37,7 +38,8 @@ from experiments.learning.page import END, START, figure, replace_results, table
 from experiments.learning.plan import Plan, make_plan
 from experiments.learning.results import collect
 from experiments.learning.setup import Setup
-from experiments.learning.stages import SIZES, STAGES, SYSTEMS, FineTuning, fine_tuning
+from experiments.learning.stages import SIZES, STAGES, SYSTEMS, FineTuning, Pretraining, fine_tuning
+from pipelines import pretraining
 from tests.made_datasets import verify
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
@@ -151,6 +153,16 @@ def test_a_guided_encoder_and_pseudo_labels_come_from_the_labels_of_the_same_cel
     assert (pseudo["labels.minutes"], pseudo["labels.seed"], pseudo["data.language"]) == ("10.0", "1", "cs")
     mixture = json.loads(settings_of(plan.jobs[f"self-training/{cell}"].command)["data.mixture"])
     assert [part.get("pseudo_labels", False) for part in mixture] == [False, True]
+
+
+def test_the_settings_of_every_pretraining_fit_together(tmp_path: Path) -> None:
+    jobs = [job for job in make_plan(setup_of(tmp_path)).jobs.values() if job.kind == "pretrain"]
+    assert {job.name.split("/")[0] for job in jobs} == {
+        stage.name for stage in STAGES if isinstance(stage, Pretraining)
+    }
+    for job in jobs:
+        config = parse(pretraining.Config, job.command[2:])
+        make_tasks(config.encoder, config.quantizer, config.targets, classes=8)
 
 
 def test_without_trials_the_first_candidate_is_taken(tmp_path: Path) -> None:
