@@ -1,13 +1,13 @@
-"""Kernels of compiled Conformer blocks, lowered for an H100 on a machine without a GPU.
+"""Kernels of compiled Conformer blocks, lowered for an H100 or A100 on a machine without a GPU.
 
-    python -m benchmarks.lowered_kernels large-600m --backend flex    # about two minutes of one core
+    python -m benchmarks.lowered_kernels large-600m --backend flex --gpu h100   # about two minutes of one core
 
 The last line is JSON: `kernels`, `kernels_not_compiled` (errors of the compilers, and kernels that need more shared
-memory than an H100 has, without pipelining too), `largest_shared_bytes` and the kernel that needs them.
+memory than the GPU has, without pipelining too), `largest_shared_bytes` and the kernel that needs them.
 
 Dynamo traces a block on fake tensors of device `cuda`; Inductor generates its Triton kernels, forward and backward; the
-ptxas of the triton package compiles them to cubins for sm_90a. Nothing is executed. The limits of an H100 are those of
-NVIDIA's CUDA programming guide, table of compute capabilities.
+ptxas of the triton package compiles them to cubins for sm_90a or sm_80. Nothing is executed. The limits of a GPU are
+those of NVIDIA's CUDA programming guide, table of compute capabilities.
 """
 
 from __future__ import annotations
@@ -48,14 +48,21 @@ from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [(name, backend) for name in ("base-120m", "fast-115m", "large-600m") for backend in ("sdpa", "flex")]
-SHARED_MEMORY = 232_448
-"""bytes of shared memory that a block of threads of an H100 may have"""
-H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
-    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
-    gcnArchName="", shared_memory_per_block=49_152, shared_memory_per_block_optin=SHARED_MEMORY,
-    shared_memory_per_multiprocessor=233_472, L2_cache_size=50 * 2**20,
-)  # fmt: skip
+COMMON = {
+    "minor": 0, "regs_per_multiprocessor": 65536, "max_threads_per_multi_processor": 2048, "warp_size": 32,
+    "max_threads_per_block": 1024, "gcnArchName": "", "shared_memory_per_block": 49_152, "total_memory": 80 * 2**30,
+}  # fmt: skip
+GPUS = {
+    "h100": SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, multi_processor_count=132, L2_cache_size=50 * 2**20,
+        shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472, **COMMON,
+    ),
+    "a100": SimpleNamespace(
+        name="NVIDIA A100-SXM4-80GB", major=8, multi_processor_count=108, L2_cache_size=40 * 2**20,
+        shared_memory_per_block_optin=166_912, shared_memory_per_multiprocessor=167_936, **COMMON,
+    ),
+}  # fmt: skip
+"""properties as torch reports them; `shared_memory_per_block_optin` is the most that a block of threads may have"""
 
 
 @dataclass(frozen=True)
@@ -69,20 +76,22 @@ class Kernel:
     """bytes of shared memory"""
     target: str
     """architecture of the cubin"""
+    limit: int
+    """bytes of shared memory that the GPU has for it"""
     error: str = ""
 
     @property
     def runs(self) -> bool:
-        """Whether it was compiled and an H100 can launch it."""
-        return not self.error and self.shared <= SHARED_MEMORY
+        """Whether it was compiled and the GPU can launch it."""
+        return not self.error and self.shared <= self.limit
 
 
-def lower_recipe(name: str, backend: str) -> dict[str, Any]:
+def lower_recipe(name: str, backend: str, gpu: str = "h100") -> dict[str, Any]:
     """Figures of the block of a configuration in configs/, for 4 rows, by a process of its own.
 
     Raises RuntimeError if that process fails.
     """
-    command = [sys.executable, "-m", "benchmarks.lowered_kernels", name, "--backend", backend]
+    command = [sys.executable, "-m", "benchmarks.lowered_kernels", name, "--backend", backend, "--gpu", gpu]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=CONFIGS.parent)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {result.returncode}: {result.stderr[-2000:]}")
@@ -105,10 +114,15 @@ class Lowered(Exception):
     """End of the compilation, before any kernel would be launched."""
 
 
-def lower_block(settings: EncoderSettings, rows: int, frames: int, mode: CheckpointingMode = "none") -> list[Kernel]:
+def lower_block(
+    settings: EncoderSettings, rows: int, frames: int, mode: CheckpointingMode, gpu: SimpleNamespace
+) -> list[Kernel]:
     """Kernels of a block of the last stage, for rows of mel frames in bfloat16 with float32 weights.
 
     Every configuration among which Inductor would choose by time on the device is compiled.
+
+    Args:
+        gpu: properties, as in `GPUS`.
     """
     allow_backward_without_a_gpu()
     kernels: list[Kernel] = []
@@ -125,7 +139,7 @@ def lower_block(settings: EncoderSettings, rows: int, frames: int, mode: Checkpo
             x = torch.empty(rows, frames // settings.stride, settings.dim).requires_grad_()
 
         def lower(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-            with simulated_h100(kernels):
+            with simulated_gpu(gpu, kernels):
                 compile_fx(graph, inputs)
             raise Lowered
 
@@ -152,7 +166,7 @@ def _autocast() -> torch.autocast:
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, dropout: float, enable_gqa: bool
 ) -> torch.Tensor:
-    """Kernel that `scaled_dot_product_attention` takes on an H100 for a mask; the choice itself needs a driver."""
+    """Kernel that `scaled_dot_product_attention` takes on these GPUs for a mask; the choice itself needs a driver."""
     assert not enable_gqa
     bias = torch.where(mask, 0.0, -torch.inf).to(q.dtype).expand(len(q), q.shape[1], q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout)[0]
@@ -185,18 +199,20 @@ def _fake_layout(fake: FakeTensorMode, settings: EncoderSettings, rows: int, fra
 
 
 class _Driver:
-    """Triton's driver of an H100 that is not there."""
+    """Triton's driver of a GPU that is not there."""
 
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {
-            "max_shared_mem": SHARED_MEMORY, "multiprocessor_count": H100.multi_processor_count, "warpSize": 32,
-            "max_num_regs": 65536,
-        }
-    )  # fmt: skip
+    def __init__(self, gpu: SimpleNamespace) -> None:
+        self.gpu = gpu
+        properties = {
+            "max_shared_mem": gpu.shared_memory_per_block_optin, "multiprocessor_count": gpu.multi_processor_count,
+            "warpSize": 32, "max_num_regs": 65536,
+        }  # fmt: skip
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
     launcher_cls = None
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 10 * self.gpu.major, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -221,8 +237,8 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def simulated_h100(kernels: list[Kernel]) -> Iterator[None]:
-    """Context in which torch's and Triton's compilers find an H100; compiled kernels are added to the list."""
+def simulated_gpu(gpu: SimpleNamespace, kernels: list[Kernel]) -> Iterator[None]:
+    """Context in which torch's and Triton's compilers find this GPU; compiled kernels are added to the list."""
     import torch._inductor.fx_passes.joint_graph as joint
     import torch._inductor.scheduler
     import torch.utils._triton as has
@@ -230,7 +246,7 @@ def simulated_h100(kernels: list[Kernel]) -> Iterator[None]:
     def precompile(self: Any, *args: Any, **options: Any) -> None:
         if not getattr(self, "was_lowered", False):
             self.was_lowered = True
-            kernels.extend(_compile(self, config) for config in self.configs)
+            kernels.extend(_compile(self, config, gpu.shared_memory_per_block_optin) for config in self.configs)
 
     def zeros(*args: Any) -> torch.Tensor:
         return torch.zeros(16, dtype=torch.uint8)
@@ -246,12 +262,12 @@ def simulated_h100(kernels: list[Kernel]) -> Iterator[None]:
         *((module, "get_rng_state", zeros) for module in (torch.cuda, torch.cuda.random)),
         *((module, "set_rng_state", nothing) for module in (torch.cuda, torch.cuda.random)),
         (torch.cuda, "device_count", lambda: 1),
-        *((triton.runtime.driver, name, _Driver()) for name in ("_default", "_active")),
+        *((triton.runtime.driver, name, _Driver(gpu)) for name in ("_default", "_active")),
         (torch.cuda, "memory_allocated", zero),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
-        (torch.cuda, "get_device_properties", lambda *args: H100),
-        (torch.cuda, "get_device_capability", lambda *args: (9, 0)),
-        (torch.cuda, "get_device_name", lambda *args: H100.name),
+        (torch.cuda, "get_device_properties", lambda *args: gpu),
+        (torch.cuda, "get_device_capability", lambda *args: (gpu.major, gpu.minor)),
+        (torch.cuda, "get_device_name", lambda *args: gpu.name),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (has, "has_triton", true),
         (torch._inductor.scheduler, "has_triton", true),
@@ -259,8 +275,8 @@ def simulated_h100(kernels: list[Kernel]) -> Iterator[None]:
           for name in ("exchange_device", "maybe_exchange_device", "current_device", "get_raw_stream")),
         *((interface, name, staticmethod(nothing)) for name in ("set_device", "synchronize")),
         (interface, "device_count", staticmethod(lambda: 1)),
-        (interface, "get_device_properties", staticmethod(lambda device=None: H100)),
-        (interface.Worker, "get_device_properties", staticmethod(lambda device=None: H100)),
+        (interface, "get_device_properties", staticmethod(lambda device=None: gpu)),
+        (interface.Worker, "get_device_properties", staticmethod(lambda device=None: gpu)),
         (interface.Worker, "current_device", staticmethod(zero)),
         (torch._inductor.runtime.triton_helpers, "set_driver_to_gpu", nothing),
         # Patterns of attention and of padded products are traced on the device, and change no block of ours.
@@ -278,39 +294,40 @@ def simulated_h100(kernels: list[Kernel]) -> Iterator[None]:
         yield
 
 
-def _compile(autotuner: Any, config: Any) -> Kernel:
+def _compile(autotuner: Any, config: Any, limit: int) -> Kernel:
     """Compile one configuration; without pipelining if it needs too much shared memory, as Inductor does."""
     name = autotuner.inductor_meta.get("kernel_name") or autotuner.fn.__name__
-    first = _compile_once(autotuner, config, name)
+    first = _compile_once(autotuner, config, name, limit)
     if first.runs or first.error or config.num_stages == 1:
         return first
     config = copy.deepcopy(config)
     config.num_stages = 1
     if "NUM_STAGES" in config.kwargs:
         config.kwargs["NUM_STAGES"] = 1
-    return _compile_once(autotuner, config, name)
+    return _compile_once(autotuner, config, name, limit)
 
 
-def _compile_once(autotuner: Any, config: Any, name: str) -> Kernel:
+def _compile_once(autotuner: Any, config: Any, name: str, limit: int) -> Kernel:
     try:
         result = autotuner._precompile_config(config)
     except Exception as error:  # noqa: BLE001 - any error of the compilers is the result
-        return Kernel(name, config.num_warps, config.num_stages, 0, "", f"{type(error).__name__}: {error}"[:500])
+        return Kernel(name, config.num_warps, config.num_stages, 0, "", limit, f"{type(error).__name__}: {error}"[:500])
     binary = getattr(result, "kernel", result)
     target = binary.asm["ptx"].split(".target ", 1)[1].split("\n")[0].strip(", ")
-    return Kernel(name, config.num_warps, config.num_stages, binary.metadata.shared, target)
+    return Kernel(name, config.num_warps, config.num_stages, binary.metadata.shared, target, limit)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name of a file in configs/, such as base-120m")
     parser.add_argument("--backend", choices=("sdpa", "flex", "varlen"), default="sdpa", help="attention")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="GPU to compile for")
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = load_yaml(CONFIGS / f"{args.recipe}.yaml")
     settings = from_dict(EncoderSettings, config["encoder"])
     settings = replace(settings, backend=args.backend, attention_dropout=0.0)
-    kernels = lower_block(settings, 4, config["data"]["row_frames"], settings.activation_checkpointing)
+    kernels = lower_block(settings, 4, config["data"]["row_frames"], settings.activation_checkpointing, GPUS[args.gpu])
     for kernel in kernels:
         status = "" if kernel.runs else f" NOT COMPILED {kernel.error}"
         print(f"{kernel.shared:8d} bytes, {kernel.warps} warps, {kernel.stages} stages  {kernel.name[:90]}{status}")

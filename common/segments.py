@@ -11,11 +11,12 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device without waiting for it; a tensor that is there already is returned as it is.
 
-    CUDA copies asynchronously from page-locked memory only. torch keeps such memory until the copy has finished.
+    CUDA copies asynchronously from page-locked memory only. torch keeps such memory until the copy has finished, and
+    the loader that of its batches (data/loading/pinned.py).
     """
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)  # pinned already: without a copy
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,7 @@ class Config:
 # Fields that may change when a run is resumed, because they do not affect the optimizer steps.
 FREE_FIELDS = (
     *FREE_RUN_FIELDS,
-    "encoder.activation_checkpointing",
-    "encoder.backend",
-    "encoder.compile",
+    *("encoder.activation_checkpointing", "encoder.backend", "encoder.compile"),
     *(f"data.{name}" for name in FREE_LOADER_FIELDS),
     "validation.every_steps",
     "probe",

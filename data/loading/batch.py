@@ -116,7 +116,7 @@ class SharedBuffers:
     def tensor(self, buffer: int) -> Tensor:
         """Tensor over a buffer, which is freed with the tensor and all its views."""
         view = self.buffers[buffer].numpy().view()
-        weakref.finalize(view, self._free.append, buffer).atexit = False
+        weakref.finalize(view, lambda: self._free.append(buffer)).atexit = False  # keeps the pool as long as the view
         return torch.from_numpy(view)
 
 
@@ -164,7 +164,9 @@ class RowReader:
             return error  # raised in the main process, without the traceback of a worker
 
     def _new_tensor(self) -> Tensor:
-        return torch.empty(self.shape) if get_worker_info() is None else _shared_tensor(self.shape)
+        if get_worker_info() is not None:
+            return _shared_tensor(self.shape)
+        return torch.empty(self.shape, pin_memory=torch.cuda.is_initialized())
 
     def _fill(self, log_mel: Tensor, plan: BatchPlan, keep: bool) -> BatchContent:
         # numpy, because slicing a tensor takes ten times as long.

@@ -246,7 +246,10 @@ class RowLoader:
     def _batches(self) -> Generator[Batch, None, None]:
         s = self.settings
         shape = (self.batch_rows, s.row_frames, self.dataset.features.num_mels)
-        shared = SharedBuffers(self._num_buffers(), shape)
+        pool: type[SharedBuffers] = SharedBuffers
+        if torch.cuda.is_initialized():
+            from data.loading.pinned import PinnedBuffers as pool  # imported only for a GPU
+        shared = pool(self._num_buffers(), shape)
         reader = RowReader(
             self.dataset,
             self.crops,
@@ -311,9 +314,9 @@ class RowLoader:
             )
 
     def _num_buffers(self) -> int:
-        """Buffers for all prefetched batches and for the batches of two steps that the script may hold."""
+        """Buffers for all prefetched batches and for the batches of three steps that script and GPU may hold."""
         s = self.settings
-        return s.num_workers * s.prefetch + 2 * self.accumulation if s.num_workers else 0
+        return s.num_workers * s.prefetch + 3 * self.accumulation if s.num_workers else 0
 
     def _check_shared_memory(self) -> None:
         folder, s = Path("/dev/shm"), self.settings

@@ -51,6 +51,16 @@ def replacements(gpu: Any) -> dict[str, Callable[..., Any]]:
         synchronize=lambda: gpu.wait("Stream.synchronize"), wait_stream=lambda other: None,
         wait_event=lambda event: None, record_event=lambda event=None: event or Event(gpu), query=lambda: True,
     )  # fmt: skip
+
+    def register(address: int, size: int, flags: int) -> int:
+        gpu.registered[address] = size
+        return 0
+
+    def unregister(address: int) -> int:
+        del gpu.registered[address]
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     return {
         **{name: lambda *args, **kwargs: None for name in nothing},
         **{name: lambda *args, **kwargs: 0 for name in zero},
@@ -68,4 +78,5 @@ def replacements(gpu: Any) -> dict[str, Callable[..., Any]]:
         "default_stream": lambda *args: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
+        "cudart": lambda: runtime,
     }

@@ -133,6 +133,8 @@ class SimulatedCuda(TorchDispatchMode):
         self.clock: HostClock | None = None
         """measures the host's time between operators on the device; None: not measured"""
         self._pinned: dict[int, StorageWeakRef] = {}
+        self.registered: dict[int, int] = {}
+        """address -> bytes of memory given to `cudaHostRegister`"""
 
     @property
     def num_waits(self) -> int:
@@ -158,7 +160,10 @@ class SimulatedCuda(TorchDispatchMode):
 
     def is_pinned(self, tensor: Tensor) -> bool:
         reference = self._pinned.get(tensor.untyped_storage()._cdata)
-        return reference is not None and not reference.expired()
+        if reference is not None and not reference.expired():
+            return True
+        address = tensor.data_ptr()
+        return any(start <= address < start + size for start, size in self.registered.items())
 
     # ---- Operators ----
 
