@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bestrq.model.batch_norm import MaskedBatchNorm
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
-from bestrq.model.norms import MaskedBatchNorm
 from bestrq.model.settings import StageSettings
 from common.segments import Segments
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bestrq.model.cpu.convolution import depthwise_cpu
 from bestrq.model.layout import ConvolutionLayout, StageLayout
-from bestrq.model.norms import MaskedBatchNorm, make_norm
+from bestrq.model.norms import make_norm
 
 
 class ConvolutionModule(nn.Module):
@@ -37,7 +37,8 @@ class ConvolutionModule(nn.Module):
         self.causal = causal
         self.pointwise_in = nn.Linear(dim, 2 * dim_out)
         self.depthwise = nn.Conv1d(dim_out, dim_out, kernel_size, groups=dim_out)
-        self.norm = MaskedBatchNorm(dim_out) if norm == "batch_norm" else make_norm(norm, dim_out)
+        self.norm_is_masked = norm == "batch_norm"
+        self.norm = make_norm(norm, dim_out)
         self.pointwise_out = nn.Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
@@ -51,7 +52,7 @@ class ConvolutionModule(nn.Module):
 
     def finish(self, x: Tensor, valid: Tensor) -> Tensor:
         """Apply norm, SiLU and the last pointwise layer to the output of the depthwise convolution."""
-        x = self.norm(x, valid) if isinstance(self.norm, MaskedBatchNorm) else self.norm(x)
+        x = self.norm(x, valid) if self.norm_is_masked else self.norm(x)
         return self.pointwise_out(F.silu(x))
 
 

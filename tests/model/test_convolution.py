@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.model.batch_norm import MaskedBatchNorm
 from bestrq.model.convolution import ConvolutionModule, convolve_in_segments, depthwise
-from bestrq.model.norms import MaskedBatchNorm
 from bestrq.model.streaming import stream_convolution
 from bestrq.training.process import World
 from tests.gloo import run_distributed

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bestrq.model import norms
-from bestrq.model.norms import LayerNorm, MaskedBatchNorm, RMSNorm, make_norm
+from bestrq.model.batch_norm import MaskedBatchNorm
+from bestrq.model.norms import LayerNorm, RMSNorm, make_norm
 from bestrq.training.process import World
 from tests.gloo import run_distributed
 
@@ -42,8 +43,8 @@ def test_norms_of_zeros_are_finite(kind: str) -> None:
 
 
 def test_an_unknown_norm_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="batch_norm.*'layer_norm' or 'rms_norm'"):
-        make_norm("batch_norm", 8)
+    with pytest.raises(ValueError, match="group_norm.*'layer_norm', 'rms_norm' or 'batch_norm'"):
+        make_norm("group_norm", 8)
 
 
 @pytest.mark.cuda
