@@ -84,6 +84,7 @@ class ConformerBlock(nn.Module):
         self.norm = make_norm(settings.norm, dim_out)
         self.dropout = Dropout(settings.dropout)
         self.layer_drop = settings.layer_drop if stride == 1 else 0.0
+        self.residual = settings.residual
         self.compiled: Callable[..., Tensor] | None = None  # set by `compilation.compile_blocks`
 
     def forward(self, x: Tensor, layout: StageLayout) -> Tensor:
@@ -110,7 +111,15 @@ class ConformerBlock(nn.Module):
         convolved = convolution(self.convolution_norm(x))
         x = self.dropout.add(x if self.shortcut is None else self.shortcut(x[:, ::2]), convolved)
         out, norm = self.feedforward_out, self.feedforward_out_norm
-        return apply_framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
+        x = apply_framewise(lambda x: self.norm(self.dropout.add(x, out(norm(x)), 0.5)), x)
+        return cast_residual(x, self.residual)
+
+
+def cast_residual(x: Tensor, precision: str) -> Tensor:
+    """Cast the residual stream to the precision of `EncoderSettings.residual`, if autocast is on."""
+    if precision == "auto" or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.float32 if precision == "float32" else torch.get_autocast_dtype(x.device.type))
 
 
 class ConformerEncoder(nn.Module):
@@ -203,6 +212,7 @@ class ConformerEncoder(nn.Module):
             if self.fourier is not None:
                 x = x + self.fourier(layout.stages[0].position)
             x = self.dropout(x)
+            x = cast_residual(x, self.settings.residual)
         if mode != "none":
             from bestrq.model.activation_checkpointing import run_block  # imported only for this option
         total, outputs = x.new_zeros(()), {}

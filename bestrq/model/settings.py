@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from common.errors import UserError
 
 FREE_ENCODER_FIELDS = (
-    *("dropout", "attention_dropout", "layer_drop", "activation_checkpointing", "backend", "compile"),
+    *("dropout", "attention_dropout", "layer_drop", "activation_checkpointing", "backend", "compile", "residual"),
     *("mask", "window", "chunk_size", "left_chunks", "dynamic_chunks", "rotary_interpolation"),
 )
 """fields that may change between pretraining and fine-tuning, as no weight depends on them"""
@@ -107,6 +107,9 @@ class EncoderSettings:
     """attention on CUDA: scaled_dot_product_attention, compiled FlexAttention, or flash attention by segment; the last
     two without attention_dropout. 'varlen' needs mask 'segment', 'window' or 'causal' without relative positions, and
     is 'sdpa' in float32. A CPU always loops over segments"""
+    residual: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the residual stream under autocast to bfloat16 (docs/gpu.md has the errors); auto: that of the
+    device's norms, float32 on CUDA and bfloat16 on a CPU"""
     compile: Literal["auto", True, False] = "auto"
     """compilation of the blocks for training; auto: on CUDA, where Triton's C compiler is there and convolution_norm is
     not 'batch_norm'; true: on a CPU as well, by g++ and with 'sdpa', for tests"""
