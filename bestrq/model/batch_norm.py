@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bestrq.model.norms import EPS
-
 
 class MaskedBatchNorm(nn.Module):
     """Batch normalisation `[R, T, D] -> [R, T, D]` over the valid frames of all processes; zero elsewhere.
@@ -28,7 +26,7 @@ class MaskedBatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, dim: int, eps: float = EPS, momentum: float = 0.1) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(dim))
