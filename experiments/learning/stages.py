@@ -115,16 +115,6 @@ STAGES: tuple[Stage, ...] = (
         steps=STUDENT_STEPS,
         tuned_as=PRETRAINED,
     ),
-    PseudoLabels("second-labels", teacher="pretrained+self-training"),
-    FineTuning(
-        "second-round",
-        "BEST-RQ, then labels and pseudo-labels of pretrained+self-training",
-        "unlabelled",
-        init=PRETRAINING,
-        pseudo="second-labels",
-        steps=STUDENT_STEPS,
-        tuned_as=PRETRAINED,
-    ),
     Pretraining(
         "guided-encoder",
         teacher=SCRATCH,
