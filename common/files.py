@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError
+
+LEFTOVER = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
+"""names of `temporary_name`"""
 
 
 def sync(path: Path) -> None:
@@ -43,6 +48,37 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Create a temporary folder, which is synced and renamed to `path` if the block succeeds, and removed otherwise.
+
+    Files in subfolders are not synced. `path` must not exist, or be an empty folder.
+    """
+    temporary = temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in (*temporary.iterdir(), temporary):
+            sync(entry)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of dead writers in a folder and its subfolders (`temporary_name`).
+
+    Call it only if no other process writes there.
+    """
+    for path in [path for path in folder.rglob(".tmp-*") if LEFTOVER.fullmatch(path.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -7,7 +7,6 @@ checkpoint; the same command continues. Several runners may share a folder: a jo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -16,9 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
+from common.processes import stop_with_parent
 from experiments.jobs import Job, Record, Records, State, check_jobs, duration, seconds_per_size, selected
 
 STOPPED = 75
@@ -175,7 +176,7 @@ class Runner:
                 env={**os.environ, "OMP_NUM_THREADS": str(self.options.threads)},
                 start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
                 pass_fds=[lock],  # the job is locked until its process ends, even if this one is killed
-                preexec_fn=_stop_with_parent(),
+                preexec_fn=partial(_stop_with_runner, os.getpid()),
             )
         now = time.monotonic()
         self.running.append(_Running(job, record, process, lock, now, now))
@@ -285,15 +286,7 @@ def process_seconds(pid: int) -> float:
     return sum(int(value) for value in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
-def _stop_with_parent() -> Callable[[], None] | None:
-    """Function for a new process: the kernel sends it SIGTERM when the runner dies, SIGKILL included. Linux only."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library, parent = ctypes.CDLL(None), os.getpid()
-
-    def request() -> None:
-        library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the call
-            os._exit(STOPPED)
-
-    return request
+def _stop_with_runner(runner: int) -> None:
+    """Called in a new process before its program: it receives SIGTERM when the runner dies."""
+    if not stop_with_parent(runner):
+        os._exit(STOPPED)

@@ -1,6 +1,7 @@
 """Shared code of the fine-tuning scripts: settings, held-out data, tokenizer, checkpoints, export."""
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,14 +27,14 @@ from bestrq.training.process import DistributedSettings, World, unwrap
 from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from common.config import to_dict
 from common.errors import UserError
-from common.files import hash_of_file
+from common.files import hash_of_file, new_folder
 from data.format.dataset import STD_FLOOR, Dataset, Normalisation
 from data.loading.augment import SupervisedSettings
 from data.loading.cutting import CuttingSettings
 from data.loading.loader import FREE_LOADER_FIELDS, LOADER_PLACES, CurriculumStage, DataState
 from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
-from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
+from data.tokenizer import TOKENIZER_FILE, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 from pipelines.kernels import check_kernels
 from pipelines.validation import Heldout, ValidationSettings
 
@@ -228,12 +229,13 @@ def run_tokenizer(run: RunFolder, texts: list[str], settings: FinetuneSettings, 
     """Tokenizer of the run: trained on the training texts at the first start, read from the run folder afterwards."""
     folder = run.path / "tokenizer"
     problem = ""
-    if world.is_main and not folder.is_dir():
+    if world.is_main and not (folder / TOKENIZER_FILE).exists():
         try:
-            if settings.tokenizer == "bpe":
-                BPETokenizer.train(texts, settings.vocab_size).save(folder)
-            else:
-                CharTokenizer.train(texts).save(folder)
+            bpe = settings.tokenizer == "bpe"
+            tokenizer = BPETokenizer.train(texts, settings.vocab_size) if bpe else CharTokenizer.train(texts)
+            shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed before it wrote the file
+            with new_folder(folder) as temporary:
+                tokenizer.save(temporary)
         except UserError as error:  # broadcast, so that no rank waits for rank 0
             problem = str(error)
     if problem := world.broadcast(problem):

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bestrq.training.process import World, unwrap
 from common.errors import UserError
-from common.files import crc32_of, read_json, sync, temporary_name, write_file
+from common.files import crc32_of, read_json, remove_leftovers, sync, temporary_name, write_file
 
 FORMAT = 1
 COMPLETE = "COMPLETE"
@@ -258,8 +258,7 @@ def latest_checkpoint(folder: Path, world: World) -> Path | None:
     """
     chosen = None
     if world.is_main and folder.is_dir():
-        for leftover in folder.glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(folder)
         for _, path in reversed(list_checkpoints(folder)):
             problem = verify_checkpoint(path)
             if problem is None:

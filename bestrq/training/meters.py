@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bestrq.training.precision import Precision
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
+from common.errors import UserError
 from common.files import read_json_lines, write_file
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ class MetricsLog:
         if self._writer is None:
             return
         line = json.dumps({"step": step, "kind": kind, **{name: _finite(value) for name, value in values.items()}})
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error}; the last checkpoint is untouched") from error
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)

@@ -190,6 +190,10 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
     from bestrq.training import machine  # not at the top: a reader of the loop need not read it
 
     launch = read_launch(os.environ)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # otherwise ranks train on if torchrun is killed
+        from common.processes import stop_with_parent
+
+        stop_with_parent(os.getppid())
     cuda = settings.device != "cpu" and torch.cuda.is_available()
     if settings.device != "cpu" and not cuda:
         machine.check_absent_gpu(settings.device, field)

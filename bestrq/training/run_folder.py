@@ -1,6 +1,6 @@
 """Run folder: resolved settings, record of every start, metrics, checkpoints and export.
 
-`config.yaml`, `run.json` (one entry per start), `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/`.
+`config.yaml`, `run.json` (one entry per start), `run.lock`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jsonargparse.typing import PositiveInt
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
 from common.errors import UserError
-from common.files import canonical_path, read_json, write_file
+from common.files import canonical_path, read_json, remove_leftovers, write_file
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -89,14 +89,19 @@ class RunFolder:
             facts: further values for run.json.
 
         Raises:
-            UserError: on all ranks, if a fixed field or fingerprint has changed, or the folder is not writable.
+            UserError: on all ranks, if a fixed field or fingerprint has changed, the folder is not writable, or another
+                process trains in it.
         """
+        from bestrq.training.run_lock import RunLock  # not at the top: a reader of the loop need not read it
+
         problem = None
         if world.is_main:
             try:
                 values, defaults = to_dict(settings), to_dict(type(settings)())
                 initial = self._check_resume(values, defaults, free, fingerprints or {}, places or {}, origins or {})
                 self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(self.path)
+                remove_leftovers(self.path)
                 save_yaml(values, self.config)
                 start = {**_describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
                 write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))

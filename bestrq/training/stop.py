@@ -1,4 +1,4 @@
-"""Requests to stop a run between two optimizer steps: SIGTERM, Ctrl-C, or a file named STOP in the run folder.
+"""Requests to stop a run between two optimizer steps: signals, Ctrl-C included, or a file named STOP in the run folder.
 
 The training loop calls `agreed` at its start, and passes `noticed` to the guard of every step, which asks all ranks. At
 a stop, the script saves a checkpoint, calls `leave_requeue_marker` and exits with status 0; the batch script then
@@ -17,6 +17,7 @@ from common.files import write_file
 
 STOP = "STOP"
 REQUEUE = "REQUEUE"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -29,8 +30,9 @@ class StopRequest:
         self.reason = ""
         self._interrupts = 0
         (self.run_folder / REQUEUE).unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

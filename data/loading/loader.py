@@ -337,12 +337,13 @@ def _unpack_mask(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
 
 
 def _start_worker(_: int) -> None:
-    """Ignore Ctrl-C, and SIGTERM unless the training process sends it.
+    """Ignore the signals at which the training process stops, and SIGTERM unless it sends it.
 
-    A cluster sends SIGTERM to every process of a job. A worker that exited would break the last steps of the training
+    A cluster sends them to every process of a job. A worker that exited would break the last steps of the training
     process, which stops its workers itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     parent = multiprocessing.parent_process()
     assert parent is not None

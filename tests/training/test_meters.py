@@ -62,6 +62,15 @@ def test_a_torn_line_in_a_record_does_not_hide_the_others(tmp_path: Path) -> Non
     assert read_metrics(tmp_path / "none") == []
 
 
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    log = MetricsLog(folder, 0, World())
+    folder.metrics.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*No space left on device"):
+        log.write(1, {"loss": 1.0})
+    log.close()
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = MetricsLog(RunFolder(tmp_path / "run"), 0, World(rank=1))
     log.write(1, {"loss": 1.0})

@@ -12,25 +12,33 @@ from pathlib import Path
 import pytest
 
 from bestrq.training.process import World
-from bestrq.training.stop import REQUEUE, STOP, StopRequest
+from bestrq.training.stop import REQUEUE, SIGNALS, STOP, StopRequest
 from tests.paths import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_sets_a_flag_and_nothing_else(number: signal.Signals, tmp_path: Path) -> None:
     stop = StopRequest(tmp_path)
     assert not stop.agreed(World())
     os.kill(os.getpid(), number)
     assert list(tmp_path.iterdir()) == [] and stop.agreed(World()) and stop.agreed(World())
     assert stop.reason == number.name
+
+
+def test_an_ignored_hang_up_stays_ignored(tmp_path: Path) -> None:
+    """`nohup python pretrain.py` goes on when its terminal is closed."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(tmp_path)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.agreed(World())
 
 
 def test_a_stop_file_counts_from_when_it_is_there_and_makes_way_for_the_requeue_marker(tmp_path: Path) -> None:
