@@ -1,6 +1,7 @@
 """Writing of exports: `model.safetensors`, `config.json`, `README.md` (model card), extra files such as the tokenizer.
 
-The format is readable without this project; `export_reading.py` reads it.
+The format is readable without this project; `export_reading.py` reads it. `config.json` has the CRC-32 of the weights
+and of the extra files, as `checksums`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import sync, temporary_name
+from common.files import crc32_of, sync, temporary_name
 
 OWN_FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -31,9 +32,9 @@ def write_export(
 ) -> None:
     """Write an export, replacing an existing one. Called on rank 0 only, with unsharded tensors (`gather_model`).
 
-    The export is written to a temporary folder and renamed. Two renames replace an existing export; after a crash
-    between them it is in `.old-NAME`, and the next write or read restores it. Raises UserError if writing fails, or if
-    the name of an extra file is reserved or has a folder.
+    The export is written to a temporary folder and renamed. Two renames replace an existing export; between them, and
+    after a crash there, it is in `.old-NAME`, which readers find and the next write restores. Raises UserError if
+    writing fails, or if the name of an extra file is reserved or has a folder.
     """
     folder = Path(folder)
     for name in extra_files or {}:
@@ -42,17 +43,19 @@ def write_export(
                 f"invalid name of an extra file of an export: {name!r}; give a plain name that is not reserved"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    recover(folder)
-    temporary, old = temporary_name(folder), _old(folder)
+    _recover(folder)
+    temporary, old = temporary_name(folder), old_version(folder)
     try:
         temporary.mkdir()
         # Copies, because save_file refuses tensors that share memory.
         whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
         for name, content in (extra_files or {}).items():
             (temporary / name).write_bytes(content)
+        checksums = {path.name: crc32_of(path) for path in sorted(temporary.iterdir())}
+        document = {**config, "checksums": checksums}
+        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if folder.exists():
@@ -60,19 +63,20 @@ def write_export(
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        recover(folder)
+        _recover(folder)
         raise UserError(f"cannot write the export {folder}: {error}") from error
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _old(folder: Path) -> Path:
+def old_version(folder: Path) -> Path:
+    """Place of an export while another one replaces it."""
     absolute = folder.absolute()  # "." has no name
     return absolute.parent / f".old-{absolute.name}"
 
 
-def recover(folder: Path) -> None:
+def _recover(folder: Path) -> None:
     """Undo a replacement interrupted between its two renames."""
-    if not folder.exists() and _old(folder).exists():
-        os.rename(_old(folder), folder)
-    shutil.rmtree(_old(folder), ignore_errors=True)
+    if not folder.exists() and old_version(folder).exists():
+        os.rename(old_version(folder), folder)
+    shutil.rmtree(old_version(folder), ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Reading of exports, and of checkpoints in place of exports. Reading executes no code."""
+"""Reading of exports, and of checkpoints in place of exports. Reading executes no code and writes nothing."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from bestrq.training.checkpoint import read_tensors, verify_checkpoint
-from bestrq.training.export import recover
+from bestrq.training.export import old_version
 from common.config import load_yaml
 from common.errors import UserError
-from common.files import read_json, read_json_object
+from common.files import as_object, crc32_of, read_json, read_json_object
+
+ATTEMPTS = 100
+"""times that an export that is being replaced is read, 0.05 s apart"""
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,58 @@ class Export:
 
 
 def read_export(folder: str | Path) -> Export:
-    """Read an export, with tensors on the CPU. Raises UserError that names the missing or damaged file."""
+    """Read an export, with tensors on the CPU: one version, also while a training run replaces it.
+
+    Raises:
+        UserError: a file is missing or damaged, differs from its checksum, or has non-finite weights; names the file.
+    """
     folder = Path(folder)
-    recover(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no export at {folder}: give the folder that holds model.safetensors")
+    places = (folder, old_version(folder), folder)  # one of them has an export, at any time of a replacement
+    for _ in range(ATTEMPTS):
+        if not any(place.is_dir() for place in places):
+            raise UserError(f"there is no export at {folder}: give the folder that holds model.safetensors")
+        for place in places[:2]:
+            if (version := _version(place)) is None:
+                continue
+            try:
+                export = _read_version(place)
+            except UserError:
+                if place == folder and _version(place) == version:
+                    raise
+            else:
+                if _version(place) == version:
+                    return export
+        time.sleep(0.05)
+    raise UserError(f"the export {folder} is being replaced all the time: try again")
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """Identity of a folder, which a replacement changes; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _read_version(folder: Path) -> Export:
     config = read_json_object(folder / "config.json")
-    return Export(folder, read_tensors(folder / "model.safetensors"), config)
+    checksums = config.pop("checksums", {})  # exports of earlier versions have none
+    for name, expected in as_object(checksums, folder / "config.json").items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"the export {folder} lacks {name!r}, which its config.json lists: export again")
+        if crc32_of(folder / name) != expected:
+            raise UserError(f"{folder / name} does not match its checksum in config.json: it is damaged, export again")
+    return Export(folder, read_finite(folder / "model.safetensors"), config)
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises UserError if it is damaged, or a weight is infinite or not a number."""
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} has non-finite weights, the training diverged: give an earlier model")
+    return tensors
 
 
 def read_trained(folder: str | Path) -> Export:
@@ -63,4 +112,4 @@ def read_trained(folder: str | Path) -> Export:
         config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}: the settings of its run lack {error}; give RUN_FOLDER/export") from error
-    return Export(folder, read_tensors(folder / "model.safetensors"), {**config, "features": features})
+    return Export(folder, read_finite(folder / "model.safetensors"), {**config, "features": features})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ from bestrq.training import export as export_module
 from bestrq.training.export import write_export
 from bestrq.training.export_reading import read_export
 from common.errors import UserError
+from tests.paths import REPOSITORY
+from tests.patience import wait_until
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -68,9 +74,71 @@ def test_a_failed_replacement_leaves_the_old_export_in_place(
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    write_export(tmp_path / "export", tensors(1.0), {}, "old")
+    """Readers change nothing; the next export does."""
+    write_export(tmp_path / "export", tensors(1.0), {}, "old", {"tokenizer.json": b"{}"})
     os.rename(tmp_path / "export", tmp_path / ".old-export")
-    assert float(read_export(tmp_path / "export").tensors["a"][0, 0]) == 1.0
+    export = read_export(tmp_path / "export")
+    assert float(export.tensors["a"][0, 0]) == 1.0 and export.file("tokenizer.json") == b"{}"
+    assert os.listdir(tmp_path) == [".old-export"]
+    write_export(tmp_path / "export", tensors(2.0), {}, "new")
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_readers_get_one_version_of_an_export_that_is_being_replaced(tmp_path: Path) -> None:
+    """Weights and config with the same number, and no error on either side."""
+    code = (
+        "import sys, torch\nfrom bestrq.training.export import write_export\n"
+        "for number in range(1000000):\n"
+        "    write_export(sys.argv[1], {'a': torch.full((4,), float(number))}, {'number': number}, 'card')\n"
+    )
+    folder = tmp_path / "export"
+    writer = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, stderr=subprocess.PIPE)
+    try:
+        wait_until(folder.exists)
+        numbers = []
+        while len(set(numbers)) < 50:
+            assert writer.poll() is None, writer.stderr and writer.stderr.read()
+            export = read_export(folder)
+            assert bool((export.tensors["a"] == export.config["number"]).all())
+            numbers.append(export.config["number"])
+    finally:
+        writer.kill()
+        writer.wait()
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_flipped_bit_is_noticed(name: str, tmp_path: Path) -> None:
+    write_export(tmp_path / "export", tensors(), {}, "card", {"tokenizer.json": b"{}"})
+    path = tmp_path / "export" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*checksum.*export again"):
+        read_export(tmp_path / "export")
+
+
+def test_an_export_of_an_earlier_version_has_no_checksums_and_its_settings_may_be_edited(tmp_path: Path) -> None:
+    write_export(tmp_path / "export", tensors(), {"dim": 3}, "card")
+    path = tmp_path / "export" / "config.json"
+    assert json.loads(path.read_text())["checksums"].keys() == {"model.safetensors"}
+    path.write_text('{"dim": 4}')
+    assert read_export(tmp_path / "export").config == {"dim": 4}
+
+
+@pytest.mark.parametrize("checksums", [{"none": 1}, {"../secret": 1}, [1]])
+def test_wrong_checksums_are_refused(checksums: object, tmp_path: Path) -> None:
+    (tmp_path / "secret").touch()
+    write_export(tmp_path / "export", tensors(), {}, "card")
+    (tmp_path / "export" / "config.json").write_text(json.dumps({"checksums": checksums}))
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_export(tmp_path / "export")
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    write_export(tmp_path / "export", {**tensors(), "bad": torch.tensor([1.0, math.nan])}, {}, "card")
+    with pytest.raises(UserError, match=r"model\.safetensors: bad has non-finite weights"):
+        read_export(tmp_path / "export")
 
 
 class Hostile:
