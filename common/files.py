@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from common.errors import UserError
 
 LEFTOVER = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
 """names of `temporary_name`"""
+MAX_JSON = 1 << 30
+"""largest JSON file that is read, in bytes"""
 
 
 def sync(path: Path) -> None:
@@ -96,8 +99,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Value of a JSON file in UTF-8. Raises UserError with the path if the file is missing or invalid."""
+    """Value of a JSON file in UTF-8. Raises UserError with the path if the file is missing, too large or invalid."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:  # reading a pipe or a device may never end
+            raise UserError(f"{path}: not a regular file of at most {MAX_JSON >> 20} MiB")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

@@ -157,13 +157,16 @@ def load_checkpoint(
     document = read_json(path / "state.json")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path / 'state.json'} is not of checkpoint format {FORMAT}")
+    step, named = document.get("step"), NAME.fullmatch(path.resolve().name)
+    if type(step) is not int or (named and step != int(named[1])):
+        raise UserError(f"{path / 'state.json'} has step {step!r}, which is not that of its folder")
     if model is not None:
         fill(model_slots(model), read_tensors(path / "model.safetensors"), path / "model.safetensors")
     if optimizer is not None:
         if model is None:
             raise ValueError("optimizer tensors are identified by the parameter names of the model: pass the model")
         _load_optimizer(model, optimizer, path / "optimizer.safetensors")
-    return Checkpoint(path, int(document["step"]), document["state"], read_tensors(path / "extra.safetensors"))
+    return Checkpoint(path, step, document["state"], read_tensors(path / "extra.safetensors"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -224,7 +227,7 @@ def _marker(path: Path) -> dict[str, Any] | None:
     try:
         document = read_json(path / COMPLETE)
         return {str(name): (int(entry["bytes"]), int(entry["crc32"])) for name, entry in document["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):  # UserError is a ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # UserError is a ValueError
         return None
 
 

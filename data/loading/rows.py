@@ -46,6 +46,9 @@ class DataState:
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != known:
             raise UserError(f"the state of the data is {fields!r}, but must have the fields {sorted(known)}")
+        for name in ("epoch", "block", "row"):
+            if type(fields[name]) is not int or fields[name] < 0:
+                raise UserError(f"the state of the data has {name} {fields[name]!r}: it must be an integer, 0 or more")
         return cls(**fields)
 
 
@@ -198,7 +201,9 @@ class RowStream:
 
     def steps(self, state: DataState, rows: int) -> Iterator[tuple[list[Row], DataState]]:
         """Endlessly yield the next `rows` rows after `state`, and the state after them."""
-        current, empty = self.block(state.epoch, state.block), 0
+        current, empty = self.block(state.epoch, state.block % self.blocks), 0
+        if state.block >= self.blocks or state.row > len(current):
+            raise UserError(f"the state of the data is row {state.row} of block {state.block}, which this data lacks")
         while True:
             taken: list[Row] = []
             while len(taken) < rows:

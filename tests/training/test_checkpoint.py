@@ -214,6 +214,28 @@ def test_a_checkpoint_damaged_in_any_file_is_passed_over_for_the_one_before_and_
     assert "step-00000002" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [5, -1, 1.5, "1", None, True])
+def test_a_checkpoint_with_the_step_of_another_is_refused(step: object, tmp_path: Path) -> None:
+    """Its checksums may be right: state.json can be edited with them."""
+    parts = single(tmp_path, (1,))
+    path = tmp_path / "step-00000001" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": step}))
+    with pytest.raises(UserError, match=r"state\.json has step"):
+        load_checkpoint(tmp_path / "step-00000001", *parts, World())
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"files": {"model.safetensors": {"bytes": 1e999, "crc32": 0}}}', '{"files": 1}']
+)
+def test_a_hostile_marker_is_none(content: str, tmp_path: Path) -> None:
+    single(tmp_path)
+    (tmp_path / "step-00000002" / COMPLETE).write_text(content)
+    assert latest_checkpoint(tmp_path, World()) == tmp_path / "step-00000001"
+    (tmp_path / "step-00000002" / COMPLETE).unlink()
+    os.mkfifo(tmp_path / "step-00000002" / COMPLETE)
+    assert latest_checkpoint(tmp_path, World()) == tmp_path / "step-00000001"
+
+
 def test_a_damaged_checkpoint_does_not_block_its_step_and_is_kept_for_inspection(tmp_path: Path) -> None:
     parts = single(tmp_path)
     (tmp_path / "step-00000002" / "state.json").write_text("{")

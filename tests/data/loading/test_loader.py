@@ -322,6 +322,16 @@ def test_a_storage_failure_ends_the_run_without_quarantine(
     assert not stopped.quarantined
 
 
+@pytest.mark.parametrize(
+    "changes", [{"row": -1}, {"row": 10**9}, {"block": 10**9}, {"epoch": 1.5}, {"row": True}, {"block": "0"}]
+)
+def test_a_position_that_the_data_lacks_is_refused(changes: dict[str, object], dataset: Dataset) -> None:
+    """It would otherwise be looked for without an end, or be that of other rows."""
+    known = loader(dataset).state.to_dict()
+    with pytest.raises(UserError, match=f"the state of the data .*{next(iter(changes))}"):
+        next(iter(loader(dataset, state=DataState.from_dict({**known, **changes}))))
+
+
 def test_the_loader_does_not_use_the_global_generator(dataset: Dataset) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
