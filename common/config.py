@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from common.console import set_up_console
 from common.errors import UserError, did_you_mean, nearest_name
@@ -90,12 +90,23 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises UserError if the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(_without_aliases(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"the configuration {path} must be a mapping of fields, but is {type(values).__name__}")
     return values
+
+
+def _without_aliases(text: str) -> str:
+    """Return the text if it is YAML without aliases, a few of which can stand for more values than fit into memory."""
+    if "*" in text and "&" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise UserError("a configuration has a YAML alias (*name): write the value in its place")
+    return text
+
+
+_load_value = get_loader("yaml")
+set_loader("yaml", lambda text: _load_value(_without_aliases(text)), (yaml.YAMLError,))
 
 
 def field_names(settings_class: Any) -> Iterator[str]:
@@ -265,6 +276,8 @@ def _check_mappings(settings_class: type, values: Namespace) -> None:
 
 def _explain(message: str, known: Sequence[str]) -> str:
     """The parser's message in the project's terms, with the nearest name for an unknown field."""
+    if message.startswith("Unexpected config:"):  # followed by the content of the file, which may be secret
+        return "a file given as --config or `config` is not a mapping of fields: give YAML with lines `section: ...`"
     unknown = re.findall(r"--([\w.\-]+)", message) if message.startswith("unrecognized arguments") else []
     if match := re.search(r"Group '([\w.]*)' does not accept option '([^']*)'", message):
         unknown = [f"{match[1]}.{match[2]}"]

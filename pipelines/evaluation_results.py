@@ -221,10 +221,15 @@ def write_results(folder: Path, results: dict[str, Any], scored: Sequence[Scored
     table = io.StringIO()
     writer = csv.DictWriter(table, list(results["recordings"][0]))
     writer.writeheader()
-    writer.writerows(results["recordings"])
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in results["recordings"])
     write_file(folder / TABLE, table.getvalue())
     write_file(folder / TRANSCRIPTS, "".join(recording.line() for recording in scored))
     write_summary(folder, results)
+
+
+def _cell(value: Any) -> Any:
+    """Cell of a CSV file; a text that a spreadsheet would compute as a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def write_summary(folder: Path, results: Mapping[str, Any]) -> None:

@@ -214,6 +214,31 @@ class OtherError(UserError):
     """User error of another module."""
 
 
+@pytest.mark.parametrize("recipe", ["config: {secret}", "wheel: {secret}", "config: {secret}\nwheel:\n  radius: 1"])
+def test_the_content_of_a_file_that_a_recipe_names_is_not_shown(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "secret").write_text("root:x:0:0:hidden\n")
+    (tmp_path / "recipe.yaml").write_text(recipe.format(secret=tmp_path / "secret"))
+    with pytest.raises(UserError) as error:
+        parse(Cart, ["--config", str(tmp_path / "recipe.yaml")])
+    assert "hidden" not in str(error.value)
+
+
+def test_aliases_are_refused_before_they_are_multiplied(tmp_path: Path) -> None:
+    """Nine levels of nine aliases each stand for 400 million values."""
+    lines = ["a: &a [" + ",".join("x" * 9) + "]"]
+    lines += [
+        f"{name}: &{name} [{','.join([f'*{last}'] * 9)}]" for last, name in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="alias"):
+        parse(Cart, ["--config", str(bomb)])
+    with pytest.raises(UserError, match="alias"):
+        load_yaml(bomb)
+    (tmp_path / "plain.yaml").write_text("name: 'R&D *'\n")
+    assert load_yaml(tmp_path / "plain.yaml") == {"name": "R&D *"}
+
+
 @pytest.mark.parametrize(
     ("error", "status", "shown", "traceback"),
     [
