@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 import traceback
 from argparse import ArgumentError
@@ -22,21 +21,10 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from common.console import set_up_console
-from common.errors import UserError, did_you_mean, nearest_name
+from common.errors import UserError
 from common.files import write_file
 
 Settings = TypeVar("Settings")
-
-# Descriptions of the types of `jsonargparse.typing` and of null, for error messages.
-_EXPECTED = {
-    "PositiveInt": "an integer above 0",
-    "NonNegativeInt": "an integer, 0 or more",
-    "PositiveFloat": "a number above 0",
-    "NonNegativeFloat": "a number, 0 or more",
-    "ClosedUnitInterval": "a number from 0 to 1",
-    "OpenUnitInterval": "a number between 0 and 1",
-    "NoneType": "null",
-}
 
 
 def parse(
@@ -68,6 +56,8 @@ def parse_sections(
 
 def from_dict(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
     """Settings from nested plain values, such as those of `to_dict`; missing fields get their defaults."""
+    if not isinstance(values, dict):
+        raise UserError(f"settings of {settings_class.__name__} must be a mapping of fields, but are {values!r}")
     sections: Mapping[str | None, Sequence[type]] = {None: [settings_class]}
     parser = _parser(sections)
     return _build(sections, parser, lambda: parser.parse_object(values))[0]
@@ -236,11 +226,13 @@ def _build(
     try:
         values = read()
     except ArgumentError as error:
-        raise UserError(_explain(str(error), known)) from None
+        from common.config_messages import explain  # imported only for an error
+
+        raise UserError(explain(str(error), known)) from None
     except ImportError as error:  # import_path_denylist
         raise UserError(f"a setting names code to import, which is not allowed: {error}") from None
     for kind in sections.get(None, ()):
-        _check_mappings(kind, values)
+        _check_values(kind, values)
     try:
         built = parser.instantiate(values)
     except TypeError as error:
@@ -265,51 +257,16 @@ def _unrestricted(value: Any) -> Any:
     return value if plain is None or isinstance(value, bool) else plain(value)
 
 
-def _check_mappings(settings_class: type, values: Namespace) -> None:
-    """Raise UserError unless every section of the settings is a mapping, or null if it is optional."""
+def _check_values(settings_class: type, values: Namespace, prefix: str = "") -> None:
+    """Raise UserError unless every section is a mapping and every value is not null, or may be null."""
+    hints = get_type_hints(settings_class)
     for name, kind in _fields(settings_class):
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(values[name], Namespace):
-            if values[name] is None and type(None) in get_args(get_type_hints(settings_class)[name]):
-                continue
-            raise UserError(f"{name} is a section and must be a mapping of fields. Got value: {values[name]!r}")
-
-
-def _explain(message: str, known: Sequence[str]) -> str:
-    """The parser's message in the project's terms, with the nearest name for an unknown field."""
-    if message.startswith("Unexpected config:"):  # followed by the content of the file, which may be secret
-        return "a file given as --config or `config` is not a mapping of fields: give YAML with lines `section: ...`"
-    unknown = re.findall(r"--([\w.\-]+)", message) if message.startswith("unrecognized arguments") else []
-    if match := re.search(r"Group '([\w.]*)' does not accept option '([^']*)'", message):
-        unknown = [f"{match[1]}.{match[2]}"]
-    elif match := re.search(r"Option '([^']*)' is not accepted", message):
-        parent = re.search(r"Parser key \"([\w.]+)\"", message)
-        unknown = [f"{parent[1]}.{match[1]}" if parent else match[1]]
-    if unknown:
-        return "; ".join(f"unknown field {name!r}{_nearest(name, known)}" for name in unknown)
-    message = re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
-    message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
-    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
-    if match := re.fullmatch(r"(.+): Not of type (\w+): .* not '(list|dict|NoneType)'", message):
-        value = {"list": "a list", "dict": "a mapping", "NoneType": "null"}[match[3]]
-        return f"{match[1]} is {value}: expected {_EXPECTED.get(match[2], match[2])}"
-    if match := re.fullmatch(r"(.+): Not of type (\w+): (?:(\S+) does not conform.*|.*('.*'))", message):
-        return f"{match[1]} is {match[3] or match[4]}: expected {_EXPECTED.get(match[2], match[2])}"
-    if match := re.fullmatch(r"(.+): Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", message):
-        choices = [choice.strip("'") for choice in match[2].split(", ")]
-        return f"{match[1]} is {match[3]!r}, expected one of {', '.join(choices)}.{did_you_mean(match[3], choices)}"
-    pattern = (
-        r"(?s)(.+): Does not validate against any of the Union subtypes\n\s*Subtypes: \[(.*?)\]\n.*Given value: (.*)"
-    )
-    if (match := re.fullmatch(pattern, message)) and any(name in match[2] for name in _EXPECTED):
-        kinds = [kind.rsplit(".", 1)[-1] for kind in match[2].split(", ")]
-        return f"{match[1]} is {match[3]}: expected {' or '.join(_EXPECTED.get(kind, kind) for kind in kinds)}"
-    return message
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = [nearest_name(name, known, cutoff=0.7)]
-    if not near[0]:  # perhaps a field without its section, or in another section
-        leaves = {other: other.rsplit(".", 1)[-1] for other in known}
-        nearest = nearest_name(name.rsplit(".", 1)[-1], leaves.values(), cutoff=0.6)
-        near = [other for other, leaf in leaves.items() if leaf == nearest]
-    return f": did you mean {' or '.join(map(repr, near))}?" if near else "; --help lists the fields"
+        value, is_section = values[name], isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        if value is None and type(None) in get_args(hints[name]):
+            continue
+        if is_section and not isinstance(value, Namespace):
+            raise UserError(f"{prefix}{name} is a section and must be a mapping of fields. Got value: {value!r}")
+        if value is None:
+            raise UserError(f"{prefix}{name} is null: leave it out for its default, or give a value")
+        if is_section:
+            _check_values(kind, value, f"{prefix}{name}.")

@@ -57,7 +57,8 @@ class CharTokenizer:
     """
 
     def __init__(self, characters: Sequence[str], replace_unknown: bool = False) -> None:
-        if not characters or any(len(c) != 1 for c in characters) or len(set(characters)) != len(characters):
+        single = all(isinstance(c, str) and len(c) == 1 for c in characters)
+        if not characters or not single or len(set(characters)) != len(characters):
             raise UserError(f"tokenizer characters {list(characters)[:8]}: must be distinct single characters")
         self.characters = list(characters)
         self.replace_unknown = replace_unknown

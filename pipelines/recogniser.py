@@ -136,27 +136,46 @@ def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) 
     if missing:
         raise UserError(f"{export.path / 'config.json'} lacks {', '.join(missing)}: export the model again")
     tokenizer = load_tokenizer(export.path)
-    if tokenizer.vocab_size != config["vocab_size"]:
+    if type(config["vocab_size"]) is not int or tokenizer.vocab_size != config["vocab_size"]:
         raise UserError(
             f"{export.path}: the tokenizer has {tokenizer.vocab_size} labels, the model {config['vocab_size']}: "
             "one of them belongs to another model"
         )
     encoder = changes.apply(from_dict(EncoderSettings, config["encoder"]))
-    model: CTCModel | TransducerModel
-    if kind == "rnnt":
-        model = TransducerModel(encoder, from_dict(TransducerSettings, config["transducer"]), config["vocab_size"])
-    else:
-        model = CTCModel(encoder, config["vocab_size"])
-    try:
-        model.load_state_dict(export.tensors)
-    except RuntimeError as error:
-        raise UserError(f"{export.path / 'model.safetensors'} does not fit its config.json: {error}") from error
+    transducer = from_dict(TransducerSettings, config["transducer"]) if kind == "rnnt" else None
+    _check_shapes(export, encoder, transducer)
+    model = _build(encoder, transducer, config["vocab_size"])
+    model.load_state_dict(export.tensors)
     features, normalisation = FeatureSettings.from_dict(config["features"]), config["normalisation"]
     std_floor = config.get("std_floor", 0.0)
     if not isinstance(std_floor, int | float) or not 0 <= std_floor < math.inf:
         raise UserError(f"{export.path / 'config.json'}: std_floor is {std_floor!r}, not a number: export again")
     statistics = _statistics(export, normalisation, features)
     return Recogniser(model.eval(), tokenizer, features, normalisation, statistics, std_floor)
+
+
+def _build(
+    encoder: EncoderSettings, transducer: TransducerSettings | None, vocab_size: int
+) -> CTCModel | TransducerModel:
+    return CTCModel(encoder, vocab_size) if transducer is None else TransducerModel(encoder, transducer, vocab_size)
+
+
+def _check_shapes(export: Export, encoder: EncoderSettings, transducer: TransducerSettings | None) -> None:
+    """Raise UserError unless the tensors are those of the settings, before a model of any size is built."""
+    weights = export.path / "model.safetensors"
+    blocks = {name.split(".")[2] for name in export.tensors if name.startswith("encoder.blocks.")}
+    if len(blocks) != (num_blocks := sum(stage.num_layers for stage in encoder.stages)):
+        raise UserError(f"{weights} does not fit its config.json: it has {len(blocks)} blocks instead of {num_blocks}")
+    try:
+        with torch.device("meta"):
+            expected = _build(encoder, transducer, export.config["vocab_size"]).state_dict()
+    except (RuntimeError, ValueError, OverflowError) as error:  # sizes that no tensor has
+        raise UserError(f"{export.path / 'config.json'} describes no possible model: {error}") from error
+    shapes = {name: tensor.shape for name, tensor in export.tensors.items()}
+    names = sorted(shapes.keys() | expected.keys())
+    wrong = [name for name in names if name not in expected or shapes.get(name) != expected[name].shape]
+    if wrong:
+        raise UserError(f"{weights} does not fit its config.json: {len(wrong)} tensors, such as {wrong[0]}")
 
 
 def _statistics(export: Export, normalisation: str, features: FeatureSettings) -> tuple[Tensor, Tensor] | None:

@@ -1,9 +1,11 @@
 """Unusual and invalid input to evaluate.py and transcribe.py: correct scores, or one error that names the cause."""
 
+import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
 from bestrq.training.export import write_export
+from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.config import run_main, to_dict
 from common.errors import UserError
@@ -33,6 +36,7 @@ from data.prepare.extraction import Extracted, extract
 from data.recording import Recording
 from data.tokenizer import CharTokenizer
 from pipelines.evaluation_settings import DataSettings
+from pipelines.recogniser import load_recogniser
 
 LETTERS = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))
 STREAMING = {"mask": "chunk", "chunk_size": 4, "left_chunks": 2, "causal_convolution": True}
@@ -67,6 +71,52 @@ def make_export(folder: Path, kind: str = "ctc", **features: Any) -> str:
     files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
     write_export(folder / "export", model.state_dict(), config, "a card", files)
     return str(folder / "export")
+
+
+BAD_VALUES = [None, True, math.inf, 10**12, "x", [1], {"a": 1}]
+
+
+def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all values of nested dicts, those of dicts included."""
+    for name, value in values.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+
+
+@pytest.mark.parametrize("kind", ["ctc", "rnnt"])
+def test_wrong_values_in_an_export_are_user_errors_or_harmless(kind: str, tmp_path: Path) -> None:
+    """Every value of config.json and tokenizer.json, replaced by two others; a model of any size is not built."""
+    folder = Path(make_export(tmp_path, kind))
+    config = json.loads((folder / "config.json").read_text())
+    del config["checksums"]
+    refused = 0
+    for file, content in (
+        ("config.json", config),
+        ("tokenizer.json", json.loads((folder / "tokenizer.json").read_text())),
+    ):
+        for number, path in enumerate(leaves(content)):
+            for value in (BAD_VALUES[number % 7], BAD_VALUES[(number + 3) % 7]):
+                changed = copy.deepcopy(content)
+                reduce(lambda inner, name: inner[name], path[:-1], changed)[path[-1]] = value
+                (folder / "config.json").write_text(json.dumps(config))
+                (folder / file).write_text(json.dumps(changed))
+                try:
+                    load_recogniser(read_export(folder))
+                except UserError:
+                    refused += 1
+        (folder / file).write_text(json.dumps(content))
+    assert refused > 80
+
+
+@pytest.mark.parametrize("layers", [2, 10**7])
+def test_settings_that_the_weights_do_not_have_are_refused_at_once(layers: int, tmp_path: Path) -> None:
+    folder = Path(make_export(tmp_path))
+    config = json.loads((folder / "config.json").read_text())
+    config["encoder"]["num_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"does not fit its config\.json: it has 1 blocks instead of {layers}"):
+        load_recogniser(read_export(folder))
 
 
 def noise(frames: int, seed: int = 0) -> np.ndarray:
