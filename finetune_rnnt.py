@@ -195,6 +195,7 @@ def train(config: Config) -> None:
         rate = f"{config.validation.best_by} {best.rate:.2%}"
         print(f"done: best dev {rate} at step {best.step}: {folder.export}", flush=True)
     metrics.close()
+    folder.close()
     world.close()
 
 

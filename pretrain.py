@@ -210,6 +210,7 @@ def train(config: Config) -> None:
     elif world.is_main:
         print(f"done: {run.export}", flush=True)
     metrics.close()
+    run.close()
     world.close()
 
 

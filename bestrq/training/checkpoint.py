@@ -173,7 +173,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU. Raises UserError that names the file if it is missing or damaged."""
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: removed between two calls of safetensors
         raise UserError(f"cannot read {path}: {error}") from error
 
 

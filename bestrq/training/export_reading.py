@@ -76,7 +76,11 @@ def _read_version(folder: Path) -> Export:
     for name, expected in as_object(checksums, folder / "config.json").items():
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"the export {folder} lacks {name!r}, which its config.json lists: export again")
-        if crc32_of(folder / name) != expected:
+        try:
+            found = crc32_of(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error}") from error
+        if found != expected:
             raise UserError(f"{folder / name} does not match its checksum in config.json: it is damaged, export again")
     return Export(folder, read_finite(folder / "model.safetensors"), config)
 

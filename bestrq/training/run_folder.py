@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
@@ -24,6 +24,9 @@ from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
 from common.errors import UserError
 from common.files import canonical_path, read_json, remove_leftovers, write_file
+
+if TYPE_CHECKING:
+    from bestrq.training.run_lock import RunLock
 
 PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -68,6 +71,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self.pictures = self.path / "pictures"
+        self._lock: RunLock | None = None
 
     def start(
         self, settings: Any, world: World, free: Collection[str] = (), fingerprints: Mapping[str, str] | None = None,
@@ -92,7 +96,7 @@ class RunFolder:
             UserError: on all ranks, if a fixed field or fingerprint has changed, the folder is not writable, or another
                 process trains in it.
         """
-        from bestrq.training.run_lock import RunLock  # not at the top: a reader of the loop need not read it
+        from bestrq.training.run_lock import RunLock  # a reader of the loop need not read it
 
         problem = None
         if world.is_main:
@@ -110,6 +114,12 @@ class RunFolder:
         problem = world.broadcast(problem)
         if problem is not None:
             raise UserError(problem)
+
+    def close(self) -> None:
+        """Release the lock, so that another process may continue the run; otherwise it ends with the process."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _check_resume(
         self, values: dict[str, Any], defaults: dict[str, Any], free: Collection[str],

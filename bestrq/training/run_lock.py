@@ -22,7 +22,7 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """Exclusive lock on the file `run.lock`, until the process ends; the file names the holder.
+    """Exclusive lock on the file `run.lock`, which names the holder.
 
     A POSIX record lock: the kernel releases it when the process dies, file servers (NFS) know it, and child processes,
     such as loader workers, do not inherit it. On a file system without locks a warning is printed.
@@ -37,7 +37,7 @@ class RunLock:
         while not self._acquire(folder):
             if time.monotonic() > end:
                 holder = self._holder()
-                os.close(self._descriptor)
+                self.release()
                 raise UserError(
                     f"the run folder {folder} is in use by {holder}: wait for it or stop it (touch {folder}/STOP), or "
                     "choose another run.folder"
@@ -51,6 +51,9 @@ class RunLock:
             "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         os.pwrite(self._descriptor, json.dumps(content).encode() + b"\n", 0)
+
+    def release(self) -> None:
+        os.close(self._descriptor)
 
     def _acquire(self, folder: Path) -> bool:
         try:

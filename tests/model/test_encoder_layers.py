@@ -182,8 +182,8 @@ def test_layer_norm_has_the_parameter_names_of_torchs() -> None:
     norm.load_state_dict(torch.nn.LayerNorm(8).state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(norm(x), F.layer_norm(x, (8,)))
-    with pytest.raises(ValueError, match="batch_norm"):
-        make_norm("batch_norm", 8)
+    with pytest.raises(ValueError, match="group_norm"):
+        make_norm("group_norm", 8)
 
 
 def test_encoder_error_stays_within_its_precision() -> None:

@@ -114,3 +114,14 @@ def test_a_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
         (folder / "first").write_text("1")
         assert not (tmp_path / "made").exists()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["made", "made/first"]
+
+
+def test_another_process_continues_after_the_end_of_a_run(tmp_path: Path) -> None:
+    """A notebook may train several times."""
+    run = RunFolder(tmp_path)
+    run.start(Settings(), World())
+    run.close()
+    run.close()
+    holder = hold(tmp_path)
+    holder.kill()
+    holder.wait(PATIENCE)
