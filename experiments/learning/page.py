@@ -65,17 +65,22 @@ def reduction_cell(document: Mapping[str, Any], key: str) -> str:
 
 
 def system_table(document: Mapping[str, Any]) -> str:
-    """A row per system and amount of labels: means over languages and seeds."""
+    """A row per system and amount of labels: means over languages and seeds; no mean of fewer runs than others have."""
     header = ["labels", "system", "runs", "dev CER", "test CER", "test WER", "CER, n-gram", "WER, n-gram"]
     header += ["processor min: fine-tuning", "with all it needs"]
-    rows = []
+    rows: list[list[str]] = []
+    runs: dict[float, int] = {}
+    for entry in document["means"]:
+        runs[entry["minutes"]] = max(entry["runs"], runs.get(entry["minutes"], 0))
     for entry in document["means"]:
         if not entry["runs"]:
             continue
+        whole = entry["runs"] == runs[entry["minutes"]]
         rates = [with_bounds(entry.get(key)) for key in ("greedy_cer", "greedy_wer", "ngram_cer", "ngram_wer")]
         costs = [number(entry[key] / 60) for key in ("processor_seconds", "total_processor_seconds")]
         name = f"{entry['system']}: {entry['summary']}"
-        rows.append([f"{entry['minutes']:g} min", name, str(entry["runs"]), percent(entry["dev_cer"]), *rates, *costs])
+        rates = [percent(entry["dev_cer"]), *rates] if whole else [""] * 5
+        rows.append([f"{entry['minutes']:g} min", name, str(entry["runs"]), *rates, *costs])
     return markdown(header, rows) if rows else ""
 
 

@@ -301,6 +301,16 @@ def test_systems_on_different_recordings_are_not_compared(measured: Plan) -> Non
         collect(measured, {}, "", 100)
 
 
+def test_means_of_fewer_runs_than_those_of_others_are_not_shown(measured: Plan) -> None:
+    """They would be means over other languages and seeds."""
+    document = collect(measured, {}, "the command", 100)
+    entry = next(entry for entry in document["means"] if entry["system"] == "pretrained" and entry["runs"])
+    whole = next(line for line in tables(document).splitlines() if "| pretrained:" in line)
+    entry["runs"] -= 1
+    partial = next(line for line in tables(document).splitlines() if "| pretrained:" in line)
+    assert " % " in whole and " % " not in partial and partial.count("|") == whole.count("|")
+
+
 def test_tables_and_figure_show_all_systems_and_replace_only_the_results_of_the_page(
     measured: Plan, tmp_path: Path
 ) -> None:
