@@ -73,11 +73,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders of dead writers in a folder and its subfolders (`temporary_name`).
+    """Remove the temporary files and folders of dead writers in a folder, without its subfolders (`temporary_name`).
 
     Call it only if no other process writes there.
     """
-    for path in [path for path in folder.rglob(".tmp-*") if LEFTOVER.fullmatch(path.name)]:
+    for path in [path for path in folder.glob(".tmp-*") if LEFTOVER.fullmatch(path.name)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

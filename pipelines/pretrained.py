@@ -6,6 +6,7 @@ import torch
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import FREE_ENCODER_FIELDS
+from bestrq.training.checkpoint import misfits
 from bestrq.training.export_reading import Export, read_trained
 from common.config import from_dict, to_dict
 from common.errors import UserError
@@ -71,13 +72,11 @@ def read_pretrained_encoder(folder: str, settings: EncoderSettings, drop_top_blo
     if drop_top_blocks or settings.output == "last":
         tensors.pop(LAYER_SUM, None)
     with torch.device("meta"):
-        expected = {f"encoder.{name}": t.shape for name, t in ConformerEncoder(settings).state_dict().items()}
+        expected = {f"encoder.{name}": tensor for name, tensor in ConformerEncoder(settings).state_dict().items()}
     if LAYER_SUM not in tensors:
         expected.pop(LAYER_SUM, None)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-    if wrong:
-        raise UserError(f"{folder}: {len(wrong)} tensors do not fit its own settings, such as {wrong[0]}")
+    if wrong := misfits(expected, tensors):
+        raise UserError(f"{folder}: {len(wrong)} tensors do not fit its own settings: {wrong[0]}")
     return replace(pretrained, tensors=tensors)
 
 

@@ -31,6 +31,7 @@ from bestrq.long_form.inference import InferenceSettings, OutputFunction, Record
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
+from bestrq.training.checkpoint import misfits
 from bestrq.training.export_reading import Export
 from bestrq.training.inference_precision import inference_precision
 from bestrq.training.precision import warn_of_emulation
@@ -171,11 +172,8 @@ def _check_shapes(export: Export, encoder: EncoderSettings, transducer: Transduc
             expected = _build(encoder, transducer, export.config["vocab_size"]).state_dict()
     except (RuntimeError, ValueError, OverflowError) as error:  # sizes that no tensor has
         raise UserError(f"{export.path / 'config.json'} describes no possible model: {error}") from error
-    shapes = {name: tensor.shape for name, tensor in export.tensors.items()}
-    names = sorted(shapes.keys() | expected.keys())
-    wrong = [name for name in names if name not in expected or shapes.get(name) != expected[name].shape]
-    if wrong:
-        raise UserError(f"{weights} does not fit its config.json: {len(wrong)} tensors, such as {wrong[0]}")
+    if wrong := misfits(expected, export.tensors):
+        raise UserError(f"{weights} does not fit its config.json: {wrong[0]} ({len(wrong)} such tensors)")
 
 
 def _statistics(export: Export, normalisation: str, features: FeatureSettings) -> tuple[Tensor, Tensor] | None:

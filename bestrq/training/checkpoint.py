@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bestrq.training.process import World, unwrap
 from common.errors import UserError
-from common.files import crc32_of, read_json, remove_leftovers, sync, temporary_name, write_file
+from common.files import crc32_of, new_folder, read_json, remove_leftovers, write_file
 
 FORMAT = 1
 COMPLETE = "COMPLETE"
@@ -96,26 +97,16 @@ def save_checkpoint(
 
 
 def _write(final: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> None:
-    temporary = temporary_name(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.mkdir()
+    if final.exists():  # without marker: left by an interrupted save
+        shutil.rmtree(final)
+    with new_folder(final) as temporary:
         for name, group in tensors.items():
             save_file(group, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(state, encoding="utf-8")
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "crc32": crc32_of(path)}
-        sync(temporary)
-        if final.exists():  # without marker: left by an interrupted save
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync(final.parent)
-        write_file(final / COMPLETE, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    except (OSError, SafetensorError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        files = {
+            path.name: {"bytes": path.stat().st_size, "crc32": crc32_of(path)} for path in sorted(temporary.iterdir())
+        }
+    write_file(final / COMPLETE, json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
 def gather_model(model: nn.Module, world: World) -> dict[str, Tensor]:
@@ -182,15 +173,20 @@ def model_slots(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in unwrap(model).state_dict().items()}
 
 
-@torch.no_grad()
-def fill(slots: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy unsharded tensors into the slots of the same names, which may be sharded."""
+def misfits(slots: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Descriptions of the tensors that are missing, unknown, or of another shape than the slot of their name."""
     wrong = [f"{name} is missing" for name in sorted(slots.keys() - tensors.keys())]
     wrong += [f"{name} is not in the model" for name in sorted(tensors.keys() - slots.keys())]
     for name in sorted(slots.keys() & tensors.keys()):
         if slots[name].shape != tensors[name].shape:
             wrong.append(f"{name} is {list(tensors[name].shape)}, but the model has {list(slots[name].shape)}")
-    if wrong:
+    return wrong
+
+
+@torch.no_grad()
+def fill(slots: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy unsharded tensors into the slots of the same names, which may be sharded."""
+    if wrong := misfits(slots, tensors):
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}")
     for name, slot in slots.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,27 +48,31 @@ def read_export(folder: str | Path) -> Export:
         if not any(place.is_dir() for place in places):
             raise UserError(f"there is no export at {folder}: give the folder that holds model.safetensors")
         for place in places[:2]:
-            if (version := _version(place)) is None:
+            try:
+                descriptor = os.open(place, os.O_RDONLY)  # while it is open, no new folder has its inode number
+            except (FileNotFoundError, NotADirectoryError):
                 continue
+            except OSError as error:
+                raise UserError(f"{place} cannot be read: {error}") from error
             try:
                 export = _read_version(place)
-            except UserError:
-                if place == folder and _version(place) == version:
-                    raise
-            else:
-                if _version(place) == version:
+                if _is_at(descriptor, place):
                     return export
+            except UserError:
+                if place == folder and _is_at(descriptor, place):
+                    raise
+            finally:
+                os.close(descriptor)
         time.sleep(0.05)
     raise UserError(f"the export {folder} is being replaced all the time: try again")
 
 
-def _version(folder: Path) -> tuple[int, int] | None:
-    """Identity of a folder, which a replacement changes; None if there is none."""
+def _is_at(descriptor: int, folder: Path) -> bool:
+    """Whether an open folder is still at its path."""
     try:
-        status = folder.stat()
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
     except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return False
 
 
 def _read_version(folder: Path) -> Export:

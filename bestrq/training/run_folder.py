@@ -105,7 +105,8 @@ class RunFolder:
                 initial = self._check_resume(values, defaults, free, fingerprints or {}, places or {}, origins or {})
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = RunLock(self.path)
-                remove_leftovers(self.path)
+                for folder in (self.path, self.pictures, self.path / "averaging"):  # checkpoints: `latest_checkpoint`
+                    remove_leftovers(folder)
                 save_yaml(values, self.config)
                 start = {**_describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
                 write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))

@@ -156,7 +156,7 @@ def main() -> int:
     def write_results(job: Job | None) -> None:
         if options.pretrain_only or (job is not None and job.kind not in ("decode", "beam", "finetune")):
             return
-        document = collect(plan, facts, f"{make_parser().prog} {shlex.join(sys.argv[1:])}")
+        document = collect(plan, facts, f"{make_parser().prog} {shlex.join(whole_command(sys.argv[1:]))}")
         write_outputs(document, folder, Path(options.results) if options.results else None)
 
     status = Runner(jobs, folder, run_options, write_results).run()
@@ -167,6 +167,14 @@ def main() -> int:
     elif status == 0:
         print(f"numbers: {folder / 'learning.json'}, figure: {folder / 'learning.svg'}, table: {folder / 'table.md'}")
     return status
+
+
+def whole_command(arguments: Sequence[str]) -> list[str]:
+    """Arguments without --only and --part: those that give all results, not only the last ones."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--only", "--part"):
+        parser.add_argument(name, action="append")
+    return parser.parse_known_args(arguments)[1]
 
 
 def check_pretrained(setup: Setup, seconds: float | None) -> None:

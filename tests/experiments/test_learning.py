@@ -29,6 +29,7 @@ from data.format.dataset import Dataset, open_dataset
 from data.format.writer import DatasetWriter
 from data.recording import Recording
 from experiments.jobs import Record
+from experiments.learning.__main__ import whole_command
 from experiments.learning.choices import choose, dev_cer_of_export, write_overlay
 from experiments.learning.corpus import check_texts, choose_languages, preparation, usable_minutes
 from experiments.learning.intervals import Errors, mean_rate, rate_with_interval
@@ -299,6 +300,11 @@ def test_systems_on_different_recordings_are_not_compared(measured: Plan) -> Non
     score(measured, "pretrained/cs-30min-s1-greedy", {"r0": 1, "r2": 1}, "cs")
     with pytest.raises(UserError, match="pretrained and scratch were evaluated on different recordings"):
         collect(measured, {}, "", 100)
+
+
+def test_the_recorded_command_is_that_of_all_jobs() -> None:
+    part = ["--size", "night", "--only", "a/*", "--workers", "2", "--only=b/*", "--part", "0/2", "--set", "x=1"]
+    assert whole_command(part) == ["--size", "night", "--workers", "2", "--set", "x=1"]
 
 
 def test_means_of_fewer_runs_than_those_of_others_are_not_shown(measured: Plan) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bestrq.training import run_lock
+from bestrq.training.checkpoint import latest_checkpoint
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder, RunSettings
 from bestrq.training.run_lock import LOCK, RunLock
@@ -85,14 +86,19 @@ def test_a_file_system_without_locks_is_named_and_used(
 
 def test_leftovers_of_dead_writers_are_removed_at_the_start(tmp_path: Path) -> None:
     """Under any name of process: in a container it is the same at every start."""
+    other = temporary_name(tmp_path / "other" / "step-00000001")  # of a run in the folder of this one, perhaps alive
+    other.mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "pictures", tmp_path / "checkpoints"):
         folder.mkdir(exist_ok=True)
         temporary_name(folder / "step-00000001").mkdir()
         temporary_name(folder / "model.png").write_text("half")
     (tmp_path / ".tmp-notes").write_text("mine")
-    RunFolder(tmp_path).start(Settings(), World())
+    run = RunFolder(tmp_path)
+    run.start(Settings(), World())
+    assert latest_checkpoint(run.checkpoints, World()) is None
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == [".tmp-notes", "checkpoints", "config.yaml", "pictures", "run.json", LOCK]
+    kept = ["other", str(other.relative_to(tmp_path))]
+    assert left == [".tmp-notes", "checkpoints", "config.yaml", *kept, "pictures", "run.json", LOCK]
 
 
 def test_links_among_leftovers_are_not_followed(tmp_path: Path) -> None:
