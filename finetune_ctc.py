@@ -25,6 +25,7 @@ from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
+from bestrq.training.watchdog import Watchdog
 from common.config import parse, run_main
 from common.segments import to_device
 from data.loading.loader import DataState
@@ -95,27 +96,33 @@ def train(config: Config) -> None:
         averages.load(checkpoint)
 
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)
+    data_state = loader.state
     guard = StepGuard(config.guard)
     metrics = MetricsLog(folder, step, world)
     throughput = Throughput(world, config.run.steps)
-    stop = StopRequest(folder.path)
+    stop = StopRequest(folder.path, world)
+    watchdog = Watchdog(config.guard, folder.path, world)
     sums = IntervalSums(COUNTERS, world.device)
     if world.is_main:
         print(describe(run, precision, model, crops[0], step), flush=True)
 
-    batches = iter(loader)
-    stopping = stop.agreed(world)
-    while step < config.run.steps and not stopping:
+    batches = loader.steps(stop.noticed_while_waiting)
+    while step < config.run.steps:
         # ---- Data ----
         with throughput.waiting():
-            micro_batches = next(batches)
-        step += 1
+            micro_batches = next(batches, [])  # none after a request to stop in the absence of data
         model.encoder.settings = stages[loader.stage].encoder  # positions may be interpolated in later stages
-        seed_step(config.run.seed, step, world.rank)
+        seed_step(config.run.seed, step + 1, world.rank)
         micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
         num_labels = sum(int(lengths.sum()) for _, lengths in micro_labels)
-        # The loss is divided by the labels of all ranks, and gradients are summed over ranks: see process.py.
-        global_labels = world.sum(torch.full((), num_labels, device=world.device)).clamp(min=1)
+        # All ranks stop before the same step. The loss is divided by the labels of all ranks, and gradients are summed
+        # over ranks: see process.py.
+        global_labels, stops = world.sum_on_host(num_labels, stop.noticed())
+        if stops:
+            break
+        step += 1
+        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+        watchdog.step(step, samples)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         rates = set_learning_rates(optimizer, step, config.run.steps)
@@ -131,7 +138,7 @@ def train(config: Config) -> None:
                         log_mel, batch.segments, labels, label_lengths,
                         frozen_blocks=frozen_blocks(config, step), masked=masked,
                     )  # fmt: skip
-                (output.loss_sum / global_labels).backward()
+                (output.loss_sum / max(global_labels, 1)).backward()
             loss_sum += output.loss_sum.detach()
             sums.add(loss=output.loss_sum, impossible=output.num_impossible, labels=int(label_lengths.sum()))
             sums.add(
@@ -139,14 +146,12 @@ def train(config: Config) -> None:
             )
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
-        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
-        clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
-        result = guard.apply(step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
-        stopping = result.stop
+        result = guard.apply(step, parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world, samples)
         if result.applied:
             averages.update(parallel_model)
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         throughput.count(audio_frames / frames_per_second)
+        data_state = micro_batches[-1].state
 
         # ---- Logging ----
         is_last = step == config.run.steps
@@ -162,6 +167,7 @@ def train(config: Config) -> None:
         # ---- Validation, export of the best model, and checkpoint ----
         is_validation = step % config.validation.every_steps == 0 or is_last
         if is_validation:
+            watchdog.long()
             decoder = GreedyCTC(model.log_probs)
             for kind in averages.validated(parallel_model, step):
                 scores = validate(model, decoder, heldout, tokenizer.decode, inference, frames_per_second, world)
@@ -171,21 +177,25 @@ def train(config: Config) -> None:
                     best = Best(dev_rates[f"dev_{config.validation.best_by}"], step)
                     export(run, step, parallel_model, tokenizer, dev_rates, "ctc")
         if is_validation or step % config.checkpoint.every_steps == 0:
-            save(run, step, parallel_model, optimizer, loader.state, best, averages)
+            watchdog.long()
+            save(run, step, parallel_model, optimizer, data_state, best, averages)
         if is_validation and world.is_main:  # printed once export and checkpoint are on disk
             print(f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}")
             print(f"    reference:  {scores.reference}\n    hypothesis: {scores.hypothesis[:200]}", flush=True)
 
     # ---- End of the run, or a stop ----
+    watchdog.long()
+    batches.close()  # ends the workers, even hung ones
     if step < config.run.steps:
-        save(run, step, parallel_model, optimizer, loader.state, best, averages)
-        stop.leave_requeue_marker(world)
+        save(run, step, parallel_model, optimizer, data_state, best, averages)
+        stop.leave_requeue_marker()
         if world.is_main:
             print(f"stopped after step {step} ({stop.reason}); the same command continues", flush=True)
     elif world.is_main:
         rate = f"{config.validation.best_by} {best.rate:.2%}"
         print(f"done: best dev {rate} at step {best.step}: {folder.export}", flush=True)
     metrics.close()
+    watchdog.close()
     folder.close()
     world.close()
 

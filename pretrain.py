@@ -95,7 +95,8 @@ def train(config: Config) -> None:
     # ---- Loader. The rows of a step depend neither on world size nor on accumulation nor on workers ----
     loader, dev_batches = make_loaders(config, dataset, training, heldout, state, world)
     model.encoder.settings = stages[loader.stage][1]
-    from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read it
+    from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read these
+    from bestrq.training.watchdog import Watchdog
 
     main_loss = next(iter(model.loss_names), "loss")
     new_targets_at = (config.quantizer.pca_steps, *config.quantizer.refine_steps)
@@ -103,7 +104,8 @@ def train(config: Config) -> None:
     guard = StepGuard(config.guard)
     metrics = MetricsLog(run, state.step, world)
     throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
-    stop = StopRequest(run.path)
+    stop = StopRequest(run.path, world)
+    watchdog = Watchdog(config.guard, run.path, world)
     sums = IntervalSums((*COUNTERS, *model.loss_names), world.device)
     if world.is_main:
         seconds = config.data.rows * config.data.row_frames * dataset.features.hop_ms / 1000
@@ -114,19 +116,23 @@ def train(config: Config) -> None:
             flush=True,
         )
 
-    batches = iter(loader)
-    stopping = stop.agreed(world)
-    while state.step < config.run.steps and not stopping:
+    batches = loader.steps(stop.noticed_while_waiting)
+    while state.step < config.run.steps:
         # ---- Data: targets from the clean features, noise in place of the masked frames ----
         with throughput.waiting():
-            micro_batches = next(batches)
-        state.step += 1
+            micro_batches = next(batches, [])  # none after a request to stop in the absence of data
         model.encoder.settings = stages[loader.stage][1]  # positions may be interpolated in later stages
-        seed_step(config.run.seed, state.step, world.rank)
+        seed_step(config.run.seed, state.step + 1, world.rank)
         micro_rows = [masked_rows(batch, state, config, world, training=True) for batch in micro_batches]
         num_targets = sum(rows.num_targets for rows in micro_rows)
-        # The loss is divided by the targets of all ranks, and gradients are summed over ranks: see process.py.
-        global_targets = world.sum(torch.full((), num_targets, device=world.device)).clamp(min=1)
+        # All ranks stop before the same step. The loss is divided by the targets of all ranks, and gradients are summed
+        # over ranks: see process.py.
+        global_targets, stops = world.sum_on_host(num_targets, stop.noticed())
+        if stops:
+            break
+        state.step += 1
+        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
+        watchdog.step(state.step, samples)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         (learning_rate,) = set_learning_rates(optimizer, state.step, config.run.steps)
@@ -135,7 +141,7 @@ def train(config: Config) -> None:
             with gradient_sync(parallel_model, i == len(micro_rows) - 1):
                 with autocast(world, config.distributed):
                     loss, num_correct, *losses = parallel_model(*rows.inputs)
-                (loss / global_targets).backward()
+                (loss / max(global_targets, 1)).backward()
             loss_sum += loss.detach()
             sums.add(loss=loss, correct=num_correct, targets=rows.num_targets, **frame_counts(rows))
             sums.add(**dict(zip(model.loss_names, losses, strict=True)))
@@ -144,10 +150,9 @@ def train(config: Config) -> None:
                 adaptation.observe(state.step, rows.stacks, rows.targets)
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
-        samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
-        clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
-        result = guard.apply(state.step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
-        stopping = result.stop
+        result = guard.apply(
+            state.step, parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world, samples
+        )
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
         num_rows = sum(batch.log_mel.shape[0] for batch in micro_batches)
         throughput.count(audio_frames / dataset.features.frames_per_second, row_flops[loader.stage] * num_rows)
@@ -176,6 +181,7 @@ def train(config: Config) -> None:
 
         # ---- Validation on the same crops, masks and noise each time; training is not affected ----
         if dev_batches and (is_last or state.step % config.validation.every_steps == 0):
+            watchdog.long()
             with throughput.paused():
                 dev_rows = (masked_rows(batch, state, config, world) for batch in dev_batches)
                 rates = validate(parallel_model, dev_rows, config.distributed, world)
@@ -184,6 +190,7 @@ def train(config: Config) -> None:
                 print(console_line(state.step, config.run.steps, rates), flush=True)
 
         if probe and (is_last or state.step % config.probe.every_steps == 0):
+            watchdog.long()
             with throughput.paused():
                 probe.run(state.step, config.run.steps, parallel_model, metrics, alarms)
 
@@ -195,21 +202,25 @@ def train(config: Config) -> None:
 
         # ---- Checkpoint ----
         if is_checkpoint and not is_last:
+            watchdog.long()
             save(state, run, config, dataset, world)
 
     # ---- End of the run, or a stop ----
+    watchdog.long()
+    batches.close()  # ends the workers, even hung ones
     if state.step:
         save(state, run, config, dataset, world)
         counts = world.sum(code_counts)
         if world.is_main:
             save_codebook_usage(run.pictures, counts)
     if state.step < config.run.steps:
-        stop.leave_requeue_marker(world)
+        stop.leave_requeue_marker()
         if world.is_main:
             print(f"stopped after step {state.step} ({stop.reason}); the same command continues", flush=True)
     elif world.is_main:
         print(f"done: {run.export}", flush=True)
     metrics.close()
+    watchdog.close()
     run.close()
     world.close()
 

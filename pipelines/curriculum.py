@@ -1,6 +1,6 @@
 """Training in stages: a curriculum changes the lengths of rows and crops; labelled crops of fine-tuning."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -165,12 +165,18 @@ class CurriculumLoader:
         return self.loader.state
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        return self.steps()
+
+    def steps(self, interrupted: Callable[[], bool] | None = None) -> Generator[list[Batch], None, None]:
+        """Yield the steps after `self.step`, as `RowLoader.steps`."""
         while True:
-            batches = self.loader.steps()
+            batches = self.loader.steps(interrupted)
             stage = self._stage_of(self.step + 1)
             while self._stage_of(self.step + 1) == stage:
+                if (micro_batches := next(batches, None)) is None:
+                    return
                 self.step += 1
-                yield next(batches)
+                yield micro_batches
                 self.quarantined |= self.loader.quarantined
             batches.close()  # stops the workers before those of the next stage start
             self.loader = self._row_loader(stage + 1, None)

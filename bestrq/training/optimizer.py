@@ -128,7 +128,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 @dataclass
 class GuardSettings:
-    """Handling of non-finite losses and of gradient spikes."""
+    """Handling of non-finite losses, gradient spikes and steps that hang."""
 
     max_bad_updates: PositiveInt = 5
     """consecutive skipped steps (non-finite loss or gradient) after which the run stops with an error"""
@@ -136,6 +136,11 @@ class GuardSettings:
     """gradient norms this many standard deviations above the mean of recent steps are logged as spikes"""
     spike_window: int = 128
     """number of recent steps for that mean"""
+    step_minutes: NonNegativeFloat = 10.0
+    """minutes without progress after which the run ends with a report (RUN_FOLDER/hangs), or ten times the longest step
+    so far if that is more; 0 disables it"""
+    first_step_minutes: PositiveFloat = 30.0
+    """the same before the first step, and in a validation, probe or checkpoint"""
 
     def __post_init__(self) -> None:
         if self.spike_window < MIN_SPIKE_HISTORY:
@@ -152,8 +157,6 @@ class StepResult:
     """False if a loss or gradient was not finite on some rank: no rank has changed weights or optimizer state"""
     spike: bool = False
     """the norm is far above the recent ones; the step was applied"""
-    stop: bool = False
-    """some rank has a request to stop"""
 
 
 @dataclass(frozen=True)
@@ -187,19 +190,17 @@ class StepGuard:
         loss: Tensor,
         clip_norm: float,
         world: World,
-        stop: bool = False,
         samples: Sequence[str] = (),
     ) -> StepResult:
         """Apply the accumulated gradients on all ranks, or skip the step on all ranks; gradients are cleared.
 
-        All ranks must call it. Its only collective also carries the requests to stop. A skipped step is reported on
-        stderr by every rank, with its loss and samples: a non-finite loss identifies the rank with bad samples.
+        All ranks must call it. A skipped step is reported on stderr by every rank, with its loss and samples: a
+        non-finite loss identifies the rank with bad samples.
 
         Args:
             step: optimizer step, for the report.
             loss: this rank's detached sum over micro-batches, a scalar.
             clip_norm: maximum gradient norm; 0 disables clipping.
-            stop: this rank has a request to stop.
             samples: ids of this rank's samples.
 
         Returns:
@@ -213,13 +214,13 @@ class StepGuard:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss.device)
         is_bad = ~(norm.isfinite() & loss.isfinite().all())
-        flags = world.sum(torch.stack((is_bad, torch.full_like(is_bad, stop))).double())
+        bad_ranks = world.sum(is_bad.double())
         if clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-        optimizer.found_inf = (flags[0] > 0).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = (bad_ranks > 0).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        numbers = LaterRead(torch.cat((torch.stack((norm.double(), loss.double())), flags)))
+        numbers = LaterRead(torch.stack((norm.double(), loss.double(), bad_ranks)))
         pending, self._pending = self._pending, _Pending(step, numbers, samples)
         if loss.device.type == "cpu":
             pending, self._pending = self._pending, None
@@ -227,10 +228,10 @@ class StepGuard:
 
     def _finish(self, pending: _Pending, world: World) -> StepResult:
         """Outcome of a step, and the report if it was skipped."""
-        norm, loss, bad_ranks, stop = pending.numbers.tolist()
+        norm, loss, bad_ranks = pending.numbers.tolist()
         if not bad_ranks:
             self.skipped_in_a_row = 0
-            return StepResult(norm, spike=self._is_spike(norm), stop=stop > 0)
+            return StepResult(norm, spike=self._is_spike(norm))
         print(
             f"step {pending.step} skipped on all ranks: a loss or the gradient is not finite (loss of rank "
             f"{world.rank}: {loss:g}). Samples of rank {world.rank}: {', '.join(pending.samples)}",
@@ -243,7 +244,7 @@ class StepGuard:
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient. The last checkpoint is "
                 "older; lower the learning rate, or inspect the samples logged with the skipped steps"
             )
-        return StepResult(norm, applied=False, stop=stop > 0)
+        return StepResult(norm, applied=False)
 
     def _is_spike(self, norm: float) -> bool:
         count = len(self.norms)

@@ -94,7 +94,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 class World:
     """Rank, world size and device of this process, and the collectives.
 
-    All ranks must call every method, in the same order.
+    All ranks must call every method, in the same order. `sum` runs on the device of its tensor, the others on the host.
     """
 
     rank: int = 0
@@ -114,11 +114,18 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def sum_on_host(self, *values: float) -> list[float]:
+        """Sums over ranks of numbers of the host, in float64; the device goes on with its work meanwhile."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
     def max(self, value: float) -> float:
         """Maximum over ranks. Backends treat NaN differently: use `any(isnan)`."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return float(tensor.item())
 
@@ -131,9 +138,9 @@ class World:
         if self.size == 1:
             return value
         content = json.dumps(value).encode() if self.is_main else b""
-        length = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        length = torch.tensor([len(content)], dtype=torch.int64)
         dist.broadcast(length, src=0)
-        buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
         if self.is_main:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(buffer, src=0)
@@ -145,10 +152,10 @@ class World:
             return [value]
         content = json.dumps(value).encode()
         # Each rank fills its own row of zeros, so the sum over ranks has all rows: bytes of JSON, no pickle.
-        rows = torch.zeros(self.size, int(self.max(len(content))), dtype=torch.uint8, device=self.device)
+        rows = torch.zeros(self.size, int(self.max(len(content))), dtype=torch.uint8)
         rows[self.rank, : len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         rows = self.sum(rows)
-        return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in rows.cpu()] if self.is_main else []
+        return [json.loads(row.numpy().tobytes().rstrip(b"\0")) for row in rows] if self.is_main else []
 
     def barrier(self) -> None:
         """Wait until all ranks have called this method."""
@@ -221,7 +228,7 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
                  "MASTER_PORT": launch.port, "LOCAL_RANK": launch.local_rank}  # fmt: skip
         os.environ.update({name: str(value) for name, value in names.items()})
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=datetime.timedelta(minutes=settings.timeout_minutes),
             device_id=device if cuda else None,
         )

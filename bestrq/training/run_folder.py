@@ -35,7 +35,9 @@ FREE_RUN_FIELDS = (
     "accumulation",
     "checkpoint",
     *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
+    "guard.first_step_minutes",
     "guard.max_bad_updates",
+    "guard.step_minutes",
     "run.folder",
     "run.log_every",
 )

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.segments import Segments
@@ -224,12 +220,15 @@ class RowLoader:
     def __iter__(self) -> Iterator[list[Batch]]:
         return self.steps()
 
-    def steps(self) -> Generator[list[Batch], None, None]:
-        """Yield the steps from `self.state` on and advance it: a second call continues after the last step."""
-        batches = self._batches()
+    def steps(self, interrupted: Callable[[], bool] | None = None) -> Generator[list[Batch], None, None]:
+        """Yield the steps from `self.state` on and advance it: a second call continues after the last step.
+
+        Args:
+            interrupted: called every few seconds while workers have no batch ready; True ends the iteration.
+        """
+        batches = self._batches(interrupted)
         try:
-            while True:
-                micro_batches = [next(batches) for _ in range(self.accumulation)]
+            while len(micro_batches := list(islice(batches, self.accumulation))) == self.accumulation:
                 self.state = micro_batches[-1].state
                 yield micro_batches
         finally:
@@ -243,7 +242,7 @@ class RowLoader:
             for first in range(0, share, self.batch_rows):
                 yield rank_rows[first : first + self.batch_rows], state
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self, interrupted: Callable[[], bool] | None) -> Generator[Batch, None, None]:
         s = self.settings
         shape = (self.batch_rows, s.row_frames, self.dataset.features.num_mels)
         pool: type[SharedBuffers] = SharedBuffers
@@ -269,7 +268,13 @@ class RowLoader:
                 pending.append((state, buffer))
                 yield BatchPlan.from_rows(rows, buffer)
 
-        for content in self._read(reader, plans()):
+        contents: Iterator[BatchContent | UserError] = map(reader.__getitem__, plans())
+        if s.num_workers:
+            from data.loading.workers import read_in_workers  # a reader of the loop need not read it
+
+            workers = {"num_workers": s.num_workers, "prefetch": s.prefetch, "start_method": s.start_method}
+            contents = read_in_workers(reader, plans(), **workers, interrupted=interrupted)
+        for content in contents:
             if isinstance(content, UserError):
                 raise content
             state, buffer = pending.popleft()
@@ -281,24 +286,6 @@ class RowLoader:
             mask = None if content.mask is None else _unpack_mask(content.mask, log_mel.shape[:2])
             text = [[self.crops.text(item) for *_, item in row] for row in content.crops]
             yield Batch(log_mel, segments, mask, text, content.crops, state, self.dataset, content.received)
-
-    def _read(self, reader: RowReader, plans: Iterator[BatchPlan]) -> Iterator[BatchContent | UserError]:
-        """Contents in the order of the plans."""
-        s = self.settings
-        if s.num_workers == 0:
-            return map(reader.__getitem__, plans)
-        workers: DataLoader[Any] = DataLoader(
-            reader,  # type: ignore[arg-type]
-            sampler=plans,
-            batch_size=None,
-            num_workers=s.num_workers,
-            prefetch_factor=s.prefetch,
-            collate_fn=_identity,
-            worker_init_fn=_start_worker,
-            multiprocessing_context=multiprocessing.get_context(s.start_method),
-            generator=torch.Generator(),  # the default draws from the global generator and changes its state
-        )
-        return iter(workers)
 
     def _quarantine(self, unreadable: dict[str, str]) -> None:
         """Record unreadable recordings. Raises UserError if there are more than `max_quarantined`."""
@@ -334,29 +321,3 @@ class RowLoader:
 def _unpack_mask(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
     """Inverse of np.packbits, bool of the given shape."""
     return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(np.bool_))
-
-
-def _start_worker(_: int) -> None:
-    """Ignore the signals at which the training process stops, and SIGTERM unless it sends it.
-
-    A cluster sends them to every process of a job. A worker that exited would break the last steps of the training
-    process, which stops its workers itself.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_on_request() -> None:
-        while parent.is_alive():
-            received = signal.sigtimedwait([signal.SIGTERM], 1.0)
-            if received is not None and received.si_pid == parent.pid:
-                break
-        os._exit(0)
-
-    threading.Thread(target=exit_on_request, daemon=True).start()
-
-
-def _identity(content: Any) -> Any:
-    return content

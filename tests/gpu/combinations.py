@@ -131,7 +131,7 @@ def compare_resumed_run(dataset: Path, folder: Path, script: str) -> list[str]:
     """Differences between an uninterrupted run on the CPU and one on the device that stops and resumes."""
     cpu = train_on_cpu(script, dataset, folder / "cpu")
     answers = iter([False, False])
-    with mock.patch.object(StopRequest, "agreed", lambda self, world: next(answers, True)):
+    with mock.patch.object(StopRequest, "noticed", lambda self: next(answers, True)):
         train_on_simulated_cuda(script, dataset, folder / "cuda")
     cuda = train_on_simulated_cuda(script, dataset, folder / "cuda")
     return differences(cpu, cuda)

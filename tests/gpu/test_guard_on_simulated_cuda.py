@@ -21,9 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 WORLD = World(device=torch.device("cuda", 0))
 
 
-def steps(
-    scales: list[float], stops: list[bool] | None = None, max_bad: int = 5
-) -> tuple[list[StepResult], list[bool]]:
+def steps(scales: list[float], max_bad: int = 5) -> tuple[list[StepResult], list[bool]]:
     """Results of the guard for steps with the loss multiplied by these; and whether each changed the weights."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2).to("cuda")
@@ -35,8 +33,7 @@ def steps(
         before = model.weight.detach().cpu().clone()
         loss = scale * model(torch.ones(1, 3, device="cuda")).sum()
         loss.backward()
-        stop = stops is not None and stops[number - 1]
-        results.append(guard.apply(number, model, optimizer, loss.detach(), 0.5, WORLD, stop, [f"sample-{number}"]))
+        results.append(guard.apply(number, model, optimizer, loss.detach(), 0.5, WORLD, [f"sample-{number}"]))
         changed.append(not torch.equal(before, model.weight.detach().cpu()))
     return results, changed
 
@@ -52,12 +49,6 @@ def test_a_bad_step_changes_nothing_and_is_reported_with_its_own_samples_one_ste
     error = capsys.readouterr().err
     assert "step 2 skipped" in error and "loss of rank 0: nan" in error
     assert "sample-2" in error and "sample-1" not in error and "sample-3" not in error
-
-
-def test_a_request_to_stop_is_known_one_step_later() -> None:
-    with simulated_cuda():
-        results, _ = steps([1.0, 1.0, 1.0], [False, True, False])
-    assert [result.stop for result in results] == [False, False, True]
 
 
 def test_bad_steps_in_a_row_end_the_run() -> None:

@@ -66,7 +66,7 @@ def test_pretraining_with_interruption_fine_tuning_and_evaluation(
         if name == "interrupted":
             requests = iter([False, False])
             with monkeypatch.context() as stopping:
-                stopping.setattr(StopRequest, "agreed", lambda self, world, requests=requests: next(requests, True))
+                stopping.setattr(StopRequest, "noticed", lambda self, requests=requests: next(requests, True))
                 pretrain.train(config)
         pretrain.train(config)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "interrupted")

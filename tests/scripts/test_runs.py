@@ -62,7 +62,7 @@ def run(script: str, dataset: Path, folder: Path, *more: str) -> None:
 def stop_after(monkeypatch, steps: int) -> None:
     """Make the next run stop after a number of steps, as after a request to stop."""
     answers = iter([False] * steps)
-    monkeypatch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
+    monkeypatch.setattr(StopRequest, "noticed", lambda self: next(answers, True))
 
 
 def final_weights(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:

@@ -183,17 +183,17 @@ def agreements(world: World, folder: str) -> dict[str, object]:
         "broadcast": world.broadcast({"n\u00e4me": [1, 2.5, None], "rank": world.rank}),
         "nothing": world.broadcast(None),
     }
-    stop = StopRequest(Path(folder))
-    answers["before"] = stop.agreed(world)
+    stop = StopRequest(Path(folder), world)
+    answers["before"] = world.sum_on_host(world.rank + 0.5, stop.noticed())
     if world.rank == 1:
         stop.requested = True  # what the signal handler does
-    answers["after"] = stop.agreed(world)
-    fresh = StopRequest(Path(folder))
+    answers["after"] = world.sum_on_host(2**40 + 1, stop.noticed())
+    fresh = StopRequest(Path(folder), world)
     if world.is_main:
         (Path(folder) / STOP).touch()
     world.barrier()
-    answers["file"] = fresh.agreed(world)
-    fresh.leave_requeue_marker(world)
+    answers["file"] = world.sum_on_host(fresh.noticed())
+    fresh.leave_requeue_marker()
     answers["left"] = sorted(os.listdir(folder))
     return answers
 
@@ -203,7 +203,7 @@ def test_all_ranks_agree_on_sums_flags_json_and_on_a_stop_that_one_rank_saw(tmp_
         assert answers == {
             "sum": (3.0, True), "max": -2.0, "any": (True, False),
             "broadcast": {"n\u00e4me": [1, 2.5, None], "rank": 0}, "nothing": None,
-            "before": False, "after": True, "file": True, "left": ["REQUEUE"]}  # fmt: skip
+            "before": [2.0, 0.0], "after": [2.0**41 + 2, 1.0], "file": [1.0], "left": ["REQUEUE"]}  # fmt: skip
 
 
 def fail_on_rank_1(world: World) -> None:

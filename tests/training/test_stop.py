@@ -26,35 +26,42 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_sets_a_flag_and_nothing_else(number: signal.Signals, tmp_path: Path) -> None:
-    stop = StopRequest(tmp_path)
-    assert not stop.agreed(World())
+    stop = StopRequest(tmp_path, World())
+    assert not stop.noticed()
     os.kill(os.getpid(), number)
-    assert list(tmp_path.iterdir()) == [] and stop.agreed(World()) and stop.agreed(World())
+    assert list(tmp_path.iterdir()) == [] and stop.noticed() and stop.noticed()
     assert stop.reason == number.name
 
 
 def test_an_ignored_hang_up_stays_ignored(tmp_path: Path) -> None:
     """`nohup python pretrain.py` goes on when its terminal is closed."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopRequest(tmp_path)
+    stop = StopRequest(tmp_path, World())
     os.kill(os.getpid(), signal.SIGHUP)
-    assert not stop.agreed(World())
+    assert not stop.noticed()
 
 
 def test_a_stop_file_counts_from_when_it_is_there_and_makes_way_for_the_requeue_marker(tmp_path: Path) -> None:
-    stop = StopRequest(tmp_path)
-    assert not stop.agreed(World())
+    stop = StopRequest(tmp_path, World())
+    assert not stop.noticed()
     (tmp_path / STOP).touch()
-    assert stop.agreed(World())
-    stop.leave_requeue_marker(World())
+    assert stop.noticed()
+    stop.leave_requeue_marker()
     assert [path.name for path in tmp_path.iterdir()] == [REQUEUE]
     assert "STOP" in (tmp_path / REQUEUE).read_text()
 
 
+def test_only_a_rank_without_data_looks_for_the_file_beside_rank_0(tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path, World(rank=1, size=2))
+    (tmp_path / STOP).touch()
+    assert not stop.noticed()
+    assert stop.noticed_while_waiting() and stop.noticed()
+
+
 def test_a_new_start_removes_the_old_requeue_marker_and_runs(tmp_path: Path) -> None:
     (tmp_path / REQUEUE).touch()
-    stop = StopRequest(tmp_path)
-    assert not stop.agreed(World()) and list(tmp_path.iterdir()) == []
+    stop = StopRequest(tmp_path, World())
+    assert not stop.noticed() and list(tmp_path.iterdir()) == []
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path) -> None:
@@ -62,8 +69,8 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from bestrq.training.process import World\n"
         "from bestrq.training.stop import StopRequest\n"
-        "stop = StopRequest(sys.argv[1])\n"
-        "os.kill(os.getpid(), signal.SIGINT); print(stop.agreed(World()), flush=True)\n"
+        "stop = StopRequest(sys.argv[1], World())\n"
+        "os.kill(os.getpid(), signal.SIGINT); print(stop.noticed(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); print('still here', flush=True)"
     )
     root = REPOSITORY
