@@ -18,7 +18,7 @@ from bestrq.long_form.decoders import GreedyCTC
 from bestrq.recognition.ctc import CTCModel, pad_labels
 from bestrq.recognition.hidden_masks import draw_hidden_masks
 from bestrq.recognition.spec_augment import spec_augment
-from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
+from bestrq.training.checkpoint import BackgroundWriter, latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
@@ -102,6 +102,7 @@ def train(config: Config) -> None:
     throughput = Throughput(world, config.run.steps)
     stop = StopRequest(folder.path, world)
     watchdog = Watchdog(config.guard, folder.path, world)
+    writer = BackgroundWriter(world)
     sums = IntervalSums(COUNTERS, world.device)
     if world.is_main:
         print(describe(run, precision, model, crops[0], step), flush=True)
@@ -175,19 +176,22 @@ def train(config: Config) -> None:
                 metrics.write(step, dev_rates, kind=kind)
                 if dev_rates[f"dev_{config.validation.best_by}"] < best.rate:
                     best = Best(dev_rates[f"dev_{config.validation.best_by}"], step)
-                    export(run, step, parallel_model, tokenizer, dev_rates, "ctc")
+                    export(run, step, parallel_model, tokenizer, dev_rates, "ctc", writer)
         if is_validation or step % config.checkpoint.every_steps == 0:
             watchdog.long()
-            save(run, step, parallel_model, optimizer, data_state, best, averages)
-        if is_validation and world.is_main:  # printed once export and checkpoint are on disk
-            print(f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}")
-            print(f"    reference:  {scores.reference}\n    hypothesis: {scores.hypothesis[:200]}", flush=True)
+            save(run, step, parallel_model, optimizer, data_state, best, averages, writer)
+        if is_validation:  # printed once export and checkpoint are on disk
+            line = f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}"
+            example = f"    reference:  {scores.reference}\n    hypothesis: {scores.hypothesis[:200]}"
+            writer.submit(print, f"{line}\n{example}", flush=True)
 
     # ---- End of the run, or a stop ----
     watchdog.long()
     batches.close()  # ends the workers, even hung ones
     if step < config.run.steps:
-        save(run, step, parallel_model, optimizer, data_state, best, averages)
+        save(run, step, parallel_model, optimizer, data_state, best, averages, writer)
+    writer.close()
+    if step < config.run.steps:
         stop.leave_requeue_marker()
         if world.is_main:
             print(f"stopped after step {step} ({stop.reason}); the same command continues", flush=True)

@@ -21,7 +21,7 @@ from bestrq.pretraining.reporting import (
     interval_means,
     save_codebook_usage,
 )
-from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
+from bestrq.training.checkpoint import BackgroundWriter, latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line, start_line
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
@@ -106,6 +106,7 @@ def train(config: Config) -> None:
     throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
     stop = StopRequest(run.path, world)
     watchdog = Watchdog(config.guard, run.path, world)
+    writer = BackgroundWriter(world)
     sums = IntervalSums((*COUNTERS, *model.loss_names), world.device)
     if world.is_main:
         seconds = config.data.rows * config.data.row_frames * dataset.features.hop_ms / 1000
@@ -203,16 +204,17 @@ def train(config: Config) -> None:
         # ---- Checkpoint ----
         if is_checkpoint and not is_last:
             watchdog.long()
-            save(state, run, config, dataset, world)
+            save(state, run, config, dataset, world, writer)
 
     # ---- End of the run, or a stop ----
     watchdog.long()
     batches.close()  # ends the workers, even hung ones
     if state.step:
-        save(state, run, config, dataset, world)
+        save(state, run, config, dataset, world, writer)
         counts = world.sum(code_counts)
         if world.is_main:
             save_codebook_usage(run.pictures, counts)
+    writer.close()
     if state.step < config.run.steps:
         stop.leave_requeue_marker()
         if world.is_main:

@@ -17,7 +17,14 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.hidden_masks import HiddenMaskSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.averaging import Averages, AveragingSettings
-from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
+from bestrq.training.checkpoint import (
+    BackgroundWriter,
+    CheckpointSettings,
+    gather_model,
+    prune_checkpoints,
+    take_snapshot,
+    write_checkpoint,
+)
 from bestrq.training.export import write_export
 from bestrq.training.inference_precision import inference_precision
 from bestrq.training.meters import start_line
@@ -252,14 +259,16 @@ def make_averages(run: FinetuneRun, model: nn.Module) -> Averages:
 
 def save(
     run: FinetuneRun, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data_state: DataState, best: Best,
-    averages: Averages,
+    averages: Averages, writer: BackgroundWriter,
 ) -> None:  # fmt: skip
-    """Save a checkpoint; delete old ones except the best."""
+    """Save a checkpoint and delete old ones except the best, in the background; all ranks must call it."""
+    writer.begin(step)
     state: dict[str, Any] = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
     state |= {"features": run.dataset.features.to_dict(), "precision": run.config.distributed.precision}
     state |= {"averaged_updates": averages.updates}
-    save_checkpoint(run.folder.checkpoints, step, model, optimizer, state, run.world, averages.tensors())
-    prune_checkpoints(run.folder.checkpoints, run.config.checkpoint.keep_last, best.step, run.world)
+    snapshot = take_snapshot(step, model, optimizer, state, run.world, averages.tensors())
+    writer.submit(write_checkpoint, run.folder.checkpoints, snapshot)
+    writer.submit(prune_checkpoints, run.folder.checkpoints, run.config.checkpoint, best.step)
 
 
 def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, Any]:
@@ -279,15 +288,16 @@ TITLES = {"ctc": "CTC recogniser", "rnnt": "RNN-T recogniser"}
 
 def export(
     run: FinetuneRun, step: int, model: nn.Module, tokenizer: Tokenizer, rates: Mapping[str, float],
-    kind: Literal["ctc", "rnnt"], **description: Any,
+    kind: Literal["ctc", "rnnt"], writer: BackgroundWriter, **description: Any,
 ) -> None:  # fmt: skip
-    """Write the export that evaluate.py reads: the whole model, its settings, tokenizer and features.
+    """Write the export that evaluate.py reads, in the background: the whole model, its settings, tokenizer, features.
 
     Args:
         rates: error rates dev_wer and dev_cer.
         description: further entries of config.json.
     """
     config, dataset = run.config, run.dataset
+    writer.begin(step)
     weights = gather_model(model, run.world)
     if run.world.is_main:
         description |= {
@@ -311,7 +321,7 @@ def export(
 CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate it:
 `python evaluate.py --export THIS_FOLDER --data.dataset DATASET`.
 """
-        write_export(run.folder.export, weights, description, card, files)
+        writer.submit(write_export, run.folder.export, weights, description, card, files)
     run.world.barrier()
 
 

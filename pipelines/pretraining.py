@@ -17,11 +17,12 @@ from bestrq.pretraining.objective import BestRQ, MaskedRows, TargetSettings, mas
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.reporting import ProbeSettings
 from bestrq.training.checkpoint import (
+    BackgroundWriter,
     Checkpoint,
     CheckpointSettings,
-    gather_model,
     prune_checkpoints,
-    save_checkpoint,
+    take_snapshot,
+    write_checkpoint,
 )
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
@@ -239,18 +240,21 @@ def resume(state: RunState, checkpoint: Checkpoint, world: World) -> None:
         state.code_counts += checkpoint.extra_tensors["code_counts"].to(world.device)
 
 
-def save(state: RunState, run: RunFolder, config: Config, dataset: Dataset, world: World) -> None:
-    """Save a checkpoint and export the encoder; all ranks must call it."""
+def save(
+    state: RunState, run: RunFolder, config: Config, dataset: Dataset, world: World, writer: BackgroundWriter
+) -> None:
+    """Save a checkpoint and export the encoder, in the background; all ranks must call it."""
     assert state.data is not None
+    writer.begin(state.step)
     features = {"features": dataset.features.to_dict(), "feature_hash": dataset.features.hash()}
     values = {"data": state.data.to_dict(), **features, "precision": config.distributed.precision}
     targets = {f"quantizer.{name}": tensor for name, tensor in state.quantizer.state_dict().items()}
     targets |= state.teacher.tensors() if state.teacher else {}
     tensors = targets | (state.adaptation.tensors(world) if state.adaptation else {})
     tensors["code_counts"] = world.sum(state.code_counts)
-    save_checkpoint(run.checkpoints, state.step, state.model, state.optimizer, values, world, tensors)
-    prune_checkpoints(run.checkpoints, config.checkpoint.keep_last, None, world)
-    weights = gather_model(state.model, world)
+    snapshot = take_snapshot(state.step, state.model, state.optimizer, values, world, tensors)
+    writer.submit(write_checkpoint, run.checkpoints, snapshot)
+    writer.submit(prune_checkpoints, run.checkpoints, config.checkpoint)
     if world.is_main:
         from bestrq.pretraining.export import export_encoder  # only the main process exports
 
@@ -266,5 +270,5 @@ def save(state: RunState, run: RunFolder, config: Config, dataset: Dataset, worl
         }
         rows = f"{config.data.rows} rows of\n{config.data.row_frames} mel frames"
         training = f"{rows}, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`)"
-        export_encoder(run.export, weights, targets, description, training)
-    world.barrier()
+        exported = {name: snapshot.tensors["extra"][name] for name in targets}
+        writer.submit(export_encoder, run.export, snapshot.tensors["model"], exported, description, training)

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bestrq.training.checkpoint import Checkpoint, fill, gather_model, gather_tensors, model_slots
 from bestrq.training.process import World
+from bestrq.training.tensor_files import write_tensors
 from common.errors import UserError
-from common.files import write_file
+from common.files import replace_file
 
 PREFIX = "average/"
 """of the names of the moving average among the extra tensors of a checkpoint"""
@@ -129,7 +129,8 @@ class Averages:
         if self.world.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_file(self._path(step), save(weights))
+                with replace_file(self._path(step)) as file:
+                    write_tensors(file, weights)
             except OSError as error:
                 problem = f"cannot write {self._path(step)}: {error}"
         if problem := self.world.broadcast(problem):

@@ -14,19 +14,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bestrq.training.process import World, unwrap
+from bestrq.training.tensor_files import read_tensors, write_tensors
 from common.errors import UserError
 from common.files import crc32_of, new_folder, read_json, remove_leftovers, write_file
 
@@ -43,6 +43,8 @@ class CheckpointSettings:
     """optimizer steps between two checkpoints; a stop and the end of the run save one too"""
     keep_last: PositiveInt = 2
     """number of newest checkpoints kept, besides the best one"""
+    keep_every: NonNegativeInt = 0
+    """checkpoints of steps that are a multiple of this are kept too, for averages or later analysis; 0: none"""
 
 
 @dataclass(frozen=True)
@@ -60,53 +62,106 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """Content of a checkpoint in memory: training may go on while it is written."""
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    """of the groups model, optimizer and extra: unsharded copies on the CPU of rank 0, {} on the other ranks"""
+
+
+class BackgroundWriter:
+    """Writes of rank 0, in a thread and in the order of their submission, while training goes on.
+
+    The writes of at most one step are under way, so that there is memory for them and a failure is noticed. All ranks
+    must call `begin`, `wait` and `close`.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._writes: list[Future[None]] = []
+        self._step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """Wait for the writes of an earlier step, before copies are made for those of `step`. Raises like `wait`."""
+        if step != self._step:
+            self.wait()
+            self._step = step
+
+    def submit(self, write: Callable[..., object], *arguments: Any, **named: Any) -> None:
+        """Add a write; it is left out if one before it fails. Does nothing on other ranks than 0."""
+
+        def run(before: list[Future[None]]) -> None:
+            if not any(future.exception() for future in before):
+                write(*arguments, **named)
+
+        if self.world.is_main:
+            self._writes.append(self._thread.submit(run, list(self._writes)))
+
+    def wait(self) -> None:
+        """Wait for all writes. Raises UserError on all ranks if one failed because of the disk."""
+        problem, writes, self._writes = None, self._writes, []
+        try:
+            for write in writes:
+                write.result()
+        except UserError as error:
+            problem = str(error)
+        if (problem := self.world.broadcast(problem)) is not None:
+            raise UserError(problem)
+
+    def close(self) -> None:
+        """Wait for all writes and end the thread. Raises like `wait`."""
+        self.wait()
+        self._thread.shutdown()
+
+
+def take_snapshot(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     world: World,
     extra_tensors: dict[str, Tensor] | None = None,
-) -> Path:
-    """Save a checkpoint and return its folder once it is complete for all ranks.
+) -> Snapshot:
+    """Copy everything that a checkpoint holds; called by all ranks.
 
-    All ranks must call it; rank 0 writes. `state` must be JSON-able, `extra_tensors` unsharded, and both equal on all
-    ranks. An existing complete checkpoint of the same step is kept. Raises UserError on all ranks if writing fails (a
-    full disk); earlier checkpoints are not affected.
+    `state` must be JSON-able, `extra_tensors` unsharded, and both equal on all ranks.
     """
-    final = checkpoint_path(folder, step)
-    if world.broadcast(world.is_main and _marker(final) is not None):
-        return final
     tensors = {
         "model": gather_model(model, world),
         "optimizer": gather_optimizer(model, optimizer, world),
         "extra": {name: tensor.detach().cpu().clone() for name, tensor in (extra_tensors or {}).items()},
     }
-    problem = None
-    if world.is_main:
-        content = json.dumps({"format": FORMAT, "step": step, "state": state}, indent=1)
-        try:
-            _write(final, tensors, content)
-        except (OSError, SafetensorError) as error:
-            problem = f"cannot save the checkpoint {final}: {error}. Earlier checkpoints are untouched"
-    problem = world.broadcast(problem)  # also the barrier: the checkpoint is complete for all ranks
-    if problem is not None:
-        raise UserError(problem)
-    return final
+    return Snapshot(step, state, tensors)
 
 
-def _write(final: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> None:
-    if final.exists():  # without marker: left by an interrupted save
-        shutil.rmtree(final)
-    with new_folder(final) as temporary:
-        for name, group in tensors.items():
-            save_file(group, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(state, encoding="utf-8")
-        files = {
-            path.name: {"bytes": path.stat().st_size, "crc32": crc32_of(path)} for path in sorted(temporary.iterdir())
-        }
-    write_file(final / COMPLETE, json.dumps({"format": FORMAT, "files": files}, indent=1))
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint, on rank 0; an existing complete one of the same step is kept.
+
+    Raises UserError if writing fails (a full disk); earlier checkpoints are not affected.
+    """
+    final = checkpoint_path(folder, snapshot.step)
+    if _marker(final) is not None:
+        return
+    try:
+        if final.exists():  # without marker: left by an interrupted save
+            shutil.rmtree(final)
+        files = {}
+        with new_folder(final) as temporary:
+            for name, group in snapshot.tensors.items():
+                path = temporary / f"{name}.safetensors"
+                with open(path, "wb") as file:
+                    crc32 = write_tensors(file, group)
+                files[path.name] = {"bytes": path.stat().st_size, "crc32": crc32}
+            path, document = temporary / "state.json", {"step": snapshot.step, "state": snapshot.state}
+            path.write_text(json.dumps({"format": FORMAT, **document}, indent=1), encoding="utf-8")
+            files[path.name] = {"bytes": path.stat().st_size, "crc32": crc32_of(path)}
+        write_file(final / COMPLETE, json.dumps({"format": FORMAT, "files": files}, indent=1))
+    except OSError as error:
+        raise UserError(f"cannot save the checkpoint {final}: {error}. Earlier checkpoints are untouched") from error
 
 
 def gather_model(model: nn.Module, world: World) -> dict[str, Tensor]:
@@ -158,14 +213,6 @@ def load_checkpoint(
             raise ValueError("optimizer tensors are identified by the parameter names of the model: pass the model")
         _load_optimizer(model, optimizer, path / "optimizer.safetensors")
     return Checkpoint(path, step, document["state"], read_tensors(path / "extra.safetensors"))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU. Raises UserError that names the file if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: removed between two calls of safetensors
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def model_slots(model: nn.Module) -> dict[str, Tensor]:
@@ -270,16 +317,16 @@ def latest_checkpoint(folder: Path, world: World) -> Path | None:
     return None if chosen is None else folder / chosen
 
 
-def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None, world: World) -> None:
-    """Delete all checkpoints except the newest `keep_last` and the best, and older incomplete ones, on rank 0.
+def prune_checkpoints(folder: Path, settings: CheckpointSettings, best_step: int | None = None) -> None:
+    """Delete the checkpoints that the settings do not keep, and older incomplete ones; on rank 0.
 
     The marker is deleted first, so a partially deleted checkpoint is never loaded.
     """
-    if not world.is_main:
-        return
     checkpoints = list_checkpoints(folder)
     complete = [step for step, path in checkpoints if _marker(path) is not None]
-    kept = {*complete[-max(1, keep_last) :], best_step}
+    kept = {*complete[-settings.keep_last :], best_step}
+    if settings.keep_every:
+        kept |= {step for step in complete if step % settings.keep_every == 0}
     for step, path in checkpoints:
         if complete and step < complete[-1] and step not in kept:
             (path / COMPLETE).unlink(missing_ok=True)

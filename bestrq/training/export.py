@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from bestrq.training.tensor_files import write_tensors
 from common.errors import UserError
-from common.files import crc32_of, sync, temporary_name
+from common.files import sync, temporary_name
 
 OWN_FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -47,12 +47,12 @@ def write_export(
     temporary, old = temporary_name(folder), old_version(folder)
     try:
         temporary.mkdir()
-        # Copies, because save_file refuses tensors that share memory.
-        whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
+        whole = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        with open(temporary / "model.safetensors", "wb") as file:
+            checksums = {"model.safetensors": write_tensors(file, whole, {"format": "pt"})}
         for name, content in (extra_files or {}).items():
             (temporary / name).write_bytes(content)
-        checksums = {path.name: crc32_of(path) for path in sorted(temporary.iterdir())}
+            checksums[name] = zlib.crc32(content)
         document = {**config, "checksums": checksums}
         (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
@@ -61,7 +61,7 @@ def write_export(
         if folder.exists():
             os.rename(folder, old)
         os.rename(temporary, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _recover(folder)
         raise UserError(f"cannot write the export {folder}: {error}") from error

@@ -5,14 +5,8 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +22,6 @@ from common.files import canonical_path, read_json, remove_leftovers, write_file
 if TYPE_CHECKING:
     from bestrq.training.run_lock import RunLock
 
-PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
-SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
 # Fields that every script may change when a run is resumed, because they do not affect the optimizer steps.
 FREE_RUN_FIELDS = (
     "accumulation",
@@ -98,7 +90,8 @@ class RunFolder:
             UserError: on all ranks, if a fixed field or fingerprint has changed, the folder is not writable, or another
                 process trains in it.
         """
-        from bestrq.training.run_lock import RunLock  # a reader of the loop need not read it
+        from bestrq.training.provenance import describe_start  # a reader of the loop need not read these
+        from bestrq.training.run_lock import RunLock
 
         problem = None
         if world.is_main:
@@ -110,7 +103,7 @@ class RunFolder:
                 for folder in (self.path, self.pictures, self.path / "averaging"):  # checkpoints: `latest_checkpoint`
                     remove_leftovers(folder)
                 save_yaml(values, self.config)
-                start = {**_describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
+                start = {**describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
                 write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))
             except (UserError, OSError) as error:
                 problem = str(error) if isinstance(error, UserError) else f"cannot write the run folder: {error}"
@@ -230,40 +223,3 @@ def _same_path(before: Any, after: Any) -> bool:
     """Whether two values name the same path: relative, with a trailing slash, through a link."""
     are_paths = isinstance(before, str) and isinstance(after, str)
     return are_paths and canonical_path(before) == canonical_path(after)
-
-
-def _describe_start(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Entry of run.json. Only SLURM ids of the environment are recorded: other variables may hold secrets."""
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
-        "git": _git(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "host": platform.node(),
-        "device": str(world.device),
-        "world_size": world.size,
-        "slurm": {name: os.environ[name] for name in SLURM if name in os.environ},
-        "fingerprints": fingerprints,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree, or None if it is not a git checkout."""
-
-    def run_git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return {"commit": run_git("rev-parse", "HEAD"), "dirty": bool(run_git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

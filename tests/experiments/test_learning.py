@@ -19,7 +19,7 @@ import yaml
 from bestrq.pretraining.multi_target import make_tasks
 from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_corpus, score_recording
-from bestrq.training.checkpoint import prune_checkpoints, save_checkpoint
+from bestrq.training.checkpoint import CheckpointSettings, prune_checkpoints, take_snapshot, write_checkpoint
 from bestrq.training.process import World
 from common.config import parse
 from common.errors import UserError
@@ -200,8 +200,8 @@ def test_checkpoints_of_the_curve_survive_stops_and_steps_that_8_does_not_divide
     optimizer = torch.optim.SGD(model.parameters())
     for step in range(1, 802):
         if step % int(values["checkpoint.every_steps"]) == 0 or step in stops or step == 801:
-            save_checkpoint(folder, step, model, optimizer, {}, World())
-            prune_checkpoints(folder, int(values["checkpoint.keep_last"]), None, World())
+            write_checkpoint(folder, take_snapshot(step, model, optimizer, {}, World()))
+            prune_checkpoints(folder, CheckpointSettings(keep_last=int(values["checkpoint.keep_last"])))
     curve = [job for name, job in plan.jobs.items() if name.startswith("pretrained-curve/")]
     assert len(curve) == 4 and all(Path(settings_of(job.command)["finetune.init"]).is_dir() for job in curve)
 

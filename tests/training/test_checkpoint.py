@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -17,11 +20,15 @@ from torch import Tensor, nn
 from bestrq.training import checkpoint as checkpoint_module
 from bestrq.training.checkpoint import (
     COMPLETE,
+    BackgroundWriter,
+    CheckpointSettings,
+    checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
+    take_snapshot,
     verify_checkpoint,
+    write_checkpoint,
 )
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
 from bestrq.training.process import DistributedSettings, World, parallelise
@@ -70,7 +77,12 @@ def advance(parts: Parts, steps: int, world_size: int = 1) -> None:
 
 def save(folder: Path, step: int, parts: Parts, world: World | None = None) -> Path:
     extra = {"codebook": torch.arange(4.0)}
-    return save_checkpoint(folder, step, *parts, {"data": [step, 0]}, world or World(), extra)
+    world = world or World()
+    writer = BackgroundWriter(world)
+    writer.begin(step)
+    writer.submit(write_checkpoint, folder, take_snapshot(step, *parts, {"data": [step, 0]}, world, extra))
+    writer.close()
+    return checkpoint_path(folder, step)
 
 
 def save_as(world: World, strategy: str, folder: str) -> str:
@@ -151,18 +163,21 @@ def die_at(point: int, folder: Path) -> None:
         if (event in writing or writes) and str(folder) in str(arguments[0]):
             tick()
 
-    real_save = checkpoint_module.save_file
+    real_write = checkpoint_module.write_tensors
 
-    def save_in_pieces(tensors: dict[str, Tensor], path: Path) -> None:
+    def write_in_pieces(file: BinaryIO, tensors: dict[str, Tensor]) -> int:
         tick()
-        real_save(tensors, path)
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
+        content = io.BytesIO()
+        crc32 = real_write(content, tensors)
+        file.write(content.getvalue()[:-10])
+        file.flush()
         tick()
-        path.write_bytes(content)
+        file.write(content.getvalue()[-10:])
+        file.flush()
         tick()
+        return crc32
 
-    checkpoint_module.save_file = save_in_pieces
+    checkpoint_module.write_tensors = write_in_pieces
     parts = make(World(), "ddp", seed=1)
     advance(parts, 1)
     sys.addaudithook(on_event)
@@ -261,9 +276,57 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     single(tmp_path, (1, 2, 3, 4, 5))
     (tmp_path / "step-00000006").mkdir()  # cut short, and newer than anything complete: not pruning's business
     (tmp_path / "step-00000003" / COMPLETE).unlink()  # an earlier pruning was cut short here
-    prune_checkpoints(tmp_path, 2, 2, World())
+    prune_checkpoints(tmp_path, CheckpointSettings(keep_last=2), 2)
     left = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir())
     assert left == [2, 4, 5, 6]
+
+
+def test_pruning_keeps_every_mth_step_besides(tmp_path: Path) -> None:
+    single(tmp_path, (1, 2, 3, 4, 5, 6, 7))
+    prune_checkpoints(tmp_path, CheckpointSettings(keep_last=1, keep_every=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (3, 6, 7)]
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(tmp_path: Path) -> None:
+    parts = make(World(), "ddp", seed=1)
+    advance(parts, 1)
+    extra = {"counts": torch.arange(3)}
+    snapshot = take_snapshot(1, *parts, {}, World(), extra)
+    before = {group: {name: t.clone() for name, t in named.items()} for group, named in snapshot.tensors.items()}
+    advance(parts, 1)
+    extra["counts"] += 1
+    write_checkpoint(tmp_path, snapshot)
+    for group, named in before.items():
+        stored = load_file(tmp_path / f"step-00000001/{group}.safetensors")
+        assert stored.keys() == named.keys() and all(torch.equal(stored[name], t) for name, t in named.items()), group
+
+
+def test_training_goes_on_during_a_write_and_waits_for_it_before_the_next_step() -> None:
+    writer, go, log = BackgroundWriter(World()), threading.Event(), []
+    writer.begin(1)
+    writer.submit(go.wait, PATIENCE)
+    writer.submit(log.append, "written")
+    writer.begin(1)  # the same step: no wait
+    assert log == []
+    threading.Timer(0.2, go.set).start()
+    writer.begin(2)
+    assert log == ["written"]
+    writer.close()
+
+
+def test_writes_after_a_failed_one_are_left_out_and_the_next_step_reports_it() -> None:
+    def full() -> None:
+        raise UserError("the disk is full")
+
+    writer, log = BackgroundWriter(World()), []
+    writer.begin(1)
+    writer.submit(full)
+    writer.submit(log.append, "step 1 is saved")
+    with pytest.raises(UserError, match="the disk is full"):
+        writer.begin(2)
+    writer.submit(log.append, "step 2")
+    writer.close()
+    assert log == ["step 2"]
 
 
 class Hostile:
@@ -316,18 +379,18 @@ def full_disk(world: World, folder: str) -> tuple[str, list[str], str]:
     parts = make(world, "ddp", seed=1)
     advance(parts, 1)
     save(Path(folder), 1, parts, world)
-    real = checkpoint_module.save_file
+    real = checkpoint_module.write_tensors
 
-    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+    def fail(file: BinaryIO, tensors: dict[str, Tensor]) -> int:
         raise OSError(28, "No space left on device")
 
-    checkpoint_module.save_file = fail
+    checkpoint_module.write_tensors = fail
     try:
         save(Path(folder), 2, parts, world)
         message = ""
     except UserError as error:
         message = str(error)
-    checkpoint_module.save_file = real
+    checkpoint_module.write_tensors = real
     left = sorted(os.listdir(folder))
     world.barrier()
     return message, left, save(Path(folder), 2, parts, world).name

@@ -1,0 +1,146 @@
+"""Time that a checkpoint takes from training, and time to save and load one beside torch.save and DCP.
+
+    python -m benchmarks.checkpoint_stall
+    python -m benchmarks.checkpoint_stall --config configs/large-600m.yaml
+
+The model and its optimizer are those of a pretraining configuration, by default base-120m. Steps of one short row run
+on this device: without a save, and with one at the beginning, by us in the background and by `async_save` of
+torch.distributed.checkpoint (DCP). The stall is the difference in time, in steps. --folder should be on the disk of
+real runs. The last line is JSON: `stall_steps`, `gigabytes` (size of a checkpoint) and, in seconds, `step_seconds`,
+`ours_copy_seconds` (until training goes on), `ours_write_seconds`, `torch_save_seconds`, `dcp_save_seconds`,
+`dcp_async_copy_seconds`, and the loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from benchmarks.machine import hardware_precision, print_figures
+from bestrq.pretraining.objective import BestRQ, mask_rows
+from bestrq.pretraining.quantizer import RandomProjectionQuantizer
+from bestrq.training.checkpoint import BackgroundWriter, load_checkpoint, take_snapshot, write_checkpoint
+from bestrq.training.optimizer import build_optimizer, set_learning_rates
+from bestrq.training.process import World
+from common.config import parse
+from common.segments import Segments
+from pipelines.pretraining import Config
+
+STEPS = 6
+"""steps that are timed after each save; the writing has to end within them"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/base-120m.yaml", help="settings of a pretraining")
+    parser.add_argument("--seconds", type=int, default=4, help="length of the row of a step")
+    parser.add_argument("--folder", help="folder of the checkpoints (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = measure(parse(Config, [f"--config={options.config}"]), 100 * options.seconds, Path(folder))
+    print_figures({"benchmark": "checkpoint_stall", "config": options.config, **figures}, hardware_precision())
+
+
+def measure(config: Config, frames: int, folder: Path) -> dict[str, Any]:
+    """Figures of the configuration with steps of one row of this many mel frames."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(device=device)
+    torch.manual_seed(0)
+    model = BestRQ(config.encoder, config.quantizer).to(device)
+    optimizer = build_optimizer([(model.named_parameters(), config.optimizer)])
+    step = make_step(model, optimizer, config, frames, device)
+    step()  # creates the optimizer's state
+    undisturbed = timed(lambda: steps(step))
+
+    writer = BackgroundWriter(world)
+    times: dict[str, float] = {"step_seconds": undisturbed / STEPS}
+
+    def save_ours(number: int) -> None:
+        writer.begin(number)
+        snapshot = take_snapshot(number, model, optimizer, {}, world)
+        writer.submit(write_checkpoint, folder, snapshot)
+
+    def steps_with_ours() -> None:
+        save_ours(2)
+        steps(step)
+        writer.wait()
+
+    times["ours_copy_seconds"] = timed(lambda: save_ours(1))
+    times["ours_write_seconds"] = timed(writer.wait)
+    times["stall_steps"] = (timed(steps_with_ours) - undisturbed) / times["step_seconds"]
+    times["gigabytes"] = sum(file.stat().st_size for file in folder.glob("step-00000002/*")) / 1e9
+    path = folder / "step-00000002"
+    times["ours_load_seconds"] = timed(lambda: load_checkpoint(path, model, optimizer, world))
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+
+    file = folder / "torch.pt"
+    times["torch_save_seconds"] = timed(lambda: torch.save(state(), file))  # noqa: TID251 - compared with
+    load = partial(torch.load, file, map_location=device, weights_only=True)  # noqa: TID251 - compared with
+    times["torch_load_seconds"] = timed(load)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    times["dcp_save_seconds"] = timed(lambda: dcp.save(state(), checkpoint_id=str(folder / "dcp")))
+    times["dcp_load_seconds"] = timed(lambda: dcp.load(state(), checkpoint_id=str(folder / "dcp")))
+
+    def steps_with_dcp() -> None:
+        start = time.perf_counter()
+        saving: Any = dcp.async_save(state(), checkpoint_id=str(folder / "async"))
+        times["dcp_async_copy_seconds"] = time.perf_counter() - start
+        steps(step)
+        saving.result()
+
+    times["dcp_async_stall_steps"] = (timed(steps_with_dcp) - undisturbed) / times["step_seconds"]
+    dist.destroy_process_group()
+    return {name: round(value, 3) for name, value in times.items()}
+
+
+def make_step(
+    model: BestRQ, optimizer: torch.optim.Optimizer, config: Config, frames: int, device: torch.device
+) -> Callable[[], None]:
+    """Optimizer step of one row of noise."""
+    frames -= frames % config.encoder.row_multiple
+    segments = Segments(torch.tensor([[0]]), torch.tensor([[frames]]), frames, torch.tensor([[1]]))
+    quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels).to(device)
+    log_mel = torch.randn(1, frames, config.encoder.num_mels, device=device)
+    mask = torch.arange(frames)[None] % 80 < 40
+
+    def step() -> None:
+        rows = mask_rows(log_mel, mask, segments, quantizer, config.encoder.stride, config.masking.noise_std)
+        set_learning_rates(optimizer, 1, 10)
+        with torch.autocast(device.type, torch.bfloat16, enabled=hardware_precision() == "bfloat16"):
+            loss = model(*rows.inputs)[0]
+        (loss / rows.num_targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def steps(step: Callable[[], None]) -> None:
+    for _ in range(STEPS):
+        step()
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that the action takes, with the work of the device."""
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

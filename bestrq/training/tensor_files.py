@@ -1,0 +1,62 @@
+"""Reading and writing of safetensors files.
+
+The writer streams: the library's `save_file` first copies all tensors into bytes objects, during which no other thread
+runs, and a checkpoint that is written in the background would hold up training.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common.errors import UserError
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""names of the dtypes in the format"""
+BLOCK = 16 << 20
+"""bytes per write"""
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Write tensors on the CPU to an empty file in the safetensors format and return the CRC-32 of the content.
+
+    Format: 8 bytes with the length of the header (little-endian), a JSON header, the values one after another, those
+    of large dtypes first, so that all are aligned (https://github.com/huggingface/safetensors).
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start_of_file = len(encoded).to_bytes(8, "little") + encoded
+    file.write(start_of_file)
+    crc32 = zlib.crc32(start_of_file)
+    for _, tensor in ordered:
+        values = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+        for first in range(0, len(values), BLOCK):  # other threads run during both calls
+            block = values[first : first + BLOCK]
+            file.write(block)
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU. Raises UserError that names the file if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: removed between two calls of safetensors
+        raise UserError(f"cannot read {path}: {error}") from error
