@@ -106,7 +106,7 @@ def train(config: Config) -> None:
     data_state = loader.state
     guard = StepGuard(config.guard)
     metrics = MetricsLog(folder, step, world)
-    throughput = Throughput(world, config.run.steps)
+    throughput = Throughput(world, config.run.steps, parallel_model)
     stop = StopRequest(folder.path, world)
     watchdog = Watchdog(config.guard, folder.path, world)
     writer = BackgroundWriter(world)

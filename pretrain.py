@@ -103,7 +103,7 @@ def train(config: Config) -> None:
     alarms = Alarms(code_counts.shape[1], config.optimizer.warmup_steps, new_targets_at)
     guard = StepGuard(config.guard)
     metrics = MetricsLog(run, state.step, world)
-    throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
+    throughput = Throughput(world, config.run.steps, parallel_model, peak_flops(world, precision.name))
     stop = StopRequest(run.path, world)
     watchdog = Watchdog(config.guard, run.path, world)
     writer = BackgroundWriter(world)

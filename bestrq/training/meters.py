@@ -25,6 +25,8 @@ from common.files import read_json_lines, write_file
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from bestrq.training.stragglers import ForwardTimes
+
 
 class IntervalSums:
     """Named float64 counters of a log interval.
@@ -123,9 +125,14 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 class Throughput:
     """Rates of a log interval: audio seconds per second, share of time waiting for data, MFU, memory, ETA."""
 
-    def __init__(self, world: World, total_steps: int, peak: float | None = None) -> None:
+    def __init__(self, world: World, total_steps: int, model: nn.Module, peak: float | None = None) -> None:
         """`peak`: FLOP/s of all devices (`flops.peak_flops`); None omits the MFU."""
         self.world, self.total_steps, self.peak = world, total_steps, peak
+        self._forward: ForwardTimes | None = None
+        if world.size > 1:
+            from bestrq.training.stragglers import ForwardTimes  # a reader of the loop need not read it
+
+            self._forward = ForwardTimes(model, world)
         self._restart()
 
     def _restart(self) -> None:
@@ -160,7 +167,8 @@ class Throughput:
         """Rates since the last call, over all ranks; all ranks must call it.
 
         Keys: `audio_seconds_per_second`, `step_seconds`, `data_wait` (share of time, mean over ranks), `memory_gib`
-        (maximum over ranks), `eta_seconds`, and `mfu` if the peak is known.
+        (maximum over ranks), `eta_seconds`, `mfu` if the peak is known, and of several ranks those of
+        `ForwardTimes.slowest`.
         """
         seconds = time.perf_counter() - self._start
         totals = torch.tensor([self._audio, self._flops, self._wait / seconds], dtype=torch.float64)
@@ -176,6 +184,8 @@ class Throughput:
         # A rate above the peak means that a busy machine lowered the measured peak: omit the MFU.
         if self.peak and 0 < flops / seconds <= self.peak:
             figures["mfu"] = flops / seconds / self.peak
+        if self._forward:
+            figures |= self._forward.slowest()
         self._restart()
         return figures
 

@@ -97,7 +97,7 @@ def test_interval_sums_are_float64_over_all_ranks_and_restart() -> None:
 def test_time_of_a_pause_counts_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
-    throughput = Throughput(World(), total_steps=20)
+    throughput = Throughput(World(), 20, torch.nn.Identity())
     with throughput.paused():
         now[0] += 7.0
     now[0] += 2.0
@@ -109,7 +109,7 @@ def test_time_of_a_pause_counts_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> N
 def test_throughput_figures_follow_from_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
-    throughput = Throughput(World(), total_steps=20, peak=1e9)
+    throughput = Throughput(World(), 20, torch.nn.Identity(), 1e9)
     for _ in range(4):
         with throughput.waiting():
             now[0] += 0.5

@@ -178,7 +178,7 @@ def test_mfu_is_left_out_where_the_machine_was_faster_than_its_measured_peak(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
-    throughput = Throughput(World(), total_steps=20, peak=peak)
+    throughput = Throughput(World(), 20, torch.nn.Identity(), peak)
     now[0] += 1.0
     throughput.count(audio_seconds=1.0, flops=5e8)
     assert throughput.interval(step=1).get("mfu") == (pytest.approx(0.5) if peak == 1e9 else None)
