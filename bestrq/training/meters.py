@@ -128,7 +128,7 @@ class Throughput:
     def __init__(self, world: World, total_steps: int, model: nn.Module, peak: float | None = None) -> None:
         """`peak`: FLOP/s of all devices (`flops.peak_flops`); None omits the MFU."""
         self.world, self.total_steps, self.peak = world, total_steps, peak
-        self._forward: ForwardTimes | None = None
+        self._forward: Any = None  # ForwardTimes of several ranks
         if world.size > 1:
             from bestrq.training.stragglers import ForwardTimes  # a reader of the loop need not read it
 
