@@ -21,6 +21,7 @@ from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
+from bestrq.training.observers import Observers
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
@@ -103,8 +104,9 @@ def train(config: Config) -> None:
 
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)
     guard = StepGuard(config.guard)
-    metrics = MetricsLog(folder, step, world)
-    throughput = Throughput(world, config.run.steps)
+    metrics = MetricsLog(folder, step, world, config.tracking)
+    throughput = Throughput(world, config.run.steps, before=metrics.before)
+    observers = Observers(config.profile, config.norms, parallel_model, folder, metrics, world)
     stop = StopRequest(folder.path)
     sums = IntervalSums(COUNTERS, world.device)
     if world.is_main:
@@ -117,6 +119,7 @@ def train(config: Config) -> None:
         with throughput.waiting():
             micro_batches = next(batches)
         step += 1
+        observers.start(step)
         model.encoder.settings = stages[loader.stage].encoder  # positions may be interpolated in later stages
         seed_step(config.run.seed, step, world.rank)
         micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
@@ -149,6 +152,7 @@ def train(config: Config) -> None:
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
         samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
         clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
+        observers.before_update(step)
         result = guard.apply(step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
         stopping = result.stop
         if result.applied:
@@ -180,6 +184,7 @@ def train(config: Config) -> None:
                     transducer = to_dict(config.transducer)
                     export(run, step, parallel_model, tokenizer, dev_rates, "rnnt", transducer=transducer)
         if is_validation or step % config.checkpoint.every_steps == 0:
+            throughput.record(step, metrics)
             save(run, step, parallel_model, optimizer, loader.state, best, averages)
         if is_validation and world.is_main:  # printed once export and checkpoint are on disk
             print(f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}")
@@ -187,6 +192,7 @@ def train(config: Config) -> None:
 
     # ---- End of the run, or a stop ----
     if step < config.run.steps:
+        throughput.record(step, metrics)
         save(run, step, parallel_model, optimizer, loader.state, best, averages)
         stop.leave_requeue_marker(world)
         if world.is_main:
@@ -194,6 +200,7 @@ def train(config: Config) -> None:
     elif world.is_main:
         rate = f"{config.validation.best_by} {best.rate:.2%}"
         print(f"done: best dev {rate} at step {best.step}: {folder.export}", flush=True)
+    observers.close()
     metrics.close()
     folder.close()
     world.close()

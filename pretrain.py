@@ -95,14 +95,16 @@ def train(config: Config) -> None:
     # ---- Loader. The rows of a step depend neither on world size nor on accumulation nor on workers ----
     loader, dev_batches = make_loaders(config, dataset, training, heldout, state, world)
     model.encoder.settings = stages[loader.stage][1]
-    from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read it
+    from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read them
+    from bestrq.training.observers import Observers
 
     main_loss = next(iter(model.loss_names), "loss")
     new_targets_at = (config.quantizer.pca_steps, *config.quantizer.refine_steps)
     alarms = Alarms(code_counts.shape[1], config.optimizer.warmup_steps, new_targets_at)
     guard = StepGuard(config.guard)
-    metrics = MetricsLog(run, state.step, world)
-    throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name))
+    metrics = MetricsLog(run, state.step, world, config.tracking)
+    throughput = Throughput(world, config.run.steps, peak_flops(world, precision.name), metrics.before)
+    observers = Observers(config.profile, config.norms, parallel_model, run, metrics, world)
     stop = StopRequest(run.path)
     sums = IntervalSums((*COUNTERS, *model.loss_names), world.device)
     if world.is_main:
@@ -121,6 +123,7 @@ def train(config: Config) -> None:
         with throughput.waiting():
             micro_batches = next(batches)
         state.step += 1
+        observers.start(state.step)
         model.encoder.settings = stages[loader.stage][1]  # positions may be interpolated in later stages
         seed_step(config.run.seed, state.step, world.rank)
         micro_rows = [masked_rows(batch, state, config, world, training=True) for batch in micro_batches]
@@ -146,6 +149,7 @@ def train(config: Config) -> None:
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
         samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
         clip_norm, request = config.optimizer.clip_norm, stop.noticed(world)
+        observers.before_update(state.step)
         result = guard.apply(state.step, parallel_model, optimizer, loss_sum, clip_norm, world, request, samples)
         stopping = result.stop
         audio_frames = sum(int(batch.segments.length.sum()) for batch in micro_batches)
@@ -195,10 +199,12 @@ def train(config: Config) -> None:
 
         # ---- Checkpoint ----
         if is_checkpoint and not is_last:
+            throughput.record(state.step, metrics)
             save(state, run, config, dataset, world)
 
     # ---- End of the run, or a stop ----
     if state.step:
+        throughput.record(state.step, metrics)
         save(state, run, config, dataset, world)
         counts = world.sum(code_counts)
         if world.is_main:
@@ -209,6 +215,7 @@ def train(config: Config) -> None:
             print(f"stopped after step {state.step} ({stop.reason}); the same command continues", flush=True)
     elif world.is_main:
         print(f"done: {run.export}", flush=True)
+    observers.close()
     metrics.close()
     run.close()
     world.close()

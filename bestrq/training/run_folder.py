@@ -5,20 +5,14 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
@@ -28,16 +22,14 @@ from common.files import canonical_path, read_json, remove_leftovers, write_file
 if TYPE_CHECKING:
     from bestrq.training.run_lock import RunLock
 
-PACKAGES = ("torch", "torchaudio", "numpy", "safetensors", "pyarrow", "soundfile", "sentencepiece")
-SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
 # Fields that every script may change when a run is resumed, because they do not affect the optimizer steps.
 FREE_RUN_FIELDS = (
     "accumulation",
     "checkpoint",
     *(f"distributed.{name}" for name in FREE_DISTRIBUTED_FIELDS),
     "guard.max_bad_updates",
-    "run.folder",
-    "run.log_every",
+    *("norms", "profile", "tracking"),
+    *("run.folder", "run.log_every"),
 )
 
 
@@ -57,6 +49,41 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not self.folder:
             raise UserError("run.folder is empty: give a folder, such as runs/first")
+
+
+@dataclass
+class TrackingSettings:
+    """Experiment tracker besides TensorBoard; docs/monitoring.md."""
+
+    name: Literal["none", "wandb", "trackio"] = "none"
+    """Weights & Biases, or trackio; both need requirements-tracking.txt. A failing tracker never ends a run"""
+    project: str = "bestrq"
+    """project of the tracker"""
+    online: bool = False
+    """wandb: send to its server; otherwise the lines stay in RUN/tracking for `wandb sync`. trackio is always local,
+    unless its variable TRACKIO_SPACE_ID is set"""
+
+
+@dataclass
+class ProfileSettings:
+    """Trace of some optimizer steps by torch.profiler, in RUN/profile; docs/monitoring.md."""
+
+    first_step: NonNegativeInt = 0
+    """first optimizer step of the trace, such as 20, after compilation and warm-up; 0: no trace"""
+    steps: PositiveInt = 3
+    """optimizer steps of the trace; a trace takes some 10 MB per step"""
+    all_ranks: bool = False
+    """trace of every rank; otherwise of rank 0"""
+
+
+@dataclass
+class NormSettings:
+    """Norms of gradients and activations by module, in metrics.jsonl as kind "norms"; docs/monitoring.md."""
+
+    every_steps: NonNegativeInt = 0
+    """optimizer steps between two lines; 0: none"""
+    detail: Literal["blocks", "layers"] = "blocks"
+    """blocks of the encoder as a whole, or also their layers"""
 
 
 class RunFolder:
@@ -96,7 +123,8 @@ class RunFolder:
             UserError: on all ranks, if a fixed field or fingerprint has changed, the folder is not writable, or another
                 process trains in it.
         """
-        from bestrq.training.run_lock import RunLock  # a reader of the loop need not read it
+        from bestrq.training.run_lock import RunLock  # a reader of the loop need not read these
+        from bestrq.training.start_record import describe_start
 
         problem = None
         if world.is_main:
@@ -108,7 +136,7 @@ class RunFolder:
                 for folder in (self.path, self.pictures, self.path / "averaging"):  # checkpoints: `latest_checkpoint`
                     remove_leftovers(folder)
                 save_yaml(values, self.config)
-                start = {**_describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
+                start = {**describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
                 write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))
             except (UserError, OSError) as error:
                 problem = str(error) if isinstance(error, UserError) else f"cannot write the run folder: {error}"
@@ -228,40 +256,3 @@ def _same_path(before: Any, after: Any) -> bool:
     """Whether two values name the same path: relative, with a trailing slash, through a link."""
     are_paths = isinstance(before, str) and isinstance(after, str)
     return are_paths and canonical_path(before) == canonical_path(after)
-
-
-def _describe_start(world: World, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Entry of run.json. Only SLURM ids of the environment are recorded: other variables may hold secrets."""
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
-        "git": _git(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "host": platform.node(),
-        "device": str(world.device),
-        "world_size": world.size,
-        "slurm": {name: os.environ[name] for name in SLURM if name in os.environ},
-        "fingerprints": fingerprints,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree, or None if it is not a git checkout."""
-
-    def run_git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return {"commit": run_git("rev-parse", "HEAD"), "dirty": bool(run_git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
