@@ -66,15 +66,16 @@ def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def observed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with norms, a trace and a tracker, stopped after step 3, which has a line but no periodic checkpoint."""
+    """Runs with norms, a trace and a tracker, stopped after steps 1 (no periodic checkpoint) and 2 (which has one)."""
     folders = {script: tmp_path_factory.mktemp("observed") / script for script in SCRIPTS}
     with pytest.MonkeyPatch.context() as patch:
         make_tracker(folders["pretrain"].parent, "trackio", patch)
         for script, folder in folders.items():
-            with pytest.MonkeyPatch.context() as stop:
-                answers = iter([False] * 3)
-                stop.setattr(StopRequest, "noticed", lambda self, world, answers=answers: next(answers, True))
-                run(script, dataset, folder, *OBSERVED)
+            for _ in range(2):
+                with pytest.MonkeyPatch.context() as stop:
+                    answers = iter([False])
+                    stop.setattr(StopRequest, "noticed", lambda self, world, answers=answers: next(answers, True))
+                    run(script, dataset, folder, *OBSERVED)
             run(script, dataset, folder, *OBSERVED)
     return folders
 
@@ -99,7 +100,7 @@ def test_norms_traces_and_trackers_change_no_bit_of_training(
 ) -> None:
     assert_identical(plain[script], observed[script])
     names = {path.name for path in (observed[script] / "profile").iterdir()}
-    assert names == {"steps-2-3-rank-0"}
+    assert names == {"steps-2-2-rank-0", "steps-3-3-rank-0"}  # of the second start and the third
     assert not (plain[script] / "profile").exists() and not (plain[script] / "tracking.json").exists()
     kinds = {row["kind"] for row in read_metrics(plain[script] / "metrics.jsonl")}
     assert "norms" not in kinds
@@ -126,7 +127,9 @@ def test_totals_of_a_stopped_run_are_those_of_one_that_was_not(
     assert last[0]["step"] == last[1]["step"] == STEPS
     assert last[0]["audio_hours"] == pytest.approx(last[1]["audio_hours"], rel=1e-12)
     assert 0 < last[0]["audio_hours"] <= STEPS * 4 * 400 / 100 / 3600  # rows of the step, as full as they can be
-    assert (last[0]["starts"], last[1]["starts"]) == (1, 2)
+    assert (last[0]["starts"], last[1]["starts"]) == (1, 3)
+    checkpoints = [[row["step"] for row in rows if row["kind"] == "checkpoint"] for rows in (through, stopped)]
+    assert checkpoints == [[2], [1, 2]]  # the last one has a line of kind "train"
     seconds = [row["run_seconds"] for row in stopped if "run_seconds" in row]
     assert seconds == sorted(seconds)
     places = [(row["step"], row["kind"]) for row in stopped]
