@@ -47,7 +47,12 @@ def record(rows: list[dict[str, Any]], name: str = "a", settings: Mapping[str, A
 
 
 def test_validations_get_the_hours_and_seconds_of_their_step() -> None:
-    rows = [train_row(4, 3.0), {"step": 6, "kind": "dev", "dev_wer": 0.5}, train_row(8, 2.0, start=2)]
+    rows = [
+        train_row(2, 3.0),
+        train_row(4, 3.0),
+        {"step": 6, "kind": "dev", "dev_wer": 0.5},
+        train_row(8, 2.0, start=2),
+    ]
     rows.append({"step": 9, "kind": "dev", "dev_wer": 0.25})  # after the last line with totals
     dev = curves_of(record(rows), 100)["dev"]
     assert dev.step.tolist() == [6, 9] and dev.hours is not None and dev.seconds is not None
@@ -135,7 +140,7 @@ def test_runs_of_all_kinds_unfinished_and_empty_ones_are_on_one_page(
     assert [line.split()[0] for line in printed.out.splitlines()[:-1]] == ["ctc/seed-1", "empty", "pre", "started"]
     assert "no run in runs/notes.txt" in printed.err
     page = check_page(tmp_path / "out/plot.html")
-    data = json.loads(page.scripts.split("</script>")[0][: page.scripts.index('"use strict"')])
+    data = json.loads(page.scripts[: page.scripts.index('"use strict"')])
     charts = {chart["title"]: [line["run"] for line in chart["lines"]] for chart in data["charts"]}
     assert charts["train/loss (CTC)"] == [0] and charts["train/loss (pretraining)"] == [2]
     assert charts["dev/dev_wer"] == [0] and charts["train/starts"] == [0, 2]
@@ -181,7 +186,8 @@ def test_hostile_files_are_escaped_or_named(tmp_path: Path, capsys: pytest.Captu
     plot.main([str(tmp_path / "runs"), "--out", str(out), "--title", HOSTILE])
     page = check_page(out)
     assert not any(attributes.get("id") == "evil" for _, attributes in page.tags)
-    assert "NaN" not in page.scripts.split('"use strict"')[0] and CURVES_SCRIPT in page.scripts
+    data = json.loads(page.scripts[: page.scripts.index('"use strict"')])
+    assert data["runs"][0]["name"] == "<b id=evil>&\"'" and CURVES_SCRIPT in page.scripts
     for text in ("pipe: metrics.jsonl: not a regular file", "pipe: run.json:", "deep: config.yaml:", HOSTILE):
         assert text in page.text
     capsys.readouterr()

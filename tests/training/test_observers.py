@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -163,10 +164,14 @@ def trace(folder: Path, start: int, last: int, **settings: Any) -> None:
 
 def steps_in(path: Path) -> list[str]:
     events = json.loads((path / "trace.json").read_text())["traceEvents"]
-    return [event["name"] for event in events if event.get("name", "").startswith("optimizer step")]
+    steps = sorted(
+        (e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("name", "").startswith("optimizer")
+    )
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(steps)), "steps overlap"
+    return [name for _, _, name in steps]
 
 
-def test_a_trace_has_the_steps_of_the_window(tmp_path: Path) -> None:
+def test_a_trace_has_the_steps_of_the_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace(tmp_path / "profile", 1, 6, first_step=3, steps=2)
     (folder,) = (tmp_path / "profile").iterdir()
     assert folder.name == "steps-3-4-rank-0"
@@ -181,6 +186,7 @@ def test_a_trace_has_the_steps_of_the_window(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "profile").iterdir()} == set(names)
     for name, steps in names.items():
         assert steps_in(tmp_path / "profile" / name) == [f"optimizer step {step}" for step in steps]
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(

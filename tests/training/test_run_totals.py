@@ -95,6 +95,7 @@ def test_totals_never_decrease_whatever_a_file_holds() -> None:
         {"step": 8, "audio_hours": True, "run_seconds": 99.0},
         {"step": 9, "audio_hours": 10**400, "run_seconds": 99.0},
         {"step": 10, "kind": "train", "audio_seconds_per_second": "x", "step_seconds": 1},
+        {"step": 11, "kind": "dev", "audio_seconds_per_second": 9.0, "step_seconds": 1.0},
         {"step": 12, "audio_hours": 3.0, "run_seconds": 12.0},
     ]
     assert totals_of(rows) == [Totals(), Totals(4, 2.0, 10.0, 1), Totals(6, 2.0, 10.0, 1), Totals(12, 3.0, 12.0, 1)]
