@@ -21,6 +21,7 @@ from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.checkpoint import BackgroundWriter, latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
+from bestrq.training.observers import Observers
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
@@ -105,8 +106,9 @@ def train(config: Config) -> None:
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)
     data_state = loader.state
     guard = StepGuard(config.guard)
-    metrics = MetricsLog(folder, step, world)
-    throughput = Throughput(world, config.run.steps, parallel_model)
+    metrics = MetricsLog(folder, step, world, config.tracking)
+    throughput = Throughput(world, config.run.steps, parallel_model, before=metrics.before)
+    observers = Observers(config.profile, config.norms, parallel_model, folder, metrics, world)
     stop = StopRequest(folder.path, world)
     watchdog = Watchdog(config.guard, folder.path, world)
     writer = BackgroundWriter(world)
@@ -131,6 +133,7 @@ def train(config: Config) -> None:
         step += 1
         samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
         watchdog.step(step, samples)
+        observers.start(step)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         rates = set_learning_rates(optimizer, step, config.run.steps)
@@ -155,6 +158,7 @@ def train(config: Config) -> None:
             )
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
+        observers.before_update(step)
         result = guard.apply(step, parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world, samples)
         if result.applied:
             averages.update(parallel_model)
@@ -188,6 +192,7 @@ def train(config: Config) -> None:
                     export(run, step, parallel_model, tokenizer, dev_rates, "rnnt", writer, transducer=transducer)
         if is_validation or step % config.checkpoint.every_steps == 0:
             watchdog.long()
+            throughput.record(step, metrics)
             save(run, step, parallel_model, optimizer, data_state, best, averages, writer)
         if is_validation:  # printed once export and checkpoint are on disk
             line = f"step {step}/{config.run.steps}  dev WER {scores.wer:.2%}  CER {scores.cer:.2%}"
@@ -198,6 +203,7 @@ def train(config: Config) -> None:
     watchdog.long()
     batches.close()  # ends the workers, even hung ones
     if step < config.run.steps:
+        throughput.record(step, metrics)
         save(run, step, parallel_model, optimizer, data_state, best, averages, writer)
     writer.close()
     if step < config.run.steps:
@@ -207,6 +213,7 @@ def train(config: Config) -> None:
     elif world.is_main:
         rate = f"{config.validation.best_by} {best.rate:.2%}"
         print(f"done: best dev {rate} at step {best.step}: {folder.export}", flush=True)
+    observers.close()
     metrics.close()
     watchdog.close()
     folder.close()

@@ -96,14 +96,17 @@ def train(config: Config) -> None:
     loader, dev_batches = make_loaders(config, dataset, training, heldout, state, world)
     model.encoder.settings = stages[loader.stage][1]
     from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read these
+    from bestrq.training.observers import Observers
     from bestrq.training.watchdog import Watchdog
 
     main_loss = next(iter(model.loss_names), "loss")
     new_targets_at = (config.quantizer.pca_steps, *config.quantizer.refine_steps)
     alarms = Alarms(code_counts.shape[1], config.optimizer.warmup_steps, new_targets_at)
     guard = StepGuard(config.guard)
-    metrics = MetricsLog(run, state.step, world)
-    throughput = Throughput(world, config.run.steps, parallel_model, peak_flops(world, precision.name))
+    metrics = MetricsLog(run, state.step, world, config.tracking)
+    peak = peak_flops(world, precision.name)
+    throughput = Throughput(world, config.run.steps, parallel_model, peak, metrics.before)
+    observers = Observers(config.profile, config.norms, parallel_model, run, metrics, world)
     stop = StopRequest(run.path, world)
     watchdog = Watchdog(config.guard, run.path, world)
     writer = BackgroundWriter(world)
@@ -134,6 +137,7 @@ def train(config: Config) -> None:
         state.step += 1
         samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
         watchdog.step(state.step, samples)
+        observers.start(state.step)
 
         # ---- Forward and backward. Counters stay on the device until the log interval ends ----
         (learning_rate,) = set_learning_rates(optimizer, state.step, config.run.steps)
@@ -151,6 +155,7 @@ def train(config: Config) -> None:
                 adaptation.observe(state.step, rows.stacks, rows.targets)
 
         # ---- Optimizer step, skipped on all ranks if a loss or the gradient is not finite ----
+        observers.before_update(state.step)
         result = guard.apply(
             state.step, parallel_model, optimizer, loss_sum, config.optimizer.clip_norm, world, samples
         )
@@ -204,12 +209,14 @@ def train(config: Config) -> None:
         # ---- Checkpoint ----
         if is_checkpoint and not is_last:
             watchdog.long()
+            throughput.record(state.step, metrics)
             save(state, run, config, dataset, world, writer)
 
     # ---- End of the run, or a stop ----
     watchdog.long()
     batches.close()  # ends the workers, even hung ones
     if state.step:
+        throughput.record(state.step, metrics)
         save(state, run, config, dataset, world, writer)
         counts = world.sum(code_counts)
         if world.is_main:
@@ -221,6 +228,7 @@ def train(config: Config) -> None:
             print(f"stopped after step {state.step} ({stop.reason}); the same command continues", flush=True)
     elif world.is_main:
         print(f"done: {run.export}", flush=True)
+    observers.close()
     metrics.close()
     watchdog.close()
     run.close()

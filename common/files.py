@@ -122,7 +122,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """JSON objects of a file with one object per line. Other lines, such as a truncated one, are skipped."""
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):  # the latter for deep nesting
                 value = json.loads(line)
                 if isinstance(value, dict):
                     yield value

@@ -34,7 +34,7 @@ from bestrq.report.sections import (
     results_section,
 )
 from bestrq.report.text import percent
-from bestrq.training.meters import read_metrics
+from bestrq.training.metrics_file import read_metrics
 from common.config import run_main
 from common.errors import UserError
 

@@ -31,7 +31,14 @@ from bestrq.training.meters import start_line
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.precision import Precision, warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, unwrap
-from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
+from bestrq.training.run_folder import (
+    FREE_RUN_FIELDS,
+    NormSettings,
+    ProfileSettings,
+    RunFolder,
+    RunSettings,
+    TrackingSettings,
+)
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file, new_folder
@@ -123,6 +130,12 @@ class FinetuneConfig:
     """interval and number of checkpoints"""
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
     """processes, devices and precision"""
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """experiment tracker"""
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    """trace of some steps"""
+    norms: NormSettings = field(default_factory=NormSettings)
+    """norms of gradients and activations by module"""
 
 
 # Fields that may change when a run is resumed, because they do not affect the weights.

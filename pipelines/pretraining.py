@@ -26,7 +26,14 @@ from bestrq.training.checkpoint import (
 )
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
-from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
+from bestrq.training.run_folder import (
+    FREE_RUN_FIELDS,
+    NormSettings,
+    ProfileSettings,
+    RunFolder,
+    RunSettings,
+    TrackingSettings,
+)
 from common.config import to_dict
 from common.errors import UserError
 from common.segments import to_device
@@ -83,6 +90,12 @@ class Config:
     """frequency and retention of checkpoints"""
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
     """processes, devices and precision"""
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """experiment tracker"""
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    """trace of some steps"""
+    norms: NormSettings = field(default_factory=NormSettings)
+    """norms of gradients and activations by module"""
 
 
 # Fields that may change when a run is resumed, because they do not affect the optimizer steps.

@@ -89,6 +89,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "--rounds 2": Elsewhere("tests/experiments/test_self_training.py runs it, with the rest of one dataset"),
     "python transcribe.py --export runs/base-120m-rnnt/export --audio talks --out transcripts "
     "--formats txt,json,srt": Run("--device cpu", {"talks": SPEECH_FOLDER}),
+    "python -m tools.plot runs/*": Run(),
     "sbatch -N 2 launch/pretrain.sbatch --config configs/base-120m.yaml --run.folder runs/base-120m": Elsewhere(
         "tests/launch/test_slurm.py runs it, on two nodes"
     ),

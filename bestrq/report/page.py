@@ -21,10 +21,15 @@ from common.files import write_file
 _FOLDER = Path(__file__).parent
 STYLE = (_FOLDER / "report.css").read_text(encoding="ascii")
 SCRIPT = (_FOLDER / "report.js").read_text(encoding="ascii")
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src 'self' file: http: https: data:; "
-    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
-)
+
+
+def policy(script: str) -> str:
+    """Content security policy of a page that runs this script and no other."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src 'self' file: http: https: data:; "
+        f"script-src 'sha256-{digest}'"
+    )
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,21 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(_TEMPLATES.get_template(template).render(values))
 
 
-def write_page(path: str | Path, title: str, lead: str, cards: Mapping[str, str], sections: Sequence[Section]) -> None:
+def write_page(
+    path: str | Path, title: str, lead: str, cards: Mapping[str, str], sections: Sequence[Section],
+    script: str = SCRIPT,
+) -> None:  # fmt: skip
     """Write a page.
 
     Args:
         lead: sentence under the title.
         cards: headline figures by name: `{"CER, pretrained": "18.2 %"}`.
+        script: JavaScript of the page, from files of this folder.
     """
     # Style and script are the files of this folder; the hash in the policy is that of the unescaped script.
     page = render(
-        "page.html", title=title, lead=lead, cards=cards, sections=sections, policy=Markup(POLICY),
-        style=Markup(STYLE), script=Markup(SCRIPT),
+        "page.html", title=title, lead=lead, cards=cards, sections=sections, policy=Markup(policy(script)),
+        style=Markup(STYLE), script=Markup(script),
     )  # fmt: skip
     write_file(Path(path), page)
 

@@ -1,9 +1,13 @@
 """Peak memory of a section of code: of the process on a CPU (Linux), or of torch's allocator on a GPU."""
 
 import ctypes
+import resource
+import sys
 from pathlib import Path
 
 import torch
+
+from bestrq.training.process import World
 
 
 def resident_bytes(field: str) -> int:
@@ -22,6 +26,14 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def memory_gib(world: World) -> float:
+    """Peak memory of this process: allocated by torch on the GPU, or the resident set on the CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class PeakMemory:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +15,14 @@ from torch import Tensor, nn
 
 from bestrq.training.precision import Precision
 from bestrq.training.process import World
-from bestrq.training.run_folder import RunFolder
+from bestrq.training.run_folder import RunFolder, TrackingSettings
 from common.errors import UserError
-from common.files import read_json_lines, write_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from bestrq.training.stragglers import ForwardTimes
+    from bestrq.training.metrics_file import Totals
+    from bestrq.training.tracking import Tracker
 
 
 class IntervalSums:
@@ -61,14 +58,28 @@ class IntervalSums:
 class MetricsLog:
     """Metrics of a run by step. Only rank 0 writes files; on other ranks all methods do nothing."""
 
-    def __init__(self, folder: RunFolder, resume_step: int, world: World) -> None:
-        """Open the files and delete lines after `resume_step` (0 for a new run), which will be written again."""
+    def __init__(
+        self, folder: RunFolder, resume_step: int, world: World, tracking: TrackingSettings | None = None
+    ) -> None:
+        """Open the files and delete lines after `resume_step` (0 for a new run), which will be written again.
+
+        Raises UserError, on all ranks, if the tracker is not installed.
+        """
         self._writer: SummaryWriter | None = None
+        self._tracker: Tracker | None = None
         self._path = folder.metrics
+        self.before: Totals | None = None
+        """totals of the earlier starts at `resume_step`, on rank 0"""
+        if tracking is not None and tracking.name != "none":
+            from bestrq.training.tracking import open_tracker
+
+            self._tracker = open_tracker(tracking, folder, resume_step, world)
         if world.is_main:
-            truncate_metrics(folder.metrics, resume_step)
             from torch.utils.tensorboard import SummaryWriter  # a slow import, needed on rank 0 only
 
+            from bestrq.training.metrics_file import truncate_metrics
+
+            self.before = truncate_metrics(folder.metrics, resume_step)
             self._writer = SummaryWriter(str(folder.tensorboard), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any], kind: str = "train") -> None:
@@ -84,9 +95,15 @@ class MetricsLog:
                 stream.write(line + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error}; the last checkpoint is untouched") from error
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, numbers)
 
     @property
     def active(self) -> bool:
@@ -99,38 +116,36 @@ class MetricsLog:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and the tracker."""
         if self._writer is not None:
             self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a metrics file; a truncated line is skipped."""
-    if not path.exists():
-        return []
-    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
-
-
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Delete lines with a step after `last_step` and truncated lines. Atomic."""
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
 class Throughput:
-    """Rates of a log interval: audio seconds per second, share of time waiting for data, MFU, memory, ETA."""
+    """Rates of a log interval: audio seconds per second, share of time waiting for data, MFU, memory, ETA; and totals.
 
-    def __init__(self, world: World, total_steps: int, model: nn.Module, peak: float | None = None) -> None:
-        """`peak`: FLOP/s of all devices (`flops.peak_flops`); None omits the MFU."""
+    Args:
+        model: its forward passes are timed, to find the slowest of several ranks.
+        peak: FLOP/s of all devices (`flops.peak_flops`); None omits the MFU.
+        before: totals of the earlier starts, on rank 0 (`MetricsLog.before`).
+    """
+
+    def __init__(
+        self, world: World, total_steps: int, model: nn.Module, peak: float | None = None, before: Totals | None = None
+    ) -> None:
+        from bestrq.training.metrics_file import RunTotals
+
         self.world, self.total_steps, self.peak = world, total_steps, peak
+        self._totals = RunTotals(world, before)
         self._forward: Any = None  # ForwardTimes of several ranks
         if world.size > 1:
-            from bestrq.training.stragglers import ForwardTimes  # a reader of the loop need not read it
+            from bestrq.training.stragglers import ForwardTimes
 
             self._forward = ForwardTimes(model, world)
         self._restart()
@@ -161,15 +176,18 @@ class Throughput:
         """Count a finished step with this rank's audio (without padding) and model FLOPs (forward and backward)."""
         self._steps += 1
         self._audio += audio_seconds
+        self._totals.count(audio_seconds)
         self._flops += flops
 
     def interval(self, step: int) -> dict[str, float]:
         """Rates since the last call, over all ranks; all ranks must call it.
 
         Keys: `audio_seconds_per_second`, `step_seconds`, `data_wait` (share of time, mean over ranks), `memory_gib`
-        (maximum over ranks), `eta_seconds`, `mfu` if the peak is known, and of several ranks those of
-        `ForwardTimes.slowest`.
+        (maximum over ranks), `eta_seconds`, the cumulative `audio_hours`, `run_seconds` and `starts`
+        (`metrics_file.Totals`), `mfu` if the peak is known, and of several ranks those of `ForwardTimes.slowest`.
         """
+        from bestrq.training.memory import memory_gib
+
         seconds = time.perf_counter() - self._start
         totals = torch.tensor([self._audio, self._flops, self._wait / seconds], dtype=torch.float64)
         audio, flops, wait = self.world.sum(totals.to(self.world.device)).tolist()
@@ -180,6 +198,7 @@ class Throughput:
             "data_wait": wait / self.world.size,
             "memory_gib": self.world.max(memory_gib(self.world)),
             "eta_seconds": step_seconds * max(0, self.total_steps - step),
+            **self._totals.figures(step),
         }
         # A rate above the peak means that a busy machine lowered the measured peak: omit the MFU.
         if self.peak and 0 < flops / seconds <= self.peak:
@@ -189,13 +208,11 @@ class Throughput:
         self._restart()
         return figures
 
-
-def memory_gib(world: World) -> float:
-    """Peak memory of this process: allocated by torch on the GPU, or the resident set on the CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    def record(self, step: int, metrics: MetricsLog) -> None:
+        """Write the totals at a checkpoint, so that a resumed run continues them; all ranks must call it."""
+        figures = self._totals.figures_once(step)
+        if figures:
+            metrics.write(step, figures, kind="checkpoint")
 
 
 def start_line(model: nn.Module, source: str, precision: Precision, world: World, step: int) -> str:
@@ -209,34 +226,10 @@ def start_line(model: nn.Module, source: str, precision: Precision, world: World
 
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """Aligned console line of the given losses, accuracies, learning rate, gradient norm and rates."""
+    from bestrq.training.console_columns import COLUMNS
+
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-    for name, form in _COLUMNS.items():
+    for name, form in COLUMNS.items():
         if name in values:
             parts.append(form(values[name]))
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """`2d03h`, `3h07m`, `4m09s` or `12s`."""
-    whole = int(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
-
-
-_COLUMNS = {
-    "loss": lambda value: f"loss {value:8.4f}",
-    "dev_loss": lambda value: f"dev loss {value:.4f}",
-    "accuracy": lambda value: f"acc {value:6.2%}",
-    "dev_accuracy": lambda value: f"acc {value:6.2%}",
-    "learning_rate": lambda value: f"lr {value:.2e}",
-    "grad_norm": lambda value: f"grad {value:8.3g}",
-    "audio_seconds_per_second": "RTFx {:9,.1f}".format,
-    "mfu": lambda value: f"MFU {value:6.1%}",
-    "memory_gib": lambda value: f"mem {value:5.1f} GiB",
-    "data_wait": lambda value: f"wait {value:5.1%}",
-    "eta_seconds": lambda value: f"ETA {duration(value):>6}",
-}

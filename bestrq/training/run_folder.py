@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
@@ -30,8 +30,8 @@ FREE_RUN_FIELDS = (
     "guard.first_step_minutes",
     "guard.max_bad_updates",
     "guard.step_minutes",
-    "run.folder",
-    "run.log_every",
+    *("norms", "profile", "tracking"),
+    *("run.folder", "run.log_every"),
 )
 
 
@@ -51,6 +51,41 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not self.folder:
             raise UserError("run.folder is empty: give a folder, such as runs/first")
+
+
+@dataclass
+class TrackingSettings:
+    """Experiment tracker besides TensorBoard; docs/monitoring.md."""
+
+    name: Literal["none", "wandb", "trackio"] = "none"
+    """Weights & Biases, or trackio; both need requirements-tracking.txt. A failing tracker never ends a run"""
+    project: str = "bestrq"
+    """project of the tracker"""
+    online: bool = False
+    """wandb: send to its server; otherwise the lines stay in RUN/tracking for `wandb sync`. trackio is always local,
+    unless its variable TRACKIO_SPACE_ID is set"""
+
+
+@dataclass
+class ProfileSettings:
+    """Trace of some optimizer steps by torch.profiler, in RUN/profile; docs/monitoring.md."""
+
+    first_step: NonNegativeInt = 0
+    """first optimizer step of the trace, such as 20, after compilation and warm-up; 0: no trace"""
+    steps: PositiveInt = 3
+    """optimizer steps of the trace; a trace takes some 10 MB per step"""
+    all_ranks: bool = False
+    """trace of every rank; otherwise of rank 0"""
+
+
+@dataclass
+class NormSettings:
+    """Norms of gradients and activations by module, in metrics.jsonl as kind "norms"; docs/monitoring.md."""
+
+    every_steps: NonNegativeInt = 0
+    """optimizer steps between two lines; 0: none"""
+    detail: Literal["blocks", "layers"] = "blocks"
+    """blocks of the encoder as a whole, or also their layers"""
 
 
 class RunFolder:
@@ -90,8 +125,8 @@ class RunFolder:
             UserError: on all ranks, if a fixed field or fingerprint has changed, the folder is not writable, or another
                 process trains in it.
         """
-        from bestrq.training.provenance import describe_start  # a reader of the loop need not read these
-        from bestrq.training.run_lock import RunLock
+        from bestrq.training.run_lock import RunLock  # a reader of the loop need not read these
+        from bestrq.training.start_record import describe_start
 
         problem = None
         if world.is_main:

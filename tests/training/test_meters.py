@@ -12,17 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bestrq.training import meters
+from bestrq.training.console_columns import duration
 from bestrq.training.flops import peak_flops
-from bestrq.training.meters import (
-    IntervalSums,
-    MetricsLog,
-    Throughput,
-    console_line,
-    duration,
-    memory_gib,
-    read_metrics,
-    truncate_metrics,
-)
+from bestrq.training.memory import memory_gib
+from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
+from bestrq.training.metrics_file import read_metrics, truncate_metrics
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
 from common.config import load_yaml

@@ -1,4 +1,4 @@
-"""Provenance of a run: command, commit, versions and machine of a start, for run.json."""
+"""Description of a start of a run, for run.json."""
 
 from __future__ import annotations
 
