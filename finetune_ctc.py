@@ -44,7 +44,7 @@ from pipelines.finetuning import (
 )
 from pipelines.kernels import compile_encoder
 from pipelines.parameter_groups import frozen_blocks, parameter_groups
-from pipelines.pretrained import read_init, reinitialise_top_blocks
+from pipelines.pretrained import initialise, read_init
 from pipelines.validation import validate
 
 # Counters of a log interval.
@@ -79,8 +79,7 @@ def train(config: Config) -> None:
     torch.manual_seed(config.run.seed)  # the same initial weights for any world size
     model = CTCModel(config.encoder, tokenizer.vocab_size).to(world.device)
     if init is not None:
-        model.load_state_dict(init.tensors, strict=False)  # `read_init` has checked that only the head is missing
-        reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
+        initialise(model, init, config, world)
     freezes = frozen_blocks(config, 1) is not None
     compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed, find_unused_parameters=freezes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.layer_features import Frames, encode_layers, layer_strides, pooled, stack_log_mel
 from bestrq.pretraining.probing import CTCProbeSettings
-from bestrq.training.export_reading import Export, read_trained
+from bestrq.training.export_reading import Export
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from common.files import hash_of_file, read_json_object, write_json
@@ -36,6 +36,7 @@ from pipelines.probe_layers import (
     probe_ctc,
     probe_phones,
 )
+from pipelines.run_weights import read_trained
 
 FORMAT = 1
 WEIGHTED = "weighted"
