@@ -38,7 +38,8 @@ from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
-from common.files import hash_of_file, read_json_lines, write_file
+from common.files import hash_of_file, write_file
+from common.json_lines import read_json_lines
 from data.audio.files import AudioFile, list_audio
 from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings

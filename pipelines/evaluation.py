@@ -25,7 +25,8 @@ from bestrq.training.export_reading import Export, read_export
 from bestrq.training.memory import PeakMemory
 from bestrq.training.process import World
 from common.errors import UserError
-from common.files import read_json_lines, write_file
+from common.files import write_file
+from common.json_lines import read_json_lines
 from data.audio.files import find_audio
 from data.format.dataset import Dataset, open_dataset
 from pipelines.evaluation_results import (

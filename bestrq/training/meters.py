@@ -20,7 +20,7 @@ from bestrq.training.precision import Precision
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
 from common.errors import UserError
-from common.files import read_json_lines, write_file
+from common.files import write_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -108,9 +108,11 @@ def _finite(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Complete lines of a metrics file; a truncated line is skipped."""
+    from common.json_lines import read_json_lines  # not at the top: a reader of the loop need not read it
+
     if not path.exists():
         return []
-    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
+    return [row for row in read_json_lines(path) if type(row.get("step")) is int]
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
