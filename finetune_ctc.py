@@ -27,7 +27,6 @@ from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from common.config import parse, run_main
 from common.segments import to_device
-from data.loading.loader import DataState
 from pipelines.curriculum import CurriculumLoader, labelled_crops, stages_of
 from pipelines.finetuning import (
     Best,
@@ -38,6 +37,7 @@ from pipelines.finetuning import (
     heldout_inference,
     heldout_recordings,
     make_averages,
+    restored,
     run_tokenizer,
     save,
     start_run,
@@ -89,8 +89,7 @@ def train(config: Config) -> None:
     step, data_state, best = 0, None, Best()
     if latest is not None:
         checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
-        step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
-        best = Best(**checkpoint.state["best"])
+        step, data_state, best = restored(checkpoint)
         averages.load(checkpoint)
 
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)

@@ -7,9 +7,11 @@ Checks are combined to describe a whole document: `fields({"name": text, "rates"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import read_json_object
 
 Check = Callable[[Any, str], None]
 LARGEST = 10**15
@@ -29,6 +31,12 @@ def text(value: Any, place: str) -> None:
 def number(value: Any, place: str) -> None:
     """Finite number of at most LARGEST."""
     if type(value) not in (int, float) or not abs(value) <= LARGEST:  # false for NaN
+        raise _wrong(value, place, "a number")
+
+
+def real(value: Any, place: str) -> None:
+    """Number of at most LARGEST, infinite, or not a number."""
+    if type(value) not in (int, float) or LARGEST < abs(value) < float("inf"):
         raise _wrong(value, place, "a number")
 
 
@@ -122,6 +130,16 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
                 raise UserError(f"{place}{separator}{name} is missing")
 
     return check
+
+
+def read_number(path: Path, *names: str) -> float:
+    """Number in a JSON file, in nested objects of these names. Raises UserError with file and names."""
+    value: Any = read_json_object(path)
+    place = f"{path}: {'.'.join(names)}"
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    number(value, place)
+    return float(value)
 
 
 def _object(value: Any, place: str) -> None:

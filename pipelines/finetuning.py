@@ -17,7 +17,7 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.hidden_masks import HiddenMaskSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.averaging import Averages, AveragingSettings
-from bestrq.training.checkpoint import CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
+from bestrq.training.checkpoint import Checkpoint, CheckpointSettings, gather_model, prune_checkpoints, save_checkpoint
 from bestrq.training.export import write_export
 from bestrq.training.inference_precision import inference_precision
 from bestrq.training.meters import start_line
@@ -28,6 +28,7 @@ from bestrq.training.run_folder import FREE_RUN_FIELDS, RunFolder, RunSettings
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file, new_folder
+from common.json_checks import count, fields, real
 from data.format.dataset import STD_FLOOR, Dataset, Normalisation
 from data.loading.augment import SupervisedSettings
 from data.loading.cutting import CuttingSettings
@@ -260,6 +261,13 @@ def save(
     state |= {"averaged_updates": averages.updates}
     save_checkpoint(run.folder.checkpoints, step, model, optimizer, state, run.world, averages.tensors())
     prune_checkpoints(run.folder.checkpoints, run.config.checkpoint.keep_last, best.step, run.world)
+
+
+def restored(checkpoint: Checkpoint) -> tuple[int, DataState, Best]:
+    """Step, position in the data and best validation of a checkpoint. Raises UserError if one is invalid."""
+    best: Any = checkpoint.state.get("best")
+    fields({"rate": real, "step": count})(best, f"{checkpoint.path / 'state.json'}: state.best")
+    return checkpoint.step, DataState.from_dict(checkpoint.state.get("data", {})), Best(best["rate"], best["step"])
 
 
 def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bestrq.training.checkpoint import Checkpoint, fill, gather_model, gather_te
 from bestrq.training.process import World
 from common.errors import UserError
 from common.files import write_file
+from common.json_checks import count
 
 PREFIX = "average/"
 """of the names of the moving average among the extra tensors of a checkpoint"""
@@ -110,7 +111,8 @@ class Averages:
                 if name.startswith(PREFIX)
             }
             fill(self.average, tensors, checkpoint.path / "extra.safetensors")
-            self.updates = int(checkpoint.state["averaged_updates"])
+            count(checkpoint.state.get("averaged_updates"), f"{checkpoint.path / 'state.json'}: averaged_updates")
+            self.updates = checkpoint.state["averaged_updates"]
 
     @contextmanager
     def _held(self, model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:

@@ -194,7 +194,9 @@ class RunFolder:
 def _with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Recorded configuration with the defaults of fields added since, so that a run can be resumed after an upgrade."""
     sections = {
-        name: _with_defaults(old.get(name, {}), value) for name, value in defaults.items() if isinstance(value, dict)
+        name: _with_defaults(section, value)
+        for name, value in defaults.items()
+        if isinstance(value, dict) and isinstance(section := old.get(name, {}), dict)  # else it differs
     }
     return {**defaults, **old, **sections}
 
