@@ -6,6 +6,7 @@ Checks are combined to describe a whole document: `fields({"name": text, "rates"
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,17 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
                 raise UserError(f"{place}{separator}{name} is missing")
 
     return check
+
+
+def finite(value: Any, place: str) -> None:
+    """Value of any type without NaN and infinity, at any depth, so that it can be written as JSON."""
+    rest = [(value, f"{place}: ")]
+    while rest:
+        part, where = rest.pop()
+        if isinstance(part, float) and not math.isfinite(part):
+            raise UserError(f"{where.rstrip(': ')} is the number {part}, which is not JSON")
+        items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        rest += [(inner, f"{where}{'' if where.endswith(' ') else '.'}{name}") for name, inner in items]
 
 
 def read_number(path: Path, *names: str) -> float:

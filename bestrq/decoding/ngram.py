@@ -143,7 +143,7 @@ def read_arpa(path: str | os.PathLike[str], pieces: Sequence[str]) -> NGram:
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device may never end
-            raise UserError(f"the language model {path} is not a regular file: write it to a file")
+            raise OSError("not a regular file")
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
             return _parse(_Lines(path, cast(BinaryIO, stream)), pieces)
     except (OSError, EOFError, zlib.error) as error:

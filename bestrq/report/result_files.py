@@ -10,6 +10,7 @@ from common.files import read_json_object
 from common.json_checks import (
     count,
     fields,
+    finite,
     list_of,
     mapping_of,
     number,
@@ -69,8 +70,8 @@ _RESULTS = fields(
         ),
         "normalisers": mapping_of(fields({"description": text, "rules": list_of(_RULE)}, {"note": text})),
         "recordings": list_of(_RECORDING, shortest=1),
-    },
-    {"segments": or_null(mapping_of(_SCORE))},
+        "segments": or_null(mapping_of(_SCORE)),
+    }
 )
 _WORDS = list_of(row_of(text, number, number, or_null(number)))
 _TRANSCRIPT = {"id": text, "seconds": positive_or_zero, "text": text, "words": _WORDS}
@@ -98,14 +99,18 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         )
     try:
         _RESULTS(results, str(path))
+        finite(results, str(path))
         for name in ("scores", "segments"):
-            if results.get(name) is not None and "all" not in results[name]:
+            if results[name] is not None and "all" not in results[name]:
                 raise UserError(f"{path}: {name}.all is missing")
         if not re.fullmatch(r"[0-9]{1,9}", results["versions"].get(SCORING, "1")):
             raise UserError(f"{path}: versions.{SCORING} is {results['versions'][SCORING]!r}, expected digits")
         ids = [row["id"] for row in results["recordings"]]
         if len(set(ids)) < len(ids):
             raise UserError(f"{path}: two recordings have the same id")
+        for index, row in enumerate(results["recordings"]):
+            if row["reference"] and row["cer"] is None:
+                raise UserError(f"{path}: recordings[{index}].cer is null, but the reference is not empty")
     except UserError as error:
         raise UserError(f"{error}. The file was changed: evaluate again") from error
     return results

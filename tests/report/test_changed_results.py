@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,39 @@ def test_every_wrong_value_in_results_is_refused_with_its_field_or_makes_a_repor
     valid = json.loads(path.read_text())
     report(folders, tmp_path / "out")
     accepted = []
-    for case, text in variants(valid, 4000):
+    for case, text in variants(valid, 1500):
         path.write_text(text)
         field = case.split(".")[0].split(" = ")[0]
-        if not refused(lambda: read_results(folders[0]), case, str(path)):
+        if not refused(lambda: read_results(folders[0]), case, field.replace("format_version", "format version")):
             accepted.append((case, text))
-        elif field and "deleted" not in case and field != "format_version":
-            with pytest.raises(UserError, match=field):
-                read_results(folders[0])
-    assert 200 < len(accepted) < 2000
-    # Pages take a tenth of a second each: a sample, with each field at most once.
-    fields = {case.split(" = ")[0]: (case, text) for case, text in accepted}
-    for case, text in list(fields.values())[::3]:
+    assert 100 < len(accepted) < 1000
+    # Pages take most of a second each, so these are a sample.
+    for case, text in random.Random(0).sample(accepted, 4):
         path.write_text(text)
         refused(lambda: report(folders, tmp_path / "out"), case, "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (("positions", 0, "words"), float("nan"), "positions.0.words is the number nan"),
+        (("recordings", 0, "cer"), None, r"recordings\[0\].cer is null"),
+        (("recordings", 1, "id"), "r0", "two recordings have the same id"),
+        (("scores", "all"), None, "scores.all is None, expected an object"),
+        (("versions", "scoring rules"), "x", "versions.scoring rules is 'x'"),
+    ],
+)
+def test_values_that_no_type_excludes_are_refused(
+    field: tuple[str | int, ...], value: object, message: str, folders: list[Path]
+) -> None:
+    results = json.loads((folders[0] / RESULTS).read_text())
+    inner = results
+    for name in field[:-1]:
+        inner = inner[name]
+    inner[field[-1]] = value
+    (folders[0] / RESULTS).write_text(json.dumps(results))
+    with pytest.raises(UserError, match=message):
+        read_results(folders[0])
 
 
 def test_every_wrong_value_in_transcripts_is_refused_with_its_line_or_makes_a_report(
@@ -76,7 +96,7 @@ def test_every_wrong_value_in_transcripts_is_refused_with_its_line_or_makes_a_re
             accepted.append(case)
             for line in read_transcripts(folders[0]):
                 transcript_of(line)
-            if len(accepted) % 20 == 0:
+            if len(accepted) % 60 == 0:
                 refused(lambda: report(folders, tmp_path / "out"), case, "")
     assert count > 300 and len(accepted) > 20
 
@@ -90,7 +110,7 @@ def test_an_evaluation_with_changed_files_is_not_finished_and_changed_lines_are_
             if name != "alignment"}  # fmt: skip
     entry = {"key": "d" * 64, **kept}
     assert collect_decoded(folder, "d" * 64, True).keys() == TEXTS.keys()
-    for case, text in variants(entry, 500):
+    for case, text in variants(entry, 200):
         path.write_text(text + "\n")
         assert not refused(lambda: collect_decoded(folder, "d" * 64, False), case, "")
         for line in collect_decoded(folder, "d" * 64, False).values():
