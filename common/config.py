@@ -241,6 +241,8 @@ def _build(
         raise UserError(explain(str(error), known)) from None
     except ImportError as error:  # import_path_denylist
         raise UserError(f"a setting names code to import, which is not allowed: {error}") from None
+    except OverflowError as error:
+        raise UserError(f"a number of the configuration is too large: {error}") from None
     for kind in sections.get(None, ()):
         _check_values(kind, values)
     try:

@@ -5,7 +5,6 @@ the checkpoint. `tools/average.py` writes it as an export; `finetune.init` and o
 take a checkpoint in place of an export.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +26,7 @@ from bestrq.training.run_folder import RunFolder
 from common.config import from_dict, load_yaml, to_dict
 from common.errors import UserError
 from common.files import as_object
+from common.json_checks import LARGEST
 from data.features import FeatureSettings
 from data.format.dataset import STD_FLOOR
 from data.loading.loader import CurriculumStage
@@ -98,7 +98,7 @@ def dev_figures(run: TrainingRun) -> dict[int, dict[str, float]]:
         row["step"]: {
             name: float(value)
             for name, value in row.items()
-            if name.startswith("dev_") and type(value) in (int, float) and abs(value) < math.inf
+            if name.startswith("dev_") and type(value) in (int, float) and abs(value) < LARGEST
         }
         for row in rows
     }
