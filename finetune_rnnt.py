@@ -30,7 +30,6 @@ from bestrq.training.stop import StopRequest
 from bestrq.training.watchdog import Watchdog
 from common.config import parse, run_main, to_dict
 from common.segments import to_device
-from data.loading.loader import DataState
 from pipelines.curriculum import CurriculumLoader, labelled_crops, stages_of
 from pipelines.finetuning import (
     Best,
@@ -41,13 +40,14 @@ from pipelines.finetuning import (
     heldout_inference,
     heldout_recordings,
     make_averages,
+    restored,
     run_tokenizer,
     save,
     start_run,
 )
 from pipelines.kernels import compile_encoder
 from pipelines.parameter_groups import frozen_blocks, parameter_groups
-from pipelines.pretrained import read_init, reinitialise_top_blocks
+from pipelines.pretrained import initialise, read_init
 from pipelines.validation import validate
 
 # Counters of a log interval.
@@ -87,8 +87,7 @@ def train(config: Config) -> None:
     torch.manual_seed(config.run.seed)  # the same initial weights for any world size
     model = TransducerModel(config.encoder, config.transducer, tokenizer.vocab_size).to(world.device)
     if init is not None:
-        model.load_state_dict(init.tensors, strict=False)  # `read_init` has checked that the encoder is complete
-        reinitialise_top_blocks(model.encoder, config.finetune.reinitialise_top_blocks, config.run.seed)
+        initialise(model, init, config, world)
     freezes = frozen_blocks(config, 1) is not None
     compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed, find_unused_parameters=freezes)
@@ -99,8 +98,7 @@ def train(config: Config) -> None:
     step, data_state, best = 0, None, Best()
     if latest is not None:
         checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
-        step, data_state = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
-        best = Best(**checkpoint.state["best"])
+        step, data_state, best = restored(checkpoint)
         averages.load(checkpoint)
 
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)

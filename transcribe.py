@@ -38,7 +38,9 @@ from bestrq.transcripts.formats import WRITERS, TimedTranscript
 from bestrq.transcripts.subtitles import SubtitleSettings
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
-from common.files import hash_of_file, read_json_lines, write_file
+from common.files import hash_of_file, write_file
+from common.json_checks import fields, text
+from common.json_lines import read_json_lines
 from data.audio.files import AudioFile, list_audio
 from data.corpora.audio_files import FileSource
 from data.features import FeatureSettings
@@ -363,13 +365,17 @@ def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
     ]
 
 
+_STATE_ENTRY = fields({"name": text, "key": text, "reason": text})
+
+
 def collect_state(out: Path) -> dict[str, dict[str, str]]:
     """Last entry (key, and reason if it failed) of each file, by name. Merges the logs of all ranks into one file."""
     entries: dict[str, dict[str, str]] = {}
     parts = sorted(out.glob("transcribed-*.jsonl"))
     for path in (out / STATE, *parts):
         for entry in read_json_lines(path) if path.exists() else ():
-            with suppress(KeyError):
+            with suppress(UserError):  # a changed line: the file is transcribed again
+                _STATE_ENTRY(entry, str(path))
                 entries[entry["name"]] = {"name": entry["name"], "key": entry["key"], "reason": entry["reason"]}
     write_file(out / STATE, "".join(json.dumps(entry) + "\n" for entry in entries.values()))
     for path in parts:

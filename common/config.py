@@ -13,6 +13,7 @@ import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 
 from common.console import set_up_console
 from common.errors import UserError
-from common.files import write_file
+from common.files import read_bounded, write_file
 
 Settings = TypeVar("Settings")
 
@@ -77,11 +78,11 @@ def save_yaml(settings: Any, path: str | Path) -> None:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a file of `save_yaml`. Only plain YAML types are accepted, so no code runs.
 
-    Raises UserError if the file is missing, is not YAML, or is not a mapping.
+    Raises UserError if the file is missing, is no regular file, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(_without_aliases(Path(path).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = _plain_yaml(yaml.safe_load, read_bounded(Path(path)).decode())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"the configuration {path} must be a mapping of fields, but is {type(values).__name__}")
@@ -95,8 +96,17 @@ def _without_aliases(text: str) -> str:
     return text
 
 
-_load_value = get_loader("yaml")
-set_loader("yaml", lambda text: _load_value(_without_aliases(text)), (yaml.YAMLError,))
+def _plain_yaml(load: Callable[[str], Any], text: str) -> Any:
+    """Value of YAML without aliases. Raises yaml.YAMLError also for what no value can represent."""
+    try:
+        return load(_without_aliases(text))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # dates such as 2001-99-99, numbers such as 0x_, deep nesting
+        raise yaml.YAMLError(f"not a value: {error}") from error
+
+
+set_loader("yaml", partial(_plain_yaml, get_loader("yaml")), (yaml.YAMLError,))
 
 
 def field_names(settings_class: Any) -> Iterator[str]:
@@ -231,6 +241,8 @@ def _build(
         raise UserError(explain(str(error), known)) from None
     except ImportError as error:  # import_path_denylist
         raise UserError(f"a setting names code to import, which is not allowed: {error}") from None
+    except OverflowError as error:
+        raise UserError(f"a number of the configuration is too large: {error}") from None
     for kind in sections.get(None, ()):
         _check_values(kind, values)
     try:

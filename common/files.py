@@ -11,7 +11,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +19,8 @@ from common.errors import UserError
 
 LEFTOVER = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
 """names of `temporary_name`"""
-MAX_JSON = 1 << 30
-"""largest JSON file that is read, in bytes"""
+MAX_BYTES = 1 << 30
+"""size of the largest file that is read at once"""
 
 
 def sync(path: Path) -> None:
@@ -98,16 +98,22 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Value of a JSON file in UTF-8. Raises UserError with the path if the file is missing, too large or invalid."""
+def read_bounded(path: Path) -> bytes:
+    """Content of a regular file of at most MAX_BYTES: reading a pipe or a device may never end. Raises UserError."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:  # reading a pipe or a device may never end
-            raise UserError(f"{path}: not a regular file of at most {MAX_JSON >> 20} MiB")
-        content = path.read_bytes()
-    except OSError as error:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise UserError(f"{path}: not a regular file of at most {MAX_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: cannot be read ({error})") from error
-    return parse_json(content, path)
+
+
+def read_json(path: Path) -> Any:
+    """Value of a JSON file in UTF-8. Raises UserError with the path if the file is missing, too large or invalid."""
+    return parse_json(read_bounded(path), path)
 
 
 def parse_json(content: bytes, place: Path | str) -> Any:
@@ -116,16 +122,6 @@ def parse_json(content: bytes, place: Path | str) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # invalid UTF-8, invalid JSON, brackets nested a thousand deep
         raise UserError(f"{place}: not JSON in UTF-8 ({error})") from error
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects of a file with one object per line. Other lines, such as a truncated one, are skipped."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            with suppress(ValueError, RecursionError):  # the latter for deep nesting
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    yield value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.files import replace_file
+from common.json_lines import read_json_lines
 from data.names import escaped
 
 _List = Literal["skipped", "warnings"]
@@ -89,11 +90,11 @@ class Warnings:
 def read_list(path: Path, ids: Container[str]) -> list[Skipped]:
     """Entries of a list with one of these ids, without truncated lines; empty if there is no list."""
     items = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        with suppress(ValueError, KeyError, TypeError):
-            fields = json.loads(line)
-            items.append(Skipped(fields["id"], fields["reason"]))
-    return [item for item in items if item.id in ids]
+    for fields in read_json_lines(path) if path.is_file() else ():
+        id, reason = fields.get("id"), fields.get("reason")
+        if isinstance(id, str) and isinstance(reason, str) and id in ids:
+            items.append(Skipped(id, reason))
+    return items
 
 
 def merge_lists(folder: Path) -> None:

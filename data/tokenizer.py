@@ -14,7 +14,7 @@ from typing import Protocol
 import sentencepiece
 
 from common.errors import UserError
-from common.files import read_json_object, replace_file, write_json
+from common.files import read_bounded, read_json_object, replace_file, write_json
 
 BLANK = 0
 TOKENIZER_FILE = "tokenizer.json"
@@ -177,8 +177,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> CharTokenizer | BPETokeniz
         return CharTokenizer(fields["characters"], replace_unknown)
     if kind == "bpe":
         try:
-            return BPETokenizer((path.parent / MODEL_FILE).read_bytes(), replace_unknown)
-        except OSError as error:
+            return BPETokenizer(read_bounded(path.parent / MODEL_FILE), replace_unknown)
+        except UserError as error:
             raise UserError(f"{path.parent / MODEL_FILE}: {error}; save the tokenizer again") from error
     raise UserError(f"{path}: kind is {kind!r}, expected 'char' or 'bpe'")
 

@@ -16,10 +16,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from common.errors import UserError
 from common.files import read_json_object, write_json
+from common.json_checks import count, fields, one_of, positive_or_zero, text
 
 TAIL_LINES = 15
 _KEPT = re.compile(r', "--checkpoint\.keep_last=\d+"')  # may change when a run is resumed
@@ -101,6 +102,16 @@ def selected(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
     return [job for job in jobs if job.name in chosen]
 
 
+_RECORD = fields(
+    {},
+    {
+        "state": one_of(*get_args(State)), "key": text, "attempts": count, "processor_seconds": positive_or_zero,
+        "wall_seconds": positive_or_zero, "unfinished_seconds": positive_or_zero, "finished": positive_or_zero,
+        "problem": text,
+    },
+)  # fmt: skip
+
+
 class Records:
     """Records and logs of the jobs in the folder of an experiment."""
 
@@ -124,8 +135,10 @@ class Records:
         if not path.exists():
             return Record()
         try:
-            return Record(**read_json_object(path))
-        except TypeError as error:
+            fields = read_json_object(path)
+            _RECORD(fields, str(path))
+            return Record(**fields)
+        except (TypeError, UserError) as error:
             raise UserError(f"{path} is not a record of a job ({error}): delete it to run the job again") from error
 
     def write(self, job: Job, record: Record) -> None:

@@ -37,11 +37,12 @@ from bestrq.report.text import percent
 from bestrq.training.metrics_file import read_metrics
 from common.config import run_main
 from common.errors import UserError
+from common.json_checks import LARGEST
 
 
 def read_series(rows: Sequence[Mapping[str, Any]], key: str) -> charts.Series | None:
     """Values of a key over steps; None if no row has a number under the key."""
-    pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+    pairs = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float) and abs(row[key]) < LARGEST]
     return charts.Series(*zip(*pairs, strict=True)) if pairs else None
 
 
@@ -70,12 +71,19 @@ def pretraining_section(run: Path) -> Section:
     figures += line_figure("Masked accuracy", accuracy, "accuracy", caption)
     body = figure_grid(figures) if figures else paragraph("No metrics were recorded.", "note")
     pictures = run / "pictures"
-    if (example := read_tensors(pictures / "mask_example.safetensors")) is not None:
-        image = charts.spectrogram_chart(example["log_mel"], example["mask"].astype(bool))
+    if (example := read_tensors(pictures / "mask_example.safetensors", "log_mel", "mask")) is not None:
+        log_mel, mask = example
+        if log_mel.ndim != 2 or not log_mel.size or mask.shape != log_mel.shape[:1] or not np.isfinite(log_mel).all():
+            raise UserError(
+                f"{pictures / 'mask_example.safetensors'}: not the frames and the mask of a crop: remove it"
+            )
+        image = charts.spectrogram_chart(log_mel, mask.astype(bool))
         caption = "Normalised log-mel of a crop. Shaded spans are replaced by noise; the model predicts their codes."
         body += figure("Masked spans", image, caption)
-    if (usage := read_tensors(pictures / "codebook_usage.safetensors")) is not None:
-        counts = usage["counts"]
+    if (usage := read_tensors(pictures / "codebook_usage.safetensors", "counts")) is not None:
+        (counts,) = usage
+        if counts.ndim != 2 or not counts.size or counts.dtype != np.int64 or counts.min() < 0:
+            raise UserError(f"{pictures / 'codebook_usage.safetensors'}: not the counts of the codes: remove it")
         used = "; ".join(describe_usage(book) for book in counts)
         perplexity = {"perplexity": read_series(rows, "perplexity")}
         caption = "Number of equally frequent codes with the same entropy."
@@ -88,13 +96,14 @@ def pretraining_section(run: Path) -> Section:
     return Section("Pretraining", body)
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray] | None:
-    """Tensors of a small safetensors file; None if it does not exist. Raises UserError if it cannot be read."""
+def read_tensors(path: Path, *names: str) -> list[np.ndarray] | None:
+    """Tensors of a small safetensors file by name; None if it does not exist. Raises UserError if it cannot be read."""
     if not path.exists():
         return None
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(path)
+        return [tensors[name] for name in names]
+    except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"cannot read {path}: {error}. Remove it to make the page without this picture") from error
 
 

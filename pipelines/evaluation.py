@@ -18,14 +18,15 @@ from tqdm import tqdm
 from bestrq.long_form.decoders import Decoder, decode_recordings
 from bestrq.long_form.inference import RecordingSource
 from bestrq.report.reports import write_evaluation_report
-from bestrq.report.result_files import REPORT, RESULTS, TABLE, TRANSCRIPTS, read_results, read_transcripts
+from bestrq.report.result_files import REPORT, RESULTS, TABLE, check_transcript, read_results, read_transcripts
 from bestrq.report.text import rates_table
 from bestrq.scoring.stm import ReferenceSegment
 from bestrq.training.export_reading import Export, read_export
 from bestrq.training.memory import PeakMemory
 from bestrq.training.process import World
 from common.errors import UserError
-from common.files import read_json_lines, write_file
+from common.files import write_file
+from common.json_lines import read_json_lines
 from data.audio.files import find_audio
 from data.format.dataset import Dataset, open_dataset
 from pipelines.evaluation_results import (
@@ -259,7 +260,8 @@ def stored_results(folder: Path, field: Literal["key", "decode_key"], key: str) 
     """Results in the folder, if they and their transcripts can be read and the field has this value."""
     with suppress(UserError):
         results = read_results(folder)
-        if results.get(field) == key and (folder / TRANSCRIPTS).exists():
+        if results.get(field) == key:
+            read_transcripts(folder)
             return results
     return None
 
@@ -273,8 +275,10 @@ def collect_decoded(folder: Path, decode_key: str, has_results: bool) -> dict[st
     files = sorted(folder.glob("partial-*.jsonl"))
     for path in files:
         for entry in read_json_lines(path):
-            if entry.get("key") == decode_key:
-                decoded[entry["id"]] = entry
+            with suppress(UserError):  # a changed line: the recording is decoded again
+                check_transcript(entry, str(path))
+                if entry.get("key") == decode_key:
+                    decoded[entry["id"]] = entry
     lines = (json.dumps({**entry, "key": decode_key}) + "\n" for entry in decoded.values())
     write_file(folder / "partial-00000.jsonl", "".join(lines))
     for path in files:

@@ -256,7 +256,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     If the file cannot be written, a note is printed: results do not depend on it.
     """
     try:
-        with open(path, "a+", encoding="utf-8") as file:
+        with open(path, "a+", encoding="utf-8", errors="backslashreplace") as file:
             with suppress(OSError):  # some shared file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)

@@ -19,6 +19,7 @@ from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.averaging import Averages, AveragingSettings
 from bestrq.training.checkpoint import (
     BackgroundWriter,
+    Checkpoint,
     CheckpointSettings,
     gather_model,
     prune_checkpoints,
@@ -42,6 +43,7 @@ from bestrq.training.run_folder import (
 from common.config import to_dict
 from common.errors import UserError
 from common.files import hash_of_file, new_folder
+from common.json_checks import count, fields, real
 from data.format.dataset import STD_FLOOR, Dataset, Normalisation
 from data.loading.augment import SupervisedSettings
 from data.loading.cutting import CuttingSettings
@@ -282,6 +284,13 @@ def save(
     snapshot = take_snapshot(step, model, optimizer, state, run.world, averages.tensors())
     writer.submit(write_checkpoint, run.folder.checkpoints, snapshot)
     writer.submit(prune_checkpoints, run.folder.checkpoints, run.config.checkpoint, best.step)
+
+
+def restored(checkpoint: Checkpoint) -> tuple[int, DataState, Best]:
+    """Step, position in the data and best validation of a checkpoint. Raises UserError if one is invalid."""
+    best: Any = checkpoint.state.get("best")
+    fields({"rate": real, "step": count})(best, f"{checkpoint.path / 'state.json'}: state.best")
+    return checkpoint.step, DataState.from_dict(checkpoint.state.get("data", {})), Best(best["rate"], best["step"])
 
 
 def statistics_of(dataset: Dataset, normalisation: Normalisation) -> dict[str, Any]:

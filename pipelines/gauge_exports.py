@@ -7,13 +7,14 @@ from torch import Tensor
 
 from bestrq.pretraining import gauge_targets, objective
 from bestrq.pretraining.layer_features import pad_rows, similar_lengths
-from bestrq.training.export_reading import read_export, read_trained
+from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
 from common.segments import Segments
 from data.format.dataset import Dataset
 from data.tokenizer import Tokenizer
 from pipelines.gauge_sample import Piece, read_log_mel
 from pipelines.recogniser import check_features, ctc_outputs, load_recogniser, mel_reader
+from pipelines.run_weights import read_trained
 from pipelines.teacher import read_teacher
 
 Reader = Callable[[Piece], Tensor]

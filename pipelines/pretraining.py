@@ -246,11 +246,15 @@ def resume(state: RunState, checkpoint: Checkpoint, world: World) -> None:
     if state.adaptation:
         state.adaptation.restore(checkpoint.extra_tensors, checkpoint.path, world)
     for name, tensor in state.quantizer.state_dict().items():
-        if not torch.equal(checkpoint.extra_tensors[f"quantizer.{name}"], tensor.cpu()):
+        stored = checkpoint.extra_tensors.get(f"quantizer.{name}")
+        if stored is None or not torch.equal(stored, tensor.cpu()):
             raise UserError(f"{checkpoint.path} has another quantizer: its {name} differs from that of quantizer.seed")
-    state.step, state.data = checkpoint.step, DataState.from_dict(checkpoint.state["data"])
+    state.step, state.data = checkpoint.step, DataState.from_dict(checkpoint.state.get("data", {}))
     if world.is_main:  # the saved counts are a sum over ranks, so only one rank continues them
-        state.code_counts += checkpoint.extra_tensors["code_counts"].to(world.device)
+        counts = checkpoint.extra_tensors.get("code_counts")
+        if counts is None or counts.shape != state.code_counts.shape or counts.dtype != torch.int64:
+            raise UserError(f"{checkpoint.path} has no counts of the codes: choose another checkpoint")
+        state.code_counts += counts.to(world.device)
 
 
 def save(

@@ -15,8 +15,8 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from bestrq.recognition.ctc import frames_needed, pad_labels
 from common.errors import UserError
-from common.files import read_json_lines
 from common.hashing import hash_share
+from common.json_lines import read_json_lines
 from common.text import label_text
 from data.format.dataset import Dataset, Normalisation
 from data.tokenizer import CharTokenizer

@@ -19,10 +19,11 @@ from torch import Tensor
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.layer_features import Frames, encode_layers, layer_strides, pooled, stack_log_mel
 from bestrq.pretraining.probing import CTCProbeSettings
-from bestrq.training.export_reading import Export, read_trained
+from bestrq.training.export_reading import Export
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from common.files import hash_of_file, read_json_object, write_json
+from common.json_checks import fields, list_of, positive_or_zero, real
 from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset, Normalisation
 from pipelines.pretrained import read_pretrained_encoder
@@ -36,6 +37,7 @@ from pipelines.probe_layers import (
     probe_ctc,
     probe_phones,
 )
+from pipelines.run_weights import read_trained
 
 FORMAT = 1
 WEIGHTED = "weighted"
@@ -154,7 +156,28 @@ def climb(
                 result = _probe_layer(labelled[number], classes[number], dataset, material, ctc, device)
             write_json(place / f"{layer}.json", {"format": FORMAT, "source": source.name, "layer": layer, **result})
             print(f"  {_progress(layer, result)}, {time.perf_counter() - start:.0f} s", flush=True)
-    return {layer: read_json_object(place / f"{layer}.json") for layer in source.layers}
+    return {layer: read_layer(place / f"{layer}.json") for layer in source.layers}
+
+
+def read_layer(path: Path) -> dict[str, Any]:
+    """Results of a layer. Raises UserError, which names file and field, if the file was changed."""
+    result = read_json_object(path)
+    try:
+        fields({"train_nats": real, "layer_weights": list_of(real)}, _LAYER)(result, str(path))
+        for name in _RATES:
+            if name in result and len(result[name]["errors"]) != len(result[name]["sizes"]):
+                raise UserError(f"{path}: {name}: errors and sizes differ in length")
+    except UserError as error:
+        raise UserError(f"{error}. Delete the file to probe the layer again") from error
+    return result
+
+
+_RATES = ("nats", "cer", "phone", "speaker", "language", "abx_within", "abx_across")
+_LAYER = {
+    **dict.fromkeys(_RATES, fields({"errors": list_of(real), "sizes": list_of(positive_or_zero)})),
+    "phone": fields({"errors": list_of(real), "sizes": list_of(positive_or_zero), "chance": real}),
+    **dict.fromkeys(("frame_correlation", "effective_rank", "effective_rank_entropy"), real),
+}
 
 
 def _key(source: Source, dataset: Dataset, material: Material, data: ProbeDataSettings, ctc: CTCProbeSettings) -> str:

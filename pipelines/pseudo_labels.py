@@ -13,6 +13,7 @@ from bestrq.decoding.tokens import TimedTokens
 from bestrq.scoring.word_errors import RecordingScore
 from bestrq.transcripts.formats import TimedTranscript
 from common.errors import UserError
+from common.json_checks import fields, list_of, or_null, positive_or_zero, row_of, text
 from common.text import label_words
 from data.transcripts import Word
 
@@ -40,6 +41,13 @@ class FilterSettings:
     def __post_init__(self) -> None:
         if self.keep == 0:
             raise UserError("filter.keep is 0, which keeps nothing: give a share above 0, such as 0.5")
+
+
+check_hypothesis = fields({
+    "text": text, "label": positive_or_zero, "word": positive_or_zero,
+    "words": list_of(row_of(text, positive_or_zero, positive_or_zero, or_null(positive_or_zero))),
+})  # fmt: skip
+"""check of the JSON object of a `Hypothesis`"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from bestrq.decoding.fusion import Fusion
 from bestrq.decoding.tokens import TimedTokens
@@ -144,8 +144,9 @@ def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) 
         )
     encoder = changes.apply(from_dict(EncoderSettings, config["encoder"]))
     transducer = from_dict(TransducerSettings, config["transducer"]) if kind == "rnnt" else None
-    _check_shapes(export, encoder, transducer)
-    model = _build(encoder, transducer, config["vocab_size"])
+    build = partial(build_recogniser, encoder, transducer, config["vocab_size"])
+    check_shapes(export, encoder, build)
+    model = build()
     model.load_state_dict(export.tensors)
     features, normalisation = FeatureSettings.from_dict(config["features"]), config["normalisation"]
     std_floor = config.get("std_floor", 0.0)
@@ -155,25 +156,33 @@ def load_recogniser(export: Export, changes: EncoderChanges = EncoderChanges()) 
     return Recogniser(model.eval(), tokenizer, features, normalisation, statistics, std_floor)
 
 
-def _build(
+def build_recogniser(
     encoder: EncoderSettings, transducer: TransducerSettings | None, vocab_size: int
 ) -> CTCModel | TransducerModel:
+    """Transducer with these settings, or CTC model without them, with initial weights."""
     return CTCModel(encoder, vocab_size) if transducer is None else TransducerModel(encoder, transducer, vocab_size)
 
 
-def _check_shapes(export: Export, encoder: EncoderSettings, transducer: TransducerSettings | None) -> None:
-    """Raise UserError unless the tensors are those of the settings, before a model of any size is built."""
+def check_shapes(
+    export: Export, encoder: EncoderSettings, build: Callable[[], nn.Module], settings: str = "its config.json"
+) -> None:
+    """Raise UserError unless the tensors are those of the settings, before a model of any size is built.
+
+    Args:
+        build: makes the model; called on the device "meta".
+        settings: file with the settings, for messages.
+    """
     weights = export.path / "model.safetensors"
     blocks = {name.split(".")[2] for name in export.tensors if name.startswith("encoder.blocks.")}
     if len(blocks) != (num_blocks := sum(stage.num_layers for stage in encoder.stages)):
-        raise UserError(f"{weights} does not fit its config.json: it has {len(blocks)} blocks instead of {num_blocks}")
+        raise UserError(f"{weights} does not fit {settings}: it has {len(blocks)} blocks instead of {num_blocks}")
     try:
         with torch.device("meta"):
-            expected = _build(encoder, transducer, export.config["vocab_size"]).state_dict()
+            expected = build().state_dict()
     except (RuntimeError, ValueError, OverflowError) as error:  # sizes that no tensor has
-        raise UserError(f"{export.path / 'config.json'} describes no possible model: {error}") from error
+        raise UserError(f"{weights}: {settings} describes no possible model: {error}") from error
     if wrong := misfits(expected, export.tensors):
-        raise UserError(f"{weights} does not fit its config.json: {wrong[0]} ({len(wrong)} such tensors)")
+        raise UserError(f"{weights} does not fit {settings}: {wrong[0]} ({len(wrong)} such tensors)")
 
 
 def _statistics(export: Export, normalisation: str, features: FeatureSettings) -> tuple[Tensor, Tensor] | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.objective import TargetSettings
 from bestrq.pretraining.teacher import Teacher
-from bestrq.training.export_reading import Export, read_trained
+from bestrq.training.export_reading import Export
 from bestrq.training.process import World
 from common.config import from_dict
 from common.errors import UserError
@@ -19,6 +19,7 @@ from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset, Normalisation
 from data.loading.heldout import HeldoutSettings, heldout_batches
 from data.loading.loader import LoaderSettings
+from pipelines.run_weights import read_trained
 
 
 def open_teacher(

@@ -108,6 +108,20 @@ def make_results(
     }  # fmt: skip
 
 
+def completed(partial: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of `results.json` with these fields; all others are those of one recording without errors."""
+    whole = make_results("x", score_all({"x": ("a b", "a b")}))
+    total = whole["scores"]["all"]
+    scores = {
+        name: {language: {**total, **score} for language, score in {"all": {}, **(partial.get(name) or {})}.items()}
+        for name in ("scores", "segments")
+        if name == "scores" or partial.get(name)
+    }
+    parts = {name: {**whole[name], **partial[name]} for name in ("inference", "decoder", "decoding") if name in partial}
+    recordings = {"recordings": partial.get("recordings") or whole["recordings"]}
+    return {**whole, **partial, **parts, **scores, **recordings}
+
+
 def write_evaluation(
     folder: Path, name: str, scores: Sequence[RecordingScore], context: float = 20.0, mode: str = "buffered",
     **changes: Any,

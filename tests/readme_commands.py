@@ -99,6 +99,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "sbatch --array=0-15 launch/prepare.sbatch mls --languages de,fr --out datasets/mls": Elsewhere(
         "tests/launch/test_slurm.py runs it with another corpus, tests/data/corpora/test_corpora_mls.py reads this one"
     ),
+    "python -m tools.average runs/base-120m-ctc --best 1 --out exports/base-120m-ctc": Run(),
     "python -m tools.align --data.dataset datasets/train --model runs/base-120m-ctc/export "
     "--out datasets/train-timed": Run("--device cpu"),
     "python -m benchmarks.pretraining_speed": Run("--only-ours --utterances 2 --row-seconds 20 --rows 1 --repeats 1"),

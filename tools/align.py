@@ -43,9 +43,11 @@ from bestrq.decoding.tokens import BLANK
 from bestrq.long_form.inference import InferenceSettings, RecordingSource, excluded_frames, model_outputs
 from bestrq.training.export_reading import read_export
 from bestrq.training.process import World
+from common import json_checks
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
 from common.files import read_json_object, replace_file, write_file, write_json
+from common.json_checks import fields, list_of, number, positive_or_zero, row_of
 from common.text import label_words
 from data.format.dataset import Dataset, open_dataset
 from data.shards.derive import Entry, derive, stored_recording
@@ -180,11 +182,20 @@ def work_folder(config: Config) -> Path:
     return target.with_name(f"{target.name}.align")
 
 
+_WORDS = fields({"words": list_of(row_of(json_checks.text, positive_or_zero, positive_or_zero, number))})
+_REASON = fields({"reason": json_checks.text})
+
+
+def _check_result(value: Any, place: str) -> None:
+    """Check of a result: words with times and confidence, or a reason."""
+    (_REASON if isinstance(value, dict) and "reason" in value else _WORDS)(value, place)
+
+
 class Results:
     """Words of recordings, or the reason for their absence, from the logs of all ranks."""
 
     def __init__(self, work: Path, key: str, num_recordings: int) -> None:
-        self._log = RecordingLog(work, key[:16], num_recordings)
+        self._log = RecordingLog(work, key[:16], num_recordings, _check_result)
 
     def has(self, recording: int) -> bool:
         return self._log.has(recording)

@@ -24,6 +24,7 @@ from bestrq.scoring.rank_correlation import spearman, spearman_interval
 from common.config import parse, run_main
 from common.errors import UserError
 from common.files import read_json_object, write_json
+from common.json_checks import LARGEST, number
 from tools.compare import join_lists
 
 MIN_TARGETS = 8
@@ -62,8 +63,8 @@ def read_inputs(config: Config) -> tuple[dict[str, Mapping[str, Any]], dict[str,
     targets: dict[str, Mapping[str, Any]] = {}
     for path in config.gauge:
         found = read_json_object(Path(path)).get("targets")
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: has no targets: give a gauge.json of tools/gauge.py")
+        if not isinstance(found, dict) or not all(isinstance(figures, dict) for figures in found.values()):
+            raise UserError(f"{path}: has no targets with figures: give a gauge.json of tools/gauge.py")
         targets |= found
     rates = read_rates(Path(config.cer)) if config.cer else read_cers(config.results)
     names = [name for name in targets if name in rates]
@@ -80,17 +81,28 @@ def read_rates(path: Path) -> dict[str, float]:
     """Error rates by target. Raises UserError for anything but finite numbers."""
     rates = read_json_object(path)
     for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
-            raise UserError(f"{path}: the error rate of {name!r} is {rate!r}: give a number")
+        number(rate, f"{path}: {name}")
     return {name: float(rate) for name, rate in rates.items()}
 
 
 def read_cers(pairs: Sequence[str]) -> dict[str, float]:
     """Mean CER by target, from `TARGET=FOLDER[,FOLDER...]`. Raises UserError for a folder without results."""
     return {
-        name: statistics.fmean(float(read_results(folder)["scores"]["all"]["cer"]) for folder in folders)
+        name: statistics.fmean(cer_of(folder) for folder in folders)
         for name, folders in folders_by_name("results", pairs).items()
     }
+
+
+def cer_of(folder: str) -> float:
+    """CER over all recordings of an evaluation. Raises UserError if its references are empty."""
+    rate = read_results(folder)["scores"]["all"]["cer"]
+    number(rate, f"{folder}: scores.all.cer")
+    return float(rate)
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value is a finite number of a size that floating point can represent."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def correlations(
@@ -100,9 +112,7 @@ def correlations(
     common = [
         name
         for name, value in next(iter(targets.values())).items()
-        if name not in NO_FIGURES
-        and isinstance(value, (int, float))
-        and all(isinstance(row.get(name), (int, float)) for row in targets.values())
+        if name not in NO_FIGURES and is_figure(value) and all(is_figure(row.get(name)) for row in targets.values())
     ]
     unknown = [name for name in figures if name not in common]
     if unknown:

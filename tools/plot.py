@@ -10,7 +10,6 @@ restarts marked, and a table of the last values with the settings in which the r
 
 import json
 import os
-import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from bestrq.report.run_curves import RunRecord
 from bestrq.training.metrics_file import read_metrics, totals_of
 from common.config import load_yaml, parse, run_main
 from common.errors import UserError
-from common.files import MAX_JSON, read_json_object
+from common.files import read_json_object
 from tools.compare import join_lists, name_folders
 
 METRICS, RECORD, SETTINGS = "metrics.jsonl", "run.json", "config.yaml"
@@ -93,13 +92,11 @@ def read_run(name: str, folder: Path) -> RunRecord:
     starts = 0
     try:
         if (folder / METRICS).exists():
-            check_size(folder / METRICS)
             rows = read_metrics(folder / METRICS)
     except (OSError, UserError) as error:
         problems.append(f"{METRICS}: {error}")
     try:
         if (folder / SETTINGS).exists():
-            check_size(folder / SETTINGS)
             settings = load_yaml(folder / SETTINGS)
     except (OSError, UserError, RecursionError) as error:
         problems.append(f"{SETTINGS}: {error}")
@@ -110,13 +107,6 @@ def read_run(name: str, folder: Path) -> RunRecord:
     except UserError as error:
         problems.append(f"{RECORD}: {error}")
     return RunRecord(name, rows, totals_of(rows), settings, starts, problems)
-
-
-def check_size(path: Path) -> None:
-    """Raise UserError for a pipe or a device, whose content may never end, and for more than 1 GiB."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON:
-        raise UserError(f"not a regular file of at most {MAX_JSON >> 20} MiB")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -51,6 +51,7 @@ from pipelines.pseudo_labels import (
     FilterSettings,
     Hypothesis,
     Scored,
+    check_hypothesis,
     cut_words,
     hypothesis_of,
     is_kept,
@@ -151,7 +152,7 @@ def pseudo_label(config: Config, world: World) -> None:
     except OSError as error:
         raise UserError(f"{work}: cannot make this folder ({error}); choose another one") from error
 
-    log = RecordingLog(work, key[:16], len(dataset))
+    log = RecordingLog(work, key[:16], len(dataset), check_hypothesis)
     world.barrier()  # all ranks read the same logs before any of them appends to its own
     remaining = [i for i in recordings if not log.has(i)]
     if world.is_main and len(remaining) < len(recordings):
@@ -165,7 +166,7 @@ def pseudo_label(config: Config, world: World) -> None:
         facts = {
             "key": key, "export_hash": export_hash, "decoder": decoder.description, "world_size": world.size,
         }  # fmt: skip
-        finish(config, dataset, recordings, RecordingLog(work, key[:16], len(dataset)), facts)
+        finish(config, dataset, recordings, RecordingLog(work, key[:16], len(dataset), check_hypothesis), facts)
         if not config.hypotheses:
             shutil.rmtree(work)
     world.barrier()

@@ -14,6 +14,7 @@ from pathlib import Path
 from bestrq.decoding.ngram import perplexity, read_arpa, train_ngram, write_arpa
 from common.config import parse, run_main
 from common.errors import UserError
+from common.json_lines import bounded_lines
 from common.text import label_text
 from data.format.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -110,9 +111,9 @@ def transcripts(dataset: Dataset, split: str, language: str) -> Iterator[tuple[s
 def lines(path: str, language: str) -> Iterator[tuple[str, str]]:
     """(name, label text) of each line of a file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield f"line {number}", label_text(line, language)
+        with open(path, "rb") as file:
+            for number, line in enumerate(bounded_lines(file, path), 1):
+                yield f"line {number}", label_text(line.decode(), language)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"texts = {path}: cannot be read as UTF-8 text ({error}); give another file") from error
 

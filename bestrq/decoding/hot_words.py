@@ -17,7 +17,11 @@ from pathlib import Path
 
 from bestrq.decoding.tokens import BLANK
 from common.errors import UserError
+from common.files import read_bounded
 from common.text import fold
+
+MAX_PHRASE = 1000
+"""longest phrase, in characters: memory is quadratic in it"""
 
 
 class HotWords:
@@ -119,14 +123,19 @@ def read_hot_words(path: str | os.PathLike[str], encode: Callable[[str], Sequenc
         UserError: the file cannot be read, has no phrases, or has an invalid line, which the message names.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bounded(Path(path)).decode("utf-8-sig").splitlines()
+    except ValueError as error:  # UserError, UnicodeDecodeError
         raise UserError(f"decoder.hot_words = {path}: cannot be read ({error}): give a text file in UTF-8") from error
     phrases = []
     for number, line in enumerate(lines, 1):
         phrase, *fields = (part.strip() for part in line.split("\t"))
         if not phrase and not any(fields):
             continue
+        if len(phrase) > MAX_PHRASE:
+            raise UserError(
+                f"decoder.hot_words = {path}, line {number}: a phrase of {len(phrase):,} characters; give at most "
+                f"{MAX_PHRASE:,}"
+            )
         try:
             phrases.append((list(encode(fold(phrase))), float(fields[0]) if fields else weight))
             HotWords(phrases[-1:])

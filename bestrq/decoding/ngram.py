@@ -17,6 +17,7 @@ import gzip
 import math
 import os
 import re
+import stat
 import zlib
 from array import array
 from collections import Counter
@@ -33,6 +34,7 @@ from torch import Tensor
 from bestrq.decoding.tokens import BLANK
 from common.errors import UserError
 from common.files import write_file
+from common.json_lines import bounded_lines
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 FLOOR = -100 * math.log(10)
@@ -41,6 +43,8 @@ LOG10_ZERO = -99.0
 """log10 of 0 in ARPA files, for <s>, which is never predicted"""
 CACHE_BYTES = 64 << 20
 """size of the cache of `NGram.log_probs`"""
+MAX_LINE, MAX_LEFT_OUT = 1 << 16, 10_000
+"""bytes of a line of an ARPA file, and number of its blank lines and comments"""
 
 Words = tuple[int, ...]
 """word numbers: labels 0 .. V - 1, V for </s>, V + 1 for <s> and, if no piece is <unk>, V + 2 for <unk>"""
@@ -138,6 +142,8 @@ def read_arpa(path: str | os.PathLike[str], pieces: Sequence[str]) -> NGram:
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device may never end
+            raise OSError("not a regular file")
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
             return _parse(_Lines(path, cast(BinaryIO, stream)), pieces)
     except (OSError, EOFError, zlib.error) as error:
@@ -150,15 +156,23 @@ class _Lines:
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path = path
         self.number = 0
-        self._stream = stream
+        self._lines = bounded_lines(stream, f"the language model {path}", MAX_LINE)
+        self._left_out = 0  # blank lines and comments
 
     def next(self) -> bytes:
         """Return the next line; empty at the end of the file."""
-        for line in self._stream:
+        for line in self._lines:
             self.number += 1
             if line := line.strip():
                 return line
+            self.leave_out()
         return b""
+
+    def leave_out(self) -> None:
+        """Count a line without content, as a few compressed bytes can stand for any number of them."""
+        self._left_out += 1
+        if self._left_out > MAX_LEFT_OUT:
+            raise self.error(f"more than {MAX_LEFT_OUT:,} blank lines and comments; write the file again")
 
     def error(self, problem: str) -> UserError:
         return UserError(f"the language model {self.path}, line {self.number}: {problem}")
@@ -175,6 +189,11 @@ def _parse(lines: _Lines, pieces: Sequence[str]) -> NGram:
         count = 0
         while (line := lines.next()) and not line.startswith(b"\\"):
             count += 1
+            if count > expected:
+                raise lines.error(
+                    f"at least {count} {n}-grams, but the counts after \\data\\ say {expected}: the file was changed; "
+                    "write it again"
+                )
             log_prob, words, weight = _read_ngram(line, n, numbers, lines)
             next_words, log_probs = followers.setdefault(words[:-1], (array("i"), array("f")))
             next_words.append(words[-1])
@@ -212,6 +231,7 @@ def _read_counts(lines: _Lines) -> tuple[list[int], bytes]:
                 "not an ARPA file: it has no line \\data\\. Give the ARPA file that lmplz, SRILM or "
                 "tools/train_ngram.py writes, not a binary made from it"
             )
+        lines.leave_out()
     counts: list[int] = []
     while (line := lines.next()).startswith(b"ngram"):
         fields = re.fullmatch(rb"ngram\s+(\d{1,3})\s*=\s*(\d{1,18})", line)

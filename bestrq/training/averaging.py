@@ -9,7 +9,7 @@ Sources: exponential moving average with a warm-up of the decay: TensorFlow's `E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from bestrq.training.process import World
 from bestrq.training.tensor_files import write_tensors
 from common.errors import UserError
 from common.files import replace_file
+from common.json_checks import count
 
 PREFIX = "average/"
 """of the names of the moving average among the extra tensors of a checkpoint"""
@@ -110,7 +111,8 @@ class Averages:
                 if name.startswith(PREFIX)
             }
             fill(self.average, tensors, checkpoint.path / "extra.safetensors")
-            self.updates = int(checkpoint.state["averaged_updates"])
+            count(checkpoint.state.get("averaged_updates"), f"{checkpoint.path / 'state.json'}: averaged_updates")
+            self.updates = checkpoint.state["averaged_updates"]
 
     @contextmanager
     def _held(self, model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -138,17 +140,10 @@ class Averages:
 
     @torch.no_grad()
     def _mean(self, model: nn.Module) -> dict[str, Tensor]:
-        """Mean of the stored weights, computed in float64, with the shards of the model."""
-        mean = {}
+        """Mean of the stored weights, with the shards of the model."""
         try:
-            with ExitStack() as stack:
-                files = [stack.enter_context(safe_open(self._path(step), "pt")) for step in self.kept]
-                for name in files[-1].keys():  # noqa: SIM118 - not a dict
-                    values = [file.get_tensor(name) for file in files]
-                    mean[name] = values[-1]
-                    if values[-1].is_floating_point():
-                        mean[name] = torch.stack(values).double().mean(dim=0).to(values[-1].dtype)
-        except (OSError, SafetensorError) as error:
+            mean = mean_of_files([self._path(step) for step in self.kept])
+        except UserError as error:
             raise UserError(
                 f"averaging.last is {self.settings.last}, but the weights of a validation cannot be read: {error}; "
                 f"restore the files of {self.folder}"
@@ -156,6 +151,58 @@ class Averages:
         weights = {name: torch.empty_like(slot) for name, slot in model_slots(model).items()}
         fill(weights, mean, self.folder)
         return weights
+
+
+@torch.no_grad()
+def mean_of_files(paths: Sequence[Path], prefix: str = "") -> dict[str, Tensor]:
+    """Mean of the tensors of safetensors files, computed in float64, as float32, on the CPU.
+
+    Tensors that are not floating-point, such as counters, are those of the last file. One tensor of each file is in
+    memory at a time.
+
+    Args:
+        prefix: only tensors whose names begin with it are read, and returned without it.
+
+    Raises:
+        UserError: a file cannot be read, has other tensors or shapes than the last one, or has non-finite values; the
+            message names file and tensor.
+    """
+    mean: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = []
+        for path in paths:
+            try:
+                files.append(stack.enter_context(safe_open(path, "pt")))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot read {path}: {error}") from error
+        names = [{name for name in file.keys() if name.startswith(prefix)} for file in files]  # noqa: SIM118
+        for path, other in zip(paths, names, strict=True):
+            if different := sorted(other ^ names[-1]):
+                raise UserError(f"{path} and {paths[-1]} have different tensors, such as {different[0]}")
+        for name in sorted(names[-1]):
+            values = [_finite_tensor(file, path, name) for path, file in zip(paths, files, strict=True)]
+            for path, value in zip(paths, values, strict=True):
+                if (value.shape, value.dtype) != (values[-1].shape, values[-1].dtype):
+                    raise UserError(f"{name} is {_described(value)} in {path}, {_described(values[-1])} in {paths[-1]}")
+            is_averaged = values[-1].is_floating_point()
+            mean[name.removeprefix(prefix)] = (
+                torch.stack(values).double().mean(dim=0).float() if is_averaged else values[-1]
+            )
+    return mean
+
+
+def _finite_tensor(file: safe_open, path: Path, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"cannot read {path}: {name}: {error}") from error
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"{path}: {name} has non-finite values, the training diverged: give earlier weights")
+    return tensor
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 @torch.no_grad()

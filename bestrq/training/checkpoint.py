@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bestrq.training.process import World, unwrap
 from bestrq.training.tensor_files import read_tensors, write_tensors
 from common.errors import UserError
-from common.files import crc32_of, new_folder, read_json, remove_leftovers, write_file
+from common.files import as_object, crc32_of, new_folder, read_json, remove_leftovers, write_file
 
 FORMAT = 1
 COMPLETE = "COMPLETE"
@@ -212,7 +212,8 @@ def load_checkpoint(
         if model is None:
             raise ValueError("optimizer tensors are identified by the parameter names of the model: pass the model")
         _load_optimizer(model, optimizer, path / "optimizer.safetensors")
-    return Checkpoint(path, step, document["state"], read_tensors(path / "extra.safetensors"))
+    state = as_object(document.get("state"), f"{path / 'state.json'}: state")
+    return Checkpoint(path, step, state, read_tensors(path / "extra.safetensors"))
 
 
 def model_slots(model: nn.Module) -> dict[str, Tensor]:

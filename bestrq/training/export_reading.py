@@ -1,4 +1,4 @@
-"""Reading of exports, and of checkpoints in place of exports. Reading executes no code and writes nothing."""
+"""Reading of exports. Reading executes no code and writes nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bestrq.training.checkpoint import read_tensors, verify_checkpoint
+from bestrq.training.checkpoint import read_tensors
 from bestrq.training.export import old_version
-from common.config import load_yaml
 from common.errors import UserError
-from common.files import as_object, crc32_of, read_json, read_json_object
+from common.files import as_object, crc32_of, read_json_object
 
 ATTEMPTS = 100
 """times that an export that is being replaced is read, 0.05 s apart"""
@@ -97,28 +96,3 @@ def read_finite(path: Path) -> dict[str, Tensor]:
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{path}: {name} has non-finite weights, the training diverged: give an earlier model")
     return tensors
-
-
-def read_trained(folder: str | Path) -> Export:
-    """Read an export, or a checkpoint (RUN_FOLDER/checkpoints/step-...) with the settings of its run.
-
-    Raises UserError that names the missing or damaged file.
-    """
-    folder = Path(folder)
-    if not (folder / "state.json").exists():
-        return read_export(folder)
-    if problem := verify_checkpoint(folder):
-        raise UserError(f"{folder} cannot be used: {problem}; choose another checkpoint of the run")
-    try:
-        settings = load_yaml(folder.resolve().parent.parent / "config.yaml")
-    except UserError as error:
-        raise UserError(
-            f"{folder} is a checkpoint, and its settings are read from config.yaml two folders above: {error}; give a "
-            "checkpoint in its run folder, or an export"
-        ) from error
-    try:
-        features = read_json(folder / "state.json")["state"]["features"]
-        config = {"encoder": settings["encoder"], "normalisation": settings["data"]["normalisation"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: the settings of its run lack {error}; give RUN_FOLDER/export") from error
-    return Export(folder, read_finite(folder / "model.safetensors"), {**config, "features": features})

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bestrq.training.process import World
-from common.files import read_json_lines, write_file
+from common.files import write_file
+from common.json_lines import read_json_lines
 
 
 class Totals(NamedTuple):

@@ -17,7 +17,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
 from common.errors import UserError
-from common.files import canonical_path, read_json, remove_leftovers, write_file
+from common.files import as_object, canonical_path, read_json, remove_leftovers, write_file
 
 if TYPE_CHECKING:
     from bestrq.training.run_lock import RunLock
@@ -139,7 +139,7 @@ class RunFolder:
                     remove_leftovers(folder)
                 save_yaml(values, self.config)
                 start = {**describe_start(world, {**(fingerprints or {}), **initial}), **(facts or {})}
-                write_file(self.record, json.dumps({"starts": [*self._read_record(), start]}, indent=1))
+                write_file(self.record, json.dumps({"starts": [*self.starts(), start]}, indent=1))
             except (UserError, OSError) as error:
                 problem = str(error) if isinstance(error, UserError) else f"cannot write the run folder: {error}"
         problem = world.broadcast(problem)
@@ -157,7 +157,7 @@ class RunFolder:
         fingerprints: Mapping[str, str], places: Mapping[str, str], origins: Mapping[str, Callable[[], str]],
     ) -> dict[str, str]:  # fmt: skip
         """Compare the settings with those of the run in the folder, if any. Returns the fingerprints of `origins`."""
-        starts = self._read_record()
+        starts = self.starts()
         recorded: dict[str, str] = starts[-1].get("fingerprints", {}) if starts else {}
         trained = self._has_checkpoints()
         if trained and not self.config.exists():
@@ -206,21 +206,27 @@ class RunFolder:
     def _has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
 
-    def _read_record(self) -> list[dict[str, Any]]:
+    def starts(self) -> list[dict[str, Any]]:
+        """Entries of run.json, oldest first; [] without it. Raises UserError if it is damaged."""
         if not self.record.exists():
             return []
         try:
-            return list(read_json(self.record)["starts"])
+            starts = as_object(read_json(self.record), self.record)["starts"]
+            for start in starts:
+                as_object(as_object(start, "a start").get("fingerprints", {}), "fingerprints")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"cannot read {self.record}: {error!r}. Move it elsewhere to continue without it"
             ) from error
+        return list(starts)
 
 
 def _with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Recorded configuration with the defaults of fields added since, so that a run can be resumed after an upgrade."""
     sections = {
-        name: _with_defaults(old.get(name, {}), value) for name, value in defaults.items() if isinstance(value, dict)
+        name: _with_defaults(section, value)
+        for name, value in defaults.items()
+        if isinstance(value, dict) and isinstance(section := old.get(name, {}), dict)  # else it differs
     }
     return {**defaults, **old, **sections}
 

@@ -73,5 +73,5 @@ class RunLock:
             value = json.loads(os.pread(self._descriptor, 1000, 0))
             job = f", SLURM job {value['slurm_job']}" if value["slurm_job"] else ""
             return f"process {value['pid']} on {value['host']}{job}, since {value['since']}"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "another process"

@@ -320,6 +320,9 @@ def open_dataset(
     missing = _REQUIRED - set(fields)
     if missing:
         raise UserError(f"{place}: lacks {sorted(missing)}; prepare the dataset again")
+    for name in ("name", "fingerprint"):
+        if not (isinstance(text := fields.get(name, ""), str) and text.isprintable()):
+            raise UserError(f"{place}: {name} is {text!r}, but must be printable text")
     dataset = Dataset(store, fields)
     if check and "://" not in dataset.location:
         dataset.check_shards()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, did_you_mean
 from common.hashing import hash_share
+from common.json_lines import bounded_lines
 from common.text import label_text
 from data.format.dataset import Dataset, open_dataset
 from data.format.schema import LABELS
@@ -226,9 +227,9 @@ def read_ids(path: Path) -> list[str]:
     """
     ids = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                line = line.strip(" \t\r\n")  # other white space may be part of an id
+        with open(path, "rb") as file:
+            for number, row in enumerate(bounded_lines(file, path), 1):
+                line = row.decode().strip(" \t\r\n")  # other white space may be part of an id
                 id = json.loads(line).get("id", ...) if line.startswith("{") else line
                 if id is not None and not isinstance(id, str):
                     raise UserError(f"{path}, line {number}: a JSON line must have a field id with a string")

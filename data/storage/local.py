@@ -10,6 +10,7 @@ import errno
 import os
 import random
 import re
+import stat
 import tempfile
 import time
 from collections import OrderedDict
@@ -138,7 +139,11 @@ class LocalStorage:
         if name in self._files:
             self._files.move_to_end(name)
             return self._files[name]
-        file = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Opening a pipe would wait for a writer; O_NONBLOCK has no effect on files.
+        file = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(f"{name} is not a regular file")
         if len(self._files) >= OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         self._files[name] = file

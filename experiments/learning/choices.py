@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from common.files import read_json_object, write_file, write_json
+from common.files import write_file, write_json
+from common.json_checks import read_number
 from experiments.learning.stages import Settings
 
 
@@ -53,12 +54,12 @@ def choose(
 
 def dev_cer_of_export(config: Path) -> float:
     """Dev CER of the exported checkpoint, the best of its run."""
-    return float(read_json_object(config)["dev_cer"])
+    return read_number(config, "dev_cer")
 
 
 def cer_of_results(results: Path) -> float:
     """CER over all recordings of an evaluation."""
-    return float(read_json_object(results)["scores"]["all"]["cer"])
+    return read_number(results, "scores", "all", "cer")
 
 
 def mean(values: Iterable[float]) -> float:

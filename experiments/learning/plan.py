@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json_object, write_json
+from common.files import write_json
+from common.json_checks import read_number
 from experiments.jobs import Job, Records
 from experiments.learning.choices import (
     arguments,
@@ -322,7 +323,7 @@ class Plan:
     def _steps_factor(self, choice: Path) -> float:
         """Factor of the fine-tuning steps for equal cost; a guess until it is known."""
         try:
-            return float(read_json_object(choice.with_suffix(".json"))["factor"])
+            return read_number(choice.with_suffix(".json"), "factor")
         except UserError:
             return min(4.0, self.size.longest)
 

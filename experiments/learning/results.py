@@ -20,6 +20,7 @@ from bestrq.scoring.seeds import SeedErrors, relative_reduction
 from bestrq.scoring.word_errors import RecordingScore
 from common.errors import UserError
 from common.files import read_json_object, write_file, write_json
+from common.json_checks import read_number
 from experiments.learning.choices import mean
 from experiments.learning.intervals import Errors, rate_with_interval
 from experiments.learning.page import figure, tables
@@ -75,14 +76,14 @@ def cell_row(plan: Plan, system: str, cell: Cell, scores: Scores) -> dict[str, A
     job = plan.jobs[name]
     if not plan.records.is_done(job):
         return None
-    export = read_json_object(job.output.parent / "config.json")
+    config = job.output.parent / "config.json"
     row: dict[str, Any] = {
         "system": system,
         "language": cell.language,
         "minutes": cell.minutes,
         "seed": cell.seed,
-        "dev_cer": export["dev_cer"],
-        "best_step": export["step"],
+        "dev_cer": read_number(config, "dev_cer"),
+        "best_step": int(read_number(config, "step")),
         "processor_seconds": plan.records.processor_seconds(job),
         "total_processor_seconds": plan.records.cost(job, plan.jobs),
     }
@@ -252,7 +253,7 @@ def curve(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
     for step, names in {0: [], **curve_jobs(plan), setup.size.pretraining_steps: []}.items():
         done = [name for name in names if plan.records.is_done(plan.jobs[name])]
-        rates = [read_json_object(plan.jobs[name].output.parent / "config.json")["dev_cer"] for name in done]
+        rates = [read_number(plan.jobs[name].output.parent / "config.json", "dev_cer") for name in done]
         if not names:
             rates = ends(SCRATCH if step == 0 else PRETRAINED)
         if rates and len(rates) == len(cells):

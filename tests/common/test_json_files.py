@@ -20,7 +20,7 @@ def test_a_pipe_a_device_and_a_folder_are_refused_without_waiting(tmp_path: Path
 
 
 def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_JSON", 1 << 20)
+    monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
     (tmp_path / "large.json").write_bytes(b" " * (1 << 20) + b"1")
     with pytest.raises(UserError, match=r"large\.json: not a regular file of at most 1 MiB"):
         read_json(tmp_path / "large.json")

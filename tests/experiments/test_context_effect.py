@@ -10,6 +10,7 @@ from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_recording
 from common.errors import UserError
 from experiments import context_effect_table as script
+from tests.made_results import completed
 from tests.paths import REPOSITORY
 
 REFERENCES = ["peter finds the flour", "the leek is old and the dough", "peter finds the pear and the tea"]
@@ -25,7 +26,7 @@ def write_results(folder: Path, model: str, seconds: float, hypotheses: list[str
     results |= {"export": f"runs/{model}/export", "context_seconds": seconds}
     evaluation = folder / f"{model}-{seconds:g}"
     evaluation.mkdir(parents=True)
-    (evaluation / "results.json").write_text(json.dumps(results))
+    (evaluation / "results.json").write_text(json.dumps(completed(results)))
 
 
 @pytest.fixture

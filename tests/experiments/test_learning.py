@@ -42,6 +42,7 @@ from experiments.learning.setup import Setup
 from experiments.learning.stages import SIZES, STAGES, SYSTEMS, FineTuning, Pretraining, fine_tuning
 from pipelines import pretraining
 from tests.made_datasets import verify
+from tests.made_results import completed
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE
 
@@ -226,7 +227,7 @@ def score(plan: Plan, name: str, wrong: Mapping[str, int], language: str) -> Non
     job = plan.jobs[name]
     results = {"format_version": FORMAT_VERSION, "recordings": [row.row() for row in rows]}
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(job.output, {**results, "scores": {"all": score_corpus(rows, 100).summary()}})
+    write_json(job.output, completed({**results, "scores": {"all": score_corpus(rows, 100).summary()}}))
     plan.records.write(job, Record("done", plan.records.key(job)))
 
 

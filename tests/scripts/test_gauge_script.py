@@ -39,6 +39,7 @@ from pipelines.gauge_sample import (
 from pipelines.pretraining import Config as PretrainConfig
 from pipelines.pretraining import make_adaptation, open_teacher
 from pipelines.probe_data import ProbeDataSettings, read_times
+from tests.made_results import completed
 from tests.scripts.test_evaluate import make_export
 from tests.tiny import make_dataset
 from tools import gauge, gauge_correlation
@@ -404,7 +405,7 @@ def test_error_rates_are_means_over_evaluations(tmp_path: Path) -> None:
             folder = tmp_path / f"{k}-{seed}"
             folder.mkdir()
             results = {"format_version": FORMAT_VERSION, "recordings": [], "scores": {"all": {"cer": cer}}}
-            (folder / "results.json").write_text(json.dumps(results))
+            (folder / "results.json").write_text(json.dumps(completed(results)))
         pairs.append(f"t{k}={tmp_path / f'{k}-0'},{tmp_path / f'{k}-1'}")
     gauge_correlation.main([*gauge_option, "--results", *pairs, "--out", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
