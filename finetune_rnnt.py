@@ -19,7 +19,8 @@ from bestrq.recognition.ctc import pad_labels
 from bestrq.recognition.hidden_masks import draw_hidden_masks
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
-from bestrq.training.checkpoint import BackgroundWriter, latest_checkpoint, load_checkpoint
+from bestrq.training.background_writer import BackgroundWriter
+from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
 from bestrq.training.observers import Observers
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates

@@ -21,7 +21,7 @@ from bestrq.pretraining.reporting import (
     interval_means,
     save_codebook_usage,
 )
-from bestrq.training.checkpoint import BackgroundWriter, latest_checkpoint, load_checkpoint
+from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line, start_line
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
 from bestrq.training.precision import resolve_precision, with_precision
@@ -96,6 +96,7 @@ def train(config: Config) -> None:
     loader, dev_batches = make_loaders(config, dataset, training, heldout, state, world)
     model.encoder.settings = stages[loader.stage][1]
     from bestrq.pretraining.alarms import Alarms  # not at the top: a reader of the loop need not read these
+    from bestrq.training.background_writer import BackgroundWriter
     from bestrq.training.observers import Observers
     from bestrq.training.watchdog import Watchdog
 

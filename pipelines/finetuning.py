@@ -17,8 +17,8 @@ from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.hidden_masks import HiddenMaskSettings
 from bestrq.recognition.spec_augment import SpecAugmentSettings
 from bestrq.training.averaging import Averages, AveragingSettings
+from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import (
-    BackgroundWriter,
     Checkpoint,
     CheckpointSettings,
     gather_model,

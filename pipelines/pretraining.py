@@ -17,7 +17,6 @@ from bestrq.pretraining.objective import BestRQ, MaskedRows, TargetSettings, mas
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.reporting import ProbeSettings
 from bestrq.training.checkpoint import (
-    BackgroundWriter,
     Checkpoint,
     CheckpointSettings,
     prune_checkpoints,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from bestrq.pretraining.adaptation import Adaptation
     from bestrq.pretraining.multi_target import MultiTarget
     from bestrq.pretraining.teacher import Teacher
+    from bestrq.training.background_writer import BackgroundWriter
     from pipelines.curriculum import CurriculumLoader
 
     Model = BestRQ | MultiTarget
@@ -258,7 +258,7 @@ def resume(state: RunState, checkpoint: Checkpoint, world: World) -> None:
 
 
 def save(
-    state: RunState, run: RunFolder, config: Config, dataset: Dataset, world: World, writer: BackgroundWriter
+    state: RunState, run: RunFolder, config: Config, dataset: Dataset, world: World, writer: "BackgroundWriter"
 ) -> None:
     """Save a checkpoint and export the encoder, in the background; all ranks must call it."""
     assert state.data is not None

@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,46 +48,6 @@ class DistributedSettings:
     its tasks itself (--cpu-bind)"""
     timeout_minutes: PositiveFloat = 30.0
     """maximum time that a collective waits for the other processes"""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Ranks, process counts and rendezvous address, as set by the launcher."""
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-    local_size: int = 1
-    address: str = "127.0.0.1"
-    port: int = 29500
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Read the variables of torchrun, or of a SLURM step (srun); without either, a single process.
-
-    SLURM_PROCID is also set in a batch script outside srun; SLURM_STEP_NUM_TASKS is set only inside a step. Raises
-    UserError if a required variable is missing or is not a number.
-    """
-    try:
-        if "RANK" in environment and "WORLD_SIZE" in environment:
-            size = int(environment["WORLD_SIZE"])
-            return Launch(
-                rank=int(environment["RANK"]),
-                local_rank=int(environment.get("LOCAL_RANK", "0")),
-                size=size,
-                local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
-                address=environment.get("MASTER_ADDR", "127.0.0.1"),
-                port=int(environment.get("MASTER_PORT", "29500")),
-            )
-        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            from bestrq.training.slurm import read_step  # imported only under SLURM
-
-            return Launch(**read_step(environment))
-    except KeyError as error:
-        raise UserError(f"{error.args[0]} is missing from the environment of a distributed launch") from error
-    except ValueError as error:
-        raise UserError(f"an environment variable of a distributed launch is not a number: {error}") from error
-    return Launch()
 
 
 @dataclass(frozen=True)
@@ -194,7 +154,8 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
         UserError: CUDA is requested but unavailable, torch cannot use the GPU of the machine, a machine has fewer GPUs
             than processes, or the cores of a task of srun are to be bound.
     """
-    from bestrq.training import machine  # not at the top: a reader of the loop need not read it
+    from bestrq.training import machine  # not at the top: a reader of the loop need not read these
+    from bestrq.training.launch import read_launch
 
     launch = read_launch(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # otherwise ranks train on if torchrun is killed

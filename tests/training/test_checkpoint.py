@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bestrq.training import checkpoint as checkpoint_module
+from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import (
     COMPLETE,
-    BackgroundWriter,
     CheckpointSettings,
     checkpoint_path,
     latest_checkpoint,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bestrq.training.launch import Launch, read_launch
 from bestrq.training.optimizer import (
     GuardSettings,
     OptimizerSettings,
@@ -22,12 +23,10 @@ from bestrq.training.optimizer import (
 )
 from bestrq.training.process import (
     DistributedSettings,
-    Launch,
     World,
     autocast,
     gradient_sync,
     parallelise,
-    read_launch,
     start_world,
 )
 from bestrq.training.slurm import first_host

@@ -12,7 +12,7 @@ import torch
 
 import pretrain
 from bestrq.model.settings import EncoderSettings
-from bestrq.training import machine, process
+from bestrq.training import launch, machine
 from bestrq.training.machine import bind_cpus, choose_threads, cpus_of_rank, missing_compiler, unusable_gpu
 from bestrq.training.process import DistributedSettings, World, start_world
 from common.config import parse
@@ -281,7 +281,7 @@ def test_binding_limits_all_threads_and_the_number_of_threads(monkeypatch: pytes
 
 def test_tasks_of_srun_are_not_bound_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(process, "read_launch", lambda environment: process.Launch(size=2, local_size=2))
+    monkeypatch.setattr(launch, "read_launch", lambda environment: launch.Launch(size=2, local_size=2))
     monkeypatch.setattr(machine, "bind_cpus", lambda *arguments: pytest.fail("bound"))
     with pytest.raises(UserError, match=r"distributed\.bind_cpus is true, but srun binds its tasks"):
         start_world(DistributedSettings(device="cpu", bind_cpus=True))
