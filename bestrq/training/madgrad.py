@@ -1,7 +1,7 @@
 """MADGRAD: momentum, AdaGrad with cube roots, and dual averaging (Defazio and Jelassi, arXiv 2101.11075, algorithm 1).
 
-The optimizer of the long-context experiments of Flynn and Ragni, arXiv 2310.15672. Its rates are not those of AdamW:
-2.5e-3 in their recipes.
+The optimizer of the long-context experiments of Flynn and Ragni (arXiv 2310.15672), with a rate of 2e-3. Rates are not
+those of AdamW: the authors of MADGRAD recommend a search.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Madgrad(torch.optim.Optimizer):
-    """With step counter k (from 0), gradient g, learning rate r, start x0 and c = 1 - `betas[0]`, elementwise:
+    """MADGRAD. Step counter k (from 0), gradient g, learning rate r, initial weight x0, c = 1 - `betas[0]`; elementwise:
 
         l = r * sqrt(k + 1);  s += l * g;  v += l * g^2;  z = x0 - s / (cbrt(v) + eps);  x = (1 - c) * x + c * z
 
@@ -23,8 +23,8 @@ class Madgrad(torch.optim.Optimizer):
     towards z. The authors recommend less than for other optimizers, often 0. A step with a nonzero `found_inf` changes
     neither parameters nor state; the host does not read it.
 
-    State of a parameter: `step` (k, 0-d), `gradient_sum` (s), `square_sum` (v), `start` (x0): 12 bytes per parameter,
-    against 8 of AdamW. Elementwise, so that each rank of FSDP2 computes its shard.
+    State of a parameter: `step` (k, 0-d), `gradient_sum` (s), `square_sum` (v), `start` (x0): 12 bytes per weight,
+    against 8 of AdamW. Under FSDP2 each rank updates its shard.
     """
 
     found_inf: Tensor | None = None

@@ -2,8 +2,8 @@
 
 Muon is momentum whose update is replaced by an approximately orthogonal matrix: all its singular values are near 1
 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). The formulas and constants are those of
-`torch.optim.Muon`, which is not used itself because it does not skip a step on the device (`found_inf`), applies
-the iteration to an FSDP shard's operators one by one, and runs in bfloat16 on a CPU.
+`torch.optim.Muon`, which is not used itself because it ignores `found_inf`, communicates at every matrix product of a
+sharded parameter, and computes in bfloat16 on a CPU too.
 
 By Jordan's rule Muon is for the hidden matrices of a network; its input and output layers, embeddings, biases and norms
 have AdamW. Here the hidden matrices are those of the linear layers of the blocks, pointwise convolutions included.
