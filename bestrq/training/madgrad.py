@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Madgrad(torch.optim.Optimizer):
-    """MADGRAD. Step counter k (from 0), gradient g, learning rate r, initial weight x0, c = 1 - `betas[0]`; elementwise:
+    """MADGRAD, elementwise, with step counter k (from 0), gradient g, rate r, initial weight x0 and c = 1 - `betas[0]`:
 
         l = r * sqrt(k + 1);  s += l * g;  v += l * g^2;  z = x0 - s / (cbrt(v) + eps);  x = (1 - c) * x + c * z
 
