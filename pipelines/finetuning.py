@@ -119,7 +119,7 @@ class FinetuneConfig:
     hidden_masks: HiddenMaskSettings = field(default_factory=HiddenMaskSettings)
     """masks on the outputs of the subsampling"""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    """AdamW and its schedule"""
+    """optimizer and schedule of the learning rate"""
     averaging: AveragingSettings = field(default_factory=AveragingSettings)
     """averages of the weights for validation and export"""
     validation: ValidationSettings = field(default_factory=ValidationSettings)

@@ -79,7 +79,7 @@ class Config:
     masking: MaskingSettings = field(default_factory=MaskingSettings)
     """masks, noise and other sounds in the model's input"""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    """AdamW and its schedule"""
+    """optimizer and schedule of the learning rate"""
     validation: HeldoutSettings = field(default_factory=HeldoutSettings)
     """masked loss and accuracy on held-out audio"""
     probe: ProbeSettings = field(default_factory=ProbeSettings)

@@ -1,4 +1,4 @@
-"""Optimizer step: AdamW, learning rates as a pure function of the step, random seeds, and the guard.
+"""Optimizer step: the optimizer, learning rates as a pure function of the step, random seeds, and the guard.
 
 The learning rate has no state: it is computed from the settings at every step, so checkpoints do not hold it. All ranks
 apply a step, or none does, if a loss or the gradient is not finite.
@@ -27,10 +27,15 @@ MIN_SPIKE_HISTORY = 8  # norms required before a spike is reported
 
 @dataclass
 class OptimizerSettings:
-    """AdamW, learning rate schedule and gradient clipping."""
+    """Optimizer, learning rate schedule and gradient clipping."""
 
+    name: Literal["adamw", "muon", "madgrad"] = "adamw"
+    """adamw; muon (Jordan et al. 2024) for the matrices of the blocks, with AdamW for the rest; or madgrad (Defazio and
+    Jelassi, arXiv 2101.11075: momentum betas[0], other rates, and less weight decay, which is an L2 penalty)"""
     learning_rate: PositiveFloat = 1e-3
     """peak learning rate, reached at the end of the warm-up"""
+    muon_rate: PositiveFloat = 1.0
+    """learning rate of muon's matrices as a multiple of learning_rate; their updates are as large as AdamW's at 1"""
     betas: tuple[float, float] = (0.9, 0.98)
     """decay rates of the running means of the gradient and of its square"""
     eps: PositiveFloat = 1e-8
@@ -86,23 +91,33 @@ def learning_rate_factor(settings: OptimizerSettings, step: int, total_steps: in
 
 def build_optimizer(
     groups: Sequence[tuple[Iterable[tuple[str, nn.Parameter]], OptimizerSettings]],
-) -> torch.optim.AdamW:
-    """AdamW over groups of named parameters, such as encoder and head, each with its own settings.
+) -> torch.optim.Optimizer:
+    """Optimizer of groups of named parameters, such as encoder and head, each with its own settings (but one `name`).
 
     One-dimensional parameters (biases, norms) have no weight decay; parameters without `requires_grad` are skipped.
     Called after `parallelise`, because sharding replaces the parameters. Raises UserError if nothing is trainable.
     """
     param_groups = []
     for named_parameters, settings in groups:
-        parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
         for decayed in (True, False):
-            chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decayed]
+            chosen = [(name, parameter) for name, parameter in trained if (parameter.ndim > 1) == decayed]
             if chosen:
-                values = {"params": chosen, "settings": settings, "lr": 0.0, "betas": settings.betas}
+                names, parameters = map(list, zip(*chosen, strict=True))
+                values = {"params": parameters, "names": names, "settings": settings, "lr": 0.0}
                 decay = settings.weight_decay if decayed else 0.0
-                param_groups.append({**values, "eps": settings.eps, "weight_decay": decay})
+                param_groups.append({**values, "betas": settings.betas, "eps": settings.eps, "weight_decay": decay})
     if not param_groups:
         raise UserError("the optimizer has no trainable parameter")
+    (name,) = {settings.name for _, settings in groups}
+    if name == "muon":
+        from bestrq.training.muon import Muon  # imported only if used, as is MADGRAD
+
+        return Muon(param_groups)
+    if name == "madgrad":
+        from bestrq.training.madgrad import Madgrad
+
+        return Madgrad(param_groups, {})
     return torch.optim.AdamW(param_groups, fused=True)
 
 
@@ -171,9 +186,9 @@ class _Pending:
 class StepGuard:
     """Gradient clipping and the optimizer step, skipped on all ranks if a loss or gradient is not finite.
 
-    The decision stays on the device, where the fused optimizer reads it (`found_inf`, as for torch's gradient scaler),
-    so that the host can prepare the next step meanwhile. Recent norms and the count of skipped steps are not
-    checkpointed: they affect logging and the error only.
+    The decision stays on the device, where the optimizer reads it (`found_inf`, as torch's fused optimizers do for a
+    gradient scaler), so that the host can prepare the next step meanwhile. Recent norms and the count of skipped steps
+    are not checkpointed: they affect logging and the error only.
     """
 
     def __init__(self, settings: GuardSettings) -> None:

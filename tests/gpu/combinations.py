@@ -59,6 +59,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
                    "--masking.bands=1", "--masking.mix_probability=0.5"),
     "probe": ("pretrain", "--probe.every_steps=3", "--probe.minutes=0.2", "--probe.evaluation_minutes=0.1",
               "--probe.steps=2"),
+    "madgrad": ("pretrain", "--optimizer.name=madgrad"),
     "frozen ctc": ("finetune_ctc", f"--finetune.init={PRETRAINED}", "--finetune.freeze_encoder_steps=2",
                    "--finetune.layer_decay=0.7"),
     "ctc, masks, averages, accumulation": (
@@ -72,6 +73,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
 
 REDUCED = {
     "pretrain in bfloat16": ("pretrain",),
+    "muon in bfloat16": ("pretrain", "--optimizer.name=muon"),
     "ctc in bfloat16": ("finetune_ctc",),
     "rnnt in bfloat16": ("finetune_rnnt", "--transducer.ctc_weight=0.3", "--transducer.prune_range=6"),
     "tdt in bfloat16": ("finetune_rnnt", "--transducer.durations=[0,1,2]"),

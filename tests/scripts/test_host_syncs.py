@@ -124,10 +124,12 @@ def watch_steps(script: Any, device: DeviceTensors, monkeypatch: pytest.MonkeyPa
     ("script", "entry", "more"),
     [
         (pretrain, "mask_rows", ["--quantizer.num_codebooks=2", "--quantizer.codebook_size=64", "--accumulation=2"]),
+        (pretrain, "mask_rows", ["--optimizer.name=muon"]),
+        (pretrain, "mask_rows", ["--optimizer.name=madgrad"]),
         (finetune_ctc, "spec_augment", []),
         (finetune_rnnt, "spec_augment", ["--transducer.prediction_dim=8", "--transducer.joint_dim=8"]),
     ],
-    ids=["pretrain", "ctc", "rnnt"],
+    ids=["pretrain", "muon", "madgrad", "ctc", "rnnt"],
 )
 def test_a_step_reads_the_device_once_in_the_guard(
     script: Any, entry: str, more: list[str], dataset: Path, tmp_path: Path, device: DeviceTensors,

@@ -1,13 +1,13 @@
-"""Learning rates as a function of the step, AdamW's groups, seeds, and the guard against non-finite numbers."""
+"""Learning rates as a function of the step, groups of the optimizers, seeds, the guard against non-finite numbers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bestrq.training.checkpoint import CheckpointSettings
 from bestrq.training.optimizer import (
@@ -24,6 +24,8 @@ from bestrq.training.process import DistributedSettings, World
 from bestrq.training.run_folder import RunSettings
 from common.config import parse
 from common.errors import UserError
+
+NAMES = ("adamw", "muon", "madgrad")
 
 
 def test_the_warm_up_is_a_straight_line_to_the_peak_for_every_schedule() -> None:
@@ -67,11 +69,31 @@ def test_weights_decay_and_biases_and_norms_do_not() -> None:
         "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.3, "2.bias": 0.0}  # fmt: skip
 
 
-def test_encoder_and_head_have_their_own_rates_and_a_frozen_group_does_not_move() -> None:
+def test_the_default_is_torchs_fused_adamw() -> None:
+    """Bit for bit, with the hyperparameters of the settings."""
+    torch.manual_seed(0)
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(model.state_dict())
+    settings = OptimizerSettings(betas=(0.8, 0.9), eps=1e-5, weight_decay=0.2, warmup_steps=0, schedule="constant")
+    values = {"lr": 1e-3, "betas": (0.8, 0.9), "eps": 1e-5}
+    groups = [{"params": [other.weight], "weight_decay": 0.2}, {"params": [other.bias], "weight_decay": 0.0}]
+    plain = torch.optim.AdamW([{**group, **values} for group in groups], fused=True)
+    optimizer = build_optimizer([(model.named_parameters(), settings)])
+    for step in range(1, 4):
+        set_learning_rates(optimizer, step, 3)
+        for module, stepped in ((model, optimizer), (other, plain)):
+            module(torch.ones(1, 3)).square().sum().backward()
+            stepped.step()
+    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoder_and_head_have_their_own_rates_and_a_frozen_group_does_not_move(name: str) -> None:
     encoder, head = nn.Linear(3, 3), nn.Linear(3, 2)
-    slow = OptimizerSettings(learning_rate=1e-3, warmup_steps=0, schedule="constant", frozen_steps=2)
-    fast = OptimizerSettings(learning_rate=1e-2, warmup_steps=0, schedule="constant")
-    optimizer = build_optimizer([(encoder.named_parameters(), slow), (head.named_parameters(), fast)])
+    slow = OptimizerSettings(name=name, learning_rate=1e-3, warmup_steps=0, schedule="constant", frozen_steps=2)
+    fast = replace(slow, learning_rate=1e-2, frozen_steps=0)
+    named = [(f"encoder.blocks.0.{name}", parameter) for name, parameter in encoder.named_parameters()]
+    optimizer = build_optimizer([(named, slow), (head.named_parameters(), fast)])
     start = encoder.weight.detach().clone()
     for step in range(1, 4):
         before = head.weight.detach().clone()
@@ -131,31 +153,49 @@ def test_what_a_step_draws_depends_on_seed_step_and_rank_and_on_nothing_else() -
     assert all(other != first for other in others) and len({tuple(other) for other in others}) == len(others)
 
 
-def guarded(settings: GuardSettings | None = None) -> tuple[nn.Module, torch.optim.Optimizer, StepGuard]:
+def guarded(
+    settings: GuardSettings | None = None, name: str = "adamw"
+) -> tuple[nn.Module, torch.optim.Optimizer, StepGuard]:
+    """A linear layer whose weight Muon would train."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    optimizer = build_optimizer([(model.named_parameters(), OptimizerSettings(warmup_steps=0))])
+    named = [(f"encoder.blocks.0.{parameter}", value) for parameter, value in model.named_parameters()]
+    optimizer = build_optimizer([(named, OptimizerSettings(name=name, warmup_steps=0))])
     set_learning_rates(optimizer, 1, 10)
     return model, optimizer, StepGuard(settings or GuardSettings())
 
 
 def update(parts: tuple[nn.Module, torch.optim.Optimizer, StepGuard], scale: float) -> StepResult:
     model, optimizer, guard = parts
-    loss = scale * model(torch.ones(1, 3)).sum()
+    loss = scale * model(torch.ones(1, 3)).square().sum()
     loss.backward()
     return guard.apply(1, model, optimizer, loss.detach(), 0.0, World())
 
 
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of weights and optimizer state."""
+    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{key}/{name}": value.clone() for key, value in optimizer.state[parameter].items()}
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_update_changes_no_weight_and_no_optimizer_state(bad: float) -> None:
-    parts = guarded()
+def test_a_bad_update_changes_no_weight_and_no_optimizer_state(name: str, bad: float) -> None:
+    """Neither at the first step, which creates the state, nor later: as without the bad steps, bit for bit."""
+    parts, undisturbed = guarded(name=name), guarded(name=name)
     model, optimizer, _ = parts
-    assert update(parts, 1.0).applied
-    weight, moment = model.weight.detach().clone(), optimizer.state[model.weight]["exp_avg"].clone()
-    assert not update(parts, bad).applied
-    assert torch.equal(model.weight, weight) and torch.equal(optimizer.state[model.weight]["exp_avg"], moment)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert update(parts, 1.0).applied and not torch.equal(model.weight, weight)
+    for scale in (bad, 1.0, bad, bad, 2.0):
+        before = tensors_of(model, optimizer)
+        applied = update(parts, scale).applied
+        assert applied == math.isfinite(scale) and all(parameter.grad is None for parameter in model.parameters())
+        if applied:
+            update(undisturbed, scale)
+        found, expected = tensors_of(model, optimizer), tensors_of(*undisturbed[:2])
+        assert torch.equal(found["weight"], before["weight"]) != applied
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        assert not any(tensor.any() for key, tensor in found.items() if key not in expected and "start/" not in key)
 
 
 def test_a_non_finite_loss_with_finite_gradients_is_bad_too() -> None:
