@@ -46,7 +46,9 @@ def norm_in_input_dtype(x: Tensor, weight: Tensor, bias: Tensor, shape: Any, eps
 
 
 @contextlib.contextmanager
-def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool = False) -> Iterator[FakeTensorMode]:
+def fake_gpu(
+    attention: Attention = efficient_attention, bfloat16_residual: bool = False, mode: FakeTensorMode | None = None
+) -> Iterator[FakeTensorMode]:
     """`simulated_gpu` with a backward pass and the choices of torch on an H100: cuDNN for convolutions, fused norms of
     gradients."""
     allow_backward_without_a_gpu()
@@ -62,7 +64,7 @@ def fake_gpu(attention: Attention = efficient_attention, bfloat16_residual: bool
             stack.enter_context(mock.patch(target, replacement))
         # The engine's threads of devices are counted at the first backward pass of the process, perhaps a real one.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        yield stack.enter_context(simulated_gpu(attention))
+        yield stack.enter_context(simulated_gpu(attention, mode))
 
 
 def _convolution_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:

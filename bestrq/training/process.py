@@ -275,9 +275,8 @@ def parallelise(
             group = group_size(settings.shard_size or int(world.max(world.local_size)), world.size)
         mesh = make_mesh(world.device, world.size, group)
         return shard(model, blocks, mesh, settings.precision, settings.reshard)
-    parallel = DistributedDataParallel(
+    parallel = DistributedDataParallel(  # with device_ids, it would move labels and lengths from the CPU to the GPU
         model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused_parameters,

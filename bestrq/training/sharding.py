@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -55,4 +57,28 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, preci
             # Without these, torch divides by the number of processes, and NCCL's reduction would be PREMUL_SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    # In this order around FSDP2's own hook, which would move labels and lengths from the CPU to the GPU.
+    model.register_forward_pre_hook(_hide_host_tensors, prepend=True, with_kwargs=True)
+    model.register_forward_pre_hook(_show_host_tensors, with_kwargs=True)
     return model
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """Argument that stays on the CPU, in a class that FSDP2 does not search for tensors."""
+
+    tensor: Tensor
+
+
+def _hide_host_tensors(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def hide(value: Any) -> Any:
+        return _OnHost(value) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+    return tuple(map(hide, args)), {name: hide(value) for name, value in kwargs.items()}
+
+
+def _show_host_tensors(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def show(value: Any) -> Any:
+        return value.tensor if isinstance(value, _OnHost) else value
+
+    return tuple(map(show, args)), {name: show(value) for name, value in kwargs.items()}
