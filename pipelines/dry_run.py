@@ -18,7 +18,7 @@ import torch
 from bestrq.model.settings import EncoderSettings
 from bestrq.training.process import World
 from pipelines import memory_formula, pretraining
-from pipelines.fake_gpu import Attention, efficient_attention, unmasked_attention
+from pipelines.fake_gpu import efficient_attention, unmasked_attention
 from pipelines.fake_world import Collective, Collectives, fake_world
 from pipelines.live_bytes import LiveBytes
 from pipelines.trial_step import Config, Shape, TrialStep, resolved, shape_of, vocabulary
@@ -48,14 +48,17 @@ class StepCounts:
 def count_step(config: Config, shape: Shape, processes: int, shards: int) -> StepCounts:
     """Count the second step: the first one allocates the moments."""
     attention = unmasked_attention if fused(config.encoder) else efficient_attention
-    with fake_losses(), fake_world(processes, attention), no_mask(config.encoder):
-        with Collectives() as collectives, LiveBytes("cuda") as live:
-            step = TrialStep(config, shape, World(size=processes, device=GPU), shards)
-            step.run()
-            collectives.found.clear()
-            live.peak = live.now
-            step.run()
-            found = step.parameter_bytes, step.gradient_bytes, step.optimizer_bytes
+    with contextlib.ExitStack() as stack:
+        for context in (fake_losses(), fake_world(processes, attention), no_mask(config.encoder)):
+            stack.enter_context(context)
+        collectives, live = stack.enter_context(Collectives()), stack.enter_context(LiveBytes("cuda"))
+        world = World(size=processes, device=GPU)
+        step = TrialStep(config, shape, world, shards, replicated=processes > 1 and shards == 1)
+        step.run()
+        collectives.found.clear()
+        live.peak = live.now
+        step.run()
+        found = step.parameter_bytes, step.gradient_bytes, step.optimizer_bytes
     return StepCounts(*found, live.peak, tuple(collectives.found))
 
 
@@ -170,9 +173,7 @@ def report(config: Config, processes: int, local_size: int) -> dict[str, Any]:
     return figures
 
 
-def memory_lines(
-    counts: StepCounts, formula: tuple[float, float] | None
-) -> list[tuple[str, tuple[int, float | None]]]:
+def memory_lines(counts: StepCounts, formula: tuple[float, float] | None) -> list[tuple[str, tuple[int, float | None]]]:
     """Names, counted bytes and bytes by the formula."""
     by_formula = (None, None) if formula is None else formula
     weights = counts.parameters + counts.gradients + counts.optimizer

@@ -155,6 +155,8 @@ class Collectives(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
         if namespace in ("c10d", "_c10d_functional") and name not in NO_TRANSFER:
+            if name not in KINDS:
+                raise RuntimeError(f"{func} is not in pipelines.fake_world.KINDS: add its kind")
             self.found.append(Collective(KINDS[name], _ranks(func, args), _largest(args, out)))
         return out
 
@@ -171,5 +173,5 @@ def _ranks(func: Any, args: Any) -> int:
             return dist.ProcessGroup.unbox(value).size()
         if isinstance(value, str) and func._schema.name.startswith("_c10d_functional"):
             with contextlib.suppress(RuntimeError):
-                return torch._C._distributed_c10d._resolve_process_group(value).size()
+                return torch._C._distributed_c10d._resolve_process_group(value).size()  # type: ignore[arg-type]
     raise RuntimeError(f"{func} has no process group among its arguments")

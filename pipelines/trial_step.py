@@ -63,8 +63,8 @@ def shape_of(config: Config, processes: int) -> Shape:
 
     Raises UserError if the rows cannot be divided among processes and accumulation steps.
     """
-    stages: list[Any] = [stage.data for stage in stages_of(config)]
-    data = max(stages, key=lambda stage: stage.row_frames)
+    staged: Any = config
+    data = max((stage.data for stage in stages_of(staged)), key=lambda data: data.row_frames)
     shares = processes * config.accumulation
     if data.rows % shares:
         raise UserError(
@@ -111,28 +111,29 @@ class TrialStep:
 
     Args:
         shards: processes among which the weights are sharded; 1 with DDP and for a single process.
+        replicated: keep gradients in the buckets of DDP.
         compile_blocks: called with the encoder before sharding, as in the scripts; None on a fake GPU.
     """
 
     def __init__(
-        self, config: Config, shape: Shape, world: World, shards: int, compile_blocks: Callable[..., None] | None = None
-    ) -> None:
+        self, config: Config, shape: Shape, world: World, shards: int, replicated: bool,
+        compile_blocks: Callable[..., None] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.world, self.shape = config, world, shape
         self.settings = config.distributed
         with torch.device(world.device):
-            model = make_model(config)
-        self.model: Any = model
+            model: Any = make_model(config)
+        self.model = model
         self.gradient_bytes = 0
         if compile_blocks is not None:
-            compile_blocks(self.model.encoder, world.device)
+            compile_blocks(model.encoder, world.device)
         if shards > 1:
             mesh = make_mesh(world.device, world.size, shards)
-            shard(model, self.model.encoder.blocks, mesh, self.settings.precision, self.settings.reshard)
+            shard(model, model.encoder.blocks, mesh, self.settings.precision, self.settings.reshard)
         named: Any = [(model.named_parameters(), config.optimizer)]
         if isinstance(config, FinetuneConfig):
             named = parameter_groups(model.named_parameters(), config)
         self.optimizer = build_optimizer(named)
-        replicated = world.size > 1 and shards == 1
         self.buckets = make_buckets(list(model.parameters())) if replicated else []
         self.average: list[Tensor] = []
         if isinstance(config, FinetuneConfig) and config.averaging.ema_decay:
@@ -146,9 +147,7 @@ class TrialStep:
         frames = shape.rows, shape.row_frames, config.encoder.num_mels
         if isinstance(config, pretraining.Config):
             with torch.device(device):
-                quantizer = RandomProjectionQuantizer(
-                    config.quantizer, config.encoder.stride * config.encoder.num_mels
-                )
+                quantizer = RandomProjectionQuantizer(config.quantizer, config.encoder.stride * config.encoder.num_mels)
             mask = draw_masks(self.segments, config.masking.draw_function(FeatureSettings().hop_ms))
             state: Any = pretraining.RunState(self.model, self.optimizer, quantizer, torch.zeros(()))
             mixes = config.masking.mix_probability > 0
@@ -185,7 +184,7 @@ class TrialStep:
                 with autocast(self.world, self.settings):
                     loss = self._loss(inputs)
                 (loss / targets).backward()
-        for bucket in self.buckets:
+        for bucket in self.buckets if self.world.size > 1 else []:
             dist.all_reduce(bucket.content)
         self._update(loss.detach())
 
@@ -239,15 +238,17 @@ class Bucket:
     def attach(self) -> None:
         """Set the gradients to zero, in place."""
         self.content.zero_()
-        for part, parameter in zip(self.content.split([p.numel() for p in self.parameters]), self.parameters, strict=True):
+        for part, parameter in zip(
+            self.content.split([p.numel() for p in self.parameters]), self.parameters, strict=True
+        ):
             parameter.grad = part.view_as(parameter)
 
 
 def make_buckets(parameters: list[nn.Parameter]) -> list[Bucket]:
     """Buckets of DDP, in the order of the backward pass."""
-    parameters = [p for p in reversed(parameters) if p.requires_grad]
-    indices, _ = dist._compute_bucket_assignment_by_size(parameters, [FIRST_BUCKET, BUCKET])  # type: ignore[attr-defined]
-    return [Bucket([parameters[i] for i in group]) for group in indices]
+    trained = [p for p in reversed(parameters) if p.requires_grad]
+    indices, _ = dist._compute_bucket_assignment_by_size(list[Tensor](trained), [FIRST_BUCKET, BUCKET])
+    return [Bucket([trained[i] for i in group]) for group in indices]
 
 
 def resolved(config: Config, processes: int, local_size: int) -> tuple[Config, int]:
