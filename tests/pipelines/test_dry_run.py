@@ -135,6 +135,15 @@ def test_the_peak_is_that_of_the_formula(strategy: str, backend: str, above: flo
     assert -0.05 < sum(formula) / count_step(config, shape, 8, shards).peak - 1 < above
 
 
+def test_flex_keeps_no_mask_of_all_pairs_of_frames() -> None:
+    """By the formula, with sdpa: a bool mask, and an additive one of 2 bytes for each of two layers."""
+    rows, frames = 2, 1600
+    options = [f"--data.rows={rows}", f"--data.row_frames={frames}", "--encoder.attention_dropout=0",
+               "--quantizer.codebook_size=8192"]  # the peak is at the loss  # fmt: skip
+    peaks = [count(configure("pretrain", *options, f"--encoder.backend={name}"), 1).peak for name in ("sdpa", "flex")]
+    assert peaks[0] - peaks[1] == pytest.approx(rows * (frames // 4) ** 2 * (1 + 2 * 2), rel=0.1)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_step_trains_on_real_tensors(script: str) -> None:
     config, _ = resolved(configure(script, "--distributed.precision=float32", "--data.rows=2"), 1, 1)
