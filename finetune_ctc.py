@@ -28,7 +28,7 @@ from bestrq.training.process import autocast, gradient_sync, parallelise, start_
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
 from bestrq.training.watchdog import Watchdog
-from common.config import parse, run_main
+from common.config import run_main
 from common.segments import to_device
 from pipelines.curriculum import CurriculumLoader, labelled_crops, stages_of
 from pipelines.finetuning import (
@@ -221,7 +221,10 @@ def interval_means(totals: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    train(parse(Config, description=__doc__))
+    from pipelines.preview import parse_or_preview  # --dry_run and --fit, which do not train
+
+    if config := parse_or_preview(Config, __doc__):
+        train(config)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from bestrq.training.precision import resolve_precision, with_precision
 from bestrq.training.process import autocast, gradient_sync, parallelise, start_world
 from bestrq.training.run_folder import RunFolder
 from bestrq.training.stop import StopRequest
-from common.config import parse, run_main
+from common.config import run_main
 from data.loading.heldout import split_recordings
 from pipelines.pretraining import (
     FREE_FIELDS,
@@ -237,7 +237,10 @@ def train(config: Config) -> None:
 
 
 def main() -> None:
-    train(parse(Config, description=__doc__))
+    from pipelines.preview import parse_or_preview  # --dry_run and --fit, which do not train
+
+    if config := parse_or_preview(Config, __doc__):
+        train(config)
 
 
 if __name__ == "__main__":

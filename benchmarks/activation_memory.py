@@ -27,16 +27,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import memory_formula as formula
-from benchmarks.live_bytes import LiveBytes, on_gpu, simulated_gpu
 from benchmarks.machine import hardware_autocast, hardware_precision, print_figures
-from benchmarks.memory_formula import Rows
 from bestrq.model.activation_checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.layout import RowLayout, make_layout
 from bestrq.model.presets import PRESETS
 from bestrq.training.memory import reset_peak, resident_bytes
 from common.segments import Segments
+from pipelines import memory_formula as formula
+from pipelines.live_bytes import LiveBytes, on_gpu, simulated_gpu
+from pipelines.memory_formula import Rows
 
 
 def one_segment_rows(encoder: ConformerEncoder, batch: Rows) -> RowLayout:
@@ -193,7 +193,7 @@ def inventory(settings: EncoderSettings, device: str) -> None:
 
 def step_table(rows: int = 4, frames: int = 6000, num_segments: int = 4) -> str:
     """Markdown table of steps of BEST-RQ on a simulated GPU: counted peak and formula in GB. Masks are dense."""
-    # tests/gpu/cuda_runtime.py needs a machine without a GPU, and the other options do not.
+    # pipelines/cuda_runtime.py needs a machine without a GPU, and the other options do not.
     from benchmarks.fake_step import QuantizerSettings, count_step, filled_rows
 
     lines = ["| Encoder | Mode | Peak | Formula | Ratio |", "|---|---|---|---|---|"]

@@ -247,9 +247,9 @@ def encoders(check: Check) -> None:
 
 
 def _encoder(check: Check, preset: str, changes: dict[str, Any]) -> dict[str, Any]:
-    from benchmarks.memory_formula import Rows, activation_bytes
     from bestrq.model.conformer import ConformerEncoder
     from bestrq.model.settings import EncoderSettings
+    from pipelines.memory_formula import Rows, activation_bytes
 
     known, hints = {entry.name for entry in fields(EncoderSettings)}, get_type_hints(EncoderSettings)
     for name, value in changes.items():

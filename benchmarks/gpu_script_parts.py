@@ -172,6 +172,7 @@ def parallel(check: Check) -> None:
 
     from bestrq.model.conformer import ConformerEncoder
     from bestrq.training import process
+    from bestrq.training.sharding import make_mesh, shard
 
     cuda = check.device.type == "cuda"
     dist.init_process_group(
@@ -193,7 +194,7 @@ def parallel(check: Check) -> None:
     # `parallelise` returns the model of a single process unchanged; DDP itself asks the group for its size.
     wrap = {
         "ddp": lambda model: process.parallelise(model, model.blocks, process.World(size=2, device=device), settings),
-        "fsdp": lambda model: process._shard(model, model.blocks, process.World(device=device), settings),
+        "fsdp": lambda model: shard(model, model.blocks, make_mesh(device, 1, 1), settings.precision, settings.reshard),
     }
     copies = {name: deepcopy(plain) for name in wrap}
     truth = gradients(plain)

@@ -44,7 +44,7 @@ from bestrq.model.layout import ConvolutionLayout, StageLayout, make_layout
 from bestrq.model.settings import CheckpointingMode, EncoderSettings
 from common.config import from_dict, load_yaml
 from common.segments import Segments
-from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
+from pipelines.cuda_runtime import allow_backward_without_a_gpu
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [(name, backend) for name in ("base-120m", "fast-115m", "large-600m") for backend in ("sdpa", "flex")]

@@ -5,7 +5,7 @@
 
 Nothing is run on a GPU. FLOPs are counted by torch's counter on short rows of the real encoder, once with one and once
 with two blocks, as a step is linear in rows and blocks; heads and losses are added by formula, and recomputation by
-activation checkpointing is not counted. Memory is that of `benchmarks.memory_formula`. Time is FLOPs / (utilisation x
+activation checkpointing is not counted. Memory is that of `pipelines.memory_formula`. Time is FLOPs / (utilisation x
 peak) + bytes / rate of the network, without overlap.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory_formula as formula
 from benchmarks.machine import print_figures
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.pretraining.mask_shares import masked_share, target_share
@@ -31,6 +30,7 @@ from common.config import from_dict, load_yaml, run_main
 from common.errors import UserError
 from common.segments import Segments
 from data.loading.loader import LoaderSettings
+from pipelines import memory_formula as formula
 from pipelines.finetuning import FinetuneSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.fake_step import FakeStep, efficient_attention, fake_gpu, filled_rows, unmasked_attention
+from benchmarks.fake_step import FakeStep, filled_rows
 from benchmarks.kernel_trace import Kernel, KernelTrace, Operator, fuse
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.pretraining.cost import attention_flops
 from bestrq.pretraining.quantizer import QuantizerSettings
 from bestrq.training.flops import count_flops, gpu_peak
+from pipelines.fake_gpu import efficient_attention, fake_gpu, unmasked_attention
 
 ROWS, FRAMES, SEGMENTS, CODEBOOKS = 4, 6000, 4, 4
 """rows and mel frames of configs/base-120m.yaml on 8 GPUs: "a minute: four utterances of average length" """

@@ -195,7 +195,7 @@ def heldout_inference(config: FinetuneConfig, world: World) -> InferenceSettings
             "give one of these and use evaluate.py for the others"
         )
     warn_of_emulation("inference.precision", config.inference.precision, world)
-    sharded = world.size > 1 and config.distributed.strategy == "fsdp"
+    sharded = world.size > 1 and config.distributed.strategy != "ddp"
     if config.inference.precision == "auto" and config.distributed.precision != "bfloat16":
         return replace(config.inference, precision="float32")
     precision = "bfloat16" if sharded else inference_precision(config.inference.precision, world)

@@ -53,6 +53,12 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python pretrain.py --config configs/quickstart-pretrain.yaml --data.dataset datasets/train": Run(TINY_RUN),
     "python finetune_ctc.py --config configs/quickstart-ctc.yaml --data.dataset datasets/train "
     "--finetune.init runs/quickstart/pretrain/export --finetune.reinitialise_top_blocks 2": Run(TINY_RUN),
+    "python pretrain.py --config configs/base-120m.yaml --data.rows 256 --dry_run.world_size 256": Elsewhere(
+        "tests/pipelines/test_dry_run.py runs it with a small encoder"
+    ),
+    "python pretrain.py --config configs/base-120m.yaml --fit.memory_gib 24 --dry_run.world_size 8": Elsewhere(
+        "tests/pipelines/test_fit.py searches with a small encoder"
+    ),
     "bash experiments/pretraining_context.sh": Elsewhere(
         "tests/experiments/test_pretraining_context.py runs it in its tiny form"
     ),

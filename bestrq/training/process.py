@@ -20,22 +20,28 @@ import torch
 import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 
 # Fields that may change when a run is resumed.
-FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "threads", "bind_cpus", "timeout_minutes")
+FREE_DISTRIBUTED_FIELDS = ("device", "strategy", "shard_size", "reshard", "threads", "bind_cpus", "timeout_minutes")
 
 
 @dataclass
 class DistributedSettings:
     """Processes, devices and precision."""
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp replicates the model in every process; fsdp shards weights, gradients and optimizer state (FSDP2)"""
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp replicates the model in every process; fsdp shards weights, gradients and optimizer state (FSDP2); hsdp
+    shards them within groups of shard_size processes, and replicates the shards across groups"""
+    shard_size: NonNegativeInt = 0
+    """hsdp: consecutive ranks in a group; 0: the processes of a node, so that only gradients cross the network"""
+    reshard: bool = True
+    """fsdp, hsdp: free the gathered weights of a block after its forward pass and gather them again for its backward
+    pass; false keeps them until the last backward pass of the step, which takes their memory and saves the second
+    gathering, and those of further micro-batches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA, or the CPU of a machine without a GPU; a GPU that torch cannot use is an error"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -49,6 +55,13 @@ class DistributedSettings:
     timeout_minutes: PositiveFloat = 30.0
     """maximum time that a collective waits for the other processes"""
 
+    def __post_init__(self) -> None:
+        if self.shard_size and self.strategy != "hsdp":
+            raise UserError(
+                f"distributed.shard_size is {self.shard_size} with distributed.strategy {self.strategy!r}, which has "
+                "no groups: give 0, or strategy hsdp"
+            )
+
 
 @dataclass(frozen=True)
 class World:
@@ -61,6 +74,7 @@ class World:
     local_rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -152,12 +166,16 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
 
     Raises:
         UserError: CUDA is requested but unavailable, torch cannot use the GPU of the machine, a machine has fewer GPUs
-            than processes, or the cores of a task of srun are to be bound.
+            than processes, the cores of a task of srun are to be bound, or the groups of hsdp are uneven.
     """
     from bestrq.training import machine  # not at the top: a reader of the loop need not read these
     from bestrq.training.launch import read_launch
 
     launch = read_launch(os.environ)
+    if settings.strategy == "hsdp":
+        from bestrq.training.sharding import group_size  # not at the top: only hsdp needs it
+
+        group_size(settings.shard_size or launch.local_size, launch.size)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # otherwise ranks train on if torchrun is killed
         from common.processes import stop_with_parent
 
@@ -193,7 +211,7 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
             timeout=datetime.timedelta(minutes=settings.timeout_minutes),
             device_id=device if cuda else None,
         )
-    return World(launch.rank, launch.local_rank, launch.size, device)
+    return World(launch.rank, launch.local_rank, launch.size, device, launch.local_size)
 
 
 def parallelise(
@@ -205,22 +223,28 @@ def parallelise(
 ) -> nn.Module:
     """Wrap a model in DDP or shard it with FSDP2; a single process gets the model unchanged.
 
-    Weights and buffers of rank 0 are broadcast first. Under fsdp every block is a unit, so that only one is gathered
-    at a time, and the rest of the model is another unit. With bfloat16 the blocks are gathered in bfloat16, the rest
-    (subsampling, heads) in float32; gradients are reduced in float32. DDP needs `find_unused_parameters` if part of the
-    model does not contribute to the loss.
+    Weights and buffers of rank 0 are broadcast first. Under fsdp and hsdp every block is a unit, so that only one is
+    gathered at a time, and the rest of the model is another unit. With bfloat16 the blocks are gathered in bfloat16,
+    the rest (subsampling, heads) in float32; gradients are reduced in float32. DDP needs `find_unused_parameters` if
+    part of the model does not contribute to the loss.
     """
     model.to(world.device)
     if world.size == 1:
         return model
-    if settings.strategy == "fsdp":
+    if settings.strategy != "ddp":
+        from bestrq.training.sharding import group_size, make_mesh, shard  # not at the top: DDP does not need it
+
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
-        return _shard(model, blocks, world, settings)
-    parallel = DistributedDataParallel(
+        assert settings.precision != "auto", "call resolve_precision first"
+        group = world.size
+        if settings.strategy == "hsdp":  # the maximum, as all ranks must have the same groups
+            group = group_size(settings.shard_size or int(world.max(world.local_size)), world.size)
+        mesh = make_mesh(world.device, world.size, group)
+        return shard(model, blocks, mesh, settings.precision, settings.reshard)
+    parallel = DistributedDataParallel(  # with device_ids, it would move labels and lengths from the CPU to the GPU
         model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused_parameters,
@@ -235,22 +259,6 @@ def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def _shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, settings: DistributedSettings) -> nn.Module:
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    assert settings.precision != "auto", "call resolve_precision first"
-    low = torch.bfloat16 if settings.precision == "bfloat16" else None
-    # Inputs are not cast: autocast selects the dtype of each operator.
-    for block in blocks:
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    return model
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """Module wrapped by DDP; any other module unchanged."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -260,6 +268,8 @@ def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContext
     """Context of forward and backward of a micro-batch; gradients are reduced only if `enabled`, for the last one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+        if model.keeps_gathered:
+            model.set_reshard_after_backward(enabled)
     elif isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return contextlib.nullcontext()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from bestrq.training.process import FREE_DISTRIBUTED_FIELDS, World
 from common.config import load_yaml, save_yaml, to_dict
 from common.errors import UserError
-from common.files import as_object, canonical_path, read_json, remove_leftovers, write_file
+from common.files import as_object, read_json, remove_leftovers, write_file
 
 if TYPE_CHECKING:
     from bestrq.training.run_lock import RunLock
@@ -157,6 +156,8 @@ class RunFolder:
         fingerprints: Mapping[str, str], places: Mapping[str, str], origins: Mapping[str, Callable[[], str]],
     ) -> dict[str, str]:  # fmt: skip
         """Compare the settings with those of the run in the folder, if any. Returns the fingerprints of `origins`."""
+        from bestrq.training.setting_changes import differences, same_path, with_defaults
+
         starts = self.starts()
         recorded: dict[str, str] = starts[-1].get("fingerprints", {}) if starts else {}
         trained = self._has_checkpoints()
@@ -167,8 +168,8 @@ class RunFolder:
         fingerprint_of = {**places, **{field: field for field in origins}}  # field -> name of its fingerprint
         changes = [
             change
-            for change in _differences(_with_defaults(load_yaml(self.config), defaults), values, free)
-            if not (change.pattern in fingerprint_of and _same_path(change.before, change.after))
+            for change in differences(with_defaults(load_yaml(self.config), defaults), values, free)
+            if not (change.pattern in fingerprint_of and same_path(change.before, change.after))
         ]
         moved = {change.field: change for change in changes if fingerprint_of.get(change.pattern) in recorded}
         if refused := [str(change) for change in changes if change.field not in moved]:
@@ -219,48 +220,3 @@ class RunFolder:
                 f"cannot read {self.record}: {error!r}. Move it elsewhere to continue without it"
             ) from error
         return list(starts)
-
-
-def _with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Recorded configuration with the defaults of fields added since, so that a run can be resumed after an upgrade."""
-    sections = {
-        name: _with_defaults(section, value)
-        for name, value in defaults.items()
-        if isinstance(value, dict) and isinstance(section := old.get(name, {}), dict)  # else it differs
-    }
-    return {**defaults, **old, **sections}
-
-
-@dataclass(frozen=True)
-class _Difference:
-    field: str
-    before: Any
-    after: Any
-
-    @property
-    def pattern(self) -> str:
-        """Field name without list indices: `data.mixture[].dataset`."""
-        return re.sub(r"\[\d+\]", "[]", self.field)
-
-    def __str__(self) -> str:
-        return f"{self.field} was {self.before!r}, is {self.after!r}"
-
-
-def _differences(before: Any, after: Any, free: Collection[str], field: str = "") -> list[_Difference]:
-    """Fields that differ and are not free. Lists of equal length are compared item by item."""
-    if field in free or before == after:
-        return []
-    if isinstance(before, dict) and isinstance(after, dict):
-        prefix = f"{field}." if field else ""
-        inner = [(f"{prefix}{name}", before.get(name), after.get(name)) for name in {**before, **after}]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        inner = [(f"{field}[{number}]", *pair) for number, pair in enumerate(zip(before, after, strict=True))]
-    else:
-        return [_Difference(field, before, after)]
-    return [difference for name, old, new in inner for difference in _differences(old, new, free, name)]
-
-
-def _same_path(before: Any, after: Any) -> bool:
-    """Whether two values name the same path: relative, with a trailing slash, through a link."""
-    are_paths = isinstance(before, str) and isinstance(after, str)
-    return are_paths and canonical_path(before) == canonical_path(after)

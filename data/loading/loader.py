@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -215,7 +213,10 @@ class RowLoader:
         self.draw_mask, self.mix = draw_mask, mix
         self.quarantined: dict[str, str] = {}  # id of every recording unreadable in this process -> error message
         if settings.num_workers:
-            self._check_shared_memory()
+            from data.loading.workers import check_shared_memory  # a reader of the loop need not read it
+
+            batch = 4 * self.batch_rows * settings.row_frames * dataset.features.num_mels
+            check_shared_memory(self._num_buffers() * batch, f"{settings.num_workers} x prefetch {settings.prefetch}")
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self.steps()
@@ -304,18 +305,6 @@ class RowLoader:
         """Buffers for all prefetched batches and for the batches of three steps that script and GPU may hold."""
         s = self.settings
         return s.num_workers * s.prefetch + 3 * self.accumulation if s.num_workers else 0
-
-    def _check_shared_memory(self) -> None:
-        folder, s = Path("/dev/shm"), self.settings
-        if not folder.is_dir():
-            return
-        batch = 4 * self.batch_rows * s.row_frames * self.dataset.features.num_mels
-        needed, free = self._num_buffers() * batch, shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(
-                f"data.num_workers {s.num_workers} x prefetch {s.prefetch} needs {needed >> 20} MiB of shared memory, "
-                f"but /dev/shm has {free >> 20} MiB free: lower one of them or enlarge /dev/shm (docker run --shm-size)"
-            )
 
 
 def _unpack_mask(bits: np.ndarray, shape: tuple[int, ...]) -> Tensor:

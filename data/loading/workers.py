@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
+
+from common.errors import UserError
 
 POLL = 2.0
 """seconds between two checks for dead workers and for a request to stop"""
@@ -72,6 +76,17 @@ def read_in_workers(
                 unread.popleft()
                 restarts = 0
                 yield content
+
+
+def check_shared_memory(needed: int, workers: str) -> None:
+    """Raise UserError if /dev/shm has fewer than `needed` bytes for the batches of these workers."""
+    folder = Path("/dev/shm")
+    free = shutil.disk_usage(folder).free if folder.is_dir() else needed
+    if needed > free:
+        raise UserError(
+            f"data.num_workers {workers} needs {needed >> 20} MiB of shared memory, but /dev/shm has {free >> 20} MiB "
+            "free: lower one of them or enlarge /dev/shm (docker run --shm-size)"
+        )
 
 
 @contextmanager

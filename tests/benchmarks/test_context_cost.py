@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.context_cost import Cell, make_forward, measure, parse_arguments, plan, run_pass
-from benchmarks.live_bytes import LiveBytes
 from bestrq.model.presets import PRESETS
+from pipelines.live_bytes import LiveBytes
 
 
 def test_cells_have_the_same_amount_of_audio_and_skipped_cells_are_listed() -> None:

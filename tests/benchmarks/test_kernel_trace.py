@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fake_step import fake_gpu, unmasked_attention
 from benchmarks.kernel_trace import Kernel, KernelTrace, Operator, fuse
+from pipelines.fake_gpu import fake_gpu, unmasked_attention
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: see cuda_runtime.py")
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import memory_formula as formula
 from benchmarks.activation_memory import count
-from benchmarks.live_bytes import LiveBytes
 from bestrq.model.activation_checkpointing import MODES
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.presets import PRESETS
+from pipelines import memory_formula as formula
+from pipelines.live_bytes import LiveBytes
 from tests.paths import REPOSITORY
 
 DOCS = REPOSITORY / "docs/memory.md"

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import memory_formula as formula
 from benchmarks import recipe_table as table
 from benchmarks.recipe_table import Use
 from bestrq.pretraining.cost import flops_per_row
@@ -15,6 +14,7 @@ from bestrq.training.flops import count_flops
 from common.config import load_yaml
 from common.errors import UserError
 from common.segments import Segments
+from pipelines import memory_formula as formula
 from tests.paths import REPOSITORY
 
 NOT_FOR_CLUSTERS = ("quickstart-", "context-effect-", "pretraining-context", "learning-", "fast-115m-long-context-")

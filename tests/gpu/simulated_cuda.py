@@ -33,10 +33,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
 
+from pipelines.cuda_runtime import allow_backward_without_a_gpu
 from tests.gpu import cuda_losses
 from tests.gpu.cuda_api import Generator, replacements
 from tests.gpu.cuda_kernels import KERNELS, attention
-from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
 from tests.gpu.host_clock import HostClock
 from tests.gpu.places import place
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import memory_formula as formula
 from benchmarks.fake_step import StepBytes, count_step, filled_rows
 from bestrq.model.presets import PRESETS
 from bestrq.model.settings import EncoderSettings
 from bestrq.pretraining.quantizer import QuantizerSettings
+from pipelines import memory_formula as formula
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: see cuda_runtime.py")
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.live_bytes import LiveBytes
 from bestrq.model.activation_checkpointing import MODES, run_block
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import StageSettings
 from bestrq.training.process import DistributedSettings, World, autocast, parallelise
 from common.segments import Segments
+from pipelines.live_bytes import LiveBytes
 from tests.gloo import run_distributed
 
 TINY = EncoderSettings(

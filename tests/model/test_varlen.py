@@ -22,7 +22,7 @@ from bestrq.model.layout import order_segments
 from bestrq.model.settings import CheckpointingMode, EncoderSettings
 from common.errors import UserError
 from common.segments import Segments
-from tests.gpu.cuda_runtime import allow_backward_without_a_gpu
+from pipelines.cuda_runtime import allow_backward_without_a_gpu
 from tests.layouts import row_layout
 from tests.model.test_encoder_attention import inputs, layout_of, results
 from tests.varlen_on_a_cpu import varlen_on_a_cpu

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.live_bytes import LiveBytes
 from bestrq.recognition.losses import dense
 from bestrq.recognition.losses.dense import NemoRNNTLoss, NemoTDTLoss, rnnt_loss, tdt_loss
 from common.errors import UserError
+from pipelines.live_bytes import LiveBytes
 from tests.lattices import alignments as plain_alignments
 from tests.lattices import assert_same
 from tests.recognition.test_tdt_loss import alignments

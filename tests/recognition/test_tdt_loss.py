@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.live_bytes import LiveBytes
 from bestrq.recognition.losses.lattices import Lattices
 from bestrq.recognition.losses.tdt import sum_over_durations, tdt_loss
 from bestrq.recognition.losses.transducer import bytes_per_cell, sum_over_alignments
 from common.errors import UserError
+from pipelines.live_bytes import LiveBytes
 from tests.lattices import assert_same
 
 VOCAB, JOINT = 5, 4

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.live_bytes import LiveBytes
 from bestrq.recognition.losses.lattices import Lattices, check_labels
 from bestrq.recognition.losses.transducer import (
     _slices,
@@ -24,6 +23,7 @@ from bestrq.recognition.losses.transducer import (
 )
 from bestrq.recognition.transducer import TransducerSettings
 from common.errors import UserError
+from pipelines.live_bytes import LiveBytes
 from tests.lattices import assert_same, brute_force_loss, joint_arcs, made_lattices
 
 ENOUGH = 2**40

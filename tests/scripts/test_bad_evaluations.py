@@ -17,7 +17,6 @@ from torch import Tensor
 
 import evaluate as script
 import transcribe
-from benchmarks.live_bytes import LiveBytes
 from bestrq.long_form.decoders import Decoder, DecoderSettings, GreedyCTC, decode_recordings
 from bestrq.long_form.inference import InferenceSettings, Mode, RecordingSource
 from bestrq.model.conformer import EncoderSettings
@@ -36,6 +35,7 @@ from data.prepare.extraction import Extracted, extract
 from data.recording import Recording
 from data.tokenizer import CharTokenizer
 from pipelines.evaluation_settings import DataSettings
+from pipelines.live_bytes import LiveBytes
 from pipelines.recogniser import load_recogniser
 
 LETTERS = CharTokenizer(list(" abcdefghijklmnopqrstuvwxyz"))

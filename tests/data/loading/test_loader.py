@@ -352,7 +352,7 @@ def test_shared_buffers_are_freed_with_their_last_view() -> None:
 
 
 def test_insufficient_shared_memory_is_refused(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.loading.loader.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("data.loading.workers.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="num_workers 2 x prefetch 2 needs .* /dev/shm"):
         loader(dataset, replace(SETTINGS, num_workers=2))
 

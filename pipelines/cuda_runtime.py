@@ -5,6 +5,7 @@ for fake tensors too. The answer "no context" is enough: the entry of `hasPrimar
 functions of the hooks is replaced, for the rest of the process. Nothing else in torch's CUDA build is changed.
 """
 
+import atexit
 import ctypes
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def allow_backward_without_a_gpu() -> None:
     answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda hooks, device: False)
     new[ABOVE + SLOT] = ctypes.cast(answer, ctypes.c_void_p).value
     _replaced.extend((new, answer))
+    atexit.register(setattr, table, "value", table.value)  # torch calls the hooks after Python has freed its objects
     table.value = ctypes.addressof(new) + ABOVE * 8
 
 
