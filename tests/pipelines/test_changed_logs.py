@@ -11,7 +11,7 @@ import torch
 
 import transcribe
 from bestrq.training.averaging import Averages, AveragingSettings
-from bestrq.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bestrq.training.checkpoint import Checkpoint, load_checkpoint
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
 from common.config import to_dict
@@ -26,6 +26,7 @@ from pipelines.probing import read_layer
 from pipelines.pseudo_labels import Hypothesis, check_hypothesis
 from pipelines.recording_log import RecordingLog
 from pipelines.run_weights import dev_figures, read_run
+from tests.saved_checkpoints import save_checkpoint
 from tests.wrong_json import refused, variants
 from tools import gauge_correlation
 from tools.align import Results

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bestrq.training.averaging import Averages, AveragingSettings
-from bestrq.training.checkpoint import checkpoint_path, load_checkpoint, take_snapshot, write_checkpoint
+from bestrq.training.checkpoint import load_checkpoint
 from bestrq.training.process import DistributedSettings, World, parallelise
 from common.errors import UserError
 from tests.gloo import run_distributed
+from tests.saved_checkpoints import save_checkpoint
 
 
 class Net(nn.Module):
@@ -119,8 +120,7 @@ def test_a_checkpoint_continues_the_moving_average_bit_for_bit(tmp_path: Path) -
         change(model, step)
         averages.update(model)
     state = {"averaged_updates": averages.updates}
-    write_checkpoint(tmp_path, take_snapshot(3, model, optimizer, state, World(), averages.tensors()))
-    path = checkpoint_path(tmp_path, 3)
+    path = save_checkpoint(tmp_path, 3, model, optimizer, state, World(), averages.tensors())
     resumed_model, resumed = make(tmp_path, [9], ema_decay=0.9)
     change(resumed_model, 99)
     resumed.load(load_checkpoint(path, resumed_model, None, World()))

@@ -22,7 +22,6 @@ from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import (
     COMPLETE,
     CheckpointSettings,
-    checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -36,6 +35,7 @@ from common.errors import UserError
 from common.files import crc32_of
 from tests.gloo import forkserver, run_distributed
 from tests.patience import PATIENCE
+from tests.saved_checkpoints import save_checkpoint
 
 Parts = tuple[nn.Module, torch.optim.Optimizer]
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "extra.safetensors")
@@ -77,12 +77,7 @@ def advance(parts: Parts, steps: int, world_size: int = 1) -> None:
 
 def save(folder: Path, step: int, parts: Parts, world: World | None = None) -> Path:
     extra = {"codebook": torch.arange(4.0)}
-    world = world or World()
-    writer = BackgroundWriter(world)
-    writer.begin(step)
-    writer.submit(write_checkpoint, folder, take_snapshot(step, *parts, {"data": [step, 0]}, world, extra))
-    writer.close()
-    return checkpoint_path(folder, step)
+    return save_checkpoint(folder, step, *parts, {"data": [step, 0]}, world or World(), extra)
 
 
 def save_as(world: World, strategy: str, folder: str) -> str:

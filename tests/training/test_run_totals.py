@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bestrq.training import meters, metrics_file
 from bestrq.training.meters import MetricsLog, Throughput
@@ -30,7 +31,7 @@ class Clock:
 def train(folder: RunFolder, resume: int, last: int, clock: Clock, checkpoints: tuple[int, ...] = ()) -> None:
     """Steps of `step` times 36 s of audio and 10 s, with a line every 4 steps."""
     metrics = MetricsLog(folder, resume, World())
-    throughput = Throughput(World(), 100, before=metrics.before)
+    throughput = Throughput(World(), 100, torch.nn.Identity(), before=metrics.before)
     for step in range(resume + 1, last + 1):
         clock.now += 10
         throughput.count(step * 36.0)
@@ -70,7 +71,7 @@ def test_a_checkpoint_that_is_saved_twice_has_one_line(tmp_path: Path, monkeypat
     clock, folder = Clock(monkeypatch), RunFolder(tmp_path)
     train(folder, 0, 6, clock, checkpoints=(6,))
     metrics = MetricsLog(folder, 6, World())
-    throughput = Throughput(World(), 100, before=metrics.before)
+    throughput = Throughput(World(), 100, torch.nn.Identity(), before=metrics.before)
     throughput.record(6, metrics)  # stopped before the first step of this start
     metrics.close()
     assert [row["step"] for row in read_metrics(folder.metrics)] == [4, 6]
@@ -104,7 +105,7 @@ def test_totals_never_decrease_whatever_a_file_holds() -> None:
 
 def ranks_total(world: World) -> dict[str, float]:
     before = Totals(4, 10.0, 100.0, 3) if world.is_main else None
-    throughput = Throughput(world, 100, before=before)
+    throughput = Throughput(world, 100, torch.nn.Identity(), before=before)
     throughput.count(36.0 * (1 + world.rank))
     return throughput.interval(5)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bestrq.training.checkpoint import load_checkpoint, save_checkpoint
+from bestrq.training.checkpoint import load_checkpoint
 from bestrq.training.optimizer import (
     GuardSettings,
     OptimizerSettings,
@@ -20,6 +20,7 @@ from bestrq.training.optimizer import (
 )
 from bestrq.training.process import DistributedSettings, World, parallelise
 from tests.gloo import run_distributed
+from tests.saved_checkpoints import save_checkpoint
 
 NAMES = ("muon", "madgrad")
 STEPS, BAD_STEP = 6, 3
@@ -66,7 +67,7 @@ class Model(nn.Module):
 def make(world: World, name: str, strategy: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(world.rank)  # rank 0's initial weights must be used
     model = Model()
-    parallel = parallelise(model, model.blocks, world, DistributedSettings(strategy, "cpu", "float32"))
+    parallel = parallelise(model, model.blocks, world, DistributedSettings(strategy, device="cpu", precision="float32"))
     options = OptimizerSettings(name=name, learning_rate=1e-2, warmup_steps=2, weight_decay=0.1)
     return parallel, build_optimizer([(parallel.named_parameters(), options)])
 
