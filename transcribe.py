@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,6 @@ from bestrq.transcripts.subtitles import SubtitleSettings
 from common.config import parse, run_main, to_dict
 from common.errors import UserError
 from common.files import hash_of_file, write_file
-from common.json_checks import fields, text
 from common.json_lines import read_json_lines
 from data.audio.files import AudioFile, list_audio
 from data.corpora.audio_files import FileSource
@@ -365,18 +364,15 @@ def finished_files(files: Sequence[AudioFile], config: Config) -> list[str]:
     ]
 
 
-_STATE_ENTRY = fields({"name": text, "key": text, "reason": text})
-
-
 def collect_state(out: Path) -> dict[str, dict[str, str]]:
     """Last entry (key, and reason if it failed) of each file, by name. Merges the logs of all ranks into one file."""
     entries: dict[str, dict[str, str]] = {}
     parts = sorted(out.glob("transcribed-*.jsonl"))
-    for path in (out / STATE, *parts):
-        for entry in read_json_lines(path) if path.exists() else ():
-            with suppress(UserError):  # a changed line: the file is transcribed again
-                _STATE_ENTRY(entry, str(path))
-                entries[entry["name"]] = {"name": entry["name"], "key": entry["key"], "reason": entry["reason"]}
+    for path in [path for path in (out / STATE, *parts) if path.exists()]:
+        for entry in read_json_lines(path):
+            values = {name: entry[name] for name in ("name", "key", "reason") if isinstance(entry.get(name), str)}
+            if len(values) == 3:  # else the file is transcribed again
+                entries[values["name"]] = values
     write_file(out / STATE, "".join(json.dumps(entry) + "\n" for entry in entries.values()))
     for path in parts:
         path.unlink()
