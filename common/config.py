@@ -243,6 +243,8 @@ def _build(
         raise UserError(f"a setting names code to import, which is not allowed: {error}") from None
     except OverflowError as error:
         raise UserError(f"a number of the configuration is too large: {error}") from None
+    except UnicodeError as error:  # lone surrogates
+        raise UserError(f"a text of the configuration is not Unicode: {error}") from None
     for kind in sections.get(None, ()):
         _check_values(kind, values)
     try:
