@@ -87,7 +87,7 @@ def speed(run: Path, dataset: Path, strategy: str, size: int, options: argparse.
     bound = ["taskset", "-c", "0"] if size == 1 and not options.gpus and cores > 1 else []
     done = subprocess.run(
         [*bound, *command, *(f"--{name}={value}" for name, value in settings.items())],
-        env=environment, capture_output=True, text=True, check=False,
+        env=environment, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the run on {size} processes failed:\n{done.stderr[-3000:]}")

@@ -153,8 +153,8 @@ class TrialStep:
             mixes = config.masking.mix_probability > 0
 
             def prepare() -> Any:
-                clean = torch.zeros(frames, device=device)
-                received = torch.zeros(frames, device=device) if mixes else None
+                clean = torch.randn(frames, device=device)
+                received = torch.randn(frames, device=device) if mixes else None
                 batch = Batch(clean, self.segments, mask, [], [], None, None, received)  # type: ignore[arg-type]
                 return pretraining.masked_rows(batch, state, config, self.world, training=True)
 
@@ -165,7 +165,7 @@ class TrialStep:
         labels = pad_labels(sequences)
 
         def loss(_: None) -> Tensor:
-            log_mel = spec_augment(torch.zeros(frames, device=device), self.segments, config.spec_augment)
+            log_mel = spec_augment(torch.randn(frames, device=device), self.segments, config.spec_augment)
             masked = draw_hidden_masks(self.segments, config.encoder, config.hidden_masks, device)
             return self.model(log_mel, self.segments, *labels, masked=masked).loss_sum
 

@@ -42,8 +42,8 @@ ALLOWED: dict[str, set[str]] = {
 LIBRARY_FOLDERS = set(ALLOWED)
 ALLOWED["pipelines"] = LIBRARY_FOLDERS
 SCRIPTS = LIBRARY_FOLDERS | {"pipelines"}
-ALLOWED |= dict.fromkeys(("", "tools", "experiments", "benchmarks"), SCRIPTS)
-ALLOWED["launch"] = SCRIPTS | {""}
+ALLOWED |= dict.fromkeys(("", "tools", "experiments"), SCRIPTS)
+ALLOWED |= dict.fromkeys(("benchmarks", "launch"), SCRIPTS | {""})
 
 
 def imports(path: Path, module_level_only: bool = False) -> Iterator[Path]:

@@ -75,7 +75,7 @@ def test_compilation_may_change_when_a_run_is_resumed(
     whole = run("pretrain", dataset, tmp_path / "whole")
     with monkeypatch.context() as patch:
         answers = iter([False, True])
-        patch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
+        patch.setattr(StopRequest, "noticed", lambda self: next(answers, True))
         stopped = run("pretrain", dataset, tmp_path / "resumed", "--encoder.compile=true")
     assert len(stopped) < len(whole)
     resumed = run("pretrain", dataset, tmp_path / "resumed", "--encoder.compile=false")

@@ -112,7 +112,7 @@ def test_an_interrupted_run_with_all_options_continues_bit_for_bit(
     for steps in stops:
         with monkeypatch.context() as patch:
             answers = iter([False] * steps)
-            patch.setattr(StopRequest, "noticed", lambda self, world, answers=answers: next(answers, True))
+            patch.setattr(StopRequest, "noticed", lambda self, answers=answers: next(answers, True))
             run(script, dataset, tmp_path / "run", f"--finetune.init={pretrained}", *OPTIONS)
     run(script, dataset, tmp_path / "run", f"--finetune.init={pretrained}", *OPTIONS, "--data.num_workers=1")
     first, second = checkpoint(tmp_path / "run", 5), checkpoint(finished[script], 5)

@@ -74,7 +74,7 @@ def observed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             for _ in range(2):
                 with pytest.MonkeyPatch.context() as stop:
                     answers = iter([False])
-                    stop.setattr(StopRequest, "noticed", lambda self, world, answers=answers: next(answers, True))
+                    stop.setattr(StopRequest, "noticed", lambda self, answers=answers: next(answers, True))
                     run(script, dataset, folder, *OBSERVED)
             run(script, dataset, folder, *OBSERVED)
     return folders

@@ -104,7 +104,7 @@ def test_interrupted_and_continued_is_the_same_bit_for_bit(
     for steps in (1, 2, 1):
         with monkeypatch.context() as patch:
             answers = iter([False] * steps)
-            patch.setattr(StopRequest, "noticed", lambda self, world, answers=answers: next(answers, True))
+            patch.setattr(StopRequest, "noticed", lambda self, answers=answers: next(answers, True))
             run(dataset, tmp_path / "stopped", *more)
     run(dataset, tmp_path / "stopped", *more)
     assert_identical(tensors(tmp_path / "through"), tensors(tmp_path / "stopped"))

@@ -49,7 +49,7 @@ def test_interrupted_runs_continue_bit_for_bit_and_frozen_steps_leave_the_encode
         for steps in (1, 2):
             with monkeypatch.context() as patch:
                 answers = iter([False] * steps)
-                patch.setattr(StopRequest, "noticed", lambda self, world, answers=answers: next(answers, True))
+                patch.setattr(StopRequest, "noticed", lambda self, answers=answers: next(answers, True))
                 parts.append(run(script, dataset, tmp_path / f"{script}-parts", *options))
         parts.append(run(script, dataset, tmp_path / f"{script}-parts", *options))
         assert parts[-1].keys() == whole.keys()

@@ -77,7 +77,7 @@ def exported_interpolation(folder: Path) -> float:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     answers = iter([False] * steps)
-    monkeypatch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
+    monkeypatch.setattr(StopRequest, "noticed", lambda self: next(answers, True))
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +134,11 @@ def test_the_stages_give_the_same_losses_on_any_number_of_processes(world_size, 
 
 def test_every_stage_has_its_rows_crops_and_positions_and_as_many_frames_per_step(dataset, tmp_path, monkeypatch):
     shapes, longest, phases = [], [], []
-    original = curriculum.CurriculumLoader.__iter__
+    original = curriculum.CurriculumLoader.steps
     layout_of = ConformerEncoder.layout
 
-    def noted(self):
-        for batches in original(self):
+    def noted(self, interrupted):
+        for batches in original(self, interrupted):
             shapes.append([tuple(batch.log_mel.shape[:2]) for batch in batches])
             longest.append(max(int(batch.segments.length.max()) for batch in batches))
             yield batches
@@ -150,7 +150,7 @@ def test_every_stage_has_its_rows_crops_and_positions_and_as_many_frames_per_ste
             phases.append(float(torch.view_as_complex(made.output.attention.rotary_phase)[used][0, 0].angle()))
         return made
 
-    monkeypatch.setattr(curriculum.CurriculumLoader, "__iter__", noted)
+    monkeypatch.setattr(curriculum.CurriculumLoader, "steps", noted)
     monkeypatch.setattr(ConformerEncoder, "layout", layout)
     run(dataset, tmp_path / "run")
     assert shapes == [[(16, 400)]] * 2 + [[(8, 800)]] * 2 + [[(4, 1600)]] * 2

@@ -119,7 +119,7 @@ def test_a_resumed_run_logs_the_same_figures(dataset: Path, tmp_path: Path, monk
     run(dataset, tmp_path / "whole", *PROBE)
     with monkeypatch.context() as patch:
         answers = iter([False] * 3)
-        patch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
+        patch.setattr(StopRequest, "noticed", lambda self: next(answers, True))
         run(dataset, tmp_path / "stopped", *PROBE)
     run(dataset, tmp_path / "stopped", *PROBE)
     assert lines(tmp_path / "stopped", "probe") == lines(tmp_path / "whole", "probe")

@@ -116,7 +116,7 @@ def test_a_resumed_run_validates_as_the_uninterrupted_one_and_a_stop_adds_no_val
     run(dataset, tmp_path / "whole", *every)
     with monkeypatch.context() as patch:
         answers = iter([False] * 3)
-        patch.setattr(StopRequest, "noticed", lambda self, world: next(answers, True))
+        patch.setattr(StopRequest, "noticed", lambda self: next(answers, True))
         run(dataset, tmp_path / "stopped", *every)
     assert [line["step"] for line in lines(tmp_path / "stopped", "dev")] == [2]
     run(dataset, tmp_path / "stopped", *every)
