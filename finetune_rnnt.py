@@ -120,7 +120,6 @@ def train(config: Config) -> None:
         # ---- Data ----
         with throughput.waiting():
             micro_batches = next(batches, [])  # none after a request to stop in the absence of data
-        model.encoder.settings = stages[loader.stage].encoder  # positions may be interpolated in later stages
         seed_step(config.run.seed, step + 1, world.rank)
         micro_labels = [pad_labels([labels_of[t] for texts in batch.text for t in texts]) for batch in micro_batches]
         num_labels = sum(int(lengths.sum()) for _, lengths in micro_labels)
@@ -130,6 +129,7 @@ def train(config: Config) -> None:
         if stops:
             break
         step += 1
+        model.encoder.settings = stages[loader.stage].encoder  # positions may be interpolated in later stages
         samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
         watchdog.step(step, samples)
         observers.start(step)

@@ -126,7 +126,6 @@ def train(config: Config) -> None:
         # ---- Data: targets from the clean features, noise in place of the masked frames ----
         with throughput.waiting():
             micro_batches = next(batches, [])  # none after a request to stop in the absence of data
-        model.encoder.settings = stages[loader.stage][1]  # positions may be interpolated in later stages
         seed_step(config.run.seed, state.step + 1, world.rank)
         micro_rows = [masked_rows(batch, state, config, world, training=True) for batch in micro_batches]
         num_targets = sum(rows.num_targets for rows in micro_rows)
@@ -136,6 +135,7 @@ def train(config: Config) -> None:
         if stops:
             break
         state.step += 1
+        model.encoder.settings = stages[loader.stage][1]  # positions may be interpolated in later stages
         samples = [sample for batch in micro_batches for ids in batch.ids for sample in ids]
         watchdog.step(state.step, samples)
         observers.start(state.step)

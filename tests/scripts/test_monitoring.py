@@ -166,11 +166,14 @@ def documented_names() -> list[str]:
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
 
-def test_every_curve_and_picture_is_in_the_table_of_the_docs(observed: dict[str, Path]) -> None:
+def test_every_curve_and_picture_is_in_the_table_of_the_docs(
+    observed: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    run_distributed(run_in_world, 2, "finetune_ctc", arguments("finetune_ctc", dataset, tmp_path / "two"))
     documented = documented_names()
     patterns = {name: re.sub("NAME|MODULE", r"[\\w.]+", name.replace(".", r"\\.")) for name in documented}
     written = set()
-    for folder in observed.values():
+    for folder in (*observed.values(), tmp_path / "two"):
         tags = EventAccumulator(str(folder / "tensorboard")).Reload().Tags()
         written |= {*tags["scalars"], *tags["images"]}
     unknown = [name for name in written if not any(re.fullmatch(p, name) for p in patterns.values())]
