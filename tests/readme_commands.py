@@ -120,6 +120,11 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "--systems ours torchaudio --segments 2 --frames 20 --labels 5 --vocab-sizes 16 --joint-dim 8 "
         "--repeats 1 --rounds 1"
     ),
+    "python -m benchmarks.checkpoint_stall": Elsewhere(
+        "tests/benchmarks/test_training_benchmarks.py measures a small model"
+    ),
+    "python -m benchmarks.loop_overhead": Run("--steps 3 --hours 0.05"),
+    "python -m benchmarks.scaling": Run("--steps 11 --repeats 1"),
     "python -m benchmarks.gpu_readiness": Run("--parts waits combinations --only pretrain ctc"),
     "python -m benchmarks.long_form": Run("--preset quickstart --layers 1 --systems buffered --minutes 0.2 0.4"),
     "python -m benchmarks.transcription_speed": Elsewhere("needs transformers of requirements-benchmarks.txt"),
