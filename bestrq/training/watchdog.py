@@ -14,6 +14,7 @@ import platform
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ class Watchdog:
         self._waited, self._longest, self._is_step = 0.0, 0.0, False
         self._limit = 60 * settings.first_step_minutes
         self._closed = threading.Event()
-        if settings.step_minutes:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if settings.step_minutes:  # a weak reference: the thread ends with a script that raised, as in a notebook
+            arguments = (weakref.ref(self), self._closed)
+            threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()
         if torch.cuda.is_initialized():
             attach: Any = torch._C._cuda_attach_out_of_memory_observer  # type: ignore[attr-defined]
             attach(self._on_out_of_memory)  # private, but called wherever an allocation fails
@@ -73,16 +75,11 @@ class Watchdog:
         """Stop watching."""
         self._closed.set()
 
-    def _watch(self) -> None:
-        last = time.monotonic()
-        while not self._closed.wait(1.0):
-            now = time.monotonic()
-            with self._lock:
-                self._waited += min(now - last, LONGEST_TICK)
-                exceeded = self._waited > self._limit
-            last = now
-            if exceeded:
-                self._end()
+    def _exceeds(self, seconds: float) -> bool:
+        """Count further seconds of waiting; whether the limit is exceeded."""
+        with self._lock:
+            self._waited += min(seconds, LONGEST_TICK)
+            return self._waited > self._limit
 
     def _end(self) -> None:
         reason = f"no progress for {self._waited:.0f} s in step {self._step}"
@@ -125,6 +122,16 @@ class Watchdog:
         except OSError as error:
             print(f"[rank {self.world.rank}] no memory snapshot: {error}", file=sys.stderr)
         print(f"[rank {self.world.rank}] {reason}. Samples and memory snapshot: {path.parent}", file=sys.stderr)
+
+
+def _watch(watched: weakref.ref[Watchdog], closed: threading.Event) -> None:
+    last = time.monotonic()
+    while not closed.wait(1.0) and (watchdog := watched()) is not None:
+        now = time.monotonic()
+        if watchdog._exceeds(now - last):
+            watchdog._end()
+        last = now
+        del watchdog
 
 
 def _state(pid: int | None) -> str:

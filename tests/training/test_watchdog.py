@@ -78,6 +78,17 @@ def test_a_pause_of_the_whole_process_does_not_count(
     watchdog.close()
 
 
+def test_a_script_that_raised_is_no_longer_watched(tmp_path: Path, ended: threading.Event) -> None:
+    def train() -> None:
+        Watchdog(GuardSettings(step_minutes=0.001), tmp_path, World()).step(1, [])
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        train()
+    assert not ended.wait(3.0)
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_no_limit_without_step_minutes(tmp_path: Path) -> None:
     before = threading.active_count()
     Watchdog(GuardSettings(step_minutes=0), tmp_path, World())
