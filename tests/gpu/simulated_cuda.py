@@ -343,6 +343,7 @@ def simulated_cuda() -> Iterator[SimulatedCuda]:
             stack.enter_context(mock.patch.object(torch.Tensor, name, method))
         for module, name, loss in cuda_losses.REPLACEMENTS:
             stack.enter_context(mock.patch.object(module, name, loss))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_attach_out_of_memory_observer", lambda observer: None))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
