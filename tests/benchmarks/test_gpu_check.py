@@ -61,9 +61,7 @@ def test_ddp_and_fsdp_have_the_gradients_of_one_process(tmp_path: Path) -> None:
 def test_training_stops_resumes_and_is_evaluated(tmp_path: Path) -> None:
     figures = run(tmp_path, "finetuning")
     assert set(figures) == {"ctc", "rnnt", "tdt"} and healthy(figures, "finetuning")
-    assert all(
-        f["resume_error"] == 0 and f["resumed_at_step"] == f["stop_requested_at_step"] for f in figures.values()
-    )
+    assert all(f["resume_error"] == 0 and f["resumed_at_step"] == f["stop_requested_at_step"] for f in figures.values())
     assert all(f["audio_seconds_per_second"] > 0 for f in run(tmp_path, "evaluation").values())
 
 

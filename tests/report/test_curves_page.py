@@ -188,7 +188,13 @@ def test_hostile_files_are_escaped_or_named(tmp_path: Path, capsys: pytest.Captu
     assert not any(attributes.get("id") == "evil" for _, attributes in page.tags)
     data = json.loads(page.scripts[: page.scripts.index('"use strict"')])
     assert data["runs"][0]["name"] == "<b id=evil>&\"'" and CURVES_SCRIPT in page.scripts
-    for text in ("pipe: metrics.jsonl: not a regular file", "pipe: run.json:", "deep: config.yaml:", HOSTILE):
+    for text in (
+        "pipe: metrics.jsonl:",
+        "metrics.jsonl: not a regular file",
+        "pipe: run.json:",
+        "deep: config.yaml:",
+        HOSTILE,
+    ):
         assert text in page.text
     capsys.readouterr()
 

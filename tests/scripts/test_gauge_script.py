@@ -425,5 +425,5 @@ def test_too_few_targets_and_wrong_rates_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="figures: not all targets have wer"):
         gauge_correlation.main([*arguments, "--figures", "wer"])
     (tmp_path / "cer.json").write_text('{"t1": "low"}')
-    with pytest.raises(UserError, match="error rate of 't1' is 'low'"):
+    with pytest.raises(UserError, match="cer.json: t1 is 'low', expected a number"):
         gauge_correlation.main(arguments)
