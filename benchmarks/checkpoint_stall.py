@@ -36,7 +36,7 @@ from common.config import parse
 from common.segments import Segments
 from pipelines.pretraining import Config
 
-STEPS = 6
+STEPS = 24
 """steps that are timed after each save; the writing has to end within them"""
 
 

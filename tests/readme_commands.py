@@ -124,7 +124,9 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "tests/benchmarks/test_training_benchmarks.py measures a small model"
     ),
     "python -m benchmarks.loop_overhead": Run("--steps 3 --hours 0.05"),
-    "python -m benchmarks.scaling": Run("--steps 11 --repeats 1"),
+    "python -m benchmarks.scaling": Elsewhere(
+        "tests/benchmarks/test_training_benchmarks.py has the projection, and worlds of two take half a minute"
+    ),
     "python -m benchmarks.gpu_readiness": Run("--parts waits combinations --only pretrain ctc"),
     "python -m benchmarks.long_form": Run("--preset quickstart --layers 1 --systems buffered --minutes 0.2 0.4"),
     "python -m benchmarks.transcription_speed": Elsewhere("needs transformers of requirements-benchmarks.txt"),
