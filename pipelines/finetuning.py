@@ -344,7 +344,6 @@ CER {rates["dev_cer"]:.2%} on the `{config.validation.split}` split. To evaluate
 `python evaluate.py --export THIS_FOLDER --data.dataset DATASET`.
 """
         writer.submit(write_export, run.folder.export, weights, description, card, files)
-    run.world.barrier()
 
 
 def describe(run: FinetuneRun, precision: Precision, model: nn.Module, crops: CropTable, step: int) -> str:

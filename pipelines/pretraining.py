@@ -273,7 +273,7 @@ def save(
     writer.submit(write_checkpoint, run.checkpoints, snapshot)
     writer.submit(prune_checkpoints, run.checkpoints, config.checkpoint)
     if world.is_main:
-        from bestrq.pretraining.export import export_encoder  # only the main process exports
+        from bestrq.pretraining.export import export_encoder, model_card  # only the main process exports
 
         description = {
             "kind": "pretrained",
@@ -286,6 +286,6 @@ def save(
             "std_floor": STD_FLOOR,
         }
         rows = f"{config.data.rows} rows of\n{config.data.row_frames} mel frames"
-        training = f"{rows}, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`)"
+        card = model_card(description, f"{rows}, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`)")
         exported = {name: snapshot.tensors["extra"][name] for name in targets}
-        writer.submit(export_encoder, run.export, snapshot.tensors["model"], exported, description, training)
+        writer.submit(export_encoder, run.export, snapshot.tensors["model"], exported, description, card)

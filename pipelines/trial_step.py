@@ -23,7 +23,7 @@ from bestrq.recognition.hidden_masks import draw_hidden_masks
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.training.checkpoint import model_slots
-from bestrq.training.optimizer import build_optimizer, set_learning_rates
+from bestrq.training.optimizer import build_optimizer, set_learning_rates, update_weights
 from bestrq.training.process import World, autocast, gradient_sync
 from bestrq.training.sharding import group_size, make_mesh, shard
 from common.errors import UserError
@@ -186,21 +186,8 @@ class TrialStep:
                 (loss / targets).backward()
         for bucket in self.buckets if self.world.size > 1 else []:
             dist.all_reduce(bucket.content)
-        self._update(loss.detach())
-
-    def _update(self, loss: Tensor) -> None:
-        """`StepGuard.apply` without its report."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self.gradient_bytes = sum(local_bytes(p.grad) for p in parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        bad = ~(norm.isfinite() & loss.isfinite())
-        bad_ranks = self.world.sum(bad.double())
-        if self.config.optimizer.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
-        self.optimizer.found_inf = (bad_ranks > 0).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradient_bytes = sum(local_bytes(p.grad) for p in self.model.parameters() if p.grad is not None)
+        update_weights(self.model, self.optimizer, loss.detach(), self.config.optimizer.clip_norm, self.world)
 
     @property
     def parameter_bytes(self) -> int:

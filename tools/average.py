@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import NonNegativeInt
-from safetensors.torch import save
 
-from bestrq.pretraining.export import TARGETS_FILE
+from bestrq.pretraining.export import export_encoder
 from bestrq.training.checkpoint import load_checkpoint
 from bestrq.training.export import write_export
 from bestrq.training.export_reading import Export, read_export
@@ -106,22 +105,24 @@ def write(run: TrainingRun, export: Export, averaged: dict[str, Any], out: Path)
     The dev error rates are those of the step; a mean has none, because it was not validated.
     """
     steps, config = averaged["steps"], export.config | {"averaged": averaged}
-    tensors = export.tensors
-    if run.kind == "pretrained":
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
-        extra = load_checkpoint(export.path, None, None, World()).extra_tensors
-        files = {TARGETS_FILE: save({n: t for n, t in extra.items() if n.startswith(("quantizer.", "teacher."))})}
-        title, command = "Conformer encoder, pretrained with BEST-RQ", "finetune_ctc.py --finetune.init THIS_FOLDER"
-    else:
-        folder = run.folder.path / "tokenizer"
-        files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
-        config |= normalisation_of_training(run)
-        if len(steps) == 1 and averaged["weights"] == "auto":
-            config |= averaged["dev"][0]
-        title, command = TITLES[run.kind], "evaluate.py --export THIS_FOLDER --data.dataset DATASET"
     origin = f"Mean of the weights of steps {', '.join(map(str, steps))}" if len(steps) > 1 else f"Step {steps[0]}"
-    card = f"# {title}\n\n{origin} of the run `{run.folder.path}`. To use it: `python {command}`.\n"
-    write_export(out, tensors, config, card, files)
+
+    def card(title: str, command: str) -> str:
+        return f"# {title}\n\n{origin} of the run `{run.folder.path}`. To use it: `python {command}`.\n"
+
+    if run.kind == "pretrained":
+        extra = load_checkpoint(export.path, None, None, World()).extra_tensors
+        targets = {name: tensor for name, tensor in extra.items() if name.startswith(("quantizer.", "teacher."))}
+        text = card("Conformer encoder, pretrained with BEST-RQ", "finetune_ctc.py --finetune.init THIS_FOLDER")
+        export_encoder(out, export.tensors, targets, config, text)
+        return
+    folder = run.folder.path / "tokenizer"
+    files = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
+    config |= normalisation_of_training(run)
+    if len(steps) == 1 and averaged["weights"] == "auto":
+        config |= averaged["dev"][0]
+    text = card(TITLES[run.kind], "evaluate.py --export THIS_FOLDER --data.dataset DATASET")
+    write_export(out, export.tensors, config, text, files)
 
 
 def normalisation_of_training(run: TrainingRun) -> dict[str, Any]:

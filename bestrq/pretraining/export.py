@@ -17,7 +17,7 @@ def export_encoder(
     weights: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],
     description: dict[str, Any],
-    training: str,
+    card: str,
 ) -> None:
     """Write the export of a run.
 
@@ -26,11 +26,11 @@ def export_encoder(
         targets: projection and codes of the quantizer (`quantizer.*`) and clusters of a teacher (`teacher.*`), as they
             are at this step, for the file targets.safetensors.
         description: config.json.
-        training: rows of a step and dataset, for the model card.
+        card: model card.
     """
     encoder = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in targets.items()}
-    write_export(folder, encoder, description, model_card(description, training), {TARGETS_FILE: save(whole)})
+    write_export(folder, encoder, description, card, {TARGETS_FILE: save(whole)})
 
 
 def model_card(config: Mapping[str, Any], training: str) -> str:

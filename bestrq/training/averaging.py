@@ -18,10 +18,10 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bestrq.training.checkpoint import Checkpoint, fill, gather_model, gather_tensors, model_slots
 from bestrq.training.process import World
+from bestrq.training.sharding import local
 from bestrq.training.tensor_files import write_tensors
 from common.errors import UserError
 from common.files import replace_file
@@ -77,7 +77,7 @@ class Averages:
         self.updates += 1
         decay = min(self.settings.ema_decay, (1 + self.updates) / (10 + self.updates))
         slots = model_slots(model)
-        pairs = [(_local(average), _local(slots[name])) for name, average in self.average.items()]
+        pairs = [(local(average), local(slots[name])) for name, average in self.average.items()]
         floating = [(average, weight) for average, weight in pairs if average.is_floating_point()]
         torch._foreach_lerp_([average for average, _ in floating], [weight for _, weight in floating], 1 - decay)
         for average, weight in pairs:
@@ -210,12 +210,7 @@ def _exchange(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Exchange values in place, with temporary memory for one tensor."""
     slots = model_slots(model) if weights else {}
     for name, weight in weights.items():
-        ours, other = _local(slots[name]), _local(weight)
+        ours, other = local(slots[name]), local(weight)
         held = ours.clone()
         ours.copy_(other)
         other.copy_(held)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Shard of this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

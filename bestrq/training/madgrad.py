@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from bestrq.training.sharding import local
 
 
 class Madgrad(torch.optim.Optimizer):
@@ -42,8 +43,9 @@ class Madgrad(torch.optim.Optimizer):
             state["step"] = torch.zeros((), device=parameter.device)
             state["gradient_sum"], state["square_sum"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state["start"] = parameter.detach().clone()
-        weight, grad = _local(parameter), _local(parameter.grad)
-        gradient_sum, square_sum, start = (_local(state[key]) for key in ("gradient_sum", "square_sum", "start"))
+        assert parameter.grad is not None
+        weight, grad = local(parameter), local(parameter.grad)
+        gradient_sum, square_sum, start = (local(state[key]) for key in ("gradient_sum", "square_sum", "start"))
         skipped = torch.zeros((), device=weight.device) if self.found_inf is None else self.found_inf
         applied = (skipped == 0).to(weight.dtype)
         if group["weight_decay"]:
@@ -55,8 +57,3 @@ class Madgrad(torch.optim.Optimizer):
         target = torch.addcdiv(start, gradient_sum, square_sum.pow(1 / 3).add_(group["eps"]), value=-1)
         weight.lerp_(target, (1 - group["betas"][0]) * applied)
         state["step"] += applied
-
-
-def _local(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bestrq.training.sharding import local
 from common.errors import UserError
 
 MOMENTUM = 0.95
@@ -77,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         # 0-d factors on the device: 1, or 0 in a skipped step, whose gradient is set to 0 because 0 * NaN is NaN.
-        weight, grad, momentum = _local(parameter), _local(gradient), _local(state["momentum_buffer"])
+        weight, grad, momentum = local(parameter), local(gradient), local(state["momentum_buffer"])
         skipped = torch.zeros((), device=weight.device) if self.found_inf is None else self.found_inf
         applied = (skipped == 0).to(weight.dtype)
         grad.masked_fill_(skipped != 0, 0.0)
@@ -102,10 +103,6 @@ def _split(group: Mapping[str, Any]) -> list[dict[str, Any]]:
             names, parameters = ([item[i] for item in chosen] for i in (0, 1))
             parts.append({**group, "names": names, "params": parameters, "is_muon": is_muon})
     return parts
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _parts(name: str, matrix: Tensor) -> list[int]:

@@ -155,7 +155,7 @@ class GuardSettings:
     """minutes without progress after which the run ends with a report (RUN_FOLDER/hangs), or ten times the longest step
     so far if that is more; 0 disables it"""
     first_step_minutes: PositiveFloat = 30.0
-    """the same before the first step, and in a validation, probe or checkpoint"""
+    """the same until the first step is done, and in a validation, probe or checkpoint"""
 
     def __post_init__(self) -> None:
         if self.spike_window < MIN_SPIKE_HISTORY:
@@ -183,6 +183,30 @@ class _Pending:
     samples: Sequence[str]
 
 
+def update_weights(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float, world: World
+) -> Tensor:
+    """Clip and apply the accumulated gradients, or skip the step if a loss or gradient is not finite; clear them.
+
+    All ranks must call it. Returns the norm before clipping, the loss, and the number of bad ranks: float64 `[3]`, on
+    the device.
+
+    Args:
+        loss: this rank's detached sum over micro-batches, a scalar.
+        clip_norm: maximum gradient norm; 0 disables clipping.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss.device)
+    bad_ranks = world.sum((~(norm.isfinite() & loss.isfinite().all())).double())
+    if clip_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    optimizer.found_inf = (bad_ranks > 0).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack((norm.double(), loss.double(), bad_ranks))
+
+
 class StepGuard:
     """Gradient clipping and the optimizer step, skipped on all ranks if a loss or gradient is not finite.
 
@@ -198,25 +222,13 @@ class StepGuard:
         self._pending: _Pending | None = None
 
     def apply(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: Tensor,
-        clip_norm: float,
-        world: World,
-        samples: Sequence[str] = (),
-    ) -> StepResult:
-        """Apply the accumulated gradients on all ranks, or skip the step on all ranks; gradients are cleared.
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float,
+        world: World, samples: Sequence[str] = (),
+    ) -> StepResult:  # fmt: skip
+        """Apply the accumulated gradients on all ranks, or skip the step on all ranks (`update_weights`).
 
-        All ranks must call it. A skipped step is reported on stderr by every rank, with its loss and samples: a
+        A skipped step is reported on stderr by every rank, with its number, its loss and the ids of its samples: a
         non-finite loss identifies the rank with bad samples.
-
-        Args:
-            step: optimizer step, for the report.
-            loss: this rank's detached sum over micro-batches, a scalar.
-            clip_norm: maximum gradient norm; 0 disables clipping.
-            samples: ids of this rank's samples.
 
         Returns:
             the outcome of this step on a CPU; on other devices that of the step before, which is known by then, and a
@@ -225,17 +237,7 @@ class StepGuard:
         Raises:
             RuntimeError: on all ranks, after `max_bad_updates` consecutive skipped steps.
         """
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss.device)
-        is_bad = ~(norm.isfinite() & loss.isfinite().all())
-        bad_ranks = world.sum(is_bad.double())
-        if clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-        optimizer.found_inf = (bad_ranks > 0).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        numbers = LaterRead(torch.stack((norm.double(), loss.double(), bad_ranks)))
+        numbers = LaterRead(update_weights(model, optimizer, loss, clip_norm, world))
         pending, self._pending = self._pending, _Pending(step, numbers, samples)
         if loss.device.type == "cpu":
             pending, self._pending = self._pending, None

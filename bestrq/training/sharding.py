@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
 
@@ -61,6 +62,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, preci
     model.register_forward_pre_hook(_hide_host_tensors, prepend=True, with_kwargs=True)
     model.register_forward_pre_hook(_show_host_tensors, with_kwargs=True)
     return model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Shard of this rank; a tensor that is not sharded unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)

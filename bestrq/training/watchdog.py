@@ -35,8 +35,8 @@ LONGEST_TICK = 5.0
 class Watchdog:
     """Thread that ends the process with a report if a step takes too long; used by all ranks.
 
-    The limit is `guard.first_step_minutes` before the first step and in a `long` period, else `guard.step_minutes` or
-    ten times the longest step so far, whichever is more.
+    The limit is `guard.first_step_minutes` until the second step, as the first one may compile, and in a `long` period,
+    else `guard.step_minutes` or ten times the longest step so far, whichever is more.
 
     Args:
         folder: the run folder; reports go to `hangs/`.
@@ -47,7 +47,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._step = 0
         self._samples: Sequence[str] = ()
-        self._waited, self._longest, self._is_step = 0.0, 0.0, False
+        self._waited, self._longest, self._is_first, self._is_step = 0.0, 0.0, True, False
         self._limit = 60 * settings.first_step_minutes
         self._closed = threading.Event()
         if settings.step_minutes:  # a weak reference: the thread ends with a script that raised, as in a notebook
@@ -62,8 +62,11 @@ class Watchdog:
         with self._lock:
             if self._is_step:
                 self._longest = max(self._longest, self._waited)
-            self._step, self._samples, self._waited, self._is_step = step, tuple(samples), 0.0, True
-            self._limit = max(60 * self.settings.step_minutes, 10 * self._longest)
+            self._step, self._samples, self._waited = step, tuple(samples), 0.0
+            if self._is_first:  # it keeps the first limit
+                self._is_first = False
+                return
+            self._is_step, self._limit = True, max(60 * self.settings.step_minutes, 10 * self._longest)
 
     def long(self) -> None:
         """Start of a validation, a probe or a checkpoint, which may take longer than a step."""

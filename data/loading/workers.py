@@ -1,7 +1,7 @@
 """Worker processes that read batches, in the order of the plans; killed workers are replaced.
 
-The training process asks for nothing while it waits: `read_in_workers` wakes up every `POLL` seconds, so that a request
-to stop is obeyed even if a worker hangs in a read of a file system.
+While no batch is ready, `read_in_workers` wakes up every `POLL` seconds, so that a request to stop is obeyed even if a
+worker hangs in a read of a file system.
 """
 
 from __future__ import annotations

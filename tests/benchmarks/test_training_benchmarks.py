@@ -26,7 +26,6 @@ def test_saves_of_all_systems_are_timed(tmp_path: Path) -> None:
     config = parse(pretrain.Config, [*ENCODER, "--quantizer.codebook_size=64"])
     figures = checkpoint_stall.measure(config, 400, tmp_path)
     assert verify_checkpoint(tmp_path / "step-00000002") is None
-    assert figures["gigabytes"] >= 0
     assert {"stall_steps", "dcp_async_stall_steps", "torch_save_seconds", "ours_load_seconds"} <= figures.keys()
 
 

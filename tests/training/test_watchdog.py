@@ -28,7 +28,8 @@ watchdog = Watchdog(GuardSettings(step_minutes=0.01, first_step_minutes=60), Pat
 
 
 def test_a_hung_step_ends_the_process_with_its_samples_and_stacks(tmp_path: Path) -> None:
-    code = START + "watchdog.step(7, ['a', 'b'])\ndef waits_for_ever():\n    time.sleep(10000)\nwaits_for_ever()"
+    code = f"{START}watchdog.step(6, [])\nwatchdog.step(7, ['a', 'b'])\n"
+    code += "def waits_for_ever():\n    time.sleep(10000)\nwaits_for_ever()"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -52,17 +53,21 @@ def test_the_first_step_and_long_periods_have_their_own_limit(tmp_path: Path, en
     watchdog = Watchdog(GuardSettings(step_minutes=0.001, first_step_minutes=60), tmp_path, World())
     assert not ended.wait(2.5)
     watchdog.step(1, [])
-    watchdog.long()
     assert not ended.wait(2.5)
     watchdog.step(2, [])
+    watchdog.long()
+    assert not ended.wait(2.5)
+    watchdog.step(3, [])
     assert ended.wait(PATIENCE)
 
 
 def test_steps_may_take_ten_times_the_longest_so_far(tmp_path: Path, ended: threading.Event) -> None:
     watchdog = Watchdog(GuardSettings(step_minutes=0.001, first_step_minutes=60), tmp_path, World())
     watchdog.step(1, [])
-    watchdog._waited = 0.3  # of step 1
+    watchdog._waited = 100.0  # of step 1, which does not count
     watchdog.step(2, [])
+    watchdog._waited = 0.3  # of step 2
+    watchdog.step(3, [])
     assert not ended.wait(2.0)
     assert ended.wait(PATIENCE)
 
@@ -74,13 +79,16 @@ def test_a_pause_of_the_whole_process_does_not_count(
     monkeypatch.setattr(module.time, "monotonic", lambda: next(times, 2000.0))
     watchdog = Watchdog(GuardSettings(step_minutes=0.5), tmp_path, World())
     watchdog.step(1, [])
+    watchdog.step(2, [])
     assert not ended.wait(4.0) and 0 < watchdog._waited <= 10
     watchdog.close()
 
 
 def test_a_script_that_raised_is_no_longer_watched(tmp_path: Path, ended: threading.Event) -> None:
     def train() -> None:
-        Watchdog(GuardSettings(step_minutes=0.001), tmp_path, World()).step(1, [])
+        watchdog = Watchdog(GuardSettings(step_minutes=0.001), tmp_path, World())
+        watchdog.step(1, [])
+        watchdog.step(2, [])
         raise ValueError
 
     with pytest.raises(ValueError):
