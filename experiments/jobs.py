@@ -135,9 +135,9 @@ class Records:
         if not path.exists():
             return Record()
         try:
-            fields = read_json_object(path)
-            _RECORD(fields, str(path))
-            return Record(**fields)
+            values = read_json_object(path)
+            _RECORD(values, str(path))
+            return Record(**values)
         except (TypeError, UserError) as error:
             raise UserError(f"{path} is not a record of a job ({error}): delete it to run the job again") from error
 

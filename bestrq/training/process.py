@@ -82,7 +82,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, as a new tensor; the argument must be on `self.device`."""
+        """Sum over ranks, as a new tensor; the argument must be on `self.device` or the CPU."""
         total = tensor.detach().clone()
         if self.size > 1:
             dist.all_reduce(total)
