@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-PATIENCE = 1200.0
+PATIENCE = 600.0
 """seconds; far above the time on a loaded machine"""
 
 

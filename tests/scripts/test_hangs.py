@@ -120,7 +120,8 @@ def test_a_killed_worker_changes_no_weight(dataset: Path, undisturbed: dict[str,
 
 
 def test_a_stopped_rank_ends_the_run_with_a_report_of_the_others(dataset: Path, tmp_path: Path) -> None:
-    run = Run(dataset, tmp_path, 2, "--guard.step_minutes=0.2")
+    # Both limits: the second applies from step 2 on, but not around checkpoints.
+    run = Run(dataset, tmp_path, 2, "--guard.step_minutes=0.2", "--guard.first_step_minutes=0.5")
     run.started()
     ranks = list(run.workers())
     os.kill(ranks[0], signal.SIGSTOP)

@@ -26,6 +26,7 @@ from data.tokenizer import CharTokenizer
 from pipelines import curriculum, pretraining
 from tests.gloo import run_distributed
 from tests.paths import REPOSITORY
+from tests.patience import wait_until
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
 STEPS = 5
@@ -271,9 +272,9 @@ def test_non_finite_losses_update_nothing_name_the_samples_and_end_the_run(datas
         monkeypatch.setattr(pretraining, "mask_rows", poisoned_rows)
         run("pretrain", dataset, tmp_path / "run", "--run.steps=9")
     assert "step 1 skipped on all ranks" in capfd.readouterr().err
-    saved = [load_file(path / "model.safetensors") for _, path in list_checkpoints(tmp_path / "run/checkpoints")]
-    assert len(saved) == 2
-    assert_identical(*saved)
+    checkpoints = tmp_path / "run/checkpoints"
+    wait_until(lambda: len(list_checkpoints(checkpoints)) == 2)  # the second was being written when the run ended
+    assert_identical(*(load_file(path / "model.safetensors") for _, path in list_checkpoints(checkpoints)))
 
 
 def poisoned_rows(*arguments):
