@@ -66,24 +66,26 @@ def draw_span_mask(
 
 def num_runs(mask: Tensor) -> int:
     """Number of runs of masked frames in bool `[R, F]` on the CPU; overlapping spans form one run."""
-    starts = mask[:, 1:] & ~mask[:, :-1]
-    return int(starts.sum() + mask[:, 0].sum())
+    masked = mask.numpy()  # its counts take a tenth of the time
+    return np.count_nonzero(masked[:, 1:] > masked[:, :-1]) + np.count_nonzero(masked[:, 0])
 
 
 def fill_with_noise(log_mel: Tensor, mask: Tensor, segments: Segments, noise_std: float) -> Tensor:
     """Copy of `[R, F, M]` with N(0, noise_std) noise in the masked frames.
 
-    The noise of a segment is a pure function of its seed and the kind of device, so it is independent of row, rank, and
-    resumed steps. The segments must have seeds.
+    The noise of a segment is a pure function of its seed, its mask and the kind of device, so it is independent of row,
+    rank, and resumed steps. The segments must have seeds.
     """
     assert segments.seed is not None
     if log_mel.device.type != "cpu":  # a loop over the segments would launch a kernel for each
         from bestrq.pretraining.hashed_noise import hashed_noise  # imported only for devices
 
         return torch.where(mask.unsqueeze(-1), noise_std * hashed_noise(segments, log_mel), log_mel)
-    noise = torch.zeros_like(log_mel)
-    generator = torch.Generator(log_mel.device)
+    noisy, masked = log_mel.clone(), mask.numpy()
+    generator = torch.Generator()
     for row, slot, start, stop in segments.used():
+        frames = torch.from_numpy(start + masked[row, start:stop].nonzero()[0])
         generator.manual_seed(int(segments.seed[row, slot]))
-        noise[row, start:stop].normal_(std=noise_std, generator=generator)
-    return torch.where(mask.unsqueeze(-1), noise, log_mel)
+        noise = log_mel.new_empty(len(frames), log_mel.shape[2])
+        noisy[row, frames] = noise.normal_(std=noise_std, generator=generator)
+    return noisy

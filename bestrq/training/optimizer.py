@@ -138,7 +138,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     generator state, and a resumed run draws the same numbers as an uninterrupted one.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    number = int.from_bytes(digest[:8], "little") >> 1
+    torch.default_generator.manual_seed(number)  # torch.manual_seed also looks for all other kinds of devices
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
 
 
 @dataclass

@@ -30,6 +30,7 @@ class StopRequest:
         self.requested = False
         self.reason = ""
         self._interrupts = 0
+        self._file = str(self.run_folder / STOP)  # once: a path object takes longer than the look
         (self.run_folder / REQUEUE).unlink(missing_ok=True)
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
@@ -57,7 +58,7 @@ class StopRequest:
         return self._noticed(look_for_file=True)
 
     def _noticed(self, look_for_file: bool) -> bool:
-        if look_for_file and not self.requested and (self.run_folder / STOP).exists():
+        if look_for_file and not self.requested and os.path.exists(self._file):
             self.requested, self.reason = True, f"the file {STOP}"
         return self.requested
 
