@@ -5,6 +5,8 @@
 
 Runs `pretrain.py` itself on made features, with rows per process constant (weak scaling): by one process, by several
 with DDP and with FSDP2, in turns. Efficiency is the audio per second of n processes divided by n times that of one.
+A process has as much audio in a step as a GPU of base-120m on 8 GPUs, four minutes; with less, collectives weigh more
+(`--rows 2`: the batch of the quickstart).
 
 The last line is JSON: `ddp_efficiency` and `fsdp_efficiency` of the largest world, `ddp_bytes` and `fsdp_bytes` that a
 rank sends in a step by the formulas of ring collectives ((n - 1) / n of 4 bytes per parameter: twice for the all-reduce
@@ -39,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart-pretrain.yaml", help="settings of a pretraining")
     parser.add_argument("--gpus", type=int, default=0, help="largest number of GPUs; 0: two processes on the CPU")
-    parser.add_argument("--rows", type=int, default=2, help="rows per process")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run")
+    parser.add_argument("--rows", type=int, default=20, help="rows per process")
+    parser.add_argument("--steps", type=int, default=36, help="optimizer steps of a run")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind, in turns")
     parser.add_argument("--step-seconds", type=float, default=0.35, help="projection: step of one GPU")
     parser.add_argument("--parameters", type=float, default=120e6, help="projection: parameters")
@@ -77,7 +79,7 @@ def speed(run: Path, dataset: Path, strategy: str, size: int, options: argparse.
     """Median audio seconds per second of a run of `size` processes, after its first third."""
     settings = {
         "config": options.config, "data.dataset": dataset, "run.folder": run, "run.steps": options.steps,
-        "data.rows": options.rows * size, "distributed.strategy": strategy, "run.log_every": 10,
+        "data.rows": options.rows * size, "distributed.strategy": strategy, "run.log_every": 4,
         "validation.every_steps": 10**9, "checkpoint.every_steps": 10**9, "quantizer.pca_steps": 0,
         "distributed.threads": 0 if options.gpus else 1, "distributed.bind_cpus": "false",
     }  # fmt: skip

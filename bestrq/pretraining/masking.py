@@ -67,7 +67,7 @@ def draw_span_mask(
 def num_runs(mask: Tensor) -> int:
     """Number of runs of masked frames in bool `[R, F]` on the CPU; overlapping spans form one run."""
     masked = mask.numpy()  # its counts take a tenth of the time
-    return np.count_nonzero(masked[:, 1:] > masked[:, :-1]) + np.count_nonzero(masked[:, 0])
+    return int(np.count_nonzero(masked[:, 1:] > masked[:, :-1]) + np.count_nonzero(masked[:, 0]))
 
 
 def fill_with_noise(log_mel: Tensor, mask: Tensor, segments: Segments, noise_std: float) -> Tensor:

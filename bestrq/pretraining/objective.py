@@ -150,7 +150,7 @@ def mask_rows(
 
 def frame_counts(rows: MaskedRows) -> dict[str, int]:
     """Numbers of masked frames, masked runs, frames of segments, and frames of rows."""
-    counts = {"masked_frames": np.count_nonzero(rows.mask.numpy()), "masked_runs": num_runs(rows.mask)}
+    counts = {"masked_frames": int(np.count_nonzero(rows.mask.numpy())), "masked_runs": num_runs(rows.mask)}
     return counts | {"frames": int(rows.segments.length.sum()), "row_frames": rows.mask.numel()}
 
 
