@@ -3,6 +3,8 @@
 Checks run before any work, so that a missing part is an error that names it, not a slow or late failure.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import re
@@ -11,12 +13,16 @@ import subprocess
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.cores import available_cores
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from bestrq.training.launch import Launch
+    from bestrq.training.process import DistributedSettings
 
 ROOT = Path("/")
 MINIMUM_DRIVERS = {13: 580, 12: 525, 11: 450}
@@ -24,6 +30,36 @@ MINIMUM_DRIVERS = {13: 580, 12: 525, 11: 450}
 https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 HIDDEN = ("", "-1", "NoDevFiles")
 """values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is SLURM's, for a job without a GPU"""
+
+
+def select_device(settings: DistributedSettings, launch: Launch, field: str) -> torch.device:
+    """Device of this process, with its cores, its threads and torch's settings for the device.
+
+    Raises UserError as `process.start_world` does.
+    """
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    if settings.device != "cpu" and not cuda:
+        check_absent_gpu(settings.device, field)
+    sharers = launch.local_size
+    if settings.bind_cpus:
+        if launch.size > 1 and "RANK" not in os.environ:
+            raise UserError("distributed.bind_cpus is true, but srun binds its tasks: give false, and srun --cpu-bind")
+        sharers = bind_cpus(launch.local_rank, launch.local_size, torch.cuda.device_count() if cuda else 0)
+    if threads := choose_threads(settings.threads, launch.size, sharers):
+        torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    if not cuda:
+        keep_freed_memory()
+    else:
+        count = torch.cuda.device_count()  # 1 if the scheduler restricts every task to one GPU
+        if count > 1 and launch.local_rank >= count:
+            raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count} processes")
+        device = torch.device("cuda", launch.local_rank % count)
+        torch.cuda.set_device(device)
+        # cuDNN's attention returns NaN gradients with a mask if the number of keys is 64 modulo 128 (pytorch issue
+        # 196678), and builds a plan for every new shape. Flash and memory-efficient attention remain.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 # ---- GPU ----

@@ -25,34 +25,41 @@ if TYPE_CHECKING:
     from bestrq.training.tracking import Tracker
 
 
+MAX_KEPT = 256
+"""scalars of a counter on the device, before they are added up"""
+
+
 class IntervalSums:
     """Named float64 counters of a log interval.
 
-    `add` never synchronises host and device: tensors are accumulated on the device, numbers on the host. `totals` joins
-    both with one all-reduce and one transfer per interval.
+    `add` never synchronises host and device, and launches no kernel: tensors are kept, and `totals` adds them up, with
+    one all-reduce and one transfer per interval.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self._index = {name: index for index, name in enumerate(names)}
-        self._device_sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self._host_sums = [0.0] * len(names)
+        self._device = device
+        self._numbers = dict.fromkeys(names, 0.0)
+        self._tensors: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def add(self, **values: Tensor | float) -> None:
         """Add scalars to the counters of these names; tensors must be on the device."""
         for name, value in values.items():
-            index = self._index[name]
             if isinstance(value, Tensor):
-                self._device_sums[index] += value.detach()
+                self._tensors[name].append(value.detach())
+                if len(kept := self._tensors[name]) == MAX_KEPT:
+                    kept[:] = [torch.stack(kept).double().sum()]
             else:
-                self._host_sums[index] += value
+                self._numbers[name] += value
 
     def totals(self, world: World) -> dict[str, float]:
         """Sums over the interval and all ranks; the counters restart at 0. All ranks must call it."""
-        host_sums = torch.tensor(self._host_sums, dtype=torch.float64, device=self._device_sums.device)
-        totals = world.sum(self._device_sums + host_sums).tolist()
-        self._device_sums.zero_()
-        self._host_sums = [0.0] * len(totals)
-        return dict(zip(self._index, totals, strict=True))
+        sums = torch.tensor(list(self._numbers.values()), dtype=torch.float64, device=self._device)
+        for index, kept in enumerate(self._tensors.values()):
+            if kept:
+                sums[index] += torch.stack(kept).double().sum()
+                kept.clear()
+        self._numbers = dict.fromkeys(self._numbers, 0.0)
+        return dict(zip(self._numbers, world.sum(sums).tolist(), strict=True))
 
 
 class MetricsLog:

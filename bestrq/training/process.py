@@ -90,9 +90,10 @@ class World:
 
     def sum_on_host(self, *values: float) -> list[float]:
         """Sums over ranks of numbers of the host, in float64; the device goes on with its work meanwhile."""
+        if self.size == 1:
+            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
     def max(self, value: float) -> float:
@@ -180,28 +181,8 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
         from common.processes import stop_with_parent
 
         stop_with_parent(os.getppid())
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
-    if settings.device != "cpu" and not cuda:
-        machine.check_absent_gpu(settings.device, field)
-    sharers = launch.local_size
-    if settings.bind_cpus:
-        if launch.size > 1 and "RANK" not in os.environ:
-            raise UserError("distributed.bind_cpus is true, but srun binds its tasks: give false, and srun --cpu-bind")
-        sharers = machine.bind_cpus(launch.local_rank, launch.local_size, torch.cuda.device_count() if cuda else 0)
-    if threads := machine.choose_threads(settings.threads, launch.size, sharers):
-        torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    if not cuda:
-        machine.keep_freed_memory()
-    else:
-        count = torch.cuda.device_count()  # 1 if the scheduler restricts every task to one GPU
-        if count > 1 and launch.local_rank >= count:
-            raise UserError(f"{launch.local_size} processes on a machine with {count} GPUs: start {count} processes")
-        device = torch.device("cuda", launch.local_rank % count)
-        torch.cuda.set_device(device)
-        # cuDNN's attention returns NaN gradients with a mask if the number of keys is 64 modulo 128 (pytorch issue
-        # 196678), and builds a plan for every new shape. Flash and memory-efficient attention remain.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    device = machine.select_device(settings, launch, field)
+    cuda = device.type == "cuda"
     if launch.size > 1:
         names = {"RANK": launch.rank, "WORLD_SIZE": launch.size, "MASTER_ADDR": launch.address,
                  "MASTER_PORT": launch.port, "LOCAL_RANK": launch.local_rank}  # fmt: skip

@@ -88,6 +88,16 @@ def test_interval_sums_are_float64_over_all_ranks_and_restart() -> None:
         assert empty == dict.fromkeys(expected, 0.0)
 
 
+def test_interval_sums_of_a_long_interval_keep_few_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "MAX_KEPT", 4)
+    sums = IntervalSums(("loss", "correct"), torch.device("cpu"))
+    for number in range(11):
+        sums.add(loss=torch.tensor(0.1), correct=torch.tensor(2**53 // 16 + number))
+        assert max(map(len, sums._tensors.values())) < 4
+    expected = {"loss": 11 * float(torch.tensor(0.1)), "correct": float(11 * 2**53 // 16 + 55)}
+    assert sums.totals(World()) == pytest.approx(expected, rel=1e-15)
+
+
 def test_time_of_a_pause_counts_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now[0])
