@@ -113,10 +113,10 @@ def target_frame_mask(mask: Tensor, segments: Segments, stride: int) -> Tensor:
     The incomplete last stack of a segment has no target, and neither have gaps, which are never masked.
     """
     rows, frames = mask.shape
-    inside = np.zeros(mask.shape, bool)  # slicing a tensor takes ten times as long
+    target = np.zeros(mask.shape, bool)  # slicing a tensor takes ten times as long
     for row, _, start, stop in segments.used():
-        inside[row, start:stop] = True
-    return (mask & torch.from_numpy(inside)).view(rows, frames // stride, stride).all(dim=-1)
+        target[row, start:stop] = mask.numpy()[row, start:stop]
+    return torch.from_numpy(target).view(rows, frames // stride, stride).all(dim=-1)
 
 
 def mask_rows(

@@ -201,12 +201,13 @@ def update_weights(
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss.device)
-    bad_ranks = world.sum((~(norm.isfinite() & loss.isfinite().all())).double())
+    bad_ranks = world.sum((~(norm.isfinite() & loss.isfinite())).double())
     if clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     optimizer.found_inf = (bad_ranks > 0).float()  # type: ignore[attr-defined]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters:  # a tenth of the time of `zero_grad`
+        parameter.grad = None
     return torch.stack((norm.double(), loss.double(), bad_ranks))
 
 
