@@ -12,7 +12,6 @@ rate.
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from bestrq.long_form.decoders import GreedyCTC
 from bestrq.recognition.ctc import CTCModel, pad_labels
@@ -86,7 +85,6 @@ def train(config: Config) -> None:
     freezes = frozen_blocks(config, 1) is not None
     compile_encoder(model.encoder, world.device)
     parallel_model = parallelise(model, model.encoder.blocks, world, config.distributed, find_unused_parameters=freezes)
-    register_fsdp_forward_method(model, "log_probs")  # called by validation; no effect without FSDP2
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), config))
     averages = make_averages(run, parallel_model)
     step, data_state, best = 0, None, Best()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bestrq.model.settings import EncoderSettings
 from bestrq.pretraining.quantizer import RandomProjectionQuantizer
@@ -24,7 +23,7 @@ from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel
 from bestrq.training.checkpoint import model_slots
 from bestrq.training.optimizer import build_optimizer, set_learning_rates, update_weights
-from bestrq.training.process import World, autocast, gradient_sync
+from bestrq.training.process import World, autocast, gradient_sync, local
 from bestrq.training.sharding import group_size, make_mesh, shard
 from common.errors import UserError
 from common.segments import Segments
@@ -202,8 +201,7 @@ class TrialStep:
 
 def local_bytes(tensor: Any) -> int:
     """Bytes of the shard of this rank."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
+    return local(tensor).nbytes
 
 
 def draw_masks(segments: Segments, draw: Callable[[np.random.Generator, int], np.ndarray]) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from bestrq.training.process import local
 from common.segments import Segments
 
 MAX_ROWS = 4
@@ -155,7 +155,7 @@ class Alarms:
 @torch.no_grad()
 def relative_step(model: nn.Module, learning_rate: float) -> float:
     """Learning rate over the root mean square of a weight matrix, median over the matrices."""
-    weights = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.ndim > 1]
+    weights = [local(parameter) for parameter in model.parameters() if parameter.ndim > 1]
     sizes = [weight.float().square().mean().sqrt() for weight in weights if weight.numel()]
     return learning_rate / max(float(torch.stack(sizes).median()), 1e-30)
 

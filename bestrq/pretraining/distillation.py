@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bestrq.pretraining.matching import match
-from bestrq.training.process import World
+from bestrq.training.process import World, unsharded
 from common.segments import Segments
 
 MAX_SPAN = 1024
@@ -72,7 +71,7 @@ def replaced_codes(old: Tensor, codebook: DistilledCodebook, world: World) -> Te
     The order has the largest sum of cosines between the old and the new code of an id (Hungarian method).
     """
     trained = codebook.codes.detach()
-    new = F.normalize(trained.full_tensor() if isinstance(trained, DTensor) else trained, dim=-1).to(old.dtype)
+    new = F.normalize(unsharded(trained), dim=-1).to(old.dtype)
     if not world.is_main:
         return old
     return new[torch.from_numpy(match((old @ new.T).double().cpu().numpy())).to(new.device)]

@@ -90,16 +90,16 @@ def ctc_loss(log_probs: Tensor, segments: Segments, stride: int, labels: Tensor,
 class CTCModel(nn.Module):
     """`ConformerEncoder` and a linear head of V outputs."""
 
+    inference_methods = ("log_probs",)
+    """methods besides `forward` for which FSDP2 gathers weights"""
+
     def __init__(self, encoder: EncoderSettings, vocab_size: int) -> None:
         super().__init__()
         self.encoder = ConformerEncoder(encoder)
         self.head = nn.Linear(encoder.dim, vocab_size)
 
     def log_probs(self, log_mel: Tensor, segments: Segments) -> Tensor:
-        """Log-probabilities at every frame of every row, float32 (or float64) `[R, T, V]`.
-
-        FSDP2 needs `torch.distributed.fsdp.register_fsdp_forward_method(model, "log_probs")`.
-        """
+        """Log-probabilities at every frame of every row, float32 (or float64) `[R, T, V]`."""
         return self._log_probs(log_mel, segments)
 
     def _log_probs(

@@ -130,10 +130,10 @@ class Joint(nn.Module):
 
 
 class TransducerModel(nn.Module):
-    """`ConformerEncoder`, prediction network and joint network.
+    """`ConformerEncoder`, prediction network and joint network."""
 
-    FSDP2 needs `torch.distributed.fsdp.register_fsdp_forward_method` for every method called from outside.
-    """
+    inference_methods = ("encode", "greedy")
+    """methods besides `forward` for which FSDP2 gathers weights, those of validation"""
 
     def __init__(self, encoder: EncoderSettings, settings: TransducerSettings, vocab_size: int) -> None:
         super().__init__()

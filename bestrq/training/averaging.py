@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bestrq.training.checkpoint import Checkpoint, fill, gather_model, gather_tensors, model_slots
-from bestrq.training.process import World
-from bestrq.training.sharding import local
+from bestrq.training.process import World, local
 from bestrq.training.tensor_files import write_tensors
 from common.errors import UserError
 from common.files import replace_file

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bestrq.training.process import World, unwrap
+from bestrq.training.process import World, unsharded, unwrap
 from bestrq.training.tensor_files import read_tensors, write_tensors
 from common.errors import UserError
 from common.files import as_object, crc32_of, new_folder, read_json, remove_leftovers, write_file
@@ -133,8 +132,7 @@ def gather_tensors(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor
     """Unsharded copies on the CPU of rank 0; {} on the other ranks."""
     whole = {}
     for name, tensor in sorted(tensors.items()):  # same order on all ranks: full_tensor is a collective
-        tensor = tensor.detach()
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = unsharded(tensor.detach())
         if world.is_main:
             whole[name.replace("_orig_mod.", "")] = full.to("cpu", copy=True).contiguous()
     return whole
@@ -194,9 +192,11 @@ def fill(slots: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> 
         slot.copy_(_like(tensors[name], slot))
 
 
-def _like(tensor: Tensor, slot: Tensor) -> Tensor:
-    if not isinstance(slot, DTensor):
+def _like(tensor: Tensor, slot: Any) -> Tensor:
+    if not hasattr(slot, "device_mesh"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor  # only for FSDP2
+
     whole = tensor.to(slot.device, slot.dtype)
     return distribute_tensor(whole, slot.device_mesh, slot.placements, src_data_rank=None)  # no communication needed
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestrq.training.sharding import local
+from bestrq.training.process import local
 
 
 class Madgrad(torch.optim.Optimizer):

@@ -32,8 +32,7 @@ MAX_KEPT = 256
 class IntervalSums:
     """Named float64 counters of a log interval.
 
-    `add` never synchronises host and device, and launches no kernel: tensors are kept, and `totals` adds them up, with
-    one all-reduce and one transfer per interval.
+    `add` waits for no device and launches no kernel: `totals` adds tensors up, with one all-reduce and one transfer.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:

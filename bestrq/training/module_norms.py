@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from bestrq.training.meters import MetricsLog
@@ -93,7 +92,7 @@ def module_of(parameter: str, layers: bool) -> str:
     return ".".join(path[: depth + layers])
 
 
-def own_square(gradient: Tensor | None, world: World) -> Tensor:
+def own_square(gradient: Any, world: World) -> Tensor:
     """This rank's share of the squared 2-norm of a gradient, float64: the sum over ranks is the square of the whole.
 
     Gradients are replicated (DDP), sharded (FSDP2), or sharded within groups of ranks that are replicas.
@@ -101,7 +100,7 @@ def own_square(gradient: Tensor | None, world: World) -> Tensor:
     if gradient is None:
         return torch.zeros((), dtype=torch.float64, device=world.device)
     replicas = world.size
-    if isinstance(gradient, DTensor):
+    if hasattr(gradient, "device_mesh"):
         sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
         replicas = math.prod(size for size, placement in sizes if placement.is_replicate())
         gradient = gradient.to_local()

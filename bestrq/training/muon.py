@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bestrq.training.sharding import local
+from bestrq.training.process import local, unsharded
 from common.errors import UserError
 
 MOMENTUM = 0.95
@@ -72,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(name, parameter, group)
 
-    def _update(self, name: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, name: str, parameter: Any, group: Mapping[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
@@ -84,9 +83,11 @@ class Muon(torch.optim.Optimizer):
         grad.masked_fill_(skipped != 0, 0.0)
         momentum.lerp_(grad, (1 - MOMENTUM) * applied)
         grad.lerp_(momentum, MOMENTUM)
-        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        whole = unsharded(gradient)
         direction = torch.cat([_scaled_direction(part) for part in whole.split(_parts(name, whole))])
-        if isinstance(parameter, DTensor):  # every rank has the whole matrix and keeps its shard
+        if hasattr(parameter, "device_mesh"):  # every rank has the whole matrix and keeps its shard
+            from torch.distributed.tensor import distribute_tensor  # only for FSDP2
+
             mesh, placements = parameter.device_mesh, parameter.placements
             direction = distribute_tensor(direction, mesh, placements, src_data_rank=None).to_local()
         rate = applied * (group["lr"] * group["settings"].muon_rate)

@@ -17,9 +17,8 @@ from typing import Literal
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from bestrq.training.process import LaterRead, World
+from bestrq.training.process import LaterRead, World, unsharded
 from common.errors import UserError
 
 MIN_SPIKE_HISTORY = 8  # norms required before a spike is reported
@@ -199,8 +198,7 @@ def update_weights(
         clip_norm: maximum gradient norm; 0 disables clipping.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(loss.device)
+    norm = unsharded(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(loss.device)
     bad_ranks = world.sum((~(norm.isfinite() & loss.isfinite())).double())
     if clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)

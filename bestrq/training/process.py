@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -113,13 +112,11 @@ class World:
         if self.size == 1:
             return value
         content = json.dumps(value).encode() if self.is_main else b""
-        length = torch.tensor([len(content)], dtype=torch.int64)
-        dist.broadcast(length, src=0)
-        buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
+        buffer = torch.zeros(int(self.max(len(content))), dtype=torch.uint8)
         if self.is_main:
-            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         dist.broadcast(buffer, src=0)
-        return json.loads(bytes(buffer.tolist()).decode())
+        return json.loads(buffer.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:
         """Each rank's JSON-able value in the order of ranks, on rank 0; an empty list on the others."""
@@ -245,9 +242,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
+def unsharded(tensor: Any) -> Tensor:
+    """Whole tensor, gathered if FSDP2 has sharded it (a DTensor, whose import takes half a second)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Any) -> Tensor:
+    """Shard of this rank; a tensor that is not sharded unchanged."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gradient_sync(model: Any, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Context of forward and backward of a micro-batch; gradients are reduced only if `enabled`, for the last one."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "keeps_gathered"):  # by FSDP2
         model.set_requires_gradient_sync(enabled)
         if model.keeps_gathered:
             model.set_reshard_after_backward(enabled)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from common.errors import UserError
 
@@ -52,6 +51,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, preci
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+    for name in getattr(model, "inference_methods", ()):
+        register_fsdp_forward_method(model, name)
     model.keeps_gathered = not reshard  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -62,11 +63,6 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, preci
     model.register_forward_pre_hook(_hide_host_tensors, prepend=True, with_kwargs=True)
     model.register_forward_pre_hook(_show_host_tensors, with_kwargs=True)
     return model
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Shard of this rank; a tensor that is not sharded unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)

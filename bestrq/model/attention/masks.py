@@ -11,12 +11,14 @@ the interval decreases as the query increases; `reach` limits the interval on bo
 """
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # half a second at run time
 
 Frames = TypeVar("Frames", int, Tensor)
 
@@ -109,7 +111,7 @@ def draw_chunk_size(largest: int, multiple: int) -> int | None:
     return None if coin < 0.5 else multiple * (1 + int(share * (largest // multiple)))
 
 
-BackendMask = Tensor | BlockMask | None
+BackendMask: TypeAlias = "Tensor | BlockMask | None"
 Reach = tuple[int | None, int | None]
 
 
