@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.processes import stop_with_parent
+
+STORE_SECONDS = 30.0
+"""time in which torchrun's store has to accept a connection"""
 
 
 @dataclass(frozen=True)
@@ -46,3 +52,21 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     except ValueError as error:
         raise UserError(f"an environment variable of a distributed launch is not a number: {error}") from error
     return Launch()
+
+
+def end_with_torchrun(environment: Mapping[str, str], launch: Launch) -> None:
+    """End this process with torchrun, if that has started it; otherwise ranks would train on if torchrun is killed.
+
+    Raises UserError if it has ended already: the process group would wait for its store until the timeout.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return
+    stop_with_parent(os.getppid())
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            socket.create_connection((launch.address, launch.port), STORE_SECONDS).close()
+        except OSError as error:
+            raise UserError(
+                f"torchrun, which started this process, does not answer at {launch.address}:{launch.port} ({error}): "
+                "it has ended; start it again"
+            ) from error

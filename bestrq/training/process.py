@@ -164,20 +164,18 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
 
     Raises:
         UserError: CUDA is requested but unavailable, torch cannot use the GPU of the machine, a machine has fewer GPUs
-            than processes, the cores of a task of srun are to be bound, or the groups of hsdp are uneven.
+            than processes, the cores of a task of srun are to be bound, the groups of hsdp are uneven, or torchrun has
+            ended.
     """
     from bestrq.training import machine  # not at the top: a reader of the loop need not read these
-    from bestrq.training.launch import read_launch
+    from bestrq.training.launch import end_with_torchrun, read_launch
 
     launch = read_launch(os.environ)
     if settings.strategy == "hsdp":
         from bestrq.training.sharding import group_size  # not at the top: only hsdp needs it
 
         group_size(settings.shard_size or launch.local_size, launch.size)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # otherwise ranks train on if torchrun is killed
-        from common.processes import stop_with_parent
-
-        stop_with_parent(os.getppid())
+    end_with_torchrun(os.environ, launch)
     device = machine.select_device(settings, launch, field)
     cuda = device.type == "cuda"
     if launch.size > 1:

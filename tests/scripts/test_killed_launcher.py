@@ -58,3 +58,17 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert again.returncode == 0 and "done" in again.stdout, again.stderr
+
+
+def test_a_rank_whose_launcher_is_dead_at_its_start_ends_with_an_error(tmp_path: Path) -> None:
+    """The signal at a parent's death comes only for a parent that dies later: the rank would wait for the store."""
+    make_dataset(tmp_path / "data")
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    elastic = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(free_port())}
+    run = subprocess.run(
+        [sys.executable, "pretrain.py", f"--data.dataset={tmp_path / 'data'}", f"--run.folder={tmp_path / 'run'}"],
+        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, **launch, **elastic}, timeout=PATIENCE,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 2 and "torchrun, which started this process, does not answer at localhost" in run.stderr
+    assert not (tmp_path / "run").exists()
