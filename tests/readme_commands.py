@@ -123,6 +123,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python -m benchmarks.checkpoint_stall": Elsewhere(
         "tests/benchmarks/test_training_benchmarks.py measures a small model"
     ),
+    "python -m benchmarks.random_kills": Run("--kills 1 --processes 1 --steps 20"),
     "python -m benchmarks.loop_overhead": Run("--steps 3 --hours 0.05"),
     "python -m benchmarks.scaling": Elsewhere(
         "tests/benchmarks/test_training_benchmarks.py has the projection, and worlds of two take half a minute"

@@ -1,13 +1,16 @@
 """Benchmarks of the training engine: parts of a step add up, saves are complete, the projection follows its formula."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import pretrain
-from benchmarks import checkpoint_stall, loop_overhead, scaling
-from bestrq.training.checkpoint import verify_checkpoint
+from benchmarks import checkpoint_stall, loop_overhead, random_kills, scaling
+from bestrq.training.checkpoint import COMPLETE, verify_checkpoint
 from common.config import parse
 from tests.tiny import DATA, ENCODER, RUN
 
@@ -35,3 +38,35 @@ def test_the_projection_is_that_of_a_hierarchical_all_reduce() -> None:
     # 16 GPUs: 2 * 7/8 * 4 GB at 4 GB/s and 2 * 1/2 * 4 GB / 8 at 1 GB/s are 2.25 s, 0.25 s more than backward.
     exposed = 0.25 + 2.25 * scaling.BUCKET / 4e9
     assert scaling.projected(16, options) == pytest.approx(3 / (3 + exposed))
+
+
+def made_run(folder: Path, losses: list[float], weight: float, steps: list[int]) -> Path:
+    """Metrics and a checkpoint of a run."""
+    checkpoint = folder / "run/checkpoints/step-00000003"
+    checkpoint.mkdir(parents=True)
+    save_file({"weight": torch.tensor([weight])}, checkpoint / "model.safetensors")
+    (checkpoint / COMPLETE).write_text("{}")
+    lines = [{"step": step, "kind": "train", "loss": loss} for step, loss in zip(steps, losses, strict=True)]
+    (folder / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("losses", "weight", "steps", "exact", "problem"),
+    [
+        ([3.0, 2.0, 1.0], 0.5, [1, 2, 3], True, ""),
+        ([3.0, 2.0, 1.0], 0.6, [1, 2, 3], True, "weights differ"),
+        ([3.0, 2.0, 1.0], 0.6, [1, 2, 3], False, ""),
+        ([3.0, 2.1, 1.0], 0.5, [1, 2, 3], False, "losses differ by 0.05"),
+        ([3.0, 2.0 + 1e-6, 1.0], 0.5, [1, 2, 3], True, "losses differ by 5e-07"),
+        ([3.0, 1.0], 0.5, [1, 3], True, "steps are missing or repeated"),
+        ([3.0, 2.0, 2.0, 1.0], 0.5, [1, 2, 2, 3], False, "steps are missing or repeated"),
+    ],
+)
+def test_a_killed_run_is_compared_with_an_undisturbed_one(
+    losses: list[float], weight: float, steps: list[int], exact: bool, problem: str, tmp_path: Path
+) -> None:
+    expected = made_run(tmp_path / "expected", [3.0, 2.0, 1.0], 0.5, [1, 2, 3])
+    killed = made_run(tmp_path / "killed", losses, weight, steps)
+    found, _ = random_kills.compare(killed, expected, Namespace(steps=3, tolerance=1e-4), exact)
+    assert found.startswith(problem) and bool(found) == bool(problem)
