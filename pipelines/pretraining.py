@@ -16,13 +16,7 @@ from bestrq.pretraining.masking import MaskingSettings
 from bestrq.pretraining.objective import BestRQ, MaskedRows, TargetSettings, mask_rows
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.reporting import ProbeSettings
-from bestrq.training.checkpoint import (
-    Checkpoint,
-    CheckpointSettings,
-    prune_checkpoints,
-    take_snapshot,
-    write_checkpoint,
-)
+from bestrq.training.checkpoint import Checkpoint, CheckpointSettings, take_snapshot, write_checkpoint
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
 from bestrq.training.run_folder import (
@@ -271,8 +265,8 @@ def save(
     tensors["code_counts"] = world.sum(state.code_counts)
     snapshot = take_snapshot(state.step, state.model, state.optimizer, values, world, tensors)
     writer.submit(write_checkpoint, run.checkpoints, snapshot)
-    writer.submit(prune_checkpoints, run.checkpoints, config.checkpoint)
     if world.is_main:
+        from bestrq.pretraining import keep_best
         from bestrq.pretraining.export import export_encoder, model_card  # only the main process exports
 
         description = {
@@ -288,4 +282,6 @@ def save(
         rows = f"{config.data.rows} rows of\n{config.data.row_frames} mel frames"
         card = model_card(description, f"{rows}, on `{dataset.location}` (fingerprint `{dataset.fingerprint}`)")
         exported = {name: snapshot.tensors["extra"][name] for name in targets}
+        changes = config.quantizer.pca_steps, *config.quantizer.refine_steps
+        writer.submit(keep_best.prune, run, config.checkpoint, state.step, changes)
         writer.submit(export_encoder, run.export, snapshot.tensors["model"], exported, description, card)

@@ -40,7 +40,7 @@ class CheckpointSettings:
     every_steps: PositiveInt = 1000
     """optimizer steps between two checkpoints; a stop and the end of the run save one too"""
     keep_last: PositiveInt = 2
-    """number of newest checkpoints kept, besides the best one"""
+    """number of newest checkpoints kept, besides the best one on dev"""
     keep_every: NonNegativeInt = 0
     """checkpoints of steps that are a multiple of this are kept too, for averages or later analysis; 0: none"""
 
