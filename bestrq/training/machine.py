@@ -13,16 +13,13 @@ import subprocess
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from bestrq.training.launch import Launch
 from common.cores import available_cores
 from common.errors import UserError
-
-if TYPE_CHECKING:
-    from bestrq.training.launch import Launch
-    from bestrq.training.process import DistributedSettings
 
 ROOT = Path("/")
 MINIMUM_DRIVERS = {13: 580, 12: 525, 11: 450}
@@ -32,21 +29,26 @@ HIDDEN = ("", "-1", "NoDevFiles")
 """values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is SLURM's, for a job without a GPU"""
 
 
-def select_device(settings: DistributedSettings, launch: Launch, field: str) -> torch.device:
+def select_device(device_setting: str, field: str, bind: bool, threads: int, launch: Launch) -> torch.device:
     """Device of this process, with its cores, its threads and torch's settings for the device.
+
+    Args:
+        device_setting: 'auto', 'cpu' or 'cuda', value of the setting `field`.
+        bind: bind the process to its cores.
+        threads: 0 for a choice by the machine.
 
     Raises UserError as `process.start_world` does.
     """
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
-    if settings.device != "cpu" and not cuda:
-        check_absent_gpu(settings.device, field)
+    cuda = device_setting != "cpu" and torch.cuda.is_available()
+    if device_setting != "cpu" and not cuda:
+        check_absent_gpu(device_setting, field)
     sharers = launch.local_size
-    if settings.bind_cpus:
+    if bind:
         if launch.size > 1 and "RANK" not in os.environ:
             raise UserError("distributed.bind_cpus is true, but srun binds its tasks: give false, and srun --cpu-bind")
         sharers = bind_cpus(launch.local_rank, launch.local_size, torch.cuda.device_count() if cuda else 0)
-    if threads := choose_threads(settings.threads, launch.size, sharers):
-        torch.set_num_threads(threads)
+    if number := choose_threads(threads, launch.size, sharers):
+        torch.set_num_threads(number)
     device = torch.device("cpu")
     if not cuda:
         keep_freed_memory()

@@ -176,7 +176,7 @@ def start_world(settings: DistributedSettings, field: str = "distributed.device"
 
         group_size(settings.shard_size or launch.local_size, launch.size)
     end_with_torchrun(os.environ, launch)
-    device = machine.select_device(settings, launch, field)
+    device = machine.select_device(settings.device, field, settings.bind_cpus, settings.threads, launch)
     cuda = device.type == "cuda"
     if launch.size > 1:
         names = {"RANK": launch.rank, "WORLD_SIZE": launch.size, "MASTER_ADDR": launch.address,

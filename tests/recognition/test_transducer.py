@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, pad_labels
@@ -285,7 +285,6 @@ def train_once(world: World, strategy: str, precision: str, accumulation: int, r
         parallel.set_reshard_after_forward(True, recurse=False)  # backward gathers the joint weights again
     results = {}
     if strategy == "fsdp" and precision == "float32" and not reshard:
-        register_fsdp_forward_method(model, "encode")
         with torch.no_grad():
             results["arcs"] = search_arcs(model, 20, [1, 2])
     rows = PARALLEL_ROWS[world.rank * 4 // world.size : (world.rank + 1) * 4 // world.size]
