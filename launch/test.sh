@@ -27,8 +27,10 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-# Test files are distributed over one process per core, in the order of tests/conftest.py.
-processes=(-n "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+# Test files are distributed over processes, in the order of tests/conftest.py: one per core, and half as many again,
+# as many tests wait for processes that they have started.
+cores=$(env -u OMP_NUM_THREADS nproc)
+processes=(-n $((cores + cores / 2)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 # One thread per process: models are small, many tests start two processes, and a fixed number gives repeatable results.
 export OMP_NUM_THREADS=1
 printf '== pytest %s\n' "$*"

@@ -18,7 +18,7 @@ from bestrq.training.watchdog import STATUS
 from tests.paths import REPOSITORY
 from tests.patience import PATIENCE, wait_until
 from tests.ports import free_port
-from tests.scripts.test_killed_launcher import children_of
+from tests.scripts.test_killed_launcher import children_of, parent_of
 from tests.tiny import DATA, ENCODER, RUN, make_dataset
 
 STEPS = 150
@@ -52,11 +52,15 @@ class Run:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"},
             )  # fmt: skip
 
-    def started(self) -> None:
+    def started(self, steps: int = 1) -> None:
         """Wait for the first steps."""
         metrics = self.folder / "metrics.jsonl"
         wait_until(
-            lambda: self.process.poll() is not None or (metrics.exists() and metrics.stat().st_size), self.output
+            lambda: (
+                self.process.poll() is not None
+                or (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= steps)
+            ),
+            self.output,
         )
         assert self.process.poll() is None, self.output()
 
@@ -120,11 +124,13 @@ def test_a_killed_worker_changes_no_weight(dataset: Path, undisturbed: dict[str,
 
 
 def test_a_stopped_rank_ends_the_run_with_a_report_of_the_others(dataset: Path, tmp_path: Path) -> None:
-    # Both limits: the second applies from step 2 on, but not around checkpoints.
-    run = Run(dataset, tmp_path, 2, "--guard.step_minutes=0.2", "--guard.first_step_minutes=0.5")
-    run.started()
-    ranks = list(run.workers())
-    os.kill(ranks[0], signal.SIGSTOP)
+    # Both limits: the short one applies from step 2 on, but not around a checkpoint.
+    run = Run(dataset, tmp_path, 2, "--guard.step_minutes=0.1", "--guard.first_step_minutes=0.5")
+    run.started(steps=3)
+    stopped, other = run.workers()
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until(lambda: not parent_of(other), run.output)
+    os.kill(stopped, signal.SIGKILL)  # torchrun would do it after half a minute
     assert run.wait() != 0
     assert f"exitcode  : {STATUS}" in run.output(), run.output()
     [report] = (run.folder / "hangs").iterdir()  # the stopped rank writes none
