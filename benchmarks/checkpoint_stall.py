@@ -25,14 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 
 from benchmarks.machine import hardware_precision, print_figures
 from bestrq.pretraining.objective import BestRQ, mask_rows
 from bestrq.pretraining.quantizer import RandomProjectionQuantizer
 from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import load_checkpoint, take_snapshot, write_checkpoint
-from bestrq.training.optimizer import build_optimizer, set_learning_rates
+from bestrq.training.optimizer import build_optimizer, set_learning_rates, update_weights
 from bestrq.training.process import World
 from common.config import parse
 from common.segments import Segments
@@ -130,9 +129,7 @@ def make_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=hardware_precision() == "bfloat16"):
                 loss = model(*masked.inputs)[0]
             (loss / masked.num_targets / rows).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update_weights(model, optimizer, loss.detach(), 1.0, World(device=device))
 
     return step
 

@@ -52,15 +52,14 @@ QUIET = ["--run.steps=4", "--run.log_every=1000"]
 # base-120m with its widths per head, kernel and rows; fewer and narrower layers, whose operators are not measured.
 HOST_RUN = [
     *("--data.rows=4", "--data.row_frames=6000", "--data.max_segments=32", "--data.max_seconds=30"),
-    *(
-        "--encoder.num_mels=16",
-        "--encoder.dim=64",
-        "--encoder.num_layers=2",
-        "--encoder.num_heads=1",
-        "--encoder.feedforward_dim=16",
-    ),
+    *("--encoder.num_mels=16", "--encoder.dim=64", "--encoder.num_layers=2", "--encoder.num_heads=1"),
     *("--encoder.kernel_size=31", "--encoder.subsampling_channels=4", "--quantizer.num_codebooks=4", "--run.steps=6"),
-    *("--encoder.dropout=0.1", "--encoder.attention_dropout=0.1", "--run.log_every=1000"),
+    *(
+        "--encoder.feedforward_dim=16",
+        "--encoder.dropout=0.1",
+        "--encoder.attention_dropout=0.1",
+        "--run.log_every=1000",
+    ),
 ]
 
 

@@ -70,7 +70,7 @@ def main() -> None:
             while True:
                 process = launch(dataset, folder, sizes[starts % len(sizes)], options.steps)
                 starts += 1
-                target = kill_later(process, generator.uniform(0, duration), generator.choice(TARGETS), folder)
+                target = kill_later(process, generator, duration, folder)
                 if target is None:
                     break
                 kills[target] += 1
@@ -98,10 +98,11 @@ def launch(dataset: Path, folder: Path, size: int, steps: int) -> subprocess.Pop
         )  # fmt: skip
 
 
-def kill_later(process: subprocess.Popen[bytes], seconds: float, target: str, folder: Path) -> str | None:
-    """Kill the target after so many seconds and wait for the end of all processes; None if the run was complete."""
+def kill_later(process: subprocess.Popen[bytes], generator: random.Random, duration: float, folder: Path) -> str | None:
+    """Kill a target within `duration` seconds and wait for the end of all processes; None if the run was complete."""
+    target = generator.choice(TARGETS)
     try:
-        if process.wait(seconds) == 0:
+        if process.wait(generator.uniform(0, duration)) == 0:
             return None
         raise RuntimeError(f"a start ended by itself with status {process.returncode}:\n{log_of(folder)[-5000:]}")
     except subprocess.TimeoutExpired:
@@ -114,7 +115,7 @@ def kill_later(process: subprocess.Popen[bytes], seconds: float, target: str, fo
         for pid in (*ranks, *others):  # torchrun puts its ranks into sessions of their own
             kill(pid)
     else:
-        kill(process.pid if target == "launcher" else random.choice(ranks))
+        kill(process.pid if target == "launcher" else generator.choice(ranks))
     process.wait()
     while any(parent_of(pid) for pid in (*ranks, *others)):
         time.sleep(0.05)

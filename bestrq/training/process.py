@@ -1,7 +1,7 @@
 """Distributed setup: ranks, collectives, DDP and FSDP2.
 
 The same script runs as `python X.py`, under torchrun, and directly under SLURM's srun. All code that depends on the
-backend (NCCL for tensors on CUDA, gloo for those on the CPU) is in this file.
+backend (NCCL for tensors on CUDA, gloo for those on the CPU) is in this file; machine.py selects the device.
 
 Gradient contract: the loss passed to `backward()` is the local sum divided by the *global* number of targets, and
 `parallelise` *sums* gradients over ranks (torch averages by default). The gradients therefore equal those of one
