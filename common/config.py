@@ -7,6 +7,7 @@ uses them) or plain values. `parse` turns them into `--config FILE.yaml`, `--sec
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -121,8 +122,7 @@ def run_main(main: Callable[[], int | None], console_may_vanish: bool = False) -
     """Run a script's `main` and exit with its status.
 
     A UserError is printed as `error: ...` without a traceback and exits with 2, Ctrl-C with 130; any other exception
-    prints its traceback and exits with 1. In a process group, a failed rank exits at once: a clean shutdown would block
-    in a collective that the other ranks never enter.
+    prints its traceback and exits with 1.
 
     Text is UTF-8 regardless of the locale. With `console_may_vanish`, a closed stdout or stderr does not end the
     program (`common.console`).
@@ -141,24 +141,27 @@ def run_main(main: Callable[[], int | None], console_may_vanish: bool = False) -
     except Exception:  # noqa: BLE001 - the outermost frame, which reports it in full
         print(f"{_rank_prefix()}{traceback.format_exc()}", file=sys.stderr, end="")
         _leave(1)
-    sys.exit(status)
-
-
-def _process_group() -> Any:
-    """torch.distributed if a process group is initialised, else None. Does not import torch."""
-    distributed = sys.modules.get("torch.distributed")
-    alive = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return distributed if alive else None
+    _leave(status)
 
 
 def _rank_prefix() -> str:
-    group = _process_group()
-    return f"[rank {group.get_rank()}] " if group is not None and group.get_world_size() > 1 else ""
+    distributed: Any = sys.modules.get("torch.distributed")  # torch is not imported for it
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return ""
+    return f"[rank {distributed.get_rank()}] " if distributed.get_world_size() > 1 else ""
 
 
 def _leave(status: int) -> NoReturn:
-    if _process_group() is None:
+    """Exit. One of several processes skips the shutdown of torch and of the interpreter.
+
+    After a failure it would block in a collective that the other ranks never enter. After success it aborts the
+    process once in a while: a thread of gloo, which lives as long as DDP holds the group, releases the tensor of the
+    last collective when the interpreter has gone.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "torch.distributed" not in sys.modules:
         sys.exit(status)
+    if status == 0:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -217,10 +217,21 @@ def test_the_helper_reports_a_failing_rank_with_its_number() -> None:
 
 
 SCRIPT = """
+import atexit
+import os
 import sys
+import threading
+import torch
 from common.errors import UserError
 from common.config import run_main
-from bestrq.training.process import DistributedSettings, start_world
+from bestrq.training.process import DistributedSettings, parallelise, start_world
+
+def delay_other_threads():
+    me = threading.get_native_id()
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, {sorted(os.sched_getaffinity(0))[0]})
+        if thread != me:
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 def main():
     world = start_world(DistributedSettings(device="cpu", timeout_minutes=5))
@@ -230,6 +241,12 @@ def main():
         if world.rank == 1:
             raise UserError("field x is 3 on this rank")
         world.barrier()
+    if sys.argv[1] == "idle threads":
+        atexit.register(print, "end", flush=True)
+        model = torch.nn.Linear(2, 2)
+        model = parallelise(model, [], world, DistributedSettings(device="cpu", precision="float32"))
+        delay_other_threads()
+        world.sum(torch.ones(10))
     world.close()
 
 if __name__ == "__main__":
@@ -261,6 +278,14 @@ def test_a_script_that_fails_on_one_rank_under_torchrun_ends_on_all_with_the_mes
     output, errors = finish(process)  # without waiting for the collective's 5 minutes
     assert sorted(line for line in output.splitlines() if line.startswith("world")) == ["world 0 2 1", "world 1 2 1"]
     assert process.returncode != 0 and "[rank 1] error: field x is 3 on this rank" in errors
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="classes of scheduling are Linux's")
+def test_a_thread_of_gloo_that_is_late_does_not_abort_a_script_that_has_ended(tmp_path: Path) -> None:
+    process = start(tmp_path, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "idle threads")
+    output, errors = finish(process)
+    assert process.returncode == 0, errors
+    assert output.count("end") == 2  # functions of atexit ran
 
 
 def test_the_same_script_runs_from_slurms_variables_without_torchrun(tmp_path: Path) -> None:
