@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bestrq.model import layout as layouts
-from bestrq.model.layout import RowLayout, order_segments
+from bestrq.model.layout import lay_out, order_segments
 from bestrq.model.settings import EncoderSettings
 from bestrq.pretraining.masking import fill_with_noise
 from bestrq.pretraining.objective import BestRQ
@@ -70,20 +69,9 @@ class FakeStep:
         self.log_mel = fill_with_noise(self.clean, self.mask, on_device, 0.1)
         self.targets = self.quantizer(stacks)
         count_codes(self.code_counts, self.targets)
-        layout = self._layout(on_device)
+        ordered = order_segments(on_device)
+        layout = lay_out(ordered, ordered, self.settings, False, torch.float32, "dense")  # no values are read
         self.model.encoder.layout = lambda *_, **__: layout  # type: ignore[method-assign]
-
-    def _layout(self, segments: Segments) -> RowLayout:
-        """`make_layout` without its checks, which read values."""
-        ordered = order_segments(segments)
-        settings = self.settings
-        stages = []
-        for number, stage in enumerate(settings.stages):
-            stride = settings.subsampling_factor << number
-            mask = layouts.make_attention_mask(settings, stage.group_size << number)
-            of_stage = ordered.subsampled(stride)
-            stages.append(layouts._stage_layout(of_stage, of_stage, stage, mask, torch.float32, "dense"))
-        return RowLayout(layouts.locate_frames(ordered)[0], stages)
 
     def forward(self) -> None:
         """Loss under bfloat16 autocast."""

@@ -4,15 +4,16 @@
     python -m benchmarks.scaling --gpus 8 --config configs/base-120m.yaml     # on a node with GPUs: 1, 2, 4 and 8
 
 Runs `pretrain.py` itself on made features, with rows per process constant (weak scaling): by one process, by several
-with DDP and with FSDP2, in turns. Efficiency is the audio per second of n processes divided by n times that of one.
+with DDP, with FSDP2, and with FSDP2 that keeps gathered weights until the end of a step (`distributed.reshard false`),
+in turns. Efficiency is the audio per second of n processes divided by n times that of one.
 A process has as much audio in a step as a GPU of base-120m on 8 GPUs, four minutes; with less, collectives weigh more
 (`--rows 2`: the batch of the quickstart).
 
-The last line is JSON: `ddp_efficiency` and `fsdp_efficiency` of the largest world, `ddp_bytes` and `fsdp_bytes` that a
-rank sends in a step by the formulas of ring collectives ((n - 1) / n of 4 bytes per parameter: twice for the all-reduce
-of DDP, three times for the two gathers and the reduction of FSDP2), and `projection`, the efficiency of DDP on 8 to 512
-GPUs. Assumptions of the projection, all of them options: seconds of a step on one GPU; bandwidth per GPU within a node
-of 8 (NVLink) and between nodes; a hierarchical all-reduce, of which backward hides all but the last bucket (25 MiB) as
+The last line is JSON: `ddp_efficiency`, `fsdp_efficiency` and `fsdp_kept_efficiency` of the largest world, `ddp_bytes`,
+`fsdp_bytes` and `fsdp_kept_bytes` that a rank sends in a step by the formulas of ring collectives ((n - 1) / n of 4
+bytes per parameter: twice for the all-reduce of DDP, three times for the two gathers and the reduction of FSDP2, one
+less if weights are kept), and `projection`, the efficiency of DDP on 8 to 512 GPUs. Assumptions of the projection,
+all of them options: seconds of a step on one GPU; bandwidth per GPU within a node of 8 (NVLink) and between nodes; a hierarchical all-reduce, of which backward hides all but the last bucket (25 MiB) as
 long as it takes less time than backward, two thirds of the step.
 """
 
@@ -33,6 +34,11 @@ from benchmarks.loop_overhead import make_dataset
 from benchmarks.machine import hardware_precision, print_figures
 from common.cores import available_cores
 
+VARIANTS = {
+    "ddp": {"distributed.strategy": "ddp"},
+    "fsdp": {"distributed.strategy": "fsdp"},
+    "fsdp_kept": {"distributed.strategy": "fsdp", "distributed.reshard": "false"},
+}
 BUCKET = 25 << 20
 """bytes of a bucket of DDP"""
 
@@ -50,36 +56,35 @@ def main() -> None:
     parser.add_argument("--network-bandwidth", type=float, default=50e9, help="projection: bytes per second per GPU")
     options = parser.parse_args()
     sizes = [n for n in (1, 2, 4, 8) if n <= options.gpus] if options.gpus else [1, 2]
-    kinds = [("ddp", 1)] + [(strategy, size) for size in sizes[1:] for strategy in ("ddp", "fsdp")]
+    kinds = [("ddp", 1)] + [(variant, size) for size in sizes[1:] for variant in VARIANTS]
     speeds: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = make_dataset(folder / "dataset", 0.5)
         for repeat in range(options.repeats):
-            for strategy, size in kinds:
-                run = folder / f"{strategy}-{size}-{repeat}"
-                speeds[strategy, size].append(speed(run, dataset, strategy, size, options))
-                print(f"{strategy} on {size}: RTFx {speeds[strategy, size][-1]:.0f}", flush=True)
+            for variant, size in kinds:
+                run = folder / f"{variant}-{size}-{repeat}"
+                speeds[variant, size].append(speed(run, dataset, variant, size, options))
+                print(f"{variant} on {size}: RTFx {speeds[variant, size][-1]:.0f}", flush=True)
         parameters = parameters_of(folder / "ddp-1-0")
     best = {kind: statistics.median(values) for kind, values in speeds.items()}
     largest = sizes[-1]
     figures = {
-        f"{strategy}_efficiency": round(best[strategy, largest] / (largest * best["ddp", 1]), 3)
-        for strategy in ("ddp", "fsdp")
+        f"{variant}_efficiency": round(best[variant, largest] / (largest * best["ddp", 1]), 3) for variant in VARIANTS
     }
     sent = (largest - 1) / largest * 4 * parameters
-    figures |= {"ddp_bytes": round(2 * sent), "fsdp_bytes": round(3 * sent)}
+    figures |= {"ddp_bytes": round(2 * sent), "fsdp_bytes": round(3 * sent), "fsdp_kept_bytes": round(2 * sent)}
     projection = {gpus: round(projected(gpus, options), 3) for gpus in (8, 16, 64, 256, 512)}
     print_figures(
         {"benchmark": "scaling", "processes": largest, **figures, "projection": projection}, hardware_precision(), 1
     )
 
 
-def speed(run: Path, dataset: Path, strategy: str, size: int, options: argparse.Namespace) -> float:
+def speed(run: Path, dataset: Path, variant: str, size: int, options: argparse.Namespace) -> float:
     """Median audio seconds per second of a run of `size` processes, after its first third."""
     settings = {
         "config": options.config, "data.dataset": dataset, "run.folder": run, "run.steps": options.steps,
-        "data.rows": options.rows * size, "distributed.strategy": strategy, "run.log_every": 4,
+        "data.rows": options.rows * size, "run.log_every": 4, **VARIANTS[variant],
         "validation.every_steps": 10**9, "checkpoint.every_steps": 10**9, "quantizer.pca_steps": 0,
         "distributed.threads": 0 if options.gpus else 1, "distributed.bind_cpus": "false",
     }  # fmt: skip

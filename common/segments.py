@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type == "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # pinned already: without a copy
+
+
+def to_device_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy CPU tensors to a device in one transfer, without waiting for it; those of large dtypes come first."""
+    if device.type == "cpu":
+        return list(tensors)
+    buffer = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, pin_memory=True)
+    parts = buffer.split([tensor.nbytes for tensor in tensors])
+    for part, tensor in zip(parts, tensors, strict=True):
+        part.numpy()[:] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    parts = buffer.to(device, non_blocking=True).split([tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,8 @@ class Segments:
     """frames of a row, padding included"""
     seed: Tensor | None = None
     """int64 [R, S], seed of every segment's random numbers, such as masks; None if not needed"""
+    placed: Segments | None = None
+    """the same in the order of their start (`layout.order_segments`), if on the device of the model already"""
 
     def subsampled(self, stride: int) -> Segments:
         """Segments at 1 / stride of the frame rate; the last frame of a segment may cover fewer frames."""
@@ -45,8 +60,8 @@ class Segments:
         if device.type == "cpu":
             return self
         numbers = [self.start, self.length] + ([] if self.seed is None else [self.seed])
-        start, length, *seed = to_device(torch.stack(numbers), device)
-        return Segments(start, length, self.num_frames, *seed)
+        start, length, *seed = to_device_together(numbers, device)
+        return Segments(start, length, self.num_frames, seed[0] if seed else None)
 
     def used(self) -> list[tuple[int, int, int, int]]:
         """(row, slot, start, stop) of every used slot, by row, then slot."""

@@ -89,7 +89,7 @@ def make_layout(
     if settings.compile is True and not training:  # evaluation runs uncompiled
         settings = replace(settings, compile=False)
     multiple = settings.row_multiple
-    segments = Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
+    placed, segments = segments.placed, Segments(segments.start.cpu(), segments.length.cpu(), segments.num_frames)
     if bool((segments.start % multiple).any()):
         raise ValueError(f"segments must start at multiples of {multiple} mel frames")
     if bool((segments.start + segments.length > segments.num_frames).any()):
@@ -97,8 +97,16 @@ def make_layout(
     segments = replace(segments, num_frames=-(-segments.num_frames // multiple) * multiple)
     ordered = order_segments(segments)
     _check_gaps(ordered, settings.subsampling_factor // 2)
-    placed = ordered.to(device)
+    if placed is None or placed.num_frames != segments.num_frames:
+        placed = ordered.to(device)
+    return lay_out(segments, placed, settings, training, dtype, backend)
 
+
+def lay_out(
+    segments: Segments, placed: Segments, settings: EncoderSettings, training: bool, dtype: torch.dtype,
+    backend: str | None,
+) -> RowLayout:  # fmt: skip
+    """`make_layout` without checks, from segments on the CPU, and in the order of their start on the device."""
     mask_settings = settings
     if training and settings.dynamic_chunks:
         unit = math.lcm(*(group_size << number for number, group_size in enumerate(settings.group_sizes)))

@@ -16,7 +16,7 @@ def hashed_noise(segments: Segments, like: Tensor) -> Tensor:
     They are a hash of the seed of the segment, the frame within it, and the mel bin, transformed by Box and Muller (A
     note on the generation of random normal deviates, 1958). Frames in gaps have arbitrary numbers.
     """
-    ordered = order_segments(segments).to(like.device)
+    ordered = segments.placed or order_segments(segments).to(like.device)
     _, rank, position = locate_frames(ordered)
     assert ordered.seed is not None
     seed = splitmix64(ordered.seed.gather(1, rank) + 0x4E01)[..., None]

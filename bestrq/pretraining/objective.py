@@ -7,7 +7,7 @@ R rows, F mel frames per row, M mel bins, T encoder frames per row, N targets, C
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,12 +17,13 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from torch import Tensor, nn
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
+from bestrq.model.layout import order_segments
 from bestrq.pretraining.masking import fill_with_noise, num_runs
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer, stack_frames
 from bestrq.training.meters import IntervalSums
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
 from common.errors import UserError
-from common.segments import Segments, to_device
+from common.segments import Segments, to_device_together
 
 
 @dataclass
@@ -139,11 +140,14 @@ def mask_rows(
         received: features that the model receives in unmasked frames, `[R, F, M]`; by default the clean ones.
     """
     frames = target_frame_mask(mask, segments, stride) if frames is None else frames
-    target_frames = frames.flatten().nonzero().squeeze(1)
-    target_frames = to_device(target_frames, log_mel.device)
+    ordered = order_segments(segments)
+    assert ordered.seed is not None
+    numbers = frames.flatten().nonzero().squeeze(1), ordered.start, ordered.length, ordered.seed, mask
+    target_frames, start, length, seed, masked = to_device_together(numbers, log_mel.device)
+    segments = replace(segments, placed=Segments(start, length, segments.num_frames, seed))
     stacks = stack_frames(log_mel, stride).flatten(0, 1)[target_frames]
     received = log_mel if received is None else received
-    noisy = fill_with_noise(received, to_device(mask, log_mel.device), segments, noise_std)
+    noisy = fill_with_noise(received, masked, segments, noise_std)
     codes = quantizer(stacks)
     return MaskedRows(noisy, mask, segments, target_frames, codes, stacks, codes.numel())
 
