@@ -12,9 +12,10 @@ A process has as much audio in a step as a GPU of base-120m on 8 GPUs, four minu
 The last line is JSON: `ddp_efficiency`, `fsdp_efficiency` and `fsdp_kept_efficiency` of the largest world, `ddp_bytes`,
 `fsdp_bytes` and `fsdp_kept_bytes` that a rank sends in a step by the formulas of ring collectives ((n - 1) / n of 4
 bytes per parameter: twice for the all-reduce of DDP, three times for the two gathers and the reduction of FSDP2, one
-less if weights are kept), and `projection`, the efficiency of DDP on 8 to 512 GPUs. Assumptions of the projection,
-all of them options: seconds of a step on one GPU; bandwidth per GPU within a node of 8 (NVLink) and between nodes; a hierarchical all-reduce, of which backward hides all but the last bucket (25 MiB) as
-long as it takes less time than backward, two thirds of the step.
+less if weights are kept), and `projection`, the efficiency of DDP on 8 to 512 GPUs. Assumptions of the projection, all
+of them options: seconds of a step on one GPU; bandwidth per GPU within a node of 8 (NVLink) and between nodes; a
+hierarchical all-reduce, of which backward hides all but the last bucket (25 MiB) as long as it takes less time than
+backward, two thirds of the step.
 """
 
 from __future__ import annotations

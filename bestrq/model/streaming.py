@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.model.attention.heads import split_heads
 from bestrq.model.attention.module import SelfAttention
 from bestrq.model.conformer import ConformerBlock, ConformerEncoder
 from bestrq.model.convolution import ConvolutionModule, depthwise
-from bestrq.model.positions import rotary_phase, split_heads
+from bestrq.model.positions import rotary_phase
 from common.errors import UserError
 from common.segments import Segments
 

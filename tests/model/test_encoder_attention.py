@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tests.reference_attention  # noqa: F401 - adds the backend 'reference'
+from bestrq.model.attention.heads import split_heads
 from bestrq.model.attention.masks import AttentionLayout
 from bestrq.model.attention.module import ATTEND, group_frames, ungroup_frames
 from bestrq.model.cpu import attention as segments
 from bestrq.model.layout import StageLayout
-from bestrq.model.positions import split_heads
 from tests.layouts import row_layout, stage_layout
 
 HEADS = 4

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bestrq.model import conformer, positions
+from bestrq.model.attention.heads import rotate
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.cpu import dropout as dropout_module
 from bestrq.model.cpu.dropout import Dropout, drop_threshold, keep_scale, random_words
 from bestrq.model.norms import LayerNorm, make_norm
-from bestrq.model.positions import rotary_phase, rotate
+from bestrq.model.positions import rotary_phase
 from bestrq.model.settings import StageSettings
 from common.segments import Segments
 from tests.layouts import row_layout

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.model.attention.heads import add_bias, split_heads
 from bestrq.model.attention.masks import AttentionLayout, Reach
-from bestrq.model.positions import add_bias, split_heads
 
 
 def make_band_mask(first_key: Tensor, stop_key: Tensor, reach: Reach) -> Tensor:

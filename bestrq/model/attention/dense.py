@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bestrq.model.attention.heads import add_bias, split_heads
 from bestrq.model.attention.masks import AttentionLayout
-from bestrq.model.positions import add_bias, split_heads
 
 
 def make_dense_mask(first_key: Tensor, stop_key: Tensor) -> Tensor:

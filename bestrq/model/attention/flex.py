@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from bestrq.model.attention.heads import split_heads
 from bestrq.model.attention.masks import AttentionLayout
-from bestrq.model.positions import split_heads
 
 BLOCK = 128
 """frames per block of a FlexAttention mask, for queries and keys. Rows are padded to full blocks: with other lengths

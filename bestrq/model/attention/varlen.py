@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from bestrq.model.attention.heads import split_heads
 from bestrq.model.attention.masks import AttentionLayout
-from bestrq.model.positions import split_heads
 from common.segments import Segments
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bestrq.model.attention.heads import rotate_complex
 from bestrq.model.attention.masks import AttentionLayout, AttentionMask
 from bestrq.model.cpu.dropout import draw_kept, draw_seed, drop_threshold, keep_scale
-from bestrq.model.positions import rotate_complex
 
 MAX_WEIGHTS = 1 << 23
 """maximum number of attention weights (heads x queries x keys) in memory at once"""
