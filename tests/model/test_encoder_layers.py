@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bestrq.model import conformer, positions
+from bestrq.model import conformer
 from bestrq.model.attention.heads import rotate
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.cpu import dropout as dropout_module
@@ -164,7 +164,7 @@ def test_real_rotations_of_devices_are_the_complex_ones_of_the_cpu(
     expected = rotate(x, phase)
     assert expected.dtype == phase.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(positions, "rotate_complex", lambda *_: pytest.fail("complex numbers do not compile"))
+    monkeypatch.setattr(heads, "rotate_complex", lambda *_: pytest.fail("complex numbers do not compile"))
     torch.testing.assert_close(rotate(x, phase), expected)
 
 
