@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bestrq.model import conformer
+from bestrq.model.attention import heads
 from bestrq.model.attention.heads import rotate
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.cpu import dropout as dropout_module
