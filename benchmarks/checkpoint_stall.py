@@ -30,7 +30,8 @@ from benchmarks.machine import hardware_precision, print_figures
 from bestrq.pretraining.objective import BestRQ, mask_rows
 from bestrq.pretraining.quantizer import RandomProjectionQuantizer
 from bestrq.training.background_writer import BackgroundWriter
-from bestrq.training.checkpoint import load_checkpoint, take_snapshot, write_checkpoint
+from bestrq.training.checkpoint import load_checkpoint
+from bestrq.training.checkpoint_saving import take_snapshot, write_checkpoint
 from bestrq.training.optimizer import build_optimizer, set_learning_rates, update_weights
 from bestrq.training.process import World
 from common.config import parse
