@@ -81,7 +81,10 @@ def write_share(folder: Path, files: Mapping[str, TensorFile], tensors: Groups, 
             sync(folder / name)
     except OSError as error:
         problem = f"{error} (rank {rank})"
-    write_json(folder / _receipt(rank), {"files": entries, "problem": problem})
+    try:
+        write_json(folder / _receipt(rank), {"files": entries, "problem": problem})
+    except OSError as error:
+        problem = problem or f"{error} (rank {rank})"
     if problem is not None:
         raise OSError(problem)
 
