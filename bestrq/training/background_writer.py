@@ -36,7 +36,7 @@ class BackgroundWriter:
         if step != self._step:
             self.wait()
             self._step = step
-            self.others_until = time.monotonic() + LONGEST
+        self.others_until = time.monotonic() + LONGEST
 
     def submit(self, write: Callable[..., object], *arguments: Any, **named: Any) -> None:
         """Add a write of rank 0; it is left out if one before it fails. Does nothing on other ranks."""

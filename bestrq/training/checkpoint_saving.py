@@ -98,15 +98,18 @@ def write_checkpoint(
         UserError: writing fails (a full disk); earlier checkpoints are not affected.
     """
     final = checkpoint_path(folder, snapshot.step)
-    if read_marker(final) is not None:
-        return
     with _saving(final):
+        if read_marker(final) is not None:
+            collect()  # if saves of this step overlapped: the folder is removed once no other rank writes into it
+            if temporary is not None:
+                shutil.rmtree(temporary)
+            return
         if final.exists():  # without marker: left by an interrupted save
             shutil.rmtree(final)
         with new_folder(final, temporary) as temporary:
             try:
                 entries = write_files(temporary, snapshot.files, snapshot.tensors, rank=0)
-            finally:  # also after a failure: the folder is removed once no other rank writes into it
+            finally:  # also after a failure, as the folder is then removed
                 others = collect()
             entries |= others
             files = {name: entries[name] for name in snapshot.files}

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bestrq.training import checkpoint, checkpoint_files, tensor_files
+from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import COMPLETE, latest_checkpoint, load_checkpoint, read_marker, verify_checkpoint
 from bestrq.training.checkpoint_files import collect_receipts, divide, write_share
-from bestrq.training.checkpoint_saving import take_snapshot, write_checkpoint
+from bestrq.training.checkpoint_saving import submit_checkpoint, take_snapshot, write_checkpoint
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer
 from bestrq.training.process import DistributedSettings, World, parallelise
 from bestrq.training.tensor_reading import read_group
@@ -176,6 +177,22 @@ def test_files_of_a_dead_attempt_are_not_taken_for_those_of_a_new_one(tmp_path: 
 
 def read_json_entries(path: Path) -> Any:
     return json.loads((path / COMPLETE).read_text())["files"]
+
+
+def save_twice(world: World, folder: str) -> list[str]:
+    """As after a stop at a step that is being saved."""
+    parts, writer = make(world), BackgroundWriter(world)
+    advance(parts, 1, world.size)
+    for _ in range(2):
+        writer.begin(1)
+        submit_checkpoint(writer, Path(folder), take_snapshot(1, *parts, {}, world, {}, TINY))
+    writer.close()
+    return os.listdir(folder)
+
+
+def test_overlapping_saves_of_a_step_leave_one_complete_checkpoint(tmp_path: Path) -> None:
+    assert run_distributed(save_twice, 2, str(tmp_path)) == [["step-00000001"]] * 2
+    assert verify_checkpoint(tmp_path / "step-00000001") is None
 
 
 # ---- Failures and kills ----
