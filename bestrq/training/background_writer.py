@@ -12,7 +12,7 @@ from common.errors import UserError
 
 LONGEST = 3600.0
 """seconds that rank 0 waits for the files of other ranks, unless they have ended their writing before"""
-VISIBLE = 60.0
+VISIBLE = 120.0
 """seconds until a file that a rank has written is visible on every machine (caches of network file systems)"""
 
 
