@@ -19,7 +19,7 @@ from bestrq.recognition.hidden_masks import draw_hidden_masks
 from bestrq.recognition.spec_augment import spec_augment
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings, check_slice_bytes
 from bestrq.training.background_writer import BackgroundWriter
-from bestrq.training.checkpoint import latest_checkpoint, load_checkpoint
+from bestrq.training.checkpoint import latest_checkpoint
 from bestrq.training.meters import IntervalSums, MetricsLog, Throughput, console_line
 from bestrq.training.observers import Observers
 from bestrq.training.optimizer import StepGuard, build_optimizer, seed_step, set_learning_rates
@@ -40,7 +40,7 @@ from pipelines.finetuning import (
     heldout_inference,
     heldout_recordings,
     make_averages,
-    restored,
+    resume,
     run_tokenizer,
     save,
     start_run,
@@ -95,9 +95,7 @@ def train(config: Config) -> None:
     averages = make_averages(run, parallel_model)
     step, data_state, best = 0, None, Best()
     if latest is not None:
-        checkpoint = load_checkpoint(latest, parallel_model, optimizer, world)
-        step, data_state, best = restored(checkpoint)
-        averages.load(checkpoint)
+        step, data_state, best = resume(latest, parallel_model, optimizer, averages, world)
 
     loader = CurriculumLoader(dataset, crops, config, world, step, data_state)
     data_state = loader.state

@@ -24,14 +24,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.machine import print_figures
 from bestrq.training.checkpoint import list_checkpoints
+from bestrq.training.tensor_reading import read_group
 from tests.ports import free_port
 from tests.scripts.test_killed_launcher import children_of, parent_of
 from tests.tiny import ENCODER, RUN, make_dataset
@@ -149,8 +150,8 @@ def train_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["kind"] == "train"]
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(folder / "run/checkpoints")[-1][1] / "model.safetensors")
+def weights_of(folder: Path) -> Mapping[str, torch.Tensor]:
+    return read_group(list_checkpoints(folder / "run/checkpoints")[-1][1], "model")
 
 
 def last_step(folder: Path) -> int:

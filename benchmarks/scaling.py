@@ -29,8 +29,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from benchmarks.loop_overhead import make_dataset
 from benchmarks.machine import hardware_precision, print_figures
 from common.cores import available_cores
@@ -106,11 +104,10 @@ def speed(run: Path, dataset: Path, variant: str, size: int, options: argparse.N
 
 def parameters_of(run: Path) -> int:
     """Trained parameters of a run, by its checkpoint."""
-    from safetensors import safe_open
+    from bestrq.training.tensor_reading import read_group
 
     [checkpoint] = (run / "checkpoints").glob("step-*")
-    with safe_open(checkpoint / "model.safetensors", "pt") as file:
-        return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+    return sum(tensor.numel() for tensor in read_group(checkpoint, "model").values())
 
 
 def projected(gpus: int, options: argparse.Namespace) -> float:

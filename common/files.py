@@ -54,14 +54,14 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Create a temporary folder, which is synced and renamed to `path` if the block succeeds, and removed otherwise.
 
-    Files in subfolders are not synced. `path` must not exist, or be an empty folder.
+    Files in subfolders are not synced. `path` must not exist, or be an empty folder. `temporary` may exist already.
     """
-    temporary = temporary_name(path)
+    temporary = temporary or temporary_name(path)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
         yield temporary
         for entry in (*temporary.iterdir(), temporary):
             sync(entry)

@@ -21,11 +21,10 @@ from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import (
     Checkpoint,
     CheckpointSettings,
-    gather_model,
+    load_checkpoint,
     prune_checkpoints,
-    take_snapshot,
-    write_checkpoint,
 )
+from bestrq.training.checkpoint_saving import gather_model, submit_checkpoint, take_snapshot
 from bestrq.training.export import write_export
 from bestrq.training.inference_precision import inference_precision
 from bestrq.training.meters import start_line
@@ -42,7 +41,7 @@ from bestrq.training.run_folder import (
 )
 from common.config import to_dict
 from common.errors import UserError
-from common.files import hash_of_file, new_folder
+from common.files import new_folder
 from common.json_checks import count, fields, real
 from data.format.dataset import STD_FLOOR, Dataset, Normalisation
 from data.loading.augment import SupervisedSettings
@@ -52,6 +51,7 @@ from data.loading.mixture import DatasetGroup
 from data.loading.order import CropTable
 from data.tokenizer import TOKENIZER_FILE, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 from pipelines.kernels import check_kernels
+from pipelines.run_weights import hash_of_weights
 from pipelines.validation import Heldout, ValidationSettings
 
 # ---- Settings ----
@@ -239,8 +239,8 @@ def start_run(run: FinetuneRun, precision: Precision, also_free: Sequence[str] =
 def weights_fingerprint(init: str) -> str:
     """SHA-256 (hex) of the weights of an export or checkpoint. Raises UserError if there are none."""
     try:
-        return hash_of_file(Path(init) / "model.safetensors")
-    except OSError as error:
+        return hash_of_weights(init)
+    except (OSError, UserError) as error:
         raise UserError(
             f"finetune.init is {init}, which cannot be compared with the initial weights of this run: {error}; "
             "give the old path, or the new location of that export"
@@ -281,9 +281,20 @@ def save(
     state: dict[str, Any] = {"data": data_state.to_dict(), "best": {"rate": best.rate, "step": best.step}}
     state |= {"features": run.dataset.features.to_dict(), "precision": run.config.distributed.precision}
     state |= {"averaged_updates": averages.updates}
-    snapshot = take_snapshot(step, model, optimizer, state, run.world, averages.tensors())
-    writer.submit(write_checkpoint, run.folder.checkpoints, snapshot)
-    writer.submit(prune_checkpoints, run.folder.checkpoints, run.config.checkpoint, best.step)
+    settings, folder = run.config.checkpoint, run.folder.checkpoints
+    tensors = averages.tensors()
+    snapshot = take_snapshot(step, model, optimizer, state, run.world, tensors, settings.file_gigabytes)
+    submit_checkpoint(writer, folder, snapshot)
+    writer.submit(prune_checkpoints, folder, settings, best.step)
+
+
+def resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: Averages, world: World
+) -> tuple[int, DataState, Best]:
+    """Load a checkpoint. Returns `restored`; files of the checkpoint are not open any more."""
+    checkpoint = load_checkpoint(path, model, optimizer, world)
+    averages.load(checkpoint)
+    return restored(checkpoint)
 
 
 def restored(checkpoint: Checkpoint) -> tuple[int, DataState, Best]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from bestrq.model.conformer import ConformerEncoder, EncoderSettings
 from bestrq.model.settings import FREE_ENCODER_FIELDS
-from bestrq.training.checkpoint import misfits
 from bestrq.training.export_reading import Export
 from bestrq.training.process import World
+from bestrq.training.tensor_slots import misfits
 from common.config import from_dict, to_dict
 from common.errors import UserError
 from data.features import FeatureSettings, difference

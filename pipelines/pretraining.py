@@ -16,7 +16,7 @@ from bestrq.pretraining.masking import MaskingSettings
 from bestrq.pretraining.objective import BestRQ, MaskedRows, TargetSettings, mask_rows
 from bestrq.pretraining.quantizer import QuantizerSettings, RandomProjectionQuantizer
 from bestrq.pretraining.reporting import ProbeSettings
-from bestrq.training.checkpoint import Checkpoint, CheckpointSettings, take_snapshot, write_checkpoint
+from bestrq.training.checkpoint import Checkpoint, CheckpointSettings
 from bestrq.training.optimizer import GuardSettings, OptimizerSettings
 from bestrq.training.process import DistributedSettings, World, autocast, unwrap
 from bestrq.training.run_folder import (
@@ -255,6 +255,8 @@ def save(
     state: RunState, run: RunFolder, config: Config, dataset: Dataset, world: World, writer: "BackgroundWriter"
 ) -> None:
     """Save a checkpoint and export the encoder, in the background; all ranks must call it."""
+    from bestrq.training import checkpoint_saving  # not at the top: a reader of the loop need not read it
+
     assert state.data is not None
     writer.begin(state.step)
     features = {"features": dataset.features.to_dict(), "feature_hash": dataset.features.hash()}
@@ -263,8 +265,11 @@ def save(
     targets |= state.teacher.tensors() if state.teacher else {}
     tensors = targets | (state.adaptation.tensors(world) if state.adaptation else {})
     tensors["code_counts"] = world.sum(state.code_counts)
-    snapshot = take_snapshot(state.step, state.model, state.optimizer, values, world, tensors)
-    writer.submit(write_checkpoint, run.checkpoints, snapshot)
+    saved = state.step, state.model, state.optimizer, values, world, tensors
+    snapshot = checkpoint_saving.take_snapshot(
+        *saved, config.checkpoint.file_gigabytes, kept=("model", "extra")
+    )  # for the export
+    checkpoint_saving.submit_checkpoint(writer, run.checkpoints, snapshot)
     if world.is_main:
         from bestrq.pretraining import keep_best
         from bestrq.pretraining.export import export_encoder, model_card  # only the main process exports

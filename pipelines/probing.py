@@ -37,7 +37,7 @@ from pipelines.probe_layers import (
     probe_ctc,
     probe_phones,
 )
-from pipelines.run_weights import read_trained
+from pipelines.run_weights import hash_of_weights, read_trained
 
 FORMAT = 1
 WEIGHTED = "weighted"
@@ -87,7 +87,7 @@ def read_sources(folders: Sequence[str], dataset: Dataset, seed: int) -> list[So
         settings = from_dict(EncoderSettings, config.get("encoder", {}))
         normalisation: Normalisation = config.get("normalisation", "recording")
         export = read_pretrained_encoder(folder, settings)
-        fingerprint = hash_of_file(Path(folder) / "model.safetensors")
+        fingerprint = hash_of_weights(folder)
         build = partial(_load, export, settings)
         exports.append(Source(folder, "export", settings, normalisation, fingerprint, build))
         mel = json.dumps(["log-mel", settings.stride, normalisation])

@@ -31,11 +31,11 @@ from bestrq.long_form.inference import InferenceSettings, OutputFunction, Record
 from bestrq.model.conformer import EncoderSettings
 from bestrq.recognition.ctc import CTCModel, frame_log_probs
 from bestrq.recognition.transducer import TransducerModel, TransducerSettings
-from bestrq.training.checkpoint import misfits
 from bestrq.training.export_reading import Export
 from bestrq.training.inference_precision import inference_precision
 from bestrq.training.precision import warn_of_emulation
 from bestrq.training.process import DistributedSettings, World, start_world
+from bestrq.training.tensor_slots import misfits
 from bestrq.transcripts.formats import TimedTranscript
 from bestrq.transcripts.words import timed_words
 from common.config import from_dict

@@ -5,6 +5,7 @@ the checkpoint. `tools/average.py` writes it as an export; `finetune.init` and o
 take a checkpoint in place of an export.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,9 +24,10 @@ from bestrq.training.export_reading import Export, read_export
 from bestrq.training.metrics_file import read_metrics
 from bestrq.training.process import World
 from bestrq.training.run_folder import RunFolder
+from bestrq.training.tensor_reading import group_files
 from common.config import from_dict, load_yaml, to_dict
 from common.errors import UserError
-from common.files import as_object
+from common.files import as_object, hash_of_file
 from common.json_checks import LARGEST
 from data.features import FeatureSettings
 from data.format.dataset import STD_FLOOR
@@ -143,7 +145,7 @@ def read_checkpoints(run: TrainingRun, checkpoints: Sequence[Path], weights: Wei
     newest = load_checkpoint(checkpoints[-1], None, None, World())
     averaged = weights == "average" or (weights == "auto" and run.settings.averaging.ema_decay > 0)
     name, prefix = ("extra", PREFIX) if averaged else ("model", "")
-    tensors = mean_of_files([path / f"{name}.safetensors" for path in checkpoints], prefix)
+    tensors = mean_of_files([group_files(path, name) for path in checkpoints], prefix)
     if not tensors:
         raise UserError(f"{newest.path} has no moving average of the weights: give --weights step")
     encoder = run.encoder_at(newest.step)
@@ -190,6 +192,15 @@ def read_trained(folder: str | Path) -> Export:
             "checkpoint in its run folder, or an export"
         ) from error
     return read_checkpoints(run, [folder])
+
+
+def hash_of_weights(folder: str | Path) -> str:
+    """SHA-256 (hex) of the weights of an export or a checkpoint: of its file, or of the hashes of several.
+
+    Raises UserError or OSError if there are none.
+    """
+    hashes = [hash_of_file(path) for path in group_files(Path(folder), "model")]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def run_of_checkpoint(folder: Path) -> Path:

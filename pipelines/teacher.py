@@ -13,13 +13,12 @@ from bestrq.training.export_reading import Export
 from bestrq.training.process import World
 from common.config import from_dict
 from common.errors import UserError
-from common.files import hash_of_file
 from common.segments import Segments
 from data.features import FeatureSettings, difference
 from data.format.dataset import Dataset, Normalisation
 from data.loading.heldout import HeldoutSettings, heldout_batches
 from data.loading.loader import LoaderSettings
-from pipelines.run_weights import read_trained
+from pipelines.run_weights import hash_of_weights, read_trained
 
 
 def open_teacher(
@@ -72,7 +71,7 @@ def read_teacher(
     except RuntimeError as error:
         raise UserError(f"{place}: its tensors do not fit its own settings: {error}") from error
     encoder.to(world.device).eval().requires_grad_(False)
-    fingerprint = hash_of_file(export.path / "model.safetensors")
+    fingerprint = hash_of_weights(export.path)
     if targets.kind == "clusters":
         layer = _layer(targets.layer, encoder, place)
         return Teacher(encoder, layer, targets.clusters, fingerprint)

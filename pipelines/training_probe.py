@@ -16,7 +16,7 @@ from bestrq.pretraining.alarms import Alarms
 from bestrq.pretraining.layer_features import Frames, encode_layers, stack_log_mel
 from bestrq.pretraining.probing import CTCProbeSettings
 from bestrq.pretraining.reporting import ProbeSettings
-from bestrq.training.checkpoint import gather_model
+from bestrq.training.checkpoint_saving import gather_model
 from bestrq.training.meters import MetricsLog
 from bestrq.training.process import World, unwrap
 from common.errors import UserError

@@ -9,7 +9,7 @@ K width of a stack, d codebook_dim, C codebooks, V codes, N stacks.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class Adaptation:
         sums = {f"adaptation.{name}": world.sum(value) for name, value in self.statistics.items()}
         return sums | {"adaptation.origin": self.origin}
 
-    def restore(self, tensors: dict[str, Tensor], where: object, world: World) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], where: object, world: World) -> None:
         """Load buffers and statistics of a checkpoint. Raises UserError if it continues another initial quantizer."""
         if not torch.equal(tensors.get("adaptation.origin", torch.zeros(0)), self.origin):
             raise UserError(

@@ -8,7 +8,7 @@ without gradients; its targets do not depend on the packing of the rows.
 R rows, F mel frames, M mel bins, T encoder frames per row, D width of the teacher, V classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +124,7 @@ class Teacher:
         values = {"mean": self.mean, "inverse_std": self.inverse_std, "centroids": self.centroids}
         return {f"teacher.{name}": value for name, value in values.items() if value is not None}
 
-    def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Load the clusters of a checkpoint."""
         if self.head is None:
             self.mean, self.inverse_std, self.centroids = (

@@ -10,18 +10,20 @@ Sources: exponential moving average with a warm-up of the decay: TensorFlow's `E
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bestrq.training.checkpoint import Checkpoint, fill, gather_model, gather_tensors, model_slots
+from bestrq.training.checkpoint import Checkpoint, model_slots
+from bestrq.training.checkpoint_saving import gather_model
 from bestrq.training.process import World, local
 from bestrq.training.tensor_files import write_tensors
+from bestrq.training.tensor_reading import StoredTensors
+from bestrq.training.tensor_slots import fill
 from common.errors import UserError
 from common.files import replace_file
 from common.json_checks import count
@@ -98,8 +100,8 @@ class Averages:
                 yield "dev_average"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Unsharded moving average, for the extra tensors of a checkpoint; {} on all ranks but 0."""
-        return {f"{PREFIX}{name}": tensor for name, tensor in gather_tensors(self.average, self.world).items()}
+        """Moving average, for the extra tensors of a checkpoint; sharded as the model."""
+        return {f"{PREFIX}{name}": tensor for name, tensor in self.average.items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Raises UserError if its moving average does not fit the model."""
@@ -141,7 +143,7 @@ class Averages:
     def _mean(self, model: nn.Module) -> dict[str, Tensor]:
         """Mean of the stored weights, with the shards of the model."""
         try:
-            mean = mean_of_files([self._path(step) for step in self.kept])
+            mean = mean_of_files([[self._path(step)] for step in self.kept])
         except UserError as error:
             raise UserError(
                 f"averaging.last is {self.settings.last}, but the weights of a validation cannot be read: {error}; "
@@ -153,50 +155,45 @@ class Averages:
 
 
 @torch.no_grad()
-def mean_of_files(paths: Sequence[Path], prefix: str = "") -> dict[str, Tensor]:
-    """Mean of the tensors of safetensors files, computed in float64, as float32, on the CPU.
+def mean_of_files(sources: Sequence[Sequence[Path]], prefix: str = "") -> dict[str, Tensor]:
+    """Mean of the tensors of several sources, computed in float64, as float32, on the CPU.
 
-    Tensors that are not floating-point, such as counters, are those of the last file. One tensor of each file is in
+    Tensors that are not floating-point, such as counters, are those of the last source. One tensor of each source is in
     memory at a time.
 
     Args:
+        sources: the safetensors files of each.
         prefix: only tensors whose names begin with it are read, and returned without it.
 
     Raises:
-        UserError: a file cannot be read, has other tensors or shapes than the last one, or has non-finite values; the
-            message names file and tensor.
+        UserError: a file cannot be read, a source has other tensors or shapes than the last one, or non-finite values;
+            the message names file and tensor.
     """
+    stored = [StoredTensors(paths) for paths in sources]
+    names = [{name for name in tensors if name.startswith(prefix)} for tensors in stored]
+    for tensors, own in zip(stored, names, strict=True):
+        if different := sorted(own ^ names[-1]):
+            raise UserError(f"{tensors.source} and {stored[-1].source} have different tensors, such as {different[0]}")
     mean: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        files = []
-        for path in paths:
-            try:
-                files.append(stack.enter_context(safe_open(path, "pt")))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read {path}: {error}") from error
-        names = [{name for name in file.keys() if name.startswith(prefix)} for file in files]  # noqa: SIM118
-        for path, other in zip(paths, names, strict=True):
-            if different := sorted(other ^ names[-1]):
-                raise UserError(f"{path} and {paths[-1]} have different tensors, such as {different[0]}")
-        for name in sorted(names[-1]):
-            values = [_finite_tensor(file, path, name) for path, file in zip(paths, files, strict=True)]
-            for path, value in zip(paths, values, strict=True):
-                if (value.shape, value.dtype) != (values[-1].shape, values[-1].dtype):
-                    raise UserError(f"{name} is {_described(value)} in {path}, {_described(values[-1])} in {paths[-1]}")
-            is_averaged = values[-1].is_floating_point()
-            mean[name.removeprefix(prefix)] = (
-                torch.stack(values).double().mean(dim=0).float() if is_averaged else values[-1]
-            )
+    for name in sorted(names[-1]):
+        values = [_finite_tensor(tensors, name) for tensors in stored]
+        last = values[-1]
+        for tensors, value in zip(stored, values, strict=True):
+            if (value.shape, value.dtype) != (last.shape, last.dtype):
+                places = f"{_described(value)} in {tensors.path(name)}, {_described(last)} in {stored[-1].path(name)}"
+                raise UserError(f"{name} is {places}")
+        mean[name.removeprefix(prefix)] = (
+            torch.stack(values).double().mean(dim=0).float() if last.is_floating_point() else last
+        )
     return mean
 
 
-def _finite_tensor(file: safe_open, path: Path, name: str) -> Tensor:
-    try:
-        tensor: Tensor = file.get_tensor(name)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot read {path}: {name}: {error}") from error
+def _finite_tensor(tensors: StoredTensors, name: str) -> Tensor:
+    tensor = tensors[name]
     if not bool(tensor.isfinite().all()):
-        raise UserError(f"{path}: {name} has non-finite values, the training diverged: give earlier weights")
+        raise UserError(
+            f"{tensors.path(name)}: {name} has non-finite values, the training diverged: give earlier weights"
+        )
     return tensor
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bestrq.training.checkpoint import read_tensors
 from bestrq.training.export import old_version
+from bestrq.training.tensor_reading import read_tensors
 from common.errors import UserError
 from common.files import as_object, crc32_of, read_json_object
 

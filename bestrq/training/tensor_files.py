@@ -1,4 +1,4 @@
-"""Reading and writing of safetensors files.
+"""Writing of safetensors files.
 
 The writer streams: the library's `save_file` first copies all tensors into bytes objects, during which no other thread
 runs, and a checkpoint that is written in the background would hold up training.
@@ -10,14 +10,10 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-
-from common.errors import UserError
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -26,6 +22,19 @@ NAMES = {
 """names of the dtypes in the format"""
 BLOCK = 16 << 20
 """bytes per write"""
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""tensors by group (model, optimizer, extra) and name"""
+Entries = dict[str, dict[str, int]]
+"""`bytes` and `crc32` of every file, by name"""
+
+
+class TensorFile(NamedTuple):
+    """File with some or all tensors of a group, and the rank that writes it."""
+
+    group: str
+    tensors: list[str]
+    rank: int = 0
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
@@ -54,9 +63,12 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     return crc32
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU. Raises UserError that names the file if it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: removed between two calls of safetensors
-        raise UserError(f"cannot read {path}: {error}") from error
+def write_files(folder: Path, files: Mapping[str, TensorFile], tensors: Groups, rank: int) -> Entries:
+    """Write those of the files, given by name, that are those of a rank."""
+    entries = {}
+    for name, file in files.items():
+        if file.rank == rank:
+            with open(folder / name, "wb") as stream:
+                crc32 = write_tensors(stream, {key: tensors[file.group][key] for key in file.tensors})
+            entries[name] = {"bytes": (folder / name).stat().st_size, "crc32": crc32}
+    return entries

@@ -33,6 +33,15 @@ def test_saves_of_all_systems_are_timed(tmp_path: Path) -> None:
     assert {"stall_steps", "dcp_async_stall_steps", "torch_save_seconds", "ours_load_seconds"} <= figures.keys()
 
 
+def test_a_checkpoint_of_several_processes_is_timed_by_one_rank_and_by_all(tmp_path: Path) -> None:
+    config = parse(pretrain.Config, [*ENCODER, "--quantizer.codebook_size=64"])
+    figures = checkpoint_stall.measure_ranks(config, 2, 1e-5, tmp_path)
+    names = {f"{who}_{part}_seconds" for who in ("alone", "ranks") for part in ("save", "verify", "load")}
+    assert figures.keys() == names | {"gigabytes"}
+    assert not list((tmp_path / "alone/step-00000001").glob("model-*"))
+    assert len(list((tmp_path / "ranks/step-00000001").glob("model-*"))) > 1
+
+
 def test_the_projection_is_that_of_a_hierarchical_all_reduce() -> None:
     options = Namespace(parameters=1e9, node_bandwidth=4e9, network_bandwidth=1e9, step_seconds=3.0)
     # 16 GPUs: 2 * 7/8 * 4 GB at 4 GB/s and 2 * 1/2 * 4 GB / 8 at 1 GB/s are 2.25 s, 0.25 s more than backward.

@@ -19,7 +19,8 @@ import yaml
 from bestrq.pretraining.multi_target import make_tasks
 from bestrq.report.result_files import FORMAT_VERSION
 from bestrq.scoring.word_errors import score_corpus, score_recording
-from bestrq.training.checkpoint import CheckpointSettings, prune_checkpoints, take_snapshot, write_checkpoint
+from bestrq.training.checkpoint import CheckpointSettings, prune_checkpoints
+from bestrq.training.checkpoint_saving import take_snapshot, write_checkpoint
 from bestrq.training.process import World
 from common.config import parse
 from common.errors import UserError

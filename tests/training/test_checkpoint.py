@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bestrq.training import checkpoint as checkpoint_module
+from bestrq.training import tensor_files
 from bestrq.training.background_writer import BackgroundWriter
 from bestrq.training.checkpoint import (
     COMPLETE,
@@ -25,10 +25,9 @@ from bestrq.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    take_snapshot,
     verify_checkpoint,
-    write_checkpoint,
 )
+from bestrq.training.checkpoint_saving import take_snapshot, write_checkpoint
 from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_learning_rates
 from bestrq.training.process import DistributedSettings, World, parallelise
 from common.errors import UserError
@@ -158,7 +157,7 @@ def die_at(point: int, folder: Path) -> None:
         if (event in writing or writes) and str(folder) in str(arguments[0]):
             tick()
 
-    real_write = checkpoint_module.write_tensors
+    real_write = tensor_files.write_tensors
 
     def write_in_pieces(file: BinaryIO, tensors: dict[str, Tensor]) -> int:
         tick()
@@ -172,7 +171,7 @@ def die_at(point: int, folder: Path) -> None:
         tick()
         return crc32
 
-    checkpoint_module.write_tensors = write_in_pieces
+    tensor_files.write_tensors = write_in_pieces
     parts = make(World(), "ddp", seed=1)
     advance(parts, 1)
     sys.addaudithook(on_event)
@@ -374,18 +373,18 @@ def full_disk(world: World, folder: str) -> tuple[str, list[str], str]:
     parts = make(world, "ddp", seed=1)
     advance(parts, 1)
     save(Path(folder), 1, parts, world)
-    real = checkpoint_module.write_tensors
+    real = tensor_files.write_tensors
 
     def fail(file: BinaryIO, tensors: dict[str, Tensor]) -> int:
         raise OSError(28, "No space left on device")
 
-    checkpoint_module.write_tensors = fail
+    tensor_files.write_tensors = fail
     try:
         save(Path(folder), 2, parts, world)
         message = ""
     except UserError as error:
         message = str(error)
-    checkpoint_module.write_tensors = real
+    tensor_files.write_tensors = real
     left = sorted(os.listdir(folder))
     world.barrier()
     return message, left, save(Path(folder), 2, parts, world).name
