@@ -245,6 +245,24 @@ def test_the_wait_for_a_rank_that_has_written_nothing_ends(tmp_path: Path) -> No
     assert time.monotonic() > began + 0.2
 
 
+def die_in_a_write(world: World, folder: str) -> None:
+    parts = make(world)
+    advance(parts, 1, world.size)
+    if world.rank == 1:
+        tensor_files.write_tensors = lambda *_: os._exit(77)  # type: ignore[assignment]
+    save(Path(folder), 2, parts, world)
+
+
+def test_a_rank_that_dies_while_it_writes_ends_the_others_at_the_next_wait(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(AssertionError) as caught:
+        run_distributed(die_in_a_write, 2, str(tmp_path))
+    assert "[rank 1] died without an error" in str(caught.value) and "in wait" in str(caught.value)
+    assert "did not return" not in str(caught.value)
+    assert latest_checkpoint(tmp_path, World()) == tmp_path / "step-00000001"
+    assert os.listdir(tmp_path) == ["step-00000001"]
+
+
 def die_at(rank: int, killed: int, point: int, folder: Path, temporary: Path) -> None:
     """In a process of its own: the writes of a rank of two in a save of step 2; `killed` dies before the given one."""
     count = 0
