@@ -53,6 +53,8 @@ class Segments:
 
     def subsampled(self, stride: int) -> Segments:
         """Segments at 1 / stride of the frame rate; the last frame of a segment may cover fewer frames."""
+        if stride == 1:
+            return self
         return Segments(self.start // stride, -(-self.length // stride), self.num_frames // stride, self.seed)
 
     def to(self, device: torch.device) -> Segments:

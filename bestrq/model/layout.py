@@ -163,16 +163,17 @@ def _stage_layout(
     backend: str | None,
 ) -> StageLayout:  # fmt: skip
     """Layout of a stage from its segments on the CPU, and from the ordered ones on the device of the encoder."""
-    valid, rank, position = locate_frames(ordered)
+    located = valid, rank, position = locate_frames(ordered)
     reach = stage.kernel_size - 1 if stage.causal_convolution else stage.kernel_size // 2
+    groups, ordered_groups = segments.subsampled(stage.group_size), ordered.subsampled(stage.group_size)
+    if stage.group_size > 1:
+        located = locate_frames(ordered_groups)
     return StageLayout(
         segments=segments,
         valid=valid,
         position=position,
         convolution=_convolution_layout(ordered, valid, rank, reach),
-        attention=_attention_layout(
-            segments.subsampled(stage.group_size), ordered.subsampled(stage.group_size), stage, mask, dtype, backend
-        ),
+        attention=_attention_layout(groups, ordered_groups, located, stage, mask, dtype, backend),
     )
 
 
@@ -195,10 +196,10 @@ def _convolution_layout(ordered: Segments, valid: Tensor, rank: Tensor, reach: i
 
 
 def _attention_layout(
-    segments: Segments, ordered: Segments, stage: EncoderSettings, mask: AttentionMask, dtype: torch.dtype,
-    backend: str | None,
+    segments: Segments, ordered: Segments, located: tuple[Tensor, Tensor, Tensor], stage: EncoderSettings,
+    mask: AttentionMask, dtype: torch.dtype, backend: str | None,
 ) -> AttentionLayout:  # fmt: skip
-    valid, rank, position = locate_frames(ordered)
+    valid, rank, position = located
     num_frames, device = segments.num_frames, valid.device
     frame = torch.arange(num_frames, device=device)
     start, length = ordered.start.gather(1, rank), ordered.length.gather(1, rank)
