@@ -21,14 +21,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_device_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy CPU tensors to a device in one transfer, without waiting for it; those of large dtypes come first."""
-    if device.type == "cpu":
+    """Copy tensors of one device to another in one transfer, as `to_device` does; those of large dtypes come first."""
+    if tensors[0].device.type == device.type:
         return list(tensors)
-    buffer = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, pin_memory=True)
+    buffer = to_device(torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors]), device)
     parts = buffer.split([tensor.nbytes for tensor in tensors])
-    for part, tensor in zip(parts, tensors, strict=True):
-        part.numpy()[:] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    parts = buffer.to(device, non_blocking=True).split([tensor.nbytes for tensor in tensors])
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
