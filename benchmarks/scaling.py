@@ -31,6 +31,7 @@ from pathlib import Path
 
 from benchmarks.loop_overhead import make_dataset
 from benchmarks.machine import hardware_precision, print_figures
+from bestrq.training.tensor_reading import read_group
 from common.cores import available_cores
 
 VARIANTS = {
@@ -104,8 +105,6 @@ def speed(run: Path, dataset: Path, variant: str, size: int, options: argparse.N
 
 def parameters_of(run: Path) -> int:
     """Trained parameters of a run, by its checkpoint."""
-    from bestrq.training.tensor_reading import read_group
-
     [checkpoint] = (run / "checkpoints").glob("step-*")
     return sum(tensor.numel() for tensor in read_group(checkpoint, "model").values())
 

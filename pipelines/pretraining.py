@@ -265,10 +265,10 @@ def save(
     targets |= state.teacher.tensors() if state.teacher else {}
     tensors = targets | (state.adaptation.tensors(world) if state.adaptation else {})
     tensors["code_counts"] = world.sum(state.code_counts)
-    saved = state.step, state.model, state.optimizer, values, world, tensors
     snapshot = checkpoint_saving.take_snapshot(
-        *saved, config.checkpoint.file_gigabytes, kept=("model", "extra")
-    )  # for the export
+        state.step, state.model, state.optimizer, values, world, tensors, config.checkpoint.file_gigabytes,
+        kept=("model", "extra"),  # for the export
+    )  # fmt: skip
     checkpoint_saving.submit_checkpoint(writer, run.checkpoints, snapshot)
     if world.is_main:
         from bestrq.pretraining import keep_best

@@ -8,40 +8,28 @@ Continuous integration tries a few operations of every script; `KILL_POINTS=all`
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from common.config import parse
+from tests.file_operations import KILLED, FileOperations
 from tests.gloo import forkserver
 from tests.patience import PATIENCE
 from tests.scripts.test_runs import SCRIPTS, arguments, assert_identical, final_weights, losses
 from tests.tiny import make_dataset
 
-KILLED = 77
-"""exit status of a process that ended at a file operation"""
 POINTS_IN_CI = 3
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 OPTIONS = ["--checkpoint.every_steps=2", "--checkpoint.keep_last=2", "--run.steps=5"]
 
 
 def run_until(script: str, dataset: Path, folder: Path, point: int) -> None:
     """In a process of its own: run a script and die before the given file operation in its folder, from 0."""
-    count = 0
-
-    def on_event(event: str, details: tuple[object, ...]) -> None:
-        nonlocal count
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in CHANGES or writes) and str(details[0]).startswith(str(folder)):
-            if count == point:
-                os._exit(KILLED)
-            count += 1
-
-    sys.addaudithook(on_event)
+    operations = FileOperations(folder, point)
+    operations.watch()
     module = SCRIPTS[script]
     module.train(parse(module.Config, arguments(script, dataset, folder, *OPTIONS)))
-    (folder.parent / "operations").write_text(str(count))
+    (folder.parent / "operations").write_text(str(operations.count))
 
 
 def started(script: str, dataset: Path, folder: Path, point: int = -1) -> int | None:

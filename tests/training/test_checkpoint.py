@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +31,7 @@ from bestrq.training.optimizer import OptimizerSettings, build_optimizer, set_le
 from bestrq.training.process import DistributedSettings, World, parallelise
 from common.errors import UserError
 from common.files import crc32_of
+from tests.file_operations import KILLED, FileOperations
 from tests.gloo import forkserver, run_distributed
 from tests.patience import PATIENCE
 from tests.saved_checkpoints import save_checkpoint
@@ -143,38 +143,25 @@ def test_training_on_from_a_checkpoint_equals_training_through_bit_for_bit(tmp_p
 
 def die_at(point: int, folder: Path) -> None:
     """In a child process: save step 2 and die at the given write to the folder, counted from 0."""
-    count = 0
-    writing = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-
-    def tick() -> None:
-        nonlocal count
-        if count == point:
-            os._exit(77)
-        count += 1
-
-    def on_event(event: str, arguments: tuple[object, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in writing or writes) and str(folder) in str(arguments[0]):
-            tick()
-
+    operations = FileOperations(folder, point)
     real_write = tensor_files.write_tensors
 
     def write_in_pieces(file: BinaryIO, tensors: dict[str, Tensor]) -> int:
-        tick()
+        operations.tick()
         content = io.BytesIO()
         crc32 = real_write(content, tensors)
         file.write(content.getvalue()[:-10])
         file.flush()
-        tick()
+        operations.tick()
         file.write(content.getvalue()[-10:])
         file.flush()
-        tick()
+        operations.tick()
         return crc32
 
     tensor_files.write_tensors = write_in_pieces
     parts = make(World(), "ddp", seed=1)
     advance(parts, 1)
-    sys.addaudithook(on_event)
+    operations.watch()
     save(folder, 2, parts)
     os._exit(0)
 
@@ -188,7 +175,7 @@ def test_a_kill_at_any_write_of_a_save_leaves_the_step_before_or_the_whole_new_o
         child = forkserver().Process(target=die_at, args=(point, folder))
         child.start()
         child.join(PATIENCE)
-        assert child.exitcode in (0, 77)
+        assert child.exitcode in (0, KILLED)
         chosen = latest_checkpoint(folder, World())
         assert chosen is not None and verify_checkpoint(chosen) is None
         outcomes.append(chosen.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +28,7 @@ from bestrq.training.optimizer import OptimizerSettings, build_optimizer
 from bestrq.training.process import DistributedSettings, World, parallelise
 from bestrq.training.tensor_reading import read_group
 from common.errors import UserError
+from tests.file_operations import KILLED, FileOperations
 from tests.gloo import forkserver, run_distributed
 from tests.patience import PATIENCE
 from tests.saved_checkpoints import save_checkpoint
@@ -249,7 +249,7 @@ def die_in_a_write(world: World, folder: str) -> None:
     parts = make(world)
     advance(parts, 1, world.size)
     if world.rank == 1:
-        tensor_files.write_tensors = lambda *_: os._exit(77)  # type: ignore[assignment]
+        tensor_files.write_tensors = lambda *_: os._exit(KILLED)  # type: ignore[assignment]
     save(Path(folder), 2, parts, world)
 
 
@@ -265,20 +265,7 @@ def test_a_rank_that_dies_while_it_writes_ends_the_others_at_the_next_wait(tmp_p
 
 def die_at(rank: int, killed: int, point: int, folder: Path, temporary: Path) -> None:
     """In a process of its own: the writes of a rank of two in a save of step 2; `killed` dies before the given one."""
-    count = 0
-    writing = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-
-    def tick() -> None:
-        nonlocal count
-        if rank == killed and count == point:
-            os._exit(77)
-        count += 1
-
-    def on_event(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in writing or writes) and str(folder) in str(arguments[0]):
-            tick()
-
+    operations = FileOperations(folder, point if rank == killed else NEVER)
     real_write, real_sync = tensor_files.write_tensors, os.fsync
 
     def write_half_first(file: BinaryIO, tensors: Mapping[str, Tensor]) -> int:
@@ -286,12 +273,12 @@ def die_at(rank: int, killed: int, point: int, folder: Path, temporary: Path) ->
         file.flush()
         size = file.tell()
         file.truncate(size // 2)
-        tick()
+        operations.tick()
         file.seek(0)
         return real_write(file, tensors) if size else crc32
 
     def sync(descriptor: int) -> None:
-        tick()
+        operations.tick()
         real_sync(descriptor)
 
     parts = make(World())
@@ -300,14 +287,14 @@ def die_at(rank: int, killed: int, point: int, folder: Path, temporary: Path) ->
     extra = {"codebook": torch.arange(40.0), "counts": torch.arange(3)}
     snapshot = take_snapshot(2, *parts, {"data": [2, 0]}, world, extra, 3e-7)
     tensor_files.write_tensors, os.fsync = write_half_first, sync
-    sys.addaudithook(on_event)
+    operations.watch()
     if rank:
         write_share(temporary, snapshot.files, snapshot.tensors, rank)
     else:
         collect = partial(collect_receipts, temporary, {1}, lambda: time.monotonic() + PATIENCE)
         write_checkpoint(folder, snapshot, temporary, collect)
     if rank == killed:
-        (folder.parent / "operations").write_text(str(count))
+        (folder.parent / "operations").write_text(str(operations.count))
     os._exit(0)
 
 
@@ -344,7 +331,7 @@ def test_a_kill_of_a_rank_at_any_write_leaves_the_step_before_or_the_whole_new_o
     assert operations > 9
     every = 1 if os.environ.get("KILL_POINTS") == "all" else operations // 3
     outcomes = [attempt(point) for point in [*range(1, operations - 1, every), operations - 1]]
-    assert {status for status, _ in outcomes} == {77}
+    assert {status for status, _ in outcomes} == {KILLED}
     names = [name for _, name in outcomes]
     assert names[0] == "step-00000001" and set(names) <= {"step-00000001", "step-00000002"}
     assert killed == 1 or names == sorted(names)
